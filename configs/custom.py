@@ -1,0 +1,37 @@
+"""A template for your own data and model: copy it and change what is marked.
+
+python -m dlc_jax.main --config=configs/custom.py --config.dataset.train=folder:/data/flowers
+"""
+
+from ml_collections import ConfigDict
+
+from dlc_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+
+    # Your data: folder:<root> has one sub-folder of images per class; parquet:<file, folder or
+    # glob> follows the Hugging Face image convention; tfds:<name>/<split> is a prepared data set.
+    config.dataset.train = "folder:data/train"
+    # "error" stops at an unreadable image and names it; "skip" leaves it out and lists it.
+    config.dataset.on_corrupt = "error"
+
+    # Your model: resnet18, resnet34, resnet50, vit_small_patch16_224 or vit_base_patch16_224 with
+    # a timm checkpoint: a hub id, a .safetensors file, or a folder with model.safetensors and
+    # config.json. (A network of your own goes through the Python API: dlc_jax.Encoder.)
+    config.encoder.name = "resnet50"
+    config.encoder.weights = "timm/resnet50.tv_in1k"
+    config.encoder.image_size = 224
+
+    # How thorough: 50 probes are the paper's; 8 at the midpoints rank nearly the same, six times
+    # faster.
+    config.probe.num_probes = 50
+    config.probe.placement = "grid"
+
+    # What to keep: every combination is written, none costs another scoring pass.
+    config.selection.methods = ("flexrand",)
+    config.selection.keep_fractions = (0.1, 0.3, 0.5)
+    config.selection.splits = (0.5,)  # below 0.5 fewer easy samples, above it fewer hard ones
+    config.selection.seeds = (1,)
+    return config

@@ -1,0 +1,218 @@
+"""What a run leaves on disk: names, formats, and writes that are whole or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dlc_jax import checks
+from dlc_jax.types import Selection
+
+CONFIG = "config.json"
+PROVENANCE = "provenance.json"
+LOSSES = "scores/losses.npz"
+SCORES = "scores/scores.parquet"
+PICTURE = "scores/easiest_hardest.png"
+_TEMPORARY = ".tmp"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScoredSamples:
+    """What `scores/` holds: everything selection needs, without images or encoder."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    scores: dict[str, np.ndarray]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over ids, labels and every score."""
+        digest = hashlib.sha256("\0".join(self.ids.tolist()).encode())
+        digest.update(np.ascontiguousarray(self.labels, np.int32).tobytes())
+        for name in sorted(self.scores):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(self.scores[name], np.float32).tobytes())
+        return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Opens a temporary file that becomes `path` when the block ends, and vanishes if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}{_TEMPORARY}"
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def prepare_workdir(workdir: Path) -> None:
+    """Makes the work directory, and clears temporary files of runs that were killed.
+
+    Raises:
+      ValueError: it cannot be written to.
+    """
+    try:
+        with atomic(workdir / ".writable") as file:
+            file.write(b"")
+        (workdir / ".writable").unlink()
+    except OSError as error:
+        raise checks.InputError(
+            f"--workdir: cannot write to {workdir}: {error.strerror or error}."
+        ) from error
+    for leftover in workdir.rglob(f".*{_TEMPORARY}"):
+        owner = leftover.name.removesuffix(_TEMPORARY).rpartition(".")[2]
+        if owner.isdigit() and not _is_running(int(owner)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON."""
+    with atomic(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Returns the file's value, {} if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise checks.InputError(f"{path}: not valid JSON: {error}.") from error
+
+
+def write_losses(workdir: Path, **arrays: np.ndarray) -> None:
+    """Writes `scores/losses.npz`: losses, sparsity, labels, ids; readable without pickle."""
+    with atomic(workdir / LOSSES) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def write_scores(workdir: Path, samples: ScoredSamples) -> None:
+    """Writes `scores/scores.parquet`: id, label, class_name, one column per scoring method."""
+    names = np.asarray(samples.class_names, dtype=object)
+    table = pa.table(
+        {
+            "id": pa.array(samples.ids.tolist(), pa.string()),
+            "label": pa.array(samples.labels, pa.int32()),
+            "class_name": pa.array(names[samples.labels], pa.string()),
+            **{name: pa.array(values, pa.float32()) for name, values in samples.scores.items()},
+        }
+    )
+    table = table.replace_schema_metadata({"class_names": json.dumps(samples.class_names)})
+    with atomic(workdir / SCORES) as file:
+        pq.write_table(table, file)
+
+
+def read_scores(workdir: Path) -> ScoredSamples:
+    """Reads `scores/scores.parquet`.
+
+    Raises:
+      ValueError: it is not there or not what `write_scores` writes.
+    """
+    path = workdir / SCORES
+    if not path.exists():
+        raise checks.InputError(
+            f"{path}: not there; run the stage 'score' in this work directory first."
+        )
+    try:
+        table = pq.read_table(path)
+        class_names = tuple(json.loads(table.schema.metadata[b"class_names"]))
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+        ids = columns.pop("id").astype(np.str_)
+        labels = columns.pop("label")
+        del columns["class_name"]
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise checks.InputError(f"{path}: not a table of scores: {error!r}.") from error
+    return ScoredSamples(ids, labels, class_names, columns)
+
+
+def cell_name(keep_fraction: float, split: float | None, seed: int) -> str:
+    """Returns `keep_0.30-split_0.50-seed_1`; without the split for methods that have none."""
+    parts = [f"keep_{_two_decimals(keep_fraction)}"]
+    if split is not None:
+        parts.append(f"split_{_two_decimals(split)}")
+    return "-".join([*parts, f"seed_{seed}"])
+
+
+def _two_decimals(value: float) -> str:
+    """Two decimals where they say it all, more where they are needed: names must not collide."""
+    return f"{value:.2f}" if round(value, 2) == value else repr(value)
+
+
+def write_selection(workdir: Path, selection: Selection, samples: ScoredSamples) -> list[Path]:
+    """Writes kept positions and their manifest; returns both paths, below the work directory."""
+    cell = cell_name(selection.keep_fraction, selection.split, selection.seed)
+    folder = Path("selections") / selection.method
+    kept = np.zeros(len(samples.ids), bool)
+    kept[selection.indices] = True
+    sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
+    manifest = {
+        "method": selection.method,
+        "keep_fraction": selection.keep_fraction,
+        "split": selection.split,
+        "seed": selection.seed,
+        "mode": selection.mode,
+        "num_samples": len(kept),
+        "kept": _ids_summary(samples.ids[kept]),
+        "dropped": _ids_summary(samples.ids[~kept]),
+        "per_class": {
+            name: {"samples": int(size), "kept": int(num)}
+            for name, size, num in zip(
+                samples.class_names, sizes, selection.num_kept_per_class, strict=True
+            )
+        },
+        "single_sample_classes": [samples.class_names[j] for j in selection.single_sample_classes],
+        "scores_fingerprint": samples.fingerprint,
+    }
+    with atomic(workdir / folder / f"{cell}.npy") as file:
+        np.save(file, selection.indices)
+    write_json(workdir / folder / f"{cell}.json", manifest)
+    return [folder / f"{cell}.npy", folder / f"{cell}.json"]
+
+
+def _ids_summary(ids: np.ndarray) -> dict[str, Any]:
+    """Count, and SHA-256 of the sorted ids joined by newlines."""
+    text = "\n".join(sorted(ids.tolist()))
+    return {"count": len(ids), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:
+    """Returns the SHA-256 of each file."""
+    return {
+        path.as_posix(): hashlib.sha256((workdir / path).read_bytes()).hexdigest() for path in paths
+    }
+
+
+def are_intact(workdir: Path, hashes: dict[str, str]) -> bool:
+    """Whether every file is there with the content it was written with."""
+    paths = [Path(name) for name in hashes]
+    present = all((workdir / path).is_file() for path in paths)
+    return present and file_hashes(workdir, paths) == hashes

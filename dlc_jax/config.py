@@ -1,0 +1,294 @@
+"""Every setting and its default, checked before anything is loaded.
+
+A configuration file builds on `default_config()`; `Config.of` turns what the command line made of
+it into frozen dataclasses. Nothing else reads a ConfigDict.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from dlc_jax import checks
+from dlc_jax.encoders import ENCODERS, POOLINGS
+from dlc_jax.masking import MASKINGS, PLACEMENTS, SCHEDULES, check_path
+from dlc_jax.preprocess.load import ON_CORRUPT
+from dlc_jax.probes import DTYPES, resolve_chunk
+from dlc_jax.probes.measure import SCHEDULE_OF_MODE
+from dlc_jax.selection import SELECTORS, check_cell
+
+STAGES = ("score", "select")
+
+
+def _setting(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """What to prune."""
+
+    train: str = _setting("", "source to prune: parquet:, folder:, tfds: or demo:<where>")
+    test: str | None = _setting(None, "source to test on; not read by the stages score and select")
+    on_corrupt: str = _setting("error", f"unreadable image: {' or '.join(ON_CORRUPT)}")
+
+    def check(self) -> None:
+        if not self.train:
+            raise checks.InputError(
+                "dataset.train: missing; give a source such as folder:/data/flowers."
+            )
+        checks.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The pre-trained network that is probed."""
+
+    name: str = _setting("resnet18", ", ".join(ENCODERS))
+    weights: str = _setting("", "hub id, .safetensors file, folder, or demo:resnet18")
+    image_size: int = _setting(224, "side of the images in pixels")
+    pooling: str | None = _setting(None, f"ViT pooling: {', '.join(POOLINGS)}; None: by mode")
+    mean: tuple[float, ...] | None = _setting(None, "RGB mean; None: the checkpoint's, by mode")
+    std: tuple[float, ...] | None = _setting(None, "RGB deviation; None: the checkpoint's, by mode")
+
+    def check(self) -> None:
+        checks.one_of("encoder.name", self.name, ENCODERS)
+        if not self.weights:
+            raise checks.InputError(
+                "encoder.weights: missing; give a hub id such as 'timm/resnet18.tv_in1k', a "
+                ".safetensors file or a folder."
+            )
+        checks.at_least("encoder.image_size", self.image_size, 8)
+        if self.pooling is not None:
+            checks.one_of("encoder.pooling", self.pooling, POOLINGS)
+        if (self.mean is None) != (self.std is None):
+            raise checks.InputError("encoder.mean, encoder.std: give both or neither.")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != 3:
+                raise checks.InputError(f"encoder.{key}: expected three numbers, got {values}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """The learning path: how the encoder is masked."""
+
+    schedule: str | None = _setting(None, f"{', '.join(SCHEDULES)}; None: by mode")
+    num_probes: int = _setting(50, "masked networks; with placement grid the path's first steps")
+    placement: str = _setting("grid", f"{', '.join(PLACEMENTS)}: midpoint spreads num_probes")
+    max_sparsity: float = _setting(1.0, "cuts the path, in (0, 1]")
+    step: float = _setting(0.02, "share of weights zeroed per step")
+    masking: str = _setting("l1", ", ".join(MASKINGS))
+    batch_size: int = _setting(128, "samples per call of the probe program")
+    chunk: str | int = _setting("auto", "most probes side by side, or auto")
+    dtype: str = _setting("float32", f"of the network: {', '.join(DTYPES)}")
+    augment: bool = _setting(False, "fresh random crop and flip for every probe")
+
+    def check(self) -> None:
+        check_path(
+            self.schedule or "linear",
+            self.step,
+            self.num_probes,
+            self.placement,
+            self.max_sparsity,
+        )
+        checks.one_of("probe.masking", self.masking, MASKINGS)
+        checks.at_least("probe.batch_size", self.batch_size, 1)
+        resolve_chunk(self.chunk, self.num_probes)
+        checks.one_of("probe.dtype", self.dtype, DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionConfig:
+    """Which cells to select: methods x keep fractions x splits x seeds."""
+
+    methods: tuple[str, ...] = _setting(("flexrand",), ", ".join(SELECTORS))
+    keep_fractions: tuple[float, ...] = _setting(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), "fractions kept, each in (0, 1)"
+    )
+    splits: tuple[float, ...] = _setting((0.5,), "FlexRand's gamma, each in (0, 1)")
+    seeds: tuple[int, ...] = _setting((0,), "seeds of the draws")
+
+    def check(self, mode: str) -> None:
+        for key in ("methods", "keep_fractions", "splits", "seeds"):
+            values = getattr(self, key)
+            if not values or len(set(values)) < len(values):
+                raise checks.InputError(
+                    f"selection.{key}: expected one or more different values, got {values}."
+                )
+        for method in self.methods:
+            checks.one_of("selection.methods", method, SELECTORS)
+        for keep_fraction in self.keep_fractions:
+            checks.keep_fraction(keep_fraction, "selection.keep_fractions")
+        for split in self.splits:
+            checks.split(split, "selection.splits")
+        for seed in self.seeds:
+            checks.at_least("selection.seeds", seed, 0)
+        for cell in self.cells():
+            check_cell(*cell, mode)
+
+    def cells(self) -> list[tuple[str, float, float | None, int]]:
+        """Returns (method, keep_fraction, split, seed) of every cell; split None where not used."""
+        return [
+            (method, keep_fraction, split, seed)
+            for method in self.methods
+            for keep_fraction in self.keep_fractions
+            for split in (self.splits if SELECTORS[method].has_split else (None,))
+            for seed in self.seeds
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    mode: str = _setting("default", "default, or official: the released code's quirks")
+    seed: int = _setting(0, "seed of random masking and augmentation")
+    stages: tuple[str, ...] = _setting(STAGES, f"what to run, out of {', '.join(STAGES)}")
+    dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
+    encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
+    probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Config:
+        """Returns the checked configuration, mode-dependent defaults filled in.
+
+        Raises:
+          ValueError: naming the key, on an unknown key, a wrong type or a value out of range.
+        """
+        config = _build(cls, dict(values), "")
+        config.check()
+        if config.probe.schedule is not None:
+            return config
+        schedule = SCHEDULE_OF_MODE[config.mode]
+        probe = dataclasses.replace(config.probe, schedule=schedule)
+        return dataclasses.replace(config, probe=probe)
+
+    def check(self) -> None:
+        checks.mode(self.mode)
+        checks.at_least("seed", self.seed, 0)
+        if not self.stages:
+            raise checks.InputError(f"stages: expected one or more of {', '.join(STAGES)}.")
+        for stage in self.stages:
+            checks.one_of("stages", stage, STAGES)
+        if "score" in self.stages:
+            self.dataset.check()
+            self.encoder.check()
+        self.probe.check()
+        self.selection.check(self.mode)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested dictionaries of plain values."""
+        return dataclasses.asdict(self)
+
+
+def default_config() -> ConfigDict:
+    """Returns all defaults as a locked ConfigDict, for configuration files to build on."""
+    config = ConfigDict(_defaults(Config))
+    config.lock()
+    return config
+
+
+def describe() -> str:
+    """Returns one line per key: name, default, meaning."""
+    rows = [(f"--config.{key}", repr(default), doc) for key, default, doc in _keys(Config, "")]
+    width = max(len(name) for name, _, _ in rows)
+    lines = []
+    for name, default, doc in rows:
+        shown = default if len(default) <= 24 else default[:21] + "..."
+        lines.append(f"  {name:<{width}}  {shown:<24}  {doc}")
+    return "\n".join(lines)
+
+
+def known_keys() -> list[str]:
+    """Returns every key, dotted."""
+    return [key for key, _, _ in _keys(Config, "")]
+
+
+def _keys(section: Any, prefix: str) -> list[tuple[str, Any, str]]:
+    rows = []
+    for field, kind in _fields(section):
+        if dataclasses.is_dataclass(kind):
+            rows += _keys(kind, f"{prefix}{field.name}.")
+        else:
+            rows.append((f"{prefix}{field.name}", field.default, field.metadata["doc"]))
+    return rows
+
+
+def _fields(section: Any) -> list[tuple[dataclasses.Field, Any]]:
+    kinds = typing.get_type_hints(section)
+    return [(field, kinds[field.name]) for field in dataclasses.fields(section)]
+
+
+def _defaults(section: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field, kind in _fields(section):
+        if dataclasses.is_dataclass(kind):
+            values[field.name] = _defaults(kind)
+        elif typing.get_origin(kind) in (typing.Union, types.UnionType):
+            # of any type for ConfigDict: `_convert` checks it, and reads the command line's text
+            values[field.name] = config_dict.FieldReference(field.default, field_type=object)
+        else:
+            values[field.name] = field.default
+    return values
+
+
+def _build(section: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    fields = dict((field.name, kind) for field, kind in _fields(section))
+    arguments = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            checks.one_of(f"configuration key {name!r}", name, [f"{prefix}{k}" for k in fields])
+        kind = fields[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, (Mapping, ConfigDict)):
+                raise checks.InputError(f"{name}: expected a group of settings, got {value!r}.")
+            arguments[key] = _build(kind, dict(value), f"{name}.")
+        else:
+            arguments[key] = _convert(name, kind, value)
+    return section(**arguments)
+
+
+def _convert(name: str, kind: Any, value: Any) -> Any:
+    """Returns `value` as `kind`; text is read where the kind is not text alone."""
+    origin, choices = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value in (None, "None") and type(None) in choices:
+            return None
+        others = [choice for choice in choices if choice is not type(None)]
+        for choice in sorted(others, key=lambda choice: choice is str):  # text fits anything: last
+            try:
+                return _convert(name, choice, value)
+            except checks.InputError:
+                continue
+    elif origin is tuple:
+        if isinstance(value, str):
+            value = _literal(value)
+        if isinstance(value, (int, float, str)):
+            value = (value,)
+        if isinstance(value, (tuple, list)):
+            return tuple(_convert(name, choices[0], item) for item in value)
+    elif kind is str and isinstance(value, str):
+        return value
+    elif kind in (int, float, bool):
+        read = _literal(value) if isinstance(value, str) else value
+        if type(read) is kind:
+            return read
+        if kind is float and type(read) is int:
+            return float(read)
+    expected = kind.__name__ if isinstance(kind, type) and origin is None else kind
+    raise checks.InputError(f"{name}: expected {expected}, got {value!r}.")
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,37 @@
+"""Arrays and lists already in memory as a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dlc_jax.datasets.labels import encode_labels, stable_ids
+from dlc_jax.types import Dataset
+
+
+def array_dataset(
+    images: Sequence[bytes | np.ndarray] | np.ndarray,
+    labels: Sequence | np.ndarray,
+    ids: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
+    name: str = "arrays",
+) -> Dataset:
+    """Wraps images in memory.
+
+    Args:
+      images: Encoded bytes, or uint8 arrays [h, w, 3], [h, w, 1] or [h, w]; one array [n, ...] too.
+      labels: [n] strings or integers.
+      ids: [n] unique names; None takes a hash of the content.
+      class_names: Name of label 0, 1, ...; None takes the labels themselves.
+      name: For messages.
+    Raises:
+      ValueError: lengths that differ, duplicate ids, a label without a class name.
+    """
+    values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
+    encoded = encode_labels(values, class_names, name)
+    if ids is None:
+        unique = stable_ids([None] * len(images), images)
+    else:
+        unique = np.asarray(ids, dtype=np.str_)
+    return Dataset(images, encoded.ids, unique, encoded.class_names, name, encoded.table)

@@ -1,0 +1,68 @@
+"""`folder:` one sub-folder of images per class."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+
+from dlc_jax import checks
+from dlc_jax.types import Dataset
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, position: int) -> bytes:
+        return self.paths[position].read_bytes()
+
+
+def load_folder(where: str) -> Dataset:
+    """Loads `<root>/<class name>/**/<image>`; classes and images in sorted order, hidden ones not.
+
+    Raises:
+      ValueError: no such folder, no sub-folder, or a class without an image.
+    """
+    root = Path(where).expanduser()
+    if not root.is_dir():
+        raise checks.InputError(f"folder:{where}: no such folder.")
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
+    if not classes:
+        raise checks.InputError(
+            f"folder:{where}: expected one sub-folder of images per class, found none."
+        )
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        images = _images_below(root / name)
+        if not images:
+            raise checks.InputError(
+                f"folder:{where}: class {name!r} has no image (looked for {', '.join(SUFFIXES)}). "
+                "Add images or remove the folder."
+            )
+        paths += images
+        labels += [label] * len(images)
+    ids = np.asarray([path.relative_to(root).as_posix() for path in paths], dtype=np.str_)
+    return Dataset(
+        _Files(tuple(paths)), np.asarray(labels, np.int32), ids, tuple(classes), f"folder:{where}"
+    )
+
+
+def _images_below(folder: Path) -> list[Path]:
+    found = []
+    for parent, _, names in os.walk(folder, followlinks=True):
+        found += [
+            Path(parent) / name
+            for name in names
+            if name[0] != "." and name.lower().endswith(SUFFIXES)
+        ]
+    return sorted(found)

@@ -1,0 +1,79 @@
+"""Labels as sources give them -> class ids 0..c-1, and stable ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dlc_jax import checks
+from dlc_jax.types import ImageSource
+
+
+class Labels(NamedTuple):
+    """Class ids [n] int32, a name per class, and original -> class id where they were remapped."""
+
+    ids: np.ndarray
+    class_names: tuple[str, ...]
+    table: dict[int, int] | None
+
+
+def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: str) -> Labels:
+    """Turns string or integer labels into class ids.
+
+    Strings become the ranks of their sorted names. Integers stay where the source names its
+    classes; without names, integers that are not 0..c-1 are remapped in ascending order.
+
+    Raises:
+      ValueError: a missing label, another type, or an integer without a class name.
+    """
+    missing = [i for i, value in enumerate(values) if value is None]
+    if missing:
+        raise checks.InputError(
+            f"{where}: {len(missing)} samples have no label, first at row {missing[0]}."
+        )
+    if all(isinstance(value, str) for value in values):
+        names = tuple(sorted(set(values)))
+        rank = {name: index for index, name in enumerate(names)}
+        return Labels(np.array([rank[value] for value in values], np.int32), names, None)
+    array = np.asarray(values)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise checks.InputError(
+            f"{where}: labels must be integers or strings, found {array.dtype} "
+            f"(first: {values[0]!r})."
+        )
+    if class_names is not None:
+        bad = np.flatnonzero((array < 0) | (array >= len(class_names)))
+        if bad.size:
+            raise checks.InputError(
+                f"{where}: row {bad[0]} has label {array[bad[0]]}, but the source names "
+                f"{len(class_names)} classes (0..{len(class_names) - 1})."
+            )
+        return Labels(array.astype(np.int32), tuple(class_names), None)
+    found, ids = np.unique(array, return_inverse=True)
+    names = tuple(str(value) for value in found)
+    if np.array_equal(found, np.arange(len(found))):
+        return Labels(ids.astype(np.int32), names, None)
+    table = {int(value): index for index, value in enumerate(found)}
+    return Labels(ids.astype(np.int32), names, table)
+
+
+def stable_ids(names: Sequence[str | None], images: ImageSource) -> np.ndarray:
+    """Returns the names where all are present and unique, else hashes of the images' content.
+
+    Images of equal content are told apart by a running number behind the hash.
+    """
+    if all(names) and len(set(names)) == len(names):
+        return np.asarray(names, dtype=np.str_)
+    seen: Counter[str] = Counter()
+    ids = []
+    for position in range(len(images)):
+        image = images[position]
+        content = image.tobytes() if isinstance(image, np.ndarray) else image
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        ids.append(f"{digest}-{seen[digest]}" if seen[digest] else digest)
+        seen[digest] += 1
+    return np.asarray(ids, dtype=np.str_)

@@ -1,0 +1,154 @@
+"""Encoders in Flax NNX, by name, with weights from timm checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from flax import nnx
+
+from dlc_jax import checks
+from dlc_jax.encoders import resnet, vit
+from dlc_jax.encoders.encoder import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    POOLINGS,
+    Encoder,
+    apply_module,
+    normalise,
+    pool,
+)
+from dlc_jax.encoders.weights import assign, read_checkpoint
+
+__all__ = ["ENCODERS", "POOLINGS", "Encoder", "load_encoder", "normalise", "pool"]
+
+
+class Architecture(NamedTuple):
+    """How to build an encoder for a checkpoint and read the checkpoint's names.
+
+    Attributes:
+      build: Tensor shapes by torch name -> the module; sizes a checkpoint decides are read there.
+      image_size: Tensor shapes by torch name -> the only image size it takes, or None.
+      names, ignored: See `weights.assign`.
+      is_prunable: See `Encoder`.
+      mean, std: timm's default normalisation, for checkpoints without a `config.json`.
+    """
+
+    build: Callable[[Mapping[str, tuple[int, ...]]], nnx.Module]
+    image_size: Callable[[Mapping[str, tuple[int, ...]]], int | None]
+    names: tuple[tuple[str, str], ...]
+    ignored: tuple[str, ...]
+    is_prunable: Callable[[str], bool]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _build_resnet(size: resnet.ResNetSize, shapes: Mapping[str, tuple[int, ...]]) -> nnx.Module:
+    width = shapes.get("conv1.weight", (64,))[0]
+    return resnet.ResNet(size, width, rngs=nnx.Rngs(0))
+
+
+def _vit_patches(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    shape = shapes.get("pos_embed", ())
+    num_patches = shape[1] - 1 if len(shape) == 3 else 196
+    return num_patches if math.isqrt(num_patches) ** 2 == num_patches else 196
+
+
+def _build_vit(size: vit.ViTSize, shapes: Mapping[str, tuple[int, ...]]) -> nnx.Module:
+    return vit.ViT(size, _vit_patches(shapes), rngs=nnx.Rngs(0))
+
+
+def _vit_image_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return math.isqrt(_vit_patches(shapes)) * vit.PATCH_SIZE
+
+
+ENCODERS: dict[str, Architecture] = {
+    **{
+        name: Architecture(
+            functools.partial(_build_resnet, size),
+            lambda shapes: None,
+            resnet.NAMES,
+            resnet.IGNORED,
+            resnet.is_prunable,
+            IMAGENET_MEAN,
+            IMAGENET_STD,
+        )
+        for name, size in resnet.SIZES.items()
+    },
+    **{
+        name: Architecture(
+            functools.partial(_build_vit, size),
+            _vit_image_size,
+            vit.NAMES,
+            vit.IGNORED,
+            vit.is_prunable,
+            (0.5, 0.5, 0.5),
+            (0.5, 0.5, 0.5),
+        )
+        for name, size in vit.SIZES.items()
+    },
+}
+
+
+def load_encoder(
+    name: str,
+    weights: str,
+    *,
+    pooling: str | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Encoder:
+    """Loads a pre-trained encoder, without its classifier.
+
+    Args:
+      name: `resnet18`, `resnet34`, `resnet50`, `vit_small_patch16_224` or `vit_base_patch16_224`.
+      weights: A hub id (`timm/resnet18.tv_in1k`), a `.safetensors` file, a folder with
+        `model.safetensors` and `config.json`, or `demo:resnet18`, the bundled one.
+      pooling: See `Encoder`; None leaves it to the mode.
+      mean, std: Normalisation of RGB in [0, 1]; None reads it from the checkpoint's `config.json`
+        (`pretrained_cfg`), or takes the architecture's default where there is no such file.
+    Raises:
+      ValueError: an unknown name, weights not found, or a checkpoint that does not fit; every
+        entry without a place, parameter without an entry and wrong shape is listed.
+    """
+    checks.one_of("encoder.name", name, ENCODERS)
+    if (mean is None) != (std is None):
+        raise checks.InputError("encoder: give both mean and std, or neither.")
+    architecture = ENCODERS[name]
+    checkpoint = read_checkpoint(weights)
+    shapes = {entry: tensor.shape for entry, tensor in checkpoint.tensors.items()}
+    module = nnx.eval_shape(lambda: architecture.build(shapes))
+    graph, state = nnx.split(module)
+    try:
+        params = assign(
+            checkpoint, nnx.to_pure_dict(state), architecture.names, architecture.ignored
+        )
+    except checks.InputError as error:
+        stated = checkpoint.config.get("architecture")
+        hint = f" (its config.json says {stated!r})" if stated and stated != name else ""
+        raise checks.InputError(
+            f"encoder.weights: {weights!r} does not fit {name!r}{hint}: {error}"
+        ) from error
+    normalisation = "explicit"
+    if mean is None or std is None:
+        mean, std, normalisation = _normalisation(architecture, checkpoint.config)
+    return Encoder(
+        params=params,
+        apply=functools.partial(apply_module, graph),
+        is_prunable=architecture.is_prunable,
+        name=name,
+        mean=tuple(mean),
+        std=tuple(std),
+        normalisation=normalisation,
+        pooling=pooling,
+        image_size=architecture.image_size(shapes),
+    )
+
+
+def _normalisation(architecture: Architecture, config: dict) -> tuple[tuple, tuple, str]:
+    stated = config.get("pretrained_cfg", config)
+    if "mean" in stated and "std" in stated:
+        return tuple(stated["mean"]), tuple(stated["std"]), "checkpoint"
+    return architecture.mean, architecture.std, "architecture"

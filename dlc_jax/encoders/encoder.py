@@ -1,0 +1,138 @@
+"""A pre-trained network as a function of its parameters, and what the probes need to know."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dlc_jax import checks
+from dlc_jax.types import Params, by_path
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# What `Encoder.pooling` may ask for.
+POOLINGS = ("mean", "cls", "scalar")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoder:
+    """An encoder: parameters, a pure function of them, and which of them probes may zero.
+
+    Bring your own network as `Encoder(params, apply, is_prunable)`, or an NNX module with
+    `Encoder.from_module(module, is_prunable)`.
+
+    Attributes:
+      params: Pytree of arrays.
+      apply: `apply(params, images)` with normalised images [b, s, s, 3] gives features [b, d],
+        a feature map [b, h, w, d] or tokens [b, t, d]; maps and tokens are pooled.
+      is_prunable: Tells by path (`layer1/0/conv1/kernel`) whether probes may zero that parameter.
+      name: For messages and provenance.
+      mean, std: Normalisation of RGB in [0, 1].
+      normalisation: Where mean and std come from: `explicit`, `checkpoint` or `architecture`.
+      pooling: `mean` over positions or tokens, `cls`, the first token, or `scalar`, the mean over
+        tokens and features that the released code takes for ViTs. None: `mean`, or what the
+        released code does in official mode.
+      image_size: The only image size the encoder takes, in pixels; None if it takes any.
+    """
+
+    params: Params
+    apply: Callable[[Params, Array], Array]
+    is_prunable: Callable[[str], bool]
+    name: str = "custom"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    normalisation: str = "explicit"
+    pooling: str | None = None
+    image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling is not None:
+            checks.one_of("encoder.pooling", self.pooling, POOLINGS)
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not np.all(np.isfinite(values)):
+                raise checks.InputError(
+                    f"encoder.{name}: expected three finite numbers, got {values}."
+                )
+        if min(self.std) <= 0:
+            raise checks.InputError(f"encoder.std: must be positive, got {self.std}.")
+        for path, leaf in by_path(self.params).items():
+            if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
+                raise checks.InputError(
+                    f"encoder {self.name}: parameter {path} has values that are NaN or infinite."
+                )
+
+    @classmethod
+    def from_module(
+        cls, module: nnx.Module, is_prunable: Callable[[str], bool], **fields
+    ) -> Encoder:
+        """Wraps an NNX module that maps normalised images to features, a map or tokens.
+
+        The module is taken as it is, put into evaluation mode.
+        """
+        module.eval()
+        graph, state = nnx.split(module)
+        return cls(
+            nnx.to_pure_dict(state), functools.partial(apply_module, graph), is_prunable, **fields
+        )
+
+    def for_mode(self, mode: str) -> Encoder:
+        """Returns the encoder with what `mode` decides filled in; explicit choices stay.
+
+        `official`: ImageNet normalisation for every encoder (Q11), ViT tokens pooled to one
+        scalar per image (Q2).
+        """
+        checks.mode(mode)
+        if mode == "default":
+            return dataclasses.replace(self, pooling=self.pooling or "mean")
+        changes: dict = {"pooling": self.pooling or "scalar"}
+        if self.normalisation != "explicit":
+            changes.update(mean=IMAGENET_MEAN, std=IMAGENET_STD, normalisation="official")
+        return dataclasses.replace(self, **changes)
+
+    def check_image_size(self, image_size: int) -> None:
+        """Raises ValueError if the encoder does not take images of this size."""
+        checks.at_least("encoder.image_size", image_size, 8)
+        if self.image_size is not None and image_size != self.image_size:
+            raise checks.InputError(
+                f"encoder.image_size: {self.name} takes images of {self.image_size} px only, "
+                f"got {image_size}."
+            )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over name, normalisation, pooling and every parameter."""
+        head = (self.name, self.mean, self.std, self.pooling)
+        digest = hashlib.sha256(repr(head).encode())
+        for path, leaf in by_path(self.params).items():
+            digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
+
+
+def apply_module(graph: nnx.GraphDef, params: Params, images: Array) -> Array:
+    """Runs the module with this structure and these parameters."""
+    return nnx.merge(graph, nnx.State(params))(images)
+
+
+def pool(output: Float[Array, "b *positions d"], pooling: str) -> Float[Array, "b e"]:
+    """Pools a feature map or token sequence to one vector per image; vectors pass through."""
+    if output.ndim == 2:
+        return output
+    if output.ndim == 4:  # a feature map: the released code's pooling is right for these
+        return output.mean(axis=(1, 2))
+    if pooling == "scalar":
+        return output.mean(axis=(1, 2))[:, None]
+    return output[:, 0] if pooling == "cls" else output.mean(axis=1)
+
+
+def normalise(images: Array, mean: tuple, std: tuple) -> Float[Array, "b s s 3"]:
+    """Returns (images / 255 - mean) / std as float32, for uint8 images on the device."""
+    scaled = images.astype(jnp.float32) / 255
+    return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)

@@ -1,0 +1,62 @@
+"""Convolution and pooling with torch's semantics, NHWC, fast on CPU and accelerators."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+# Up to this many output positions (4 x 4) XLA's CPU convolution loses to one matmul over gathered
+# patches, at 2 x 2 by a factor of 90 (BUILD_NOTES, "Convolution on CPU").
+_MAX_MATMUL_POSITIONS = 16
+
+
+class Conv(nnx.Module):
+    """Bias-free convolution with symmetric padding; kernel [h, w, in, out]."""
+
+    def __init__(
+        self, in_features: int, out_features: int, size: int, stride: int = 1, *, rngs: nnx.Rngs
+    ):
+        init = nnx.initializers.he_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, in_features, out_features)))
+        self.stride = stride
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
+        return conv2d(x, self.kernel[...], self.stride)
+
+
+def conv2d(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int
+) -> Float[Array, "b oh ow o"]:
+    """Convolves with padding k // 2 on every side, as the convolutions of a ResNet do.
+
+    On CPU, 1 x 1 kernels and small outputs run as matmuls, same sums in another order.
+    """
+    size = kernel.shape[0]
+    out_h, out_w = (-(-length // stride) for length in x.shape[1:3])
+    if jax.default_backend() == "cpu" and (size == 1 or out_h * out_w <= _MAX_MATMUL_POSITIONS):
+        return _conv2d_as_matmul(x, kernel, stride, out_h, out_w)
+    padding = [(size // 2, size // 2)] * 2
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _conv2d_as_matmul(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int, out_h: int, out_w: int
+) -> Float[Array, "b oh ow o"]:
+    size, _, _, out_features = kernel.shape
+    pad = size // 2
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    patches = [
+        x[:, i : i + (out_h - 1) * stride + 1 : stride, j : j + (out_w - 1) * stride + 1 : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, out_features)
+
+
+def max_pool(x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow i"]:
+    """3 x 3 maximum, stride 2, padding 1."""
+    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

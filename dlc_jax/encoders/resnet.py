@@ -1,0 +1,120 @@
+"""ResNet-18, -34 and -50 without the classifier, as torchvision and timm define them.
+
+Source: He et al. 2016, arXiv 1512.03385; stride on the 3 x 3 convolution of a bottleneck.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dlc_jax.encoders.layers import Conv, max_pool
+
+_EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetSize:
+    """Blocks per stage, and whether blocks are bottlenecks (1-3-1, four times wider outside)."""
+
+    depths: tuple[int, ...]
+    bottleneck: bool
+
+
+SIZES = {
+    "resnet18": ResNetSize((2, 2, 2, 2), bottleneck=False),
+    "resnet34": ResNetSize((3, 4, 6, 3), bottleneck=False),
+    "resnet50": ResNetSize((3, 4, 6, 3), bottleneck=True),
+}
+
+
+def _batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    return nnx.BatchNorm(
+        features, use_running_average=True, momentum=0.9, epsilon=_EPSILON, rngs=rngs
+    )
+
+
+class Downsample(nnx.Module):
+    """The 1 x 1 convolution on a shortcut that changes shape."""
+
+    def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
+        self.conv = Conv(in_features, out_features, 1, stride, rngs=rngs)
+        self.bn = _batch_norm(out_features, rngs)
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
+        return self.bn(self.conv(x))
+
+
+class Block(nnx.Module):
+    """A residual block; `widths` are (in, inner, out)."""
+
+    def __init__(
+        self, widths: tuple[int, int, int], stride: int, bottleneck: bool, *, rngs: nnx.Rngs
+    ):
+        before, inner, after = widths
+        if bottleneck:
+            self.conv1 = Conv(before, inner, 1, rngs=rngs)
+            self.conv2 = Conv(inner, inner, 3, stride, rngs=rngs)
+            self.conv3 = Conv(inner, after, 1, rngs=rngs)
+            self.bn3 = _batch_norm(after, rngs)
+        else:
+            self.conv1 = Conv(before, inner, 3, stride, rngs=rngs)
+            self.conv2 = Conv(inner, after, 3, rngs=rngs)
+        self.bn1 = _batch_norm(inner, rngs)
+        self.bn2 = _batch_norm(inner, rngs)
+        self.bottleneck = bottleneck
+        self.reshapes = stride != 1 or before != after
+        if self.reshapes:
+            self.downsample = Downsample(before, after, stride, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
+        shortcut = self.downsample(x) if self.reshapes else x
+        x = jax.nn.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        if self.bottleneck:
+            x = self.bn3(self.conv3(jax.nn.relu(x)))
+        return jax.nn.relu(x + shortcut)
+
+
+class ResNet(nnx.Module):
+    """Normalised images to the last feature map; any width, any input size."""
+
+    def __init__(self, size: ResNetSize, width: int = 64, *, rngs: nnx.Rngs):
+        self.conv1 = Conv(3, width, 7, 2, rngs=rngs)
+        self.bn1 = _batch_norm(width, rngs)
+        before = width
+        for stage, depth in enumerate(size.depths):
+            inner = width * 2**stage
+            after = inner * (4 if size.bottleneck else 1)
+            blocks = []
+            for index in range(depth):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(Block((before, inner, after), stride, size.bottleneck, rngs=rngs))
+                before = after
+            setattr(self, f"layer{stage + 1}", nnx.List(blocks))
+        self.num_stages = len(size.depths)
+
+    def __call__(self, images: Float[Array, "b s s 3"]) -> Float[Array, "b h w d"]:
+        x = max_pool(jax.nn.relu(self.bn1(self.conv1(images))))
+        for stage in range(self.num_stages):
+            for block in getattr(self, f"layer{stage + 1}"):
+                x = block(x)
+        return x
+
+
+# torch name -> path here; the head is not part of an encoder.
+NAMES = (
+    (r"(.*\.|)(conv\d)\.weight", r"\1\2.kernel"),
+    (r"(.*)\.downsample\.0\.weight", r"\1.downsample.conv.kernel"),
+    (r"(.*)\.downsample\.1\.(\w+)", r"\1.downsample.bn.\2"),
+    (r"(.*\.|)(bn\d)\.(\w+)", r"\1\2.\3"),
+)
+IGNORED = (r"fc\.(weight|bias)", r".*\.num_batches_tracked")
+
+
+def is_prunable(path: str) -> bool:
+    """Every convolution kernel, stem and down-sampling included."""
+    return path.endswith("kernel")

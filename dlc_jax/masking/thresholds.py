@@ -1,0 +1,104 @@
+"""A probe as a threshold on importance: exact counts, ties broken by position.
+
+The masks of a path are nested, so one number tells a masked network apart from the next. Where
+several weights share the importance at the threshold, a position tells which of them go; without
+it the count would miss by thousands on half-precision checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int, Real
+
+from dlc_jax.masking.importance import Importance
+from dlc_jax.types import Params, by_path, path_name
+
+
+class Thresholds(NamedTuple):
+    """m probes; leaf l keeps a weight if importance > value, or = value and position >= cutoff.
+
+    Attributes:
+      value: [m] importance at the threshold, of the importance's dtype.
+      cutoff: [m, leaves] first kept position among the ties, within each prunable leaf, int32.
+    """
+
+    value: Real[np.ndarray, " m"] | Real[jax.Array, "*m"]
+    cutoff: Int[np.ndarray, "m leaves"] | Int[jax.Array, "*m leaves"]
+
+
+def exact_thresholds(
+    params: Params, prunable: tuple[str, ...], importance: Importance, counts: np.ndarray
+) -> Thresholds:
+    """Returns thresholds that zero exactly `counts[k]` weights, over all prunable leaves together.
+
+    Ties go by position: leaves in the order of `prunable`, row-major within a leaf, first goes
+    first. One sort on the host, whatever the number of probes.
+
+    Args:
+      params: The encoder's parameters.
+      prunable: Paths of the prunable leaves.
+      importance: From `weight_importance`.
+      counts: [m] weights to zero, each in [0, N).
+    """
+    leaves = by_path(params)
+    sizes = [int(np.prod(leaves[path].shape)) for path in prunable]
+    flat = np.concatenate(
+        [
+            np.abs(np.asarray(leaves[path], np.float32)).ravel()
+            if importance is None
+            else importance[path].ravel()
+            for path in prunable
+        ]
+    )
+    ascending = np.sort(flat)
+    values = ascending[counts]
+    num_tied = counts - np.searchsorted(ascending, values, side="left")
+    first_kept = np.array(
+        [
+            np.flatnonzero(flat == value)[tied] if tied else 0
+            for value, tied in zip(values, num_tied, strict=True)
+        ],
+        np.int64,
+    )
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    cutoff = np.clip(first_kept[:, None] - starts, 0, sizes).astype(np.int32)
+    return Thresholds(values, cutoff)
+
+
+def keep_mask(
+    importance: Real[jax.Array, "*shape"], value: Real[jax.Array, ""], cutoff: Int[jax.Array, ""]
+) -> Bool[jax.Array, "*shape"]:
+    """Returns which weights of one leaf a probe keeps."""
+    position = jax.lax.iota(jnp.int32, importance.size).reshape(importance.shape)
+    return (importance > value) | ((importance == value) & (position >= cutoff))
+
+
+def masked(
+    params: Params, prunable: tuple[str, ...], importance: Importance, threshold: Thresholds
+) -> Params:
+    """Returns the parameters with one probe's weights zeroed; traceable, keeps dtypes.
+
+    Args:
+      params: The encoder's parameters.
+      prunable: Paths of the prunable leaves.
+      importance: From `weight_importance`, as arrays on the device.
+      threshold: One probe: `value` scalar, `cutoff` [leaves].
+    """
+    place = {path: index for index, path in enumerate(prunable)}
+
+    def mask_leaf(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = path_name(path)
+        if name not in place:
+            return leaf
+        matters = jnp.asarray(
+            jnp.abs(leaf).astype(jnp.float32) if importance is None else importance[name]
+        )
+        cutoff = jnp.asarray(threshold.cutoff)[place[name]]
+        keep = keep_mask(matters, jnp.asarray(threshold.value), cutoff)
+        return jnp.where(keep, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree_util.tree_map_with_path(mask_leaf, params)

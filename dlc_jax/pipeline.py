@@ -1,0 +1,246 @@
+"""The stages in order; what is on disk and still valid is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import dlc_jax
+from dlc_jax import artefacts, reports
+from dlc_jax.artefacts import ScoredSamples
+from dlc_jax.config import Config
+from dlc_jax.datasets import load_dataset
+from dlc_jax.encoders import Encoder, load_encoder
+from dlc_jax.probes import probe
+from dlc_jax.scores import SCORES, score
+from dlc_jax.selection import select
+from dlc_jax.types import Dataset, ProbeLosses, Selection
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "pyarrow", "safetensors")
+# Settings that change speed and memory, but not what comes out.
+_SPEED_ONLY = ("batch_size", "chunk")
+
+
+def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> None:
+    """Runs `config.stages` and leaves their artefacts in the work directory.
+
+    Args:
+      config: Checked configuration.
+      workdir: Made if need be.
+      echo: Takes each line meant for the user.
+    Raises:
+      ValueError: anything wrong with the work directory, data, encoder or configuration.
+    """
+    artefacts.prepare_workdir(workdir)
+    artefacts.write_json(workdir / artefacts.CONFIG, config.to_dict())
+    if "score" in config.stages:
+        _score(config, workdir, echo)
+    samples = artefacts.read_scores(workdir)
+    shown = None
+    if "select" in config.stages:
+        shown = _select(config, workdir, samples, echo)
+    _summarise(workdir, samples, shown, echo)
+
+
+def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+    start = time.perf_counter()
+    settings = config.encoder
+    encoder = load_encoder(
+        settings.name,
+        settings.weights,
+        pooling=settings.pooling,
+        mean=settings.mean,
+        std=settings.std,
+    )
+    encoder.check_image_size(settings.image_size)
+    dataset = load_dataset(config.dataset.train)
+    inputs = _score_inputs(config, dataset, encoder)
+    if _is_done(workdir, "score", inputs):
+        echo("score: unchanged, not run again")
+        return
+    echo(
+        f"score: {len(dataset)} samples of {dataset.num_classes} classes, "
+        f"{config.probe.num_probes} probes of {encoder.name} on {jax.default_backend()}"
+    )
+    probes = probe(
+        encoder,
+        dataset,
+        image_size=settings.image_size,
+        on_corrupt=config.dataset.on_corrupt,
+        seed=config.seed,
+        mode=config.mode,
+        progress=True,
+        **config.to_dict()["probe"],
+    )
+    _write_scores(workdir, dataset, probes)
+    paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(artefacts.PICTURE)]
+    facts = {
+        "dataset": _dataset_facts(dataset, probes),
+        "encoder": _encoder_facts(encoder.for_mode(config.mode), settings.weights),
+    }
+    _record(workdir, "score", inputs, paths, time.perf_counter() - start, facts)
+
+
+def _write_scores(workdir: Path, dataset: Dataset, probes: ProbeLosses) -> None:
+    scores = {name: score(probes, method=name) for name in SCORES}
+    artefacts.write_losses(
+        workdir,
+        losses=probes.losses,
+        sparsity=probes.sparsity,
+        labels=probes.labels,
+        ids=probes.ids,
+    )
+    samples = ScoredSamples(probes.ids, probes.labels, probes.class_names, scores)
+    artefacts.write_scores(workdir, samples)
+    positions = np.flatnonzero(np.isin(dataset.ids, probes.ids))
+    picture = reports.easiest_hardest(dataset, positions, scores["dlc"])
+    with artefacts.atomic(workdir / artefacts.PICTURE) as file:
+        picture.save(file, "PNG", optimize=True)
+
+
+def _select(
+    config: Config, workdir: Path, samples: ScoredSamples, echo: Callable[[str], None]
+) -> Selection:
+    """Writes every cell; returns the one the summary shows, the middle one of the first method."""
+    start = time.perf_counter()
+    cells = config.selection.cells()
+    inputs = _hash({"scores": samples.fingerprint, "mode": config.mode, "cells": cells})
+    shown = cells[(len(cells) // len(config.selection.methods)) // 2]
+    done = _is_done(workdir, "select", inputs)
+    paths, selections = [], {}
+    for cell in [shown] if done else cells:
+        method, keep_fraction, split, seed = cell
+        selections[cell] = select(
+            samples.scores["dlc"],
+            samples.labels,
+            method=method,
+            keep_fraction=keep_fraction,
+            split=split,
+            seed=seed,
+            mode=config.mode,
+        )
+        if not done:
+            paths += artefacts.write_selection(workdir, selections[cell], samples)
+    if done:
+        echo("select: unchanged, not run again")
+    else:
+        _record(workdir, "select", inputs, paths, time.perf_counter() - start, {})
+        echo(f"select: {len(cells)} selections written")
+    return selections[shown]
+
+
+def _summarise(
+    workdir: Path, samples: ScoredSamples, shown: Selection | None, echo: Callable[[str], None]
+) -> None:
+    indices = None
+    echo("")
+    if shown is not None:
+        indices = shown.indices
+        cell = artefacts.cell_name(shown.keep_fraction, shown.split, shown.seed)
+        echo(f"kept as in selections/{shown.method}/{cell}:")
+    echo(
+        reports.class_table(
+            samples.class_names, samples.labels, samples.scores["dlc"], samples.ids, indices
+        )
+    )
+    echo("")
+    sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
+    singles = [samples.class_names[j] for j in np.flatnonzero(sizes == 1)]
+    if singles:
+        echo(f"classes of one sample (in mode 'default' always kept): {', '.join(singles)}")
+    if shown is not None:
+        lost = [samples.class_names[j] for j in np.flatnonzero(shown.num_kept_per_class == 0)]
+        if lost:
+            echo(f"classes with nothing kept in this cell: {', '.join(lost)}")
+    provenance = artefacts.read_json(workdir / artefacts.PROVENANCE)
+    skipped = provenance.get("dataset", {}).get("skipped", {})
+    if skipped:
+        echo(f"unreadable samples left out: {len(skipped)}, listed in {artefacts.PROVENANCE}")
+    seconds = {name: stage["seconds"] for name, stage in provenance.get("stages", {}).items()}
+    echo("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    echo(f"files: {workdir}/ ({artefacts.SCORES}, {artefacts.PICTURE}, selections/)")
+
+
+def _score_inputs(config: Config, dataset: Dataset, encoder: Encoder) -> str:
+    settings = config.to_dict()
+    probe_settings = {k: v for k, v in settings["probe"].items() if k not in _SPEED_ONLY}
+    return _hash(
+        {
+            "version": dlc_jax.__version__,
+            "mode": config.mode,
+            "seed": config.seed,
+            "probe": probe_settings,
+            "image_size": config.encoder.image_size,
+            "on_corrupt": config.dataset.on_corrupt,
+            "dataset": dataset.fingerprint,
+            "encoder": encoder.for_mode(config.mode).fingerprint,
+        }
+    )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _is_done(workdir: Path, stage: str, inputs: str) -> bool:
+    """Whether the stage ran on the same inputs and its files are as it left them."""
+    record = artefacts.read_json(workdir / artefacts.PROVENANCE).get("stages", {}).get(stage)
+    return (
+        record is not None
+        and record["inputs"] == inputs
+        and artefacts.are_intact(workdir, record["outputs"])
+    )
+
+
+def _record(
+    workdir: Path, stage: str, inputs: str, paths: list[Path], seconds: float, facts: dict
+) -> None:
+    path = workdir / artefacts.PROVENANCE
+    provenance = artefacts.read_json(path)
+    provenance.update(facts)
+    provenance["versions"] = {
+        "dlc_jax": dlc_jax.__version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _PACKAGES},
+    }
+    provenance["devices"] = [f"{device.platform} {device.device_kind}" for device in jax.devices()]
+    provenance.setdefault("stages", {})[stage] = {
+        "inputs": inputs,
+        "seconds": round(seconds, 3),
+        "outputs": artefacts.file_hashes(workdir, paths),
+    }
+    artefacts.write_json(path, provenance)
+
+
+def _dataset_facts(dataset: Dataset, probes: ProbeLosses) -> dict[str, Any]:
+    sizes = np.bincount(probes.labels, minlength=dataset.num_classes)
+    return {
+        "source": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "num_samples": len(dataset),
+        "num_classes": dataset.num_classes,
+        "skipped": probes.skipped,
+        "label_table": dataset.label_table,
+        "single_sample_classes": [dataset.class_names[j] for j in np.flatnonzero(sizes == 1)],
+    }
+
+
+def _encoder_facts(encoder: Encoder, weights: str) -> dict[str, Any]:
+    return {
+        "name": encoder.name,
+        "weights": weights,
+        "fingerprint": encoder.fingerprint,
+        "mean": encoder.mean,
+        "std": encoder.std,
+        "normalisation": encoder.normalisation,
+        "pooling": encoder.pooling,
+    }

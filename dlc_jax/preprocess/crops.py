@@ -1,0 +1,83 @@
+"""Random crops and flips of a batch, as the released code draws them anew for every probe."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+from PIL import Image
+
+from dlc_jax.preprocess.decode import decode
+from dlc_jax.types import Dataset
+
+_SCALE = (0.08, 1.0)
+_RATIO = (3 / 4, 4 / 3)
+_TRIES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrops:
+    """RandomResizedCrop(image_size) and horizontal flip, drawn from (seed, id, draw).
+
+    The distribution is torchvision's; its generator is not, so the draws differ.
+
+    Attributes:
+      dataset: Where the images come from.
+      image_size: Side of the crop in pixels.
+      seed: Seed of all draws.
+    """
+
+    dataset: Dataset
+    image_size: int
+    seed: int
+
+    def originals(self, positions: Int64[np.ndarray, " b"]) -> list[Image.Image]:
+        """Decodes a batch, so that many draws can be cut from it."""
+        samples = [self.dataset[int(position)] for position in positions]
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda sample: decode(sample.image, sample.id), samples))
+
+    def cut(
+        self, originals: list[Image.Image], positions: Int64[np.ndarray, " b"], draw: int
+    ) -> UInt8[np.ndarray, "b s s 3"]:
+        """Returns draw number `draw` (>= 0) of every image."""
+
+        def one(image: Image.Image, position: int) -> np.ndarray:
+            sample_key = str(self.dataset.ids[position]).encode()
+            generator = np.random.default_rng([self.seed, draw, *sample_key])
+            box = random_box(generator, image.height, image.width)
+            size = (self.image_size, self.image_size)
+            crop = image.crop(box).resize(size, Image.Resampling.BILINEAR)
+            pixels = np.asarray(crop)
+            return pixels[:, ::-1] if generator.random() < 0.5 else pixels
+
+        with ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(one, originals, positions.tolist())))
+
+
+def random_box(
+    generator: np.random.Generator, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """Draws (left, top, right, bottom): area 8 to 100 %, log-uniform aspect ratio 3/4 to 4/3.
+
+    After ten boxes that do not fit, the centre with the nearest allowed ratio.
+    Source: Szegedy et al. 2015, arXiv 1409.4842; torchvision's RandomResizedCrop.
+    """
+    for _ in range(_TRIES):
+        area = height * width * generator.uniform(*_SCALE)
+        ratio = math.exp(generator.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(generator.integers(0, width - w + 1))
+            top = int(generator.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < _RATIO[0]:
+        h = round(width / _RATIO[0])
+    elif width / height > _RATIO[1]:
+        w = round(height * _RATIO[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h

@@ -1,0 +1,66 @@
+"""Decoding, and the evaluation transform: Resize(round(s 256 / 224)), CenterCrop(s)."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from dlc_jax import checks
+
+
+def decode(image: bytes | np.ndarray, sample_id: str) -> Image.Image:
+    """Returns the image as RGB, exactly as PIL's `convert("RGB")` gives it.
+
+    EXIF orientation is not applied and alpha is dropped, as torchvision's loaders do.
+
+    Raises:
+      ValueError: naming the sample, if it is not an image or is truncated.
+    """
+    try:
+        if isinstance(image, np.ndarray):
+            return _from_array(image)
+        with warnings.catch_warnings():
+            # PIL's advice on transparency in palettes; the conversion wanted here ignores it
+            warnings.filterwarnings("ignore", message="Palette images with Transparency")
+            with Image.open(io.BytesIO(image)) as encoded:
+                return encoded.convert("RGB")
+    except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
+        raise checks.InputError(
+            f"sample {sample_id!r} is not a readable image: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _from_array(image: np.ndarray) -> Image.Image:
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
+        raise ValueError(
+            f"expected uint8 [h, w, 3], [h, w, 1] or [h, w], found {image.dtype} {image.shape}"
+        )
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    return Image.fromarray(image).convert("RGB")
+
+
+def resize_and_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "s s 3"]:
+    """Returns the centre of the image, its shorter side scaled to image_size 256 / 224.
+
+    Bilinear with antialiasing; the same pixels as torchvision's Resize and CenterCrop on PIL.
+
+    Args:
+      image: RGB.
+      image_size: s, in pixels.
+    """
+    side = round(image_size * 256 / 224)
+    width, height = image.size
+    if width <= height:
+        size = (side, int(side * height / width))
+    else:
+        size = (int(side * width / height), side)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    left = round((image.width - image_size) / 2)
+    top = round((image.height - image_size) / 2)
+    return np.asarray(image.crop((left, top, left + image_size, top + image_size)))

@@ -1,0 +1,7 @@
+"""Losses of every sample under masked copies of the encoder, without training anything."""
+
+from dlc_jax.probes.kernel import DTYPES
+from dlc_jax.probes.measure import features, probe, resolve_chunk
+from dlc_jax.probes.prototypes import class_means, prototype_loss
+
+__all__ = ["DTYPES", "class_means", "features", "probe", "prototype_loss", "resolve_chunk"]

@@ -1,0 +1,81 @@
+"""The two compiled programs: features of a batch, and its losses under every probe."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from dlc_jax.encoders import Encoder, normalise, pool
+from dlc_jax.masking import Importance, Thresholds, masked
+from dlc_jax.probes.prototypes import prototype_loss
+from dlc_jax.types import Params
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Forward(NamedTuple):
+    """What the programs are specialised to: hashable, no weights in it."""
+
+    apply: Callable[[Params, Array], Array]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pooling: str
+    dtype: str
+
+    @classmethod
+    def of(cls, encoder: Encoder, dtype: str) -> Forward:
+        return cls(encoder.apply, encoder.mean, encoder.std, encoder.pooling or "mean", dtype)
+
+    def __call__(self, params: Params, images: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:
+        """Normalises on the device, runs the network in `dtype`, pools in float32."""
+        inputs = normalise(images, self.mean, self.std).astype(self.dtype)
+        params = jax.tree.map(
+            lambda leaf: (
+                leaf.astype(self.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+            ),
+            params,
+        )
+        # without this, float32 matmuls and convolutions run in TF32 on recent GPUs
+        with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
+            output = self.apply(params, inputs)
+        return pool(output.astype(jnp.float32), self.pooling)
+
+
+@functools.partial(jax.jit, static_argnames=("forward",))
+def features_of_batch(
+    forward: Forward, params: Params, images: UInt8[Array, "b s s 3"]
+) -> Float[Array, "b d"]:
+    """Returns the unmasked features, float32."""
+    return forward(params, images)
+
+
+@functools.partial(jax.jit, static_argnames=("forward", "prunable", "chunk"))
+def losses_of_batch(
+    forward: Forward,
+    prunable: tuple[str, ...],
+    chunk: int,
+    params: Params,
+    importance: Importance,
+    thresholds: Thresholds,
+    prototypes: Float[Array, "c d"],
+    images: UInt8[Array, "b s s 3"],
+    labels: Int[Array, " b"],
+) -> Float[Array, "m b"]:
+    """Returns the losses of a batch under every probe, in one program.
+
+    The probes are mapped over, `chunk` of them side by side (1: one after another, which holds
+    one masked copy of the weights at a time). m must be a multiple of `chunk`.
+    """
+
+    def one_probe(threshold: Thresholds) -> Float[Array, " b"]:
+        features = forward(masked(params, prunable, importance, threshold), images)
+        return prototype_loss(features, labels, prototypes)
+
+    if chunk == 1:  # a batch of one would still turn convolutions into grouped ones
+        return jax.lax.map(one_probe, thresholds)
+    return jax.lax.map(one_probe, thresholds, batch_size=chunk)

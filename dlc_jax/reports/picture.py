@@ -1,0 +1,58 @@
+"""The easiest and hardest images of each class, side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from dlc_jax.preprocess import decode
+from dlc_jax.types import Dataset
+
+_MAX_CLASSES = 20
+_SIDE, _GAP, _MARGIN, _HEADER, _NAME = 64, 4, 12, 30, 130
+_INK, _PAPER = (40, 40, 40), (255, 255, 255)
+
+
+def easiest_hardest(
+    dataset: Dataset, positions: np.ndarray, scores: np.ndarray, num_each: int = 5
+) -> Image.Image:
+    """Draws a row per class: its easiest images from the left, its hardest to the right.
+
+    Args:
+      dataset: Where the images come from.
+      positions: [n] positions in the data set of the scored samples.
+      scores: [n], higher is harder.
+      num_each: Images on either side; fewer where the class is small. 20 classes at most.
+    """
+    shown = range(min(dataset.num_classes, _MAX_CLASSES))
+    half = num_each * (_SIDE + _GAP)
+    right = _MARGIN + _NAME + half + 2 * _MARGIN
+    height = _HEADER + len(shown) * (_SIDE + _GAP) + _MARGIN
+    sheet = Image.new("RGB", (right + half + _MARGIN, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13)
+    draw.text((_MARGIN + _NAME, 9), "easiest (lowest DLC first)", _INK, font)
+    draw.text((right, 9), "hardest (highest DLC last)", _INK, font)
+    labels = dataset.labels[positions]
+    for row, label in enumerate(shown):
+        top = _HEADER + row * (_SIDE + _GAP)
+        name = dataset.class_names[label]
+        name = name if len(name) <= 17 else name[:16] + "…"
+        draw.text((_MARGIN, top + _SIDE // 2 - 8), name, _INK, font)
+        members = np.flatnonzero(labels == label)
+        order = members[np.argsort(scores[members], kind="stable")]
+        num_left = min(num_each, -(-len(order) // 2))
+        num_right = min(num_each, len(order) - num_left)
+        for column, member in enumerate(order[:num_left]):
+            place = (_MARGIN + _NAME + column * (_SIDE + _GAP), top)
+            sheet.paste(_thumbnail(dataset, positions[member]), place)
+        for column, member in enumerate(order[len(order) - num_right :]):
+            sheet.paste(
+                _thumbnail(dataset, positions[member]), (right + column * (_SIDE + _GAP), top)
+            )
+    return sheet
+
+
+def _thumbnail(dataset: Dataset, position: int) -> Image.Image:
+    sample = dataset[int(position)]
+    return ImageOps.fit(decode(sample.image, sample.id), (_SIDE, _SIDE))

@@ -1,0 +1,55 @@
+"""The table printed at the end of a run."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int
+
+_MAX_CLASSES = 50
+_MAX_ID = 36
+
+
+def class_table(
+    class_names: tuple[str, ...],
+    labels: Int[np.ndarray, " n"],
+    scores: np.ndarray,
+    ids: np.ndarray,
+    kept: Int[np.ndarray, " kept"] | None,
+) -> str:
+    """Returns one line per class: samples, kept, easiest and hardest id.
+
+    Args:
+      class_names: [c] names.
+      labels: [n] class ids.
+      scores: [n], higher is harder.
+      ids: [n] sample ids.
+      kept: Kept positions of the selection shown, or None before there is one.
+    """
+    is_kept = np.zeros(len(labels), bool)
+    if kept is not None:
+        is_kept[kept] = True
+    header = ("class", "samples", "kept", "easiest", "hardest")
+    rows = []
+    for label, name in enumerate(class_names[:_MAX_CLASSES]):
+        members = np.flatnonzero(labels == label)
+        easiest, hardest = members[scores[members].argmin()], members[scores[members].argmax()]
+        num_kept = str(int(is_kept[members].sum())) if kept is not None else "-"
+        rows.append((name, str(len(members)), num_kept, str(ids[easiest]), str(ids[hardest])))
+    num_kept = str(int(is_kept.sum())) if kept is not None else "-"
+    rows.append(("all", str(len(labels)), num_kept, "", ""))
+    rows = [(*row[:3], _shorten(row[3]), _shorten(row[4])) for row in rows]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i in (1, 2) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [header, *rows]
+    ]
+    if len(class_names) > _MAX_CLASSES:
+        lines.insert(-1, f"... {len(class_names) - _MAX_CLASSES} more classes")
+    return "\n".join(lines)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_ID else "..." + text[3 - _MAX_ID :]

@@ -1,0 +1,127 @@
+"""Scores -> kept subset, per class, within exact budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from dlc_jax import checks
+from dlc_jax.selection import flexrand, official, topk
+from dlc_jax.selection.flexrand import Ranked
+from dlc_jax.types import Selection
+
+__all__ = ["SELECTORS", "check_cell", "select"]
+
+DEFAULT_SPLIT = 0.5
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """Picks from one class."""
+
+    def __call__(
+        self, ranked: Ranked, keep_fraction: float, split: float | None, seed: int, label: int, /
+    ) -> Ranked:
+        """Returns the kept positions of a class.
+
+        Args:
+          ranked: Positions of the class's samples, easiest first.
+          keep_fraction: Fraction to keep.
+          split: FlexRand's gamma; None for methods that have none.
+          seed, label: The only source of randomness.
+        """
+        ...
+
+
+class Method(NamedTuple):
+    """A selector, and whether it takes a split."""
+
+    select: Selector
+    has_split: bool = False
+
+
+SELECTORS: Mapping[str, Method] = {
+    "flexrand": Method(flexrand.flexrand, has_split=True),
+    "easiest": Method(topk.easiest),
+    "hardest": Method(topk.hardest),
+    "random": Method(topk.random),
+}
+
+
+def select(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    *,
+    method: str = "flexrand",
+    keep_fraction: float,
+    split: float | None = None,
+    seed: int = 0,
+    mode: str = "default",
+) -> Selection:
+    """Picks the samples to keep; every cell stands alone, whatever else is selected.
+
+    Args:
+      scores: [n] hardness, higher is harder; from `score` or your own.
+      labels: [n] non-negative class ids.
+      method: `flexrand`, `easiest`, `hardest` or `random`.
+      keep_fraction: Fraction kept of each class, in (0, 1).
+      split: FlexRand's gamma in (0, 1), the share of a class that counts as easy; default 0.5.
+      seed: Seed of the draw; the draw of a class depends on (seed, class) alone.
+      mode: `default`: exactly round(n_j keep_fraction) of a class of n_j samples, and its only
+        sample where n_j is 1. `official`: the released code's draws, rounding and order of ties,
+        for splits 0.05 i and keep fractions i / 10.
+    Returns:
+      Kept positions, ascending, with what made them.
+    Raises:
+      ValueError: unknown names, values out of range or off the official grid, scores that are not
+        finite, lengths that differ.
+    Source: Jiang et al. 2025, section 4.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    split = check_cell(method, keep_fraction, split, seed, mode)
+    checks.scores_fit_labels(scores, labels)
+    # the released code sorts with NumPy's default, which leaves ties in any order (Q9)
+    kind: Literal["quicksort", "stable"] = "quicksort" if mode == "official" else "stable"
+    members = [np.flatnonzero(labels == label) for label in range(int(labels.max()) + 1)]
+    ranked = [positions[np.argsort(scores[positions], kind=kind)] for positions in members]
+    if mode == "official" and split is not None:
+        kept = official.flexrand(ranked, keep_fraction, split, seed)
+    else:
+        pick = SELECTORS[method].select
+        kept = [
+            positions
+            if len(positions) == 1 and mode == "default"
+            else pick(positions, keep_fraction, split, seed, label)
+            for label, positions in enumerate(ranked)
+        ]
+    return Selection(
+        indices=np.sort(np.concatenate(kept)).astype(np.int64),
+        method=method,
+        keep_fraction=keep_fraction,
+        split=split,
+        seed=seed,
+        mode=mode,
+        num_kept_per_class=np.array([len(positions) for positions in kept], np.int64),
+        single_sample_classes=tuple(j for j, members in enumerate(ranked) if len(members) == 1),
+    )
+
+
+def check_cell(
+    method: str, keep_fraction: float, split: float | None, seed: int, mode: str
+) -> float | None:
+    """Returns the split to use (None for methods without one), or raises ValueError."""
+    checks.mode(mode)
+    checks.one_of("selection method", method, SELECTORS)
+    checks.keep_fraction(keep_fraction)
+    checks.at_least("seed", seed, 0)
+    if not SELECTORS[method].has_split:
+        if split is not None:
+            raise checks.InputError(f"split: method {method!r} takes none, got {split!r}.")
+        return None
+    split = DEFAULT_SPLIT if split is None else split
+    checks.split(split)
+    if mode == "official":
+        official.grid_cell(keep_fraction, split)
+    return split

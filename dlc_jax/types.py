@@ -1,0 +1,163 @@
+"""What one stage hands to the next, and the letters used for array axes.
+
+Axis glossary: n samples, d features, c classes, m probes (masked networks), b batch, t tokens,
+v vocabulary; h, w and s are image height, width and side in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int32, Int64
+
+from dlc_jax import checks
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Random access to images, each still encoded (JPEG, PNG, ...) or decoded to uint8."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> bytes | np.ndarray: ...
+
+
+class Sample(NamedTuple):
+    """One labelled image.
+
+    Attributes:
+      image: Encoded bytes, or uint8 [h, w, 3], [h, w, 1] or [h, w].
+      label: Class id in [0, c).
+      id: Stable name of the sample, unique in its data set.
+    """
+
+    image: bytes | np.ndarray
+    label: int
+    id: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images behind random access: `dataset[i]` is a `Sample`.
+
+    Attributes:
+      images: Anything with `len` and integer indexing that gives encoded bytes or uint8 arrays.
+      labels: [n] class ids in [0, c).
+      ids: [n] stable names, unique.
+      class_names: One name per class, in label order.
+      name: What the data set was loaded from, for messages.
+      label_table: Original integer label -> class id, where the source's labels were not 0..c-1.
+    Raises:
+      ValueError: lengths that differ, a label outside [0, c), or a duplicate id.
+    """
+
+    images: ImageSource
+    labels: Int32[np.ndarray, " n"]
+    ids: np.ndarray
+    class_names: tuple[str, ...]
+    name: str = "arrays"
+    label_table: dict[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        checks.dataset_is_consistent(
+            self.name, len(self.images), self.labels, self.ids, self.class_names
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, position: int) -> Sample:
+        position = range(len(self))[position]
+        return Sample(self.images[position], int(self.labels[position]), str(self.ids[position]))
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every id, label, image and class name: equal content, equal fingerprint."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        with ThreadPoolExecutor() as pool:
+            for row in pool.map(self._row_digest, range(len(self))):
+                digest.update(row)
+        return digest.hexdigest()
+
+    def _row_digest(self, position: int) -> bytes:
+        image, label, sample_id = self[position]
+        digest = hashlib.sha256(f"{sample_id}\0{label}\0".encode())
+        if isinstance(image, np.ndarray):
+            digest.update(repr(image.shape).encode())
+            image = image.tobytes()
+        digest.update(image)
+        return digest.digest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProbeLosses:
+    """What the probes measured: one loss per masked network and sample.
+
+    Attributes:
+      losses: [m, n] cross-entropy in nats; higher is harder.
+      sparsity: [m] share of the prunable weights that each probe zeroes, ascending.
+      labels: [n] class ids.
+      ids: [n] sample ids, in the scored order.
+      prototypes: [c, d] class means of the unmasked features.
+      class_names: One name per class.
+      skipped: Samples that could not be decoded and were left out (`on_corrupt="skip"`), id: why.
+    """
+
+    losses: Float32[np.ndarray, "m n"]
+    sparsity: Float32[np.ndarray, " m"]
+    labels: Int32[np.ndarray, " n"]
+    ids: np.ndarray
+    prototypes: Float32[np.ndarray, "c d"]
+    class_names: tuple[str, ...]
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection:
+    """A kept subset.
+
+    Attributes:
+      indices: Kept positions in the scored order, int64, ascending.
+      method: Name of the selector.
+      keep_fraction: Fraction kept, in (0, 1).
+      split: FlexRand's gamma, the share of a class that counts as easy; None for other methods.
+      seed: Seed of the draw.
+      mode: `default` or `official`.
+      num_kept_per_class: [c] kept samples of each class.
+      single_sample_classes: Class ids that have one sample only (kept, in default mode).
+    """
+
+    indices: Int64[np.ndarray, " kept"]
+    method: str
+    keep_fraction: float
+    split: float | None
+    seed: int
+    mode: str
+    num_kept_per_class: Int64[np.ndarray, " c"]
+    single_sample_classes: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+Params = Any  # a pytree of arrays
+
+
+def path_name(path: tuple) -> str:
+    """Returns `layer1/0/conv1/kernel` for the key path of a leaf."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_path(params: Params) -> dict[str, Any]:
+    """Returns the leaves of a tree by path, in tree order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}

@@ -156,7 +156,7 @@ class Config:
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Config:
+    def of(cls, values: Mapping[str, Any] | ConfigDict) -> Config:
         """Returns the checked configuration, mode-dependent defaults filled in.
 
         Raises:

@@ -1,0 +1,111 @@
+"""Fixtures shared by all tests, and the run-time checks of the package's annotations."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import jaxtyping
+
+jaxtyping.install_import_hook("dlc_jax", "runtime_types.check")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import dlc_jax as dlc  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def require_shared(name: str) -> Path:
+    """Returns a path in the development data beside the checkout, or skips saying why."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs {name} of the development data, which users do not have")
+    return path
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """timm, also where torchvision's compiled operators do not match the torch build."""
+    import torch
+
+    torch.set_num_threads(2)
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        sys.torchvision_library = library  # must outlive this function
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+    import timm
+
+    return timm
+
+
+@pytest.fixture(scope="session")
+def sample() -> dlc.Dataset:
+    return dlc.load_dataset("demo:caltech15/train")
+
+
+@pytest.fixture(scope="session")
+def sample_encoder() -> dlc.Encoder:
+    return dlc.load_encoder("resnet18", "demo:resnet18")
+
+
+@pytest.fixture(scope="session")
+def small_sample(sample) -> dlc.Dataset:
+    """Four images of each class of the sample."""
+    return subset(sample, np.concatenate([np.flatnonzero(sample.labels == j)[:4] for j in range(15)]))
+
+
+def subset(dataset: dlc.Dataset, positions: np.ndarray) -> dlc.Dataset:
+    """Returns the samples at these positions."""
+    images = [dataset[int(i)].image for i in positions]
+    return dlc.Dataset(
+        images, dataset.labels[positions], dataset.ids[positions], dataset.class_names, "subset"
+    )
+
+
+def encoded(array: np.ndarray, kind: str = "PNG", **options) -> bytes:
+    """Returns an image file with these pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def random_images(num: int, size: int = 40, seed: int = 0) -> np.ndarray:
+    """Returns uint8 [num, size, size, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (num, size, size, 3), np.uint8)
+
+
+def narrow(model) -> None:
+    """Divides every width of a timm ResNet by four."""
+    import torch
+
+    for name, module in list(model.named_modules()):
+        parent = model.get_submodule(name.rpartition(".")[0]) if "." in name else model
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, torch.nn.Conv2d):
+            in_channels = module.in_channels if name == "conv1" else module.in_channels // 4
+            new = torch.nn.Conv2d(
+                in_channels,
+                module.out_channels // 4,
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                bias=False,
+            )
+            setattr(parent, leaf, new)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            setattr(parent, leaf, torch.nn.BatchNorm2d(module.num_features // 4))
+        if isinstance(module, torch.nn.Linear):
+            new = torch.nn.Linear(module.in_features // 4, module.out_features)
+            setattr(parent, leaf, new)

@@ -1,0 +1,110 @@
+import json
+import shutil
+from importlib import resources
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import dlc_jax as dlc
+
+SAMPLE = resources.files("dlc_jax.datasets") / "sample"
+
+
+@pytest.fixture
+def tensors():
+    return load_file(str(SAMPLE / "model.safetensors"))
+
+
+def load(tmp_path, tensors, name="resnet18") -> dlc.Encoder:
+    save_file(tensors, tmp_path / "model.safetensors")
+    return dlc.load_encoder(name, str(tmp_path))
+
+
+def test_folder_and_file_and_bundled_are_the_same(tmp_path, tensors, sample_encoder):
+    from_folder = load(tmp_path, tensors)
+    shutil.copy(str(SAMPLE / "config.json"), tmp_path)
+    from_file = dlc.load_encoder("resnet18", str(tmp_path / "model.safetensors"))
+    assert from_file.normalisation == "checkpoint"
+    assert from_folder.normalisation == "architecture"
+    assert from_file.fingerprint == from_folder.fingerprint == sample_encoder.fingerprint
+
+
+def test_bfloat16_checkpoints_are_read(tmp_path, tensors):
+    from safetensors.flax import save_file as save_bfloat16
+
+    values = {k: np.asarray(v, ml_dtypes.bfloat16) for k, v in tensors.items()}
+    import jax.numpy as jnp
+
+    save_bfloat16({k: jnp.asarray(v) for k, v in values.items()}, tmp_path / "model.safetensors")
+    encoder = dlc.load_encoder("resnet18", str(tmp_path))
+    kernel = encoder.params["conv1"]["kernel"]
+    assert kernel.dtype == np.float32
+    expected = values["conv1.weight"].astype(np.float32).transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(kernel, expected)
+
+
+def test_every_problem_is_listed_in_one_error(tmp_path, tensors):
+    tensors["layer1.0.extra.weight"] = np.zeros(3, np.float32)
+    tensors["layer2.0.bn1.weight"] = np.zeros(7, np.float32)
+    del tensors["layer4.1.conv2.weight"]
+    tensors["bn1.bias"] = np.full(16, np.nan, np.float32)
+    with pytest.raises(ValueError, match="does not fit 'resnet18'") as caught:
+        load(tmp_path, tensors)
+    for part in (
+        "no place for: layer1.0.extra.weight",
+        "layer2.0.bn1.weight (7,) instead of (32,)",
+        "without an entry: layer4/1/conv2/kernel",
+        "NaN or infinite values: bn1.bias",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "vit_small_patch16_224"])
+def test_a_checkpoint_of_another_architecture_is_refused(name):
+    with pytest.raises(ValueError, match=r"does not fit.*config.json says 'resnet18'"):
+        dlc.load_encoder(name, "demo:resnet18")
+
+
+def test_weights_that_are_nowhere_name_what_was_looked_for(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    for weights, says in (
+        ("", "encoder.weights: missing"),
+        (str(tmp_path), "holds no model.safetensors.*pytorch_model.bin"),
+        (str(tmp_path / "absent.safetensors"), "no file or folder"),
+        ("demo:resnet50", "demo:resnet18"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            dlc.load_encoder("resnet18", weights)
+    with pytest.raises(ValueError, match=r"Did you mean 'resnet18'"):
+        dlc.load_encoder("resnet81", "demo:resnet18")
+
+
+def test_without_network_the_error_says_what_to_place_where(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"model\.safetensors and config\.json of .*/timm/absent"):
+        dlc.load_encoder("resnet18", "timm/absent.for_sure")
+
+
+def test_files_that_are_not_checkpoints(tmp_path, tensors):
+    (tmp_path / "model.safetensors").write_bytes(b"PK not safetensors")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        dlc.load_encoder("resnet18", str(tmp_path))
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+        dlc.load_encoder("resnet18", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.5], "std": [1]}}))
+    with pytest.raises(ValueError, match=r"encoder\.mean: expected three"):
+        dlc.load_encoder("resnet18", str(tmp_path))
+
+
+def test_own_encoders_are_checked():
+    params = {"kernel": np.full((3, 2), np.nan, np.float32)}
+    with pytest.raises(ValueError, match="parameter kernel has values that are NaN"):
+        dlc.Encoder(params, lambda p, x: x, lambda path: True)
+    with pytest.raises(ValueError, match="must be positive"):
+        dlc.Encoder({}, lambda p, x: x, lambda path: True, std=(1, 0, 1))
+    with pytest.raises(ValueError, match="mean, cls, scalar"):
+        dlc.Encoder({}, lambda p, x: x, lambda path: True, pooling="max")

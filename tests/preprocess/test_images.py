@@ -1,0 +1,184 @@
+import io
+
+import numpy as np
+import pytest
+from conftest import encoded, random_images, subset
+from PIL import Image
+
+import dlc_jax as dlc
+from dlc_jax.preprocess import RandomCrops, decode, load_images, resize_and_crop
+from dlc_jax.preprocess.crops import random_box
+
+
+def test_resize_and_crop_is_torchvisions(timm, sample):
+    from torchvision import transforms
+
+    generator = np.random.default_rng(0)
+    images = [decode(sample[i].image, "x") for i in range(0, 750, 50)]
+    for height, width in ((300, 40), (40, 300), (5, 7), (73, 73), (64, 100), (1, 1), (257, 256)):
+        images.append(Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)))
+    for image_size in (64, 224, 33):
+        theirs = transforms.Compose(
+            [
+                transforms.Resize(round(image_size * 256 / 224)),
+                transforms.CenterCrop(image_size),
+            ]
+        )
+        for image in images:
+            np.testing.assert_array_equal(
+                resize_and_crop(image, image_size), np.asarray(theirs(image))
+            )
+
+
+def modes() -> dict[str, bytes]:
+    """An image file for each of the ways that real data deviate from 8-bit RGB."""
+    pixels = random_images(1, 16)[0]
+    rgb = Image.fromarray(pixels)
+    wide = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees when shown
+    files = {
+        "grey": (rgb.convert("L"), "PNG", {}),
+        "palette": (rgb.convert("P"), "PNG", {}),
+        "palette with transparency": (rgb.convert("P"), "PNG", {"transparency": 3}),
+        "rgba": (rgb.convert("RGBA"), "PNG", {}),
+        "grey and alpha": (rgb.convert("LA"), "PNG", {}),
+        "one bit": (rgb.convert("1"), "PNG", {}),
+        "cmyk": (rgb.convert("CMYK"), "JPEG", {}),
+        "16 bit": (Image.fromarray(wide), "PNG", {}),
+        "exif rotated": (rgb, "JPEG", {"exif": exif}),
+        "gif": (rgb, "GIF", {}),
+        "webp": (rgb, "WEBP", {}),
+    }
+    found = {}
+    for name, (image, kind, options) in files.items():
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        found[name] = buffer.getvalue()
+    return found
+
+
+@pytest.mark.parametrize("name", modes())
+def test_every_mode_is_what_pil_converts_it_to(name):
+    data = modes()[name]
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode(data, "x")), expected)
+    assert expected.shape == (16, 16, 3)
+
+
+def test_arrays_are_images_too():
+    pixels = random_images(1, 16)[0]
+    np.testing.assert_array_equal(np.asarray(decode(pixels, "x")), pixels)
+    for grey in (pixels[:, :, 0], pixels[:, :, :1]):
+        image = np.asarray(decode(grey, "x"))
+        np.testing.assert_array_equal(image, np.repeat(pixels[:, :, :1], 3, axis=2))
+    for bad in (pixels.astype(np.float32), pixels[None], pixels[:0]):
+        with pytest.raises(ValueError, match="sample 'x' is not a readable image.*uint8"):
+            decode(bad, "x")
+
+
+@pytest.fixture
+def broken(small_sample):
+    """Sixty samples, of which one is truncated, one empty and one text."""
+    images = [small_sample[i].image for i in range(60)]
+    images[10], images[20], images[30] = images[10][:900], b"", b"<html>not found</html>"
+    return dlc.Dataset(
+        images, small_sample.labels, small_sample.ids, small_sample.class_names, "broken"
+    )
+
+
+def test_corrupt_images_stop_the_run_by_id(broken, sample_encoder):
+    with pytest.raises(ValueError, match=f"broken: sample '{broken.ids[10]}' is not a readable"):
+        load_images(broken, 64)
+    with pytest.raises(ValueError, match=str(broken.ids[10])):
+        dlc.probe(sample_encoder, broken, image_size=64)
+
+
+def test_corrupt_images_are_skipped_and_listed_on_request(broken, small_sample, sample_encoder):
+    options = {"image_size": 64, "num_probes": 2, "on_corrupt": "skip"}
+    probes = dlc.probe(sample_encoder, broken, **options)
+    bad = [10, 20, 30]
+    assert list(probes.skipped) == broken.ids[bad].tolist()
+    assert "truncated" in probes.skipped[broken.ids[10]]
+    good = np.setdiff1d(np.arange(60), bad)
+    np.testing.assert_array_equal(probes.ids, broken.ids[good])
+    np.testing.assert_array_equal(probes.labels, broken.labels[good])
+    alone = dlc.probe(sample_encoder, subset(small_sample, good), **options)
+    np.testing.assert_allclose(probes.losses, alone.losses, atol=2e-6)
+
+
+def test_a_class_that_loses_its_last_sample_is_named(sample_encoder, small_sample):
+    images = [small_sample[i].image for i in range(60)]
+    images[4:8] = [b"broken"] * 4
+    broken = dlc.Dataset(images, small_sample.labels, small_sample.ids, small_sample.class_names)
+    with pytest.raises(ValueError, match=r"'butterfly'.*skipped samples do not count"):
+        dlc.probe(sample_encoder, broken, image_size=64, on_corrupt="skip")
+    with pytest.raises(ValueError, match="none of its 60 images is readable"):
+        nothing = dlc.array_dataset([b"x"] * 60, small_sample.labels)
+        load_images(nothing, 64, on_corrupt="skip")
+
+
+def test_each_image_is_read_once_for_scoring(small_sample, sample_encoder):
+    reads = []
+
+    class Counting:
+        def __len__(self):
+            return len(small_sample)
+
+        def __getitem__(self, position):
+            reads.append(position)
+            return small_sample.images[position]
+
+    counted = dlc.Dataset(
+        Counting(), small_sample.labels, small_sample.ids, small_sample.class_names
+    )
+    dlc.probe(sample_encoder, counted, image_size=32, num_probes=3)
+    assert sorted(reads) == list(range(60))
+
+
+def boxes(num: int, height: int, width: int) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    return np.array([random_box(generator, height, width) for _ in range(num)])
+
+
+@pytest.mark.parametrize(("height", "width"), [(80, 120), (120, 80), (50, 400)])
+def test_random_boxes_follow_torchvisions_distribution(timm, height, width):
+    import torch
+    from scipy.stats import ks_2samp
+    from torchvision.transforms import RandomResizedCrop
+
+    left, top, right, bottom = boxes(3000, height, width).T
+    assert left.min() >= 0
+    assert top.min() >= 0
+    assert right.max() <= width
+    assert bottom.max() <= height
+    torch.manual_seed(0)
+    image = torch.zeros(3, height, width)
+    theirs = np.array(
+        [
+            RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+            for _ in range(3000)
+        ]
+    )
+    ours = np.stack([top, left, bottom - top, right - left], axis=1)
+    for column in range(4):
+        assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+
+
+def test_crops_depend_on_seed_sample_and_draw_alone(small_sample):
+    crops = RandomCrops(small_sample, 32, seed=1)
+    positions = np.arange(6)
+    originals = crops.originals(positions)
+    first = crops.cut(originals, positions, draw=0)
+    np.testing.assert_array_equal(first[2:], crops.cut(originals[2:], positions[2:], draw=0))
+    assert np.any(first != crops.cut(originals, positions, draw=1))
+    other = RandomCrops(small_sample, 32, seed=2)
+    assert np.any(first != other.cut(originals, positions, draw=0))
+    assert first.shape == (6, 32, 32, 3)
+
+
+def test_png_and_array_of_the_same_pixels_load_the_same():
+    pixels = random_images(3, 50)
+    from_files = load_images(dlc.array_dataset([encoded(p) for p in pixels], [0, 1, 0]), 32)
+    from_arrays = load_images(dlc.array_dataset(pixels, [0, 1, 0]), 32)
+    np.testing.assert_array_equal(from_files.pixels, from_arrays.pixels)

@@ -63,7 +63,9 @@ def sample_encoder() -> dlc.Encoder:
 @pytest.fixture(scope="session")
 def small_sample(sample) -> dlc.Dataset:
     """Four images of each class of the sample."""
-    return subset(sample, np.concatenate([np.flatnonzero(sample.labels == j)[:4] for j in range(15)]))
+    return subset(
+        sample, np.concatenate([np.flatnonzero(sample.labels == j)[:4] for j in range(15)])
+    )
 
 
 def subset(dataset: dlc.Dataset, positions: np.ndarray) -> dlc.Dataset:

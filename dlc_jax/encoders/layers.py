@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 # Up to this many output positions (4 x 4) XLA's CPU convolution loses to one matmul over gathered
-# patches, at 2 x 2 by a factor of 90 (BUILD_NOTES, "Convolution on CPU").
+# patches, at 2 x 2 by a factor of 98 (BUILD_NOTES, "Convolution on CPU").
 _MAX_MATMUL_POSITIONS = 16
 
 
@@ -33,28 +33,40 @@ def conv2d(
 
     On CPU, 1 x 1 kernels and small outputs run as matmuls, same sums in another order.
     """
-    size = kernel.shape[0]
-    out_h, out_w = (-(-length // stride) for length in x.shape[1:3])
-    if jax.default_backend() == "cpu" and (size == 1 or out_h * out_w <= _MAX_MATMUL_POSITIONS):
-        return _conv2d_as_matmul(x, kernel, stride, out_h, out_w)
-    padding = [(size // 2, size // 2)] * 2
+    positions = _num_out(x.shape[1], stride) * _num_out(x.shape[2], stride)
+    small = kernel.shape[0] == 1 or positions <= _MAX_MATMUL_POSITIONS
+    form = conv2d_matmul if jax.default_backend() == "cpu" and small else conv2d_xla
+    return form(x, kernel, stride)
+
+
+def conv2d_xla(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int
+) -> Float[Array, "b oh ow o"]:
+    """`conv2d` as one convolution."""
+    padding = [(kernel.shape[0] // 2, kernel.shape[0] // 2)] * 2
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-def _conv2d_as_matmul(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int, out_h: int, out_w: int
+def conv2d_matmul(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int
 ) -> Float[Array, "b oh ow o"]:
+    """`conv2d` as gathered patches times a matrix."""
     size, _, _, out_features = kernel.shape
     pad = size // 2
+    reach_h, reach_w = ((_num_out(length, stride) - 1) * stride + 1 for length in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     patches = [
-        x[:, i : i + (out_h - 1) * stride + 1 : stride, j : j + (out_w - 1) * stride + 1 : stride]
+        x[:, i : i + reach_h : stride, j : j + reach_w : stride]
         for i in range(size)
         for j in range(size)
     ]
     return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, out_features)
+
+
+def _num_out(length: int, stride: int) -> int:
+    return -(-length // stride)
 
 
 def max_pool(x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow i"]:

@@ -103,7 +103,7 @@ def test_config_and_provenance_are_complete(workdir, sample, sample_encoder):
 def test_table_and_places_are_printed(workdir):
     printed = run(*FAST, f"--workdir={workdir}").stdout
     line = next(line for line in printed.splitlines() if line.startswith("helicopter"))
-    name, samples, kept, easiest, hardest = line.split()
+    _, samples, kept, easiest, hardest = line.split()
     assert (samples, kept) == ("50", "25")
     assert easiest.startswith("helicopter/image_")
     assert easiest != hardest

@@ -8,8 +8,7 @@ from dlc_jax.encoders.layers import conv2d, max_pool
 @pytest.mark.parametrize("backend_form", ["matmul where faster", "convolution"])
 @pytest.mark.parametrize(
     ("side", "size", "stride"),
-    [(64, 7, 2), (16, 3, 1), (15, 3, 2), (8, 3, 2), (4, 3, 1), (2, 3, 1), (1, 3, 1), (3, 3, 2)]
-    + [(8, 1, 2), (7, 1, 1), (5, 1, 2)],
+    [(64, 7, 2), (16, 3, 1), (15, 3, 2), (8, 3, 2), (4, 3, 1), (2, 3, 1), (1, 3, 1), (8, 1, 2)],
 )
 def test_convolution_is_torchs(monkeypatch, backend_form, side, size, stride):
     import torch

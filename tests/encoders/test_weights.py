@@ -95,7 +95,9 @@ def test_files_that_are_not_checkpoints(tmp_path, tensors):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
         dlc.load_encoder("resnet18", str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.5], "std": [1]}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"pretrained_cfg": {"mean": [0.5], "std": [1]}})
+    )
     with pytest.raises(ValueError, match=r"encoder\.mean: expected three"):
         dlc.load_encoder("resnet18", str(tmp_path))
 

@@ -76,7 +76,10 @@ def test_images_are_the_recorded_ones(golden, sample):
 
 def test_features_and_prototypes(encoder, sample, recorded, probes):
     features = dlc.features(encoder, sample, image_size=64, mode="official")
-    for ours, theirs in ((features, recorded["features"]), (probes.prototypes, recorded["prototypes"])):
+    for ours, theirs in (
+        (features, recorded["features"]),
+        (probes.prototypes, recorded["prototypes"]),
+    ):
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
@@ -109,14 +112,16 @@ def test_masks_have_the_recorded_hashes_and_counts(golden, encoder, recorded):
         for step, expected in meta["mask_sha256_after_step"].items():
             threshold = Thresholds(*(part[int(step)] for part in thresholds))
             masks = masked(ones, tuple(ones), importance, threshold)
-            bits = np.concatenate([np.asarray(masks[p]).transpose(3, 2, 0, 1).ravel() for p in prunable])
+            bits = np.concatenate(
+                [np.asarray(masks[p]).transpose(3, 2, 0, 1).ravel() for p in prunable]
+            )
             packed = np.packbits(bits.astype(bool)).tobytes()
             assert hashlib.sha256(packed).hexdigest() == expected, step
 
 
 def test_random_masking_agrees_in_distribution(golden, encoder, sample):
     """torch's draws cannot be replayed: two paths of ours differ as much as ours and theirs."""
-    theirs = np.load(golden / "resnet18-caltech15_random_outputs.npz")["losses"][[0, 5]]
+    theirs = np.load(golden / "resnet18-caltech15_random_outputs.npz")["losses"][[0, 2]]
     ours = [
         dlc.probe(
             encoder,
@@ -124,10 +129,10 @@ def test_random_masking_agrees_in_distribution(golden, encoder, sample):
             image_size=64,
             mode="official",
             masking="random",
-            num_probes=6,
+            num_probes=3,
             seed=seed,
             batch_size=250,
-        ).losses[[0, 5]]
+        ).losses[[0, 2]]
         for seed in (1, 2)
     ]
     assert np.abs(ours[0][0] - theirs[0]).max() <= 2e-6

@@ -31,7 +31,7 @@ def masks_of_path(params, prunable, importance, counts):
 
 
 def torch_masks_of_path(modules, counts, method):
-    """Returns a list of {name: mask} after each pruning step, as torch.nn.utils.prune makes them."""
+    """Returns {name: mask} after each pruning step, as torch.nn.utils.prune makes them."""
     from torch.nn.utils import prune
 
     path = []
@@ -91,9 +91,7 @@ def test_half_precision_ties_exact_counts_nested_and_by_position(sample_encoder)
     assert np.mean(num_tied) > 20  # the case this test is about
     order = np.argsort(flat, kind="stable")
     previous = np.ones(len(flat), bool)
-    for count, masks in zip(
-        counts, masks_of_path(params, prunable, None, counts), strict=True
-    ):
+    for count, masks in zip(counts, masks_of_path(params, prunable, None, counts), strict=True):
         mask = np.concatenate([masks[path].ravel() for path in prunable])
         expected = np.ones(len(flat), bool)
         expected[order[:count]] = False
@@ -153,7 +151,9 @@ def test_smallest_picks_torchs_ties(num, share, levels, seed):
 )
 def test_counts_are_exact_whatever_the_ties(sizes, levels, seed):
     generator = np.random.default_rng(seed)
-    params = {f"w{i}": generator.integers(-levels, levels + 1, n) * 0.5 for i, n in enumerate(sizes)}
+    params = {
+        f"w{i}": generator.integers(-levels, levels + 1, n) * 0.5 for i, n in enumerate(sizes)
+    }
     params = {name: jax.numpy.asarray(values, np.float32) for name, values in params.items()}
     total = sum(sizes)
     counts = np.sort(generator.integers(0, total, 4))

@@ -49,7 +49,7 @@ def test_counts_ascend_and_never_reach_all_weights(num_weights, step, num, sched
     )
     assert 1 <= len(counts) <= num
     assert np.all(np.diff(counts) >= 0)
-    assert 0 <= counts[0]
+    assert counts[0] >= 0
     assert counts[-1] < num_weights
 
 

@@ -53,9 +53,7 @@ def released_procedure(timm, dataset: dlc.Dataset, num_probes: int) -> np.ndarra
 
 def test_official_losses_are_those_of_torch(timm, sample_encoder, small_sample):
     theirs = released_procedure(timm, small_sample, 12)
-    ours = dlc.probe(
-        sample_encoder, small_sample, image_size=64, num_probes=12, mode="official"
-    )
+    ours = dlc.probe(sample_encoder, small_sample, image_size=64, num_probes=12, mode="official")
     assert np.abs(ours.losses - theirs).max() <= 2e-6
     assert np.abs(theirs[0] - theirs[-1]).max() > 1e-4  # masks do change the losses
 

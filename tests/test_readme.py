@@ -1,0 +1,41 @@
+"""The README's promises that a program can check."""
+
+import re
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    return re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)
+
+
+def test_ci_runs_exactly_the_test_command():
+    tests = commands()[1]
+    assert tests.endswith("pytest")
+    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_first_command_is_the_bundled_sample():
+    assert commands()[0].endswith("-m dlc_jax.main --config=configs/demo.py")
+
+
+def test_files_and_folders_named_in_the_tree_exist():
+    tree = re.search(r"```text\n(dlc_jax/.*?)```", README, re.DOTALL)[1]
+    folder = ""
+    for line in tree.splitlines():
+        name = line.split()[0] if line.strip() else ""
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+            assert (ROOT / name).exists(), name
+        elif name:
+            assert (ROOT / folder / name).exists(), folder + name
+
+
+def test_python_example_runs():
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    example = example.replace("image_size=64", "image_size=32, num_probes=2")
+    scope: dict = {}
+    exec(example, scope)
+    assert len(scope["kept"]) == 225

@@ -2,7 +2,7 @@
 
 python -m dlc_jax.main --config=configs/dtd.py
 
-Needs network once: pip install 'dlc_jax[tfds]' lets tfds prepare the data (600 MB), and the
+Needs network once: pip install -e '.[tfds]' lets tfds prepare the data (600 MB), and the
 encoder comes from the Hugging Face hub. Train and validation split are scored together, 3,760
 images, as in the paper; every split gamma of its grid is selected, so that one can be chosen.
 """

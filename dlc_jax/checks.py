@@ -78,6 +78,10 @@ def dataset_is_consistent(
         )
     if num_images == 0:
         raise InputError(f"{name}: holds no sample.")
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"{name}: labels must be integers [n], found {labels.dtype} {labels.shape}."
+        )
     if labels.min() < 0 or labels.max() >= len(class_names):
         worst = int(np.argmax((labels < 0) | (labels >= len(class_names))))
         raise InputError(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int32, Int64, Integer
 
 from dlc_jax import checks
 
@@ -48,8 +48,8 @@ class Dataset:
 
     Attributes:
       images: Anything with `len` and integer indexing that gives encoded bytes or uint8 arrays.
-      labels: [n] class ids in [0, c).
-      ids: [n] stable names, unique.
+      labels: [n] class ids in [0, c); any integers, kept as int32.
+      ids: [n] stable names, unique; kept as text.
       class_names: One name per class, in label order.
       name: What the data set was loaded from, for messages.
       label_table: Original integer label -> class id, where the source's labels were not 0..c-1.
@@ -58,16 +58,17 @@ class Dataset:
     """
 
     images: ImageSource
-    labels: Int32[np.ndarray, " n"]
+    labels: Integer[np.ndarray, " n"]
     ids: np.ndarray
     class_names: tuple[str, ...]
     name: str = "arrays"
     label_table: dict[int, int] | None = None
 
     def __post_init__(self) -> None:
-        checks.dataset_is_consistent(
-            self.name, len(self.images), self.labels, self.ids, self.class_names
-        )
+        labels, ids = np.asarray(self.labels), np.asarray(self.ids, dtype=np.str_)
+        checks.dataset_is_consistent(self.name, len(self.images), labels, ids, self.class_names)
+        object.__setattr__(self, "labels", labels.astype(np.int32))
+        object.__setattr__(self, "ids", ids)
 
     def __len__(self) -> int:
         return len(self.labels)

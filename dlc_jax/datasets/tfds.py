@@ -72,7 +72,7 @@ def _prepare(builder: Any, where: str) -> None:
     if importlib.util.find_spec("tensorflow") is None:
         raise checks.InputError(
             f"tfds:{where}: not prepared in {builder.data_dir}, and preparing needs TensorFlow: "
-            "pip install 'dlc_jax[tfds]', or prepare it elsewhere as array_record (tfds build "
+            "install the extra with pip install -e '.[tfds]', or prepare it elsewhere as array_record (tfds build "
             "--file_format=array_record) and point TFDS_DATA_DIR there."
         )
     import tensorflow_datasets as tfds

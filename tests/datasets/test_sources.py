@@ -207,6 +207,16 @@ def test_arrays_of_ones_own():
         )
 
 
+def test_labels_of_any_integer_type_are_kept_as_int32():
+    for kind in (np.uint8, np.int64):
+        labels = np.array([0, 1, 0, 1, 0, 1], kind)
+        dataset = dlc.Dataset(FILES, labels, np.array(list("abcdef")), ("x", "y"))
+        assert dataset.labels.dtype == np.int32
+        assert dataset.labels.tolist() == labels.tolist()
+    with pytest.raises(ValueError, match="labels must be integers"):
+        dlc.array_dataset(FILES, [0.0, 1.0] * 3)
+
+
 def test_fingerprint_is_of_content():
     ids = list("abcdef")
     first = dlc.array_dataset(PIXELS, [0, 1] * 3, ids).fingerprint

@@ -158,10 +158,9 @@ def test_chunk_keeps_within_its_limit_and_wastes_little():
 
 
 def test_midpoint_probes_are_probes_of_the_grid(sample_encoder, small_sample):
-    grid = dlc.probe(sample_encoder, small_sample, image_size=64, num_probes=20, step=0.05)
-    few = dlc.probe(
-        sample_encoder, small_sample, image_size=64, num_probes=4, step=0.05, placement="midpoint"
-    )
+    options = {"image_size": 32, "step": 0.05}
+    grid = dlc.probe(sample_encoder, small_sample, num_probes=20, **options)
+    few = dlc.probe(sample_encoder, small_sample, num_probes=4, placement="midpoint", **options)
     np.testing.assert_allclose(few.losses, grid.losses[[2, 7, 12, 17]], atol=2e-6)
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 
 from dlc_jax.encoders import ENCODERS, Encoder
 from dlc_jax.encoders.encoder import apply_module
-from dlc_jax.masking import exact_thresholds, prunable_paths, zero_counts
+from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
 from dlc_jax.probes.kernel import Forward, losses_of_batch
 from dlc_jax.types import by_path
 
@@ -44,7 +44,7 @@ def measure(encoder: Encoder, image_size: int, batch_size: int, chunks: list[int
     prunable = prunable_paths(encoder.params, encoder.is_prunable)
     leaves = by_path(encoder.params)
     num_probes = max(chunks)
-    counts = zero_counts(sum(leaves[path].size for path in prunable), num_probes=num_probes)
+    counts = path_counts(sum(leaves[path].size for path in prunable), num_probes=num_probes).chosen
     thresholds = jax.device_put(exact_thresholds(encoder.params, prunable, None, counts))
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (batch_size, image_size, image_size, 3), np.uint8)

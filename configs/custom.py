@@ -32,6 +32,8 @@ def get_config() -> ConfigDict:
     # What to keep: every combination is written, none costs another scoring pass.
     config.selection.methods = ("flexrand",)
     config.selection.keep_fractions = (0.1, 0.3, 0.5)
-    config.selection.splits = (0.5,)  # below 0.5 fewer easy samples, above it fewer hard ones
+    # The share of a class that counts as easy; half of what is kept is drawn from either side
+    # while that side is large enough.
+    config.selection.splits = (0.5,)
     config.selection.seeds = (1,)
     return config

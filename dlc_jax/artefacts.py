@@ -8,6 +8,8 @@ import functools
 import hashlib
 import json
 import os
+import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +26,10 @@ PROVENANCE = "provenance.json"
 LOSSES = "scores/losses.npz"
 SCORES = "scores/scores.parquet"
 PICTURE = "scores/easiest_hardest.png"
-_TEMPORARY = ".tmp"
+# Temporary files tell whose they are, so that a later run on the same host can clear those of a
+# killed one and leaves everything else alone.
+_OWNER, _TEMPORARY = f".dlc_jax-{platform.node()}-", ".tmp"
+_FOLDERS = ("", "scores", "selections/*")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,8 +43,8 @@ class ScoredSamples:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over ids, labels and every score."""
-        digest = hashlib.sha256("\0".join(self.ids.tolist()).encode())
+        """SHA-256 over ids, class names, labels and every score."""
+        digest = hashlib.sha256("\0".join([*self.ids.tolist(), *self.class_names]).encode())
         digest.update(np.ascontiguousarray(self.labels, np.int32).tobytes())
         for name in sorted(self.scores):
             digest.update(name.encode())
@@ -51,7 +56,7 @@ class ScoredSamples:
 def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Opens a temporary file that becomes `path` when the block ends, and vanishes if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}{_TEMPORARY}"
+    temporary = path.parent / f".{path.name}{_OWNER}{os.getpid()}{_TEMPORARY}"
     try:
         with open(temporary, mode) as file:
             yield file
@@ -76,10 +81,11 @@ def prepare_workdir(workdir: Path) -> None:
         raise checks.InputError(
             f"--workdir: cannot write to {workdir}: {error.strerror or error}."
         ) from error
-    for leftover in workdir.rglob(f".*{_TEMPORARY}"):
-        owner = leftover.name.removesuffix(_TEMPORARY).rpartition(".")[2]
-        if owner.isdigit() and not _is_running(int(owner)):
-            leftover.unlink(missing_ok=True)
+    for folder in _FOLDERS:
+        for leftover in workdir.glob(f"{folder}/.*{_OWNER}*{_TEMPORARY}".lstrip("/")):
+            owner = leftover.name.removesuffix(_TEMPORARY).rpartition("-")[2]
+            if re.fullmatch(r"[0-9]{1,9}", owner) and not _is_running(int(owner)):
+                leftover.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:
@@ -104,9 +110,12 @@ def read_json(path: Path) -> Any:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError as error:
         raise checks.InputError(f"{path}: not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise checks.InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
 
 
 def write_losses(workdir: Path, **arrays: np.ndarray) -> None:
@@ -143,7 +152,8 @@ def read_scores(workdir: Path) -> ScoredSamples:
             f"{path}: not there; run the stage 'score' in this work directory first."
         )
     try:
-        table = pq.read_table(path)
+        with open(path, "rb") as file:  # given a name, Arrow would expand a ~ in it
+            table = pq.read_table(file)
         class_names = tuple(json.loads(table.schema.metadata[b"class_names"]))
         columns = {name: table[name].to_numpy() for name in table.column_names}
         ids = columns.pop("id").astype(np.str_)
@@ -202,6 +212,22 @@ def _ids_summary(ids: np.ndarray) -> dict[str, Any]:
     """Count, and SHA-256 of the sorted ids joined by newlines."""
     text = "\n".join(sorted(ids.tolist()))
     return {"count": len(ids), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def set_superseded_aside(workdir: Path, scores_fingerprint: str) -> int:
+    """Moves selections made from other scores to `superseded/<their scores>/`; returns how many."""
+    moved = 0
+    for manifest in sorted(workdir.glob("selections/*/*.json")):
+        made_from = str(read_json(manifest).get("scores_fingerprint", "unknown"))
+        if made_from == scores_fingerprint:
+            continue
+        target = workdir / "superseded" / made_from[:12] / manifest.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        for path in (manifest.with_suffix(".npy"), manifest):
+            if path.exists():
+                os.replace(path, target / path.name)
+        moved += 1
+    return moved
 
 
 def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:

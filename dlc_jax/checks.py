@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,12 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, and what was expected."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the error's kind and the first line of its text, which may be empty."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+_MOST_CLASSES = 10**7  # above it, labels are something else than class ids
 MODES = ("default", "official")
 
 
@@ -34,10 +41,10 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 def keep_fraction(value: float, name: str = "keep_fraction") -> None:
     """Raises unless 0 < value < 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+    if not _is_open_fraction(value):
         hint = ""
-        if isinstance(value, (int, float)) and 1 < value < 100:
-            hint = f" Did you mean {value / 100:g}?"
+        if isinstance(value, numbers.Real) and 1 < value < 100:
+            hint = f" Did you mean {float(value) / 100:g}?"
         raise InputError(
             f"{name}: the fraction of samples kept must lie strictly between 0 and 1, "
             f"got {value!r}.{hint}"
@@ -46,11 +53,21 @@ def keep_fraction(value: float, name: str = "keep_fraction") -> None:
 
 def split(value: float, name: str = "split") -> None:
     """Raises unless 0 < value < 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+    if not _is_open_fraction(value):
         raise InputError(
             f"{name}: the share of a class that counts as easy (gamma) must lie strictly "
             f"between 0 and 1, got {value!r}."
         )
+
+
+def _is_open_fraction(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) < 1
+
+
+def seed(value: int, name: str = "seed") -> None:
+    """Raises unless `value` is an integer in [0, 2^32), which every generator used takes."""
+    if not isinstance(value, numbers.Integral) or not 0 <= value < 2**32:
+        raise InputError(f"{name}: expected an integer in [0, 2**32), got {value!r}.")
 
 
 def at_least(name: str, value: float, minimum: float, *, exclusive: bool = False) -> None:
@@ -65,6 +82,17 @@ def at_most(name: str, value: float, maximum: float, *, exclusive: bool = False)
     if not value <= maximum or (exclusive and value == maximum):
         sign = "<" if exclusive else "<="
         raise InputError(f"{name}: must be {sign} {maximum}, got {value!r}.")
+
+
+def normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raises unless both are given, three finite numbers each, std positive; or neither."""
+    if (mean is None) != (std is None):
+        raise InputError("encoder.mean, encoder.std: give both or neither.")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != 3 or not np.all(np.isfinite(values))):
+            raise InputError(f"encoder.{name}: expected three finite numbers, got {values}.")
+    if std is not None and min(std) <= 0:
+        raise InputError(f"encoder.std: must be positive, got {std}.")
 
 
 def dataset_is_consistent(
@@ -110,6 +138,18 @@ def every_class_has_samples(
         )
 
 
+def prototypes_can_differ(
+    name: str, labels: np.ndarray, class_names: Sequence[str], why: str = ""
+) -> None:
+    """Raises unless there are two classes or more, and none is empty."""
+    every_class_has_samples(name, labels, class_names, why)
+    if len(class_names) < 2:
+        raise InputError(
+            f"{name}: has one class only ({class_names[0]!r}); every loss would be 0. "
+            "Expected two classes or more."
+        )
+
+
 def scores_fit_labels(scores: np.ndarray, labels: np.ndarray) -> None:
     """Raises unless scores are finite, [n], and labels are non-negative integers, [n]."""
     if scores.ndim != 1 or labels.ndim != 1 or len(scores) != len(labels):
@@ -119,10 +159,17 @@ def scores_fit_labels(scores: np.ndarray, labels: np.ndarray) -> None:
         )
     if len(scores) == 0:
         raise InputError("scores: there is no sample to select from.")
+    if not np.issubdtype(scores.dtype, np.number):
+        raise InputError(f"scores: expected numbers, got {scores.dtype}.")
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise InputError(
             f"labels: expected non-negative integers, got {labels.dtype} "
             f"with minimum {labels.min()!r}."
+        )
+    if labels.max() > _MOST_CLASSES:
+        raise InputError(
+            f"labels: expected class ids 0..c-1, got {labels.max()}; np.unique(labels, "
+            "return_inverse=True)[1] gives such ids."
         )
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:

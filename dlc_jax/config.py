@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from dlc_jax import checks
-from dlc_jax.encoders import ENCODERS, POOLINGS
+from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
 from dlc_jax.masking import MASKINGS, PLACEMENTS, SCHEDULES, check_path
 from dlc_jax.preprocess.load import ON_CORRUPT
 from dlc_jax.probes import DTYPES, resolve_chunk
@@ -65,13 +65,8 @@ class EncoderConfig:
                 ".safetensors file or a folder."
             )
         checks.at_least("encoder.image_size", self.image_size, 8)
-        if self.pooling is not None:
-            checks.one_of("encoder.pooling", self.pooling, POOLINGS)
-        if (self.mean is None) != (self.std is None):
-            raise checks.InputError("encoder.mean, encoder.std: give both or neither.")
-        for key, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and len(values) != 3:
-                raise checks.InputError(f"encoder.{key}: expected three numbers, got {values}.")
+        check_pooling(self.name, self.pooling)
+        checks.normalisation(self.mean, self.std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +123,7 @@ class SelectionConfig:
         for split in self.splits:
             checks.split(split, "selection.splits")
         for seed in self.seeds:
-            checks.at_least("selection.seeds", seed, 0)
+            checks.seed(seed, "selection.seeds")
         for cell in self.cells():
             check_cell(*cell, mode)
 
@@ -172,7 +167,7 @@ class Config:
 
     def check(self) -> None:
         checks.mode(self.mode)
-        checks.at_least("seed", self.seed, 0)
+        checks.seed(self.seed)
         if not self.stages:
             raise checks.InputError(f"stages: expected one or more of {', '.join(STAGES)}.")
         for stage in self.stages:

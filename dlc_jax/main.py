@@ -4,7 +4,8 @@ python -m dlc_jax.main --config=configs/demo.py [--workdir=DIR] [--config.KEY=VA
 
 A configuration file names data set and encoder: configs/demo.py is the bundled sample,
 configs/custom.py a template for your own. Any key can be set on the command line:
---config.probe.num_probes=10 --config.selection.keep_fractions='(0.1, 0.3)'
+--config.probe.num_probes=8 --config.probe.placement=midpoint
+--config.selection.keep_fractions='(0.1, 0.3)'
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         extra = f" (do not know what to do with {argv[1]!r})" if len(argv) > 1 else ""
         _fail(f"--config is required, e.g. --config=configs/demo.py{extra}")
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = Path(_WORKDIR.value or Path("runs") / name)
+    workdir = Path(_WORKDIR.value or Path("runs") / name).expanduser()
     # absl shows jax's notes on the backends it tried and did not find
     logging.getLogger("jax").setLevel(logging.WARNING)
     try:

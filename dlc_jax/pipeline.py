@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 import dlc_jax
-from dlc_jax import artefacts, reports
+from dlc_jax import artefacts, checks, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets import load_dataset
@@ -41,9 +42,10 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
       ValueError: anything wrong with the work directory, data, encoder or configuration.
     """
     artefacts.prepare_workdir(workdir)
-    artefacts.write_json(workdir / artefacts.CONFIG, config.to_dict())
     if "score" in config.stages:
-        _score(config, workdir, echo)
+        config = _score(config, workdir, echo)
+    artefacts.write_json(workdir / artefacts.CONFIG, config.to_dict())
+    _check_scores_are_whole(workdir)
     samples = artefacts.read_scores(workdir)
     shown = None
     if "select" in config.stages:
@@ -51,7 +53,8 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
     _summarise(workdir, samples, shown, echo)
 
 
-def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config:
+    """Returns the configuration with what the encoder decides filled in."""
     start = time.perf_counter()
     settings = config.encoder
     encoder = load_encoder(
@@ -60,16 +63,20 @@ def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
         pooling=settings.pooling,
         mean=settings.mean,
         std=settings.std,
-    )
+    ).for_mode(config.mode)
     encoder.check_image_size(settings.image_size)
     dataset = load_dataset(config.dataset.train)
+    decided = dataclasses.replace(
+        settings, pooling=encoder.pooling, mean=encoder.mean, std=encoder.std
+    )
+    resolved = dataclasses.replace(config, encoder=decided)
     inputs = _score_inputs(config, dataset, encoder)
     if _is_done(workdir, "score", inputs):
         echo("score: unchanged, not run again")
-        return
+        return resolved
     echo(
         f"score: {len(dataset)} samples of {dataset.num_classes} classes, "
-        f"{config.probe.num_probes} probes of {encoder.name} on {jax.default_backend()}"
+        f"{encoder.name} on {jax.default_backend()}"
     )
     probes = probe(
         encoder,
@@ -81,13 +88,27 @@ def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
         progress=True,
         **config.to_dict()["probe"],
     )
+    echo(f"score: {len(probes.sparsity)} probes up to sparsity {probes.sparsity[-1]:.2f}")
     _write_scores(workdir, dataset, probes)
     paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(artefacts.PICTURE)]
     facts = {
         "dataset": _dataset_facts(dataset, probes),
-        "encoder": _encoder_facts(encoder.for_mode(config.mode), settings.weights),
+        "encoder": _encoder_facts(encoder, settings.weights),
     }
-    _record(workdir, "score", inputs, paths, time.perf_counter() - start, facts)
+    made_with = {key: resolved.to_dict()[key] for key in ("mode", "seed", "encoder", "probe")}
+    seconds = time.perf_counter() - start
+    _record(workdir, "score", inputs, paths, seconds, facts, made_with)
+    return resolved
+
+
+def _check_scores_are_whole(workdir: Path) -> None:
+    """A run killed between two files of `scores/` leaves files that do not belong together."""
+    record = _stage_record(workdir, "score")
+    if record is not None and not artefacts.are_intact(workdir, record["outputs"]):
+        raise checks.InputError(
+            f"{workdir}/scores: not as the stage 'score' left it (changed, or a run was stopped "
+            "while it wrote); run that stage again."
+        )
 
 
 def _write_scores(workdir: Path, dataset: Dataset, probes: ProbeLosses) -> None:
@@ -113,8 +134,13 @@ def _select(
     """Writes every cell; returns the one the summary shows, the middle one of the first method."""
     start = time.perf_counter()
     cells = config.selection.cells()
-    inputs = _hash({"scores": samples.fingerprint, "mode": config.mode, "cells": cells})
-    shown = cells[(len(cells) // len(config.selection.methods)) // 2]
+    facts = {"scores": samples.fingerprint, "mode": config.mode, "cells": cells}
+    inputs = _hash({"version": dlc_jax.__version__, **facts})
+    of_first = [cell for cell in cells if cell[0] == config.selection.methods[0]]
+    shown = of_first[len(of_first) // 2]
+    num_aside = artefacts.set_superseded_aside(workdir, samples.fingerprint)
+    if num_aside:
+        echo(f"select: {num_aside} selections made from other scores moved to superseded/")
     done = _is_done(workdir, "select", inputs)
     paths, selections = [], {}
     for cell in [shown] if done else cells:
@@ -133,7 +159,9 @@ def _select(
     if done:
         echo("select: unchanged, not run again")
     else:
-        _record(workdir, "select", inputs, paths, time.perf_counter() - start, {})
+        made_with = {"mode": config.mode, "selection": config.to_dict()["selection"]}
+        seconds = time.perf_counter() - start
+        _record(workdir, "select", inputs, paths, seconds, {}, made_with)
         echo(f"select: {len(cells)} selections written")
     return selections[shown]
 
@@ -182,7 +210,7 @@ def _score_inputs(config: Config, dataset: Dataset, encoder: Encoder) -> str:
             "image_size": config.encoder.image_size,
             "on_corrupt": config.dataset.on_corrupt,
             "dataset": dataset.fingerprint,
-            "encoder": encoder.for_mode(config.mode).fingerprint,
+            "encoder": encoder.fingerprint,
         }
     )
 
@@ -191,9 +219,13 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _stage_record(workdir: Path, stage: str) -> dict[str, Any] | None:
+    return artefacts.read_json(workdir / artefacts.PROVENANCE).get("stages", {}).get(stage)
+
+
 def _is_done(workdir: Path, stage: str, inputs: str) -> bool:
     """Whether the stage ran on the same inputs and its files are as it left them."""
-    record = artefacts.read_json(workdir / artefacts.PROVENANCE).get("stages", {}).get(stage)
+    record = _stage_record(workdir, stage)
     return (
         record is not None
         and record["inputs"] == inputs
@@ -202,8 +234,15 @@ def _is_done(workdir: Path, stage: str, inputs: str) -> bool:
 
 
 def _record(
-    workdir: Path, stage: str, inputs: str, paths: list[Path], seconds: float, facts: dict
+    workdir: Path,
+    stage: str,
+    inputs: str,
+    paths: list[Path],
+    seconds: float,
+    facts: dict[str, Any],
+    made_with: dict[str, Any],
 ) -> None:
+    """Adds what a stage did to the provenance, which is what makes the stage count as done."""
     path = workdir / artefacts.PROVENANCE
     provenance = artefacts.read_json(path)
     provenance.update(facts)
@@ -215,6 +254,9 @@ def _record(
     provenance["devices"] = [f"{device.platform} {device.device_kind}" for device in jax.devices()]
     provenance.setdefault("stages", {})[stage] = {
         "inputs": inputs,
+        "settings": made_with,
+        "versions": provenance["versions"],
+        "devices": provenance["devices"],
         "seconds": round(seconds, 3),
         "outputs": artefacts.file_hashes(workdir, paths),
     }

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+from conftest import ROOT
 from ml_collections import ConfigDict
 
 from dlc_jax.config import Config, default_config, describe, known_keys
@@ -58,8 +59,9 @@ def test_text_and_values_become_the_declared_type(key, text, value):
         ("encoder.name", "resnet19", "resnet18"),
         ("encoder.weights", "", "encoder.weights"),
         ("encoder.image_size", 0, "encoder.image_size"),
-        ("encoder.pooling", "max", "mean, cls"),
+        ("encoder.pooling", "max", "encoder.pooling"),
         ("encoder.mean", "(1, 2, 3)", "both or neither"),
+        ("encoder.pooling", "cls", "of resnet18: unknown value 'cls'"),
         ("probe.schedule", "cubic", "linear, geometric"),
         ("probe.num_probes", 0, "probe.num_probes"),
         ("probe.num_probes", 51, "at most 50"),
@@ -105,6 +107,26 @@ def test_unknown_keys_and_wrong_types_name_the_key():
     values["probe"] = 3
     with pytest.raises(ValueError, match="probe: expected a group"):
         Config.of(values)
+
+
+@pytest.mark.parametrize("name", ["demo", "dtd", "custom"])
+def test_every_configuration_file_is_valid(name):
+    path = ROOT / "configs" / f"{name}.py"
+    scope: dict = {}
+    exec(compile(path.read_text(), path, "exec"), scope)
+    config = Config.of(scope["get_config"]())
+    assert config.dataset.train
+    assert f"--config=configs/{name}.py" in scope["__doc__"]
+
+
+def test_values_may_be_set_by_type_in_a_file():
+    config = default_config()
+    config.dataset.train, config.encoder.weights = "demo:caltech15/train", "demo:resnet18"
+    config.probe.chunk = 4
+    config.encoder.mean = config.encoder.std = (0.5, 0.5, 0.5)
+    config.probe.schedule = "geometric"
+    found = Config.of(config)
+    assert (found.probe.chunk, found.encoder.mean) == (4, (0.5, 0.5, 0.5))
 
 
 def test_selection_alone_needs_no_data_or_encoder():

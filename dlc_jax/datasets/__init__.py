@@ -41,7 +41,7 @@ def load_dataset(source: str) -> Dataset:
       ValueError: an unknown scheme, a missing file, a column that is not there, a sample without
         label or image, a class folder without images.
     """
-    scheme, colon, rest = source.partition(":")
+    scheme, colon, rest = str(source).partition(":")
     if not colon or not rest:
         raise checks.InputError(
             f"dataset: {source!r} is no source; expected <scheme>:<where>, "

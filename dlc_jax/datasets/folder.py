@@ -51,15 +51,29 @@ def load_folder(where: str) -> Dataset:
             )
         paths += images
         labels += [label] * len(images)
-    ids = np.asarray([path.relative_to(root).as_posix() for path in paths], dtype=np.str_)
+    names = [path.relative_to(root).as_posix() for path in paths]
+    garbled = next((name for name in names if not _is_text(name)), None)
+    if garbled is not None:
+        raise checks.InputError(f"folder:{where}: file name {garbled!r} is not valid UTF-8.")
+    ids = np.asarray(names, dtype=np.str_)
     return Dataset(
         _Files(tuple(paths)), np.asarray(labels, np.int32), ids, tuple(classes), f"folder:{where}"
     )
 
 
+def _is_text(name: str) -> bool:
+    """Whether the name can be written out; bytes that are no UTF-8 come as lone surrogates."""
+    return not any(0xD800 <= ord(character) < 0xE000 for character in name)
+
+
 def _images_below(folder: Path) -> list[Path]:
-    found = []
-    for parent, _, names in os.walk(folder, followlinks=True):
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:  # a link back up would never end
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         found += [
             Path(parent) / name
             for name in names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import numbers
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,8 +25,9 @@ class Labels(NamedTuple):
 def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: str) -> Labels:
     """Turns string or integer labels into class ids.
 
-    Strings become the ranks of their sorted names. Integers stay where the source names its
-    classes; without names, integers that are not 0..c-1 are remapped in ascending order.
+    Strings become their places among the class names, or among their own sorted names. Integers
+    stay where the source names its classes; without names, integers that are not 0..c-1 are
+    remapped in ascending order.
 
     Raises:
       ValueError: a missing label, another type, or an integer without a class name.
@@ -36,15 +38,21 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
             f"{where}: {len(missing)} samples have no label, first at row {missing[0]}."
         )
     if all(isinstance(value, str) for value in values):
-        names = tuple(sorted(set(values)))
+        names = tuple(class_names or sorted(set(values)))
+        unnamed = sorted(set(values) - set(names))
+        if unnamed:
+            raise checks.InputError(
+                f"{where}: labels {', '.join(map(repr, unnamed[:5]))} are not among the "
+                f"{len(names)} class names."
+            )
         rank = {name: index for index, name in enumerate(names)}
         return Labels(np.array([rank[value] for value in values], np.int32), names, None)
-    array = np.asarray(values)
-    if not np.issubdtype(array.dtype, np.integer):
+    strange = next((v for v in values if not isinstance(v, numbers.Integral)), None)
+    if strange is not None:
         raise checks.InputError(
-            f"{where}: labels must be integers or strings, found {array.dtype} "
-            f"(first: {values[0]!r})."
+            f"{where}: labels must be integers or strings, all alike; found {strange!r}."
         )
+    array = np.asarray(values, np.int64)
     if class_names is not None:
         bad = np.flatnonzero((array < 0) | (array >= len(class_names)))
         if bad.size:

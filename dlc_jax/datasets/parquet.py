@@ -83,8 +83,13 @@ def _files(where: str) -> list[Path]:
 
 def _declared_features(schema: pa.Schema) -> dict[str, dict]:
     """Returns the features that the `datasets` library wrote into the schema, if any."""
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    return metadata.get("info", {}).get("features", {})
+    try:
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}  # written by something else: the usual column names have to do
+    # nested features, as for boxes, are lists and are neither image nor label
+    return {n: f for n, f in (features or {}).items() if isinstance(f, dict)}
 
 
 def _column(

@@ -41,7 +41,7 @@ def load_tfds(where: str) -> Dataset:
         builder = tfds.builder(name)
     except Exception as error:  # tfds's own errors for names differ by kind
         raise checks.InputError(
-            f"tfds:{where}: no data set {name!r}: {str(error).splitlines()[0]}"
+            f"tfds:{where}: no data set {name!r}: {checks.first_line(error)}"
         ) from error
     if not builder.is_prepared():
         _prepare(builder, where)
@@ -54,7 +54,7 @@ def load_tfds(where: str) -> Dataset:
         raise checks.InputError(
             f"tfds:{where}: cannot read split {split!r} "
             f"(the data set has {', '.join(builder.info.splits)}; files must be array_record): "
-            f"{str(error).splitlines()[0]}"
+            f"{checks.first_line(error)}"
         ) from error
     records = _Records(source, image)
     name_feature = next((f for f in _NAME_FEATURES if f in features), None)
@@ -72,8 +72,8 @@ def _prepare(builder: Any, where: str) -> None:
     if importlib.util.find_spec("tensorflow") is None:
         raise checks.InputError(
             f"tfds:{where}: not prepared in {builder.data_dir}, and preparing needs TensorFlow: "
-            "install the extra with pip install -e '.[tfds]', or prepare it elsewhere as array_record (tfds build "
-            "--file_format=array_record) and point TFDS_DATA_DIR there."
+            "install the extra with pip install -e '.[tfds]', or prepare it elsewhere as "
+            "array_record (tfds build --file_format=array_record) and point TFDS_DATA_DIR there."
         )
     import tensorflow_datasets as tfds
 

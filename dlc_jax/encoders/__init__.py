@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -34,6 +34,8 @@ class Architecture(NamedTuple):
       names, ignored: See `weights.assign`.
       is_prunable: See `Encoder`.
       mean, std: timm's default normalisation, for checkpoints without a `config.json`.
+      poolings: What `Encoder.pooling` may be.
+      module_order: See `Encoder`.
     """
 
     build: Callable[[Mapping[str, tuple[int, ...]]], nnx.Module]
@@ -43,6 +45,8 @@ class Architecture(NamedTuple):
     is_prunable: Callable[[str], bool]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    poolings: tuple[str, ...]
+    module_order: Callable[[str], Any] | None = None
 
 
 def _build_resnet(size: resnet.ResNetSize, shapes: Mapping[str, tuple[int, ...]]) -> nnx.Module:
@@ -74,6 +78,7 @@ ENCODERS: dict[str, Architecture] = {
             resnet.is_prunable,
             IMAGENET_MEAN,
             IMAGENET_STD,
+            poolings=("mean",),
         )
         for name, size in resnet.SIZES.items()
     },
@@ -86,6 +91,8 @@ ENCODERS: dict[str, Architecture] = {
             vit.is_prunable,
             (0.5, 0.5, 0.5),
             (0.5, 0.5, 0.5),
+            POOLINGS,
+            vit.module_order,
         )
         for name, size in vit.SIZES.items()
     },
@@ -114,10 +121,10 @@ def load_encoder(
         entry without a place, parameter without an entry and wrong shape is listed.
     """
     checks.one_of("encoder.name", name, ENCODERS)
-    if (mean is None) != (std is None):
-        raise checks.InputError("encoder: give both mean and std, or neither.")
+    checks.normalisation(mean, std)
+    check_pooling(name, pooling)
     architecture = ENCODERS[name]
-    checkpoint = read_checkpoint(weights)
+    checkpoint = read_checkpoint(str(weights))
     shapes = {entry: tensor.shape for entry, tensor in checkpoint.tensors.items()}
     module = nnx.eval_shape(lambda: architecture.build(shapes))
     graph, state = nnx.split(module)
@@ -144,7 +151,14 @@ def load_encoder(
         normalisation=normalisation,
         pooling=pooling,
         image_size=architecture.image_size(shapes),
+        module_order=architecture.module_order,
     )
+
+
+def check_pooling(name: str, pooling: str | None) -> None:
+    """Raises ValueError unless the architecture can be pooled like this."""
+    if pooling is not None:
+        checks.one_of(f"encoder.pooling of {name}", pooling, ENCODERS[name].poolings)
 
 
 def _normalisation(architecture: Architecture, config: dict) -> tuple[tuple, tuple, str]:

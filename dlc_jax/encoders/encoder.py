@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,8 @@ class Encoder:
         tokens and features that the released code takes for ViTs. None: `mean`, or what the
         released code does in official mode.
       image_size: The only image size the encoder takes, in pixels; None if it takes any.
+      module_order: Sort key of prunable paths that gives the order of the original's modules, which
+        decides between equal weights in official mode; None: the order of the tree.
     """
 
     params: Params
@@ -51,17 +54,15 @@ class Encoder:
     normalisation: str = "explicit"
     pooling: str | None = None
     image_size: int | None = None
+    module_order: Callable[[str], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.pooling is not None:
             checks.one_of("encoder.pooling", self.pooling, POOLINGS)
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3 or not np.all(np.isfinite(values)):
-                raise checks.InputError(
-                    f"encoder.{name}: expected three finite numbers, got {values}."
-                )
-        if min(self.std) <= 0:
-            raise checks.InputError(f"encoder.std: must be positive, got {self.std}.")
+        checks.normalisation(self.mean, self.std)
+        # hashable, because the compiled programs are specialised to them
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         for path, leaf in by_path(self.params).items():
             if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
                 raise checks.InputError(

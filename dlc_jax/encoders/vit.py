@@ -111,6 +111,12 @@ NAMES = (
 IGNORED = (r"head\.(weight|bias)",)
 
 
+def module_order(path: str) -> tuple[int, int]:
+    """Sort key of prunable paths: torch's order of modules, where qkv comes before proj."""
+    _, block, _, layer, _ = path.split("/")
+    return int(block), ("qkv", "proj", "fc1", "fc2").index(layer)
+
+
 def is_prunable(path: str) -> bool:
     """Every linear layer of the blocks; not the patch embedding."""
     return path.startswith("blocks/") and path.endswith("kernel")

@@ -165,7 +165,7 @@ def _download(repository: str) -> tuple[Path, Path]:
     except Exception as error:  # its errors for no network, no such id and no access vary
         raise checks.InputError(
             f"encoder.weights: {repository!r} is neither a local path nor could it be fetched "
-            f"from the Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"from the Hugging Face hub ({checks.first_line(error)}). "
             f"Without network: on a machine that has it, download {_CHECKPOINT} and {_CONFIG} of "
             f"https://huggingface.co/{repository} into one folder, bring it here and give that "
             "folder as encoder.weights."

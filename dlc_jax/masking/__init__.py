@@ -1,7 +1,7 @@
 """Importance of weights, sparsity schedules, and exact masks that are never stored."""
 
 from dlc_jax.masking.importance import MASKINGS, Importance, prunable_paths, weight_importance
-from dlc_jax.masking.schedules import PLACEMENTS, SCHEDULES, check_path, zero_counts
+from dlc_jax.masking.schedules import PLACEMENTS, SCHEDULES, PathCounts, check_path, path_counts
 from dlc_jax.masking.thresholds import Thresholds, exact_thresholds, masked
 from dlc_jax.masking.torch_ties import removal_steps
 
@@ -10,12 +10,13 @@ __all__ = [
     "PLACEMENTS",
     "SCHEDULES",
     "Importance",
+    "PathCounts",
     "Thresholds",
     "check_path",
     "exact_thresholds",
     "masked",
+    "path_counts",
     "prunable_paths",
     "removal_steps",
     "weight_importance",
-    "zero_counts",
 ]

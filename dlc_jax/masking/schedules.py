@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -39,7 +40,14 @@ SCHEDULES: dict[str, Callable[[int, float, int], list[int]]] = {
 }
 
 
-def zero_counts(
+class PathCounts(NamedTuple):
+    """How many of the least important weights go, at every grid step and at the chosen ones."""
+
+    grid: Int64[np.ndarray, " steps"]
+    chosen: Int64[np.ndarray, " m"]
+
+
+def path_counts(
     num_weights: int,
     *,
     schedule: str = "linear",
@@ -47,8 +55,8 @@ def zero_counts(
     num_probes: int = 50,
     placement: str = "grid",
     max_sparsity: float = 1.0,
-) -> Int64[np.ndarray, " m"]:
-    """Returns how many of the least important weights each probe zeroes, ascending.
+) -> PathCounts:
+    """Returns how many weights the steps of the path zero, and which of the steps are probes.
 
     Args:
       num_weights: N, prunable weights of the whole network.
@@ -70,9 +78,10 @@ def zero_counts(
         length = max(whole, num_probes)
     counts = np.asarray(SCHEDULES[schedule](num_weights, step, length), np.int64)
     counts = counts[(counts <= round(max_sparsity * num_weights)) & (counts < num_weights)]
-    if placement == "midpoint" and num_probes < len(counts):
-        counts = counts[[int((j + 0.5) * len(counts) / num_probes) for j in range(num_probes)]]
-    return counts
+    if placement == "grid" or num_probes >= len(counts):
+        return PathCounts(counts, counts)
+    chosen = [int((j + 0.5) * len(counts) / num_probes) for j in range(num_probes)]
+    return PathCounts(counts, counts[chosen])
 
 
 def check_path(

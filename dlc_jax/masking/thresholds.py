@@ -17,6 +17,10 @@ from jaxtyping import Bool, Int, Real
 from dlc_jax.masking.importance import Importance
 from dlc_jax.types import Params, by_path, path_name
 
+# A magnitude's bits, read as an integer, order as the magnitude does. Compared as floats, XLA on
+# CPU takes all denormal weights for zero, and the count would miss.
+_ALL_BUT_SIGN = 0x7FFFFFFF
+
 
 class Thresholds(NamedTuple):
     """m probes; leaf l keeps a weight if importance > value, or = value and position >= cutoff.
@@ -48,7 +52,7 @@ def exact_thresholds(
     sizes = [int(np.prod(leaves[path].shape)) for path in prunable]
     flat = np.concatenate(
         [
-            np.abs(np.asarray(leaves[path], np.float32)).ravel()
+            (np.asarray(leaves[path], np.float32).view(np.int32) & _ALL_BUT_SIGN).ravel()
             if importance is None
             else importance[path].ravel()
             for path in prunable
@@ -94,11 +98,14 @@ def masked(
         name = path_name(path)
         if name not in place:
             return leaf
-        matters = jnp.asarray(
-            jnp.abs(leaf).astype(jnp.float32) if importance is None else importance[name]
-        )
+        matters = _magnitude(leaf) if importance is None else jnp.asarray(importance[name])
         cutoff = jnp.asarray(threshold.cutoff)[place[name]]
         keep = keep_mask(matters, jnp.asarray(threshold.value), cutoff)
         return jnp.where(keep, leaf, jnp.zeros_like(leaf))
 
     return jax.tree_util.tree_map_with_path(mask_leaf, params)
+
+
+def _magnitude(leaf: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.int32)
+    return bits & _ALL_BUT_SIGN

@@ -17,16 +17,17 @@ from dlc_jax.types import Params, by_path
 
 
 def removal_steps(params: Params, prunable: tuple[str, ...], counts: np.ndarray) -> Importance:
-    """Returns, per weight, the probe from which on torch zeroes it (m: never), int32.
+    """Returns, per weight, the step of the path at which torch zeroes it (m: never), int32.
 
-    As importance it yields torch's masks: probe k zeroes what has a step of k or less. Replays
+    As importance it yields torch's masks: step k zeroes what has a step of k or less. Replays
     torch's CPU build with GNU's C++ library; torch switches to a heap when a step takes less than
     1/64 of what is left, and ties then go by position.
 
     Args:
       params: The encoder's parameters; kernels [h, w, in, out] or [in, out].
       prunable: Paths of the prunable leaves, in the order of torch's modules.
-      counts: [m] weights each probe zeroes, ascending.
+      counts: [m] weights zeroed at every step of the path, ascending from 0. Torch's choice at one
+        step depends on all steps before it, so steps that are no probe count too.
     """
     leaves = by_path(params)
     transposed = [np.abs(np.asarray(leaves[path], np.float32)).T for path in prunable]

@@ -49,11 +49,13 @@ def load_images(
     checks.one_of("dataset.on_corrupt", on_corrupt, ON_CORRUPT)
 
     def read(position: int) -> np.ndarray | str:
-        sample = dataset[position]
         try:
+            sample = dataset[position]
             return resize_and_crop(decode(sample.image, sample.id), image_size)
         except checks.InputError as error:
             return str(error)
+        except OSError as error:  # a file that is gone, or that may not be read
+            return f"sample {str(dataset.ids[position])!r} cannot be read: {error}"
 
     threads = max(os.cpu_count() or 1, 1)
     images = (

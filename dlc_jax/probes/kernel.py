@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from dlc_jax import checks
 from dlc_jax.encoders import Encoder, normalise, pool
 from dlc_jax.masking import Importance, Thresholds, masked
 from dlc_jax.probes.prototypes import prototype_loss
@@ -43,6 +44,11 @@ class Forward(NamedTuple):
         # without this, float32 matmuls and convolutions run in TF32 on recent GPUs
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
             output = self.apply(params, inputs)
+        if output.ndim not in (2, 3, 4) or output.shape[0] != images.shape[0]:
+            raise checks.InputError(
+                f"encoder: apply gave an array of shape {output.shape} for {images.shape[0]} "
+                "images; expected features [b, d], a map [b, h, w, d] or tokens [b, t, d]."
+            )
         return pool(output.astype(jnp.float32), self.pooling)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,16 +14,18 @@ from tqdm import tqdm
 from dlc_jax import checks
 from dlc_jax.encoders import Encoder
 from dlc_jax.masking import (
+    MASKINGS,
     Importance,
+    PathCounts,
     Thresholds,
     check_path,
     exact_thresholds,
+    path_counts,
     prunable_paths,
     removal_steps,
     weight_importance,
-    zero_counts,
 )
-from dlc_jax.preprocess import RandomCrops, load_images
+from dlc_jax.preprocess import LoadedImages, RandomCrops, load_images
 from dlc_jax.probes.kernel import DTYPES, Forward, features_of_batch, losses_of_batch
 from dlc_jax.probes.prototypes import class_means
 from dlc_jax.types import Dataset, ProbeLosses, by_path
@@ -79,8 +82,9 @@ def probe(
 ) -> ProbeLosses:
     """Measures how well masked copies of the encoder tell each sample's class.
 
-    Every image is decoded once. One compiled program maps all probes over a batch; a probe is a
-    threshold on the importance of weights, so memory does not grow with their number.
+    Every image is decoded once, unless `augment` is on. One compiled program maps all probes over
+    a batch; a probe is a threshold on the importance of weights, so memory does not grow with
+    their number.
 
     Args:
       encoder: From `load_encoder`, or your own `Encoder`.
@@ -96,7 +100,7 @@ def probe(
       chunk: Most probes side by side, or `auto`; changes speed and memory, not the losses.
       dtype: What the network computes in, `float32` or `bfloat16`; distances are float32.
       augment: Whether each probe sees a fresh random crop and flip, as in the released code;
-        costs one more decode and m crops per image.
+        decodes every image twice more and cuts m crops from it.
       on_corrupt: `error`, or `skip` to leave unreadable images out and list them.
       seed: Seed of random masking and of `augment`.
       mode: `default`, or `official` for the released code's schedule, normalisation, ViT pooling
@@ -112,61 +116,45 @@ def probe(
     encoder = encoder.for_mode(mode)
     schedule = schedule or SCHEDULE_OF_MODE[mode]
     check_path(schedule, step, num_probes, placement, max_sparsity)
+    checks.one_of("probe.masking", masking, MASKINGS)
     checks.one_of("probe.dtype", dtype, DTYPES)
     checks.at_least("probe.batch_size", batch_size, 1)
-    checks.at_least("seed", seed, 0)
+    checks.seed(seed)
     resolve_chunk(chunk, num_probes)
     encoder.check_image_size(image_size)
-    prunable = prunable_paths(encoder.params, encoder.is_prunable)
 
     loaded = load_images(dataset, image_size, on_corrupt=on_corrupt, progress=progress)
     labels, ids = dataset.labels[loaded.positions], dataset.ids[loaded.positions]
     why = " (skipped samples do not count)" if loaded.skipped else ""
-    checks.every_class_has_samples(dataset.name, labels, dataset.class_names, why)
-    leaves = by_path(encoder.params)
-    num_weights = sum(leaves[path].size for path in prunable)
-    counts = zero_counts(
-        num_weights,
+    checks.prototypes_can_differ(dataset.name, labels, dataset.class_names, why)
+    counts = functools.partial(
+        path_counts,
         schedule=schedule,
         step=step,
         num_probes=num_probes,
         placement=placement,
         max_sparsity=max_sparsity,
     )
-    if mode == "official" and masking == "l1":
-        importance = removal_steps(encoder.params, prunable, counts)
-    else:
-        importance = weight_importance(encoder.params, prunable, masking, seed)
-    thresholds = exact_thresholds(encoder.params, prunable, importance, counts)
-
+    path = _learning_path(encoder, counts, masking, seed, mode)
+    source = _Source(loaded, RandomCrops(dataset, image_size, seed) if augment else None)
     batches = Batches(len(labels), batch_size)
-    crops = RandomCrops(dataset, image_size, seed) if augment else None
-
-    def pixels(where: np.ndarray) -> np.ndarray:
-        if crops is None:
-            return loaded.pixels[where]
-        positions = loaded.positions[where]
-        return crops.cut(crops.originals(positions), positions, draw=0)
-
     prototypes = class_means(
-        _features(encoder, dtype, batches, pixels), labels, dataset.class_names
+        _features(encoder, dtype, batches, source.pixels), labels, dataset.class_names
     )
-    path = _Path(encoder, dtype, prunable, jax.device_put(importance), thresholds, prototypes)
+    program = _Program(encoder, dtype, path, prototypes, chunk=resolve_chunk(chunk, len(path)))
     with tqdm(
-        total=len(counts) * len(labels),
-        desc=f"{len(counts)} probes",
+        total=len(path) * len(labels),
+        desc=f"{len(path)} probes",
         unit="img x probe",
         unit_scale=True,
         disable=None if progress else True,
     ) as bar:
-        if crops is None:
-            losses = _losses(path, resolve_chunk(chunk, len(counts)), batches, pixels, labels, bar)
-        else:
-            losses = _augmented_losses(path, batches, crops, loaded.positions, labels, bar)
+        run = _losses if source.crops is None else _augmented_losses
+        losses = run(program, batches, source, labels, bar)
     checks.losses_are_finite(losses, ids)
     return ProbeLosses(
         losses=losses,
-        sparsity=(counts / num_weights).astype(np.float32),
+        sparsity=path.sparsity,
         labels=labels,
         ids=ids,
         prototypes=prototypes,
@@ -179,9 +167,9 @@ def resolve_chunk(chunk: int | str, num_probes: int) -> int:
     """Returns how many probes to map side by side: at most `chunk`, at most half of it less.
 
     Within that range the number that leaves the fewest places of the last chunk empty. `auto` is
-    one after another on every backend: side by side, convolutions become grouped convolutions
-    and matmuls batched ones, slower on CPU (BUILD_NOTES, "Chunk"), and a batch of images alone
-    fills an accelerator.
+    one after another: on CPU that is fastest for every architecture (BUILD_NOTES, "Chunk"), since
+    side by side convolutions become grouped ones and matmuls batched ones. Other backends take
+    the same until they are measured.
     """
     if chunk == "auto":
         return 1
@@ -205,29 +193,72 @@ class Batches(NamedTuple):
             yield np.concatenate([where, np.full(size - len(where), start)]), len(where)
 
 
-class _Path(NamedTuple):
-    """What every call of the probe program shares."""
+class _LearningPath(NamedTuple):
+    """The masked networks of one run."""
 
-    encoder: Encoder
-    dtype: str
     prunable: tuple[str, ...]
     importance: Importance
     thresholds: Thresholds
+    sparsity: Float32[np.ndarray, " m"]
+
+    def __len__(self) -> int:
+        return len(self.sparsity)
+
+
+def _learning_path(
+    encoder: Encoder, counts: Callable[[int], PathCounts], masking: str, seed: int, mode: str
+) -> _LearningPath:
+    prunable = prunable_paths(encoder.params, encoder.is_prunable)
+    leaves = by_path(encoder.params)
+    num_weights = sum(leaves[path].size for path in prunable)
+    grid, chosen = counts(num_weights)
+    if mode == "official" and masking == "l1":
+        in_order = prunable
+        if encoder.module_order is not None:
+            in_order = tuple(sorted(prunable, key=encoder.module_order))
+        importance = removal_steps(encoder.params, in_order, grid)
+    else:
+        importance = weight_importance(encoder.params, prunable, masking, seed)
+    thresholds = exact_thresholds(encoder.params, prunable, importance, chosen)
+    sparsity = (chosen / num_weights).astype(np.float32)
+    return _LearningPath(prunable, jax.device_put(importance), thresholds, sparsity)
+
+
+class _Source(NamedTuple):
+    """Where batches of pixels come from."""
+
+    loaded: LoadedImages
+    crops: RandomCrops | None
+
+    def pixels(self, where: Int64[np.ndarray, " b"]) -> UInt8[np.ndarray, "b s s 3"]:
+        """Returns what prototypes are made of."""
+        if self.crops is None:
+            return self.loaded.pixels[where]
+        positions = self.loaded.positions[where]
+        return self.crops.cut(self.crops.originals(positions), positions, draw=0)
+
+
+class _Program(NamedTuple):
+    """The probe program with everything that its calls share."""
+
+    encoder: Encoder
+    dtype: str
+    path: _LearningPath
     prototypes: Float32[np.ndarray, "c d"]
+    chunk: int
 
     def losses(
         self,
         thresholds: Thresholds,
-        chunk: int,
         images: UInt8[np.ndarray, "b s s 3"],
         labels: Int32[np.ndarray, " b"],
     ) -> jax.Array:
         return losses_of_batch(
             Forward.of(self.encoder, self.dtype),
-            self.prunable,
-            chunk,
+            self.path.prunable,
+            min(self.chunk, len(thresholds.value)),
             self.encoder.params,
-            self.importance,
+            self.path.importance,
             thresholds,
             self.prototypes,
             images,
@@ -247,17 +278,16 @@ def _features(
 
 
 def _losses(
-    path: _Path,
-    chunk: int,
+    program: _Program,
     batches: Batches,
-    pixels: Callable[[np.ndarray], np.ndarray],
+    source: _Source,
     labels: Int32[np.ndarray, " n"],
     bar: tqdm,
 ) -> Float32[np.ndarray, "m n"]:
-    num_probes = len(path.thresholds.value)
+    num_probes, chunk = len(program.path), program.chunk
     # full chunks only: the last probe fills up the last one and is dropped again
     padded = np.minimum(np.arange(-(-num_probes // chunk) * chunk), num_probes - 1)
-    thresholds = jax.device_put(Thresholds(*(part[padded] for part in path.thresholds)))
+    thresholds = jax.device_put(Thresholds(*(part[padded] for part in program.path.thresholds)))
     parts: list[np.ndarray] = []
     pending: list[tuple[jax.Array, int]] = []
 
@@ -268,7 +298,8 @@ def _losses(
 
     for where, real in batches:
         # one batch ahead: the device computes while the next one is gathered and sent
-        pending.append((path.losses(thresholds, chunk, pixels(where), labels[where]), real))
+        images = source.loaded.pixels[where]
+        pending.append((program.losses(thresholds, images, labels[where]), real))
         if len(pending) > 1:
             fetch()
     while pending:
@@ -277,22 +308,23 @@ def _losses(
 
 
 def _augmented_losses(
-    path: _Path,
+    program: _Program,
     batches: Batches,
-    crops: RandomCrops,
-    positions: Int64[np.ndarray, " n"],
+    source: _Source,
     labels: Int32[np.ndarray, " n"],
     bar: tqdm,
 ) -> Float32[np.ndarray, "m n"]:
-    num_probes = len(path.thresholds.value)
+    crops = source.crops
+    assert crops is not None
     parts = []
     for where, real in batches:
-        originals = crops.originals(positions[where])
+        positions = source.loaded.positions[where]
+        originals = crops.originals(positions)
         rows = []
-        for k in range(num_probes):
-            threshold = Thresholds(*(part[k : k + 1] for part in path.thresholds))
-            images = crops.cut(originals, positions[where], draw=k + 1)
-            rows.append(path.losses(threshold, 1, images, labels[where]))
-        parts.append(np.concatenate([np.asarray(row) for row in rows])[:, :real])
-        bar.update(num_probes * real)
+        for k in range(len(program.path)):
+            threshold = Thresholds(*(part[k : k + 1] for part in program.path.thresholds))
+            images = crops.cut(originals, positions, draw=k + 1)
+            rows.append(np.asarray(program.losses(threshold, images, labels[where])))
+        parts.append(np.concatenate(rows)[:, :real])
+        bar.update(len(program.path) * real)
     return np.concatenate(parts, axis=1)

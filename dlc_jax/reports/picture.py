@@ -45,14 +45,14 @@ def easiest_hardest(
         num_right = min(num_each, len(order) - num_left)
         for column, member in enumerate(order[:num_left]):
             place = (_MARGIN + _NAME + column * (_SIDE + _GAP), top)
-            sheet.paste(_thumbnail(dataset, positions[member]), place)
+            sheet.paste(_thumbnail(dataset, int(positions[member])), place)
         for column, member in enumerate(order[len(order) - num_right :]):
             sheet.paste(
-                _thumbnail(dataset, positions[member]), (right + column * (_SIDE + _GAP), top)
+                _thumbnail(dataset, int(positions[member])), (right + column * (_SIDE + _GAP), top)
             )
     return sheet
 
 
 def _thumbnail(dataset: Dataset, position: int) -> Image.Image:
-    sample = dataset[int(position)]
+    sample = dataset[position]
     return ImageOps.fit(decode(sample.image, sample.id), (_SIDE, _SIDE))

@@ -34,10 +34,18 @@ def class_table(
         members = np.flatnonzero(labels == label)
         easiest, hardest = members[scores[members].argmin()], members[scores[members].argmax()]
         num_kept = str(int(is_kept[members].sum())) if kept is not None else "-"
-        rows.append((name, str(len(members)), num_kept, str(ids[easiest]), str(ids[hardest])))
+        rows.append(
+            (
+                " ".join(name.split()),
+                str(len(members)),
+                num_kept,
+                str(ids[easiest]),
+                str(ids[hardest]),
+            )
+        )
     num_kept = str(int(is_kept.sum())) if kept is not None else "-"
     rows.append(("all", str(len(labels)), num_kept, "", ""))
-    rows = [(*row[:3], _shorten(row[3]), _shorten(row[4])) for row in rows]
+    rows = [(_shorten(a), b, c, _shorten(d), _shorten(e)) for a, b, c, d, e in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(

@@ -84,7 +84,9 @@ def select(
     checks.scores_fit_labels(scores, labels)
     # the released code sorts with NumPy's default, which leaves ties in any order (Q9)
     kind: Literal["quicksort", "stable"] = "quicksort" if mode == "official" else "stable"
-    members = [np.flatnonzero(labels == label) for label in range(int(labels.max()) + 1)]
+    by_label = np.argsort(labels, kind="stable")
+    present, starts = np.unique(labels[by_label], return_index=True)
+    members = np.split(by_label, starts[1:])
     ranked = [positions[np.argsort(scores[positions], kind=kind)] for positions in members]
     if mode == "official" and split is not None:
         kept = official.flexrand(ranked, keep_fraction, split, seed)
@@ -94,17 +96,22 @@ def select(
             positions
             if len(positions) == 1 and mode == "default"
             else pick(positions, keep_fraction, split, seed, label)
-            for label, positions in enumerate(ranked)
+            for label, positions in zip(present.tolist(), ranked, strict=True)
         ]
+    indices = np.sort(np.concatenate(kept)).astype(np.int64)
     return Selection(
-        indices=np.sort(np.concatenate(kept)).astype(np.int64),
+        indices=indices,
         method=method,
         keep_fraction=keep_fraction,
         split=split,
         seed=seed,
         mode=mode,
-        num_kept_per_class=np.array([len(positions) for positions in kept], np.int64),
-        single_sample_classes=tuple(j for j, members in enumerate(ranked) if len(members) == 1),
+        num_kept_per_class=np.bincount(labels[indices], minlength=int(present[-1]) + 1),
+        single_sample_classes=tuple(
+            int(label)
+            for label, positions in zip(present, members, strict=True)
+            if len(positions) == 1
+        ),
     )
 
 
@@ -115,13 +122,13 @@ def check_cell(
     checks.mode(mode)
     checks.one_of("selection method", method, SELECTORS)
     checks.keep_fraction(keep_fraction)
-    checks.at_least("seed", seed, 0)
+    checks.seed(seed)
+    if mode == "official":
+        official.grid_cell(keep_fraction, DEFAULT_SPLIT if split is None else split)
     if not SELECTORS[method].has_split:
         if split is not None:
             raise checks.InputError(f"split: method {method!r} takes none, got {split!r}.")
         return None
     split = DEFAULT_SPLIT if split is None else split
     checks.split(split)
-    if mode == "official":
-        official.grid_cell(keep_fraction, split)
     return split

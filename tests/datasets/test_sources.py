@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -106,6 +107,52 @@ def test_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="class 'empty' has no image"):
         dlc.load_dataset(f"folder:{tmp_path}")
+
+
+def test_folders_skip_hidden_ones_and_survive_links_in_circles(tmp_path):
+    for name, data in zip(("a/1.png", "a/.cache/1.png", "b/2.png"), FILES, strict=False):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "b" / "linked.png").symlink_to(tmp_path / "a" / "1.png")
+    dataset = dlc.load_dataset(f"folder:{tmp_path}")
+    assert dataset.ids.tolist() == ["a/1.png", "b/2.png", "b/linked.png"]
+
+
+def test_file_names_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    with open(os.fsencode(tmp_path / "a") + b"/\xff.png", "wb") as file:
+        file.write(FILES[0])
+    with pytest.raises(ValueError, match="is not valid UTF-8"):
+        dlc.load_dataset(f"folder:{tmp_path}")
+
+
+def test_string_labels_with_class_names(tmp_path):
+    dataset = dlc.array_dataset(PIXELS[:3], ["b", "a", "b"], class_names=["b", "a", "c"])
+    assert dataset.labels.tolist() == [0, 1, 0]
+    assert dataset.class_names == ("b", "a", "c")
+    with pytest.raises(ValueError, match="labels 'x' are not among the 2 class names"):
+        dlc.array_dataset(PIXELS[:2], ["a", "x"], class_names=["a", "b"])
+
+
+@pytest.mark.parametrize("metadata", ["{", '{"info": {"features": null}}', "[]", "{}"])
+def test_parquet_metadata_of_other_kinds_is_passed_over(tmp_path, metadata):
+    table = pa.table({"image": FILES, "label": [0, 1] * 3})
+    pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "x.parquet")
+    assert len(dlc.load_dataset(f"parquet:{tmp_path}/x.parquet")) == 6
+
+
+def test_parquet_with_nested_features_and_list_labels(tmp_path):
+    features = {"objects": [{"_type": "Value"}], "image": {"_type": "Image"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    for labels in ([0, 1] * 3, [[0], [1, 2]] * 3):
+        table = pa.table({"image": FILES, "label": labels}).replace_schema_metadata(metadata)
+        pq.write_table(table, tmp_path / "x.parquet")
+        if isinstance(labels[0], int):
+            assert len(dlc.load_dataset(f"parquet:{tmp_path}/x.parquet")) == 6
+        else:
+            with pytest.raises(ValueError, match=r"labels must be integers or strings"):
+                dlc.load_dataset(f"parquet:{tmp_path}/x.parquet")
 
 
 def test_tfds_prepared_data_reads_without_tensorflow(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,12 +92,16 @@ def test_config_and_provenance_are_complete(workdir, sample, sample_encoder):
     config = json.loads((workdir / "config.json").read_text())
     assert config["probe"]["schedule"] == "linear"  # the default, resolved
     assert config["probe"]["num_probes"] == 3
+    assert config["encoder"]["mean"] == [0.485, 0.456, 0.406]  # the checkpoint's, filled in
+    assert config["encoder"]["pooling"] == "mean"
     provenance = json.loads((workdir / "provenance.json").read_text())
     assert provenance["dataset"]["fingerprint"] == sample.fingerprint
     encoder = sample_encoder.for_mode("default")
     assert provenance["encoder"]["fingerprint"] == encoder.fingerprint
     assert provenance["versions"]["dlc_jax"] == dlc.__version__
-    assert provenance["stages"]["score"]["seconds"] > 0
+    score = provenance["stages"]["score"]
+    assert score["seconds"] > 0
+    assert score["settings"]["probe"] == config["probe"]
     assert provenance["devices"]
 
 
@@ -135,6 +140,47 @@ def test_changed_inputs_and_damaged_files_run_again(workdir, tmp_path):
     changed = run(*FAST, f"--workdir={tmp_path}", "--config.probe.num_probes=2").stdout
     assert "unchanged" not in changed
     assert np.load(losses)["losses"].shape == (2, 750)
+
+
+def test_selections_of_other_scores_are_set_aside(workdir, tmp_path):
+    subprocess.run(["cp", "-r", f"{workdir}/.", str(tmp_path)], check=True)
+    shutil.rmtree(tmp_path / "superseded", ignore_errors=True)
+    before = sorted(path.name for path in (tmp_path / "selections").rglob("*.npy"))
+    printed = run(
+        *FAST,
+        f"--workdir={tmp_path}",
+        "--config.probe.masking=random",
+        "--config.selection.keep_fractions=(0.5,)",
+    ).stdout
+    assert f"select: {len(before)} selections made from other scores moved" in printed
+    assert len(list((tmp_path / "selections").rglob("*.npy"))) == 4
+    moved = sorted(path.name for path in (tmp_path / "superseded").rglob("*.npy"))
+    assert moved == before
+
+
+def test_scores_that_do_not_belong_together_are_not_selected_from(workdir, tmp_path):
+    """As a run leaves them that is killed between two files of `scores/`."""
+    subprocess.run(["cp", "-r", f"{workdir}/.", str(tmp_path)], check=True)
+    other = dict(np.load(workdir / "scores" / "losses.npz"))
+    other["losses"] = other["losses"] + 1
+    np.savez(tmp_path / "scores" / "losses.npz", **other)
+    only = "--config.stages=('select',)"
+    failed = run(*FAST, f"--workdir={tmp_path}", only, code=2)
+    assert "not as the stage 'score' left it" in failed.stderr
+
+
+def test_a_home_directory_in_the_work_directory_is_expanded(workdir, tmp_path):
+    subprocess.run(["cp", "-r", f"{workdir}/scores", str(tmp_path)], check=True)
+    done = subprocess.run(
+        command(*FAST, "--workdir=~", "--config.stages=('select',)"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "selections").is_dir()
+    assert not (ROOT / "~").exists()
 
 
 def test_selecting_alone_needs_neither_data_nor_encoder(workdir, tmp_path):
@@ -232,6 +278,24 @@ def test_help_lists_every_key():
     done = subprocess.run(command("--help"), cwd=ROOT, capture_output=True, text=True)
     assert "--config.probe.max_sparsity" in done.stdout
     assert "configs/demo.py" in done.stdout
+
+
+def test_killed_while_scoring_leaves_whole_files_and_a_run_that_goes_on(workdir, tmp_path):
+    arguments = (*FAST, f"--workdir={tmp_path}")
+    for _ in range(2):
+        process = subprocess.Popen(
+            command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and not (tmp_path / "scores").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in (tmp_path / "scores").glob("[!.]*"):
+            assert path.read_bytes() == (workdir / "scores" / path.name).read_bytes()
+    run(*arguments)
+    for name in ("losses.npz", "scores.parquet", "easiest_hardest.png"):
+        assert (tmp_path / "scores" / name).read_bytes() == (workdir / "scores" / name).read_bytes()
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_killed_at_any_moment_nothing_is_half_written(workdir, tmp_path):

@@ -16,7 +16,7 @@ from conftest import require_shared
 from scipy.stats import spearmanr
 
 import dlc_jax as dlc
-from dlc_jax.masking import exact_thresholds, prunable_paths, removal_steps, zero_counts
+from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths, removal_steps
 from dlc_jax.masking.thresholds import Thresholds, masked
 from dlc_jax.types import by_path
 
@@ -101,14 +101,14 @@ def test_masks_have_the_recorded_hashes_and_counts(golden, encoder, recorded):
     prunable = prunable_paths(encoder.params, encoder.is_prunable)
     leaves = by_path(encoder.params)
     num_weights = sum(leaves[path].size for path in prunable)
-    counts = zero_counts(num_weights, schedule="geometric")
+    counts = path_counts(num_weights, schedule="geometric").chosen
     np.testing.assert_array_equal(counts, recorded["mask_zeros"][:50])
     ones = {path: jax.numpy.ones(leaves[path].shape) for path in prunable}
     meta = json.loads((golden / "resnet18-caltech15_meta.json").read_text())
     for importance in (None, removal_steps(encoder.params, prunable, counts)):
         thresholds = exact_thresholds(encoder.params, prunable, importance, counts)
         if importance is None:
-            importance = {path: np.abs(leaves[path]) for path in prunable}
+            importance = {p: np.abs(np.asarray(leaves[p])).view(np.int32) for p in prunable}
         for step, expected in meta["mask_sha256_after_step"].items():
             threshold = Thresholds(*(part[int(step)] for part in thresholds))
             masks = masked(ones, tuple(ones), importance, threshold)

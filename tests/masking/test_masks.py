@@ -6,14 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dlc_jax as dlc
+from dlc_jax.encoders import vit
 from dlc_jax.masking import (
     Thresholds,
     exact_thresholds,
     masked,
+    path_counts,
     prunable_paths,
     removal_steps,
     weight_importance,
-    zero_counts,
 )
 from dlc_jax.masking.torch_ties import smallest
 from dlc_jax.types import by_path
@@ -22,8 +23,9 @@ from dlc_jax.types import by_path
 def masks_of_path(params, prunable, importance, counts):
     """Returns a list of {path: bool mask}, one per probe, from the traced code."""
     thresholds = exact_thresholds(params, prunable, importance, counts)
-    if importance is None:
-        importance = {path: np.abs(np.asarray(by_path(params)[path])) for path in prunable}
+    if importance is None:  # compared by their bits, as the mask of real weights is
+        leaves = {path: np.asarray(by_path(params)[path], np.float32) for path in prunable}
+        importance = {path: np.abs(leaf).view(np.int32) for path, leaf in leaves.items()}
     ones = {path: jax.numpy.ones(importance[path].shape) for path in prunable}
     apply = jax.jit(lambda t: masked(ones, prunable, importance, t))
     found = [apply(Thresholds(*(part[k] for part in thresholds))) for k in range(len(counts))]
@@ -64,7 +66,7 @@ def test_masks_are_torchs_at_every_step(timm, tmp_path, schedule):
     prunable = prunable_paths(encoder.params, encoder.is_prunable)
     convs = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
     num_weights = sum(module.weight.numel() for module in convs.values())
-    counts = zero_counts(num_weights, schedule=schedule)
+    counts = path_counts(num_weights, schedule=schedule).chosen
     flat = np.sort(
         np.concatenate([m.weight.detach().abs().numpy().ravel() for m in convs.values()])
     )
@@ -85,7 +87,7 @@ def test_half_precision_ties_exact_counts_nested_and_by_position(sample_encoder)
     prunable = prunable_paths(params, sample_encoder.is_prunable)
     leaves = by_path(params)
     flat = np.concatenate([np.abs(leaves[path]).ravel() for path in prunable])
-    counts = zero_counts(len(flat), num_probes=25)
+    counts = path_counts(len(flat), num_probes=25).chosen
     ascending = np.sort(flat)
     num_tied = [np.count_nonzero(flat == ascending[count]) for count in counts[1:]]
     assert np.mean(num_tied) > 20  # the case this test is about
@@ -100,28 +102,54 @@ def test_half_precision_ties_exact_counts_nested_and_by_position(sample_encoder)
         previous = mask
 
 
-def test_official_ties_are_torchs(timm, sample_encoder):
+def half_precision_vit() -> dict:
+    """Two narrow ViT blocks under the paths that the encoder gives them."""
+    generator = np.random.default_rng(0)
+    shapes = {
+        "attn": {"qkv": (32, 96), "proj": (32, 32)},
+        "mlp": {"fc1": (32, 128), "fc2": (128, 32)},
+    }
+
+    def layer(shape):
+        return {"kernel": jax.numpy.asarray(generator.normal(size=shape).astype(np.float16), "f4")}
+
+    block = {part: {n: layer(s) for n, s in group.items()} for part, group in shapes.items()}
+    again = {part: {n: layer(s) for n, s in group.items()} for part, group in shapes.items()}
+    return {"blocks": {0: block, 1: again}}
+
+
+@pytest.mark.parametrize("network", ["resnet", "vit"])
+def test_official_ties_are_torchs(sample_encoder, network):
     """Half-precision weights: every threshold cuts through a group of equal weights."""
     import torch
     from torch.nn.utils import prune
 
-    prunable = prunable_paths(sample_encoder.params, sample_encoder.is_prunable)
-    leaves = by_path(sample_encoder.params)
+    params = sample_encoder.params if network == "resnet" else half_precision_vit()
+    prunable = prunable_paths(params, lambda path: path.endswith("kernel"))
+    if network == "vit":
+        prunable = tuple(sorted(prunable, key=vit.module_order))
+        assert prunable[0] == "blocks/0/attn/qkv/kernel"
+    leaves = by_path(params)
     convs = {}
     for path in prunable:
-        weight = torch.from_numpy(np.array(leaves[path]).transpose(3, 2, 0, 1).copy())
+        weight = np.array(leaves[path])
+        weight = weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight.T
         convs[path] = torch.nn.Conv2d(1, 1, 1)
-        convs[path].weight = torch.nn.Parameter(weight)
+        convs[path].weight = torch.nn.Parameter(torch.from_numpy(weight.copy()))
     num_weights = sum(leaves[path].size for path in prunable)
-    counts = zero_counts(num_weights, schedule="geometric", num_probes=12)
+    counts = path_counts(num_weights, schedule="geometric", num_probes=12).chosen
     theirs = torch_masks_of_path(convs, counts, prune.L1Unstructured)
-    importance = removal_steps(sample_encoder.params, prunable, counts)
-    ours = masks_of_path(sample_encoder.params, prunable, importance, counts)
+    importance = removal_steps(params, prunable, counts)
+    ours = masks_of_path(params, prunable, importance, counts)
+    by_position = masks_of_path(params, prunable, None, counts)
+    num_differing = 0
     for k in range(len(counts)):
         for path in prunable:
-            np.testing.assert_array_equal(
-                ours[k][path].transpose(3, 2, 0, 1), theirs[k][path], err_msg=f"{k} {path}"
-            )
+            axes = (3, 2, 0, 1) if leaves[path].ndim == 4 else (1, 0)
+            expected = theirs[k][path]
+            np.testing.assert_array_equal(ours[k][path].transpose(axes), expected)
+            num_differing += np.count_nonzero(by_position[k][path].transpose(axes) != expected)
+    assert num_differing > 0  # the order among equals is what is tested
 
 
 @settings(deadline=None, max_examples=60)
@@ -166,6 +194,22 @@ def test_counts_are_exact_whatever_the_ties(sizes, levels, seed):
         assert min(map(min, filter(len, kept))) >= max([0, *map(max, filter(len, gone))])
 
 
+def test_counts_are_exact_among_denormal_weights():
+    generator = np.random.default_rng(0)
+    values = generator.permutation(np.arange(1, 2001).astype(np.float32) * 2e-42)
+    params = {"w": jax.numpy.asarray(values)}
+    counts = np.array([0, 300, 500, 900])
+    thresholds = exact_thresholds(params, ("w",), None, counts)
+    ones = {"w": jax.numpy.ones(2000)}
+    bits = {"w": values.view(np.int32)}
+    for k, count in enumerate(counts):
+        threshold = Thresholds(*(part[k] for part in thresholds))
+        kept = np.asarray(jax.jit(lambda t: masked(ones, ("w",), bits, t))(threshold)["w"])
+        assert np.count_nonzero(kept == 0) == count
+        direct = masked(params, ("w",), None, threshold)["w"]
+        assert np.count_nonzero(np.asarray(direct).view(np.int32) == 0) == count
+
+
 def test_random_importance_is_fixed_by_the_seed_and_ignores_the_weights(sample_encoder):
     prunable = prunable_paths(sample_encoder.params, sample_encoder.is_prunable)
     first = weight_importance(sample_encoder.params, prunable, "random", 1)
@@ -174,7 +218,7 @@ def test_random_importance_is_fixed_by_the_seed_and_ignores_the_weights(sample_e
     for path in prunable:
         np.testing.assert_array_equal(first[path], again[path])
         assert np.any(first[path] != other[path])
-    counts = zero_counts(sum(first[path].size for path in prunable), num_probes=3)
+    counts = path_counts(sum(first[path].size for path in prunable), num_probes=3).chosen
     masks = masks_of_path(sample_encoder.params, prunable, first, counts)
     assert [sum((~m).sum() for m in mask.values()) for mask in masks] == counts.tolist()
 
@@ -183,7 +227,7 @@ def test_masked_leaves_other_parameters_alone(sample_encoder):
     params = sample_encoder.params
     prunable = prunable_paths(params, sample_encoder.is_prunable)
     assert len(prunable) == 20  # convolutions, stem and down-sampling included
-    counts = zero_counts(694_736, num_probes=2)
+    counts = path_counts(694_736, num_probes=2).chosen
     thresholds = exact_thresholds(params, prunable, None, counts)
     result = by_path(masked(params, prunable, None, Thresholds(*(p[1] for p in thresholds))))
     for path, leaf in by_path(params).items():

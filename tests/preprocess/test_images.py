@@ -107,6 +107,23 @@ def test_corrupt_images_are_skipped_and_listed_on_request(broken, small_sample, 
     np.testing.assert_allclose(probes.losses, alone.losses, atol=2e-6)
 
 
+def test_files_that_cannot_be_read_are_named_or_skipped(tmp_path):
+    for name in ("a/1", "a/2", "b/3"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(random_images(1)[0]))
+    dataset = dlc.load_dataset(f"folder:{tmp_path}")
+    whole = dataset.fingerprint
+    (tmp_path / "a" / "2.png").unlink()
+    dataset = dlc.Dataset(dataset.images, dataset.labels, dataset.ids, dataset.class_names)
+    assert dataset.fingerprint != whole
+    with pytest.raises(ValueError, match=r"sample 'a/2\.png' cannot be read"):
+        load_images(dataset, 32)
+    loaded = load_images(dataset, 32, on_corrupt="skip")
+    assert list(loaded.skipped) == ["a/2.png"]
+    assert loaded.positions.tolist() == [0, 2]
+
+
 def test_a_class_that_loses_its_last_sample_is_named(sample_encoder, small_sample):
     images = [small_sample[i].image for i in range(60)]
     images[4:8] = [b"broken"] * 4

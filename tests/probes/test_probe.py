@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ from conftest import narrow, random_images, subset
 from flax import nnx
 
 import dlc_jax as dlc
-from dlc_jax.masking import exact_thresholds, prunable_paths, zero_counts
+from dlc_jax.masking import Thresholds, exact_thresholds, masked, path_counts, prunable_paths
 from dlc_jax.probes import resolve_chunk
 from dlc_jax.probes.kernel import Forward, losses_of_batch
+from dlc_jax.probes.measure import _learning_path
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,7 @@ def test_each_program_is_traced_once(sample_encoder, sample, chunk):
 
 def memory_of_program(encoder: dlc.Encoder, num_probes: int):
     prunable = prunable_paths(encoder.params, encoder.is_prunable)
-    counts = zero_counts(694_736, num_probes=num_probes)
+    counts = path_counts(694_736, num_probes=num_probes).chosen
     thresholds = exact_thresholds(encoder.params, prunable, None, counts)
     lowered = losses_of_batch.lower(
         Forward.of(encoder, "float32"),
@@ -162,6 +164,34 @@ def test_midpoint_probes_are_probes_of_the_grid(sample_encoder, small_sample):
     grid = dlc.probe(sample_encoder, small_sample, num_probes=20, **options)
     few = dlc.probe(sample_encoder, small_sample, num_probes=4, placement="midpoint", **options)
     np.testing.assert_allclose(few.losses, grid.losses[[2, 7, 12, 17]], atol=2e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "geometric"])
+def test_official_midpoint_probes_are_official_probes_of_the_grid(sample_encoder, schedule):
+    """The weights are half precision: which of the equal ones go depends on every step before."""
+
+    def masks(**more):
+        counts = functools.partial(path_counts, schedule=schedule, step=0.1, **more)
+        path = _learning_path(sample_encoder, counts, "l1", 0, "official")
+        params = sample_encoder.params
+        return [
+            jax.tree.map(
+                np.asarray,
+                masked(
+                    params,
+                    path.prunable,
+                    path.importance,
+                    Thresholds(*(p[k] for p in path.thresholds)),
+                ),
+            )
+            for k in range(len(path))
+        ]
+
+    whole = 10 if schedule == "linear" else 50
+    grid = masks(num_probes=whole)
+    few = masks(num_probes=3, placement="midpoint")
+    for j, found in enumerate(few):
+        jax.tree.map(np.testing.assert_array_equal, found, grid[int((j + 0.5) * whole / 3)])
 
 
 def test_random_masking_depends_on_the_seed(sample_encoder, small_sample):
@@ -268,6 +298,21 @@ def test_an_empty_class_is_named(sample_encoder, small_sample):
     without = subset(small_sample, np.flatnonzero(small_sample.labels != 3))
     with pytest.raises(ValueError, match=r"1 of 15 classes have no sample: 'electric_guitar'"):
         dlc.probe(sample_encoder, without, image_size=64)
+
+
+def test_a_single_class_is_refused():
+    dataset = dlc.array_dataset(random_images(4), [0] * 4)
+    encoder = dlc.Encoder({"w": jnp.ones((3, 2))}, lambda p, x: x.mean((1, 2)), lambda path: True)
+    with pytest.raises(ValueError, match="one class only"):
+        dlc.probe(encoder, dataset, image_size=32)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (3,), (2, 2, 2, 2, 3)])
+def test_own_networks_of_the_wrong_output_are_refused(shape):
+    dataset = dlc.array_dataset(random_images(6), [0, 1] * 3)
+    encoder = dlc.Encoder({"w": jnp.ones(3)}, lambda p, x: jnp.ones(shape), lambda path: True)
+    with pytest.raises(ValueError, match="apply gave an array of shape"):
+        dlc.probe(encoder, dataset, image_size=32)
 
 
 def test_image_size_a_vit_does_not_take(sample_encoder, small_sample):

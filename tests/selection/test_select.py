@@ -95,6 +95,13 @@ def test_random_does_not_look_at_scores(scored):
     np.testing.assert_array_equal(kept.indices, other.indices)
 
 
+def test_class_ids_may_have_gaps_and_numbers_any_type():
+    labels = np.array([0, 0, 2_000_000, 2_000_000], np.uint32)
+    kept = dlc.select(np.arange(4), labels, method="hardest", keep_fraction=np.float64(0.5))
+    assert kept.indices.tolist() == [1, 3]
+    assert kept.num_kept_per_class[[0, 1, 2_000_000]].tolist() == [1, 0, 1]
+
+
 def test_equal_scores_go_by_position():
     kept = dlc.select(np.zeros(10), np.zeros(10, int), method="easiest", keep_fraction=0.3)
     assert kept.indices.tolist() == [0, 1, 2]
@@ -122,6 +129,11 @@ def test_a_class_of_one_sample_keeps_it_and_is_listed():
         ({"method": "easiest", "split": 0.5}, "takes none"),
         ({"mode": "offical"}, "official"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**32, "mode": "official"}, "seed"),
+        ({"keep_fraction": float("nan")}, "strictly between 0 and 1"),
+        ({"scores": np.array(["a", "b"])}, "expected numbers"),
+        ({"labels": np.array([0, 10**9])}, r"np\.unique"),
+        ({"mode": "official", "method": "easiest", "keep_fraction": 0.15}, r"0\.1, 0\.2"),
         ({"scores": np.array([0.0, np.nan])}, "position 1"),
         ({"scores": np.zeros(3)}, r"\(3,\) and \(2,\)"),
         ({"labels": np.array([0.0, 1.0])}, "integers"),

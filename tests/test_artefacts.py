@@ -1,0 +1,114 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import dlc_jax as dlc
+from dlc_jax import artefacts
+from dlc_jax.artefacts import ScoredSamples
+
+
+@pytest.fixture
+def samples():
+    scores = {"dlc": np.linspace(2, 3, 20, dtype=np.float32)}
+    ids = np.array([f"café/{i}" for i in range(20)])
+    return ScoredSamples(ids, np.arange(20, dtype=np.int32) % 2, ("a", "b"), scores)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.json"
+    artefacts.write_json(path, {"old": 1})
+
+    def half_way() -> None:
+        with artefacts.atomic(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        half_way()
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_leftovers_of_dead_runs_are_cleared_and_nothing_else(tmp_path):
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    owner, temporary = artefacts._OWNER, artefacts._TEMPORARY
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "photos").mkdir()
+    gone = tmp_path / "scores" / f".losses.npz{owner}{int(dead.stdout)}{temporary}"
+    kept = [
+        tmp_path / "scores" / f".losses.npz{owner}{os.getpid()}{temporary}",
+        tmp_path / "scores" / ".losses.npz.dlc_jax-otherhost-1234567.tmp",
+        tmp_path / f".x{owner}99999999999999999999{temporary}",
+        tmp_path / "photos" / ".backup.2023999.tmp",
+    ]
+    for path in (gone, *kept):
+        path.touch()
+    artefacts.prepare_workdir(tmp_path)
+    assert not gone.exists()
+    assert all(path.exists() for path in kept)
+
+
+def test_scores_survive_the_round_trip(tmp_path, samples):
+    artefacts.write_scores(tmp_path, samples)
+    found = artefacts.read_scores(tmp_path)
+    np.testing.assert_array_equal(found.ids, samples.ids)
+    np.testing.assert_array_equal(found.labels, samples.labels)
+    np.testing.assert_array_equal(found.scores["dlc"], samples.scores["dlc"])
+    assert found.class_names == samples.class_names
+    assert found.fingerprint == samples.fingerprint
+    (tmp_path / artefacts.SCORES).write_bytes(b"not a table")
+    with pytest.raises(ValueError, match="not a table of scores"):
+        artefacts.read_scores(tmp_path)
+
+
+def test_fingerprint_covers_class_names(samples):
+    renamed = ScoredSamples(samples.ids, samples.labels, ("a", "wasp"), samples.scores)
+    assert renamed.fingerprint != samples.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        ((0.3, 0.5, 1), "keep_0.30-split_0.50-seed_1"),
+        ((0.3, None, 12), "keep_0.30-seed_12"),
+        ((0.125, 0.05, 0), "keep_0.125-split_0.05-seed_0"),
+    ],
+)
+def test_cell_names_do_not_collide(cell, name):
+    assert artefacts.cell_name(*cell) == name
+
+
+def test_selections_of_other_scores_are_set_aside_not_lost(tmp_path, samples):
+    kept = dlc.select(samples.scores["dlc"], samples.labels, keep_fraction=0.3)
+    paths = artefacts.write_selection(tmp_path, kept, samples)
+    assert artefacts.set_superseded_aside(tmp_path, samples.fingerprint) == 0
+    assert artefacts.set_superseded_aside(tmp_path, "other") == 1
+    for path in paths:
+        assert not (tmp_path / path).exists()
+        moved = tmp_path / "superseded" / samples.fingerprint[:12] / path.relative_to("selections")
+        assert moved.exists()
+
+
+def test_manifests_tell_kept_and_dropped(tmp_path, samples):
+    import hashlib
+
+    kept = dlc.select(samples.scores["dlc"], samples.labels, method="easiest", keep_fraction=0.3)
+    artefacts.write_selection(tmp_path, kept, samples)
+    manifest = json.loads((tmp_path / "selections/easiest/keep_0.30-seed_0.json").read_text())
+    ids = "\n".join(sorted(samples.ids[:6]))
+    assert manifest["kept"] == {"count": 6, "sha256": hashlib.sha256(ids.encode()).hexdigest()}
+    assert manifest["dropped"]["count"] == 14
+    assert manifest["per_class"] == {n: {"samples": 10, "kept": 3} for n in ("a", "b")}
+    assert manifest["scores_fingerprint"] == samples.fingerprint
+
+
+def test_provenance_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected a JSON object, found list"):
+        artefacts.read_json(tmp_path / "x.json")

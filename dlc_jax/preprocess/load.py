@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 
-import grain
 import numpy as np
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
@@ -46,6 +45,8 @@ def load_images(
       ValueError: naming the sample, if it cannot be read and `on_corrupt` is `error`; or if no
         sample can be read.
     """
+    import grain  # a quarter of the package's import time, and only reading images needs it
+
     checks.one_of("dataset.on_corrupt", on_corrupt, ON_CORRUPT)
 
     def read(position: int) -> np.ndarray | str:

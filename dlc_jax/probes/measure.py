@@ -123,10 +123,6 @@ def probe(
     resolve_chunk(chunk, num_probes)
     encoder.check_image_size(image_size)
 
-    loaded = load_images(dataset, image_size, on_corrupt=on_corrupt, progress=progress)
-    labels, ids = dataset.labels[loaded.positions], dataset.ids[loaded.positions]
-    why = " (skipped samples do not count)" if loaded.skipped else ""
-    checks.prototypes_can_differ(dataset.name, labels, dataset.class_names, why)
     counts = functools.partial(
         path_counts,
         schedule=schedule,
@@ -136,6 +132,11 @@ def probe(
         max_sparsity=max_sparsity,
     )
     path = _learning_path(encoder, counts, masking, seed, mode)
+
+    loaded = load_images(dataset, image_size, on_corrupt=on_corrupt, progress=progress)
+    labels, ids = dataset.labels[loaded.positions], dataset.ids[loaded.positions]
+    why = " (skipped samples do not count)" if loaded.skipped else ""
+    checks.prototypes_can_differ(dataset.name, labels, dataset.class_names, why)
     source = _Source(loaded, RandomCrops(dataset, image_size, seed) if augment else None)
     batches = Batches(len(labels), batch_size)
     prototypes = class_means(
@@ -164,9 +165,9 @@ def probe(
 
 
 def resolve_chunk(chunk: int | str, num_probes: int) -> int:
-    """Returns how many probes to map side by side: at most `chunk`, at most half of it less.
+    """Returns how many probes to map side by side: at most `chunk`, more than half of it.
 
-    Within that range the number that leaves the fewest places of the last chunk empty. `auto` is
+    Within that range, the number that leaves the fewest places of the last chunk empty. `auto` is
     one after another: on CPU that is fastest for every architecture (BUILD_NOTES, "Chunk"), since
     side by side convolutions become grouped ones and matmuls batched ones. Other backends take
     the same until they are measured.

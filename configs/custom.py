@@ -24,12 +24,13 @@ def get_config() -> ConfigDict:
     config.encoder.weights = "timm/resnet50.tv_in1k"
     config.encoder.image_size = 224
 
-    # How thorough: 50 probes are the paper's; 8 at the midpoints rank nearly the same, six times
-    # faster.
+    # How thorough: 50 probes are the paper's; 8 rank nearly the same, six times faster, but only
+    # with placement "midpoint", which spreads them over the whole path.
     config.probe.num_probes = 50
     config.probe.placement = "grid"
 
-    # What to keep: every combination is written, none costs another scoring pass.
+    # What to keep: every combination is written, none costs another scoring pass. A single value
+    # still needs its comma: (0.3,).
     config.selection.methods = ("flexrand",)
     config.selection.keep_fractions = (0.1, 0.3, 0.5)
     # The share of a class that counts as easy; half of what is kept is drawn from either side

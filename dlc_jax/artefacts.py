@@ -214,14 +214,16 @@ def _ids_summary(ids: np.ndarray) -> dict[str, Any]:
     return {"count": len(ids), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def set_superseded_aside(workdir: Path, scores_fingerprint: str) -> int:
-    """Moves selections made from other scores to `superseded/<their scores>/`; returns how many."""
+def set_superseded_aside(workdir: Path, scores_fingerprint: str, mode: str) -> int:
+    """Moves selections of other scores or another mode to `superseded/`; returns how many."""
     moved = 0
     for manifest in sorted(workdir.glob("selections/*/*.json")):
-        made_from = str(read_json(manifest).get("scores_fingerprint", "unknown"))
-        if made_from == scores_fingerprint:
+        facts = read_json(manifest)
+        made_from = str(facts.get("scores_fingerprint", "unknown"))
+        if (made_from, facts.get("mode")) == (scores_fingerprint, mode):
             continue
-        target = workdir / "superseded" / made_from[:12] / manifest.parent.name
+        folder = f"{made_from[:12]}-{facts.get('mode')}"
+        target = workdir / "superseded" / folder / manifest.parent.name
         target.mkdir(parents=True, exist_ok=True)
         for path in (manifest.with_suffix(".npy"), manifest):
             if path.exists():

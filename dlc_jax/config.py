@@ -268,6 +268,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
             value = _literal(value)
         if isinstance(value, (int, float, str)):
             value = (value,)
+        if choices[0] is str and isinstance(value, (tuple, list)):  # `easiest,hardest` as one text
+            value = [part for item in value for part in str(item).split(",")]
         if isinstance(value, (tuple, list)):
             return tuple(_convert(name, choices[0], item) for item in value)
     elif kind is str and isinstance(value, str):

@@ -5,7 +5,9 @@ python -m dlc_jax.main --config=configs/demo.py [--workdir=DIR] [--config.KEY=VA
 A configuration file names data set and encoder: configs/demo.py is the bundled sample,
 configs/custom.py a template for your own. Any key can be set on the command line:
 --config.probe.num_probes=8 --config.probe.placement=midpoint
---config.selection.keep_fractions='(0.1, 0.3)'
+--config.selection.keep_fractions=0.1,0.3
+
+--config comes first; everything is run from the root of the repository.
 """
 
 from __future__ import annotations
@@ -32,17 +34,22 @@ __doc__ += f"\nKeys, defaults and meaning:\n{describe()}\n"
 
 def main(argv: Sequence[str]) -> None:
     """Runs the stages; what the user got wrong ends in one line and exit code 2."""
-    if _CONFIG.value is None or len(argv) > 1:
-        extra = f" (do not know what to do with {argv[1]!r})" if len(argv) > 1 else ""
-        _fail(f"--config is required, e.g. --config=configs/demo.py{extra}")
+    if len(argv) > 1:
+        _fail(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
+    if _CONFIG.value is None:
+        _fail("--config is required, e.g. --config=configs/demo.py")
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name).expanduser()
-    # absl shows jax's notes on the backends it tried and did not find
+    # absl shows jax's notes on backends that are not there, and every retry of a download
     logging.getLogger("jax").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         pipeline.run(Config.of(_CONFIG.value), workdir)
     except (checks.InputError, OSError) as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last finished stage", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -51,11 +58,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
             override = re.match(r"--?config\.([^=]+)", argument)
             if override:
                 checks.one_of("configuration key", override[1], known_keys())
-        return app.parse_flags_with_usage(list(argv))
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, OSError) as error:
-        _fail(
-            f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-        )
+        return flags.FLAGS(list(argv))
+    except (flags.Error, checks.InputError) as error:
+        _fail(str(error))
+    except Exception as error:  # the configuration file is the user's code: anything can happen
+        reason = ([""] + [line for line in str(error).splitlines() if line.strip()])[-1]
+        _fail(f"--config: cannot load it: {type(error).__name__}: {reason.strip()}")
 
 
 def _fail(message: str) -> NoReturn:

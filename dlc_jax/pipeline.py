@@ -29,6 +29,7 @@ from dlc_jax.types import Dataset, ProbeLosses, Selection
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "pyarrow", "safetensors")
 # Settings that change speed and memory, but not what comes out.
 _SPEED_ONLY = ("batch_size", "chunk")
+_SHORT_PATH = 0.5  # sparsity; both schedules of 50 probes go beyond it
 
 
 def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> None:
@@ -44,9 +45,13 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
     artefacts.prepare_workdir(workdir)
     if "score" in config.stages:
         config = _score(config, workdir, echo)
-    artefacts.write_json(workdir / artefacts.CONFIG, config.to_dict())
     _check_scores_are_whole(workdir)
     samples = artefacts.read_scores(workdir)
+    settings = config.to_dict()
+    if "score" not in config.stages:  # the rest of the file still describes the scores
+        mine = {key: settings[key] for key in ("mode", "stages", "selection")}
+        settings |= artefacts.read_json(workdir / artefacts.CONFIG) | mine
+    artefacts.write_json(workdir / artefacts.CONFIG, settings)
     shown = None
     if "select" in config.stages:
         shown = _select(config, workdir, samples, echo)
@@ -57,6 +62,7 @@ def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config
     """Returns the configuration with what the encoder decides filled in."""
     start = time.perf_counter()
     settings = config.encoder
+    dataset = load_dataset(config.dataset.train)
     encoder = load_encoder(
         settings.name,
         settings.weights,
@@ -65,7 +71,6 @@ def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config
         std=settings.std,
     ).for_mode(config.mode)
     encoder.check_image_size(settings.image_size)
-    dataset = load_dataset(config.dataset.train)
     decided = dataclasses.replace(
         settings, pooling=encoder.pooling, mean=encoder.mean, std=encoder.std
     )
@@ -89,6 +94,11 @@ def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config
         **config.to_dict()["probe"],
     )
     echo(f"score: {len(probes.sparsity)} probes up to sparsity {probes.sparsity[-1]:.2f}")
+    if config.probe.placement == "grid" and probes.sparsity[-1] < _SHORT_PATH:
+        echo(
+            "score: note: the path stops early, where losses are nearly the unmasked network's; "
+            "--config.probe.placement=midpoint spreads the probes over all of it"
+        )
     _write_scores(workdir, dataset, probes)
     paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(artefacts.PICTURE)]
     facts = {
@@ -138,11 +148,15 @@ def _select(
     inputs = _hash({"version": dlc_jax.__version__, **facts})
     of_first = [cell for cell in cells if cell[0] == config.selection.methods[0]]
     shown = of_first[len(of_first) // 2]
-    num_aside = artefacts.set_superseded_aside(workdir, samples.fingerprint)
+    scored = (_stage_record(workdir, "score") or {}).get("settings", {}).get("mode", config.mode)
+    if scored != config.mode:
+        echo(f"select: note: in mode {config.mode!r}, from scores of mode {scored!r}")
+    num_aside = artefacts.set_superseded_aside(workdir, samples.fingerprint, config.mode)
     if num_aside:
-        echo(f"select: {num_aside} selections made from other scores moved to superseded/")
+        echo(f"select: {num_aside} selections of other scores or mode moved to superseded/")
     done = _is_done(workdir, "select", inputs)
     paths, selections = [], {}
+    bare: set[float] = set()  # keep fractions already noted
     for cell in [shown] if done else cells:
         method, keep_fraction, split, seed = cell
         selections[cell] = select(
@@ -156,6 +170,13 @@ def _select(
         )
         if not done:
             paths += artefacts.write_selection(workdir, selections[cell], samples)
+            num_lost = int((selections[cell].num_kept_per_class == 0).sum())
+            if num_lost and keep_fraction not in bare:
+                bare.add(keep_fraction)
+                echo(
+                    f"select: note: keep fraction {keep_fraction:g} keeps nothing of {num_lost} of "
+                    f"{len(samples.class_names)} classes (budgets are rounded in every class)"
+                )
     if done:
         echo("select: unchanged, not run again")
     else:
@@ -185,16 +206,15 @@ def _summarise(
     singles = [samples.class_names[j] for j in np.flatnonzero(sizes == 1)]
     if singles:
         echo(f"classes of one sample (in mode 'default' always kept): {', '.join(singles)}")
-    if shown is not None:
-        lost = [samples.class_names[j] for j in np.flatnonzero(shown.num_kept_per_class == 0)]
-        if lost:
-            echo(f"classes with nothing kept in this cell: {', '.join(lost)}")
     provenance = artefacts.read_json(workdir / artefacts.PROVENANCE)
     skipped = provenance.get("dataset", {}).get("skipped", {})
     if skipped:
         echo(f"unreadable samples left out: {len(skipped)}, listed in {artefacts.PROVENANCE}")
     seconds = {name: stage["seconds"] for name, stage in provenance.get("stages", {}).items()}
-    echo("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    echo(
+        "seconds, when last run: "
+        + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    )
     echo(f"files: {workdir}/ ({artefacts.SCORES}, {artefacts.PICTURE}, selections/)")
 
 

@@ -87,12 +87,19 @@ def test_cell_names_do_not_collide(cell, name):
 def test_selections_of_other_scores_are_set_aside_not_lost(tmp_path, samples):
     kept = dlc.select(samples.scores["dlc"], samples.labels, keep_fraction=0.3)
     paths = artefacts.write_selection(tmp_path, kept, samples)
-    assert artefacts.set_superseded_aside(tmp_path, samples.fingerprint) == 0
-    assert artefacts.set_superseded_aside(tmp_path, "other") == 1
+    assert artefacts.set_superseded_aside(tmp_path, samples.fingerprint, "default") == 0
+    assert artefacts.set_superseded_aside(tmp_path, "other", "default") == 1
+    folder = f"{samples.fingerprint[:12]}-default"
     for path in paths:
         assert not (tmp_path / path).exists()
-        moved = tmp_path / "superseded" / samples.fingerprint[:12] / path.relative_to("selections")
+        moved = tmp_path / "superseded" / folder / path.relative_to("selections")
         assert moved.exists()
+
+
+def test_selections_of_the_other_mode_are_set_aside(tmp_path, samples):
+    kept = dlc.select(samples.scores["dlc"], samples.labels, keep_fraction=0.3)
+    artefacts.write_selection(tmp_path, kept, samples)
+    assert artefacts.set_superseded_aside(tmp_path, samples.fingerprint, "official") == 1
 
 
 def test_manifests_tell_kept_and_dropped(tmp_path, samples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from dlc_jax import checks
 from dlc_jax.datasets.arrays import array_dataset
@@ -43,9 +44,10 @@ def load_dataset(source: str) -> Dataset:
     """
     scheme, colon, rest = str(source).partition(":")
     if not colon or not rest:
+        hint = f" Did you mean 'folder:{source}'?" if Path(source).is_dir() else ""
         raise checks.InputError(
-            f"dataset: {source!r} is no source; expected <scheme>:<where>, "
-            f"with a scheme out of {', '.join(SOURCES)}."
+            f"dataset: {str(source)!r} is no source; expected <scheme>:<where>, "
+            f"with a scheme out of {', '.join(SOURCES)}.{hint}"
         )
     checks.one_of("dataset scheme", scheme, SOURCES)
     return SOURCES[scheme](rest)

@@ -44,10 +44,12 @@ class Forward(NamedTuple):
         # without this, float32 matmuls and convolutions run in TF32 on recent GPUs
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
             output = self.apply(params, inputs)
-        if output.ndim not in (2, 3, 4) or output.shape[0] != images.shape[0]:
+        shape: tuple[int, ...] = getattr(output, "shape", ())
+        if len(shape) not in (2, 3, 4) or shape[0] != images.shape[0]:
+            found = f"an array of shape {shape}" if shape else f"a {type(output).__name__}"
             raise checks.InputError(
-                f"encoder: apply gave an array of shape {output.shape} for {images.shape[0]} "
-                "images; expected features [b, d], a map [b, h, w, d] or tokens [b, t, d]."
+                f"encoder: apply gave {found} for {images.shape[0]} images; expected features "
+                "[b, d], a map [b, h, w, d] (channels last) or tokens [b, t, d]."
             )
         return pool(output.astype(jnp.float32), self.pooling)
 

@@ -113,7 +113,7 @@ def test_table_and_places_are_printed(workdir):
     assert easiest.startswith("helicopter/image_")
     assert easiest != hardest
     assert str(workdir) in printed
-    assert "seconds: score" in printed
+    assert "seconds, when last run: score" in printed
 
 
 def test_finished_stages_are_not_run_again(workdir):
@@ -152,7 +152,7 @@ def test_selections_of_other_scores_are_set_aside(workdir, tmp_path):
         "--config.probe.masking=random",
         "--config.selection.keep_fractions=(0.5,)",
     ).stdout
-    assert f"select: {len(before)} selections made from other scores moved" in printed
+    assert f"select: {len(before)} selections of other scores or mode moved" in printed
     assert len(list((tmp_path / "selections").rglob("*.npy"))) == 4
     moved = sorted(path.name for path in (tmp_path / "superseded").rglob("*.npy"))
     assert moved == before
@@ -244,6 +244,9 @@ def test_own_images_in_folders_with_one_unreadable_and_one_lonely(tmp_path, samp
     ("arguments", "says"),
     [
         ((), "--config is required"),
+        (("--config=configs/demo.py", "demo"), "unexpected argument 'demo'"),
+        (("--config=configs/demo.py", "--config.probe.num_probes=abc"), "config.probe.num_probes"),
+        (("--config=configs/demo.py", "--config.dataset.train=/tmp"), "Did you mean 'folder:/tmp'"),
         (("--config=configs/absent.py",), "configs/absent.py"),
         (("--config=configs/demo.py", "--config.prob.step=0.1"), "Did you mean 'probe.step'"),
         (("--config=configs/demo.py", "--config.probe.step=2"), "probe.step: must be < 1"),
@@ -274,6 +277,36 @@ def test_a_work_directory_that_cannot_be_written(tmp_path):
     assert f"cannot write to {tmp_path}/file/run" in done.stderr
 
 
+def test_mistakes_in_a_configuration_file_end_in_one_line(tmp_path):
+    head = (
+        "from dlc_jax.config import default_config\ndef get_config():\n    c = default_config()\n"
+    )
+    for line, says in (
+        ("c.selection.keep_fractions = 0.3", "keep_fractions"),
+        ("c.probe.stepp = 0.3", "stepp"),
+        ("undefined", "name 'undefined' is not defined"),
+    ):
+        (tmp_path / "x.py").write_text(f"{head}    {line}\n    return c\n")
+        done = run(f"--config={tmp_path}/x.py", code=2)
+        assert done.stderr.startswith("error: ")
+        assert says in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_a_selection_alone_leaves_of_the_configuration(workdir, tmp_path):
+    subprocess.run(["cp", "-r", f"{workdir}/.", str(tmp_path)], check=True)
+    only = ("--config.stages=('select',)", "--config.selection.methods=easiest,hardest")
+    printed = run(
+        "--config=configs/custom.py", f"--workdir={tmp_path}", *only, "--config.mode=official"
+    ).stdout
+    assert "in mode 'official', from scores of mode 'default'" in printed
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["encoder"]["weights"] == "demo:resnet18"  # what the scores were made with
+    assert config["probe"]["num_probes"] == 3
+    assert config["selection"]["methods"] == ["easiest", "hardest"]
+    assert config["mode"] == "official"
+
+
 def test_help_lists_every_key():
     done = subprocess.run(command("--help"), cwd=ROOT, capture_output=True, text=True)
     assert "--config.probe.max_sparsity" in done.stdout
@@ -282,16 +315,15 @@ def test_help_lists_every_key():
 
 def test_killed_while_scoring_leaves_whole_files_and_a_run_that_goes_on(workdir, tmp_path):
     arguments = (*FAST, f"--workdir={tmp_path}")
-    for _ in range(2):
-        process = subprocess.Popen(
-            command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and not (tmp_path / "scores").exists():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for path in (tmp_path / "scores").glob("[!.]*"):
-            assert path.read_bytes() == (workdir / "scores" / path.name).read_bytes()
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (tmp_path / "scores").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for path in (tmp_path / "scores").glob("[!.]*"):
+        assert path.read_bytes() == (workdir / "scores" / path.name).read_bytes()
     run(*arguments)
     for name in ("losses.npz", "scores.parquet", "easiest_hardest.png"):
         assert (tmp_path / "scores" / name).read_bytes() == (workdir / "scores" / name).read_bytes()

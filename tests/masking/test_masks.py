@@ -171,7 +171,7 @@ def test_smallest_picks_torchs_ties(num, share, levels, seed):
         assert set(found) == set(expected)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)  # each example is a compilation
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     levels=st.integers(1, 6),

@@ -313,6 +313,9 @@ def test_own_networks_of_the_wrong_output_are_refused(shape):
     encoder = dlc.Encoder({"w": jnp.ones(3)}, lambda p, x: jnp.ones(shape), lambda path: True)
     with pytest.raises(ValueError, match="apply gave an array of shape"):
         dlc.probe(encoder, dataset, image_size=32)
+    pair = dataclasses.replace(encoder, apply=lambda p, x: (x, x))
+    with pytest.raises(ValueError, match="apply gave a tuple"):
+        dlc.probe(pair, dataset, image_size=32)
 
 
 def test_image_size_a_vit_does_not_take(sample_encoder, small_sample):

@@ -8,8 +8,8 @@ from dlc_jax.probes import class_means, prototype_loss
 
 @settings(deadline=None, max_examples=25)
 @given(
-    num_classes=st.integers(2, 20),
-    num_features=st.sampled_from([1, 3, 64]),
+    num_classes=st.sampled_from([2, 15]),  # few shapes, few compilations
+    num_features=st.sampled_from([1, 64]),
     scale=st.sampled_from([0.1, 1.0, 10.0]),
     seed=st.integers(0, 1000),
 )

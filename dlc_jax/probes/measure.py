@@ -110,7 +110,8 @@ def probe(
       Losses [m, n] in nats, higher is harder, with sparsity, labels, ids and prototypes.
     Raises:
       ValueError: an unknown name, a value out of range, an unreadable sample, a class without a
-        sample, or an encoder that yields losses that are not finite.
+        sample or one class only, or an encoder whose output has another shape than `Encoder` says
+        or yields losses that are not finite.
     Source: Jiang et al. 2025, section 3.
     """
     encoder = encoder.for_mode(mode)

@@ -16,13 +16,24 @@ from dlc_jax.encoders.encoder import (
     IMAGENET_STD,
     POOLINGS,
     Encoder,
-    apply_module,
+    join_statistics,
+    module_functions,
     normalise,
     pool,
+    split_statistics,
 )
 from dlc_jax.encoders.weights import assign, read_checkpoint
 
-__all__ = ["ENCODERS", "POOLINGS", "Encoder", "load_encoder", "normalise", "pool"]
+__all__ = [
+    "ENCODERS",
+    "POOLINGS",
+    "Encoder",
+    "join_statistics",
+    "load_encoder",
+    "normalise",
+    "pool",
+    "split_statistics",
+]
 
 
 class Architecture(NamedTuple):
@@ -35,7 +46,7 @@ class Architecture(NamedTuple):
       is_prunable: See `Encoder`.
       mean, std: timm's default normalisation, for checkpoints without a `config.json`.
       poolings: What `Encoder.pooling` may be.
-      module_order: See `Encoder`.
+      head, module_order: See `Encoder`.
     """
 
     build: Callable[[Mapping[str, tuple[int, ...]]], nnx.Module]
@@ -46,6 +57,7 @@ class Architecture(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     poolings: tuple[str, ...]
+    head: str
     module_order: Callable[[str], Any] | None = None
 
 
@@ -79,6 +91,7 @@ ENCODERS: dict[str, Architecture] = {
             IMAGENET_MEAN,
             IMAGENET_STD,
             poolings=("mean",),
+            head="mean",
         )
         for name, size in resnet.SIZES.items()
     },
@@ -92,7 +105,8 @@ ENCODERS: dict[str, Architecture] = {
             (0.5, 0.5, 0.5),
             (0.5, 0.5, 0.5),
             POOLINGS,
-            vit.module_order,
+            head="cls",
+            module_order=vit.module_order,
         )
         for name, size in vit.SIZES.items()
     },
@@ -143,7 +157,7 @@ def load_encoder(
         mean, std, normalisation = _normalisation(architecture, checkpoint.config)
     return Encoder(
         params=params,
-        apply=functools.partial(apply_module, graph),
+        **module_functions(graph, state),
         is_prunable=architecture.is_prunable,
         name=name,
         mean=tuple(mean),
@@ -152,6 +166,7 @@ def load_encoder(
         pooling=pooling,
         image_size=architecture.image_size(shapes),
         module_order=architecture.module_order,
+        head=architecture.head,
     )
 
 

@@ -8,18 +8,21 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dlc_jax import checks
-from dlc_jax.types import Params, by_path
+from dlc_jax.types import Params, by_path, path_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # What `Encoder.pooling` may ask for.
 POOLINGS = ("mean", "cls", "scalar")
+# What `Encoder.head` may ask for.
+HEADS = ("mean", "cls")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +46,12 @@ class Encoder:
       image_size: The only image size the encoder takes, in pixels; None if it takes any.
       module_order: Sort key of prunable paths that gives the order of the original's modules, which
         decides between equal weights in official mode; None: the order of the tree.
+      head: What a classifier for fine-tuning reads: `mean` over positions or tokens, or `cls`, the
+        first token, as timm's ViTs do; scoring goes by `pooling` instead.
+      apply_training: `apply_training(params, images, real)` is `apply` in training mode, and also
+        returns all parameters with batch statistics moved; `real` [b] is 1 for samples and 0 for
+        padding. None: fine-tuning uses `apply`.
+      statistics: Paths of floating leaves that no gradient moves, such as running means.
     """
 
     params: Params
@@ -55,10 +64,14 @@ class Encoder:
     pooling: str | None = None
     image_size: int | None = None
     module_order: Callable[[str], Any] | None = None
+    head: str = "mean"
+    apply_training: Callable[[Params, Array, Array], tuple[Array, Params]] | None = None
+    statistics: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.pooling is not None:
             checks.one_of("encoder.pooling", self.pooling, POOLINGS)
+        checks.one_of("encoder.head", self.head, HEADS)
         checks.normalisation(self.mean, self.std)
         # hashable, because the compiled programs are specialised to them
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
@@ -75,12 +88,17 @@ class Encoder:
     ) -> Encoder:
         """Wraps an NNX module that maps normalised images to features, a map or tokens.
 
-        The module is taken as it is, put into evaluation mode.
+        The module is taken as it is, put into evaluation mode. Fine-tuning puts it into training
+        mode; `nnx.BatchNorm` then also counts the padding of a short last batch, which repeats real
+        samples (`dlc_jax.encoders.layers.BatchNorm` does not).
         """
         module.eval()
         graph, state = nnx.split(module)
         return cls(
-            nnx.to_pure_dict(state), functools.partial(apply_module, graph), is_prunable, **fields
+            params=nnx.to_pure_dict(state),
+            is_prunable=is_prunable,
+            **module_functions(graph, state),
+            **fields,
         )
 
     def for_mode(self, mode: str) -> Encoder:
@@ -117,9 +135,52 @@ class Encoder:
         return digest.hexdigest()
 
 
+def module_functions(graph: nnx.GraphDef, state: Any) -> dict[str, Any]:
+    """Returns `apply`, `apply_training` and `statistics` of a split module, as `Encoder` fields."""
+    not_trained = nnx.filter_state(state, nnx.filterlib.Not(nnx.Param))
+    return {
+        "apply": functools.partial(apply_module, graph),
+        "apply_training": functools.partial(train_module, graph),
+        "statistics": frozenset(by_path(nnx.to_pure_dict(not_trained))),
+    }
+
+
 def apply_module(graph: nnx.GraphDef, params: Params, images: Array) -> Array:
     """Runs the module with this structure and these parameters."""
     return nnx.merge(graph, nnx.State(params))(images)
+
+
+def train_module(
+    graph: nnx.GraphDef, params: Params, images: Array, real: Array
+) -> tuple[Array, Params]:
+    """Runs the module in training mode; also returns its parameters as they are afterwards."""
+    module = nnx.merge(graph, nnx.State(params))
+    module.train(sample_mask=real)
+    output = module(images)
+    module.train(sample_mask=None)
+    return output, nnx.to_pure_dict(nnx.state(module))
+
+
+def split_statistics(params: Params, statistics: frozenset[str]) -> tuple[Params, Params]:
+    """Returns the trained leaves and the others, both with None in the places of the other."""
+
+    def is_trained(path: tuple, leaf: Array) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.floating) and path_name(path) not in statistics
+
+    keep = jax.tree_util.tree_map_with_path(is_trained, params)
+    trained = jax.tree.map(lambda leaf, mine: leaf if mine else None, params, keep)
+    others = jax.tree.map(lambda leaf, mine: None if mine else leaf, params, keep)
+    return trained, others
+
+
+def join_statistics(trained: Params, others: Params) -> Params:
+    """Undoes `split_statistics`."""
+    return jax.tree.map(
+        lambda mine, other: other if mine is None else mine,
+        trained,
+        others,
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 def pool(output: Float[Array, "b *positions d"], pooling: str) -> Float[Array, "b e"]:

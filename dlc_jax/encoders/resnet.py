@@ -11,9 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dlc_jax.encoders.layers import Conv, max_pool
-
-_EPSILON = 1e-5
+from dlc_jax.encoders.layers import BatchNorm, Conv, max_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +29,12 @@ SIZES = {
 }
 
 
-def _batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    return nnx.BatchNorm(
-        features, use_running_average=True, momentum=0.9, epsilon=_EPSILON, rngs=rngs
-    )
-
-
 class Downsample(nnx.Module):
     """The 1 x 1 convolution on a shortcut that changes shape."""
 
     def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
         self.conv = Conv(in_features, out_features, 1, stride, rngs=rngs)
-        self.bn = _batch_norm(out_features, rngs)
+        self.bn = BatchNorm(out_features, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
         return self.bn(self.conv(x))
@@ -59,12 +51,12 @@ class Block(nnx.Module):
             self.conv1 = Conv(before, inner, 1, rngs=rngs)
             self.conv2 = Conv(inner, inner, 3, stride, rngs=rngs)
             self.conv3 = Conv(inner, after, 1, rngs=rngs)
-            self.bn3 = _batch_norm(after, rngs)
+            self.bn3 = BatchNorm(after, rngs=rngs)
         else:
             self.conv1 = Conv(before, inner, 3, stride, rngs=rngs)
             self.conv2 = Conv(inner, after, 3, rngs=rngs)
-        self.bn1 = _batch_norm(inner, rngs)
-        self.bn2 = _batch_norm(inner, rngs)
+        self.bn1 = BatchNorm(inner, rngs=rngs)
+        self.bn2 = BatchNorm(inner, rngs=rngs)
         self.bottleneck = bottleneck
         self.reshapes = stride != 1 or before != after
         if self.reshapes:
@@ -84,7 +76,7 @@ class ResNet(nnx.Module):
 
     def __init__(self, size: ResNetSize, width: int = 64, *, rngs: nnx.Rngs):
         self.conv1 = Conv(3, width, 7, 2, rngs=rngs)
-        self.bn1 = _batch_norm(width, rngs)
+        self.bn1 = BatchNorm(width, rngs=rngs)
         before = width
         for stage, depth in enumerate(size.depths):
             inner = width * 2**stage

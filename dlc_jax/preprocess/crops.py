@@ -1,4 +1,4 @@
-"""Random crops and flips of a batch, as the released code draws them anew for every probe."""
+"""Random crops and flips, for fine-tuning and where every probe sees other ones."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ class RandomCrops:
     image_size: int
     seed: int
 
+    def crop(self, image: Image.Image, position: int, draw: int) -> UInt8[np.ndarray, "s s 3"]:
+        """Returns draw number `draw` (>= 0) of the image at this position."""
+        sample_key = str(self.dataset.ids[position]).encode()
+        generator = np.random.default_rng([self.seed, draw, *sample_key])
+        box = random_box(generator, image.height, image.width)
+        return resized_crop(image, box, generator.random() < 0.5, self.image_size)
+
     def originals(self, positions: Int64[np.ndarray, " b"]) -> list[Image.Image]:
         """Decodes a batch, so that many draws can be cut from it."""
         samples = [self.dataset[int(position)] for position in positions]
@@ -43,19 +50,26 @@ class RandomCrops:
     def cut(
         self, originals: list[Image.Image], positions: Int64[np.ndarray, " b"], draw: int
     ) -> UInt8[np.ndarray, "b s s 3"]:
-        """Returns draw number `draw` (>= 0) of every image."""
-
-        def one(image: Image.Image, position: int) -> np.ndarray:
-            sample_key = str(self.dataset.ids[position]).encode()
-            generator = np.random.default_rng([self.seed, draw, *sample_key])
-            box = random_box(generator, image.height, image.width)
-            size = (self.image_size, self.image_size)
-            crop = image.crop(box).resize(size, Image.Resampling.BILINEAR)
-            pixels = np.asarray(crop)
-            return pixels[:, ::-1] if generator.random() < 0.5 else pixels
-
+        """Returns draw number `draw` (>= 0) of every image, on all cores."""
         with ThreadPoolExecutor() as pool:
-            return np.stack(list(pool.map(one, originals, positions.tolist())))
+            crops = pool.map(
+                lambda image, position: self.crop(image, position, draw),
+                originals,
+                positions.tolist(),
+            )
+            return np.stack(list(crops))
+
+
+def resized_crop(
+    image: Image.Image, box: tuple[int, int, int, int], flip: bool, image_size: int
+) -> UInt8[np.ndarray, "s s 3"]:
+    """Returns the box (left, top, right, bottom) at image_size, mirrored if asked.
+
+    Bilinear with antialiasing; the same pixels as torchvision's on PIL.
+    """
+    crop = image.crop(box).resize((image_size, image_size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(crop)
+    return pixels[:, ::-1] if flip else pixels
 
 
 def random_box(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,23 +36,38 @@ class Forward(NamedTuple):
     def __call__(self, params: Params, images: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:
         """Normalises on the device, runs the network in `dtype`, pools in float32."""
         inputs = normalise(images, self.mean, self.std).astype(self.dtype)
-        params = jax.tree.map(
-            lambda leaf: (
-                leaf.astype(self.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-            ),
-            params,
+        with precision_of(self.dtype):
+            output = self.apply(cast(params, self.dtype), inputs)
+        return pooled(output, len(images), self.pooling)
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """Returns the tree with its floating leaves in `dtype`."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        params,
+    )
+
+
+def precision_of(dtype: str) -> contextlib.AbstractContextManager:
+    """Without this, float32 matmuls and convolutions run in TF32 on recent GPUs."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
+
+
+def pooled(output: Array, num_images: int, pooling: str) -> Float[Array, "b d"]:
+    """Returns what a network gave as one float32 vector per image.
+
+    Raises:
+      ValueError: it is not features, a map or tokens for that many images.
+    """
+    shape: tuple[int, ...] = getattr(output, "shape", ())
+    if len(shape) not in (2, 3, 4) or shape[0] != num_images:
+        found = f"an array of shape {shape}" if shape else f"a {type(output).__name__}"
+        raise checks.InputError(
+            f"encoder: apply gave {found} for {num_images} images; expected features "
+            "[b, d], a map [b, h, w, d] (channels last) or tokens [b, t, d]."
         )
-        # without this, float32 matmuls and convolutions run in TF32 on recent GPUs
-        with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
-            output = self.apply(params, inputs)
-        shape: tuple[int, ...] = getattr(output, "shape", ())
-        if len(shape) not in (2, 3, 4) or shape[0] != images.shape[0]:
-            found = f"an array of shape {shape}" if shape else f"a {type(output).__name__}"
-            raise checks.InputError(
-                f"encoder: apply gave {found} for {images.shape[0]} images; expected features "
-                "[b, d], a map [b, h, w, d] (channels last) or tokens [b, t, d]."
-            )
-        return pool(output.astype(jnp.float32), self.pooling)
+    return pool(output.astype(jnp.float32), pooling)
 
 
 @functools.partial(jax.jit, static_argnames=("forward",))

@@ -5,7 +5,8 @@ import dlc_jax as dlc
 dataset = dlc.load_dataset("folder:/data/flowers")
 encoder = dlc.load_encoder("resnet18", weights="timm/resnet18.tv_in1k")
 probes = dlc.probe(encoder, dataset)
-kept = dlc.select(dlc.score(probes), probes.labels, keep_fraction=0.3)
+kept = dlc.select(dlc.score(probes), probes.labels, keep_fraction=0.3, ids=probes.ids)
+result = dlc.finetune(encoder, dataset, kept, test=dlc.load_dataset("folder:/data/flowers_test"))
 """
 
 __version__ = "0.1.0"
@@ -16,17 +17,20 @@ from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.probes import features, probe
 from dlc_jax.scores import score
 from dlc_jax.selection import select
-from dlc_jax.types import Dataset, ProbeLosses, Sample, Selection
+from dlc_jax.training import finetune
+from dlc_jax.types import Dataset, ProbeLosses, RunResult, Sample, Selection
 
 __all__ = [
     "Dataset",
     "Encoder",
     "InputError",
     "ProbeLosses",
+    "RunResult",
     "Sample",
     "Selection",
     "array_dataset",
     "features",
+    "finetune",
     "load_dataset",
     "load_encoder",
     "probe",

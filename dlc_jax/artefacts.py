@@ -19,17 +19,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlc_jax import checks
-from dlc_jax.types import Selection
+from dlc_jax.types import Selection, labels_fingerprint
 
 CONFIG = "config.json"
 PROVENANCE = "provenance.json"
 LOSSES = "scores/losses.npz"
 SCORES = "scores/scores.parquet"
 PICTURE = "scores/easiest_hardest.png"
+RESULTS = "results.csv"
+REPORT = "report"
 # Temporary files tell whose they are, so that a later run on the same host can clear those of a
 # killed one and leaves everything else alone.
 _OWNER, _TEMPORARY = f".dlc_jax-{platform.node()}-", ".tmp"
-_FOLDERS = ("", "scores", "selections/*")
+_FOLDERS = ("", "scores", "selections/*", "finetune/*/*", REPORT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +65,8 @@ def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk says so without naming a file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -116,6 +120,11 @@ def read_json(path: Path) -> Any:
     if not isinstance(value, dict):
         raise checks.InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     return value
+
+
+def json_hash(value: Any) -> str:
+    """Returns the SHA-256 of a value's JSON, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_losses(workdir: Path, **arrays: np.ndarray) -> None:
@@ -206,6 +215,57 @@ def write_selection(workdir: Path, selection: Selection, samples: ScoredSamples)
         np.save(file, selection.indices)
     write_json(workdir / folder / f"{cell}.json", manifest)
     return [folder / f"{cell}.npy", folder / f"{cell}.json"]
+
+
+def read_selection(
+    workdir: Path,
+    samples: ScoredSamples,
+    *,
+    method: str,
+    keep_fraction: float,
+    split: float | None,
+    seed: int,
+    mode: str,
+) -> Selection:
+    """Reads what `write_selection` wrote, with the ids of the kept samples.
+
+    Raises:
+      ValueError: it is not there, was made from other scores or in another mode, or is not what
+        its manifest says.
+    """
+    path = workdir / "selections" / method / f"{cell_name(keep_fraction, split, seed)}.npy"
+    manifest = read_json(path.with_suffix(".json"))
+    if not path.exists() or not manifest:
+        raise checks.InputError(f"{path}: not there; run the stage 'select' for it first.")
+    try:
+        indices = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise checks.InputError(f"{path}: not an array of kept positions: {error}.") from error
+    checks.positions(str(path), indices, len(samples.ids))
+    made_from = (manifest.get("scores_fingerprint"), manifest.get("mode"))
+    if made_from != (samples.fingerprint, mode):
+        raise checks.InputError(
+            f"{path}: selected from scores {str(made_from[0])[:12]} in mode {made_from[1]!r}; "
+            f"expected {samples.fingerprint[:12]}, those in {SCORES}, and {mode!r}. Run the stage "
+            "'select' again."
+        )
+    ids = samples.ids[indices]
+    if _ids_summary(ids) != manifest.get("kept"):
+        raise checks.InputError(
+            f"{path}: its {len(ids)} positions are not the {manifest.get('kept', {}).get('count')} "
+            "that its manifest was written for. Run the stage 'select' again."
+        )
+    return Selection(
+        indices=indices.astype(np.int64),
+        method=method,
+        keep_fraction=keep_fraction,
+        split=split,
+        seed=seed,
+        mode=mode,
+        num_kept_per_class=np.bincount(samples.labels[indices], minlength=len(samples.class_names)),
+        labels_fingerprint=labels_fingerprint(samples.labels),
+        ids=ids,
+    )
 
 
 def _ids_summary(ids: np.ndarray) -> dict[str, Any]:

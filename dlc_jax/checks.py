@@ -125,6 +125,32 @@ def dataset_is_consistent(
         )
 
 
+def positions(name: str, values: np.ndarray, num_samples: int) -> None:
+    """Raises unless they are one or more different integers in [0, num_samples)."""
+    if values.ndim != 1 or len(values) == 0 or not np.issubdtype(values.dtype, np.integer):
+        raise InputError(
+            f"{name}: expected one or more positions, integers [k], got {values.dtype} "
+            f"{values.shape}."
+        )
+    outside = values[(values < 0) | (values >= num_samples)]
+    if outside.size:
+        raise InputError(
+            f"{name}: {outside.size} positions are out of range, first {outside[0]}; expected "
+            f"0..{num_samples - 1}."
+        )
+    no_repetition(name, values)
+
+
+def no_repetition(name: str, values: np.ndarray) -> None:
+    """Raises if a value occurs twice."""
+    unique, counts = np.unique(values, return_counts=True)
+    if len(unique) < len(values):
+        raise InputError(
+            f"{name}: {int((counts > 1).sum())} occur more than once, first "
+            f"{unique[counts > 1][0]!s}; expected each at most once."
+        )
+
+
 def every_class_has_samples(
     name: str, labels: np.ndarray, class_names: Sequence[str], why: str = ""
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, Integer
+from jaxtyping import Float32, Float64, Int32, Int64, Integer
 
 from dlc_jax import checks
 
@@ -26,6 +26,20 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, position: int, /) -> bytes | np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Some:
+    """A part of a source."""
+
+    images: ImageSource
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, position: int) -> bytes | np.ndarray:
+        return self.images[int(self.positions[position])]
 
 
 class Sample(NamedTuple):
@@ -80,6 +94,21 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def subset(self, positions: Integer[np.ndarray, " k"]) -> Dataset:
+        """Returns the samples at these positions, with all classes; nothing is read yet.
+
+        Raises:
+          ValueError: a position is out of range or repeated, or there is none.
+        """
+        positions = np.asarray(positions)
+        checks.positions("subset", positions, len(self))
+        return dataclasses.replace(
+            self,
+            images=_Some(self.images, positions),
+            labels=self.labels[positions],
+            ids=self.ids[positions],
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -140,6 +169,8 @@ class Selection:
       mode: `default` or `official`.
       num_kept_per_class: [c] kept samples of each class.
       single_sample_classes: Class ids that have one sample only (kept, in default mode).
+      labels_fingerprint: Of all labels it was selected from; None where that is not known.
+      ids: Kept sample ids, in the order of `indices`; None where `select` was not given any.
     """
 
     indices: Int64[np.ndarray, " kept"]
@@ -150,12 +181,51 @@ class Selection:
     mode: str
     num_kept_per_class: Int64[np.ndarray, " c"]
     single_sample_classes: tuple[int, ...] = ()
+    labels_fingerprint: str | None = None
+    ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
 
+def labels_fingerprint(labels: Integer[np.ndarray, " n"]) -> str:
+    """Returns the SHA-256 of labels in their order."""
+    return hashlib.sha256(np.ascontiguousarray(labels, np.int32).tobytes()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a fine-tuning run ended with.
+
+    Attributes:
+      test_accuracy: Of the last epoch, never the best one, in percent; None without a test set.
+      per_class_accuracy: [c] in percent; NaN for a class without test samples; None likewise.
+      predictions: [n] predicted class of every test sample; None likewise.
+      num_kept: Training samples.
+      absent_classes: Names of classes that no training sample has.
+      history: One dictionary per epoch: epoch, learning_rate, train_loss (nats), train_accuracy
+        (percent), images_per_s, elapsed_s, and test_accuracy where it was measured.
+      weights: `{"encoder": ..., "head": {"kernel": [d, c], "bias": [c]}}` after the last epoch;
+        the encoder's part is what `Encoder.params` takes.
+      seconds: Time of all epochs, those of interrupted runs too.
+    """
+
+    test_accuracy: float | None
+    per_class_accuracy: Float64[np.ndarray, " c"] | None
+    predictions: Int32[np.ndarray, " n"] | None
+    num_kept: int
+    absent_classes: tuple[str, ...]
+    history: list[dict[str, Any]]
+    weights: dict[str, Any]
+    seconds: float
+
+
 Params = Any  # a pytree of arrays
+
+
+def setting(default: Any, doc: str) -> Any:
+    """Returns a dataclass field of a configuration, with what `--help` says of it."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
 
 
 def path_name(path: tuple) -> str:

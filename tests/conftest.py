@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import io
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import jaxtyping
+
+# One process compiles what dozens of them run; before jax is imported, and gone afterwards.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.mkdtemp(prefix="dlc_jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 
 jaxtyping.install_import_hook("dlc_jax", "runtime_types.check")
 

@@ -10,7 +10,7 @@ import numpy as np
 from dlc_jax import checks
 from dlc_jax.selection import flexrand, official, topk
 from dlc_jax.selection.flexrand import Ranked
-from dlc_jax.types import Selection
+from dlc_jax.types import Selection, labels_fingerprint
 
 __all__ = ["SELECTORS", "check_cell", "select"]
 
@@ -59,6 +59,7 @@ def select(
     split: float | None = None,
     seed: int = 0,
     mode: str = "default",
+    ids: np.ndarray | None = None,
 ) -> Selection:
     """Picks the samples to keep; every cell stands alone, whatever else is selected.
 
@@ -72,6 +73,8 @@ def select(
       mode: `default`: exactly round(n_j keep_fraction) of a class of n_j samples, and its only
         sample where n_j is 1. `official`: the released code's draws, rounding and order of ties,
         for splits 0.05 i and keep fractions i / 10.
+      ids: [n] sample ids; the selection then knows its samples by name, and `finetune` finds them
+        in any order or part of the data set.
     Returns:
       Kept positions, ascending, with what made them.
     Raises:
@@ -82,6 +85,8 @@ def select(
     scores, labels = np.asarray(scores), np.asarray(labels)
     split = check_cell(method, keep_fraction, split, seed, mode)
     checks.scores_fit_labels(scores, labels)
+    if ids is not None and len(ids) != len(labels):
+        raise checks.InputError(f"ids: expected one per label, got {len(ids)} for {len(labels)}.")
     # the released code sorts with NumPy's default, which leaves ties in any order (Q9)
     kind: Literal["quicksort", "stable"] = "quicksort" if mode == "official" else "stable"
     by_label = np.argsort(labels, kind="stable")
@@ -112,6 +117,8 @@ def select(
             for label, positions in zip(present, members, strict=True)
             if len(positions) == 1
         ),
+        labels_fingerprint=labels_fingerprint(labels),
+        ids=None if ids is None else np.asarray(ids, np.str_)[indices],
     )
 
 

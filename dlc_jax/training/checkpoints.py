@@ -1,0 +1,93 @@
+"""Checkpoints of a run: one per epoch, written while training goes on, the last good one kept."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dlc_jax import checks
+from dlc_jax.training.step import TrainState
+
+_STATE, _HISTORY = "state", "history"
+
+
+class Checkpoints:
+    """The folder `checkpoint/` of a run; a context that ends with the last one on disk."""
+
+    def __init__(self, folder: Path):
+        import orbax.checkpoint as ocp  # half a second, which only fine-tuning to disk needs
+
+        self._ocp = ocp
+        self._folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+        with self._clear_errors("open"):
+            self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.wait()
+            self._manager.close()
+            return
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            self._manager.close()
+
+    def save(self, epoch: int, state: TrainState, history: list[dict[str, Any]]) -> None:
+        """Starts writing the state after `epoch` epochs; earlier ones go once it is whole."""
+        with self._clear_errors("write"):
+            self._manager.save(
+                epoch,
+                args=self._ocp.args.Composite(
+                    **{
+                        _STATE: self._ocp.args.StandardSave(state),
+                        _HISTORY: self._ocp.args.JsonSave({"epochs": history}),
+                    }
+                ),
+            )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, list[dict[str, Any]]] | None:
+        """Returns the last whole state and what led to it; None if there is none."""
+        epoch = self._manager.latest_step()
+        if epoch is None:
+            return None
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
+        )
+        with self._clear_errors("read"):
+            found = self._manager.restore(
+                epoch,
+                args=self._ocp.args.Composite(
+                    **{
+                        _STATE: self._ocp.args.StandardRestore(shapes),
+                        _HISTORY: self._ocp.args.JsonRestore(),
+                    }
+                ),
+            )
+        return found[_STATE], found[_HISTORY]["epochs"]
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        with self._clear_errors("write"):
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _clear_errors(self, what: str):
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise anything from OSError on
+            raise checks.InputError(
+                f"{self._folder}: cannot {what} a checkpoint: {_reason(error)}. The last whole "
+                "one is untouched; the same command goes on from it."
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """TensorStore hides what the system said between paths and a page of its own settings."""
+    said = re.search(r": ([^:\[\]]+) \[(?:tensorstore_spec|os_error_code)=", str(error))
+    return said[1] if said else checks.first_line(error)[:300]

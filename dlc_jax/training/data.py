@@ -1,0 +1,100 @@
+"""What the runs of a sweep read: training images or their features, and the test set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int32, Int64, Shaped, UInt8
+
+from dlc_jax import checks
+from dlc_jax.preprocess import RandomCrops, load_images
+from dlc_jax.training.batches import AugmentedInputs, DecodedImages, FixedInputs, Inputs
+from dlc_jax.training.settings import FinetuneConfig
+from dlc_jax.types import Dataset
+
+_GIB = 2**30
+
+
+class LabelledInputs(NamedTuple):
+    """Inputs of the network, and their classes."""
+
+    inputs: Shaped[np.ndarray, "n ..."]
+    labels: Int32[np.ndarray, " n"]
+
+
+class RunData:
+    """Inputs for every run on one data set; what two runs need is decoded once.
+
+    Args:
+      dataset: What is trained on.
+      image_size: Side of the images in pixels.
+      settings: Decides between random crops, evaluation crops and features.
+      to_features: Images uint8 [b, s, s, 3] to features [b, d], before any training.
+      progress: Whether to show bars.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        image_size: int,
+        settings: FinetuneConfig,
+        to_features: Callable[[np.ndarray], jax.Array],
+        progress: bool,
+    ):
+        self.to_features = to_features
+        self._dataset, self._image_size, self._settings = dataset, image_size, settings
+        self._progress = progress
+        self._images = DecodedImages(dataset, settings.image_memory_gib * _GIB)
+        self._fixed: dict[int, np.ndarray] = {}  # rows of `FixedInputs`, by position
+
+    def training_inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> Inputs:
+        """Returns what the network sees of these samples in training."""
+        if self._settings.augment and not self._settings.linear_probe:
+            crops = RandomCrops(self._dataset, self._image_size, seed)
+            return AugmentedInputs(self._images, crops)
+        missing = np.array([i for i in positions.tolist() if i not in self._fixed], np.int64)
+        if len(missing):
+            some = self._dataset.subset(missing)
+            loaded = load_images(some, self._image_size, progress=self._progress)
+            rows = self._as_inputs(loaded.pixels)
+            self._fixed.update(zip(missing.tolist(), rows, strict=True))
+        return FixedInputs(self._fixed)
+
+    def test_set(self, test: Dataset, on_corrupt: str) -> LabelledInputs:
+        """Returns evaluation crops, or their features, with the training set's class ids.
+
+        Raises:
+          ValueError: a class that training does not know, an unreadable image.
+        """
+        labels = self._class_ids(test)
+        loaded = load_images(test, self._image_size, on_corrupt=on_corrupt, progress=self._progress)
+        return LabelledInputs(self._as_inputs(loaded.pixels), labels[loaded.positions])
+
+    def _class_ids(self, test: Dataset) -> Int32[np.ndarray, " n"]:
+        """Goes by name, since a split that lacks a class numbers the others differently."""
+        places = {name: label for label, name in enumerate(self._dataset.class_names)}
+        unknown = [name for name in test.class_names if name not in places]
+        if unknown:
+            raise checks.InputError(
+                f"dataset.test: {test.name} has classes that {self._dataset.name} has not: "
+                f"{', '.join(repr(name) for name in unknown[:10])}; expected only "
+                f"{', '.join(repr(name) for name in self._dataset.class_names[:10])}"
+                f"{', ...' * (len(places) > 10)}."
+            )
+        return np.array([places[name] for name in test.class_names], np.int32)[test.labels]
+
+    def _as_inputs(self, pixels: UInt8[np.ndarray, "n s s 3"]) -> Shaped[np.ndarray, "n ..."]:
+        """Returns the pixels, or their features where only the head is trained."""
+        if not self._settings.linear_probe:
+            return pixels
+        parts = []
+        size = self._settings.batch_size
+        for start in range(0, len(pixels), size):
+            some = pixels[start : start + size]
+            filled = some[np.arange(size) % len(some)]  # one shape, one compilation
+            parts.append(np.asarray(self.to_features(filled))[: len(some)])
+        return np.concatenate(parts)

@@ -1,0 +1,259 @@
+"""The loop of fine-tuning: epochs over a kept set, tests, and what runs of a sweep share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32, Int64, Integer
+from tqdm import tqdm
+
+import dlc_jax
+from dlc_jax import artefacts, checks
+from dlc_jax.encoders import Encoder
+from dlc_jax.probes.kernel import features_of_batch
+from dlc_jax.training.batches import (
+    Batch,
+    training_batches,
+)
+from dlc_jax.training.checkpoints import Checkpoints
+from dlc_jax.training.data import RunData
+from dlc_jax.training.folder import RunFolder
+from dlc_jax.training.metrics import EpochMetrics
+from dlc_jax.training.optimiser import learning_rates
+from dlc_jax.training.settings import FinetuneConfig
+from dlc_jax.training.step import (
+    Network,
+    Sgd,
+    TrainState,
+    initial_head,
+    predicted_classes,
+    train_step,
+)
+from dlc_jax.types import Dataset, RunResult
+
+_GIB = 2**30
+# Settings that change speed, memory and what is reported, but not the weights.
+_NOT_IN_WEIGHTS = ("test_every", "full_set", "keep_weights", "image_memory_gib")
+
+
+class _Progress(NamedTuple):
+    """A run after some of its epochs."""
+
+    state: TrainState
+    history: list[dict[str, Any]]
+
+
+class Finetuner:
+    """Runs on subsets of one data set that share programs, decoded images and the test set.
+
+    Args: see `finetune`.
+    Raises:
+      ValueError: see `finetune`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        dataset: Dataset,
+        test: Dataset | None,
+        settings: FinetuneConfig,
+        *,
+        image_size: int = 224,
+        mode: str = "default",
+        on_corrupt: str = "error",
+        progress: bool = False,
+    ):
+        settings.check()
+        self._encoder = encoder.for_mode(mode)
+        self._encoder.check_image_size(image_size)
+        self._dataset, self._test, self._settings = dataset, test, settings
+        self._image_size, self._mode, self._on_corrupt = image_size, mode, on_corrupt
+        self._progress = progress
+        self._rates = learning_rates(
+            settings.epochs, settings.learning_rate, settings.milestones, mode
+        )
+        self._sgd = Sgd(settings.momentum, settings.weight_decay, settings.nesterov)
+        whole = Network.of(self._encoder, settings.dtype)
+        assert whole.forward is not None
+        self._network = Network.linear_probe() if settings.linear_probe else whole
+        self._data = RunData(
+            dataset,
+            image_size=image_size,
+            settings=settings,
+            to_features=functools.partial(features_of_batch, whole.forward, self._encoder.params),
+            progress=progress,
+        )
+        self._test_set = None if test is None else self._data.test_set(test, on_corrupt)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that its runs have in common."""
+        settings = dataclasses.asdict(self._settings)
+        for key in _NOT_IN_WEIGHTS:
+            del settings[key]
+        return artefacts.json_hash(
+            {
+                "version": dlc_jax.__version__,
+                "settings": settings,
+                "mode": self._mode,
+                "image_size": self._image_size,
+                "on_corrupt": self._on_corrupt,
+                "encoder": self._encoder.fingerprint,
+                "dataset": self._dataset.fingerprint,
+                "test": self._test.fingerprint if self._test is not None else None,
+            }
+        )
+
+    def inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> str:
+        """SHA-256 over all that decides how a run ends."""
+        return artefacts.json_hash(
+            {"shared": self.fingerprint, "kept": positions.tolist(), "seed": seed}
+        )
+
+    def run(
+        self,
+        positions: Int64[np.ndarray, " k"],
+        seed: int,
+        folder: RunFolder | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> RunResult:
+        """Trains on these positions, or goes on where a stopped run in `folder` ended.
+
+        Args:
+          positions: Ascending, in the data set.
+          seed: Of head, data order and augmentation.
+          folder: Where the run is kept; None: nowhere.
+          facts: What `run.json` also says.
+        """
+        checks.seed(seed)
+        progress = _Progress(self._first_state(seed), [])
+        with contextlib.ExitStack() as stack:
+            checkpoints = None
+            if folder is not None:
+                folder.claim(self.inputs(positions, seed), facts or {})
+                checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
+                progress = _Progress(*(checkpoints.restore(progress.state) or progress))
+            for epoch in range(len(progress.history) + 1, self._settings.epochs + 1):
+                progress = self._epoch(progress, positions, seed, epoch)
+                if folder is not None and checkpoints is not None:
+                    checkpoints.save(epoch, progress.state, progress.history)
+                    folder.write_metrics(progress.history)
+        result = self._result(progress, positions)
+        if folder is not None:
+            num_test = None
+            if self._test_set is not None:
+                num_test = self._count(self._test_set.labels)
+            folder.finish(result, self._dataset.class_names, num_test, self._settings.keep_weights)
+        return result
+
+    def _epoch(
+        self, progress: _Progress, positions: Int64[np.ndarray, " k"], seed: int, epoch: int
+    ) -> _Progress:
+        start = time.perf_counter()
+        batch_size = self._settings.batch_size
+        num_steps = -(-len(positions) // batch_size)
+        totals = EpochMetrics(self._rates[epoch - 1], (epoch - 1) * num_steps)
+        state = progress.state
+        rate = jnp.float32(totals.learning_rate)
+        batches = training_batches(
+            self._data.training_inputs(positions, seed),
+            positions,
+            self._dataset.labels,
+            batch_size=batch_size,
+            seed=seed,
+            epoch=epoch,
+        )
+        bar = tqdm(
+            batches,
+            f"epoch {epoch}/{self._settings.epochs}",
+            num_steps,
+            unit="step",
+            leave=False,
+            disable=None if self._progress else True,
+        )
+        for batch in bar:
+            state, metrics = train_step(self._network, self._sgd, state, *batch, rate)
+            totals.add(metrics, int(batch.real.sum()))
+        totals.finish(state)
+        seconds = time.perf_counter() - start
+        line = {
+            "epoch": epoch,
+            "learning_rate": totals.learning_rate,
+            "train_loss": totals.loss / len(positions),
+            "train_accuracy": 100 * totals.num_correct / len(positions),
+            "images_per_s": round(len(positions) / seconds, 1),
+            "elapsed_s": round(_elapsed(progress.history) + seconds, 3),
+        }
+        every = self._settings.test_every
+        if self._test_set is not None and every and epoch % every == 0:
+            line["test_accuracy"] = self._accuracy(self._predictions(state))
+        return _Progress(state, [*progress.history, line])
+
+    def _result(self, progress: _Progress, positions: Int64[np.ndarray, " k"]) -> RunResult:
+        predictions, accuracy, per_class = None, None, None
+        history = progress.history or [{"epoch": 0}]
+        if self._test_set is not None:
+            predictions = self._predictions(progress.state)
+            accuracy = self._accuracy(predictions)
+            labels = self._test_set.labels
+            with np.errstate(invalid="ignore"):  # 0 / 0 for a class without test samples is NaN
+                per_class = 100 * self._count(labels[predictions == labels]) / self._count(labels)
+            history = [*history[:-1], {**history[-1], "test_accuracy": accuracy}]
+        absent = np.flatnonzero(self._count(self._dataset.labels[positions]) == 0)
+        return RunResult(
+            test_accuracy=accuracy,
+            per_class_accuracy=per_class,
+            predictions=predictions,
+            num_kept=len(positions),
+            absent_classes=tuple(self._dataset.class_names[label] for label in absent),
+            history=history,
+            weights=self._weights(progress.state),
+            seconds=_elapsed(history),
+        )
+
+    def _weights(self, state: TrainState) -> dict[str, Any]:
+        weights = state.weights()
+        if self._settings.linear_probe:
+            weights["encoder"] = self._encoder.params
+        return weights
+
+    def _count(self, labels: Integer[np.ndarray, " k"]) -> Int64[np.ndarray, " c"]:
+        return np.bincount(labels, minlength=self._dataset.num_classes)
+
+    def _accuracy(self, predictions: Int32[np.ndarray, " n"]) -> float:
+        assert self._test_set is not None
+        return 100 * float(np.mean(predictions == self._test_set.labels))
+
+    def _first_state(self, seed: int) -> TrainState:
+        encoder = self._encoder
+        head = initial_head(self._num_features, self._dataset.num_classes, encoder.head, seed)
+        if self._settings.linear_probe:
+            return TrainState.start({}, frozenset(), head, self._sgd)
+        return TrainState.start(encoder.params, encoder.statistics, head, self._sgd)
+
+    @functools.cached_property
+    def _num_features(self) -> int:
+        images = jax.ShapeDtypeStruct((1, self._image_size, self._image_size, 3), np.uint8)
+        return jax.eval_shape(self._data.to_features, images).shape[1]
+
+    def _predictions(self, state: TrainState) -> Int32[np.ndarray, " n"]:
+        assert self._test_set is not None
+        inputs, labels = self._test_set
+        parts = []
+        size = self._settings.batch_size
+        for start in range(0, len(labels), size):
+            batch = Batch.padded(inputs[start : start + size], labels[start : start + size], size)
+            found = predicted_classes(self._network, state, batch.inputs)
+            parts.append(np.asarray(found)[batch.real > 0])
+        return np.concatenate(parts).astype(np.int32)
+
+
+def _elapsed(history: list[dict[str, Any]]) -> float:
+    return history[-1].get("elapsed_s", 0.0) if history else 0.0

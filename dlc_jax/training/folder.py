@@ -1,0 +1,91 @@
+"""What a fine-tuning run leaves on disk, and how it finds its way back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlc_jax import artefacts, checks
+from dlc_jax.types import RunResult
+
+METRICS = "metrics.jsonl"
+PER_CLASS = "per_class_accuracy.csv"
+RUN = "run.json"
+CHECKPOINT = "checkpoint"
+
+
+class RunFolder:
+    """The folder of one run: metrics.jsonl, per_class_accuracy.csv, checkpoint/ and run.json.
+
+    `run.json` tells what the run is of from its start on, and its result once it is finished.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / CHECKPOINT
+
+    def facts(self) -> dict[str, Any]:
+        """Returns run.json, {} before the run has started."""
+        return artefacts.read_json(self.path / RUN)
+
+    def is_finished(self, inputs: str) -> bool:
+        """Whether a run of these inputs ended here, and its files are there."""
+        facts = self.facts()
+        whole = all((self.path / name).is_file() for name in (METRICS, PER_CLASS))
+        return facts.get("inputs") == inputs and "result" in facts and whole
+
+    def claim(self, inputs: str, facts: dict[str, Any]) -> None:
+        """Says what this folder is of.
+
+        Raises:
+          ValueError: a run of other inputs is there.
+        """
+        found = self.facts().get("inputs")
+        if found not in (None, inputs):
+            raise checks.InputError(
+                f"{self.path}: holds a run with other data, encoder, kept samples or settings "
+                f"(its inputs are {found[:12]}, these are {inputs[:12]}); expected an empty "
+                "folder, or the one of the same run."
+            )
+        artefacts.write_json(self.path / RUN, {"inputs": inputs, **facts})
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Writes one line per epoch."""
+        with artefacts.atomic(self.path / METRICS, "w") as file:
+            file.writelines(json.dumps(epoch) + "\n" for epoch in history)
+
+    def finish(
+        self,
+        result: RunResult,
+        class_names: tuple[str, ...],
+        num_test: np.ndarray | None,
+        keep_weights: bool,
+    ) -> None:
+        """Writes accuracies, and last of all that the run is finished."""
+        self.write_metrics(result.history)
+        with artefacts.atomic(self.path / PER_CLASS, "w") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("label", "class_name", "num_test", "test_accuracy"))
+            for label, name in enumerate(class_names):
+                number, accuracy = 0, ""
+                if num_test is not None and result.per_class_accuracy is not None:
+                    number = int(num_test[label])
+                    accuracy = repr(float(result.per_class_accuracy[label])) if number else ""
+                table.writerow((label, name, number, accuracy))
+        if not keep_weights:
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+        summary = {
+            "num_kept": result.num_kept,
+            "test_accuracy": result.test_accuracy,
+            "absent_classes": result.absent_classes,
+            "seconds": result.seconds,
+        }
+        artefacts.write_json(self.path / RUN, {**self.facts(), "result": summary})

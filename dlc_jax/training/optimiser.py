@@ -1,0 +1,61 @@
+"""torch.optim.SGD and MultiStepLR in optax."""
+
+from __future__ import annotations
+
+import collections
+import math
+
+import optax
+
+from dlc_jax import checks
+
+_DECAY = 0.1
+
+
+def torch_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> optax.GradientTransformation:
+    """Returns torch.optim.SGD without dampening: weight decay is L2 in the gradient.
+
+    Args:
+      learning_rate: A number or an optax schedule over steps.
+      momentum: In [0, 1).
+      weight_decay: Times the parameter, added to its gradient before momentum.
+      nesterov: Whether a step looks ahead along the new momentum.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov),
+    )
+
+
+def learning_rates(
+    epochs: int,
+    learning_rate: float = 1e-3,
+    milestones: tuple[float, ...] = (0.5, 0.75),
+    mode: str = "default",
+) -> list[float]:
+    """Returns the learning rate of every epoch, as torch's MultiStepLR steps it.
+
+    Args:
+      epochs: How many.
+      learning_rate: Before the first milestone.
+      milestones: Fractions of the epochs; after each the rate is divided by ten.
+      mode: `default` floors milestone times epochs (25 and 37 of 50). `official` leaves it as it
+        is: one that is no whole number (37.5) never comes, as in the released code (Q6).
+    """
+    checks.mode(mode)
+    passed = [milestone * epochs for milestone in milestones]
+    if mode == "default":  # rounded first, since 0.29 x 100 is 28.999999999999996
+        passed = [math.floor(round(value, 9)) for value in passed]
+    # two milestones in one epoch divide twice, and one at epoch 0 does so from the start: as torch
+    times = collections.Counter(passed)
+    rates = []
+    for epoch in range(epochs):
+        learning_rate *= _DECAY ** times[epoch]
+        rates.append(learning_rate)
+    return rates

@@ -1,0 +1,53 @@
+"""Every setting of a fine-tuning run, the paper's values by default."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dlc_jax import checks
+from dlc_jax.probes import DTYPES
+from dlc_jax.types import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune.
+
+    Source: Jiang et al. 2025, section 5; the released finetune.py.
+    """
+
+    epochs: int = setting(50, "passes over the kept set; 0 only evaluates")
+    batch_size: int = setting(128, "samples per step; the last, short batch counts as it is")
+    learning_rate: float = setting(1e-3, "of the first epoch")
+    milestones: tuple[float, ...] = setting(
+        (0.5, 0.75), "fractions of the epochs after which the learning rate is divided by 10"
+    )
+    weight_decay: float = setting(1e-5, "L2 in the gradient, of every parameter, as torch's SGD")
+    momentum: float = setting(0.9, "of SGD")
+    nesterov: bool = setting(True, "Nesterov momentum, as torch defines it")
+    linear_probe: bool = setting(False, "train the head only, on features computed once")
+    augment: bool = setting(True, "random resized crops and flips; False: evaluation crops")
+    dtype: str = setting("float32", f"of the network: {', '.join(DTYPES)}; weights stay float32")
+    test_every: int = setting(0, "epochs between tests; 0: only after the last")
+    full_set: bool = setting(True, "a sweep also trains on the whole set, once per seed")
+    keep_weights: bool = setting(True, "keep the last checkpoint of a finished run")
+    image_memory_gib: float = setting(8.0, "decoded images kept in memory; others decode anew")
+
+    def check(self) -> None:
+        """Raises ValueError unless all values are in range."""
+        checks.at_least("finetune.epochs", self.epochs, 0)
+        checks.at_least("finetune.batch_size", self.batch_size, 1)
+        checks.at_least("finetune.learning_rate", self.learning_rate, 0, exclusive=True)
+        for milestone in self.milestones:
+            checks.at_least("finetune.milestones", milestone, 0, exclusive=True)
+            checks.at_most("finetune.milestones", milestone, 1)
+        checks.at_least("finetune.weight_decay", self.weight_decay, 0)
+        checks.at_least("finetune.momentum", self.momentum, 0)
+        checks.at_most("finetune.momentum", self.momentum, 1, exclusive=True)
+        if self.nesterov and self.momentum == 0:
+            raise checks.InputError(
+                "finetune.nesterov: needs a momentum above 0, got finetune.momentum 0."
+            )
+        checks.one_of("finetune.dtype", self.dtype, DTYPES)
+        checks.at_least("finetune.test_every", self.test_every, 0)
+        checks.at_least("finetune.image_memory_gib", self.image_memory_gib, 0)

@@ -1,0 +1,193 @@
+"""The two compiled programs of fine-tuning: a training step, and predictions of a batch."""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Shaped
+
+from dlc_jax.encoders import Encoder, join_statistics, normalise, split_statistics
+from dlc_jax.probes.kernel import Forward, cast, pooled, precision_of
+from dlc_jax.training.optimiser import torch_sgd
+from dlc_jax.types import Params
+
+_VIT_HEAD_DEVIATION = 0.02
+
+
+class Network(NamedTuple):
+    """What the programs are specialised to: hashable, no weights in it.
+
+    Attributes:
+      forward: The encoder in evaluation mode; None where inputs are features already.
+      apply_training: See `Encoder`.
+    """
+
+    forward: Forward | None
+    apply_training: Callable[[Params, Array, Array], tuple[Array, Params]] | None
+
+    @classmethod
+    def of(cls, encoder: Encoder, dtype: str) -> Network:
+        """The encoder and a linear head on it."""
+        forward = Forward.of(encoder, dtype)._replace(pooling=encoder.head)
+        return cls(forward, encoder.apply_training)
+
+    @classmethod
+    def linear_probe(cls) -> Network:
+        """A linear head alone."""
+        return cls(None, None)
+
+
+class Sgd(NamedTuple):
+    """Constants of the optimiser."""
+
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+      trained: `encoder` and `head`, float32; None in the places of `statistics`.
+      statistics: The encoder's leaves that no gradient moves; None in all other places.
+      optimiser: State of `torch_sgd`.
+    """
+
+    trained: dict[str, Any]
+    statistics: Params
+    optimiser: optax.OptState
+
+    @classmethod
+    def start(
+        cls, params: Params, statistics: frozenset[str], head: dict[str, Any], sgd: Sgd
+    ) -> TrainState:
+        """The state before the first step."""
+        encoder, others = split_statistics(params, statistics)
+        trained = {"encoder": encoder, "head": head}
+        optimiser = torch_sgd(0.0, **sgd._asdict()).init(trained)
+        return jax.tree.map(jnp.asarray, cls(trained, others, optimiser))
+
+    def weights(self) -> dict[str, Any]:
+        """Returns the whole encoder and the head."""
+        encoder = join_statistics(self.trained["encoder"], self.statistics)
+        return {"encoder": encoder, "head": self.trained["head"]}
+
+
+def initial_head(
+    num_features: int, num_classes: int, kind: str, seed: int
+) -> dict[str, np.ndarray]:
+    """Returns a new head as timm makes it, kernel [d, c] and bias [c].
+
+    Args:
+      num_features, num_classes: Its size.
+      kind: `mean`, after pooling: torch.nn.Linear's default, both uniform in +-1 / sqrt(d). `cls`,
+        on a class token: normal with deviation 0.02 (timm's truncation is at 100 deviations), and
+        zero bias.
+      seed: Seed of the draw.
+    """
+    generator = np.random.default_rng([seed, zlib.crc32(b"head")])
+    shape = (num_features, num_classes)
+    if kind == "cls":
+        kernel = generator.normal(0, _VIT_HEAD_DEVIATION, shape)
+        bias = np.zeros(num_classes)
+    else:
+        bound = 1 / math.sqrt(num_features)
+        kernel = generator.uniform(-bound, bound, shape)
+        bias = generator.uniform(-bound, bound, num_classes)
+    return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+
+
+class StepMetrics(NamedTuple):
+    """Over the real samples of a batch."""
+
+    loss: Float[Array, ""]  # mean cross-entropy in nats
+    num_correct: Float[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames=("network", "sgd"))
+def train_step(
+    network: Network,
+    sgd: Sgd,
+    state: TrainState,
+    inputs: Shaped[Array, "b ..."],
+    labels: Int[Array, " b"],
+    real: Float[Array, " b"],
+    learning_rate: Float[Array, ""],
+) -> tuple[TrainState, StepMetrics]:
+    """Takes one step of SGD on the mean loss of the real samples.
+
+    Args:
+      network, sgd: What to train, and how.
+      state: Where it stands.
+      inputs: Images, uint8 [b, s, s, 3], or features, float32 [b, d].
+      labels: Class ids.
+      real: 1 for samples, 0 for padding, which neither loss nor batch statistics see.
+      learning_rate: Of this step.
+    """
+
+    def loss_of(trained: dict[str, Any]) -> tuple[Float[Array, ""], tuple]:
+        features, statistics = _features_in_training(
+            network, trained["encoder"], state.statistics, inputs, real
+        )
+        logits = _head(trained["head"], features)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        num_correct = ((logits.argmax(axis=1) == labels) * real).sum()
+        return (losses * real).sum() / real.sum(), (statistics, num_correct)
+
+    (loss, (statistics, num_correct)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+        state.trained
+    )
+    updates, optimiser = torch_sgd(learning_rate, **sgd._asdict()).update(
+        gradients, state.optimiser, state.trained
+    )
+    trained = optax.apply_updates(state.trained, updates)
+    return TrainState(trained, statistics, optimiser), StepMetrics(loss, num_correct)
+
+
+@functools.partial(jax.jit, static_argnames=("network",))
+def predicted_classes(
+    network: Network, state: TrainState, inputs: Shaped[Array, "b ..."]
+) -> Int[Array, " b"]:
+    """Returns the class of highest logit, in evaluation mode."""
+    weights = state.weights()
+    features = inputs if network.forward is None else network.forward(weights["encoder"], inputs)
+    return _head(weights["head"], features).argmax(axis=1)
+
+
+def _features_in_training(
+    network: Network, encoder: Params, statistics: Params, inputs: Array, real: Array
+) -> tuple[Float[Array, "b d"], Params]:
+    """Returns features, and the statistics as the batch moves them."""
+    forward = network.forward
+    if forward is None:
+        return inputs, statistics
+    images = normalise(inputs, forward.mean, forward.std).astype(forward.dtype)
+    # statistics stay float32: a tenth of a batch's would vanish in bfloat16
+    params = join_statistics(cast(encoder, forward.dtype), statistics)
+    with precision_of(forward.dtype):
+        if network.apply_training is None:
+            output = forward.apply(params, images)
+        else:
+            output, params = network.apply_training(params, images, real)
+            moved = jax.tree.map(
+                lambda old, new: None if old is None else new.astype(old.dtype),
+                statistics,
+                params,
+                is_leaf=lambda leaf: leaf is None,
+            )
+            statistics = jax.lax.stop_gradient(moved)
+    return pooled(output, len(inputs), forward.pooling), statistics
+
+
+def _head(head: dict[str, Any], features: Float[Array, "b d"]) -> Float[Array, "b c"]:
+    with precision_of("float32"):
+        return features @ head["kernel"] + head["bias"]

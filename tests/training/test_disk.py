@@ -1,0 +1,51 @@
+"""A disk that is full: the last whole checkpoint stays, and the run goes on from it."""
+
+import resource
+
+import jax
+import numpy as np
+import pytest
+
+import dlc_jax as dlc
+from dlc_jax.training import Finetuner
+
+FAST = {"image_size": 32, "epochs": 4, "batch_size": 16, "learning_rate": 0.05}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    sample_encoder, small_sample, tmp_path, monkeypatch
+):
+    """Files may not grow beyond 100 kB from the third epoch on, as if the disk were full.
+
+    The second checkpoint is still being written then, and may or may not be the last good one.
+    """
+    undisturbed = dlc.finetune(sample_encoder, small_sample, folder=tmp_path / "a", **FAST)
+    real = Finetuner._epoch
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    epochs = []
+
+    def filling(self, progress, positions, seed, epoch):
+        epochs.append(epoch)
+        if epoch == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        return real(self, progress, positions, seed, epoch)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Finetuner, "_epoch", filling)
+            with pytest.raises(ValueError, match=r"cannot write a checkpoint: File too large\."):
+                dlc.finetune(sample_encoder, small_sample, folder=tmp_path / "b", **FAST)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (last,) = (int(path.name) for path in (tmp_path / "b" / "checkpoint").glob("[0-9]"))
+    assert last in (1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetuner, "_epoch", lambda *a: epochs.append(("again", a[-1])) or real(*a))
+        resumed = dlc.finetune(sample_encoder, small_sample, folder=tmp_path / "b", **FAST)
+    again = [epoch for epoch in epochs if isinstance(epoch, tuple)]
+    assert again == [("again", epoch) for epoch in range(last + 1, 5)]
+    for a, b in zip(
+        jax.tree.leaves(resumed.weights), jax.tree.leaves(undisturbed.weights), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)

@@ -22,21 +22,20 @@ from dlc_jax.preprocess.load import ON_CORRUPT
 from dlc_jax.probes import DTYPES, resolve_chunk
 from dlc_jax.probes.measure import SCHEDULE_OF_MODE
 from dlc_jax.selection import SELECTORS, check_cell
+from dlc_jax.training import FinetuneConfig
+from dlc_jax.types import setting
 
-STAGES = ("score", "select")
-
-
-def _setting(default: Any, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc})
+STAGES = ("score", "select", "finetune", "report")
+_DEFAULT_STAGES = ("score", "select")
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
     """What to prune."""
 
-    train: str = _setting("", "source to prune: parquet:, folder:, tfds: or demo:<where>")
-    test: str | None = _setting(None, "source to test on; not read by the stages score and select")
-    on_corrupt: str = _setting("error", f"unreadable image: {' or '.join(ON_CORRUPT)}")
+    train: str = setting("", "source to prune: parquet:, folder:, tfds: or demo:<where>")
+    test: str | None = setting(None, "source to test on; read by the stage finetune only")
+    on_corrupt: str = setting("error", f"unreadable image: {' or '.join(ON_CORRUPT)}")
 
     def check(self) -> None:
         if not self.train:
@@ -50,12 +49,12 @@ class DatasetConfig:
 class EncoderConfig:
     """The pre-trained network that is probed."""
 
-    name: str = _setting("resnet18", ", ".join(ENCODERS))
-    weights: str = _setting("", "hub id, .safetensors file, folder, or demo:resnet18")
-    image_size: int = _setting(224, "side of the images in pixels")
-    pooling: str | None = _setting(None, f"ViT pooling: {', '.join(POOLINGS)}; None: by mode")
-    mean: tuple[float, ...] | None = _setting(None, "RGB mean; None: the checkpoint's, by mode")
-    std: tuple[float, ...] | None = _setting(None, "RGB deviation; None: the checkpoint's, by mode")
+    name: str = setting("resnet18", ", ".join(ENCODERS))
+    weights: str = setting("", "hub id, .safetensors file, folder, or demo:resnet18")
+    image_size: int = setting(224, "side of the images in pixels")
+    pooling: str | None = setting(None, f"ViT pooling: {', '.join(POOLINGS)}; None: by mode")
+    mean: tuple[float, ...] | None = setting(None, "RGB mean; None: the checkpoint's, by mode")
+    std: tuple[float, ...] | None = setting(None, "RGB deviation; None: the checkpoint's, by mode")
 
     def check(self) -> None:
         checks.one_of("encoder.name", self.name, ENCODERS)
@@ -73,16 +72,16 @@ class EncoderConfig:
 class ProbeConfig:
     """The learning path: how the encoder is masked."""
 
-    schedule: str | None = _setting(None, f"{', '.join(SCHEDULES)}; None: by mode")
-    num_probes: int = _setting(50, "masked networks; with placement grid the path's first steps")
-    placement: str = _setting("grid", f"{', '.join(PLACEMENTS)}: midpoint spreads num_probes")
-    max_sparsity: float = _setting(1.0, "cuts the path, in (0, 1]")
-    step: float = _setting(0.02, "share of weights zeroed per step")
-    masking: str = _setting("l1", ", ".join(MASKINGS))
-    batch_size: int = _setting(128, "samples per call of the probe program")
-    chunk: str | int = _setting("auto", "most probes side by side, or auto")
-    dtype: str = _setting("float32", f"of the network: {', '.join(DTYPES)}")
-    augment: bool = _setting(False, "fresh random crop and flip for every probe")
+    schedule: str | None = setting(None, f"{', '.join(SCHEDULES)}; None: by mode")
+    num_probes: int = setting(50, "masked networks; with placement grid the path's first steps")
+    placement: str = setting("grid", f"{', '.join(PLACEMENTS)}: midpoint spreads num_probes")
+    max_sparsity: float = setting(1.0, "cuts the path, in (0, 1]")
+    step: float = setting(0.02, "share of weights zeroed per step")
+    masking: str = setting("l1", ", ".join(MASKINGS))
+    batch_size: int = setting(128, "samples per call of the probe program")
+    chunk: str | int = setting("auto", "most probes side by side, or auto")
+    dtype: str = setting("float32", f"of the network: {', '.join(DTYPES)}")
+    augment: bool = setting(False, "fresh random crop and flip for every probe")
 
     def check(self) -> None:
         check_path(
@@ -102,12 +101,12 @@ class ProbeConfig:
 class SelectionConfig:
     """Which cells to select: methods x keep fractions x splits x seeds."""
 
-    methods: tuple[str, ...] = _setting(("flexrand",), ", ".join(SELECTORS))
-    keep_fractions: tuple[float, ...] = _setting(
+    methods: tuple[str, ...] = setting(("flexrand",), ", ".join(SELECTORS))
+    keep_fractions: tuple[float, ...] = setting(
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), "fractions kept, each in (0, 1)"
     )
-    splits: tuple[float, ...] = _setting((0.5,), "FlexRand's gamma, each in (0, 1)")
-    seeds: tuple[int, ...] = _setting((0,), "seeds of the draws")
+    splits: tuple[float, ...] = setting((0.5,), "FlexRand's gamma, each in (0, 1)")
+    seeds: tuple[int, ...] = setting((0,), "seeds of the draws")
 
     def check(self, mode: str) -> None:
         for key in ("methods", "keep_fractions", "splits", "seeds"):
@@ -142,13 +141,14 @@ class SelectionConfig:
 class Config:
     """A whole run."""
 
-    mode: str = _setting("default", "default, or official: the released code's quirks")
-    seed: int = _setting(0, "seed of random masking and augmentation")
-    stages: tuple[str, ...] = _setting(STAGES, f"what to run, out of {', '.join(STAGES)}")
+    mode: str = setting("default", "default, or official: the released code's quirks")
+    seed: int = setting(0, "seed of random masking and augmentation")
+    stages: tuple[str, ...] = setting(_DEFAULT_STAGES, f"what to run, out of {', '.join(STAGES)}")
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | ConfigDict) -> Config:
@@ -172,11 +172,17 @@ class Config:
             raise checks.InputError(f"stages: expected one or more of {', '.join(STAGES)}.")
         for stage in self.stages:
             checks.one_of("stages", stage, STAGES)
-        if "score" in self.stages:
+        if "score" in self.stages or "finetune" in self.stages:
             self.dataset.check()
             self.encoder.check()
+        if "finetune" in self.stages and not self.dataset.test:
+            raise checks.InputError(
+                "dataset.test: missing; the stage 'finetune' tests on it. Give a source such as "
+                "folder:/data/flowers/test."
+            )
         self.probe.check()
         self.selection.check(self.mode)
+        self.finetune.check()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested dictionaries of plain values."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.probes import probe
 from dlc_jax.scores import SCORES, score
 from dlc_jax.selection import select
+from dlc_jax.sweep import run_sweep
 from dlc_jax.types import Dataset, ProbeLosses, Selection
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "pyarrow", "safetensors")
@@ -45,17 +44,30 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
     artefacts.prepare_workdir(workdir)
     if "score" in config.stages:
         config = _score(config, workdir, echo)
+    failures = []
+    if config.stages != ("report",):
+        failures = _use_scores(config, workdir, echo)
+    if "report" in config.stages:
+        _report(config, workdir, echo)
+    if failures:
+        raise checks.InputError(f"{len(failures)} runs failed: {'; '.join(failures)}")
+
+
+def _use_scores(config: Config, workdir: Path, echo: Callable[[str], None]) -> list[str]:
+    """Runs what starts from scores on disk; returns a line for every run that failed."""
     _check_scores_are_whole(workdir)
     samples = artefacts.read_scores(workdir)
     settings = config.to_dict()
     if "score" not in config.stages:  # the rest of the file still describes the scores
-        mine = {key: settings[key] for key in ("mode", "stages", "selection")}
+        mine = {key: settings[key] for key in ("mode", "stages", "selection", "finetune")}
         settings |= artefacts.read_json(workdir / artefacts.CONFIG) | mine
     artefacts.write_json(workdir / artefacts.CONFIG, settings)
     shown = None
     if "select" in config.stages:
         shown = _select(config, workdir, samples, echo)
-    _summarise(workdir, samples, shown, echo)
+    if "score" in config.stages or "select" in config.stages:
+        _summarise(workdir, samples, shown, echo)
+    return _finetune(config, workdir, samples, echo) if "finetune" in config.stages else []
 
 
 def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config:
@@ -63,13 +75,7 @@ def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config
     start = time.perf_counter()
     settings = config.encoder
     dataset = load_dataset(config.dataset.train)
-    encoder = load_encoder(
-        settings.name,
-        settings.weights,
-        pooling=settings.pooling,
-        mean=settings.mean,
-        std=settings.std,
-    ).for_mode(config.mode)
+    encoder = _load_encoder(config).for_mode(config.mode)
     encoder.check_image_size(settings.image_size)
     decided = dataclasses.replace(
         settings, pooling=encoder.pooling, mean=encoder.mean, std=encoder.std
@@ -111,6 +117,17 @@ def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config
     return resolved
 
 
+def _load_encoder(config: Config) -> Encoder:
+    settings = config.encoder
+    return load_encoder(
+        settings.name,
+        settings.weights,
+        pooling=settings.pooling,
+        mean=settings.mean,
+        std=settings.std,
+    )
+
+
 def _check_scores_are_whole(workdir: Path) -> None:
     """A run killed between two files of `scores/` leaves files that do not belong together."""
     record = _stage_record(workdir, "score")
@@ -145,7 +162,7 @@ def _select(
     start = time.perf_counter()
     cells = config.selection.cells()
     facts = {"scores": samples.fingerprint, "mode": config.mode, "cells": cells}
-    inputs = _hash({"version": dlc_jax.__version__, **facts})
+    inputs = artefacts.json_hash({"version": dlc_jax.__version__, **facts})
     of_first = [cell for cell in cells if cell[0] == config.selection.methods[0]]
     shown = of_first[len(of_first) // 2]
     scored = (_stage_record(workdir, "score") or {}).get("settings", {}).get("mode", config.mode)
@@ -187,6 +204,39 @@ def _select(
     return selections[shown]
 
 
+def _finetune(
+    config: Config, workdir: Path, samples: ScoredSamples, echo: Callable[[str], None]
+) -> list[str]:
+    """Returns a line for every run that failed."""
+    start = time.perf_counter()
+    encoder = _load_encoder(config)
+    failures = run_sweep(config, workdir, samples, encoder, echo)
+    settings = config.to_dict()
+    made_with = {key: settings[key] for key in ("mode", "dataset", "encoder", "finetune")}
+    inputs = artefacts.json_hash([settings, encoder.fingerprint, samples.fingerprint])
+    if not _is_done(workdir, "finetune", inputs):
+        seconds = time.perf_counter() - start
+        _record(workdir, "finetune", inputs, [Path(artefacts.RESULTS)], seconds, {}, made_with)
+    echo(f"files: {workdir}/ ({artefacts.RESULTS}, finetune/)")
+    return failures
+
+
+def _report(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+    """Prints and saves what `results.csv` says."""
+    rows = reports.summarise(reports.read_results(workdir / artefacts.RESULTS))
+    table = reports.results_table(rows)
+    echo(f"\n{table}\n")
+    with artefacts.atomic(workdir / artefacts.REPORT / "results.md", "w") as file:
+        file.write(f"{table}\n")
+    trained_on = artefacts.read_json(workdir / artefacts.PROVENANCE).get("dataset", {})
+    title = f"{trained_on.get('source', config.dataset.train)}, {config.encoder.name}"
+    figure = reports.gap_to_random(rows, title)
+    for kind in ("png", "svg"):
+        with artefacts.atomic(workdir / artefacts.REPORT / f"gap_to_random.{kind}") as file:
+            figure.savefig(file, format=kind, dpi=150)
+    echo(f"files: {workdir}/{artefacts.REPORT}/ (results.md, gap_to_random.png, .svg)")
+
+
 def _summarise(
     workdir: Path, samples: ScoredSamples, shown: Selection | None, echo: Callable[[str], None]
 ) -> None:
@@ -221,7 +271,7 @@ def _summarise(
 def _score_inputs(config: Config, dataset: Dataset, encoder: Encoder) -> str:
     settings = config.to_dict()
     probe_settings = {k: v for k, v in settings["probe"].items() if k not in _SPEED_ONLY}
-    return _hash(
+    return artefacts.json_hash(
         {
             "version": dlc_jax.__version__,
             "mode": config.mode,
@@ -233,10 +283,6 @@ def _score_inputs(config: Config, dataset: Dataset, encoder: Encoder) -> str:
             "encoder": encoder.fingerprint,
         }
     )
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _stage_record(workdir: Path, stage: str) -> dict[str, Any] | None:

@@ -1,0 +1,157 @@
+"""Did pruning help? Accuracy and gap to random of every method, with intervals over seeds."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dlc_jax import checks
+
+_CONFIDENCE = 0.95
+_NEEDED = ("method", "keep_fraction", "split", "seed", "test_accuracy")
+
+
+class Result(NamedTuple):
+    """A row of `results.csv`; accuracy in percent."""
+
+    method: str
+    keep_fraction: float
+    split: float | None
+    seed: int
+    test_accuracy: float
+
+    @property
+    def label(self) -> str:
+        """The method as tables and figures name it."""
+        return self.method if self.split is None else f"{self.method} (split {self.split:g})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """Mean over seeds and half the width of its 95 % interval (Student's t).
+
+    Attributes:
+      mean: In percentage points.
+      half_width: NaN for a single seed.
+      num_seeds: How many values.
+    """
+
+    mean: float
+    half_width: float
+    num_seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Returns the interval of one or more values."""
+        from scipy import stats  # a third of a second, which only reports need
+
+        number, mean = len(values), float(np.mean(values))
+        if number < 2:
+            return cls(mean, math.nan, number)
+        quantile = float(stats.t.ppf((1 + _CONFIDENCE) / 2, number - 1))
+        return cls(mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(number), number)
+
+    def __str__(self) -> str:
+        if math.isnan(self.half_width):
+            return f"{self.mean:.2f}"
+        return f"{self.mean:.2f} ± {self.half_width:.2f}"
+
+
+class Row(NamedTuple):
+    """A method at a keep fraction.
+
+    Attributes:
+      gap: To random at the same keep fraction, paired by seed; None for random, for the full set,
+        and where no seed was run with both.
+    """
+
+    label: str
+    keep_fraction: float
+    accuracy: Interval
+    gap: Interval | None
+
+    @property
+    def verdict(self) -> str:
+        """What the gap says, in words."""
+        if self.gap is None:
+            return ""
+        mean, half = self.gap.mean, self.gap.half_width
+        if math.isnan(half):
+            return "one seed, no interval" if mean > 0 else "not better than random (one seed)"
+        if mean - half > 0:
+            return "better than random"
+        return "not better than random" + (": worse" if mean + half < 0 else "")
+
+
+def read_results(path: Path) -> list[Result]:
+    """Reads `results.csv`.
+
+    Raises:
+      ValueError: it is not there, has no rows, or is not such a table.
+    """
+    if not path.is_file():
+        raise checks.InputError(f"{path}: not there; run the stage 'finetune' first.")
+    with open(path, newline="") as file:
+        table = csv.DictReader(file)
+        if missing := [name for name in _NEEDED if name not in (table.fieldnames or ())]:
+            raise checks.InputError(f"{path}: has no column {', '.join(missing)}.")
+        results = []
+        for row in table:
+            try:
+                split = float(row["split"]) if row["split"] else None
+                numbers = (float(row["keep_fraction"]), split, int(row["seed"]))
+                results.append(Result(row["method"], *numbers, float(row["test_accuracy"])))
+            except (TypeError, ValueError) as error:
+                raise checks.InputError(f"{path}, line {table.line_num}: {error}.") from error
+    if not results:
+        raise checks.InputError(f"{path}: has no rows; every run failed or none was finished.")
+    return results
+
+
+def summarise(results: Sequence[Result]) -> list[Row]:
+    """Returns a row per method, split and keep fraction, in the order of first appearance."""
+    groups: dict[tuple[str, float], dict[int, Result]] = {}
+    for result in results:
+        groups.setdefault((result.label, result.keep_fraction), {})[result.seed] = result
+    rows = []
+    for (label, keep_fraction), by_seed in groups.items():
+        random = groups.get(("random", keep_fraction), {})
+        pairs = [
+            by_seed[seed].test_accuracy - random[seed].test_accuracy
+            for seed in by_seed
+            if seed in random and label != "random"
+        ]
+        accuracy = Interval.of([result.test_accuracy for result in by_seed.values()])
+        rows.append(Row(label, keep_fraction, accuracy, Interval.of(pairs) if pairs else None))
+    return rows
+
+
+def results_table(rows: Sequence[Row]) -> str:
+    """Returns Markdown: accuracy, gap to random and what that means, by keep fraction."""
+    header = ("keep", "method", "seeds", "test accuracy, %", "gap to random", "")
+    lines = [header]
+    for row in sorted(rows, key=lambda row: -row.keep_fraction):
+        gap = "" if row.gap is None else ("+" if row.gap.mean > 0 else "") + str(row.gap)
+        lines.append(
+            (
+                f"{row.keep_fraction:g}",
+                row.label,
+                str(row.accuracy.num_seeds),
+                str(row.accuracy),
+                gap,
+                row.verdict,
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    shown = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    shown.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(shown)

@@ -17,6 +17,11 @@ def get_config() -> ConfigDict:
     # "error" stops at an unreadable image and names it; "skip" leaves it out and lists it.
     config.dataset.on_corrupt = "error"
 
+    # What to test on after fine-tuning; the stages score and select do not read it.
+    config.dataset.test = None  # "folder:data/test"
+    # Add "finetune" and "report" to train on every kept set, and to see whether it helped.
+    config.stages = ("score", "select")
+
     # Your model: resnet18, resnet34, resnet50, vit_small_patch16_224 or vit_base_patch16_224 with
     # a timm checkpoint: a hub id, a .safetensors file, or a folder with model.safetensors and
     # config.json. (A network of your own goes through the Python API: dlc_jax.Encoder.)
@@ -37,4 +42,9 @@ def get_config() -> ConfigDict:
     # while that side is large enough.
     config.selection.splits = (0.5,)
     config.selection.seeds = (1,)
+
+    # How to fine-tune; these are the paper's values.
+    config.finetune.epochs = 50
+    config.finetune.batch_size = 128
+    config.finetune.learning_rate = 1e-3
     return config

@@ -228,8 +228,8 @@ def _report(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
     echo(f"\n{table}\n")
     with artefacts.atomic(workdir / artefacts.REPORT / "results.md", "w") as file:
         file.write(f"{table}\n")
-    trained_on = artefacts.read_json(workdir / artefacts.PROVENANCE).get("dataset", {})
-    title = f"{trained_on.get('source', config.dataset.train)}, {config.encoder.name}"
+    trained = (_stage_record(workdir, "finetune") or {}).get("settings", config.to_dict())
+    title = f"{trained['dataset']['train']}, {trained['encoder']['name']}"
     figure = reports.gap_to_random(rows, title)
     for kind in ("png", "svg"):
         with artefacts.atomic(workdir / artefacts.REPORT / f"gap_to_random.{kind}") as file:

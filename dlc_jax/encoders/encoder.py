@@ -131,6 +131,8 @@ class Encoder:
         digest = hashlib.sha256(repr(head).encode())
         for path, leaf in by_path(self.params).items():
             digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # of a module with dropout
+                leaf = jax.random.key_data(leaf)
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()
 

@@ -14,6 +14,7 @@ import numpy as np
 from dlc_jax import checks
 
 _CONFIDENCE = 0.95
+_REFERENCES = ("full", "random")
 _NEEDED = ("method", "keep_fraction", "split", "seed", "test_accuracy")
 
 
@@ -80,7 +81,7 @@ class Row(NamedTuple):
     def verdict(self) -> str:
         """What the gap says, in words."""
         if self.gap is None:
-            return ""
+            return "" if self.label in _REFERENCES else "random was not run with these seeds"
         mean, half = self.gap.mean, self.gap.half_width
         if math.isnan(half):
             return "one seed, no interval" if mean > 0 else "not better than random (one seed)"
@@ -125,7 +126,7 @@ def summarise(results: Sequence[Result]) -> list[Row]:
         pairs = [
             by_seed[seed].test_accuracy - random[seed].test_accuracy
             for seed in by_seed
-            if seed in random and label != "random"
+            if seed in random and label not in _REFERENCES
         ]
         accuracy = Interval.of([result.test_accuracy for result in by_seed.values()])
         rows.append(Row(label, keep_fraction, accuracy, Interval.of(pairs) if pairs else None))

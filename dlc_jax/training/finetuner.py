@@ -229,7 +229,8 @@ class Finetuner:
 
     def _accuracy(self, predictions: Int32[np.ndarray, " n"]) -> float:
         assert self._test_set is not None
-        return 100 * float(np.mean(predictions == self._test_set.labels))
+        num_right = int((predictions == self._test_set.labels).sum())
+        return 100 * num_right / len(predictions)
 
     def _first_state(self, seed: int) -> TrainState:
         encoder = self._encoder

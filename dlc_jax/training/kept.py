@@ -35,7 +35,8 @@ def kept_positions(
             raise checks.InputError(
                 f"kept: selected from other labels than those of {dataset.name} (their fingerprint "
                 f"is {made_from[:12]}, not {labels_fingerprint(dataset.labels)[:12]}); expected a "
-                "selection from this data set, in its order."
+                "selection from this data set, in its order, or one made with select(..., "
+                "ids=...)."
             )
         checks.positions("kept.indices", positions, len(dataset))
     num_kept = np.bincount(dataset.labels[positions], minlength=dataset.num_classes)

@@ -6,7 +6,7 @@ from conftest import encoded, random_images, subset
 from PIL import Image
 
 import dlc_jax as dlc
-from dlc_jax.preprocess import RandomCrops, decode, load_images, resize_and_crop
+from dlc_jax.preprocess import RandomCrops, decode, load_images, resize_and_crop, resized_crop
 from dlc_jax.preprocess.crops import random_box
 
 
@@ -177,6 +177,55 @@ def test_random_boxes_follow_torchvisions_distribution(timm, height, width):
     ours = np.stack([top, left, bottom - top, right - left], axis=1)
     for column in range(4):
         assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+
+
+def real_images(sample) -> list[Image.Image]:
+    """Fifty photographs: small, large, portrait and landscape."""
+    images = [decode(sample[i].image, "x") for i in range(0, 750, 15)]
+    enlarged = [image.resize((image.width * 6, image.height * 6)) for image in images[:10]]
+    portrait = [image.transpose(Image.Transpose.ROTATE_90) for image in images[10:20]]
+    small = [image.resize((image.width // 4, image.height // 4)) for image in images[20:25]]
+    strips = [image.crop((0, 30, image.width, 45)) for image in images[25:30]]
+    return enlarged + portrait + small + strips + images[30:]
+
+
+@pytest.mark.parametrize("image_size", [64, 224])
+def test_crops_are_torchvisions_given_box_and_flip(timm, sample, image_size):
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as vision
+
+    generator = np.random.default_rng(image_size)
+    images = real_images(sample)
+    assert len(images) == 50
+    assert {image.height > image.width for image in images} == {False, True}
+    for number, image in enumerate(images):
+        left, top, right, bottom = box = random_box(generator, image.height, image.width)
+        flip = bool(number % 2)
+        theirs = vision.resized_crop(
+            image,
+            top,
+            left,
+            bottom - top,
+            right - left,
+            [image_size, image_size],
+            InterpolationMode.BILINEAR,
+            antialias=True,
+        )
+        theirs = np.asarray(vision.hflip(theirs) if flip else theirs)
+        np.testing.assert_array_equal(resized_crop(image, box, flip, image_size), theirs)
+
+
+def test_half_of_the_crops_are_mirrored(sample):
+    """On an image that is dark on the left, a mirrored crop is brighter on the left."""
+    ramp = np.tile(np.arange(200, dtype=np.uint8), (200, 1))
+    ramp = np.repeat(ramp[:, :, None], 3, axis=2)
+    names = [str(i) for i in range(400)]
+    dataset = dlc.array_dataset([ramp] * 400, [0, 1] * 200, ids=names)
+    crops = RandomCrops(dataset, 16, seed=3)
+    image = decode(ramp, "x")
+    cut = np.stack([crops.crop(image, i, draw=1) for i in range(400)]).astype(int)
+    mirrored = cut[:, :, :4].mean((1, 2, 3)) > cut[:, :, -4:].mean((1, 2, 3))
+    assert 165 < mirrored.sum() < 235
 
 
 def test_crops_depend_on_seed_sample_and_draw_alone(small_sample):

@@ -154,10 +154,13 @@ def own_module() -> nnx.Module:
     return Net(nnx.Rngs(0))
 
 
-def test_own_modules_train_with_their_batch_norm_and_dropout(small_sample):
+def test_own_modules_train_with_their_batch_norm_and_dropout(small_sample, tmp_path):
     encoder = dlc.Encoder.from_module(own_module(), lambda path: path.endswith("kernel"))
-    result = dlc.finetune(
-        encoder, small_sample, image_size=32, epochs=2, batch_size=16, learning_rate=0.1
+    arguments = {"image_size": 32, "epochs": 2, "batch_size": 16, "learning_rate": 0.1}
+    result = dlc.finetune(encoder, small_sample, folder=tmp_path, **arguments)
+    again = dlc.finetune(encoder, small_sample, folder=tmp_path, **arguments)  # from disk
+    np.testing.assert_array_equal(
+        again.weights["encoder"]["conv"]["kernel"], result.weights["encoder"]["conv"]["kernel"]
     )
     before, after = by_path(encoder.params), by_path(result.weights["encoder"])
     for path in ("conv/kernel", "norm/scale", "norm/mean", "norm/var"):

@@ -1,0 +1,128 @@
+"""Tables and figures of a sweep, from rows written by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dlc_jax.reports import gap_to_random, read_results, results_table, summarise
+from dlc_jax.reports.results import Interval, Result
+
+HEADER = "method,keep_fraction,split,seed,num_kept,test_accuracy,seconds\n"
+
+
+def results(method: str, keep: float, accuracies, split=None, seeds=(1, 2, 3)) -> list[Result]:
+    return [
+        Result(method, keep, split, seed, accuracy)
+        for seed, accuracy in zip(seeds, accuracies, strict=True)
+    ]
+
+
+SWEEP = [
+    *results("full", 1.0, [80.0, 82.0, 81.0]),
+    *results("random", 0.5, [70.0, 74.0, 72.0]),
+    *results("random", 0.1, [50.0, 40.0, 45.0]),
+    *results("flexrand", 0.5, [73.0, 77.1, 75.0], split=0.25),
+    *results("flexrand", 0.1, [50.5, 39.0, 45.0], split=0.25),
+    *results("hardest", 0.5, [60.0, 63.9, 62.0]),
+]
+
+
+def row_of(label: str, keep: float):
+    (row,) = [row for row in summarise(SWEEP) if (row.label, row.keep_fraction) == (label, keep)]
+    return row
+
+
+def test_gaps_are_paired_by_seed():
+    """Random differs by two points between seeds; the gap to it does not, and so is significant."""
+    row = row_of("flexrand (split 0.25)", 0.5)
+    gaps = np.array([3.0, 3.1, 3.0])
+    assert row.accuracy.mean == pytest.approx(75.0333, abs=1e-4)
+    assert row.gap.mean == pytest.approx(gaps.mean())
+    low, high = stats.t.interval(0.95, 2, gaps.mean(), stats.sem(gaps))
+    assert row.gap.half_width == pytest.approx((high - low) / 2)
+    assert row.gap.half_width < 0.2 < row.accuracy.half_width
+    assert row.verdict == "better than random"
+
+
+def test_words_say_when_pruning_did_not_help():
+    assert row_of("hardest", 0.5).verdict == "not better than random: worse"
+    assert row_of("flexrand (split 0.25)", 0.1).verdict == "not better than random"
+    assert row_of("random", 0.5).verdict == ""
+    assert row_of("full", 1.0).gap is None
+    table = results_table(summarise(SWEEP))
+    lines = table.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].startswith("| 1 ")  # the reference first
+    assert "| 81.00 ± 2.48" in lines[2]
+    assert "| -10.03 ± " in next(line for line in lines if "hardest" in line)
+    assert "| +3.03 ± 0.14" in next(line for line in lines if "| 0.5  | flexrand" in line)
+
+
+def test_seeds_without_a_partner_do_not_count():
+    rows = summarise(
+        [
+            *results("random", 0.5, [70.0, 71.0], seeds=(1, 2)),
+            *results("easiest", 0.5, [75.0, 99.0], seeds=(1, 7)),
+            *results("easiest", 0.3, [75.0, 99.0], seeds=(1, 7)),
+        ]
+    )
+    assert rows[1].gap.mean == 5.0
+    assert rows[1].gap.num_seeds == 1
+    assert math.isnan(rows[1].gap.half_width)
+    assert rows[1].verdict == "one seed, no interval"
+    assert str(rows[1].gap) == "5.00"
+    assert rows[2].gap is None
+    assert rows[2].verdict == "random was not run with these seeds"
+    worse = summarise(
+        [*results("random", 0.5, [7.0], seeds=(1,)), *results("x", 0.5, [6.0], seeds=(1,))]
+    )
+    assert worse[1].verdict == "not better than random (one seed)"
+
+
+def test_intervals_are_students():
+    values = [1.0, 2.0, 4.0, 8.0]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    interval = Interval.of(values)
+    assert (interval.mean, interval.num_seeds) == (3.75, 4)
+    assert interval.half_width == pytest.approx((high - low) / 2)
+
+
+def test_the_figure_has_a_line_and_a_band_per_method():
+    figure = gap_to_random(summarise(SWEEP), "sample")
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert set(lines) == {"random", "flexrand (split 0.25)", "hardest"}
+    keep, gap = lines["flexrand (split 0.25)"].get_data()
+    assert keep.tolist() == [0.1, 0.5]
+    assert gap[1] == pytest.approx(3.0333, abs=1e-4)
+    assert len(axes.collections) == 2
+    assert axes.get_title() == "sample"
+
+
+def test_results_are_read_back(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text(HEADER + "full,1.0,,1,750,80.5,3.2\nflexrand,0.3,0.5,2,225,61.25,1.0\n")
+    assert read_results(path) == [
+        Result("full", 1.0, None, 1, 80.5),
+        Result("flexrand", 0.3, 0.5, 2, 61.25),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "not there; run the stage 'finetune' first"),
+        (HEADER, "has no rows"),
+        ("method,seed\nfull,1\n", "has no column keep_fraction, split, test_accuracy"),
+        (HEADER + "full,1.0,,1,750,high,3.2\n", r"results.csv, line 2: could not convert .*'high'"),
+        (HEADER + "full,1.0,,1\n", r"results.csv, line 2: "),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path, text, says):
+    path = tmp_path / "results.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_results(path)

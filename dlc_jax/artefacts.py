@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -28,10 +29,11 @@ SCORES = "scores/scores.parquet"
 PICTURE = "scores/easiest_hardest.png"
 RESULTS = "results.csv"
 REPORT = "report"
+FINETUNE = "finetune"
 # Temporary files tell whose they are, so that a later run on the same host can clear those of a
 # killed one and leaves everything else alone.
 _OWNER, _TEMPORARY = f".dlc_jax-{platform.node()}-", ".tmp"
-_FOLDERS = ("", "scores", "selections/*", "finetune/*/*", REPORT)
+_FOLDERS = ("", "scores", "selections/*", f"{FINETUNE}/*/*", REPORT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,10 +67,39 @@ def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # a full disk says so without naming a file
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # a full disk says so without naming a file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it; a process that ends lets go.
+
+    Raises:
+      ValueError: another process is in there, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise checks.InputError(f"{folder}: cannot be used: {error.strerror or error}.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise checks.InputError(
+                f"{folder}: another process is fine-tuning there; wait, or use another folder."
+            ) from error
+        except OSError:
+            pass  # a file system that has no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def prepare_workdir(workdir: Path) -> None:
@@ -105,7 +136,7 @@ def _is_running(pid: int) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON."""
     with atomic(path, "w") as file:
-        json.dump(value, file, indent=2)
+        json.dump(value, file, indent=2, default=_plain)
         file.write("\n")
 
 
@@ -124,7 +155,14 @@ def read_json(path: Path) -> Any:
 
 def json_hash(value: Any) -> str:
     """Returns the SHA-256 of a value's JSON, keys sorted."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, which users' loops hand over, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def write_losses(workdir: Path, **arrays: np.ndarray) -> None:

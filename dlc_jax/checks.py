@@ -70,6 +70,12 @@ def seed(value: int, name: str = "seed") -> None:
         raise InputError(f"{name}: expected an integer in [0, 2**32), got {value!r}.")
 
 
+def integer(name: str, value: Any) -> None:
+    """Raises unless `value` is an integer."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise InputError(f"{name}: expected an integer, got {value!r}.")
+
+
 def at_least(name: str, value: float, minimum: float, *, exclusive: bool = False) -> None:
     """Raises unless value >= minimum (> if exclusive) and finite."""
     if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):

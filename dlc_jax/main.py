@@ -1,4 +1,4 @@
-"""Says which samples of a data set to keep before fine-tuning, without training anything.
+"""Says which samples of a data set to keep, without training, and fine-tunes on them if asked.
 
 python -m dlc_jax.main --config=configs/demo.py [--workdir=DIR] [--config.KEY=VALUE ...]
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import re
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -42,19 +41,17 @@ def main(argv: Sequence[str]) -> None:
         _fail("--config is required, e.g. --config=configs/demo.py")
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name).expanduser()
-    # absl shows jax's notes on backends that are not there, every retry of a download, each step
-    # of every checkpoint, and asyncio a traceback per array of one that a full disk cut short
+    # absl shows jax's notes on backends that are not there, every retry of a download, and each
+    # step of every checkpoint
     logging.getLogger("jax").setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     absl_logging.set_verbosity(absl_logging.FATAL)
-    threading.excepthook = _in_the_background
     try:
         pipeline.run(Config.of(_CONFIG.value), workdir)
     except (checks.InputError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last finished stage", file=sys.stderr)
+        print("stopped; the same command goes on where this one ended", file=sys.stderr)
         sys.exit(130)
 
 
@@ -70,12 +67,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except Exception as error:  # the configuration file is the user's code: anything can happen
         reason = ([""] + [line for line in str(error).splitlines() if line.strip()])[-1]
         _fail(f"--config: cannot load it: {type(error).__name__}: {reason.strip()}")
-
-
-def _in_the_background(args: threading.ExceptHookArgs) -> None:
-    """A line for what a thread failed with; the main thread meets it again and says it in full."""
-    reason = f"{args.exc_type.__name__}: {args.exc_value}".splitlines()[0][:200]
-    print(f"in the background: {reason}", file=sys.stderr)
 
 
 def _fail(message: str) -> NoReturn:

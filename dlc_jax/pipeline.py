@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import jax
 import numpy as np
 
 import dlc_jax
-from dlc_jax import artefacts, checks, reports
+from dlc_jax import artefacts, checks, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets import load_dataset
@@ -25,7 +23,6 @@ from dlc_jax.selection import select
 from dlc_jax.sweep import run_sweep
 from dlc_jax.types import Dataset, ProbeLosses, Selection
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "pyarrow", "safetensors")
 # Settings that change speed and memory, but not what comes out.
 _SPEED_ONLY = ("batch_size", "chunk")
 _SHORT_PATH = 0.5  # sparsity; both schedules of 50 probes go beyond it
@@ -42,25 +39,31 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
       ValueError: anything wrong with the work directory, data, encoder or configuration.
     """
     artefacts.prepare_workdir(workdir)
-    if "score" in config.stages:
-        config = _score(config, workdir, echo)
+    resolved = _score(config, workdir, echo) if "score" in config.stages else config
     failures = []
     if config.stages != ("report",):
-        failures = _use_scores(config, workdir, echo)
+        failures = _use_scores(config, resolved.to_dict(), workdir, echo)
     if "report" in config.stages:
         _report(config, workdir, echo)
     if failures:
         raise checks.InputError(f"{len(failures)} runs failed: {'; '.join(failures)}")
 
 
-def _use_scores(config: Config, workdir: Path, echo: Callable[[str], None]) -> list[str]:
-    """Runs what starts from scores on disk; returns a line for every run that failed."""
+def _use_scores(
+    config: Config, settings: dict[str, Any], workdir: Path, echo: Callable[[str], None]
+) -> list[str]:
+    """Runs what starts from scores on disk; returns a line for every run that failed.
+
+    What scoring resolved is for `config.json`: another encoder may be fine-tuned than was scored.
+    """
     _check_scores_are_whole(workdir)
     samples = artefacts.read_scores(workdir)
-    settings = config.to_dict()
     if "score" not in config.stages:  # the rest of the file still describes the scores
         mine = {key: settings[key] for key in ("mode", "stages", "selection", "finetune")}
-        settings |= artefacts.read_json(workdir / artefacts.CONFIG) | mine
+        found = artefacts.read_json(workdir / artefacts.CONFIG)
+        if "finetune" in config.stages and "dataset" in found:
+            mine["dataset"] = found["dataset"] | {"test": config.dataset.test}
+        settings |= found | mine
     artefacts.write_json(workdir / artefacts.CONFIG, settings)
     shown = None
     if "select" in config.stages:
@@ -82,7 +85,7 @@ def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config
     )
     resolved = dataclasses.replace(config, encoder=decided)
     inputs = _score_inputs(config, dataset, encoder)
-    if _is_done(workdir, "score", inputs):
+    if provenance.is_done(workdir, "score", inputs):
         echo("score: unchanged, not run again")
         return resolved
     echo(
@@ -113,7 +116,7 @@ def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config
     }
     made_with = {key: resolved.to_dict()[key] for key in ("mode", "seed", "encoder", "probe")}
     seconds = time.perf_counter() - start
-    _record(workdir, "score", inputs, paths, seconds, facts, made_with)
+    provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
     return resolved
 
 
@@ -130,7 +133,7 @@ def _load_encoder(config: Config) -> Encoder:
 
 def _check_scores_are_whole(workdir: Path) -> None:
     """A run killed between two files of `scores/` leaves files that do not belong together."""
-    record = _stage_record(workdir, "score")
+    record = provenance.stage_record(workdir, "score")
     if record is not None and not artefacts.are_intact(workdir, record["outputs"]):
         raise checks.InputError(
             f"{workdir}/scores: not as the stage 'score' left it (changed, or a run was stopped "
@@ -165,13 +168,17 @@ def _select(
     inputs = artefacts.json_hash({"version": dlc_jax.__version__, **facts})
     of_first = [cell for cell in cells if cell[0] == config.selection.methods[0]]
     shown = of_first[len(of_first) // 2]
-    scored = (_stage_record(workdir, "score") or {}).get("settings", {}).get("mode", config.mode)
+    scored = (
+        (provenance.stage_record(workdir, "score") or {})
+        .get("settings", {})
+        .get("mode", config.mode)
+    )
     if scored != config.mode:
         echo(f"select: note: in mode {config.mode!r}, from scores of mode {scored!r}")
     num_aside = artefacts.set_superseded_aside(workdir, samples.fingerprint, config.mode)
     if num_aside:
         echo(f"select: {num_aside} selections of other scores or mode moved to superseded/")
-    done = _is_done(workdir, "select", inputs)
+    done = provenance.is_done(workdir, "select", inputs)
     paths, selections = [], {}
     bare: set[float] = set()  # keep fractions already noted
     for cell in [shown] if done else cells:
@@ -199,7 +206,7 @@ def _select(
     else:
         made_with = {"mode": config.mode, "selection": config.to_dict()["selection"]}
         seconds = time.perf_counter() - start
-        _record(workdir, "select", inputs, paths, seconds, {}, made_with)
+        provenance.record(workdir, "select", inputs, paths, seconds, {}, made_with)
         echo(f"select: {len(cells)} selections written")
     return selections[shown]
 
@@ -208,17 +215,19 @@ def _finetune(
     config: Config, workdir: Path, samples: ScoredSamples, echo: Callable[[str], None]
 ) -> list[str]:
     """Returns a line for every run that failed."""
-    start = time.perf_counter()
     encoder = _load_encoder(config)
-    failures = run_sweep(config, workdir, samples, encoder, echo)
+    assert config.dataset.test is not None  # checked with the configuration
+    test = load_dataset(config.dataset.test)
+    end = run_sweep(config, workdir, samples, encoder, test, echo)
     settings = config.to_dict()
     made_with = {key: settings[key] for key in ("mode", "dataset", "encoder", "finetune")}
-    inputs = artefacts.json_hash([settings, encoder.fingerprint, samples.fingerprint])
-    if not _is_done(workdir, "finetune", inputs):
-        seconds = time.perf_counter() - start
-        _record(workdir, "finetune", inputs, [Path(artefacts.RESULTS)], seconds, {}, made_with)
-    echo(f"files: {workdir}/ ({artefacts.RESULTS}, finetune/)")
-    return failures
+    made_with |= {"encoder_fingerprint": encoder.for_mode(config.mode).fingerprint}
+    made_with |= {"test_fingerprint": test.fingerprint}
+    inputs = artefacts.json_hash([made_with, settings["selection"], samples.fingerprint])
+    paths = [Path(artefacts.RESULTS)]
+    provenance.record(workdir, "finetune", inputs, paths, end.seconds, {}, made_with)
+    echo(f"files: {workdir}/ ({artefacts.RESULTS}, {artefacts.FINETUNE}/)")
+    return end.failures
 
 
 def _report(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
@@ -228,7 +237,7 @@ def _report(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
     echo(f"\n{table}\n")
     with artefacts.atomic(workdir / artefacts.REPORT / "results.md", "w") as file:
         file.write(f"{table}\n")
-    trained = (_stage_record(workdir, "finetune") or {}).get("settings", config.to_dict())
+    trained = (provenance.stage_record(workdir, "finetune") or {}).get("settings", config.to_dict())
     title = f"{trained['dataset']['train']}, {trained['encoder']['name']}"
     figure = reports.gap_to_random(rows, title)
     for kind in ("png", "svg"):
@@ -256,11 +265,11 @@ def _summarise(
     singles = [samples.class_names[j] for j in np.flatnonzero(sizes == 1)]
     if singles:
         echo(f"classes of one sample (in mode 'default' always kept): {', '.join(singles)}")
-    provenance = artefacts.read_json(workdir / artefacts.PROVENANCE)
-    skipped = provenance.get("dataset", {}).get("skipped", {})
+    known = artefacts.read_json(workdir / artefacts.PROVENANCE)
+    skipped = known.get("dataset", {}).get("skipped", {})
     if skipped:
         echo(f"unreadable samples left out: {len(skipped)}, listed in {artefacts.PROVENANCE}")
-    seconds = {name: stage["seconds"] for name, stage in provenance.get("stages", {}).items()}
+    seconds = {name: stage["seconds"] for name, stage in known.get("stages", {}).items()}
     echo(
         "seconds, when last run: "
         + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
@@ -283,50 +292,6 @@ def _score_inputs(config: Config, dataset: Dataset, encoder: Encoder) -> str:
             "encoder": encoder.fingerprint,
         }
     )
-
-
-def _stage_record(workdir: Path, stage: str) -> dict[str, Any] | None:
-    return artefacts.read_json(workdir / artefacts.PROVENANCE).get("stages", {}).get(stage)
-
-
-def _is_done(workdir: Path, stage: str, inputs: str) -> bool:
-    """Whether the stage ran on the same inputs and its files are as it left them."""
-    record = _stage_record(workdir, stage)
-    return (
-        record is not None
-        and record["inputs"] == inputs
-        and artefacts.are_intact(workdir, record["outputs"])
-    )
-
-
-def _record(
-    workdir: Path,
-    stage: str,
-    inputs: str,
-    paths: list[Path],
-    seconds: float,
-    facts: dict[str, Any],
-    made_with: dict[str, Any],
-) -> None:
-    """Adds what a stage did to the provenance, which is what makes the stage count as done."""
-    path = workdir / artefacts.PROVENANCE
-    provenance = artefacts.read_json(path)
-    provenance.update(facts)
-    provenance["versions"] = {
-        "dlc_jax": dlc_jax.__version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in _PACKAGES},
-    }
-    provenance["devices"] = [f"{device.platform} {device.device_kind}" for device in jax.devices()]
-    provenance.setdefault("stages", {})[stage] = {
-        "inputs": inputs,
-        "settings": made_with,
-        "versions": provenance["versions"],
-        "devices": provenance["devices"],
-        "seconds": round(seconds, 3),
-        "outputs": artefacts.file_hashes(workdir, paths),
-    }
-    artefacts.write_json(path, provenance)
 
 
 def _dataset_facts(dataset: Dataset, probes: ProbeLosses) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
+import shutil
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,12 +19,11 @@ from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets import load_dataset
 from dlc_jax.encoders import Encoder
-from dlc_jax.training import Finetuner, RunFolder, kept_positions
+from dlc_jax.training import ERROR, Finetuner, RunFolder, kept_positions
 from dlc_jax.types import Dataset, Selection
 
 FULL = "full"
 COLUMNS = ("method", "keep_fraction", "split", "seed", "num_kept", "test_accuracy", "seconds")
-_FOLDER = "finetune"
 
 
 class Cell(NamedTuple):
@@ -46,13 +47,26 @@ def cells_of(config: Config) -> list[Cell]:
     return (full if config.finetune.full_set else []) + selected
 
 
+class SweepEnd(NamedTuple):
+    """How a sweep ended.
+
+    Attributes:
+      failures: A line for every run that failed; the others are not touched by it.
+      seconds: Time of all finished runs, whenever they ran.
+    """
+
+    failures: list[str]
+    seconds: float
+
+
 def run_sweep(
     config: Config,
     workdir: Path,
     samples: ScoredSamples,
     encoder: Encoder,
+    test: Dataset,
     echo: Callable[[str], None],
-) -> list[str]:
+) -> SweepEnd:
     """Runs what is not finished yet, and rewrites `results.csv` after every run.
 
     Args:
@@ -60,61 +74,117 @@ def run_sweep(
       workdir: Where scores and selections are.
       samples: What was scored.
       encoder: What to fine-tune, before `mode` decides anything.
+      test: What to test on.
       echo: Takes each line meant for the user.
-    Returns:
-      A line for every run that failed; the others are not touched by it.
     Raises:
       ValueError: what no run can do without: data that are not those that were scored, a test set
-        with unknown classes; or every run failed.
+        with unknown classes, a work directory that is in use; or every run failed.
     """
     dataset = load_dataset(config.dataset.train)
     _check_is_what_was_scored(workdir, dataset)
-    assert config.dataset.test is not None  # checked with the configuration
-    test = load_dataset(config.dataset.test)
-    finetuner = Finetuner(
-        encoder,
-        dataset,
-        test,
-        config.finetune,
-        image_size=config.encoder.image_size,
-        mode=config.mode,
-        on_corrupt=config.dataset.on_corrupt,
-        progress=True,
-    )
-    shared = artefacts.json_hash([finetuner.fingerprint, samples.fingerprint])
-    _make_room(workdir, shared, echo)
-    cells, failures = cells_of(config), []
-    echo(f"finetune: {len(cells)} runs on {jax.default_backend()}, test set {test.name}")
-    num_done = 0
-    for number, cell in enumerate(cells, start=1):
-        place = f"finetune: {number}/{len(cells)} {cell.name}"
-        folder = RunFolder(workdir / _FOLDER / cell.name)
-        try:
-            positions = kept_positions(dataset, _kept(config, workdir, samples, cell))
-            inputs = finetuner.inputs(positions, cell.seed)
-            if folder.is_finished(inputs):
-                num_done += 1
-                continue
-            _set_aside_unless(folder, inputs, workdir)
-            result = finetuner.run(
-                positions, cell.seed, folder, {"shared": shared, "cell": cell._asdict()}
-            )
-        except Exception as error:  # whatever it is, the other runs go on
-            failures.append(f"{cell.name}: {_reason(error, folder)}")
-            echo(f"{place}: failed: {_reason(error, folder)}")
-            continue
-        note = f", no sample of {', '.join(result.absent_classes)}" * bool(result.absent_classes)
-        echo(
-            f"{place}: test accuracy {result.test_accuracy:.2f} %, {result.num_kept} samples, "
-            f"{result.seconds:.1f} s{note}"
+    with artefacts.locked(workdir / artefacts.FINETUNE):
+        finetuner = Finetuner(
+            encoder,
+            dataset,
+            test,
+            config.finetune,
+            image_size=config.encoder.image_size,
+            mode=config.mode,
+            on_corrupt=config.dataset.on_corrupt,
+            progress=True,
         )
-        write_results(workdir)
-    write_results(workdir)
+        sweep = _Sweep(config, workdir, samples, dataset, finetuner)
+        sweep.make_room(echo)
+        write_results(workdir)  # a table of runs set aside would be taken for this sweep's
+        cells, failures, num_done = cells_of(config), [], 0
+        echo(f"finetune: {len(cells)} runs on {jax.default_backend()}, test set {test.name}")
+        if finetuner.skipped_test:
+            echo(f"finetune: unreadable test samples left out: {len(finetuner.skipped_test)}")
+        for number, cell in enumerate(cells, start=1):
+            place = f"finetune: {number}/{len(cells)} {cell.name}"
+            try:
+                said = sweep.run(cell)
+                if said is not None:
+                    write_results(workdir)
+            except Exception as error:  # whatever it is, the other runs go on
+                reason = _reason(error, sweep.folder(cell))
+                failures.append(f"{cell.name}: {reason}")
+                echo(f"{place}: failed: {reason}")
+                continue
+            if said is None:
+                num_done += 1
+            else:
+                echo(f"{place}: {said}")
+        if num_done:
+            echo(f"finetune: {num_done} runs were finished before, not run again")
     if len(failures) == len(cells):
         raise checks.InputError(f"all {len(cells)} runs failed, first {failures[0]}")
-    if num_done:
-        echo(f"finetune: {num_done} runs were finished before, not run again")
-    return failures
+    return SweepEnd(failures, sum(row["seconds"] for row in write_results(workdir)))
+
+
+class _Sweep(NamedTuple):
+    """What the runs of a sweep share."""
+
+    config: Config
+    workdir: Path
+    samples: ScoredSamples
+    dataset: Dataset
+    finetuner: Finetuner
+
+    @property
+    def shared(self) -> str:
+        """SHA-256 of all that its runs have in common."""
+        return artefacts.json_hash([self.finetuner.fingerprint, self.samples.fingerprint])
+
+    def folder(self, cell: Cell) -> RunFolder:
+        """Returns where the run is kept."""
+        return RunFolder(self.workdir / artefacts.FINETUNE / cell.name)
+
+    def run(self, cell: Cell) -> str | None:
+        """Returns what to say of the run; None if it was finished before."""
+        folder = self.folder(cell)
+        positions = kept_positions(self.dataset, self._kept(cell))
+        inputs = self.finetuner.inputs(positions, cell.seed)
+        if folder.is_finished(inputs):
+            if not self.config.finetune.keep_weights:
+                folder.drop_weights()  # a kill may have come between result and deletion
+            return None
+        found = folder.facts().get("inputs", inputs)
+        if found != inputs:
+            _move_over(folder.path, _aside(self.workdir, found))
+        facts = {"shared": self.shared, "cell": cell._asdict()}
+        result = self.finetuner.run(positions, cell.seed, folder, facts)
+        absent = result.absent_classes
+        return (
+            f"test accuracy {result.test_accuracy:.2f} %, {result.num_kept} samples, "
+            f"{result.seconds:.1f} s" + (f", no sample of {', '.join(absent)}" if absent else "")
+        )
+
+    def _kept(self, cell: Cell) -> Selection:
+        samples, mode = self.samples, self.config.mode
+        if cell.method != FULL:
+            return artefacts.read_selection(self.workdir, samples, **cell._asdict(), mode=mode)
+        return Selection(
+            indices=np.arange(len(samples.ids)),
+            **cell._asdict(),
+            mode=mode,
+            num_kept_per_class=np.bincount(samples.labels, minlength=len(samples.class_names)),
+            ids=samples.ids,
+        )
+
+    def make_room(self, echo: Callable[[str], None]) -> None:
+        """Moves runs of other settings or scores to `superseded/`, and those of these back."""
+        shared, num_moved = self.shared, 0
+        for path in sorted((self.workdir / artefacts.FINETUNE).glob("*/*")):
+            found = _facts(path).get("shared", shared)
+            if found != shared:
+                _move_over(path, _aside(self.workdir, found))
+                num_moved += 1
+        if num_moved:
+            echo(f"finetune: {num_moved} runs of other settings or scores moved to superseded/")
+        for path in sorted(_aside(self.workdir, shared).glob("*/*")):
+            if not (self.workdir / artefacts.FINETUNE / path.parent.name / path.name).exists():
+                _move_over(path, self.workdir / artefacts.FINETUNE)
 
 
 def _check_is_what_was_scored(workdir: Path, dataset: Dataset) -> None:
@@ -128,63 +198,42 @@ def _check_is_what_was_scored(workdir: Path, dataset: Dataset) -> None:
         )
 
 
-def _kept(config: Config, workdir: Path, samples: ScoredSamples, cell: Cell) -> Selection:
-    if cell.method != FULL:
-        return artefacts.read_selection(workdir, samples, **cell._asdict(), mode=config.mode)
-    return Selection(
-        indices=np.arange(len(samples.ids)),
-        **cell._asdict(),
-        mode=config.mode,
-        num_kept_per_class=np.bincount(samples.labels, minlength=len(samples.class_names)),
-        ids=samples.ids,
-    )
-
-
 def _reason(error: Exception, folder: RunFolder) -> str:
     if isinstance(error, (checks.InputError, OSError)):
         return str(error)
-    with artefacts.atomic(folder.path / "error.txt", "w") as file:
-        file.writelines(traceback.format_exception(error))
-    return f"{checks.first_line(error)} (all of it in {folder.path}/error.txt)"
+    reason = checks.first_line(error)
+    with contextlib.suppress(OSError):  # a full disk must not end the sweep
+        with artefacts.atomic(folder.path / ERROR, "w") as file:
+            file.writelines(traceback.format_exception(error))
+        reason += f" (all of it in {folder.path / ERROR})"
+    return reason
 
 
-def _make_room(workdir: Path, shared: str, echo: Callable[[str], None]) -> None:
-    """Moves runs of other settings or scores to `superseded/`, and those of these ones back."""
-    num_moved = 0
-    for path in sorted((workdir / _FOLDER).glob("*/*")):
-        found = RunFolder(path).facts().get("shared", shared)
-        if found != shared:
-            _move(path, _aside(workdir, found))
-            num_moved += 1
-    if num_moved:
-        echo(f"finetune: {num_moved} runs of other settings or scores moved to superseded/")
-    for path in sorted(_aside(workdir, shared).glob("*/*")):
-        _move(path, workdir / _FOLDER)
+def _facts(path: Path) -> dict[str, Any]:
+    """What `run.json` says; nothing if it cannot be read, which its own run has to tell."""
+    with contextlib.suppress(checks.InputError, OSError):
+        return RunFolder(path).facts()
+    return {}
 
 
 def _aside(workdir: Path, name: str) -> Path:
-    return workdir / "superseded" / f"{_FOLDER}-{name[:12]}"
+    return workdir / "superseded" / f"{artefacts.FINETUNE}-{name[:12]}"
 
 
-def _set_aside_unless(folder: RunFolder, inputs: str, workdir: Path) -> None:
-    found = folder.facts().get("inputs", inputs)
-    if found != inputs:
-        _move(folder.path, _aside(workdir, found))
-
-
-def _move(run: Path, to: Path) -> None:
+def _move_over(run: Path, to: Path) -> None:
+    """Moves a run; an older one of the same settings and cell makes place."""
     target = to / run.parent.name / run.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        os.replace(run, target)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(run, target)
 
 
-def write_results(workdir: Path) -> None:
+def write_results(workdir: Path) -> list[dict[str, Any]]:
     """Writes `results.csv` from every finished run in the work directory, in a fixed order."""
     rows = []
-    for path in (workdir / _FOLDER).glob("*/*"):
-        facts = RunFolder(path).facts()
-        if "result" in facts:
+    for path in (workdir / artefacts.FINETUNE).glob("*/*"):
+        facts = _facts(path)
+        if "result" in facts and "cell" in facts:
             rows.append({**facts["cell"], **facts["result"]})
     rows.sort(
         key=lambda row: (
@@ -200,3 +249,4 @@ def write_results(workdir: Path) -> None:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
+    return rows

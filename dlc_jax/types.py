@@ -200,14 +200,15 @@ class RunResult:
     Attributes:
       test_accuracy: Of the last epoch, never the best one, in percent; None without a test set.
       per_class_accuracy: [c] in percent; NaN for a class without test samples; None likewise.
-      predictions: [n] predicted class of every test sample; None likewise.
+      predictions: [n] predicted class of every test sample that could be read; None likewise.
       num_kept: Training samples.
       absent_classes: Names of classes that no training sample has.
       history: One dictionary per epoch: epoch, learning_rate, train_loss (nats), train_accuracy
         (percent), images_per_s, elapsed_s, and test_accuracy where it was measured.
       weights: `{"encoder": ..., "head": {"kernel": [d, c], "bias": [c]}}` after the last epoch;
-        the encoder's part is what `Encoder.params` takes.
+        float32; the encoder's part is what `Encoder.params` takes.
       seconds: Time of all epochs, those of interrupted runs too.
+      skipped_test: Test samples left out as unreadable (`on_corrupt="skip"`), id: why.
     """
 
     test_accuracy: float | None
@@ -218,6 +219,7 @@ class RunResult:
     history: list[dict[str, Any]]
     weights: dict[str, Any]
     seconds: float
+    skipped_test: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 Params = Any  # a pytree of arrays

@@ -51,7 +51,7 @@ class Encoder:
       apply_training: `apply_training(params, images, real)` is `apply` in training mode, and also
         returns all parameters with batch statistics moved; `real` [b] is 1 for samples and 0 for
         padding. None: fine-tuning uses `apply`.
-      statistics: Paths of floating leaves that no gradient moves, such as running means.
+      statistics: Paths of leaves that no gradient moves, such as running means.
     """
 
     params: Params
@@ -72,6 +72,8 @@ class Encoder:
         if self.pooling is not None:
             checks.one_of("encoder.pooling", self.pooling, POOLINGS)
         checks.one_of("encoder.head", self.head, HEADS)
+        for path in self.statistics:
+            checks.one_of("encoder.statistics", path, by_path(self.params))
         checks.normalisation(self.mean, self.std)
         # hashable, because the compiled programs are specialised to them
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))

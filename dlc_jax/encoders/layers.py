@@ -111,7 +111,7 @@ class BatchNorm(nnx.BatchNorm):
 
     def __call__(self, x: Float[Array, "b h w i"], **_) -> Float[Array, "b h w i"]:
         if self.use_running_average:
-            return super().__call__(x)
+            return super().__call__(x).astype(x.dtype)  # statistics stay float32
         values = x.astype(jnp.float32)
         mask = jnp.ones(len(x)) if self.sample_mask is None else self.sample_mask
         weights = mask[:, None, None, None]

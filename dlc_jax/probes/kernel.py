@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,17 @@ class Forward(NamedTuple):
 
     def __call__(self, params: Params, images: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:
         """Normalises on the device, runs the network in `dtype`, pools in float32."""
-        inputs = normalise(images, self.mean, self.std).astype(self.dtype)
+        return self.with_params(cast(params, self.dtype), images)
+
+    def with_params(self, params: Params, images: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:
+        """The same with parameters of whatever types they are."""
         with precision_of(self.dtype):
-            output = self.apply(cast(params, self.dtype), inputs)
+            output = self.apply(params, self.normalised(images))
         return pooled(output, len(images), self.pooling)
+
+    def normalised(self, images: UInt8[Array, "b s s 3"]) -> Float[Array, "b s s 3"]:
+        """Returns what the network takes."""
+        return normalise(images, self.mean, self.std).astype(self.dtype)
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -54,7 +61,7 @@ def precision_of(dtype: str) -> contextlib.AbstractContextManager:
     return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
-def pooled(output: Array, num_images: int, pooling: str) -> Float[Array, "b d"]:
+def pooled(output: Any, num_images: int, pooling: str) -> Float[Array, "b d"]:
     """Returns what a network gave as one float32 vector per image.
 
     Raises:

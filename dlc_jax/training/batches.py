@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64, Shaped
 from PIL import Image
 
+from dlc_jax import checks
 from dlc_jax.preprocess import RandomCrops, decode
 from dlc_jax.types import Dataset
 
@@ -67,7 +68,11 @@ class DecodedImages:
         """Raises ValueError, naming the sample, if it is not a readable image."""
         if position in self._kept:
             return self._kept[position]
-        sample = self._dataset[position]
+        try:
+            sample = self._dataset[position]
+        except OSError as error:
+            name = str(self._dataset.ids[position])
+            raise checks.InputError(f"sample {name!r} cannot be read: {error}") from error
         image = decode(sample.image, sample.id)
         size = 4 * image.width * image.height  # PIL spends four bytes on a pixel
         with self._lock:

@@ -13,6 +13,8 @@ from dlc_jax import checks
 from dlc_jax.training.step import TrainState
 
 _STATE, _HISTORY = "state", "history"
+_AFTER_WRITE = "The last whole one is untouched; the same command goes on from it."
+_AFTER_READ = "Delete the folder to start this run again."
 
 
 class Checkpoints:
@@ -82,8 +84,8 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise anything from OSError on
             raise checks.InputError(
-                f"{self._folder}: cannot {what} a checkpoint: {_reason(error)}. The last whole "
-                "one is untouched; the same command goes on from it."
+                f"{self._folder}: cannot {what} a checkpoint: {_reason(error)}. "
+                + (_AFTER_WRITE if what == "write" else _AFTER_READ)
             ) from error
 
 

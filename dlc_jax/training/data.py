@@ -19,10 +19,11 @@ _GIB = 2**30
 
 
 class LabelledInputs(NamedTuple):
-    """Inputs of the network, and their classes."""
+    """Inputs of the network, their classes, and samples left out as unreadable, id: why."""
 
     inputs: Shaped[np.ndarray, "n ..."]
     labels: Int32[np.ndarray, " n"]
+    skipped: dict[str, str]
 
 
 class RunData:
@@ -72,7 +73,9 @@ class RunData:
         """
         labels = self._class_ids(test)
         loaded = load_images(test, self._image_size, on_corrupt=on_corrupt, progress=self._progress)
-        return LabelledInputs(self._as_inputs(loaded.pixels), labels[loaded.positions])
+        return LabelledInputs(
+            self._as_inputs(loaded.pixels), labels[loaded.positions], loaded.skipped
+        )
 
     def _class_ids(self, test: Dataset) -> Int32[np.ndarray, " n"]:
         """Goes by name, since a split that lacks a class numbers the others differently."""

@@ -52,14 +52,14 @@ def finetune(
       test: Tested on after the last epoch, and used for nothing else; classes go by name.
       epochs: Passes over the kept samples; 0 only tests.
       batch_size: Samples per step; the last batch of an epoch may hold fewer.
-      learning_rate: Of the first epoch.
+      learning_rate: Before the first milestone (with one epoch, both come before it: 1/100).
       milestones: Fractions of the epochs after which the rate is divided by ten.
       weight_decay, momentum, nesterov: As in torch.optim.SGD, for every parameter.
       linear_probe: Whether to train the head alone, on features computed once.
       augment: Whether to train on random resized crops and flips, or on evaluation crops.
       dtype: What the encoder computes in, `float32` or `bfloat16`; weights stay float32.
       test_every: Epochs between tests; 0 tests after the last one only.
-      image_memory_gib: Decoded training images kept in memory; others are decoded every epoch.
+      image_memory_gib: Decoded images kept for random crops; others are decoded every epoch.
       image_size: Side of the images in pixels.
       seed: Seed of head, data order and augmentation; None takes that of the selection, or 0.
       mode: `default`, or `official` for the released code's decay (Q6) and normalisation (Q11).
@@ -73,7 +73,8 @@ def finetune(
     Raises:
       ValueError: kept positions that are out of range, repeated or of another data set; a test
         class that training does not know; a loss that is not finite; a folder that holds another
-        run or cannot be written to; values out of range; an unreadable sample.
+        run, is in use or cannot be written to; a last batch of one sample where batch norm would
+        see a single value; values out of range; an unreadable sample.
     Source: Jiang et al. 2025, section 5.
     """
     settings = FinetuneConfig(

@@ -18,10 +18,7 @@ import dlc_jax
 from dlc_jax import artefacts, checks
 from dlc_jax.encoders import Encoder
 from dlc_jax.probes.kernel import features_of_batch
-from dlc_jax.training.batches import (
-    Batch,
-    training_batches,
-)
+from dlc_jax.training.batches import Batch, training_batches
 from dlc_jax.training.checkpoints import Checkpoints
 from dlc_jax.training.data import RunData
 from dlc_jax.training.folder import RunFolder
@@ -38,7 +35,6 @@ from dlc_jax.training.step import (
 )
 from dlc_jax.types import Dataset, RunResult
 
-_GIB = 2**30
 # Settings that change speed, memory and what is reported, but not the weights.
 _NOT_IN_WEIGHTS = ("test_every", "full_set", "keep_weights", "image_memory_gib")
 
@@ -92,6 +88,11 @@ class Finetuner:
         )
         self._test_set = None if test is None else self._data.test_set(test, on_corrupt)
 
+    @property
+    def skipped_test(self) -> dict[str, str]:
+        """Test samples left out as unreadable, id: why."""
+        return self._test_set.skipped if self._test_set is not None else {}
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that its runs have in common."""
@@ -106,6 +107,8 @@ class Finetuner:
                 "image_size": self._image_size,
                 "on_corrupt": self._on_corrupt,
                 "encoder": self._encoder.fingerprint,
+                "head": self._encoder.head,
+                "statistics": sorted(self._encoder.statistics),
                 "dataset": self._dataset.fingerprint,
                 "test": self._test.fingerprint if self._test is not None else None,
             }
@@ -114,7 +117,7 @@ class Finetuner:
     def inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> str:
         """SHA-256 over all that decides how a run ends."""
         return artefacts.json_hash(
-            {"shared": self.fingerprint, "kept": positions.tolist(), "seed": seed}
+            {"shared": self.fingerprint, "kept": positions.tolist(), "seed": int(seed)}
         )
 
     def run(
@@ -133,10 +136,12 @@ class Finetuner:
           facts: What `run.json` also says.
         """
         checks.seed(seed)
+        self._check_last_batch(len(positions))
         progress = _Progress(self._first_state(seed), [])
         with contextlib.ExitStack() as stack:
             checkpoints = None
             if folder is not None:
+                stack.enter_context(folder.locked())
                 folder.claim(self.inputs(positions, seed), facts or {})
                 checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
                 progress = _Progress(*(checkpoints.restore(progress.state) or progress))
@@ -145,12 +150,15 @@ class Finetuner:
                 if folder is not None and checkpoints is not None:
                     checkpoints.save(epoch, progress.state, progress.history)
                     folder.write_metrics(progress.history)
-        result = self._result(progress, positions)
-        if folder is not None:
-            num_test = None
-            if self._test_set is not None:
-                num_test = self._count(self._test_set.labels)
-            folder.finish(result, self._dataset.class_names, num_test, self._settings.keep_weights)
+            if checkpoints is not None:
+                checkpoints.wait()
+            result = self._result(progress, positions)
+            if folder is not None:
+                num_test = None
+                if self._test_set is not None:
+                    num_test = self._count(self._test_set.labels)
+                names, keep = self._dataset.class_names, self._settings.keep_weights
+                folder.finish(result, names, num_test, keep)
         return result
 
     def _epoch(
@@ -192,7 +200,8 @@ class Finetuner:
             "elapsed_s": round(_elapsed(progress.history) + seconds, 3),
         }
         every = self._settings.test_every
-        if self._test_set is not None and every and epoch % every == 0:
+        is_last = epoch == self._settings.epochs  # `_result` tests then
+        if self._test_set is not None and every and epoch % every == 0 and not is_last:
             line["test_accuracy"] = self._accuracy(self._predictions(state))
         return _Progress(state, [*progress.history, line])
 
@@ -215,6 +224,7 @@ class Finetuner:
             absent_classes=tuple(self._dataset.class_names[label] for label in absent),
             history=history,
             weights=self._weights(progress.state),
+            skipped_test=self.skipped_test,
             seconds=_elapsed(history),
         )
 
@@ -237,7 +247,22 @@ class Finetuner:
         head = initial_head(self._num_features, self._dataset.num_classes, encoder.head, seed)
         if self._settings.linear_probe:
             return TrainState.start({}, frozenset(), head, self._sgd)
-        return TrainState.start(encoder.params, encoder.statistics, head, self._sgd)
+        params = jax.tree.map(lambda leaf: _seeded(leaf, seed), encoder.params)
+        return TrainState.start(params, encoder.statistics, head, self._sgd)
+
+    def _check_last_batch(self, num_kept: int) -> None:
+        """Batch norm of a single value is no statistic; torch refuses it as well."""
+        encoder, size = self._encoder, self._settings.batch_size
+        if (num_kept % size != 1 and size != 1) or self._network.apply_training is None:
+            return
+        images = jax.ShapeDtypeStruct((1, self._image_size, self._image_size, 3), np.float32)
+        shape = jax.eval_shape(encoder.apply, encoder.params, images).shape
+        if encoder.statistics and self._settings.epochs and shape[1:3] == (1, 1):
+            raise checks.InputError(
+                f"finetune.batch_size: {size} leaves a last batch of one of {num_kept} samples, "
+                f"and at {self._image_size} px the last map is 1 x 1, so that batch norm would see "
+                "a single value; expected another batch size, or a larger image size."
+            )
 
     @functools.cached_property
     def _num_features(self) -> int:
@@ -246,7 +271,7 @@ class Finetuner:
 
     def _predictions(self, state: TrainState) -> Int32[np.ndarray, " n"]:
         assert self._test_set is not None
-        inputs, labels = self._test_set
+        inputs, labels, _ = self._test_set
         parts = []
         size = self._settings.batch_size
         for start in range(0, len(labels), size):
@@ -254,6 +279,13 @@ class Finetuner:
             found = predicted_classes(self._network, state, batch.inputs)
             parts.append(np.asarray(found)[batch.real > 0])
         return np.concatenate(parts).astype(np.int32)
+
+
+def _seeded(leaf: Any, seed: int) -> Any:
+    """Makes random streams that a module brings along, as for dropout, those of the run."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.fold_in(leaf, seed)
+    return leaf
 
 
 def _elapsed(history: list[dict[str, Any]]) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ METRICS = "metrics.jsonl"
 PER_CLASS = "per_class_accuracy.csv"
 RUN = "run.json"
 CHECKPOINT = "checkpoint"
+ERROR = "error.txt"
 
 
 class RunFolder:
@@ -27,6 +30,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self._claimed: dict[str, Any] = {}
 
     @property
     def checkpoint(self) -> Path:
@@ -55,7 +59,24 @@ class RunFolder:
                 f"(its inputs are {found[:12]}, these are {inputs[:12]}); expected an empty "
                 "folder, or the one of the same run."
             )
-        artefacts.write_json(self.path / RUN, {"inputs": inputs, **facts})
+        self._claimed = {**self.facts(), "inputs": inputs, **facts}
+        self._claimed.pop("result", None)
+        try:
+            artefacts.write_json(self.path / RUN, self._claimed)
+        except OSError as error:
+            raise checks.InputError(
+                f"{self.path}: cannot be written to: {error.strerror or error}."
+            ) from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out.
+
+        Raises:
+          ValueError: one is there already, or the folder cannot be made.
+        """
+        with artefacts.locked(self.path):
+            yield
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Writes one line per epoch."""
@@ -80,12 +101,18 @@ class RunFolder:
                     number = int(num_test[label])
                     accuracy = repr(float(result.per_class_accuracy[label])) if number else ""
                 table.writerow((label, name, number, accuracy))
-        if not keep_weights:
-            shutil.rmtree(self.checkpoint, ignore_errors=True)
         summary = {
             "num_kept": result.num_kept,
             "test_accuracy": result.test_accuracy,
             "absent_classes": result.absent_classes,
+            "skipped_test": result.skipped_test,
             "seconds": result.seconds,
         }
-        artefacts.write_json(self.path / RUN, {**self.facts(), "result": summary})
+        artefacts.write_json(self.path / RUN, {**self._claimed, "result": summary})
+        (self.path / ERROR).unlink(missing_ok=True)
+        if not keep_weights:
+            self.drop_weights()
+
+    def drop_weights(self) -> None:
+        """Deletes the checkpoint of a finished run; killed halfway, the next call goes on."""
+        shutil.rmtree(self.checkpoint, ignore_errors=True)

@@ -25,6 +25,11 @@ def kept_positions(
     if not isinstance(kept, Selection):
         checks.positions("kept", np.asarray(kept), len(dataset))
         return np.sort(np.asarray(kept)).astype(np.int64)
+    if len(kept) == 0:
+        raise checks.InputError(
+            f"kept: {kept.method} at keep fraction {kept.keep_fraction:g} keeps no sample (budgets "
+            "are rounded in every class); expected one or more."
+        )
     if kept.ids is not None:
         checks.no_repetition("kept.ids", kept.ids)
         positions = _positions_of(dataset, kept.ids)

@@ -56,6 +56,6 @@ def learning_rates(
     times = collections.Counter(passed)
     rates = []
     for epoch in range(epochs):
-        learning_rate *= _DECAY ** times[epoch]
+        learning_rate = float(learning_rate) * _DECAY ** times[epoch]
         rates.append(learning_rate)
     return rates

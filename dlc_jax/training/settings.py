@@ -18,7 +18,7 @@ class FinetuneConfig:
 
     epochs: int = setting(50, "passes over the kept set; 0 only evaluates")
     batch_size: int = setting(128, "samples per step; the last, short batch counts as it is")
-    learning_rate: float = setting(1e-3, "of the first epoch")
+    learning_rate: float = setting(1e-3, "before the first milestone")
     milestones: tuple[float, ...] = setting(
         (0.5, 0.75), "fractions of the epochs after which the learning rate is divided by 10"
     )
@@ -31,10 +31,12 @@ class FinetuneConfig:
     test_every: int = setting(0, "epochs between tests; 0: only after the last")
     full_set: bool = setting(True, "a sweep also trains on the whole set, once per seed")
     keep_weights: bool = setting(True, "keep the last checkpoint of a finished run")
-    image_memory_gib: float = setting(8.0, "decoded images kept in memory; others decode anew")
+    image_memory_gib: float = setting(8.0, "decoded images kept to be cropped; others decode anew")
 
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
+        for name in ("epochs", "batch_size", "test_every"):
+            checks.integer(f"finetune.{name}", getattr(self, name))
         checks.at_least("finetune.epochs", self.epochs, 0)
         checks.at_least("finetune.batch_size", self.batch_size, 1)
         checks.at_least("finetune.learning_rate", self.learning_rate, 0, exclusive=True)

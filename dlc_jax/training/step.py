@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Shaped
 
-from dlc_jax.encoders import Encoder, join_statistics, normalise, split_statistics
+from dlc_jax.encoders import Encoder, join_statistics, split_statistics
 from dlc_jax.probes.kernel import Forward, cast, pooled, precision_of
 from dlc_jax.training.optimiser import torch_sgd
 from dlc_jax.types import Params
@@ -70,8 +70,8 @@ class TrainState(NamedTuple):
     def start(
         cls, params: Params, statistics: frozenset[str], head: dict[str, Any], sgd: Sgd
     ) -> TrainState:
-        """The state before the first step."""
-        encoder, others = split_statistics(params, statistics)
+        """The state before the first step; whatever the encoder comes in, it trains in float32."""
+        encoder, others = split_statistics(cast(params, "float32"), statistics)
         trained = {"encoder": encoder, "head": head}
         optimiser = torch_sgd(0.0, **sgd._asdict()).init(trained)
         return jax.tree.map(jnp.asarray, cls(trained, others, optimiser))
@@ -158,9 +158,11 @@ def predicted_classes(
     network: Network, state: TrainState, inputs: Shaped[Array, "b ..."]
 ) -> Int[Array, " b"]:
     """Returns the class of highest logit, in evaluation mode."""
-    weights = state.weights()
-    features = inputs if network.forward is None else network.forward(weights["encoder"], inputs)
-    return _head(weights["head"], features).argmax(axis=1)
+    features = inputs
+    if (forward := network.forward) is not None:
+        encoder = cast(state.trained["encoder"], forward.dtype)
+        features = forward.with_params(join_statistics(encoder, state.statistics), inputs)
+    return _head(state.trained["head"], features).argmax(axis=1)
 
 
 def _features_in_training(
@@ -170,14 +172,13 @@ def _features_in_training(
     forward = network.forward
     if forward is None:
         return inputs, statistics
-    images = normalise(inputs, forward.mean, forward.std).astype(forward.dtype)
     # statistics stay float32: a tenth of a batch's would vanish in bfloat16
     params = join_statistics(cast(encoder, forward.dtype), statistics)
     with precision_of(forward.dtype):
         if network.apply_training is None:
-            output = forward.apply(params, images)
+            output = forward.apply(params, forward.normalised(inputs))
         else:
-            output, params = network.apply_training(params, images, real)
+            output, params = network.apply_training(params, forward.normalised(inputs), real)
             moved = jax.tree.map(
                 lambda old, new: None if old is None else new.astype(old.dtype),
                 statistics,

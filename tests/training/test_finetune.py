@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import subset
 
 import dlc_jax as dlc
+from dlc_jax.preprocess import load_images
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.training import FinetuneConfig, Finetuner
 from dlc_jax.training.batches import training_batches
+from dlc_jax.training.data import RunData
 from dlc_jax.training.step import Network, initial_head, train_step
 from dlc_jax.types import by_path
 
@@ -166,7 +171,19 @@ def test_without_augmentation_every_epoch_sees_the_evaluation_crops(sample_encod
     plain = dlc.finetune(sample_encoder, small_sample, augment=False, **FAST)
     augmented = dlc.finetune(sample_encoder, small_sample, **FAST)
     assert not same_weights(plain, augmented)
-    assert plain.history[0]["train_loss"] > 0
+    positions = np.array([7, 3, 50])
+    expected = load_images(small_sample, 32).pixels[positions]
+    for augment in (False, True):
+        data = RunData(
+            small_sample,
+            image_size=32,
+            settings=FinetuneConfig(augment=augment),
+            to_features=lambda images: images,
+            progress=False,
+        )
+        inputs = data.training_inputs(positions, seed=0)
+        same = [np.array_equal(inputs(positions, epoch), expected) for epoch in (1, 2)]
+        assert same == [not augment] * 2
 
 
 def test_vits_are_trained_on_their_class_token(timm, tmp_path):
@@ -303,6 +320,110 @@ def test_one_step_that_ruins_the_weights_is_not_returned(sample_encoder, small_s
 def test_values_out_of_range(sample_encoder, small_sample, arguments, says):
     with pytest.raises(ValueError, match=says):
         dlc.finetune(sample_encoder, small_sample, **{**FAST, **arguments})
+
+
+def test_an_empty_selection_says_why(sample_encoder, small_sample):
+    for ids in (None, small_sample.ids):
+        kept = dlc.select(np.arange(60.0), small_sample.labels, keep_fraction=0.1, ids=ids)
+        assert len(kept) == 0
+        with pytest.raises(ValueError, match=r"flexrand at keep fraction 0\.1 keeps no sample"):
+            dlc.finetune(sample_encoder, small_sample, kept, **FAST)
+
+
+def test_a_last_batch_of_one_is_refused_where_batch_norm_sees_one_value(
+    sample_encoder, small_sample
+):
+    """As torch does: "Expected more than 1 value per channel when training"."""
+    kept = np.arange(17)
+    with pytest.raises(ValueError, match=r"finetune\.batch_size: 16 leaves a last batch of one"):
+        dlc.finetune(sample_encoder, small_sample, kept, **FAST)
+    dlc.finetune(sample_encoder, small_sample, kept, **{**FAST, "image_size": 64, "epochs": 1})
+    dlc.finetune(sample_encoder, small_sample, kept, linear_probe=True, **FAST)
+
+
+def test_official_mode_and_bfloat16_through_a_whole_run(
+    sample_encoder, small_sample, test_set, tmp_path
+):
+    arguments = {**FAST, "epochs": 3}
+    official = dlc.finetune(
+        sample_encoder, small_sample, test=test_set, mode="official", **arguments
+    )
+    # 1.5 and 2.25 never come; default decays after epochs 1 and 2
+    assert [line["learning_rate"] for line in official.history] == [0.05] * 3
+    coarse = dlc.finetune(
+        sample_encoder, small_sample, test=test_set, dtype="bfloat16", folder=tmp_path, **arguments
+    )
+    exact = dlc.finetune(sample_encoder, small_sample, test=test_set, **arguments)
+    assert {leaf.dtype for leaf in jax.tree.leaves(coarse.weights)} == {np.dtype("float32")}
+    losses = [[line["train_loss"] for line in r.history] for r in (coarse, exact)]
+    np.testing.assert_allclose(*losses, rtol=0.02)
+    assert losses[0] != losses[1]
+
+
+def test_half_precision_encoders_are_trained_in_float32(small_sample):
+    weights = jnp.asarray(np.random.default_rng(0).normal(0, 0.1, (3, 16)), jnp.bfloat16)
+    encoder = dlc.Encoder(
+        {"w": weights}, lambda params, images: images.mean((1, 2)) @ params["w"], lambda path: True
+    )
+    result = dlc.finetune(encoder, small_sample, **{**FAST, "learning_rate": 1e-6})
+    trained = result.weights["encoder"]["w"]
+    assert trained.dtype == jnp.float32
+    assert not np.array_equal(trained, weights.astype(jnp.float32))  # in bfloat16 it would be
+
+
+def test_a_linear_probe_on_disk_goes_on(sample_encoder, small_sample, tmp_path, monkeypatch):
+    arguments = {**FAST, "epochs": 4, "linear_probe": True}
+    undisturbed = dlc.finetune(sample_encoder, small_sample, **arguments)
+    real = Finetuner._epoch
+
+    def stops(self, progress, positions, seed, epoch):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return real(self, progress, positions, seed, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetuner, "_epoch", stops)
+        with pytest.raises(KeyboardInterrupt):
+            dlc.finetune(sample_encoder, small_sample, folder=tmp_path, **arguments)
+    resumed = dlc.finetune(sample_encoder, small_sample, folder=tmp_path, **arguments)
+    assert same_weights(resumed, undisturbed)
+
+
+def test_what_users_loops_hand_over(tmp_path):
+    """NumPy's numbers; in a process without the run-time checks of annotations."""
+    script = f"""
+import numpy as np
+import dlc_jax as dlc
+
+dataset = dlc.load_dataset("demo:caltech15/train").subset(np.arange(0, 750, 25))
+encoder = dlc.load_encoder("resnet18", "demo:resnet18")
+arguments = dict(image_size=32, epochs=1, batch_size=np.int64(16), learning_rate=np.float32(0.1))
+for seed in np.arange(2):
+    dlc.finetune(encoder, dataset, seed=seed, folder=f"{tmp_path}/{{seed}}", **arguments)
+try:
+    dlc.finetune(encoder, dataset, **{{**arguments, "epochs": 1.5}})
+except ValueError as error:
+    assert "finetune.epochs: expected an integer, got 1.5" in str(error), error
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "1" / "metrics.jsonl").exists()
+
+
+def test_folders_that_cannot_be_used(sample_encoder, small_sample, tmp_path):
+    with pytest.raises(ValueError, match="/proc/nowhere: cannot be used"):
+        dlc.finetune(sample_encoder, small_sample, folder="/proc/nowhere", **FAST)
+    dlc.finetune(sample_encoder, small_sample, folder=tmp_path, **{**FAST, "epochs": 0})
+    other = dataclasses.replace(sample_encoder, head="cls")
+    with pytest.raises(ValueError, match="holds a run with other"):
+        dlc.finetune(other, small_sample, folder=tmp_path, **{**FAST, "epochs": 0})
+
+
+def test_statistics_that_are_not_there_are_refused(sample_encoder):
+    with pytest.raises(ValueError, match=r"Did you mean 'bn1/mean'"):
+        dataclasses.replace(sample_encoder, statistics=frozenset({"bn1/mena"}))
 
 
 def test_an_unreadable_training_image_is_named(sample_encoder, small_sample):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dlc_jax as dlc
-from dlc_jax.encoders.layers import BatchNorm, max_pool
+from dlc_jax.encoders import normalise
+from dlc_jax.encoders.layers import BatchNorm, conv2d, max_pool
 from dlc_jax.training.batches import Batch
 from dlc_jax.training.step import (
     Network,
@@ -110,6 +111,14 @@ def test_statistics_move_by_a_tenth_and_get_no_gradient(sample_encoder):
     assert len(sample_encoder.statistics) == 40
     assert all(path.endswith(("mean", "var")) for path in sample_encoder.statistics)
     moved = by_path(state.weights()["encoder"])
+    # the stem's, by hand: torch's rule on the convolution's output
+    start = by_path(sample_encoder.params)
+    x = normalise(jnp.asarray(batch.inputs), sample_encoder.mean, sample_encoder.std)
+    stem = np.asarray(conv2d(x, start["conv1/kernel"], 2))
+    expected = 0.9 * start["bn1/mean"] + 0.1 * stem.mean((0, 1, 2))
+    np.testing.assert_allclose(moved["bn1/mean"], expected, atol=1e-5)
+    expected = 0.9 * start["bn1/var"] + 0.1 * stem.reshape(-1, 16).var(axis=0, ddof=1)
+    np.testing.assert_allclose(moved["bn1/var"], expected, rtol=1e-4)
     for path in sample_encoder.statistics:
         assert not np.array_equal(moved[path], by_path(sample_encoder.params)[path]), path
         assert path not in by_path(state.trained["encoder"])

@@ -1,0 +1,70 @@
+"""What ran, with what, on what: `provenance.json`, by which stages know that they are done."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import dlc_jax
+from dlc_jax import artefacts
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "pillow",
+    "pyarrow",
+    "safetensors",
+)
+
+
+def stage_record(workdir: Path, stage: str) -> dict[str, Any] | None:
+    """Returns what the provenance says of a stage; None if it did not run."""
+    return artefacts.read_json(workdir / artefacts.PROVENANCE).get("stages", {}).get(stage)
+
+
+def is_done(workdir: Path, stage: str, inputs: str) -> bool:
+    """Whether the stage ran on the same inputs and its files are as it left them."""
+    record = stage_record(workdir, stage)
+    return (
+        record is not None
+        and record["inputs"] == inputs
+        and artefacts.are_intact(workdir, record["outputs"])
+    )
+
+
+def record(
+    workdir: Path,
+    stage: str,
+    inputs: str,
+    paths: list[Path],
+    seconds: float,
+    facts: dict[str, Any],
+    made_with: dict[str, Any],
+) -> None:
+    """Adds what a stage did to the provenance, which is what makes the stage count as done."""
+    path = workdir / artefacts.PROVENANCE
+    provenance = artefacts.read_json(path)
+    provenance.update(facts)
+    provenance["versions"] = {
+        "dlc_jax": dlc_jax.__version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _PACKAGES},
+    }
+    provenance["devices"] = [f"{device.platform} {device.device_kind}" for device in jax.devices()]
+    provenance.setdefault("stages", {})[stage] = {
+        "inputs": inputs,
+        "settings": made_with,
+        "versions": provenance["versions"],
+        "devices": provenance["devices"],
+        "seconds": round(seconds, 3),
+        "outputs": artefacts.file_hashes(workdir, paths),
+    }
+    artefacts.write_json(path, provenance)

@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
 
     # What to test on after fine-tuning; the stages score and select do not read it.
     config.dataset.test = None  # "folder:data/test"
-    # Add "finetune" and "report" to train on every kept set, and to see whether it helped.
+    # Add "finetune" and "report" to train on every kept set, and to see whether it helped; that
+    # takes "random" among the methods below, and three seeds.
     config.stages = ("score", "select")
 
     # Your model: resnet18, resnet34, resnet50, vit_small_patch16_224 or vit_base_patch16_224 with

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 from dlc_jax.checks import InputError
 from dlc_jax.datasets import array_dataset, load_dataset
 from dlc_jax.encoders import Encoder, load_encoder
+from dlc_jax.exports import export
 from dlc_jax.probes import features, probe
 from dlc_jax.scores import score
 from dlc_jax.selection import select
@@ -29,6 +30,7 @@ __all__ = [
     "Sample",
     "Selection",
     "array_dataset",
+    "export",
     "features",
     "finetune",
     "load_dataset",

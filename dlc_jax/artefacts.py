@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -30,10 +31,11 @@ PICTURE = "scores/easiest_hardest.png"
 RESULTS = "results.csv"
 REPORT = "report"
 FINETUNE = "finetune"
+EXPORTS = "exports"
 # Temporary files tell whose they are, so that a later run on the same host can clear those of a
 # killed one and leaves everything else alone.
 _OWNER, _TEMPORARY = f".dlc_jax-{platform.node()}-", ".tmp"
-_FOLDERS = ("", "scores", "selections/*", f"{FINETUNE}/*/*", REPORT)
+_FOLDERS = ("", "scores", "selections/*", f"{FINETUNE}/*/*", f"{EXPORTS}/*/*", REPORT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,6 +76,21 @@ def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Gives a new folder that becomes `path` when the block ends, and vanishes if it fails."""
+    temporary = path.parent / f".{path.name}{_OWNER}{os.getpid()}{_TEMPORARY}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -120,7 +137,10 @@ def prepare_workdir(workdir: Path) -> None:
         for leftover in workdir.glob(f"{folder}/.*{_OWNER}*{_TEMPORARY}".lstrip("/")):
             owner = leftover.name.removesuffix(_TEMPORARY).rpartition("-")[2]
             if re.fullmatch(r"[0-9]{1,9}", owner) and not _is_running(int(owner)):
-                leftover.unlink(missing_ok=True)
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:
@@ -138,6 +158,11 @@ def write_json(path: Path, value: Any) -> None:
     with atomic(path, "w") as file:
         json.dump(value, file, indent=2, default=_plain)
         file.write("\n")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the file's content, nothing if there is no such file."""
+    return path.read_bytes() if path.is_file() else b""
 
 
 def read_json(path: Path) -> Any:

@@ -70,6 +70,12 @@ def seed(value: int, name: str = "seed") -> None:
         raise InputError(f"{name}: expected an integer in [0, 2**32), got {value!r}.")
 
 
+def number(name: str, value: Any) -> None:
+    """Raises unless `value` is a number."""
+    if not isinstance(value, numbers.Real):
+        raise InputError(f"{name}: expected a number, got {value!r}.")
+
+
 def integer(name: str, value: Any) -> None:
     """Raises unless `value` is an integer."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
@@ -78,6 +84,7 @@ def integer(name: str, value: Any) -> None:
 
 def at_least(name: str, value: float, minimum: float, *, exclusive: bool = False) -> None:
     """Raises unless value >= minimum (> if exclusive) and finite."""
+    number(name, value)
     if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
         sign = ">" if exclusive else ">="
         raise InputError(f"{name}: must be {sign} {minimum}, got {value!r}.")
@@ -85,6 +92,7 @@ def at_least(name: str, value: float, minimum: float, *, exclusive: bool = False
 
 def at_most(name: str, value: float, maximum: float, *, exclusive: bool = False) -> None:
     """Raises unless value <= maximum (< if exclusive)."""
+    number(name, value)
     if not value <= maximum or (exclusive and value == maximum):
         sign = "<" if exclusive else "<="
         raise InputError(f"{name}: must be {sign} {maximum}, got {value!r}.")
@@ -133,7 +141,11 @@ def dataset_is_consistent(
 
 def positions(name: str, values: np.ndarray, num_samples: int) -> None:
     """Raises unless they are one or more different integers in [0, num_samples)."""
-    if values.ndim != 1 or len(values) == 0 or not np.issubdtype(values.dtype, np.integer):
+    if values.size == 0:
+        raise InputError(f"{name}: is empty, expected one or more positions.")
+    if values.dtype == bool:
+        raise InputError(f"{name}: is a mask, expected positions; np.flatnonzero gives them.")
+    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
         raise InputError(
             f"{name}: expected one or more positions, integers [k], got {values.dtype} "
             f"{values.shape}."

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_dict
 
 from dlc_jax import checks
 from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
+from dlc_jax.exports import EXPORTS, PARTS
 from dlc_jax.masking import MASKINGS, PLACEMENTS, SCHEDULES, check_path
 from dlc_jax.preprocess.load import ON_CORRUPT
 from dlc_jax.probes import DTYPES, resolve_chunk
@@ -25,7 +26,7 @@ from dlc_jax.selection import SELECTORS, check_cell
 from dlc_jax.training import FinetuneConfig
 from dlc_jax.types import setting
 
-STAGES = ("score", "select", "finetune", "report")
+STAGES = ("score", "select", "export", "finetune", "report")
 _DEFAULT_STAGES = ("score", "select")
 
 
@@ -113,7 +114,8 @@ class SelectionConfig:
             values = getattr(self, key)
             if not values or len(set(values)) < len(values):
                 raise checks.InputError(
-                    f"selection.{key}: expected one or more different values, got {values}."
+                    f"selection.{key}: expected one or more different values, got {values} "
+                    "(a list given twice on the command line adds up)."
                 )
         for method in self.methods:
             checks.one_of("selection.methods", method, SELECTORS)
@@ -138,6 +140,24 @@ class SelectionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """In which forms selections are written for other programs."""
+
+    forms: tuple[str, ...] = setting(("ids",), ", ".join(EXPORTS))
+    parts: tuple[str, ...] = setting(("kept",), ", ".join(PARTS))
+
+    def check(self) -> None:
+        for key, choices in (("forms", EXPORTS), ("parts", PARTS)):
+            values = getattr(self, key)
+            if not values:
+                raise checks.InputError(
+                    f"export.{key}: expected one or more of {', '.join(choices)}."
+                )
+            for value in values:
+                checks.one_of(f"export.{key}", value, choices)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -148,6 +168,7 @@ class Config:
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
 
     @classmethod
@@ -172,8 +193,9 @@ class Config:
             raise checks.InputError(f"stages: expected one or more of {', '.join(STAGES)}.")
         for stage in self.stages:
             checks.one_of("stages", stage, STAGES)
-        if "score" in self.stages or "finetune" in self.stages:
+        if {"score", "export", "finetune"} & set(self.stages):
             self.dataset.check()
+        if {"score", "finetune"} & set(self.stages):
             self.encoder.check()
         if "finetune" in self.stages and not self.dataset.test:
             raise checks.InputError(
@@ -182,6 +204,7 @@ class Config:
             )
         self.probe.check()
         self.selection.check(self.mode)
+        self.export.check()
         self.finetune.check()
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,12 @@ from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets import load_dataset
 from dlc_jax.encoders import Encoder, load_encoder
+from dlc_jax.export_stage import run_exports
 from dlc_jax.probes import probe
 from dlc_jax.scores import SCORES, score
 from dlc_jax.selection import select
-from dlc_jax.sweep import run_sweep
+from dlc_jax.sweep import run_sweep, what_is_finished
+from dlc_jax.training import class_ids_by_name
 from dlc_jax.types import Dataset, ProbeLosses, Selection
 
 # Settings that change speed and memory, but not what comes out.
@@ -39,6 +42,8 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
       ValueError: anything wrong with the work directory, data, encoder or configuration.
     """
     artefacts.prepare_workdir(workdir)
+    if "finetune" in config.stages:  # a mistake there should not cost a scoring pass first
+        class_ids_by_name(_load_test(config), load_dataset(config.dataset.train))
     resolved = _score(config, workdir, echo) if "score" in config.stages else config
     failures = []
     if config.stages != ("report",):
@@ -59,7 +64,7 @@ def _use_scores(
     _check_scores_are_whole(workdir)
     samples = artefacts.read_scores(workdir)
     if "score" not in config.stages:  # the rest of the file still describes the scores
-        mine = {key: settings[key] for key in ("mode", "stages", "selection", "finetune")}
+        mine = {key: settings[key] for key in ("mode", "stages", "selection", "export", "finetune")}
         found = artefacts.read_json(workdir / artefacts.CONFIG)
         if "finetune" in config.stages and "dataset" in found:
             mine["dataset"] = found["dataset"] | {"test": config.dataset.test}
@@ -70,6 +75,8 @@ def _use_scores(
         shown = _select(config, workdir, samples, echo)
     if "score" in config.stages or "select" in config.stages:
         _summarise(workdir, samples, shown, echo)
+    if "export" in config.stages:
+        run_exports(config, workdir, samples, echo)
     return _finetune(config, workdir, samples, echo) if "finetune" in config.stages else []
 
 
@@ -118,6 +125,11 @@ def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config
     seconds = time.perf_counter() - start
     provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
     return resolved
+
+
+def _load_test(config: Config) -> Dataset:
+    assert config.dataset.test is not None  # checked with the configuration
+    return load_dataset(config.dataset.test)
 
 
 def _load_encoder(config: Config) -> Encoder:
@@ -216,9 +228,13 @@ def _finetune(
 ) -> list[str]:
     """Returns a line for every run that failed."""
     encoder = _load_encoder(config)
-    assert config.dataset.test is not None  # checked with the configuration
-    test = load_dataset(config.dataset.test)
-    end = run_sweep(config, workdir, samples, encoder, test, echo)
+    test = _load_test(config)
+    before = artefacts.read_bytes(workdir / artefacts.RESULTS)
+    try:
+        end = run_sweep(config, workdir, samples, encoder, test, echo)
+    finally:
+        if artefacts.read_bytes(workdir / artefacts.RESULTS) != before:
+            shutil.rmtree(workdir / artefacts.REPORT, ignore_errors=True)  # it tells of other runs
     settings = config.to_dict()
     made_with = {key: settings[key] for key in ("mode", "dataset", "encoder", "finetune")}
     made_with |= {"encoder_fingerprint": encoder.for_mode(config.mode).fingerprint}
@@ -233,10 +249,13 @@ def _finetune(
 def _report(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
     """Prints and saves what `results.csv` says."""
     rows = reports.summarise(reports.read_results(workdir / artefacts.RESULTS))
-    table = reports.results_table(rows)
-    echo(f"\n{table}\n")
+    table, said = reports.results_table(rows), what_is_finished(config, workdir)
+    echo(f"\n{said}\n\n{table}\n")
     with artefacts.atomic(workdir / artefacts.REPORT / "results.md", "w") as file:
-        file.write(f"{table}\n")
+        file.write(f"{said}\n\n{table}\n")
+    if all(row.gap is None for row in rows):
+        echo("report: no figure: there is no gap to random; add random to selection.methods")
+        return
     trained = (provenance.stage_record(workdir, "finetune") or {}).get("settings", config.to_dict())
     title = f"{trained['dataset']['train']}, {trained['encoder']['name']}"
     figure = reports.gap_to_random(rows, title)
@@ -269,7 +288,8 @@ def _summarise(
     skipped = known.get("dataset", {}).get("skipped", {})
     if skipped:
         echo(f"unreadable samples left out: {len(skipped)}, listed in {artefacts.PROVENANCE}")
-    seconds = {name: stage["seconds"] for name, stage in known.get("stages", {}).items()}
+    stages = known.get("stages", {})
+    seconds = {name: stages[name]["seconds"] for name in ("score", "select") if name in stages}
     echo(
         "seconds, when last run: "
         + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 import dlc_jax
-from dlc_jax import artefacts
+from dlc_jax import artefacts, checks
+from dlc_jax.types import Dataset
 
 _PACKAGES = (
     "jax",
@@ -68,3 +69,15 @@ def record(
         "outputs": artefacts.file_hashes(workdir, paths),
     }
     artefacts.write_json(path, provenance)
+
+
+def check_is_what_was_scored(workdir: Path, dataset: Dataset) -> None:
+    """Raises unless the data set is the one that the scores in the work directory are of."""
+    scored = artefacts.read_json(workdir / artefacts.PROVENANCE).get("dataset", {})
+    fingerprint = scored.get("fingerprint", dataset.fingerprint)
+    if fingerprint != dataset.fingerprint:
+        raise checks.InputError(
+            f"dataset.train: {dataset.name} is not what was scored in {workdir}: its fingerprint "
+            f"is {dataset.fingerprint[:12]}, expected {fingerprint[:12]} ({scored.get('source')}). "
+            "Run the stages 'score' and 'select' on it, in another work directory."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import os
 import shutil
 import traceback
@@ -14,12 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dlc_jax import artefacts, checks
+from dlc_jax import artefacts, checks, provenance
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets import load_dataset
 from dlc_jax.encoders import Encoder
-from dlc_jax.training import ERROR, Finetuner, RunFolder, kept_positions
+from dlc_jax.selection import kept_positions
+from dlc_jax.training import ERROR, Finetuner, RunFolder
 from dlc_jax.types import Dataset, Selection
 
 FULL = "full"
@@ -81,7 +83,7 @@ def run_sweep(
         with unknown classes, a work directory that is in use; or every run failed.
     """
     dataset = load_dataset(config.dataset.train)
-    _check_is_what_was_scored(workdir, dataset)
+    provenance.check_is_what_was_scored(workdir, dataset)
     with artefacts.locked(workdir / artefacts.FINETUNE):
         finetuner = Finetuner(
             encoder,
@@ -98,6 +100,9 @@ def run_sweep(
         write_results(workdir)  # a table of runs set aside would be taken for this sweep's
         cells, failures, num_done = cells_of(config), [], 0
         echo(f"finetune: {len(cells)} runs on {jax.default_backend()}, test set {test.name}")
+        untested = np.setdiff1d(dataset.class_names, np.array(test.class_names)[test.labels])
+        if len(untested):
+            echo(f"finetune: note: no test image of {', '.join(untested)}")
         if finetuner.skipped_test:
             echo(f"finetune: unreadable test samples left out: {len(finetuner.skipped_test)}")
         for number, cell in enumerate(cells, start=1):
@@ -152,7 +157,8 @@ class _Sweep(NamedTuple):
         found = folder.facts().get("inputs", inputs)
         if found != inputs:
             _move_over(folder.path, _aside(self.workdir, found))
-        facts = {"shared": self.shared, "cell": cell._asdict()}
+        settings = dataclasses.asdict(self.config.finetune)
+        facts = {"shared": self.shared, "cell": cell._asdict(), "settings": settings}
         result = self.finetuner.run(positions, cell.seed, folder, facts)
         absent = result.absent_classes
         return (
@@ -187,17 +193,6 @@ class _Sweep(NamedTuple):
                 _move_over(path, self.workdir / artefacts.FINETUNE)
 
 
-def _check_is_what_was_scored(workdir: Path, dataset: Dataset) -> None:
-    scored = artefacts.read_json(workdir / artefacts.PROVENANCE).get("dataset", {})
-    fingerprint = scored.get("fingerprint", dataset.fingerprint)
-    if fingerprint != dataset.fingerprint:
-        raise checks.InputError(
-            f"dataset.train: {dataset.name} is not what was scored in {workdir}: its fingerprint "
-            f"is {dataset.fingerprint[:12]}, expected {fingerprint[:12]} ({scored.get('source')}). "
-            "Run the stages 'score' and 'select' on it, in another work directory."
-        )
-
-
 def _reason(error: Exception, folder: RunFolder) -> str:
     if isinstance(error, (checks.InputError, OSError)):
         return str(error)
@@ -226,6 +221,26 @@ def _move_over(run: Path, to: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(run, target)
+
+
+def what_is_finished(config: Config, workdir: Path) -> str:
+    """Returns how much of a sweep `results.csv` holds, and how its runs were trained."""
+    folders = [RunFolder(path) for path in (workdir / artefacts.FINETUNE).glob("*/*")]
+    known = {f"{f.path.parent.name}/{f.path.name}": _facts(f.path) for f in folders}
+    finished = {name for name, facts in known.items() if "result" in facts}
+    asked = {cell.name for cell in cells_of(config)}
+    said = f"{len(asked & finished)} of the {len(asked)} runs asked for are finished"
+    if others := len(finished - asked):
+        said += f"; {others} others are in the table as well"
+    settings = next((known[name].get("settings") for name in sorted(finished)), None)
+    if settings is None:
+        return f"{said}."
+    shown = ("epochs", "batch_size", "learning_rate", "linear_probe", "dtype")
+    said += ". Trained with " + ", ".join(f"{key} {settings[key]}" for key in shown)
+    mine = dataclasses.asdict(config.finetune)
+    if differ := [key for key in shown if settings[key] != mine[key]]:
+        said += f" (the configuration says {', '.join(f'{key} {mine[key]}' for key in differ)})"
+    return f"{said}."
 
 
 def write_results(workdir: Path) -> list[dict[str, Any]]:

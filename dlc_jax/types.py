@@ -182,7 +182,7 @@ class Selection:
     num_kept_per_class: Int64[np.ndarray, " c"]
     single_sample_classes: tuple[int, ...] = ()
     labels_fingerprint: str | None = None
-    ids: np.ndarray | None = None
+    ids: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -202,9 +202,10 @@ class RunResult:
       per_class_accuracy: [c] in percent; NaN for a class without test samples; None likewise.
       predictions: [n] predicted class of every test sample that could be read; None likewise.
       num_kept: Training samples.
-      absent_classes: Names of classes that no training sample has.
+      absent_classes: Names of classes that no kept training sample has.
       history: One dictionary per epoch: epoch, learning_rate, train_loss (nats), train_accuracy
-        (percent), images_per_s, elapsed_s, and test_accuracy where it was measured.
+        (percent), images_per_s (compilation counts), elapsed_s, and test_accuracy where it was
+        measured.
       weights: `{"encoder": ..., "head": {"kernel": [d, c], "bias": [c]}}` after the last epoch;
         float32; the encoder's part is what `Encoder.params` takes.
       seconds: Time of all epochs, those of interrupted runs too.
@@ -213,11 +214,11 @@ class RunResult:
 
     test_accuracy: float | None
     per_class_accuracy: Float64[np.ndarray, " c"] | None
-    predictions: Int32[np.ndarray, " n"] | None
+    predictions: Int32[np.ndarray, " n"] | None = dataclasses.field(repr=False)
     num_kept: int
     absent_classes: tuple[str, ...]
-    history: list[dict[str, Any]]
-    weights: dict[str, Any]
+    history: list[dict[str, Any]] = dataclasses.field(repr=False)
+    weights: dict[str, Any] = dataclasses.field(repr=False)
     seconds: float
     skipped_test: dict[str, str] = dataclasses.field(default_factory=dict)
 

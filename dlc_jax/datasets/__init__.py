@@ -1,4 +1,4 @@
-"""Source strings to data sets: `parquet:`, `folder:`, `tfds:` and `demo:`."""
+"""Source strings to data sets: `folder:`, `parquet:`, `csv:` and the others in SOURCES."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dlc_jax import checks
+from dlc_jax.datasets.aircraft import load_aircraft
 from dlc_jax.datasets.arrays import array_dataset
+from dlc_jax.datasets.csv_file import load_csv
 from dlc_jax.datasets.folder import load_folder
+from dlc_jax.datasets.huggingface import load_hf
+from dlc_jax.datasets.npz import load_npz
 from dlc_jax.datasets.parquet import load_demo, load_parquet
+from dlc_jax.datasets.parts import concatenate, part_sources
 from dlc_jax.datasets.tfds import load_tfds
+from dlc_jax.datasets.webdataset import load_tar
 from dlc_jax.types import Dataset
 
 __all__ = ["SOURCES", "array_dataset", "load_dataset"]
@@ -18,9 +24,16 @@ __all__ = ["SOURCES", "array_dataset", "load_dataset"]
 SOURCES: dict[str, Callable[[str], Dataset]] = {
     "parquet": load_parquet,
     "folder": load_folder,
+    "csv": load_csv,
+    "npz": load_npz,
+    "tar": load_tar,
+    "hf": load_hf,
     "tfds": load_tfds,
+    "fgvc_aircraft": load_aircraft,
     "demo": load_demo,
 }
+
+_WITH_OWN_PARTS = ("tfds", "hf")
 
 
 def load_dataset(source: str) -> Dataset:
@@ -31,9 +44,15 @@ def load_dataset(source: str) -> Dataset:
         `parquet:<file, folder or glob>`: Hugging Face image convention (a column of
           {bytes, path} or of encoded bytes, and an integer or string label column);
         `folder:<root>`: one sub-folder of images per class;
+        `csv:<file>`: a table with a path and a label column;
+        `npz:<file>`: arrays `images` (uint8) and `labels`;
+        `tar:<file, folder or glob>`: WebDataset shards, an image and .cls or .json per sample;
+        `hf:<owner/name or folder>/<split>`: Hugging Face hub, or a local copy;
+        `fgvc_aircraft:<root>/<split>`: the official archive;
         `tfds:<name>/<split>`: a prepared TensorFlow Datasets data set, e.g.
           `tfds:dtd/train+validation`;
         `demo:caltech15/train` or `demo:caltech15/test`: the bundled sample.
+        Parts of any of them are joined by `+` in the last place: `folder:/data/x/train+val`.
     Returns:
       The data set. Integer labels that are not 0..c-1 are remapped and the table kept in
       `label_table`; ids are the path below the root (folder), the image's path or file name where
@@ -50,4 +69,9 @@ def load_dataset(source: str) -> Dataset:
             f"with a scheme out of {', '.join(SOURCES)}.{hint}"
         )
     checks.one_of("dataset scheme", scheme, SOURCES)
-    return SOURCES[scheme](rest)
+    wheres = [rest] if scheme in _WITH_OWN_PARTS else part_sources(rest)
+    parts = [SOURCES[scheme](where) for where in wheres]
+    if len(parts) == 1:
+        return parts[0]
+    names = [where.rpartition("/")[2] for where in wheres]
+    return concatenate(parts, names, f"{scheme}:{rest}")

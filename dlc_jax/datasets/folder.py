@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
 
 from dlc_jax import checks
+from dlc_jax.datasets.files import Files
 from dlc_jax.types import Dataset
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class _Files:
-    paths: tuple[Path, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, position: int) -> bytes:
-        return self.paths[position].read_bytes()
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def load_folder(where: str) -> Dataset:
@@ -40,6 +30,11 @@ def load_folder(where: str) -> Dataset:
     if not classes:
         raise checks.InputError(
             f"folder:{where}: expected one sub-folder of images per class, found none."
+        )
+    if len(classes) > 1 and set(classes) <= _SPLITS:
+        raise checks.InputError(
+            f"folder:{where}: its sub-folders are splits ({', '.join(classes)}), not classes; give "
+            f"one, folder:{where}/{classes[-1]}, or several, folder:{where}/{'+'.join(classes)}."
         )
     paths, labels = [], []
     for label, name in enumerate(classes):
@@ -57,7 +52,7 @@ def load_folder(where: str) -> Dataset:
         raise checks.InputError(f"folder:{where}: file name {garbled!r} is not valid UTF-8.")
     ids = np.asarray(names, dtype=np.str_)
     return Dataset(
-        _Files(tuple(paths)), np.asarray(labels, np.int32), ids, tuple(classes), f"folder:{where}"
+        Files(tuple(paths)), np.asarray(labels, np.int32), ids, tuple(classes), f"folder:{where}"
     )
 
 

@@ -45,14 +45,23 @@ def load_parquet(where: str) -> Dataset:
     Raises:
       ValueError: nothing there, not Parquet, no image or label column, a row without image.
     """
-    source = f"parquet:{where}"
-    files = _files(where)
-    tables = []
-    for file in files:
-        try:
-            tables.append(pq.read_table(file, memory_map=True))
-        except (pa.ArrowException, OSError) as error:
-            raise checks.InputError(f"{file}: not a readable Parquet file: {error}.") from error
+    return from_tables(f"parquet:{where}", [read_parquet(file) for file in _files(where)])
+
+
+def read_parquet(file: Path) -> pa.Table:
+    """Returns the table, mapped where possible; ValueError names a file that is none."""
+    try:
+        return pq.read_table(file, memory_map=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise checks.InputError(f"{file}: not a readable Parquet file: {error}.") from error
+
+
+def from_tables(source: str, tables: list[pa.Table]) -> Dataset:
+    """Returns the rows of all tables, which must have the same image and label columns.
+
+    Raises:
+      ValueError: no image or label column, columns that differ, a row without image.
+    """
     features = _declared_features(tables[0].schema)
     image_column = _column(source, tables[0], "image", _IMAGE_COLUMNS, features, "Image")
     label_column = _column(source, tables[0], "label", _LABEL_COLUMNS, features, "ClassLabel")

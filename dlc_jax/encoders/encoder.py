@@ -54,8 +54,8 @@ class Encoder:
       statistics: Paths of leaves that no gradient moves, such as running means.
     """
 
-    params: Params
-    apply: Callable[[Params, Array], Array]
+    params: Params = dataclasses.field(repr=False)
+    apply: Callable[[Params, Array], Array] = dataclasses.field(repr=False)
     is_prunable: Callable[[str], bool]
     name: str = "custom"
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -65,8 +65,10 @@ class Encoder:
     image_size: int | None = None
     module_order: Callable[[str], Any] | None = None
     head: str = "mean"
-    apply_training: Callable[[Params, Array, Array], tuple[Array, Params]] | None = None
-    statistics: frozenset[str] = frozenset()
+    apply_training: Callable[[Params, Array, Array], tuple[Array, Params]] | None = (
+        dataclasses.field(default=None, repr=False)
+    )
+    statistics: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
 
     def __post_init__(self) -> None:
         if self.pooling is not None:

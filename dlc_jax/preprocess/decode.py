@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -29,8 +30,9 @@ def decode(image: bytes | np.ndarray, sample_id: str) -> Image.Image:
             with Image.open(io.BytesIO(image)) as encoded:
                 return encoded.convert("RGB")
     except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
+        said = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
         raise checks.InputError(
-            f"sample {sample_id!r} is not a readable image: {type(error).__name__}: {error}"
+            f"sample {sample_id!r} is not a readable image: {type(error).__name__}: {said}"
         ) from error
 
 

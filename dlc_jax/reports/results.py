@@ -84,7 +84,7 @@ class Row(NamedTuple):
             return "" if self.label in _REFERENCES else "random was not run with these seeds"
         mean, half = self.gap.mean, self.gap.half_width
         if math.isnan(half):
-            return "one seed, no interval" if mean > 0 else "not better than random (one seed)"
+            return f"{'above' if mean > 0 else 'not better than'} random (one seed, no interval)"
         if mean - half > 0:
             return "better than random"
         return "not better than random" + (": worse" if mean + half < 0 else "")

@@ -10,9 +10,10 @@ import numpy as np
 from dlc_jax import checks
 from dlc_jax.selection import flexrand, official, topk
 from dlc_jax.selection.flexrand import Ranked
+from dlc_jax.selection.kept import kept_positions
 from dlc_jax.types import Selection, labels_fingerprint
 
-__all__ = ["SELECTORS", "check_cell", "select"]
+__all__ = ["SELECTORS", "check_cell", "kept_positions", "select"]
 
 DEFAULT_SPLIT = 0.5
 

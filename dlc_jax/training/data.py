@@ -71,24 +71,11 @@ class RunData:
         Raises:
           ValueError: a class that training does not know, an unreadable image.
         """
-        labels = self._class_ids(test)
+        labels = class_ids_by_name(test, self._dataset)
         loaded = load_images(test, self._image_size, on_corrupt=on_corrupt, progress=self._progress)
         return LabelledInputs(
             self._as_inputs(loaded.pixels), labels[loaded.positions], loaded.skipped
         )
-
-    def _class_ids(self, test: Dataset) -> Int32[np.ndarray, " n"]:
-        """Goes by name, since a split that lacks a class numbers the others differently."""
-        places = {name: label for label, name in enumerate(self._dataset.class_names)}
-        unknown = [name for name in test.class_names if name not in places]
-        if unknown:
-            raise checks.InputError(
-                f"dataset.test: {test.name} has classes that {self._dataset.name} has not: "
-                f"{', '.join(repr(name) for name in unknown[:10])}; expected only "
-                f"{', '.join(repr(name) for name in self._dataset.class_names[:10])}"
-                f"{', ...' * (len(places) > 10)}."
-            )
-        return np.array([places[name] for name in test.class_names], np.int32)[test.labels]
 
     def _as_inputs(self, pixels: UInt8[np.ndarray, "n s s 3"]) -> Shaped[np.ndarray, "n ..."]:
         """Returns the pixels, or their features where only the head is trained."""
@@ -101,3 +88,23 @@ class RunData:
             filled = some[np.arange(size) % len(some)]  # one shape, one compilation
             parts.append(np.asarray(self.to_features(filled))[: len(some)])
         return np.concatenate(parts)
+
+
+def class_ids_by_name(test: Dataset, dataset: Dataset) -> Int32[np.ndarray, " n"]:
+    """Returns the test labels as the training set numbers its classes.
+
+    By name, since a split that lacks a class numbers the others differently.
+
+    Raises:
+      ValueError: a class that training does not know.
+    """
+    places = {name: label for label, name in enumerate(dataset.class_names)}
+    unknown = [name for name in test.class_names if name not in places]
+    if unknown:
+        raise checks.InputError(
+            f"dataset.test: {test.name} has classes that {dataset.name} has not: "
+            f"{', '.join(repr(name) for name in unknown[:10])}; expected only "
+            f"{', '.join(repr(name) for name in dataset.class_names[:10])}"
+            f"{', ...' * (len(places) > 10)}."
+        )
+    return np.array([places[name] for name in test.class_names], np.int32)[test.labels]

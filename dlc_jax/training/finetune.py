@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dlc_jax import checks
 from dlc_jax.encoders import Encoder
+from dlc_jax.selection import kept_positions
 from dlc_jax.training.finetuner import Finetuner
 from dlc_jax.training.folder import RunFolder
-from dlc_jax.training.kept import kept_positions
 from dlc_jax.training.settings import FinetuneConfig
 from dlc_jax.types import Dataset, RunResult, Selection
 
@@ -50,9 +51,9 @@ def finetune(
       dataset: What `kept` was selected from.
       kept: A `Selection`, positions in the data set, or None for all of it.
       test: Tested on after the last epoch, and used for nothing else; classes go by name.
-      epochs: Passes over the kept samples; 0 only tests.
+      epochs: Passes over the kept samples; 0 only tests, with the new, untrained head.
       batch_size: Samples per step; the last batch of an epoch may hold fewer.
-      learning_rate: Before the first milestone (with one epoch, both come before it: 1/100).
+      learning_rate: Before the first milestone (with one epoch both come before it: 1/100).
       milestones: Fractions of the epochs after which the rate is divided by ten.
       weight_decay, momentum, nesterov: As in torch.optim.SGD, for every parameter.
       linear_probe: Whether to train the head alone, on features computed once.
@@ -77,11 +78,16 @@ def finetune(
         see a single value; values out of range; an unreadable sample.
     Source: Jiang et al. 2025, section 5.
     """
+    for name, value in (("dataset", dataset), ("test", test)):
+        if not isinstance(value, Dataset) and (name, value) != ("test", None):
+            raise checks.InputError(
+                f"{name}: expected a Dataset, as from dlc.load_dataset(...), got {value!r}."
+            )
     settings = FinetuneConfig(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        milestones=tuple(milestones),
+        milestones=tuple(np.atleast_1d(milestones).tolist()),
         weight_decay=weight_decay,
         momentum=momentum,
         nesterov=nesterov,

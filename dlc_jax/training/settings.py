@@ -16,7 +16,7 @@ class FinetuneConfig:
     Source: Jiang et al. 2025, section 5; the released finetune.py.
     """
 
-    epochs: int = setting(50, "passes over the kept set; 0 only evaluates")
+    epochs: int = setting(50, "passes over the kept set; 0 only tests, with an untrained head")
     batch_size: int = setting(128, "samples per step; the last, short batch counts as it is")
     learning_rate: float = setting(1e-3, "before the first milestone")
     milestones: tuple[float, ...] = setting(

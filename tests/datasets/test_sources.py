@@ -109,6 +109,15 @@ def test_folder(tmp_path):
         dlc.load_dataset(f"folder:{tmp_path}")
 
 
+def test_a_folder_of_splits_is_not_taken_for_classes(tmp_path):
+    for name in ("train/a/1", "test/a/2"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(encoded(random_images(1)[0]))
+    with pytest.raises(ValueError, match=r"sub-folders are splits \(test, train\), not classes"):
+        dlc.load_dataset(f"folder:{tmp_path}")
+
+
 def test_folders_skip_hidden_ones_and_survive_links_in_circles(tmp_path):
     for name, data in zip(("a/1.png", "a/.cache/1.png", "b/2.png"), FILES, strict=False):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +215,7 @@ def test_tfds_prepared_data_reads_without_tensorflow(tmp_path, monkeypatch):
     ("source", "says"),
     [
         ("demo:caltech15/train.parquet", "caltech15/train, caltech15/test"),
-        ("caltech15", "parquet, folder, tfds, demo"),
+        ("caltech15", "parquet, folder, csv, npz, tar, hf, tfds, fgvc_aircraft, demo"),
         ("parqet:x", "Did you mean 'parquet'"),
         ("parquet:", "expected <scheme>:<where>"),
         ("parquet:/no/such/file.parquet", "no such file"),

@@ -211,6 +211,30 @@ def test_selecting_alone_needs_neither_data_nor_encoder(workdir, tmp_path):
         )
 
 
+def test_selections_are_exported_for_other_programs(workdir, tmp_path, sample):
+    subprocess.run(["cp", "-r", f"{workdir}/.", str(tmp_path)], check=True)
+    arguments = (
+        *FAST,
+        f"--workdir={tmp_path}",
+        "--config.stages=('export',)",
+        "--config.selection.keep_fractions=(0.1,)",
+        "--config.selection.methods=hardest",
+        "--config.export.forms=ids,parquet,image_folder",
+        "--config.export.parts=kept,dropped",
+    )
+    for _ in range(2):  # again over what is there
+        printed = run(*arguments).stdout
+        assert "export: 6 exports of 1 selections written" in printed
+    place = tmp_path / "exports" / "hardest" / "keep_0.10-seed_1"
+    kept = np.load(tmp_path / "selections" / "hardest" / "keep_0.10-seed_1.npy")
+    assert (place / "kept.txt").read_text().splitlines() == sample.ids[kept].tolist()
+    assert len((place / "dropped.txt").read_text().splitlines()) == 675
+    back = dlc.load_dataset(f"parquet:{place}/kept.parquet")
+    assert [back[i].image for i in range(75)] == [sample[int(i)].image for i in kept]
+    assert len(dlc.load_dataset(f"folder:{place}/dropped-images")) == 675
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+
+
 def test_own_images_in_folders_with_one_unreadable_and_one_lonely(tmp_path, sample):
     for i in (*range(0, 8), *range(50, 58), 100):
         path = tmp_path / "data" / sample.ids[i]

@@ -158,6 +158,58 @@ def test_other_settings_set_runs_aside_and_take_them_back(finished, tmp_path):
     assert without_seconds(folder) == without_seconds(finished[0])
 
 
+def test_a_report_of_other_runs_does_not_stay(finished, tmp_path):
+    folder = copy(finished, tmp_path)
+    done = run(*SWEEP, f"--workdir={folder}", "--config.finetune.learning_rate=1e30", code=2)
+    assert "all 10 runs failed, first full/keep_1.00-seed_1: " in done.stderr
+    assert "not finite, at step" in done.stderr
+    assert rows(folder) == []
+    assert not (folder / "report").exists()
+
+
+def test_the_report_says_what_it_is_of(finished, tmp_path):
+    folder = copy(finished, tmp_path)
+    printed = finished[1]
+    assert (
+        "10 of the 10 runs asked for are finished. Trained with epochs 4, batch_size 25" in printed
+    )
+    shutil.rmtree(folder / "finetune" / "hardest" / "keep_0.10-seed_1")
+    only = (*SWEEP, f"--workdir={folder}", "--config.stages=('report',)")
+    assert "9 of the 10 runs asked for are finished." in run(*only).stdout
+    said = run(*only, "--config.finetune.epochs=9", "--config.finetune.full_set=False").stdout
+    assert "7 of the 8 runs asked for are finished; 2 others are in the table as well" in said
+    assert "(the configuration says epochs 9)" in said
+
+
+def test_without_random_there_is_no_figure_but_a_hint(tmp_path):
+    arguments = (*SWEEP[:-3], "--config.selection.keep_fractions=(0.1,)", f"--workdir={tmp_path}")
+    small = ("--config.finetune.epochs=0", "--config.selection.seeds=(1,)")
+    printed = run(
+        "--config=configs/custom.py",
+        *arguments[1:],
+        *small,
+        "--config.dataset.train=demo:caltech15/train",
+        "--config.dataset.test=demo:caltech15/test",
+        "--config.encoder.name=resnet18",
+        "--config.encoder.weights=demo:resnet18",
+        "--config.stages=score,select,finetune,report",
+    ).stdout
+    assert "random was not run with these seeds" in printed
+    assert "add random to selection.methods" in printed
+    assert not (tmp_path / "report" / "gap_to_random.png").exists()
+
+
+def test_a_test_set_that_does_not_fit_is_told_before_scoring(tmp_path, sample):
+    path = tmp_path / "test" / "zebra" / "1.jpg"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(sample[0].image)
+    for test, says in (("test", "'zebra'"), ("absent", "no such folder")):
+        place = f"--config.dataset.test=folder:{tmp_path}/{test}"
+        done = run(*SWEEP, place, f"--workdir={tmp_path}/run", code=2)
+        assert says in done.stderr
+        assert not (tmp_path / "run" / "scores").exists()
+
+
 def test_one_broken_cell_does_not_harm_the_others(finished, tmp_path):
     folder = copy(finished, tmp_path)
     shutil.rmtree(folder / "finetune" / "random")

@@ -71,14 +71,14 @@ def test_seeds_without_a_partner_do_not_count():
     assert rows[1].gap.mean == 5.0
     assert rows[1].gap.num_seeds == 1
     assert math.isnan(rows[1].gap.half_width)
-    assert rows[1].verdict == "one seed, no interval"
+    assert rows[1].verdict == "above random (one seed, no interval)"
     assert str(rows[1].gap) == "5.00"
     assert rows[2].gap is None
     assert rows[2].verdict == "random was not run with these seeds"
     worse = summarise(
         [*results("random", 0.5, [7.0], seeds=(1,)), *results("x", 0.5, [6.0], seeds=(1,))]
     )
-    assert worse[1].verdict == "not better than random (one seed)"
+    assert worse[1].verdict == "not better than random (one seed, no interval)"
 
 
 def test_intervals_are_students():

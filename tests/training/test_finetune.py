@@ -247,7 +247,7 @@ def test_a_selection_with_ids_is_found_in_any_order(sample_encoder, small_sample
         (np.array([0, 60]), "kept: 1 positions are out of range, first 60; expected 0..59"),
         (np.array([-1, 3]), "out of range, first -1"),
         (np.array([3, 4, 3]), "kept: 1 occur more than once, first 3"),
-        (np.array([], int), "expected one or more positions"),
+        (np.array([], int), "kept: is empty, expected one or more positions"),
         (np.array([0.5, 1.0]), "expected one or more positions, integers"),
         (np.ones((2, 2), int), "expected one or more positions"),
     ],
@@ -419,6 +419,33 @@ def test_folders_that_cannot_be_used(sample_encoder, small_sample, tmp_path):
     other = dataclasses.replace(sample_encoder, head="cls")
     with pytest.raises(ValueError, match="holds a run with other"):
         dlc.finetune(other, small_sample, folder=tmp_path, **{**FAST, "epochs": 0})
+
+
+def test_mistakes_of_kind_are_told(sample_encoder, small_sample):
+    """In a process without the run-time checks of annotations."""
+    script = """
+import dlc_jax as dlc
+dataset = dlc.load_dataset("demo:caltech15/train")
+encoder = dlc.load_encoder("resnet18", "demo:resnet18")
+for arguments, says in (
+    (dict(dataset="folder:x"), "dataset: expected a Dataset"),
+    (dict(test="folder:x"), "test: expected a Dataset"),
+    (dict(learning_rate="0.1"), "finetune.learning_rate: expected a number, got '0.1'"),
+    (dict(kept=[]), "kept: is empty"),
+    (dict(kept=[True] * 750), "kept: is a mask"),
+):
+    try:
+        dlc.finetune(encoder, **{"dataset": dataset, "image_size": 32, **arguments})
+    except dlc.InputError as error:
+        assert says in str(error), error
+    else:
+        raise AssertionError(says)
+result = dlc.finetune(encoder, dataset, [0, 50], image_size=32, epochs=0, milestones=0.5)
+assert len(repr(result)) < 1000
+assert len(repr(encoder)) < 1000
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_statistics_that_are_not_there_are_refused(sample_encoder):

@@ -1,0 +1,59 @@
+"""Reads a data set end to end and tells what is wrong with it before anything is run on it.
+
+python -m dlc_jax.check --dataset=folder:/data/flowers/train [--test=folder:/data/flowers/test]
+
+Prints a table; --json=FILE writes all of it. Exit code 0: nothing found; 1: something to look at;
+2: the source cannot be used at all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from dlc_jax import artefacts, checks
+from dlc_jax.datasets import load_dataset
+from dlc_jax.datasets.guards import Findings, inspect
+
+_DATASET = flags.DEFINE_string("dataset", None, "Source to read, required.")
+_TEST = flags.DEFINE_string("test", None, "Source that must have no image in common with it.")
+_MINIMUM = flags.DEFINE_integer("minimum", 5, "Classes of fewer readable images are told.")
+_JSON = flags.DEFINE_string("json", None, "File to write everything found to.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, prints, and exits with what was found."""
+    try:
+        if len(argv) > 1 or _DATASET.value is None:
+            raise checks.InputError("--dataset is required, and nothing but flags is taken")
+        dataset = load_dataset(_DATASET.value)
+        test = load_dataset(_TEST.value) if _TEST.value is not None else None
+        found = inspect(dataset, test, minimum=_MINIMUM.value, progress=True)
+        if _JSON.value is not None:
+            artefacts.write_json(Path(_JSON.value).expanduser(), found.to_dict())
+    except (checks.InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    _print(found)
+    sys.exit(0 if found.is_clean else 1)
+
+
+def _print(found: Findings) -> None:
+    for name, number, first in found.rows():
+        print(f"{name:<34} {number:>8}  {first}".rstrip())
+    print("nothing found" if found.is_clean else "look at these before you prune")
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(list(argv))
+    except flags.Error as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

@@ -1,0 +1,73 @@
+"""`csv:` a table of image paths and labels."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from dlc_jax import checks
+from dlc_jax.datasets.files import Files
+from dlc_jax.datasets.labels import encode_labels, stable_ids
+from dlc_jax.types import Dataset
+
+_PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path")
+_LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
+
+
+def load_csv(where: str) -> Dataset:
+    """Loads `<file>.csv`, or `.tsv` with tabs, with a header line.
+
+    Paths are relative to the table's folder, or absolute. Labels that are all integers are class
+    ids; others are names.
+
+    Raises:
+      ValueError: no such file, not UTF-8 text, no path or label column, a row without either.
+    """
+    source, file = f"csv:{where}", Path(where).expanduser()
+    delimiter = "\t" if file.suffix == ".tsv" else ","
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise checks.InputError(f"{source}: cannot be read: {error}.") from error
+    try:
+        rows = list(csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise checks.InputError(f"{source}: not a table of values: {error}.") from error
+    rows = [row for row in rows if row]
+    if len(rows) < 2:
+        raise checks.InputError(f"{source}: expected a header and one or more rows, found fewer.")
+    header = [name.strip() for name in rows[0]]
+    path_column = _column(source, header, "path", _PATH_COLUMNS)
+    label_column = _column(source, header, "label", _LABEL_COLUMNS)
+    names, values = [], []
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(header):
+            raise checks.InputError(
+                f"{source}: row {number} has {len(row)} values, expected {len(header)}."
+            )
+        name, label = row[path_column].strip(), row[label_column].strip()
+        if not name or not label or "\0" in name:
+            raise checks.InputError(f"{source}: row {number} has no path or no label: {row}.")
+        names.append(name)
+        values.append(label)
+    encoded = encode_labels(_as_integers(values), None, source)
+    images = Files(tuple(file.parent / name for name in names))
+    ids = stable_ids(names, images)
+    return Dataset(images, encoded.ids, ids, encoded.class_names, source, encoded.table)
+
+
+def _column(source: str, header: list[str], what: str, usual: tuple[str, ...]) -> int:
+    for name in usual:
+        if name in header:
+            return header.index(name)
+    raise checks.InputError(
+        f"{source}: no {what} column; expected one named {' or '.join(usual)}, "
+        f"found {', '.join(header)}."
+    )
+
+
+def _as_integers(values: list[str]) -> list[int] | list[str]:
+    try:
+        return [int(value) for value in values]
+    except ValueError:
+        return values

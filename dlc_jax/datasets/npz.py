@@ -1,0 +1,62 @@
+"""`npz:` NumPy arrays of images and labels in one file."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from dlc_jax import checks
+from dlc_jax.datasets.arrays import array_dataset
+from dlc_jax.types import Dataset
+
+_IMAGES, _LABELS = ("images", "image", "x"), ("labels", "label", "y")
+
+
+def load_npz(where: str) -> Dataset:
+    """Loads `<file>.npz`: images uint8 [n, h, w, 3], [n, h, w, 1] or [n, h, w], labels [n].
+
+    Optional arrays are `ids` [n] and `class_names` [c]. Pickled objects are refused.
+
+    Raises:
+      ValueError: no such file, not such arrays, or lengths that differ.
+    """
+    source = f"npz:{where}"
+    try:
+        with np.load(Path(where).expanduser(), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise checks.InputError(
+            f"{source}: cannot be read as arrays: {checks.first_line(error)}."
+        ) from error
+    except AttributeError as error:  # a bare .npy gives an array, which is no archive
+        raise checks.InputError(f"{source}: holds one array, expected an archive.") from error
+    images, labels = _pick(source, arrays, _IMAGES), _pick(source, arrays, _LABELS)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise checks.InputError(
+            f"{source}: images are {images.dtype} {images.shape}, expected uint8 [n, h, w, 3], "
+            "[n, h, w, 1] or [n, h, w]."
+        )
+    if labels.ndim != 1 or len(labels) != len(images):
+        raise checks.InputError(
+            f"{source}: labels have shape {labels.shape}, expected ({len(images)},)."
+        )
+    names = arrays.get("class_names")
+    return array_dataset(
+        images,
+        labels,
+        ids=arrays["ids"].tolist() if "ids" in arrays else None,
+        class_names=[str(name) for name in names] if names is not None else None,
+        name=source,
+    )
+
+
+def _pick(source: str, arrays: dict[str, np.ndarray], usual: tuple[str, ...]) -> np.ndarray:
+    for name in usual:
+        if name in arrays:
+            return arrays[name]
+    raise checks.InputError(
+        f"{source}: no array named {' or '.join(usual)}, found {', '.join(arrays) or 'none'}."
+    )

@@ -1,0 +1,73 @@
+"""Parts of a source as one data set, as in `train+validation`."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dlc_jax.types import Dataset, ImageSource
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Joined:
+    """Images of several sources, one after the other."""
+
+    sources: tuple[ImageSource, ...]
+    ends: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, position: int) -> bytes | np.ndarray:
+        part = bisect.bisect_right(self.ends, position)
+        return self.sources[part][position - (self.ends[part - 1] if part else 0)]
+
+
+def part_sources(where: str) -> list[str]:
+    """Returns the sources that `<place>/<part>+<part>` stands for; one where it has no parts.
+
+    A suffix of the last part is that of all: `lists/train+val.csv`.
+    """
+    place, slash, last = where.rpartition("/")
+    if "+" not in last or Path(where).expanduser().exists():
+        return [where]
+    suffix = Path(last).suffix
+    return [f"{place}{slash}{part.removesuffix(suffix)}{suffix}" for part in last.split("+")]
+
+
+def concatenate(parts: Sequence[Dataset], names: Sequence[str], source: str) -> Dataset:
+    """Returns all samples in order; classes go by name, a part may lack some.
+
+    Args:
+      parts: Data sets.
+      names: What tells their ids apart where an id occurs in two of them.
+      source: Name of the result.
+    """
+    class_names = parts[0].class_names
+    if any(part.class_names != class_names for part in parts):
+        united = {name for part in parts for name in part.class_names}
+        class_names = tuple(sorted(united, key=lambda name: (not name.isdigit(), _number(name))))
+    places = {name: label for label, name in enumerate(class_names)}
+    labels = [np.array([places[n] for n in p.class_names], np.int32)[p.labels] for p in parts]
+    ids = [part.ids.tolist() for part in parts]
+    if len(set().union(*ids)) < sum(map(len, ids)):
+        ids = [[f"{name}/{i}" for i in mine] for name, mine in zip(names, ids, strict=True)]
+    tables = {key: new for part in parts for key, new in (part.label_table or {}).items()}
+    return Dataset(
+        images=_Joined(
+            tuple(part.images for part in parts), tuple(np.cumsum([len(p) for p in parts]).tolist())
+        ),
+        labels=np.concatenate(labels),
+        ids=np.asarray([name for mine in ids for name in mine], np.str_),
+        class_names=class_names,
+        name=source,
+        label_table={key: places[str(key)] for key in tables} or None,
+    )
+
+
+def _number(name: str) -> tuple[int, str]:
+    return (int(name) if name.isdigit() else 0, name)

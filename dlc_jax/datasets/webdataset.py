@@ -1,0 +1,141 @@
+"""`tar:` WebDataset shards, read in place: nothing is unpacked."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dlc_jax import checks
+from dlc_jax.datasets.folder import SUFFIXES
+from dlc_jax.datasets.labels import encode_labels, stable_ids
+from dlc_jax.types import Dataset
+
+_LABEL_KEYS = ("label", "cls", "class", "class_name")
+
+
+class _Member(NamedTuple):
+    """Where a file lies in a shard."""
+
+    shard: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        handle = os.open(self.shard, os.O_RDONLY)
+        try:
+            content = os.pread(handle, self.size, self.offset)
+        finally:
+            os.close(handle)
+        if len(content) < self.size:
+            raise OSError(f"{self.shard}: ends {self.size - len(content)} bytes early")
+        return content
+
+
+@dataclasses.dataclass(frozen=True)
+class _Members:
+    members: tuple[_Member, ...]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, position: int) -> bytes:
+        return self.members[position].read()
+
+
+def load_tar(where: str) -> Dataset:
+    """Loads one shard, a folder of them or a glob, in sorted order.
+
+    A sample is the members that share a name up to the first dot: an image and its label, as
+    `.cls` (text) or in a `.json` (`label`, `cls`, `class` or `class_name`). Links, devices and
+    folders in a shard are passed over.
+
+    Raises:
+      ValueError: nothing there, not an uncompressed tar file, a sample without image or label.
+    """
+    source = f"tar:{where}"
+    names: list[str] = []
+    images: list[_Member] = []
+    values: list[Any] = []
+    for shard in _shards(where):
+        for key, parts in _samples(source, shard).items():
+            image = next((member for kind, member in parts.items() if kind in SUFFIXES), None)
+            if image is None:
+                raise checks.InputError(
+                    f"{source}: {shard.name}: sample {key!r} has no image (found "
+                    f"{', '.join(parts)}; expected one of {', '.join(SUFFIXES)})."
+                )
+            names.append(key)
+            images.append(image)
+            values.append(_label(source, shard, key, parts))
+    if not images:
+        raise checks.InputError(f"{source}: holds no sample.")
+    members = _Members(tuple(images))
+    labels = encode_labels(_alike(values), None, source)
+    return Dataset(
+        members, labels.ids, stable_ids(names, members), labels.class_names, source, labels.table
+    )
+
+
+def _shards(where: str) -> list[Path]:
+    path = Path(where).expanduser()
+    if path.is_dir():
+        shards = sorted(path.glob("*.tar"))
+    elif path.is_file():
+        shards = [path]
+    else:
+        shards = sorted(Path(name) for name in glob.glob(str(path)))
+    if not shards:
+        raise checks.InputError(f"tar:{where}: no such file, or no *.tar in it.")
+    return shards
+
+
+def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:
+    """Returns the members of each sample by lower-case suffix (`.jpg`, `.cls`), in order."""
+    samples: dict[str, dict[str, _Member]] = {}
+    try:
+        with tarfile.open(shard, mode="r:") as file:  # "r:" alone: offsets are those of the file
+            for member in file:
+                if not member.isreg():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, dot, suffix = name.partition(".")
+                if stem:
+                    key = f"{folder}/{stem}" if folder else stem
+                    place = _Member(shard, member.offset_data, member.size)
+                    samples.setdefault(key, {})[dot + suffix.lower()] = place
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise checks.InputError(
+            f"{source}: {shard}: not a readable, uncompressed tar file: {checks.first_line(error)}."
+        ) from error
+    return samples
+
+
+def _label(source: str, shard: Path, key: str, parts: dict[str, _Member]) -> Any:
+    where = f"{source}: {shard.name}: sample {key!r}"
+    try:
+        if ".cls" in parts:
+            return parts[".cls"].read().decode().strip()
+        if ".json" in parts:
+            facts = json.loads(parts[".json"].read())
+            found = [facts[name] for name in _LABEL_KEYS if name in facts]
+            if found:
+                return found[0]
+    except (OSError, ValueError, TypeError) as error:
+        raise checks.InputError(f"{where}: label cannot be read: {error}.") from error
+    raise checks.InputError(
+        f"{where} has no label; expected .cls, or .json with {' or '.join(_LABEL_KEYS)} "
+        f"(found {', '.join(parts)})."
+    )
+
+
+def _alike(values: list[Any]) -> list[Any]:
+    """Text that is integers throughout, as `.cls` mostly is, becomes integers."""
+    try:
+        return [int(value) if isinstance(value, str) else value for value in values]
+    except ValueError:
+        return values

@@ -1,0 +1,86 @@
+"""A selection in the form that the next program reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dlc_jax import checks
+from dlc_jax.exports.image_folder import write_image_folder
+from dlc_jax.exports.lists import write_ids, write_jsonl, write_positions
+from dlc_jax.exports.tables import write_hub_folder, write_parquet
+from dlc_jax.selection import kept_positions
+from dlc_jax.types import Dataset, Selection
+
+__all__ = ["EXPORTS", "PARTS", "export"]
+
+PARTS = ("kept", "dropped")
+
+
+class Export(NamedTuple):
+    """How a form is written, and what its file or folder is called after the part's name.
+
+    Attributes:
+      write: Takes the samples, their positions in the whole set, and where to write; the place is
+        whole or not there at all.
+      suffix: Of the file; none for a folder.
+    """
+
+    write: Callable[[Dataset, np.ndarray, Path], None]
+    suffix: str
+
+
+EXPORTS: Mapping[str, Export] = {
+    "npy": Export(write_positions, ".npy"),
+    "ids": Export(write_ids, ".txt"),
+    "jsonl": Export(write_jsonl, ".jsonl"),
+    "parquet": Export(write_parquet, ".parquet"),
+    "image_folder": Export(write_image_folder, "-images"),
+    "hf": Export(write_hub_folder, "-hf"),
+}
+
+
+def export(
+    dataset: Dataset,
+    kept: Selection | np.ndarray | Sequence[int],
+    path: str | Path,
+    *,
+    form: str = "parquet",
+    part: str = "kept",
+    overwrite: bool = False,
+) -> Path:
+    """Writes the kept or the dropped samples.
+
+    Args:
+      dataset: What `kept` was selected from.
+      kept: A `Selection`, or positions in the data set.
+      path: File or, for `image_folder` and `hf`, folder to write.
+      form: `npy`: positions in the data set, int64; `ids`: a line of text each; `jsonl`: id, label,
+        class_name and position; `parquet`: images and labels in the Hugging Face convention;
+        `image_folder`: one sub-folder per class; `hf`: a folder that `datasets` loads.
+      part: `kept` or `dropped`.
+      overwrite: Whether to replace what is there, all of it.
+    Returns:
+      The path.
+    Raises:
+      ValueError: an unknown form or part, `kept` that does not fit the data set (see `finetune`),
+        nothing to write, something there already, a sample that cannot be read.
+    """
+    path = Path(path).expanduser()
+    checks.one_of("export form", form, EXPORTS)
+    checks.one_of("export part", part, PARTS)
+    positions = kept_positions(dataset, kept)
+    if part == "dropped":
+        positions = np.setdiff1d(np.arange(len(dataset)), positions)
+        if not len(positions):
+            raise checks.InputError(f"{path}: nothing is dropped, so there is nothing to write.")
+    if not overwrite and path.exists():
+        raise checks.InputError(f"{path}: is there already; expected a new name, or overwrite.")
+    try:
+        EXPORTS[form].write(dataset.subset(positions), positions, path)
+    except OSError as error:
+        raise checks.InputError(f"{path}: cannot be written: {error}.") from error
+    return path

@@ -1,0 +1,131 @@
+"""Exports are read back by what they are meant for."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import random_images
+from PIL import Image
+
+import dlc_jax as dlc
+from dlc_jax.exports import EXPORTS
+
+KEPT = np.array([1, 4, 5, 17, 40, 59])
+
+
+@pytest.mark.parametrize("form", EXPORTS)
+@pytest.mark.parametrize("part", ["kept", "dropped"])
+def test_every_form_holds_exactly_its_part(small_sample, tmp_path, form, part):
+    place = tmp_path / f"out{EXPORTS[form].suffix}"
+    path = dlc.export(small_sample, KEPT, place, form=form, part=part)
+    expected = KEPT if part == "kept" else np.setdiff1d(np.arange(60), KEPT)
+    ids = small_sample.ids[expected].tolist()
+    if form == "npy":
+        positions = np.load(path, allow_pickle=False)
+        assert positions.dtype == np.int64
+        np.testing.assert_array_equal(positions, expected)
+    elif form == "ids":
+        assert path.read_text().splitlines() == ids
+    elif form == "jsonl":
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["id"] for line in lines] == ids
+        assert [line["position"] for line in lines] == expected.tolist()
+        names = small_sample.class_names
+        assert [line["class_name"] for line in lines] == [names[line["label"]] for line in lines]
+    else:
+        source = {"image_folder": f"folder:{path}", "hf": f"hf:{path}/train"}
+        back = dlc.load_dataset(source.get(form, f"parquet:{path}"))
+        content = {back[i].image: back.class_names[back.labels[i]] for i in range(len(back))}
+        assert content == {
+            small_sample[int(i)].image: small_sample.class_names[small_sample.labels[i]]
+            for i in expected
+        }
+        if form != "image_folder":
+            assert back.ids.tolist() == ids
+            assert back.class_names == small_sample.class_names
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_selection_is_exported_by_its_ids(small_sample, tmp_path):
+    kept = dlc.select(
+        np.arange(60.0),
+        small_sample.labels,
+        method="hardest",
+        keep_fraction=0.5,
+        ids=small_sample.ids,
+    )
+    backwards = small_sample.subset(np.arange(60)[::-1])
+    dlc.export(backwards, kept, tmp_path / "x.txt", form="ids")
+    assert sorted((tmp_path / "x.txt").read_text().split("\n")[:-1]) == sorted(kept.ids.tolist())
+
+
+def test_arrays_become_png_without_loss(tmp_path):
+    pixels = random_images(4, 20)
+    grey = [image[:, :, :1] for image in pixels[:2]]
+    dataset = dlc.array_dataset(
+        [*grey, *pixels[2:]], ["a", "b", "a", "b"], ids=["0", "1", "2", "3"]
+    )
+    root = dlc.export(dataset, [0, 3], tmp_path / "x", form="image_folder")
+    found = np.asarray(Image.open(root / "b" / "3.png"))
+    np.testing.assert_array_equal(found, pixels[3])
+    np.testing.assert_array_equal(np.asarray(Image.open(root / "a" / "0.png")), grey[0][:, :, 0])
+
+
+def test_names_that_lead_elsewhere_stay_in_the_folder(tmp_path):
+    pixels = random_images(3, 8)
+    ids = ["../../up.png", "/etc/absolute", "x" * 400 + ".png"]
+    dataset = dlc.array_dataset(pixels, ["..", "a/b", "con:"], ids=ids)
+    root = dlc.export(dataset, [0, 1, 2], tmp_path / "in" / "x", form="image_folder")
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    assert files[:2] == ["__/____..__up.png", "a_b/__etc__absolute.png"]
+    assert files[2].startswith("con_/xxx")
+    assert len(files[2]) == len("con_/") + 200
+    assert all(path.resolve().is_relative_to(root) for path in root.rglob("*"))
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["x"]
+
+
+def test_what_is_there_is_not_replaced_unasked(small_sample, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="mine: is there already"):
+        dlc.export(small_sample, KEPT, tmp_path / "mine", form="image_folder")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    dlc.export(small_sample, KEPT, tmp_path / "x.txt", form="ids")
+    dlc.export(small_sample, KEPT[:2], tmp_path / "x.txt", form="ids", overwrite=True)
+    assert len((tmp_path / "x.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"form": "parqet"}, "Did you mean 'parquet'"),
+        ({"part": "keep"}, "export part: unknown value 'keep'; valid: kept, dropped"),
+        ({"kept": [60]}, "out of range"),
+        ({"kept": np.arange(60), "part": "dropped"}, "nothing is dropped"),
+        ({"path": "/proc/x/y.parquet"}, "cannot be written"),
+    ],
+)
+def test_exports_that_cannot_be(small_sample, tmp_path, arguments, says):
+    arguments = {"kept": KEPT, "path": tmp_path / "x", **arguments}
+    with pytest.raises(ValueError, match=says):
+        dlc.export(small_sample, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sample_that_cannot_be_read_leaves_nothing_half_written(small_sample, tmp_path):
+    images = [small_sample[i].image for i in range(60)]
+    images[40] = b"no image"
+    ids = np.array([str(i) for i in range(60)])
+    broken = dlc.Dataset(images, small_sample.labels, ids, small_sample.class_names)
+    with pytest.raises(ValueError, match="sample '40' is not a readable image"):
+        dlc.export(broken, KEPT, tmp_path / "x", form="image_folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_selections_are_written_in_pieces(tmp_path):
+    pixels = random_images(600, 4)
+    dataset = dlc.array_dataset(pixels, np.arange(600) % 3, ids=[str(i) for i in range(600)])
+    dlc.export(dataset, np.arange(600), tmp_path / "x.parquet")
+    assert pq.ParquetFile(tmp_path / "x.parquet").metadata.num_row_groups == 3
+    assert dlc.load_dataset(f"parquet:{tmp_path}/x.parquet").ids.tolist() == dataset.ids.tolist()

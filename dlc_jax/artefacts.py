@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlc_jax import checks
-from dlc_jax.types import Selection, labels_fingerprint
 
 CONFIG = "config.json"
 PROVENANCE = "provenance.json"
@@ -234,125 +233,6 @@ def read_scores(workdir: Path) -> ScoredSamples:
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise checks.InputError(f"{path}: not a table of scores: {error!r}.") from error
     return ScoredSamples(ids, labels, class_names, columns)
-
-
-def cell_name(keep_fraction: float, split: float | None, seed: int) -> str:
-    """Returns `keep_0.30-split_0.50-seed_1`; without the split for methods that have none."""
-    parts = [f"keep_{_two_decimals(keep_fraction)}"]
-    if split is not None:
-        parts.append(f"split_{_two_decimals(split)}")
-    return "-".join([*parts, f"seed_{seed}"])
-
-
-def _two_decimals(value: float) -> str:
-    """Two decimals where they say it all, more where they are needed: names must not collide."""
-    return f"{value:.2f}" if round(value, 2) == value else repr(value)
-
-
-def write_selection(workdir: Path, selection: Selection, samples: ScoredSamples) -> list[Path]:
-    """Writes kept positions and their manifest; returns both paths, below the work directory."""
-    cell = cell_name(selection.keep_fraction, selection.split, selection.seed)
-    folder = Path("selections") / selection.method
-    kept = np.zeros(len(samples.ids), bool)
-    kept[selection.indices] = True
-    sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
-    manifest = {
-        "method": selection.method,
-        "keep_fraction": selection.keep_fraction,
-        "split": selection.split,
-        "seed": selection.seed,
-        "mode": selection.mode,
-        "num_samples": len(kept),
-        "kept": _ids_summary(samples.ids[kept]),
-        "dropped": _ids_summary(samples.ids[~kept]),
-        "per_class": {
-            name: {"samples": int(size), "kept": int(num)}
-            for name, size, num in zip(
-                samples.class_names, sizes, selection.num_kept_per_class, strict=True
-            )
-        },
-        "single_sample_classes": [samples.class_names[j] for j in selection.single_sample_classes],
-        "scores_fingerprint": samples.fingerprint,
-    }
-    with atomic(workdir / folder / f"{cell}.npy") as file:
-        np.save(file, selection.indices)
-    write_json(workdir / folder / f"{cell}.json", manifest)
-    return [folder / f"{cell}.npy", folder / f"{cell}.json"]
-
-
-def read_selection(
-    workdir: Path,
-    samples: ScoredSamples,
-    *,
-    method: str,
-    keep_fraction: float,
-    split: float | None,
-    seed: int,
-    mode: str,
-) -> Selection:
-    """Reads what `write_selection` wrote, with the ids of the kept samples.
-
-    Raises:
-      ValueError: it is not there, was made from other scores or in another mode, or is not what
-        its manifest says.
-    """
-    path = workdir / "selections" / method / f"{cell_name(keep_fraction, split, seed)}.npy"
-    manifest = read_json(path.with_suffix(".json"))
-    if not path.exists() or not manifest:
-        raise checks.InputError(f"{path}: not there; run the stage 'select' for it first.")
-    try:
-        indices = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise checks.InputError(f"{path}: not an array of kept positions: {error}.") from error
-    checks.positions(str(path), indices, len(samples.ids))
-    made_from = (manifest.get("scores_fingerprint"), manifest.get("mode"))
-    if made_from != (samples.fingerprint, mode):
-        raise checks.InputError(
-            f"{path}: selected from scores {str(made_from[0])[:12]} in mode {made_from[1]!r}; "
-            f"expected {samples.fingerprint[:12]}, those in {SCORES}, and {mode!r}. Run the stage "
-            "'select' again."
-        )
-    ids = samples.ids[indices]
-    if _ids_summary(ids) != manifest.get("kept"):
-        raise checks.InputError(
-            f"{path}: its {len(ids)} positions are not the {manifest.get('kept', {}).get('count')} "
-            "that its manifest was written for. Run the stage 'select' again."
-        )
-    return Selection(
-        indices=indices.astype(np.int64),
-        method=method,
-        keep_fraction=keep_fraction,
-        split=split,
-        seed=seed,
-        mode=mode,
-        num_kept_per_class=np.bincount(samples.labels[indices], minlength=len(samples.class_names)),
-        labels_fingerprint=labels_fingerprint(samples.labels),
-        ids=ids,
-    )
-
-
-def _ids_summary(ids: np.ndarray) -> dict[str, Any]:
-    """Count, and SHA-256 of the sorted ids joined by newlines."""
-    text = "\n".join(sorted(ids.tolist()))
-    return {"count": len(ids), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def set_superseded_aside(workdir: Path, scores_fingerprint: str, mode: str) -> int:
-    """Moves selections of other scores or another mode to `superseded/`; returns how many."""
-    moved = 0
-    for manifest in sorted(workdir.glob("selections/*/*.json")):
-        facts = read_json(manifest)
-        made_from = str(facts.get("scores_fingerprint", "unknown"))
-        if (made_from, facts.get("mode")) == (scores_fingerprint, mode):
-            continue
-        folder = f"{made_from[:12]}-{facts.get('mode')}"
-        target = workdir / "superseded" / folder / manifest.parent.name
-        target.mkdir(parents=True, exist_ok=True)
-        for path in (manifest.with_suffix(".npy"), manifest):
-            if path.exists():
-                os.replace(path, target / path.name)
-        moved += 1
-    return moved
 
 
 def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:

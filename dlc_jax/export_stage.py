@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dlc_jax import artefacts, provenance
+from dlc_jax import artefacts, provenance, selection_files
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
-from dlc_jax.datasets import load_dataset
 from dlc_jax.exports import EXPORTS, export
+from dlc_jax.types import Dataset
 
 
 def run_exports(
-    config: Config, workdir: Path, samples: ScoredSamples, echo: Callable[[str], None]
+    config: Config,
+    workdir: Path,
+    samples: ScoredSamples,
+    dataset: Dataset,
+    echo: Callable[[str], None],
 ) -> None:
     """Writes `exports/<method>/<cell>/<part><suffix>`, each whole or not there at all.
 
@@ -21,11 +25,10 @@ def run_exports(
       ValueError: data that are not those that were scored, a selection that is not there, a sample
         that cannot be read.
     """
-    dataset = load_dataset(config.dataset.train)
     provenance.check_is_what_was_scored(workdir, dataset)
     cells = config.selection.cells()
     for method, keep_fraction, split, seed in cells:
-        kept = artefacts.read_selection(
+        kept = selection_files.read_selection(
             workdir,
             samples,
             method=method,
@@ -34,7 +37,7 @@ def run_exports(
             seed=seed,
             mode=config.mode,
         )
-        cell = artefacts.cell_name(keep_fraction, split, seed)
+        cell = selection_files.cell_name(keep_fraction, split, seed)
         folder = workdir / artefacts.EXPORTS / method / cell
         for form in config.export.forms:
             for part in config.export.parts:

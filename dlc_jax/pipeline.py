@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 import dlc_jax
-from dlc_jax import artefacts, checks, provenance, reports
+from dlc_jax import artefacts, checks, provenance, reports, selection_files
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets import load_dataset
@@ -26,6 +27,7 @@ from dlc_jax.sweep import run_sweep, what_is_finished
 from dlc_jax.training import class_ids_by_name
 from dlc_jax.types import Dataset, ProbeLosses, Selection
 
+Load: TypeAlias = Callable[[str], Dataset]  # by source
 # Settings that change speed and memory, but not what comes out.
 _SPEED_ONLY = ("batch_size", "chunk")
 _SHORT_PATH = 0.5  # sparsity; both schedules of 50 probes go beyond it
@@ -42,12 +44,13 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
       ValueError: anything wrong with the work directory, data, encoder or configuration.
     """
     artefacts.prepare_workdir(workdir)
+    load = functools.cache(load_dataset)  # stages share data sets, and their fingerprints
     if "finetune" in config.stages:  # a mistake there should not cost a scoring pass first
-        class_ids_by_name(_load_test(config), load_dataset(config.dataset.train))
-    resolved = _score(config, workdir, echo) if "score" in config.stages else config
+        class_ids_by_name(load(_test_source(config)), load(config.dataset.train))
+    resolved = _score(config, workdir, load, echo) if "score" in config.stages else config
     failures = []
     if config.stages != ("report",):
-        failures = _use_scores(config, resolved.to_dict(), workdir, echo)
+        failures = _use_scores(config, resolved.to_dict(), workdir, load, echo)
     if "report" in config.stages:
         _report(config, workdir, echo)
     if failures:
@@ -55,7 +58,11 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
 
 
 def _use_scores(
-    config: Config, settings: dict[str, Any], workdir: Path, echo: Callable[[str], None]
+    config: Config,
+    settings: dict[str, Any],
+    workdir: Path,
+    load: Load,
+    echo: Callable[[str], None],
 ) -> list[str]:
     """Runs what starts from scores on disk; returns a line for every run that failed.
 
@@ -76,15 +83,15 @@ def _use_scores(
     if "score" in config.stages or "select" in config.stages:
         _summarise(workdir, samples, shown, echo)
     if "export" in config.stages:
-        run_exports(config, workdir, samples, echo)
-    return _finetune(config, workdir, samples, echo) if "finetune" in config.stages else []
+        run_exports(config, workdir, samples, load(config.dataset.train), echo)
+    return _finetune(config, workdir, samples, load, echo) if "finetune" in config.stages else []
 
 
-def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config:
+def _score(config: Config, workdir: Path, load: Load, echo: Callable[[str], None]) -> Config:
     """Returns the configuration with what the encoder decides filled in."""
     start = time.perf_counter()
     settings = config.encoder
-    dataset = load_dataset(config.dataset.train)
+    dataset = load(config.dataset.train)
     encoder = _load_encoder(config).for_mode(config.mode)
     encoder.check_image_size(settings.image_size)
     decided = dataclasses.replace(
@@ -127,9 +134,9 @@ def _score(config: Config, workdir: Path, echo: Callable[[str], None]) -> Config
     return resolved
 
 
-def _load_test(config: Config) -> Dataset:
+def _test_source(config: Config) -> str:
     assert config.dataset.test is not None  # checked with the configuration
-    return load_dataset(config.dataset.test)
+    return config.dataset.test
 
 
 def _load_encoder(config: Config) -> Encoder:
@@ -187,7 +194,7 @@ def _select(
     )
     if scored != config.mode:
         echo(f"select: note: in mode {config.mode!r}, from scores of mode {scored!r}")
-    num_aside = artefacts.set_superseded_aside(workdir, samples.fingerprint, config.mode)
+    num_aside = selection_files.set_superseded_aside(workdir, samples.fingerprint, config.mode)
     if num_aside:
         echo(f"select: {num_aside} selections of other scores or mode moved to superseded/")
     done = provenance.is_done(workdir, "select", inputs)
@@ -205,7 +212,7 @@ def _select(
             mode=config.mode,
         )
         if not done:
-            paths += artefacts.write_selection(workdir, selections[cell], samples)
+            paths += selection_files.write_selection(workdir, selections[cell], samples)
             num_lost = int((selections[cell].num_kept_per_class == 0).sum())
             if num_lost and keep_fraction not in bare:
                 bare.add(keep_fraction)
@@ -224,14 +231,18 @@ def _select(
 
 
 def _finetune(
-    config: Config, workdir: Path, samples: ScoredSamples, echo: Callable[[str], None]
+    config: Config,
+    workdir: Path,
+    samples: ScoredSamples,
+    load: Load,
+    echo: Callable[[str], None],
 ) -> list[str]:
     """Returns a line for every run that failed."""
     encoder = _load_encoder(config)
-    test = _load_test(config)
+    dataset, test = load(config.dataset.train), load(_test_source(config))
     before = artefacts.read_bytes(workdir / artefacts.RESULTS)
     try:
-        end = run_sweep(config, workdir, samples, encoder, test, echo)
+        end = run_sweep(config, workdir, samples, encoder, dataset, test, echo)
     finally:
         if artefacts.read_bytes(workdir / artefacts.RESULTS) != before:
             shutil.rmtree(workdir / artefacts.REPORT, ignore_errors=True)  # it tells of other runs
@@ -272,7 +283,7 @@ def _summarise(
     echo("")
     if shown is not None:
         indices = shown.indices
-        cell = artefacts.cell_name(shown.keep_fraction, shown.split, shown.seed)
+        cell = selection_files.cell_name(shown.keep_fraction, shown.split, shown.seed)
         echo(f"kept as in selections/{shown.method}/{cell}:")
     echo(
         reports.class_table(

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dlc_jax import artefacts, checks, provenance
+from dlc_jax import artefacts, checks, provenance, selection_files
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
-from dlc_jax.datasets import load_dataset
 from dlc_jax.encoders import Encoder
 from dlc_jax.selection import kept_positions
 from dlc_jax.training import ERROR, Finetuner, RunFolder
@@ -39,7 +38,9 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """`<method>/<cell>`, as in `selections/` and `finetune/`."""
-        return f"{self.method}/{artefacts.cell_name(self.keep_fraction, self.split, self.seed)}"
+        return (
+            f"{self.method}/{selection_files.cell_name(self.keep_fraction, self.split, self.seed)}"
+        )
 
 
 def cells_of(config: Config) -> list[Cell]:
@@ -66,6 +67,7 @@ def run_sweep(
     workdir: Path,
     samples: ScoredSamples,
     encoder: Encoder,
+    dataset: Dataset,
     test: Dataset,
     echo: Callable[[str], None],
 ) -> SweepEnd:
@@ -76,13 +78,13 @@ def run_sweep(
       workdir: Where scores and selections are.
       samples: What was scored.
       encoder: What to fine-tune, before `mode` decides anything.
+      dataset: What to train on.
       test: What to test on.
       echo: Takes each line meant for the user.
     Raises:
       ValueError: what no run can do without: data that are not those that were scored, a test set
         with unknown classes, a work directory that is in use; or every run failed.
     """
-    dataset = load_dataset(config.dataset.train)
     provenance.check_is_what_was_scored(workdir, dataset)
     with artefacts.locked(workdir / artefacts.FINETUNE):
         finetuner = Finetuner(
@@ -98,30 +100,10 @@ def run_sweep(
         sweep = _Sweep(config, workdir, samples, dataset, finetuner)
         sweep.make_room(echo)
         write_results(workdir)  # a table of runs set aside would be taken for this sweep's
-        cells, failures, num_done = cells_of(config), [], 0
+        cells = cells_of(config)
         echo(f"finetune: {len(cells)} runs on {jax.default_backend()}, test set {test.name}")
-        untested = np.setdiff1d(dataset.class_names, np.array(test.class_names)[test.labels])
-        if len(untested):
-            echo(f"finetune: note: no test image of {', '.join(untested)}")
-        if finetuner.skipped_test:
-            echo(f"finetune: unreadable test samples left out: {len(finetuner.skipped_test)}")
-        for number, cell in enumerate(cells, start=1):
-            place = f"finetune: {number}/{len(cells)} {cell.name}"
-            try:
-                said = sweep.run(cell)
-                if said is not None:
-                    write_results(workdir)
-            except Exception as error:  # whatever it is, the other runs go on
-                reason = _reason(error, sweep.folder(cell))
-                failures.append(f"{cell.name}: {reason}")
-                echo(f"{place}: failed: {reason}")
-                continue
-            if said is None:
-                num_done += 1
-            else:
-                echo(f"{place}: {said}")
-        if num_done:
-            echo(f"finetune: {num_done} runs were finished before, not run again")
+        _tell_of_the_test_set(dataset, test, finetuner, echo)
+        failures = sweep.run_all(cells, echo)
     if len(failures) == len(cells):
         raise checks.InputError(f"all {len(cells)} runs failed, first {failures[0]}")
     return SweepEnd(failures, sum(row["seconds"] for row in write_results(workdir)))
@@ -144,6 +126,28 @@ class _Sweep(NamedTuple):
     def folder(self, cell: Cell) -> RunFolder:
         """Returns where the run is kept."""
         return RunFolder(self.workdir / artefacts.FINETUNE / cell.name)
+
+    def run_all(self, cells: list[Cell], echo: Callable[[str], None]) -> list[str]:
+        """Runs one after the other; returns a line for every one that failed."""
+        failures, num_done = [], 0
+        for number, cell in enumerate(cells, start=1):
+            place = f"finetune: {number}/{len(cells)} {cell.name}"
+            try:
+                said = self.run(cell)
+                if said is not None:
+                    write_results(self.workdir)
+            except Exception as error:  # whatever it is, the other runs go on
+                reason = _reason(error, self.folder(cell))
+                failures.append(f"{cell.name}: {reason}")
+                echo(f"{place}: failed: {reason}")
+                continue
+            if said is None:
+                num_done += 1
+            else:
+                echo(f"{place}: {said}")
+        if num_done:
+            echo(f"finetune: {num_done} runs were finished before, not run again")
+        return failures
 
     def run(self, cell: Cell) -> str | None:
         """Returns what to say of the run; None if it was finished before."""
@@ -169,7 +173,9 @@ class _Sweep(NamedTuple):
     def _kept(self, cell: Cell) -> Selection:
         samples, mode = self.samples, self.config.mode
         if cell.method != FULL:
-            return artefacts.read_selection(self.workdir, samples, **cell._asdict(), mode=mode)
+            return selection_files.read_selection(
+                self.workdir, samples, **cell._asdict(), mode=mode
+            )
         return Selection(
             indices=np.arange(len(samples.ids)),
             **cell._asdict(),
@@ -191,6 +197,16 @@ class _Sweep(NamedTuple):
         for path in sorted(_aside(self.workdir, shared).glob("*/*")):
             if not (self.workdir / artefacts.FINETUNE / path.parent.name / path.name).exists():
                 _move_over(path, self.workdir / artefacts.FINETUNE)
+
+
+def _tell_of_the_test_set(
+    dataset: Dataset, test: Dataset, finetuner: Finetuner, echo: Callable[[str], None]
+) -> None:
+    untested = np.setdiff1d(dataset.class_names, np.array(test.class_names)[test.labels])
+    if len(untested):
+        echo(f"finetune: note: no test image of {', '.join(untested)}")
+    if finetuner.skipped_test:
+        echo(f"finetune: unreadable test samples left out: {len(finetuner.skipped_test)}")
 
 
 def _reason(error: Exception, folder: RunFolder) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dlc_jax as dlc
-from dlc_jax import artefacts
+from dlc_jax import artefacts, selection_files
 from dlc_jax.artefacts import ScoredSamples
 
 
@@ -81,14 +81,14 @@ def test_fingerprint_covers_class_names(samples):
     ],
 )
 def test_cell_names_do_not_collide(cell, name):
-    assert artefacts.cell_name(*cell) == name
+    assert selection_files.cell_name(*cell) == name
 
 
 def test_selections_of_other_scores_are_set_aside_not_lost(tmp_path, samples):
     kept = dlc.select(samples.scores["dlc"], samples.labels, keep_fraction=0.3)
-    paths = artefacts.write_selection(tmp_path, kept, samples)
-    assert artefacts.set_superseded_aside(tmp_path, samples.fingerprint, "default") == 0
-    assert artefacts.set_superseded_aside(tmp_path, "other", "default") == 1
+    paths = selection_files.write_selection(tmp_path, kept, samples)
+    assert selection_files.set_superseded_aside(tmp_path, samples.fingerprint, "default") == 0
+    assert selection_files.set_superseded_aside(tmp_path, "other", "default") == 1
     folder = f"{samples.fingerprint[:12]}-default"
     for path in paths:
         assert not (tmp_path / path).exists()
@@ -98,15 +98,15 @@ def test_selections_of_other_scores_are_set_aside_not_lost(tmp_path, samples):
 
 def test_selections_of_the_other_mode_are_set_aside(tmp_path, samples):
     kept = dlc.select(samples.scores["dlc"], samples.labels, keep_fraction=0.3)
-    artefacts.write_selection(tmp_path, kept, samples)
-    assert artefacts.set_superseded_aside(tmp_path, samples.fingerprint, "official") == 1
+    selection_files.write_selection(tmp_path, kept, samples)
+    assert selection_files.set_superseded_aside(tmp_path, samples.fingerprint, "official") == 1
 
 
 def test_manifests_tell_kept_and_dropped(tmp_path, samples):
     import hashlib
 
     kept = dlc.select(samples.scores["dlc"], samples.labels, method="easiest", keep_fraction=0.3)
-    artefacts.write_selection(tmp_path, kept, samples)
+    selection_files.write_selection(tmp_path, kept, samples)
     manifest = json.loads((tmp_path / "selections/easiest/keep_0.30-seed_0.json").read_text())
     ids = "\n".join(sorted(samples.ids[:6]))
     assert manifest["kept"] == {"count": 6, "sha256": hashlib.sha256(ids.encode()).hexdigest()}

@@ -1,9 +1,12 @@
-"""Images in files of their own."""
+"""Files that sources read: images of their own, and shards by folder or glob."""
 
 from __future__ import annotations
 
 import dataclasses
+import glob
 from pathlib import Path
+
+from dlc_jax import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,3 +20,21 @@ class Files:
 
     def __getitem__(self, position: int) -> bytes:
         return self.paths[position].read_bytes()
+
+
+def matching(scheme: str, where: str, suffix: str) -> list[Path]:
+    """Returns one file, those of a folder with this suffix, or those of a glob, in sorted order.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = Path(where).expanduser()
+    if path.is_dir():
+        files = sorted(path.glob(f"*{suffix}"))
+    elif path.is_file():
+        files = [path]
+    else:
+        files = sorted(Path(name) for name in glob.glob(str(path)))
+    if not files:
+        raise checks.InputError(f"{scheme}:{where}: no such file, or no *{suffix} in it.")
+    return files

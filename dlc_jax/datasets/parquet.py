@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 from importlib import resources
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlc_jax import checks
+from dlc_jax.datasets.files import matching
 from dlc_jax.datasets.labels import encode_labels, stable_ids
 from dlc_jax.types import Dataset
 
@@ -45,7 +45,9 @@ def load_parquet(where: str) -> Dataset:
     Raises:
       ValueError: nothing there, not Parquet, no image or label column, a row without image.
     """
-    return from_tables(f"parquet:{where}", [read_parquet(file) for file in _files(where)])
+    return from_tables(
+        f"parquet:{where}", [read_parquet(file) for file in matching("parquet", where, ".parquet")]
+    )
 
 
 def read_parquet(file: Path) -> pa.Table:
@@ -75,19 +77,6 @@ def from_tables(source: str, tables: list[pa.Table]) -> Dataset:
     )
     ids = stable_ids(paths, encoded)
     return Dataset(encoded, labels.ids, ids, labels.class_names, source, labels.table)
-
-
-def _files(where: str) -> list[Path]:
-    path = Path(where).expanduser()
-    if path.is_dir():
-        files = sorted(path.glob("*.parquet"))
-    elif path.is_file():
-        files = [path]
-    else:
-        files = sorted(Path(name) for name in glob.glob(str(path)))
-    if not files:
-        raise checks.InputError(f"parquet:{where}: no such file, or no *.parquet in it.")
-    return files
 
 
 def _declared_features(schema: pa.Schema) -> dict[str, dict]:

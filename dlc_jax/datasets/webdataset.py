@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import os
 import tarfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlc_jax import checks
+from dlc_jax.datasets.files import matching
 from dlc_jax.datasets.folder import SUFFIXES
 from dlc_jax.datasets.labels import encode_labels, stable_ids
 from dlc_jax.types import Dataset
@@ -61,7 +61,7 @@ def load_tar(where: str) -> Dataset:
     names: list[str] = []
     images: list[_Member] = []
     values: list[Any] = []
-    for shard in _shards(where):
+    for shard in matching("tar", where, ".tar"):
         for key, parts in _samples(source, shard).items():
             image = next((member for kind, member in parts.items() if kind in SUFFIXES), None)
             if image is None:
@@ -79,19 +79,6 @@ def load_tar(where: str) -> Dataset:
     return Dataset(
         members, labels.ids, stable_ids(names, members), labels.class_names, source, labels.table
     )
-
-
-def _shards(where: str) -> list[Path]:
-    path = Path(where).expanduser()
-    if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-    elif path.is_file():
-        shards = [path]
-    else:
-        shards = sorted(Path(name) for name in glob.glob(str(path)))
-    if not shards:
-        raise checks.InputError(f"tar:{where}: no such file, or no *.tar in it.")
-    return shards
 
 
 def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:

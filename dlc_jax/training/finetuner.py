@@ -141,7 +141,7 @@ class Finetuner:
         with contextlib.ExitStack() as stack:
             checkpoints = None
             if folder is not None:
-                stack.enter_context(folder.locked())
+                stack.enter_context(artefacts.locked(folder.path))
                 folder.claim(self.inputs(positions, seed), facts or {})
                 checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
                 progress = _Progress(*(checkpoints.restore(progress.state) or progress))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +65,6 @@ class RunFolder:
             raise checks.InputError(
                 f"{self.path}: cannot be written to: {error.strerror or error}."
             ) from error
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other processes out.
-
-        Raises:
-          ValueError: one is there already, or the folder cannot be made.
-        """
-        with artefacts.locked(self.path):
-            yield
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Writes one line per epoch."""

@@ -12,9 +12,10 @@ result = dlc.finetune(encoder, dataset, kept, test=dlc.load_dataset("folder:/dat
 __version__ = "0.1.0"
 
 from dlc_jax.checks import InputError
-from dlc_jax.datasets import array_dataset, load_dataset
+from dlc_jax.datasets import array_dataset, load_dataset, stratified_split
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.exports import export
+from dlc_jax.preprocess import ImageCache
 from dlc_jax.probes import features, probe
 from dlc_jax.scores import score
 from dlc_jax.selection import select
@@ -24,6 +25,7 @@ from dlc_jax.types import Dataset, ProbeLosses, RunResult, Sample, Selection
 __all__ = [
     "Dataset",
     "Encoder",
+    "ImageCache",
     "InputError",
     "ProbeLosses",
     "RunResult",
@@ -38,4 +40,5 @@ __all__ = [
     "probe",
     "score",
     "select",
+    "stratified_split",
 ]

@@ -27,6 +27,7 @@ PROVENANCE = "provenance.json"
 LOSSES = "scores/losses.npz"
 SCORES = "scores/scores.parquet"
 PICTURE = "scores/easiest_hardest.png"
+SHARDS = "unfinished"
 RESULTS = "results.csv"
 REPORT = "report"
 FINETUNE = "finetune"
@@ -34,7 +35,17 @@ EXPORTS = "exports"
 # Temporary files tell whose they are, so that a later run on the same host can clear those of a
 # killed one and leaves everything else alone.
 _OWNER, _TEMPORARY = f".dlc_jax-{platform.node()}-", ".tmp"
-_FOLDERS = ("", "scores", "selections/*", f"{FINETUNE}/*/*", f"{EXPORTS}/*/*", REPORT)
+_ROWS = 8192  # written and read at a time, so that memory does not grow with the data set
+_FOLDERS = (
+    "",
+    "scores",
+    f"{SHARDS}/*",
+    "selections/*",
+    f"{FINETUNE}/*/*",
+    f"{EXPORTS}/*/*",
+    f"{EXPORTS}/idxs*/*/*/*/*",
+    REPORT,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,14 +143,22 @@ def prepare_workdir(workdir: Path) -> None:
         raise checks.InputError(
             f"--workdir: cannot write to {workdir}: {error.strerror or error}."
         ) from error
-    for folder in _FOLDERS:
-        for leftover in workdir.glob(f"{folder}/.*{_OWNER}*{_TEMPORARY}".lstrip("/")):
-            owner = leftover.name.removesuffix(_TEMPORARY).rpartition("-")[2]
-            if re.fullmatch(r"[0-9]{1,9}", owner) and not _is_running(int(owner)):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
+    for folders in _FOLDERS:
+        clear_leftovers(workdir, folders)
+
+
+def clear_leftovers(root: Path, folders: str = "") -> None:
+    """Removes temporary files of processes of this host that are no more; `folders` may be a glob.
+
+    Everything else stays.
+    """
+    for leftover in root.glob(f"{folders}/.*{_OWNER}*{_TEMPORARY}".lstrip("/")):
+        owner = leftover.name.removesuffix(_TEMPORARY).rpartition("-")[2]
+        if re.fullmatch(r"[0-9]{1,9}", owner) and not _is_running(int(owner)):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:
@@ -197,18 +216,24 @@ def write_losses(workdir: Path, **arrays: np.ndarray) -> None:
 
 def write_scores(workdir: Path, samples: ScoredSamples) -> None:
     """Writes `scores/scores.parquet`: id, label, class_name, one column per scoring method."""
-    names = np.asarray(samples.class_names, dtype=object)
-    table = pa.table(
-        {
-            "id": pa.array(samples.ids.tolist(), pa.string()),
-            "label": pa.array(samples.labels, pa.int32()),
-            "class_name": pa.array(names[samples.labels], pa.string()),
-            **{name: pa.array(values, pa.float32()) for name, values in samples.scores.items()},
-        }
+    schema = pa.schema(
+        [("id", pa.string()), ("label", pa.int32()), ("class_name", pa.string())]
+        + [(name, pa.float32()) for name in samples.scores],
+        metadata={"class_names": json.dumps(samples.class_names)},
     )
-    table = table.replace_schema_metadata({"class_names": json.dumps(samples.class_names)})
-    with atomic(workdir / SCORES) as file:
-        pq.write_table(table, file)
+    names = np.asarray(samples.class_names, dtype=object)
+    with atomic(workdir / SCORES) as file, pq.ParquetWriter(file, schema) as table:
+        for start in range(0, len(samples.ids), _ROWS):
+            some = slice(start, start + _ROWS)
+            labels = samples.labels[some]
+            columns = [samples.ids[some].tolist(), labels, names[labels]]
+            columns += [values[some] for values in samples.scores.values()]
+            table.write_batch(
+                pa.record_batch(
+                    [pa.array(c, kind) for c, kind in zip(columns, schema.types, strict=True)],
+                    schema=schema,
+                )
+            )
 
 
 def read_scores(workdir: Path) -> ScoredSamples:
@@ -224,12 +249,16 @@ def read_scores(workdir: Path) -> ScoredSamples:
         )
     try:
         with open(path, "rb") as file:  # given a name, Arrow would expand a ~ in it
-            table = pq.read_table(file)
-        class_names = tuple(json.loads(table.schema.metadata[b"class_names"]))
-        columns = {name: table[name].to_numpy() for name in table.column_names}
-        ids = columns.pop("id").astype(np.str_)
-        labels = columns.pop("label")
-        del columns["class_name"]
+            table = pq.ParquetFile(file)
+            class_names = tuple(json.loads(table.schema_arrow.metadata[b"class_names"]))
+            wanted = [name for name in table.schema_arrow.names if name != "class_name"]
+            parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+            for batch in table.iter_batches(_ROWS, columns=wanted, use_threads=False):
+                for name in wanted:
+                    part = batch[name].to_numpy(zero_copy_only=False)
+                    parts[name].append(part.astype(np.str_) if name == "id" else part.copy())
+        columns = {name: np.concatenate(parts[name]) for name in wanted}
+        ids, labels = columns.pop("id"), columns.pop("label")
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise checks.InputError(f"{path}: not a table of scores: {error!r}.") from error
     return ScoredSamples(ids, labels, class_names, columns)
@@ -237,9 +266,11 @@ def read_scores(workdir: Path) -> ScoredSamples:
 
 def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:
     """Returns the SHA-256 of each file."""
-    return {
-        path.as_posix(): hashlib.sha256((workdir / path).read_bytes()).hexdigest() for path in paths
-    }
+    hashes = {}
+    for path in paths:
+        with open(workdir / path, "rb") as file:
+            hashes[path.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def are_intact(workdir: Path, hashes: dict[str, str]) -> bool:

@@ -194,6 +194,12 @@ def prototypes_can_differ(
         )
 
 
+def some_readable(name: str, num_readable: int, num_samples: int) -> None:
+    """Raises if there is not a single readable sample."""
+    if num_readable == 0:
+        raise InputError(f"{name}: none of its {num_samples} images is readable.")
+
+
 def scores_fit_labels(scores: np.ndarray, labels: np.ndarray) -> None:
     """Raises unless scores are finite, [n], and labels are non-negative integers, [n]."""
     if scores.ndim != 1 or labels.ndim != 1 or len(scores) != len(labels):

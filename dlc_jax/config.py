@@ -17,12 +17,13 @@ from ml_collections import ConfigDict, config_dict
 
 from dlc_jax import checks
 from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
-from dlc_jax.exports import EXPORTS, PARTS
+from dlc_jax.exports import FORMS, PARTS, RELEASED
+from dlc_jax.exports.released import PRETRAINS, check_name
 from dlc_jax.masking import MASKINGS, PLACEMENTS, SCHEDULES, check_path
-from dlc_jax.preprocess.load import ON_CORRUPT
+from dlc_jax.preprocess import ON_CORRUPT, ImageCache
 from dlc_jax.probes import DTYPES, resolve_chunk
 from dlc_jax.probes.measure import SCHEDULE_OF_MODE
-from dlc_jax.selection import SELECTORS, check_cell
+from dlc_jax.selection import SELECTORS, check_cell, check_min_per_class
 from dlc_jax.training import FinetuneConfig
 from dlc_jax.types import setting
 
@@ -108,6 +109,7 @@ class SelectionConfig:
     )
     splits: tuple[float, ...] = setting((0.5,), "FlexRand's gamma, each in (0, 1)")
     seeds: tuple[int, ...] = setting((0,), "seeds of the draws")
+    min_per_class: int = setting(0, "least samples kept of a class (all, if it has no more)")
 
     def check(self, mode: str) -> None:
         for key in ("methods", "keep_fractions", "splits", "seeds"):
@@ -127,6 +129,7 @@ class SelectionConfig:
             checks.seed(seed, "selection.seeds")
         for cell in self.cells():
             check_cell(*cell, mode)
+        check_min_per_class(self.min_per_class, mode, "selection.min_per_class")
 
     def cells(self) -> list[tuple[str, float, float | None, int]]:
         """Returns (method, keep_fraction, split, seed) of every cell; split None where not used."""
@@ -143,11 +146,14 @@ class SelectionConfig:
 class ExportConfig:
     """In which forms selections are written for other programs."""
 
-    forms: tuple[str, ...] = setting(("ids",), ", ".join(EXPORTS))
+    forms: tuple[str, ...] = setting(("ids",), ", ".join(FORMS))
     parts: tuple[str, ...] = setting(("kept",), ", ".join(PARTS))
+    datasets_dir: str | None = setting(None, "the released code's --datasets_dir; form released")
+    released_name: str | None = setting(None, "its --dataset, such as DTD; form released")
+    pretrain: str = setting("fully", f"its --pretrain: {' or '.join(PRETRAINS)}; form released")
 
     def check(self) -> None:
-        for key, choices in (("forms", EXPORTS), ("parts", PARTS)):
+        for key, choices in (("forms", FORMS), ("parts", PARTS)):
             values = getattr(self, key)
             if not values:
                 raise checks.InputError(
@@ -155,6 +161,16 @@ class ExportConfig:
                 )
             for value in values:
                 checks.one_of(f"export.{key}", value, choices)
+        if RELEASED in self.forms:
+            for key in ("datasets_dir", "released_name"):
+                if not getattr(self, key):
+                    raise checks.InputError(
+                        f"export.{key}: missing; the form {RELEASED!r} needs it. Give the folder "
+                        "and the name that the released code knows the data set by, such as /data "
+                        "and DTD."
+                    )
+            check_name(self.released_name or "")
+            checks.one_of("export.pretrain", self.pretrain, PRETRAINS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +182,7 @@ class Config:
     stages: tuple[str, ...] = setting(_DEFAULT_STAGES, f"what to run, out of {', '.join(STAGES)}")
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
+    cache: ImageCache = dataclasses.field(default_factory=ImageCache)
     probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from dlc_jax import artefacts, provenance, selection_files
+import numpy as np
+
+from dlc_jax import artefacts, checks, provenance, selection_files
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
-from dlc_jax.exports import EXPORTS, export
+from dlc_jax.exports import EXPORTS, RELEASED, export, part_positions
+from dlc_jax.exports.released import match_samples, needs_grid, released_path
 from dlc_jax.types import Dataset
+
+Cell: TypeAlias = tuple[str, float, float | None, int]  # see SelectionConfig.cells
+_RELEASED_ROOTS = {"kept": "idxs", "dropped": "idxs-dropped"}  # for the released --idxs_dir
 
 
 def run_exports(
@@ -21,13 +28,18 @@ def run_exports(
 ) -> None:
     """Writes `exports/<method>/<cell>/<part><suffix>`, each whole or not there at all.
 
+    The form `released` goes to `exports/idxs/` and `exports/idxs-dropped/`, in that code's layout.
+
     Raises:
       ValueError: data that are not those that were scored, a selection that is not there, a sample
-        that cannot be read.
+        that cannot be read; with `released` what `released_path` and `match_samples` refuse.
     """
     provenance.check_is_what_was_scored(workdir, dataset)
-    cells = config.selection.cells()
-    for method, keep_fraction, split, seed in cells:
+    cells, parts = config.selection.cells(), config.export.parts
+    released = _released_paths(config, workdir) if RELEASED in config.export.forms else {}
+    positions = {}
+    for cell in cells:
+        method, keep_fraction, split, seed = cell
         kept = selection_files.read_selection(
             workdir,
             samples,
@@ -35,14 +47,87 @@ def run_exports(
             keep_fraction=keep_fraction,
             split=split,
             seed=seed,
+            min_per_class=config.selection.min_per_class,
             mode=config.mode,
         )
-        cell = selection_files.cell_name(keep_fraction, split, seed)
-        folder = workdir / artefacts.EXPORTS / method / cell
+        name = selection_files.cell_name(keep_fraction, split, seed)
+        folder = workdir / artefacts.EXPORTS / method / name
         for form in config.export.forms:
-            for part in config.export.parts:
-                path = folder / f"{part}{EXPORTS[form].suffix}"
-                export(dataset, kept, path, form=form, part=part, overwrite=True)
-    num_each = len(config.export.forms) * len(config.export.parts)
+            for part in parts:
+                if form == RELEASED:
+                    path = released[cell, part]
+                    positions[path] = part_positions(dataset, kept, part, str(path))
+                else:
+                    path = folder / f"{part}{EXPORTS[form].suffix}"
+                    export(dataset, kept, path, form=form, part=part, overwrite=True)
+    if released:
+        _write_released(config, dataset, positions)
+    num_each = len(config.export.forms) * len(parts)
     echo(f"export: {len(cells) * num_each} exports of {len(cells)} selections written")
     echo(f"files: {workdir / artefacts.EXPORTS}/")
+
+
+def _released_paths(config: Config, workdir: Path) -> dict[tuple[Cell, str], Path]:
+    """Returns where every cell and part goes; the names are of the scores that are there.
+
+    Raises:
+      ValueError: settings that the released layout has no name for.
+    """
+    made_with = (provenance.stage_record(workdir, "score") or {}).get("settings")
+    if made_with is None:
+        raise checks.InputError(
+            f"{workdir / artefacts.PROVENANCE}: does not say with what the scores were made, which "
+            f"the form {RELEASED!r} names its files by; expected scores of the stage 'score'."
+        )
+    probe, num_probes = made_with["probe"], _num_probes(workdir)
+    paths: dict[tuple[Cell, str], Path] = {}
+    for cell in config.selection.cells():
+        method, keep_fraction, split, seed = cell
+        if needs_grid(method):
+            _check_placement(probe)
+        for part in config.export.parts:
+            path = released_path(
+                workdir / artefacts.EXPORTS / _RELEASED_ROOTS[part],
+                seed=seed,
+                name=str(config.export.released_name),
+                method=method,
+                split=split,
+                masking=probe["masking"],
+                step=probe["step"],
+                num_probes=num_probes,
+                pretrain=config.export.pretrain,
+                arch=made_with["encoder"]["name"],
+                keep_fraction=keep_fraction,
+            )
+            paths[cell, part] = path
+    if len(set(paths.values())) < len(paths):  # 0.3 and 0.1 + 0.2 are two splits here
+        raise checks.InputError(
+            f"selection: two cells have one name in the released layout: {config.selection}."
+        )
+    return paths
+
+
+def _num_probes(workdir: Path) -> int:
+    """Returns how many there were: `probe.max_sparsity` may have cut the path short."""
+    with np.load(workdir / artefacts.LOSSES, allow_pickle=False) as arrays:
+        return len(arrays["sparsity"])
+
+
+def _check_placement(probe: dict[str, Any]) -> None:
+    if probe["placement"] != "grid":
+        raise checks.InputError(
+            f"probe.placement: the scores were made with {probe['placement']!r}, for which the "
+            "released layout has no name; expected 'grid', the first probes of the path."
+        )
+
+
+def _write_released(config: Config, dataset: Dataset, positions: dict[Path, np.ndarray]) -> None:
+    """Writes positions in the released order; every sample is looked up and compared once."""
+    samples = np.unique(np.concatenate(list(positions.values())))
+    order = np.full(len(dataset), -1, np.int64)
+    order[samples] = match_samples(
+        dataset, samples, str(config.export.datasets_dir), str(config.export.released_name)
+    )
+    for path, some in positions.items():
+        with artefacts.atomic(path) as file:
+            np.save(file, np.sort(order[some]))

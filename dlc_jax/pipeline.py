@@ -106,11 +106,18 @@ def _score(config: Config, workdir: Path, load: Load, echo: Callable[[str], None
         f"score: {len(dataset)} samples of {dataset.num_classes} classes, "
         f"{encoder.name} on {jax.default_backend()}"
     )
+    if config.cache.max_gib and not config.cache.takes(len(dataset), settings.image_size):
+        echo(
+            f"score: note: decoded images are more than cache.max_gib={config.cache.max_gib:g}; "
+            "they are decoded twice, and not kept"
+        )
     probes = probe(
         encoder,
         dataset,
         image_size=settings.image_size,
         on_corrupt=config.dataset.on_corrupt,
+        cache=config.cache,
+        folder=workdir / artefacts.SHARDS,
         seed=config.seed,
         mode=config.mode,
         progress=True,
@@ -131,6 +138,7 @@ def _score(config: Config, workdir: Path, load: Load, echo: Callable[[str], None
     made_with = {key: resolved.to_dict()[key] for key in ("mode", "seed", "encoder", "probe")}
     seconds = time.perf_counter() - start
     provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
+    shutil.rmtree(workdir / artefacts.SHARDS, ignore_errors=True)  # finished
     return resolved
 
 
@@ -171,7 +179,7 @@ def _write_scores(workdir: Path, dataset: Dataset, probes: ProbeLosses) -> None:
     )
     samples = ScoredSamples(probes.ids, probes.labels, probes.class_names, scores)
     artefacts.write_scores(workdir, samples)
-    positions = np.flatnonzero(np.isin(dataset.ids, probes.ids))
+    positions = np.flatnonzero(np.isin(dataset.ids, list(probes.skipped), invert=True))
     picture = reports.easiest_hardest(dataset, positions, scores["dlc"])
     with artefacts.atomic(workdir / artefacts.PICTURE) as file:
         picture.save(file, "PNG", optimize=True)
@@ -183,7 +191,8 @@ def _select(
     """Writes every cell; returns the one the summary shows, the middle one of the first method."""
     start = time.perf_counter()
     cells = config.selection.cells()
-    facts = {"scores": samples.fingerprint, "mode": config.mode, "cells": cells}
+    least = config.selection.min_per_class
+    facts = {"scores": samples.fingerprint, "mode": config.mode, "cells": cells, "least": least}
     inputs = artefacts.json_hash({"version": dlc_jax.__version__, **facts})
     of_first = [cell for cell in cells if cell[0] == config.selection.methods[0]]
     shown = of_first[len(of_first) // 2]
@@ -209,6 +218,7 @@ def _select(
             keep_fraction=keep_fraction,
             split=split,
             seed=seed,
+            min_per_class=least,
             mode=config.mode,
         )
         if not done:
@@ -218,7 +228,8 @@ def _select(
                 bare.add(keep_fraction)
                 echo(
                     f"select: note: keep fraction {keep_fraction:g} keeps nothing of {num_lost} of "
-                    f"{len(samples.class_names)} classes (budgets are rounded in every class)"
+                    f"{len(samples.class_names)} classes (budgets are rounded in every class; "
+                    "selection.min_per_class=1 keeps one)"
                 )
     if done:
         echo("select: unchanged, not run again")

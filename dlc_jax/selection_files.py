@@ -40,6 +40,7 @@ def write_selection(workdir: Path, selection: Selection, samples: ScoredSamples)
         "split": selection.split,
         "seed": selection.seed,
         "mode": selection.mode,
+        "min_per_class": selection.min_per_class,
         "num_samples": len(kept),
         "kept": _ids_summary(samples.ids[kept]),
         "dropped": _ids_summary(samples.ids[~kept]),
@@ -66,13 +67,14 @@ def read_selection(
     keep_fraction: float,
     split: float | None,
     seed: int,
+    min_per_class: int,
     mode: str,
 ) -> Selection:
     """Reads what `write_selection` wrote, with the ids of the kept samples.
 
     Raises:
-      ValueError: it is not there, was made from other scores or in another mode, or is not what
-        its manifest says.
+      ValueError: it is not there, was made from other scores, in another mode or with another
+        minimum, or is not what its manifest says.
     """
     path = workdir / "selections" / method / f"{cell_name(keep_fraction, split, seed)}.npy"
     manifest = artefacts.read_json(path.with_suffix(".json"))
@@ -90,6 +92,11 @@ def read_selection(
             f"expected {samples.fingerprint[:12]}, those in {artefacts.SCORES}, and {mode!r}. Run "
             "the stage 'select' again."
         )
+    if manifest.get("min_per_class", 0) != min_per_class:
+        raise checks.InputError(
+            f"{path}: selected with min_per_class={manifest.get('min_per_class', 0)}, expected "
+            f"{min_per_class}. Run the stage 'select' again."
+        )
     ids = samples.ids[indices]
     if _ids_summary(ids) != manifest.get("kept"):
         raise checks.InputError(
@@ -103,6 +110,7 @@ def read_selection(
         split=split,
         seed=seed,
         mode=mode,
+        min_per_class=min_per_class,
         num_kept_per_class=np.bincount(samples.labels[indices], minlength=len(samples.class_names)),
         labels_fingerprint=labels_fingerprint(samples.labels),
         ids=ids,

@@ -95,6 +95,7 @@ def run_sweep(
             image_size=config.encoder.image_size,
             mode=config.mode,
             on_corrupt=config.dataset.on_corrupt,
+            cache=config.cache,
             progress=True,
         )
         sweep = _Sweep(config, workdir, samples, dataset, finetuner)
@@ -173,8 +174,9 @@ class _Sweep(NamedTuple):
     def _kept(self, cell: Cell) -> Selection:
         samples, mode = self.samples, self.config.mode
         if cell.method != FULL:
+            least = self.config.selection.min_per_class
             return selection_files.read_selection(
-                self.workdir, samples, **cell._asdict(), mode=mode
+                self.workdir, samples, **cell._asdict(), min_per_class=least, mode=mode
             )
         return Selection(
             indices=np.arange(len(samples.ids)),

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -40,6 +41,15 @@ class _Some:
 
     def __getitem__(self, position: int) -> bytes | np.ndarray:
         return self.images[int(self.positions[position])]
+
+    def file(self, position: int) -> Path | None:
+        return file_of(self.images, int(self.positions[position]))
+
+
+def file_of(images: ImageSource, position: int) -> Path | None:
+    """Returns the file that holds this image alone; None where the source has no such files."""
+    file = getattr(images, "file", None)
+    return None if file is None else file(position)
 
 
 class Sample(NamedTuple):
@@ -115,8 +125,10 @@ class Dataset:
         """SHA-256 over every id, label, image and class name: equal content, equal fingerprint."""
         digest = hashlib.sha256(repr(self.class_names).encode())
         with ThreadPoolExecutor() as pool:
-            for row in pool.map(self._row_digest, range(len(self))):
-                digest.update(row)
+            for start in range(0, len(self), 1024):  # a task each: not a million at a time
+                some = range(start, min(start + 1024, len(self)))
+                for row in pool.map(self._row_digest, some):
+                    digest.update(row)
         return digest.hexdigest()
 
     def _row_digest(self, position: int) -> bytes:
@@ -169,6 +181,7 @@ class Selection:
       mode: `default` or `official`.
       num_kept_per_class: [c] kept samples of each class.
       single_sample_classes: Class ids that have one sample only (kept, in default mode).
+      min_per_class: Least samples that were to be kept of a class.
       labels_fingerprint: Of all labels it was selected from; None where that is not known.
       ids: Kept sample ids, in the order of `indices`; None where `select` was not given any.
     """
@@ -181,6 +194,7 @@ class Selection:
     mode: str
     num_kept_per_class: Int64[np.ndarray, " c"]
     single_sample_classes: tuple[int, ...] = ()
+    min_per_class: int = 0
     labels_fingerprint: str | None = None
     ids: np.ndarray | None = dataclasses.field(default=None, repr=False)
 

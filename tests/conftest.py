@@ -19,6 +19,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 
+# Decoded images of the tests do not belong in the user's cache.
+if "DLC_JAX_TESTS" not in os.environ:
+    _decoded = tempfile.mkdtemp(prefix="dlc_jax-tests-")
+    os.environ["XDG_CACHE_HOME"] = os.environ["DLC_JAX_TESTS"] = _decoded
+    atexit.register(shutil.rmtree, _decoded, ignore_errors=True)
+
 jaxtyping.install_import_hook("dlc_jax", "runtime_types.check")
 
 import numpy as np  # noqa: E402

@@ -14,11 +14,17 @@ from dlc_jax.datasets.huggingface import load_hf
 from dlc_jax.datasets.npz import load_npz
 from dlc_jax.datasets.parquet import load_demo, load_parquet
 from dlc_jax.datasets.parts import concatenate, part_sources
+from dlc_jax.datasets.splits import load_split, stratified_split
 from dlc_jax.datasets.tfds import load_tfds
 from dlc_jax.datasets.webdataset import load_tar
 from dlc_jax.types import Dataset
 
-__all__ = ["SOURCES", "array_dataset", "load_dataset"]
+__all__ = ["SOURCES", "array_dataset", "load_dataset", "stratified_split"]
+
+
+def _load_split(where: str) -> Dataset:
+    return load_split(where, load_dataset)
+
 
 # scheme -> function of what follows the colon
 SOURCES: dict[str, Callable[[str], Dataset]] = {
@@ -31,9 +37,10 @@ SOURCES: dict[str, Callable[[str], Dataset]] = {
     "tfds": load_tfds,
     "fgvc_aircraft": load_aircraft,
     "demo": load_demo,
+    "split": _load_split,
 }
 
-_WITH_OWN_PARTS = ("tfds", "hf")
+_WITH_OWN_PARTS = ("tfds", "hf", "split")
 
 
 def load_dataset(source: str) -> Dataset:
@@ -51,7 +58,11 @@ def load_dataset(source: str) -> Dataset:
         `fgvc_aircraft:<root>/<split>`: the official archive;
         `tfds:<name>/<split>`: a prepared TensorFlow Datasets data set, e.g.
           `tfds:dtd/train+validation`;
-        `demo:caltech15/train` or `demo:caltech15/test`: the bundled sample.
+        `demo:caltech15/train` or `demo:caltech15/test`: the bundled sample;
+        `split:<train>/<validation>[/<test>][@<seed>]:<parts>:<source>`: parts of a seeded,
+          stratified split, in percent, of any other source, e.g.
+          `split:60/20/20:train+validation:tfds:deep_weeds/train` or
+          `split:80/0/20@7:test:folder:/data/x` (see `stratified_split`).
         Parts of any of them are joined by `+` in the last place: `folder:/data/x/train+val`.
     Returns:
       The data set. Integer labels that are not 0..c-1 are remapped and the table kept in
@@ -59,7 +70,7 @@ def load_dataset(source: str) -> Dataset:
       present and unique, and a hash of the content otherwise.
     Raises:
       ValueError: an unknown scheme, a missing file, a column that is not there, a sample without
-        label or image, a class folder without images.
+        label or image, a class folder without images, a split with an empty part.
     """
     scheme, colon, rest = str(source).partition(":")
     if not colon or not rest:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from dlc_jax import checks
 from dlc_jax.datasets.files import Files
 from dlc_jax.datasets.labels import encode_labels, stable_ids
@@ -37,7 +39,7 @@ def load_aircraft(where: str) -> Dataset:
         names.append(f"images/{name}.jpg")
         variants.append(variant.strip())
     classes = _lines(source, data / "variants.txt")
-    images = Files(tuple(data / name for name in names))
+    images = Files(data, np.asarray(names, np.str_))
     labels = encode_labels(variants, classes, source)
     return Dataset(images, labels.ids, stable_ids(names, images), labels.class_names, source)
 

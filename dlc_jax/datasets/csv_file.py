@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
+
 from dlc_jax import checks
 from dlc_jax.datasets.files import Files
 from dlc_jax.datasets.labels import encode_labels, stable_ids
@@ -51,7 +53,7 @@ def load_csv(where: str) -> Dataset:
         names.append(name)
         values.append(label)
     encoded = encode_labels(_as_integers(values), None, source)
-    images = Files(tuple(file.parent / name for name in names))
+    images = Files(file.parent, np.asarray(names, np.str_))
     ids = stable_ids(names, images)
     return Dataset(images, encoded.ids, ids, encoded.class_names, source, encoded.table)
 

@@ -6,20 +6,32 @@ import dataclasses
 import glob
 from pathlib import Path
 
+import numpy as np
+
 from dlc_jax import checks
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Files:
-    """Encoded images by position, read when asked for."""
+    """Encoded images by position, read when asked for.
 
-    paths: tuple[Path, ...]
+    Attributes:
+      root: What the names are relative to.
+      names: POSIX paths, as an array: a million `Path`s would take half a gigabyte.
+    """
+
+    root: Path
+    names: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, position: int) -> bytes:
-        return self.paths[position].read_bytes()
+        return self.file(position).read_bytes()
+
+    def file(self, position: int) -> Path:
+        """Returns the file of an image."""
+        return self.root / str(self.names[position])
 
 
 def matching(scheme: str, where: str, suffix: str) -> list[Path]:

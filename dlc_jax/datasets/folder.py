@@ -36,23 +36,22 @@ def load_folder(where: str) -> Dataset:
             f"folder:{where}: its sub-folders are splits ({', '.join(classes)}), not classes; give "
             f"one, folder:{where}/{classes[-1]}, or several, folder:{where}/{'+'.join(classes)}."
         )
-    paths, labels = [], []
+    names, labels = [], []
     for label, name in enumerate(classes):
-        images = _images_below(root / name)
+        images = [f"{name}/{image}" for image in _images_below(root / name)]
         if not images:
             raise checks.InputError(
                 f"folder:{where}: class {name!r} has no image (looked for {', '.join(SUFFIXES)}). "
                 "Add images or remove the folder."
             )
-        paths += images
+        names += images
         labels += [label] * len(images)
-    names = [path.relative_to(root).as_posix() for path in paths]
     garbled = next((name for name in names if not _is_text(name)), None)
     if garbled is not None:
         raise checks.InputError(f"folder:{where}: file name {garbled!r} is not valid UTF-8.")
     ids = np.asarray(names, dtype=np.str_)
     return Dataset(
-        Files(tuple(paths)), np.asarray(labels, np.int32), ids, tuple(classes), f"folder:{where}"
+        Files(root, ids), np.asarray(labels, np.int32), ids, tuple(classes), f"folder:{where}"
     )
 
 
@@ -61,7 +60,8 @@ def _is_text(name: str) -> bool:
     return not any(0xD800 <= ord(character) < 0xE000 for character in name)
 
 
-def _images_below(folder: Path) -> list[Path]:
+def _images_below(folder: Path) -> list[str]:
+    """Returns the images at any depth, relative to the folder, in the order of their paths."""
     found, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(parent) in seen:  # a link back up would never end
@@ -69,9 +69,10 @@ def _images_below(folder: Path) -> list[Path]:
             continue
         seen.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if name[0] != ".")
+        below = os.path.relpath(parent, folder)
         found += [
-            Path(parent) / name
+            name if below == "." else f"{below}/{name}"
             for name in names
             if name[0] != "." and name.lower().endswith(SUFFIXES)
         ]
-    return sorted(found)
+    return sorted(found, key=lambda name: name.split("/"))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from dlc_jax import checks
+from dlc_jax.preprocess import in_order, shown
 from dlc_jax.types import Dataset
 
 # Smallest over largest class, and sides in pixels, beyond which a person should look.
@@ -127,8 +126,6 @@ def inspect(
 
 
 def _read(dataset: Dataset, prefix: str, progress: bool) -> Iterator[_Read]:
-    import grain  # a quarter of the package's import time, and only reading images needs it
-
     def read(position: int) -> _Read:
         name = f"{prefix}{dataset.ids[position]}"
         label = dataset.class_names[dataset.labels[position]]
@@ -151,15 +148,7 @@ def _read(dataset: Dataset, prefix: str, progress: bool) -> Iterator[_Read]:
             return _Read(name, label, digest, None, checks.first_line(error))
         return _Read(name, label, digest, decoded.size, None)
 
-    threads = os.cpu_count() or 1
-    rows = (
-        grain.MapDataset.range(len(dataset))
-        .map(read)
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads))
-    )
-    yield from tqdm(
-        rows, "read", len(dataset), unit="img", disable=None if progress else True, leave=False
-    )
+    yield from shown(in_order(read, len(dataset)), "read", len(dataset), progress)
 
 
 def _odd(width: int, height: int) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc_jax.types import Dataset, ImageSource
+from dlc_jax.types import Dataset, ImageSource, file_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,8 +23,15 @@ class _Joined:
         return self.ends[-1]
 
     def __getitem__(self, position: int) -> bytes | np.ndarray:
+        source, place = self._part(position)
+        return source[place]
+
+    def file(self, position: int) -> Path | None:
+        return file_of(*self._part(position))
+
+    def _part(self, position: int) -> tuple[ImageSource, int]:
         part = bisect.bisect_right(self.ends, position)
-        return self.sources[part][position - (self.ends[part - 1] if part else 0)]
+        return self.sources[part], position - (self.ends[part - 1] if part else 0)
 
 
 def part_sources(where: str) -> list[str]:

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 from dlc_jax import checks
-from dlc_jax.exports.image_folder import write_image_folder
+from dlc_jax.exports.image_folder import write_image_folder, write_image_links
 from dlc_jax.exports.lists import write_ids, write_jsonl, write_positions
 from dlc_jax.exports.tables import write_hub_folder, write_parquet
 from dlc_jax.selection import kept_positions
 from dlc_jax.types import Dataset, Selection
 
-__all__ = ["EXPORTS", "PARTS", "export"]
+__all__ = ["EXPORTS", "FORMS", "PARTS", "RELEASED", "export", "part_positions"]
 
 PARTS = ("kept", "dropped")
 
@@ -39,8 +40,12 @@ EXPORTS: Mapping[str, Export] = {
     "jsonl": Export(write_jsonl, ".jsonl"),
     "parquet": Export(write_parquet, ".parquet"),
     "image_folder": Export(write_image_folder, "-images"),
+    "image_links": Export(write_image_links, "-links"),
     "hf": Export(write_hub_folder, "-hf"),
 }
+# Of the stage only: its paths tell with what the scores were made, and it reads other files.
+RELEASED = "released"
+FORMS = (*EXPORTS, RELEASED)
 
 
 def export(
@@ -57,10 +62,11 @@ def export(
     Args:
       dataset: What `kept` was selected from.
       kept: A `Selection`, or positions in the data set.
-      path: File or, for `image_folder` and `hf`, folder to write.
+      path: File or, for `image_folder`, `image_links` and `hf`, folder to write.
       form: `npy`: positions in the data set, int64; `ids`: a line of text each; `jsonl`: id, label,
         class_name and position; `parquet`: images and labels in the Hugging Face convention;
-        `image_folder`: one sub-folder per class; `hf`: a folder that `datasets` loads.
+        `image_folder`: copies, one sub-folder per class; `image_links`: the same of symbolic links,
+        for sources that are files; `hf`: a folder that `datasets` loads.
       part: `kept` or `dropped`.
       overwrite: Whether to replace what is there, all of it.
     Returns:
@@ -70,13 +76,14 @@ def export(
         nothing to write, something there already, a sample that cannot be read.
     """
     path = Path(path).expanduser()
+    if form == RELEASED:
+        raise checks.InputError(
+            f"export form: {form!r} is a form of the stage 'export' only, for its paths tell with "
+            f"what the scores were made: --config.export.forms={form}. Expected one of "
+            f"{', '.join(EXPORTS)}; exports.released.released_positions gives its positions."
+        )
     checks.one_of("export form", form, EXPORTS)
-    checks.one_of("export part", part, PARTS)
-    positions = kept_positions(dataset, kept)
-    if part == "dropped":
-        positions = np.setdiff1d(np.arange(len(dataset)), positions)
-        if not len(positions):
-            raise checks.InputError(f"{path}: nothing is dropped, so there is nothing to write.")
+    positions = part_positions(dataset, kept, part, str(path))
     if not overwrite and path.exists():
         raise checks.InputError(f"{path}: is there already; expected a new name, or overwrite.")
     try:
@@ -84,3 +91,23 @@ def export(
     except OSError as error:
         raise checks.InputError(f"{path}: cannot be written: {error}.") from error
     return path
+
+
+def part_positions(
+    dataset: Dataset, kept: Selection | np.ndarray | Sequence[int], part: str, where: str
+) -> Int64[np.ndarray, " k"]:
+    """Returns the positions of the kept or the dropped samples, ascending.
+
+    Args:
+      dataset, kept, part: See `export`.
+      where: For messages.
+    Raises:
+      ValueError: an unknown part, `kept` that does not fit the data set, or nothing is dropped.
+    """
+    checks.one_of("export part", part, PARTS)
+    positions = kept_positions(dataset, kept)
+    if part == "dropped":
+        positions = np.setdiff1d(np.arange(len(dataset)), positions)
+        if not len(positions):
+            raise checks.InputError(f"{where}: nothing is dropped, so there is nothing to write.")
+    return positions

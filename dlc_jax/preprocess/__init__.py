@@ -1,14 +1,32 @@
 """Images as torchvision would hand them to a network, as uint8."""
 
+from dlc_jax.preprocess.batches import filled, in_batches
+from dlc_jax.preprocess.cache import ImageCache
 from dlc_jax.preprocess.crops import RandomCrops, resized_crop
 from dlc_jax.preprocess.decode import decode, resize_and_crop
-from dlc_jax.preprocess.load import LoadedImages, load_images
+from dlc_jax.preprocess.load import (
+    ON_CORRUPT,
+    LoadedImages,
+    Reader,
+    evaluation_crops,
+    load_images,
+    shown,
+)
+from dlc_jax.preprocess.threads import in_order
 
 __all__ = [
+    "ON_CORRUPT",
+    "ImageCache",
     "LoadedImages",
     "RandomCrops",
+    "Reader",
     "decode",
+    "evaluation_crops",
+    "filled",
+    "in_batches",
+    "in_order",
     "load_images",
     "resize_and_crop",
     "resized_crop",
+    "shown",
 ]

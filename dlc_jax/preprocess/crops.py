@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
-from dlc_jax.preprocess.decode import decode
 from dlc_jax.types import Dataset
 
 _SCALE = (0.08, 1.0)
@@ -40,12 +39,6 @@ class RandomCrops:
         generator = np.random.default_rng([self.seed, draw, *sample_key])
         box = random_box(generator, image.height, image.width)
         return resized_crop(image, box, generator.random() < 0.5, self.image_size)
-
-    def originals(self, positions: Int64[np.ndarray, " b"]) -> list[Image.Image]:
-        """Decodes a batch, so that many draws can be cut from it."""
-        samples = [self.dataset[int(position)] for position in positions]
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(lambda sample: decode(sample.image, sample.id), samples))
 
     def cut(
         self, originals: list[Image.Image], positions: Int64[np.ndarray, " b"], draw: int

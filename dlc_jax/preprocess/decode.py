@@ -28,6 +28,9 @@ def decode(image: bytes | np.ndarray, sample_id: str) -> Image.Image:
             # PIL's advice on transparency in palettes; the conversion wanted here ignores it
             warnings.filterwarnings("ignore", message="Palette images with Transparency")
             with Image.open(io.BytesIO(image)) as encoded:
+                if encoded.mode == "RGB":  # converting would copy it
+                    encoded.load()
+                    return encoded
                 return encoded.convert("RGB")
     except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
         said = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))

@@ -1,19 +1,121 @@
-"""A data set's images, each decoded once, on all cores, into one array."""
+"""A data set's images as evaluation crops: streamed, from the cache, or all in one array."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Int64, UInt8
+from PIL import Image
 from tqdm import tqdm
 
 from dlc_jax import checks
+from dlc_jax.preprocess.cache import CachedCrops, ImageCache
 from dlc_jax.preprocess.decode import decode, resize_and_crop
+from dlc_jax.preprocess.threads import in_order
 from dlc_jax.types import Dataset
 
 ON_CORRUPT = ("error", "skip")
+Item = TypeVar("Item")
+
+
+class Reader(Generic[Item]):
+    """Gives samples in the form that `of_image` makes of them; nothing is kept.
+
+    Args:
+      dataset: What to read.
+      of_image: Takes a decoded image and its position; runs on all cores.
+    """
+
+    def __init__(self, dataset: Dataset, of_image: Callable[[Image.Image, int], Item]):
+        self.dataset = dataset
+        self._of_image = of_image
+
+    def read(self, positions: Int64[np.ndarray, " k"]) -> Iterator[Item | str]:
+        """Yields what was made of the image at each position, or why there is none."""
+        return in_order(lambda place: self._one(int(positions[place])), len(positions))
+
+    def _one(self, position: int) -> Item | str:
+        try:
+            sample = self.dataset[position]
+            image = decode(sample.image, sample.id)
+        except checks.InputError as error:
+            return str(error)
+        except OSError as error:  # a file that is gone, or that may not be read
+            return f"sample {str(self.dataset.ids[position])!r} cannot be read: {error}"
+        return self._of_image(image, position)
+
+    def readable(
+        self, positions: Int64[np.ndarray, " k"], skipped: dict[int, str] | None
+    ) -> Iterator[tuple[int, Item]]:
+        """Yields the readable ones of these positions, with what `read` gives.
+
+        Args:
+          positions: In the data set.
+          skipped: Takes the others, position: why; None makes them an error.
+        Raises:
+          ValueError: naming the sample, if it cannot be read and `skipped` is None.
+        """
+        for position, item in zip(positions.tolist(), self.read(positions), strict=True):
+            if not isinstance(item, str):
+                yield position, item
+            elif skipped is None:
+                raise unreadable(self.dataset, item)
+            else:
+                skipped[position] = item
+
+
+class _CachedReader(Reader[np.ndarray]):
+    """Evaluation crops that the cache has."""
+
+    def __init__(self, dataset: Dataset, cached: CachedCrops):
+        self.dataset, self.cached = dataset, cached
+
+    def read(self, positions: Int64[np.ndarray, " k"]) -> Iterator[np.ndarray | str]:
+        for position in positions.tolist():
+            yield self.cached.problems.get(position) or self.cached.pixels[position]
+
+
+def unreadable(dataset: Dataset, why: str) -> checks.InputError:
+    """Returns the error for a sample that must be readable and is not."""
+    return checks.InputError(f"{dataset.name}: {why} (on_corrupt='skip' leaves such samples out)")
+
+
+def evaluation_crops(
+    dataset: Dataset,
+    image_size: int,
+    *,
+    on_corrupt: str = "error",
+    cache: ImageCache | None = None,
+    progress: bool = False,
+) -> Reader[np.ndarray]:
+    """Returns a reader of uint8 [s, s, 3]: the evaluation transform of every image.
+
+    Args:
+      dataset: What to read.
+      image_size: s, in pixels.
+      on_corrupt: Whether filling the cache stops at an unreadable image (`error`) or not (`skip`).
+      cache: Where decoded crops are kept. Without one, or if they do not fit, images are decoded
+        whenever they are read.
+      progress: Whether to show a bar while the cache is filled.
+    Raises:
+      ValueError: naming the sample, if one cannot be read while the cache is filled.
+    """
+    reader = Reader(dataset, lambda image, _: resize_and_crop(image, image_size))
+    if cache is None:
+        return reader
+
+    def everything() -> Iterator[np.ndarray | str]:
+        crops = reader.read(np.arange(len(dataset)))
+        for crop in shown(crops, "decode", len(dataset), progress):
+            if isinstance(crop, str) and on_corrupt == "error":  # now, not after all the others
+                raise unreadable(dataset, crop)
+            yield crop
+
+    cached = cache.crops(dataset, image_size, everything)
+    return reader if cached is None else _CachedReader(dataset, cached)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,54 +134,45 @@ class LoadedImages:
 
 
 def load_images(
-    dataset: Dataset, image_size: int, *, on_corrupt: str = "error", progress: bool = False
+    dataset: Dataset,
+    image_size: int,
+    *,
+    on_corrupt: str = "error",
+    progress: bool = False,
+    cache: ImageCache | None = None,
 ) -> LoadedImages:
-    """Decodes, resizes and crops every image.
+    """Decodes, resizes and crops every image, into memory or, with a cache, into a mapped file.
 
     Args:
       dataset: What to read.
       image_size: Side of the crop in pixels.
       on_corrupt: `error`, or `skip` to leave unreadable images out and list them.
       progress: Whether to show a bar on the terminal.
+      cache: Where decoded crops are kept.
     Raises:
       ValueError: naming the sample, if it cannot be read and `on_corrupt` is `error`; or if no
         sample can be read.
     """
-    import grain  # a quarter of the package's import time, and only reading images needs it
-
     checks.one_of("dataset.on_corrupt", on_corrupt, ON_CORRUPT)
-
-    def read(position: int) -> np.ndarray | str:
-        try:
-            sample = dataset[position]
-            return resize_and_crop(decode(sample.image, sample.id), image_size)
-        except checks.InputError as error:
-            return str(error)
-        except OSError as error:  # a file that is gone, or that may not be read
-            return f"sample {str(dataset.ids[position])!r} cannot be read: {error}"
-
-    threads = max(os.cpu_count() or 1, 1)
-    images = (
-        grain.MapDataset.range(len(dataset))
-        .map(read)
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads))
+    reader = evaluation_crops(
+        dataset, image_size, on_corrupt=on_corrupt, cache=cache, progress=progress
     )
+    everything = np.arange(len(dataset))
+    if isinstance(reader, _CachedReader) and not reader.cached.problems:
+        return LoadedImages(reader.cached.pixels, everything, {})
     pixels = np.empty((len(dataset), image_size, image_size, 3), np.uint8)
     positions: list[int] = []
-    skipped: dict[str, str] = {}
-    bar = tqdm(
-        images, "decode", len(dataset), unit="img", disable=None if progress else True, leave=False
-    )
-    for position, image in enumerate(bar):
-        if isinstance(image, str):
-            if on_corrupt == "error":
-                raise checks.InputError(
-                    f"{dataset.name}: {image} (on_corrupt='skip' leaves such samples out)"
-                )
-            skipped[str(dataset.ids[position])] = image
-            continue
-        pixels[len(positions)] = image
+    skipped: dict[int, str] = {}
+    crops = reader.readable(everything, skipped if on_corrupt == "skip" else None)
+    for position, crop in shown(crops, "decode", len(dataset), progress):
+        pixels[len(positions)] = crop
         positions.append(position)
-    if not positions:
-        raise checks.InputError(f"{dataset.name}: none of its {len(dataset)} images is readable.")
-    return LoadedImages(pixels[: len(positions)], np.asarray(positions, np.int64), skipped)
+    checks.some_readable(dataset.name, len(positions), len(dataset))
+    ids = {str(dataset.ids[position]): why for position, why in skipped.items()}
+    return LoadedImages(pixels[: len(positions)], np.asarray(positions, np.int64), ids)
+
+
+def shown(items: Iterator[Item], what: str, num: int, progress: bool) -> Iterator[Item]:
+    """Returns the items with a bar that counts them, if asked for and on a terminal."""
+    hidden = None if progress else True
+    return iter(tqdm(items, what, num, unit="img", disable=hidden, leave=False))

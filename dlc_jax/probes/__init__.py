@@ -2,6 +2,6 @@
 
 from dlc_jax.probes.kernel import DTYPES
 from dlc_jax.probes.measure import features, probe, resolve_chunk
-from dlc_jax.probes.prototypes import class_means, prototype_loss
+from dlc_jax.probes.prototypes import ClassSums, prototype_loss
 
-__all__ = ["DTYPES", "class_means", "features", "probe", "prototype_loss", "resolve_chunk"]
+__all__ = ["DTYPES", "ClassSums", "features", "probe", "prototype_loss", "resolve_chunk"]

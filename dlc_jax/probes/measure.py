@@ -1,34 +1,36 @@
-"""From images to losses [m, n]: loads, pads to one batch shape, and drives the two programs."""
+"""From images to losses [m, n]: checks, sets up the two passes, and calls the two programs."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
-from tqdm import tqdm
+from PIL import Image
 
-from dlc_jax import checks
+import dlc_jax
+from dlc_jax import artefacts, checks
 from dlc_jax.encoders import Encoder
-from dlc_jax.masking import (
-    MASKINGS,
-    Importance,
-    PathCounts,
-    Thresholds,
-    check_path,
-    exact_thresholds,
-    path_counts,
-    prunable_paths,
-    removal_steps,
-    weight_importance,
+from dlc_jax.masking import MASKINGS, Thresholds, check_path, path_counts
+from dlc_jax.preprocess import (
+    ON_CORRUPT,
+    ImageCache,
+    RandomCrops,
+    Reader,
+    evaluation_crops,
+    filled,
+    in_batches,
+    shown,
 )
-from dlc_jax.preprocess import LoadedImages, RandomCrops, load_images
 from dlc_jax.probes.kernel import DTYPES, Forward, features_of_batch, losses_of_batch
-from dlc_jax.probes.prototypes import class_means
-from dlc_jax.types import Dataset, ProbeLosses, by_path
+from dlc_jax.probes.passes import Unfinished, measure_losses, measure_prototypes, one_ahead
+from dlc_jax.probes.path import LearningPath, learning_path
+from dlc_jax.types import Dataset, ProbeLosses
 
 # What `schedule=None` means in each mode.
 SCHEDULE_OF_MODE = {"default": "linear", "official": "geometric"}
@@ -43,6 +45,7 @@ def features(
     dtype: str = "float32",
     mode: str = "default",
     on_corrupt: str = "error",
+    cache: ImageCache | None = None,
     progress: bool = False,
 ) -> Float32[np.ndarray, "n d"]:
     """Returns the unmasked encoder's pooled features of every sample, not normalised.
@@ -53,11 +56,20 @@ def features(
     """
     checks.one_of("probe.dtype", dtype, DTYPES)
     checks.at_least("probe.batch_size", batch_size, 1)
+    checks.one_of("dataset.on_corrupt", on_corrupt, ON_CORRUPT)
     encoder = encoder.for_mode(mode)
     encoder.check_image_size(image_size)
-    loaded = load_images(dataset, image_size, on_corrupt=on_corrupt, progress=progress)
-    batches = Batches(len(loaded.pixels), batch_size)
-    return _features(encoder, dtype, batches, lambda where: loaded.pixels[where])
+    reader = evaluation_crops(
+        dataset, image_size, on_corrupt=on_corrupt, cache=cache, progress=progress
+    )
+    skipped: dict[int, str] | None = {} if on_corrupt == "skip" else None
+    items = reader.readable(np.arange(len(dataset)), skipped)
+    batches = in_batches(shown(items, "features", len(dataset), progress), batch_size)
+    features_of = _features_of(encoder, dtype, min(batch_size, len(dataset)))
+    started = ((features_of(pixels), len(where)) for where, pixels in batches)
+    parts = [values[:real] for values, real in one_ahead(started)]
+    checks.some_readable(dataset.name, len(parts), len(dataset))
+    return np.concatenate(parts)
 
 
 def probe(
@@ -76,15 +88,17 @@ def probe(
     dtype: str = "float32",
     augment: bool = False,
     on_corrupt: str = "error",
+    cache: ImageCache | None = None,
+    folder: str | Path | None = None,
     seed: int = 0,
     mode: str = "default",
     progress: bool = False,
 ) -> ProbeLosses:
     """Measures how well masked copies of the encoder tell each sample's class.
 
-    Every image is decoded once, unless `augment` is on. One compiled program maps all probes over
-    a batch; a probe is a threshold on the importance of weights, so memory does not grow with
-    their number.
+    Images pass by twice, for the prototypes and for the losses, and are not kept: memory grows
+    neither with their number nor, since a probe is a threshold on the importance of weights, with
+    that of the probes. One compiled program maps all probes over a batch.
 
     Args:
       encoder: From `load_encoder`, or your own `Encoder`.
@@ -99,9 +113,12 @@ def probe(
       batch_size: Samples per program call; changes speed and memory, not the losses.
       chunk: Most probes side by side, or `auto`; changes speed and memory, not the losses.
       dtype: What the network computes in, `float32` or `bfloat16`; distances are float32.
-      augment: Whether each probe sees a fresh random crop and flip, as in the released code;
-        decodes every image twice more and cuts m crops from it.
+      augment: Whether each probe sees a fresh random crop and flip, as in the released code.
       on_corrupt: `error`, or `skip` to leave unreadable images out and list them.
+      cache: Where decoded images are kept, for later runs too; without one every image is decoded
+        twice. Not used with `augment`.
+      folder: Where what is finished is kept until all of it is, so that the same call goes on from
+        there if it was stopped; yours to remove afterwards. None: nowhere.
       seed: Seed of random masking and of `augment`.
       mode: `default`, or `official` for the released code's schedule, normalisation, ViT pooling
         and order among equally small weights.
@@ -120,6 +137,7 @@ def probe(
     checks.one_of("probe.masking", masking, MASKINGS)
     checks.one_of("probe.dtype", dtype, DTYPES)
     checks.at_least("probe.batch_size", batch_size, 1)
+    checks.one_of("dataset.on_corrupt", on_corrupt, ON_CORRUPT)
     checks.seed(seed)
     resolve_chunk(chunk, num_probes)
     encoder.check_image_size(image_size)
@@ -132,37 +150,64 @@ def probe(
         placement=placement,
         max_sparsity=max_sparsity,
     )
-    path = _learning_path(encoder, counts, masking, seed, mode)
-
-    loaded = load_images(dataset, image_size, on_corrupt=on_corrupt, progress=progress)
-    labels, ids = dataset.labels[loaded.positions], dataset.ids[loaded.positions]
-    why = " (skipped samples do not count)" if loaded.skipped else ""
-    checks.prototypes_can_differ(dataset.name, labels, dataset.class_names, why)
-    source = _Source(loaded, RandomCrops(dataset, image_size, seed) if augment else None)
-    batches = Batches(len(labels), batch_size)
-    prototypes = class_means(
-        _features(encoder, dtype, batches, source.pixels), labels, dataset.class_names
+    checks.prototypes_can_differ(dataset.name, dataset.labels, dataset.class_names)
+    unfinished = Unfinished(None)
+    if folder is not None:
+        decisive = [schedule, step, num_probes, placement, max_sparsity, masking, image_size]
+        decisive += [batch_size, chunk, dtype, augment, on_corrupt, seed, mode]
+        unfinished = _unfinished(Path(folder), encoder, dataset, decisive)
+    path = learning_path(encoder, counts, masking, seed, mode)
+    program = _Program(encoder, dtype, path, dataset.labels, resolve_chunk(chunk, len(path)))
+    crops = RandomCrops(dataset, image_size, seed) if augment else None
+    if crops is None:
+        pixels = evaluation_crops(
+            dataset, image_size, on_corrupt=on_corrupt, cache=cache, progress=progress
+        )
+    else:
+        pixels = Reader(dataset, lambda image, position: crops.crop(image, position, draw=0))
+    found = measure_prototypes(
+        pixels,
+        program.features_of(min(batch_size, len(dataset))),
+        batch_size=batch_size,
+        on_corrupt=on_corrupt,
+        unfinished=unfinished,
+        progress=progress,
     )
-    program = _Program(encoder, dtype, path, prototypes, chunk=resolve_chunk(chunk, len(path)))
-    with tqdm(
-        total=len(path) * len(labels),
-        desc=f"{len(path)} probes",
-        unit="img x probe",
-        unit_scale=True,
-        disable=None if progress else True,
-    ) as bar:
-        run = _losses if source.crops is None else _augmented_losses
-        losses = run(program, batches, source, labels, bar)
+    rest = functools.partial(
+        measure_losses,
+        positions=found.positions,
+        num_probes=len(path),
+        batch_size=batch_size,
+        unfinished=unfinished,
+        progress=progress,
+    )
+    size = min(batch_size, len(found.positions))
+    if crops is None:
+        losses = rest(pixels, program.losses_of(found.means, size))
+    else:
+        originals = Reader(dataset, lambda image, _: image)
+        losses = rest(originals, program.losses_under_crops(crops, found.means, size))
+    ids = dataset.ids if not found.skipped else dataset.ids[found.positions]
     checks.losses_are_finite(losses, ids)
     return ProbeLosses(
         losses=losses,
         sparsity=path.sparsity,
-        labels=labels,
+        labels=dataset.labels[found.positions],
         ids=ids,
-        prototypes=prototypes,
+        prototypes=found.means,
         class_names=dataset.class_names,
-        skipped=loaded.skipped,
+        skipped={str(dataset.ids[position]): why for position, why in found.skipped.items()},
     )
+
+
+def _unfinished(
+    folder: Path, encoder: Encoder, dataset: Dataset, decisive: list[Any]
+) -> Unfinished:
+    """Returns the sub-folder for what this encoder, data set, program and machine give."""
+    device = jax.devices()[0]
+    machine = (jax.__version__, device.platform, device.device_kind)
+    inputs = (dlc_jax.__version__, machine, encoder.fingerprint, dataset.fingerprint, decisive)
+    return Unfinished(folder / artefacts.json_hash(inputs)[:16])
 
 
 def resolve_chunk(chunk: int | str, num_probes: int) -> int:
@@ -181,152 +226,68 @@ def resolve_chunk(chunk: int | str, num_probes: int) -> int:
     return min(range(most, most // 2, -1), key=lambda c: -num_probes % c)
 
 
-class Batches(NamedTuple):
-    """Positions 0..n-1 in batches of one shape; the last one repeats its first sample."""
-
-    num_samples: int
-    batch_size: int
-
-    def __iter__(self) -> Iterator[tuple[Int64[np.ndarray, " b"], int]]:  # type: ignore[override]
-        """Yields padded positions and how many of them are real."""
-        size = min(self.batch_size, self.num_samples)
-        for start in range(0, self.num_samples, size):
-            where = np.arange(start, min(start + size, self.num_samples))
-            yield np.concatenate([where, np.full(size - len(where), start)]), len(where)
-
-
-class _LearningPath(NamedTuple):
-    """The masked networks of one run."""
-
-    prunable: tuple[str, ...]
-    importance: Importance
-    thresholds: Thresholds
-    sparsity: Float32[np.ndarray, " m"]
-
-    def __len__(self) -> int:
-        return len(self.sparsity)
-
-
-def _learning_path(
-    encoder: Encoder, counts: Callable[[int], PathCounts], masking: str, seed: int, mode: str
-) -> _LearningPath:
-    prunable = prunable_paths(encoder.params, encoder.is_prunable)
-    leaves = by_path(encoder.params)
-    num_weights = sum(leaves[path].size for path in prunable)
-    grid, chosen = counts(num_weights)
-    if mode == "official" and masking == "l1":
-        in_order = prunable
-        if encoder.module_order is not None:
-            in_order = tuple(sorted(prunable, key=encoder.module_order))
-        importance = removal_steps(encoder.params, in_order, grid)
-    else:
-        importance = weight_importance(encoder.params, prunable, masking, seed)
-    thresholds = exact_thresholds(encoder.params, prunable, importance, chosen)
-    sparsity = (chosen / num_weights).astype(np.float32)
-    return _LearningPath(prunable, jax.device_put(importance), thresholds, sparsity)
-
-
-class _Source(NamedTuple):
-    """Where batches of pixels come from."""
-
-    loaded: LoadedImages
-    crops: RandomCrops | None
-
-    def pixels(self, where: Int64[np.ndarray, " b"]) -> UInt8[np.ndarray, "b s s 3"]:
-        """Returns what prototypes are made of."""
-        if self.crops is None:
-            return self.loaded.pixels[where]
-        positions = self.loaded.positions[where]
-        return self.crops.cut(self.crops.originals(positions), positions, draw=0)
-
-
 class _Program(NamedTuple):
-    """The probe program with everything that its calls share."""
+    """The two compiled programs with everything that their calls share."""
 
     encoder: Encoder
     dtype: str
-    path: _LearningPath
-    prototypes: Float32[np.ndarray, "c d"]
+    path: LearningPath
+    labels: Int32[np.ndarray, " n"]
     chunk: int
 
-    def losses(
+    def features_of(self, batch_size: int) -> Callable[[list[np.ndarray]], jax.Array]:
+        """Returns what gives the unmasked features of a batch of pixels."""
+        return _features_of(self.encoder, self.dtype, batch_size)
+
+    def losses_of(
+        self, prototypes: Float32[np.ndarray, "c d"], batch_size: int
+    ) -> Callable[[list[np.ndarray], np.ndarray], jax.Array]:
+        """Returns what gives the losses of a batch of pixels under every probe, in one call."""
+        thresholds = self.path.padded_to(self.chunk)
+        run = functools.partial(self._losses, thresholds, self.chunk, prototypes, batch_size)
+        return lambda pixels, where: run(np.stack(pixels), where)
+
+    def losses_under_crops(
+        self, crops: RandomCrops, prototypes: Float32[np.ndarray, "c d"], batch_size: int
+    ) -> Callable[[list[Image.Image], np.ndarray], jax.Array]:
+        """Returns the same for decoded images, of which every probe sees another crop."""
+
+        def losses_of(images: list[Image.Image], where: np.ndarray) -> jax.Array:
+            rows = []
+            for k in range(len(self.path)):
+                pixels = crops.cut(images, where, draw=k + 1)
+                one = self.path.probe(k)
+                rows.append(self._losses(one, 1, prototypes, batch_size, pixels, where))
+            return jnp.concatenate(rows)
+
+        return losses_of
+
+    def _losses(
         self,
         thresholds: Thresholds,
-        images: UInt8[np.ndarray, "b s s 3"],
-        labels: Int32[np.ndarray, " b"],
+        chunk: int,
+        prototypes: Float32[np.ndarray, "c d"],
+        batch_size: int,
+        pixels: UInt8[np.ndarray, "k s s 3"],
+        where: Int64[np.ndarray, " k"],
     ) -> jax.Array:
         return losses_of_batch(
             Forward.of(self.encoder, self.dtype),
             self.path.prunable,
-            min(self.chunk, len(thresholds.value)),
+            chunk,
             self.encoder.params,
             self.path.importance,
             thresholds,
-            self.prototypes,
-            images,
-            labels,
+            prototypes,
+            filled(pixels, batch_size),
+            filled(self.labels[where], batch_size),
         )
 
 
-def _features(
-    encoder: Encoder, dtype: str, batches: Batches, pixels: Callable[[np.ndarray], np.ndarray]
-) -> Float32[np.ndarray, "n d"]:
+def _features_of(
+    encoder: Encoder, dtype: str, batch_size: int
+) -> Callable[[list[np.ndarray]], jax.Array]:
     forward = Forward.of(encoder, dtype)
-    parts = [
-        np.asarray(features_of_batch(forward, encoder.params, pixels(where)))[:real]
-        for where, real in batches
-    ]
-    return np.concatenate(parts)
-
-
-def _losses(
-    program: _Program,
-    batches: Batches,
-    source: _Source,
-    labels: Int32[np.ndarray, " n"],
-    bar: tqdm,
-) -> Float32[np.ndarray, "m n"]:
-    num_probes, chunk = len(program.path), program.chunk
-    # full chunks only: the last probe fills up the last one and is dropped again
-    padded = np.minimum(np.arange(-(-num_probes // chunk) * chunk), num_probes - 1)
-    thresholds = jax.device_put(Thresholds(*(part[padded] for part in program.path.thresholds)))
-    parts: list[np.ndarray] = []
-    pending: list[tuple[jax.Array, int]] = []
-
-    def fetch() -> None:
-        result, real = pending.pop(0)
-        parts.append(np.asarray(result)[:num_probes, :real])
-        bar.update(num_probes * real)
-
-    for where, real in batches:
-        # one batch ahead: the device computes while the next one is gathered and sent
-        images = source.loaded.pixels[where]
-        pending.append((program.losses(thresholds, images, labels[where]), real))
-        if len(pending) > 1:
-            fetch()
-    while pending:
-        fetch()
-    return np.concatenate(parts, axis=1)
-
-
-def _augmented_losses(
-    program: _Program,
-    batches: Batches,
-    source: _Source,
-    labels: Int32[np.ndarray, " n"],
-    bar: tqdm,
-) -> Float32[np.ndarray, "m n"]:
-    crops = source.crops
-    assert crops is not None
-    parts = []
-    for where, real in batches:
-        positions = source.loaded.positions[where]
-        originals = crops.originals(positions)
-        rows = []
-        for k in range(len(program.path)):
-            threshold = Thresholds(*(part[k : k + 1] for part in program.path.thresholds))
-            images = crops.cut(originals, positions, draw=k + 1)
-            rows.append(np.asarray(program.losses(threshold, images, labels[where])))
-        parts.append(np.concatenate(rows)[:, :real])
-        bar.update(len(program.path) * real)
-    return np.concatenate(parts, axis=1)
+    return lambda pixels: features_of_batch(
+        forward, encoder.params, filled(np.stack(pixels), batch_size)
+    )

@@ -5,26 +5,42 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
-
-from dlc_jax import checks
+from jaxtyping import Array, Float, Float32, Float64, Int, Int64
 
 _SMALLEST_SQUARE = 1e-12  # keeps 1 / distance finite for a sample that is its own prototype
 
 
-def class_means(
-    features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], class_names: tuple[str, ...]
-) -> Float[np.ndarray, "c d"]:
-    """Returns the mean feature of each class, float32, summed in float64.
+class ClassSums:
+    """Sums of the features of each class, float64, and how many they are of.
 
-    Raises:
-      ValueError: a class has no sample.
+    Samples are added one by one in their order, so that the way they are batched changes nothing.
+
+    Args:
+      num_classes: c.
+      sums: [c, d] to start from; None: nothing.
+      counts: [c] likewise.
     """
-    checks.every_class_has_samples("prototypes", labels, class_names)
-    sums = np.zeros((len(class_names), features.shape[1]))
-    np.add.at(sums, labels, features)
-    counts = np.bincount(labels, minlength=len(class_names))
-    return (sums / counts[:, None]).astype(np.float32)
+
+    def __init__(
+        self,
+        num_classes: int,
+        sums: Float64[np.ndarray, "c d"] | None = None,
+        counts: Int64[np.ndarray, " c"] | None = None,
+    ):
+        self.sums = np.zeros((num_classes, 0)) if sums is None else sums
+        self.counts = np.zeros(num_classes, np.int64) if counts is None else counts
+
+    def add(self, features: Float[np.ndarray, "b d"], labels: Int[np.ndarray, " b"]) -> None:
+        """Adds samples, labels in [0, c)."""
+        if not self.sums.size:
+            self.sums = np.zeros((len(self.counts), features.shape[1]))
+        np.add.at(self.sums, labels, features)
+        self.counts += np.bincount(labels, minlength=len(self.counts))
+
+    def means(self) -> Float32[np.ndarray, "c d"]:
+        """Returns the mean feature of each class; NaN for a class without samples."""
+        with np.errstate(invalid="ignore"):
+            return (self.sums / self.counts[:, None]).astype(np.float32)
 
 
 def prototype_loss(

@@ -13,7 +13,7 @@ from dlc_jax.selection.flexrand import Ranked
 from dlc_jax.selection.kept import kept_positions
 from dlc_jax.types import Selection, labels_fingerprint
 
-__all__ = ["SELECTORS", "check_cell", "kept_positions", "select"]
+__all__ = ["SELECTORS", "check_cell", "check_min_per_class", "kept_positions", "select"]
 
 DEFAULT_SPLIT = 0.5
 
@@ -59,6 +59,7 @@ def select(
     keep_fraction: float,
     split: float | None = None,
     seed: int = 0,
+    min_per_class: int = 0,
     mode: str = "default",
     ids: np.ndarray | None = None,
 ) -> Selection:
@@ -71,6 +72,8 @@ def select(
       keep_fraction: Fraction kept of each class, in (0, 1).
       split: FlexRand's gamma in (0, 1), the share of a class that counts as easy; default 0.5.
       seed: Seed of the draw; the draw of a class depends on (seed, class) alone.
+      min_per_class: Least samples kept of a class, all of a class that has no more; a class that
+        this raises is selected from as at the keep fraction that gives as many. Not in `official`.
       mode: `default`: exactly round(n_j keep_fraction) of a class of n_j samples, and its only
         sample where n_j is 1. `official`: the released code's draws, rounding and order of ties,
         for splits 0.05 i and keep fractions i / 10.
@@ -85,6 +88,7 @@ def select(
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     split = check_cell(method, keep_fraction, split, seed, mode)
+    check_min_per_class(min_per_class, mode)
     checks.scores_fit_labels(scores, labels)
     if ids is not None and len(ids) != len(labels):
         raise checks.InputError(f"ids: expected one per label, got {len(ids)} for {len(labels)}.")
@@ -98,12 +102,13 @@ def select(
         kept = official.flexrand(ranked, keep_fraction, split, seed)
     else:
         pick = SELECTORS[method].select
-        kept = [
-            positions
-            if len(positions) == 1 and mode == "default"
-            else pick(positions, keep_fraction, split, seed, label)
-            for label, positions in zip(present.tolist(), ranked, strict=True)
-        ]
+        kept = []
+        for label, positions in zip(present.tolist(), ranked, strict=True):
+            fraction = keep_fraction
+            if mode == "default":
+                fraction = _fraction_of_class(len(positions), keep_fraction, min_per_class)
+            whole = fraction == 1
+            kept.append(positions if whole else pick(positions, fraction, split, seed, label))
     indices = np.sort(np.concatenate(kept)).astype(np.int64)
     return Selection(
         indices=indices,
@@ -112,6 +117,7 @@ def select(
         split=split,
         seed=seed,
         mode=mode,
+        min_per_class=min_per_class,
         num_kept_per_class=np.bincount(labels[indices], minlength=int(present[-1]) + 1),
         single_sample_classes=tuple(
             int(label)
@@ -121,6 +127,24 @@ def select(
         labels_fingerprint=labels_fingerprint(labels),
         ids=None if ids is None else np.asarray(ids, np.str_)[indices],
     )
+
+
+def _fraction_of_class(num_samples: int, keep_fraction: float, min_per_class: int) -> float:
+    """Returns the fraction to keep of a class of this size; 1 keeps all of it."""
+    if num_samples == 1:  # rounding would lose the class
+        return 1.0
+    least = min(min_per_class, num_samples)
+    return keep_fraction if round(num_samples * keep_fraction) >= least else least / num_samples
+
+
+def check_min_per_class(min_per_class: int, mode: str, name: str = "min_per_class") -> None:
+    """Raises ValueError unless it is an integer >= 0, and 0 in mode `official`."""
+    checks.integer(name, min_per_class)
+    checks.at_least(name, min_per_class, 0)
+    if min_per_class and mode == "official":
+        raise checks.InputError(
+            f"{name}: mode 'official' has none, expected 0, got {min_per_class!r}."
+        )
 
 
 def check_cell(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -12,7 +11,7 @@ from jaxtyping import Float32, Int32, Int64, Shaped
 from PIL import Image
 
 from dlc_jax import checks
-from dlc_jax.preprocess import RandomCrops, decode
+from dlc_jax.preprocess import RandomCrops, decode, filled, in_order
 from dlc_jax.types import Dataset
 
 _STEPS_AHEAD = 8
@@ -29,10 +28,8 @@ class Batch(NamedTuple):
     def padded(
         cls, inputs: Shaped[np.ndarray, "k ..."], labels: Int32[np.ndarray, " k"], batch_size: int
     ) -> Batch:
-        places = np.arange(batch_size)
-        filled = places % len(labels)
-        real = (places < len(labels)).astype(np.float32)
-        return cls(inputs[filled], labels[filled], real)
+        real = (np.arange(batch_size) < len(labels)).astype(np.float32)
+        return cls(filled(inputs, batch_size), filled(labels, batch_size), real)
 
 
 @runtime_checkable
@@ -117,8 +114,6 @@ def training_batches(
       batch_size: Samples per batch; the last one may hold fewer real ones.
       seed, epoch: The only source of randomness.
     """
-    import grain  # a quarter of the package's import time
-
     order = np.random.default_rng([seed, epoch]).permutation(positions)
 
     def batch(number: int) -> Batch:
@@ -126,5 +121,4 @@ def training_batches(
         return Batch.padded(inputs(where, epoch), labels[where], batch_size)
 
     num_batches = -(-len(order) // batch_size)
-    options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=_STEPS_AHEAD)
-    yield from grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(options)
+    yield from in_order(batch, num_batches, num_ahead=_STEPS_AHEAD)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, Shaped, UInt8
 
 from dlc_jax import checks
-from dlc_jax.preprocess import RandomCrops, load_images
+from dlc_jax.preprocess import ImageCache, RandomCrops, filled, load_images
 from dlc_jax.training.batches import AugmentedInputs, DecodedImages, FixedInputs, Inputs
 from dlc_jax.training.settings import FinetuneConfig
 from dlc_jax.types import Dataset
@@ -34,6 +34,7 @@ class RunData:
       image_size: Side of the images in pixels.
       settings: Decides between random crops, evaluation crops and features.
       to_features: Images uint8 [b, s, s, 3] to features [b, d], before any training.
+      cache: Where decoded evaluation crops are kept.
       progress: Whether to show bars.
     """
 
@@ -44,11 +45,12 @@ class RunData:
         image_size: int,
         settings: FinetuneConfig,
         to_features: Callable[[np.ndarray], jax.Array],
+        cache: ImageCache | None,
         progress: bool,
     ):
         self.to_features = to_features
         self._dataset, self._image_size, self._settings = dataset, image_size, settings
-        self._progress = progress
+        self._cache, self._progress = cache, progress
         self._images = DecodedImages(dataset, settings.image_memory_gib * _GIB)
         self._fixed: dict[int, np.ndarray] = {}  # rows of `FixedInputs`, by position
 
@@ -72,7 +74,13 @@ class RunData:
           ValueError: a class that training does not know, an unreadable image.
         """
         labels = class_ids_by_name(test, self._dataset)
-        loaded = load_images(test, self._image_size, on_corrupt=on_corrupt, progress=self._progress)
+        loaded = load_images(
+            test,
+            self._image_size,
+            on_corrupt=on_corrupt,
+            progress=self._progress,
+            cache=self._cache,
+        )
         return LabelledInputs(
             self._as_inputs(loaded.pixels), labels[loaded.positions], loaded.skipped
         )
@@ -85,8 +93,7 @@ class RunData:
         size = self._settings.batch_size
         for start in range(0, len(pixels), size):
             some = pixels[start : start + size]
-            filled = some[np.arange(size) % len(some)]  # one shape, one compilation
-            parts.append(np.asarray(self.to_features(filled))[: len(some)])
+            parts.append(np.asarray(self.to_features(filled(some, size)))[: len(some)])
         return np.concatenate(parts)
 
 

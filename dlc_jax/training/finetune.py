@@ -9,6 +9,7 @@ import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.encoders import Encoder
+from dlc_jax.preprocess import ImageCache
 from dlc_jax.selection import kept_positions
 from dlc_jax.training.finetuner import Finetuner
 from dlc_jax.training.folder import RunFolder
@@ -38,6 +39,7 @@ def finetune(
     seed: int | None = None,
     mode: str = "default",
     on_corrupt: str = "error",
+    cache: ImageCache | None = None,
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> RunResult:
@@ -66,6 +68,7 @@ def finetune(
       mode: `default`, or `official` for the released code's decay (Q6) and normalisation (Q11).
       on_corrupt: `error`, or `skip` to leave unreadable test images out. An unreadable training
         image is always an error.
+      cache: Where the decoded test images are kept, for later runs too.
       folder: Where metrics.jsonl, per_class_accuracy.csv, run.json and checkpoint/ go; a run that
         was stopped goes on from its last whole checkpoint there. None: nowhere.
       progress: Whether to show bars on the terminal.
@@ -108,6 +111,7 @@ def finetune(
         image_size=image_size,
         mode=mode,
         on_corrupt=on_corrupt,
+        cache=cache,
         progress=progress,
     )
     return finetuner.run(positions, seed, RunFolder(Path(folder)) if folder is not None else None)

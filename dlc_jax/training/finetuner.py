@@ -17,6 +17,7 @@ from tqdm import tqdm
 import dlc_jax
 from dlc_jax import artefacts, checks
 from dlc_jax.encoders import Encoder
+from dlc_jax.preprocess import ImageCache
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.training.batches import Batch, training_batches
 from dlc_jax.training.checkpoints import Checkpoints
@@ -64,6 +65,7 @@ class Finetuner:
         image_size: int = 224,
         mode: str = "default",
         on_corrupt: str = "error",
+        cache: ImageCache | None = None,
         progress: bool = False,
     ):
         settings.check()
@@ -84,6 +86,7 @@ class Finetuner:
             image_size=image_size,
             settings=settings,
             to_features=functools.partial(features_of_batch, whole.forward, self._encoder.params),
+            cache=cache,
             progress=progress,
         )
         self._test_set = None if test is None else self._data.test_set(test, on_corrupt)

@@ -1,6 +1,7 @@
 """The same images through every source, and what broken inputs end in."""
 
 import csv
+import functools
 import io
 import json
 import tarfile
@@ -11,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import require_shared
 
 import dlc_jax as dlc
 from dlc_jax.datasets.parts import concatenate
-from dlc_jax.preprocess import load_images
+from dlc_jax.preprocess import decode, load_images
 
 NAMES = ("bonsai", "butterfly", "chandelier")
 
@@ -32,7 +34,7 @@ def some(sample) -> dlc.Dataset:
 
 def in_parquet(some: dlc.Dataset) -> pa.Table:
     structs = [{"bytes": some[i].image, "path": str(some.ids[i])} for i in range(len(some))]
-    return pa.table({"image": structs, "label": [NAMES[label] for label in some.labels]})
+    return pa.table({"image": structs, "label": [some.class_names[label] for label in some.labels]})
 
 
 def as_folder(some: dlc.Dataset, root: Path) -> str:
@@ -49,7 +51,7 @@ def as_csv(some: dlc.Dataset, root: Path) -> str:
         table = csv.writer(file)
         table.writerow(("split", "path", "label"))
         for i in range(len(some)):
-            table.writerow(("all", f"images/{some.ids[i]}", NAMES[some.labels[i]]))
+            table.writerow(("all", f"images/{some.ids[i]}", some.class_names[some.labels[i]]))
     return f"csv:{root}/table.csv"
 
 
@@ -58,10 +60,28 @@ def as_parquet(some: dlc.Dataset, root: Path) -> str:
     return f"parquet:{root}/rows.parquet"
 
 
+def squares(some: dlc.Dataset) -> np.ndarray:
+    """The middles of the images, which all have the same shorter side."""
+    images = [decode(some[i].image, "x") for i in range(len(some))]
+    side = min(images[0].size)
+    boxes = [
+        (round((image.width - side) / 2), round((image.height - side) / 2)) for image in images
+    ]
+    return np.stack(
+        [
+            np.asarray(image.crop((left, top, left + side, top + side)))
+            for image, (left, top) in zip(images, boxes, strict=True)
+        ]
+    )
+
+
 def as_npz(some: dlc.Dataset, root: Path) -> str:
-    pixels = load_images(some, 64).pixels
     np.savez(
-        root / "arrays.npz", images=pixels, labels=some.labels, ids=some.ids, class_names=NAMES
+        root / "arrays.npz",
+        images=squares(some),
+        labels=some.labels,
+        ids=some.ids,
+        class_names=some.class_names,
     )
     return f"npz:{root}/arrays.npz"
 
@@ -72,7 +92,7 @@ def as_tar(some: dlc.Dataset, root: Path) -> str:
         with tarfile.open(root / f"{shard:03}.tar", "w") as file:
             for i in positions:
                 stem = str(some.ids[i]).removesuffix(".jpg")
-                name = NAMES[some.labels[i]]
+                name = some.class_names[some.labels[i]]
                 label = (".cls", name) if i % 2 else (".json", json.dumps({"label": name}))
                 for suffix, content in (
                     (".jpg", some[int(i)].image),
@@ -105,13 +125,59 @@ def as_saved_to_disk(some: dlc.Dataset, root: Path) -> str:
 def as_aircraft(some: dlc.Dataset, root: Path) -> str:
     data = root / "data"
     (data / "images").mkdir(parents=True)
-    (data / "variants.txt").write_text("\n".join(NAMES) + "\n")
+    (data / "variants.txt").write_text("\n".join(some.class_names) + "\n")
     lines = []
     for i in range(len(some)):
         (data / "images" / f"{i:07}.jpg").write_bytes(some[i].image)
-        lines.append(f"{i:07} {NAMES[some.labels[i]]}\n")
+        lines.append(f"{i:07} {some.class_names[some.labels[i]]}\n")
     (data / "images_variant_trainval.txt").write_text("".join(lines))
     return f"fgvc_aircraft:{root}/trainval"
+
+
+@functools.cache  # TFDS registers a builder by its name, once
+def tfds_builder() -> type:
+    import tensorflow_datasets as tfds
+
+    class SomeImages(tfds.core.GeneratorBasedBuilder):
+        """The images of `content`, in their order."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        content: dlc.Dataset
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(names=list(self.content.class_names)),
+                "file_name": tfds.features.Text(),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(len(self.content)):
+                image, label, name = self.content[i]
+                yield i, {"image": io.BytesIO(image), "label": label, "file_name": name}
+
+    return SomeImages
+
+
+def as_tfds(some: dlc.Dataset, root: Path) -> str:
+    """Prepared by TFDS itself, which needs no TensorFlow for files of array_record."""
+    builder = tfds_builder()
+    builder.content = some
+    builder(data_dir=str(root), file_format="array_record").download_and_prepare()
+    return "tfds:some_images/train"
+
+
+@pytest.fixture(autouse=True)
+def tfds_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
 
 
 BUILDERS: dict[str, Callable[[dlc.Dataset, Path], str]] = {
@@ -123,6 +189,7 @@ BUILDERS: dict[str, Callable[[dlc.Dataset, Path], str]] = {
     "hub copy": as_hub_copy,
     "saved to disk": as_saved_to_disk,
     "aircraft": as_aircraft,
+    "tfds": as_tfds,
 }
 
 
@@ -133,12 +200,42 @@ def test_every_source_gives_the_same_images_labels_and_order(some, tmp_path, nam
     np.testing.assert_array_equal(dataset.labels, some.labels)
     if name == "npz":  # pixels, already cropped
         found = np.stack([dataset[i].image for i in range(len(dataset))])
-        np.testing.assert_array_equal(found, load_images(some, 64).pixels)
+        np.testing.assert_array_equal(found, squares(some))
     else:
         assert [dataset[i].image for i in range(12)] == [some[i].image for i in range(12)]
     if name not in ("tar", "csv", "aircraft"):
         assert dataset.ids.tolist() == some.ids.tolist()
     assert len(set(dataset.ids.tolist())) == 12
+
+
+@pytest.fixture(scope="module")
+def textures() -> dlc.Dataset:
+    """A tenth of the 1,200 photographs, in the order of their ids."""
+    folder = require_shared("dtd10")
+    whole = dlc.load_dataset(f"parquet:{folder}/train+validation+test.parquet")
+    where = np.concatenate([np.flatnonzero(whole.labels == label)[::10] for label in range(10)])
+    return whole.subset(where[np.argsort(whole.ids[where])])
+
+
+@pytest.fixture(scope="module")
+def texture_losses(textures, sample_encoder) -> np.ndarray:
+    assert len(textures) == 120
+    assert min(decode(textures[0].image, "x").size) == 256
+    return scored(textures, sample_encoder)
+
+
+def scored(dataset: dlc.Dataset, encoder: dlc.Encoder) -> np.ndarray:
+    """Losses [2, n] at 224 px, of which the centres are cut without resizing."""
+    return dlc.probe(encoder, dataset, image_size=224, num_probes=2, placement="midpoint").losses
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_scores_do_not_depend_on_the_source(
+    textures, texture_losses, sample_encoder, tmp_path, name
+):
+    dataset = dlc.load_dataset(BUILDERS[name](textures, tmp_path))
+    np.testing.assert_array_equal(dataset.labels, textures.labels)
+    np.testing.assert_array_equal(scored(dataset, sample_encoder), texture_losses)
 
 
 def test_ids_survive_partial_reads(some, tmp_path):

@@ -215,7 +215,7 @@ def test_tfds_prepared_data_reads_without_tensorflow(tmp_path, monkeypatch):
     ("source", "says"),
     [
         ("demo:caltech15/train.parquet", "caltech15/train, caltech15/test"),
-        ("caltech15", "parquet, folder, csv, npz, tar, hf, tfds, fgvc_aircraft, demo"),
+        ("caltech15", "parquet, folder, csv, npz, tar, hf, tfds, fgvc_aircraft, demo, split"),
         ("parqet:x", "Did you mean 'parquet'"),
         ("parquet:", "expected <scheme>:<where>"),
         ("parquet:/no/such/file.parquet", "no such file"),

@@ -14,9 +14,21 @@ from dlc_jax.exports import EXPORTS
 KEPT = np.array([1, 4, 5, 17, 40, 59])
 
 
+@pytest.fixture(scope="module")
+def files(small_sample, tmp_path_factory) -> dlc.Dataset:
+    """The same images as files, in two folders that are joined."""
+    root = tmp_path_factory.mktemp("files")
+    for i in range(60):
+        path = root / ("a" if i % 4 else "b") / str(small_sample.ids[i])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(small_sample[i].image)
+    return dlc.load_dataset(f"folder:{root}/a+b")
+
+
 @pytest.mark.parametrize("form", EXPORTS)
 @pytest.mark.parametrize("part", ["kept", "dropped"])
-def test_every_form_holds_exactly_its_part(small_sample, tmp_path, form, part):
+def test_every_form_holds_exactly_its_part(small_sample, files, tmp_path, form, part):
+    small_sample = files if form == "image_links" else small_sample
     place = tmp_path / f"out{EXPORTS[form].suffix}"
     path = dlc.export(small_sample, KEPT, place, form=form, part=part)
     expected = KEPT if part == "kept" else np.setdiff1d(np.arange(60), KEPT)
@@ -34,14 +46,15 @@ def test_every_form_holds_exactly_its_part(small_sample, tmp_path, form, part):
         names = small_sample.class_names
         assert [line["class_name"] for line in lines] == [names[line["label"]] for line in lines]
     else:
-        source = {"image_folder": f"folder:{path}", "hf": f"hf:{path}/train"}
+        folders = dict.fromkeys(("image_folder", "image_links"), f"folder:{path}")
+        source = {**folders, "hf": f"hf:{path}/train"}
         back = dlc.load_dataset(source.get(form, f"parquet:{path}"))
         content = {back[i].image: back.class_names[back.labels[i]] for i in range(len(back))}
         assert content == {
             small_sample[int(i)].image: small_sample.class_names[small_sample.labels[i]]
             for i in expected
         }
-        if form != "image_folder":
+        if form not in folders:
             assert back.ids.tolist() == ids
             assert back.class_names == small_sample.class_names
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -70,6 +83,18 @@ def test_arrays_become_png_without_loss(tmp_path):
     found = np.asarray(Image.open(root / "b" / "3.png"))
     np.testing.assert_array_equal(found, pixels[3])
     np.testing.assert_array_equal(np.asarray(Image.open(root / "a" / "0.png")), grey[0][:, :, 0])
+
+
+def test_links_lead_to_the_files_and_need_some(small_sample, files, tmp_path):
+    root = dlc.export(files, KEPT, tmp_path / "x", form="image_links")
+    links = [path for path in root.rglob("*") if not path.is_dir()]
+    assert len(links) == len(KEPT)
+    assert all(path.is_symlink() for path in links)
+    found = {path.resolve().read_bytes() for path in links}
+    assert found == {files[int(i)].image for i in KEPT}
+    with pytest.raises(ValueError, match="is no file of its own to link to"):
+        dlc.export(small_sample, KEPT, tmp_path / "y", form="image_links")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_names_that_lead_elsewhere_stay_in_the_folder(tmp_path):

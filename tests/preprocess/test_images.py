@@ -135,7 +135,9 @@ def test_a_class_that_loses_its_last_sample_is_named(sample_encoder, small_sampl
         load_images(nothing, 64, on_corrupt="skip")
 
 
-def test_each_image_is_read_once_for_scoring(small_sample, sample_encoder):
+def test_each_image_is_read_twice_for_scoring_and_once_with_the_cache(
+    small_sample, sample_encoder, tmp_path
+):
     reads = []
 
     class Counting:
@@ -149,8 +151,18 @@ def test_each_image_is_read_once_for_scoring(small_sample, sample_encoder):
     counted = dlc.Dataset(
         Counting(), small_sample.labels, small_sample.ids, small_sample.class_names
     )
-    dlc.probe(sample_encoder, counted, image_size=32, num_probes=3)
+    options = {"image_size": 32, "num_probes": 3}
+    streamed = dlc.probe(sample_encoder, counted, **options)
+    assert sorted(reads) == sorted([*range(60)] * 2)
+    assert counted.fingerprint  # reads, but does not decode, everything
+    reads.clear()
+    cache = dlc.ImageCache(str(tmp_path))
+    cached = dlc.probe(sample_encoder, counted, **options, cache=cache)
     assert sorted(reads) == list(range(60))
+    np.testing.assert_array_equal(cached.losses, streamed.losses)
+    reads.clear()
+    dlc.features(sample_encoder, counted, image_size=32, cache=cache)
+    assert not reads
 
 
 def boxes(num: int, height: int, width: int) -> np.ndarray:
@@ -231,7 +243,7 @@ def test_half_of_the_crops_are_mirrored(sample):
 def test_crops_depend_on_seed_sample_and_draw_alone(small_sample):
     crops = RandomCrops(small_sample, 32, seed=1)
     positions = np.arange(6)
-    originals = crops.originals(positions)
+    originals = [decode(small_sample[i].image, "x") for i in range(6)]
     first = crops.cut(originals, positions, draw=0)
     np.testing.assert_array_equal(first[2:], crops.cut(originals[2:], positions[2:], draw=0))
     assert np.any(first != crops.cut(originals, positions, draw=1))

@@ -12,7 +12,7 @@ import dlc_jax as dlc
 from dlc_jax.masking import Thresholds, exact_thresholds, masked, path_counts, prunable_paths
 from dlc_jax.probes import resolve_chunk
 from dlc_jax.probes.kernel import Forward, losses_of_batch
-from dlc_jax.probes.measure import _learning_path
+from dlc_jax.probes.path import learning_path
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_official_midpoint_probes_are_official_probes_of_the_grid(sample_encoder
 
     def masks(**more):
         counts = functools.partial(path_counts, schedule=schedule, step=0.1, **more)
-        path = _learning_path(sample_encoder, counts, "l1", 0, "official")
+        path = learning_path(sample_encoder, counts, "l1", 0, "official")
         params = sample_encoder.params
         return [
             jax.tree.map(

@@ -1,9 +1,8 @@
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlc_jax.probes import class_means, prototype_loss
+from dlc_jax.probes import ClassSums, prototype_loss
 
 
 @settings(deadline=None, max_examples=25)
@@ -57,9 +56,20 @@ def test_a_sample_on_its_prototype_has_no_infinite_loss():
         assert np.isfinite(loss).all()
 
 
-def test_class_means():
+def test_class_means_do_not_depend_on_batches():
     features = np.array([[1, 2], [3, 4], [10, 10]], np.float32)
-    means = class_means(features, np.array([1, 1, 0]), ("a", "b"))
-    np.testing.assert_array_equal(means, [[10, 10], [2, 3]])
-    with pytest.raises(ValueError, match=r"1 of 3 classes have no sample: 'c'"):
-        class_means(features, np.array([1, 1, 0]), ("a", "b", "c"))
+    labels = np.array([1, 1, 0])
+    whole = ClassSums(3)
+    whole.add(features, labels)
+    np.testing.assert_array_equal(whole.means(), [[10, 10], [2, 3], [np.nan, np.nan]])
+    generator = np.random.default_rng(0)
+    features, labels = generator.normal(size=(100, 5)), generator.integers(0, 3, 100)
+    whole = ClassSums(3)
+    whole.add(features, labels)
+    first = ClassSums(3)
+    first.add(features[:33], labels[:33])
+    second = ClassSums(3, first.sums, first.counts)
+    for start in range(33, 100, 10):
+        second.add(features[start : start + 10], labels[start : start + 10])
+    np.testing.assert_array_equal(second.sums, whole.sums)
+    np.testing.assert_array_equal(second.counts, whole.counts)

@@ -46,6 +46,44 @@ def test_every_method_keeps_the_exact_budget_of_each_class(scored, method, keep_
     np.testing.assert_array_equal(kept.indices, again.indices)
 
 
+@pytest.mark.parametrize("method", SELECTORS)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    keep_fraction=FRACTION,
+    split=FRACTION,
+    least=st.integers(0, 40),
+)
+def test_a_minimum_per_class_is_kept_exactly(method, sizes, keep_fraction, split, least):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    scores = np.random.default_rng(0).normal(size=len(labels))
+    split = split if SELECTORS[method].has_split else None
+    kept = dlc.select(
+        scores,
+        labels,
+        method=method,
+        keep_fraction=keep_fraction,
+        split=split,
+        min_per_class=least,
+    )
+    expected = [
+        1 if size == 1 else max(round(size * keep_fraction), min(least, size)) for size in sizes
+    ]
+    assert np.bincount(labels[kept.indices], minlength=len(sizes)).tolist() == expected
+    assert len(np.unique(kept.indices)) == len(kept)
+    assert kept.min_per_class == least
+
+
+def test_a_minimum_that_nothing_needs_changes_nothing(scored):
+    scores, labels = scored
+    plain = dlc.select(scores, labels, keep_fraction=0.3, split=0.4, seed=2)
+    least = dlc.select(scores, labels, keep_fraction=0.3, split=0.4, seed=2, min_per_class=5)
+    np.testing.assert_array_equal(plain.indices, least.indices)
+    with pytest.raises(ValueError, match=r"min_per_class: mode 'official' has none"):
+        dlc.select(scores, labels, keep_fraction=0.3, split=0.4, min_per_class=1, mode="official")
+    with pytest.raises(ValueError, match="min_per_class"):
+        dlc.select(scores, labels, keep_fraction=0.3, min_per_class=-1)
+
+
 def test_easiest_and_hardest_are_the_extremes(scored):
     scores, labels = scored
     for method, sign in (("easiest", 1), ("hardest", -1)):

@@ -179,6 +179,7 @@ def test_without_augmentation_every_epoch_sees_the_evaluation_crops(sample_encod
             image_size=32,
             settings=FinetuneConfig(augment=augment),
             to_features=lambda images: images,
+            cache=None,
             progress=False,
         )
         inputs = data.training_inputs(positions, seed=0)

@@ -1,0 +1,105 @@
+"""Images per second from JPEG files to evaluation crops, against torchvision's DataLoader.
+
+python benchmarks/decode.py [--folder=DIR] [--image_size=224]
+
+Both read the same folder of JPEGs (one sub-folder per class; photographs of the bundled sample,
+enlarged to 500 x 375 or so, where none is given), on all cores, and put batches of 128 together;
+they take turns within one run, after a round that does not count. torchvision's loader has a worker
+per core, which stay between rounds; `uint8` leaves pixels as they are (PILToTensor), `float` is its
+usual ToTensor. `streamed` decodes as scoring without the cache does, `cached` reads what the cache
+has, checksums included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import app, flags
+from PIL import Image
+
+import dlc_jax as dlc
+from dlc_jax.preprocess import decode, evaluation_crops, in_batches
+
+_FOLDER = flags.DEFINE_string("folder", None, "Images, one sub-folder per class.")
+_SIZE = flags.DEFINE_integer("image_size", 224, "Side of the crops.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds that count.")
+_BATCH = 128
+
+
+def enlarged_sample(root: Path) -> Path:
+    """Writes the bundled photographs as JPEGs whose shorter side is 375 pixels."""
+    sample = dlc.load_dataset("demo:caltech15/train")
+    for position in range(len(sample)):
+        image = decode(sample[position].image, "")
+        scale = 375 / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        path = root / str(sample.ids[position])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+    return root
+
+
+def ours(folder: Path, cache: dlc.ImageCache | None) -> Callable[[], int]:
+    """Returns a pass over all images, which gives their number."""
+    dataset = dlc.load_dataset(f"folder:{folder}")
+
+    def run() -> int:
+        reader = evaluation_crops(dataset, _SIZE.value, cache=cache)
+        items = reader.readable(np.arange(len(dataset)), None)
+        return sum(len(np.stack(pixels)) for _, pixels in in_batches(items, _BATCH))
+
+    return run
+
+
+def theirs(folder: Path, last: str) -> Callable[[], int]:
+    """Returns the same with torchvision's ImageFolder behind torch's DataLoader."""
+    from torchvision import datasets, transforms
+
+    side = round(_SIZE.value * 256 / 224)
+    steps = [transforms.Resize(side), transforms.CenterCrop(_SIZE.value)]
+    dataset = datasets.ImageFolder(
+        folder, transforms.Compose([*steps, getattr(transforms, last)()])
+    )
+    loader = torch.utils.data.DataLoader(
+        dataset, _BATCH, num_workers=os.cpu_count() or 1, persistent_workers=True
+    )
+    return lambda: sum(len(images) for images, _ in loader)
+
+
+def main(_: list[str]) -> None:
+    """Prints the table and a line of JSON."""
+    # builds whose compiled operators do not match torch's fail without these two definitions
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(_FOLDER.value) if _FOLDER.value else enlarged_sample(Path(scratch) / "jpeg")
+        passes = {
+            "streamed": ours(folder, None),
+            "torchvision uint8": theirs(folder, "PILToTensor"),
+            "torchvision float": theirs(folder, "ToTensor"),
+            "cached": ours(folder, dlc.ImageCache(f"{scratch}/cache", max_gib=100)),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in passes}
+        for number in range(_ROUNDS.value + 1):
+            for name, run in passes.items():
+                start = time.perf_counter()
+                num = run()
+                if number:
+                    rates[name].append(num / (time.perf_counter() - start))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, rate in medians.items():
+        print(f"{name:<20} {rate:8.0f} img/s  ratio {rate / medians['torchvision uint8']:.2f}")
+    print(json.dumps({"num_images": num, "image_size": _SIZE.value, "images_per_s": medians}))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,147 @@
+"""Seeded, stratified splits: `stratified_split`, and the source `split:` of a part of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from dlc_jax import checks
+from dlc_jax.types import Dataset
+
+PARTS = ("train", "validation", "test")
+_FORM = (
+    "split:<train>/<validation>[/<test>][@<seed>]:<parts>:<source>, "
+    "e.g. split:60/20/20:train+validation:folder:/data/x"
+)
+_NUMBERS = re.compile(r"([0-9]{1,3}(?:/[0-9]{1,3}){1,2})(?:@([0-9]{1,10}))?")
+
+
+def stratified_split(
+    dataset: Dataset, percents: Sequence[int], seed: int = 0
+) -> tuple[Dataset, ...]:
+    """Returns disjoint parts that cover the data set, cut class by class.
+
+    The n_j samples of a class are sorted by the SHA-256 of seed and id and cut at
+    round(n_j * percent / 100), percent running over 0, the first, the first two, ..., 100; halves
+    round to even. Which part a sample is in therefore hangs on the seed and the ids of its class
+    alone, not on the order of the data set.
+
+    Args:
+      dataset: n samples.
+      percents: Two or three integers >= 0 that add up to 100: train, validation and, of three,
+        test.
+      seed: In [0, 2**32); another one gives another split.
+    Returns:
+      One data set per percent. Each keeps the order of the data set and all its class names; a
+      class too small for its share of a part has no sample there.
+    Raises:
+      ValueError: percents that are not such integers, a seed out of range, or a part that is left
+        without any sample, which one of 0 % always is (the source `split:80/0/20:...` leaves it
+        out).
+    """
+    _check("stratified_split", percents, seed)
+    part = _part_of_each(dataset, percents, seed)
+    return tuple(
+        _subset(dataset, part, [place], f"stratified_split of {dataset.name}", percents)
+        for place in range(len(percents))
+    )
+
+
+def load_split(where: str, load: Callable[[str], Dataset]) -> Dataset:
+    """Loads parts of a split of another source, in its order.
+
+    Args:
+      where: `<train>/<validation>[/<test>][@<seed>]:<parts>:<source>`; seed 0 where none is given,
+        parts are one or more of train, validation, test joined by `+`.
+      load: Loads the other source; handed in because `load_dataset` itself calls this function.
+    Raises:
+      ValueError: another form, percents that do not add up to 100, an unknown, repeated or empty
+        part; and whatever the other source raises.
+    """
+    wanted = _parse(where)
+    dataset = load(wanted.source)
+    part = _part_of_each(dataset, wanted.percents, wanted.seed)
+    chosen = _subset(dataset, part, wanted.places, f"split:{where}", wanted.percents)
+    return dataclasses.replace(chosen, name=f"split:{where}")
+
+
+class _Wanted(NamedTuple):
+    """What the text of a source asks for; places are those of the parts, among the percents."""
+
+    percents: list[int]
+    seed: int
+    places: list[int]
+    source: str
+
+
+def _parse(where: str) -> _Wanted:
+    # no more than the two first colons are ours: the source has one, and its path may have others
+    numbers, _, rest = where.partition(":")
+    parts, _, source = rest.partition(":")
+    match = _NUMBERS.fullmatch(numbers)
+    if not match or not parts or not source:
+        raise checks.InputError(f"split:{where}: expected {_FORM}.")
+    percents = [int(number) for number in match[1].split("/")]
+    seed = int(match[2] or 0)
+    _check(f"split:{where}", percents, seed)
+    names = parts.split("+")
+    for name in names:
+        checks.one_of(f"split:{where}: part of {match[1]}", name, PARTS[: len(percents)])
+    checks.no_repetition(f"split:{where}: parts", np.asarray(names))
+    return _Wanted(percents, seed, [PARTS.index(name) for name in names], source)
+
+
+def _check(where: str, percents: Sequence[int], seed: int) -> None:
+    shown = "/".join(map(str, percents))
+    if len(percents) not in (2, 3):
+        raise checks.InputError(
+            f"{where}: expected two or three percents (train, validation, test), got {shown!r}."
+        )
+    for name, percent in zip(PARTS, percents, strict=False):
+        checks.integer(f"{where}: percent of {name}", percent)
+        checks.at_least(f"{where}: percent of {name}", percent, 0)
+    if sum(percents) != 100:
+        raise checks.InputError(
+            f"{where}: expected percents that add up to 100, got {shown}, which make "
+            f"{sum(percents)}."
+        )
+    checks.seed(seed, f"{where}: seed")
+
+
+def _part_of_each(dataset: Dataset, percents: Sequence[int], seed: int) -> Int64[np.ndarray, " n"]:
+    """Returns the place among `percents` of the part that each sample is in."""
+    keys = np.asarray(
+        [hashlib.sha256(f"{int(seed)}\0{name}".encode()).hexdigest() for name in dataset.ids]
+    )
+    totals = np.cumsum(percents)[:-1].tolist()
+    part = np.empty(len(dataset), np.int64)
+    for label in np.unique(dataset.labels):
+        members = np.flatnonzero(dataset.labels == label)
+        members = members[np.argsort(keys[members])]
+        cuts = [round(len(members) * total / 100) for total in totals]
+        for place, positions in enumerate(np.split(members, cuts)):
+            part[positions] = place
+    return part
+
+
+def _subset(
+    dataset: Dataset,
+    part: Int64[np.ndarray, " n"],
+    places: Sequence[int],
+    where: str,
+    percents: Sequence[int],
+) -> Dataset:
+    for place in places:
+        if not np.any(part == place):
+            raise checks.InputError(
+                f"{where}: the part {PARTS[place]} ({percents[place]} %) is empty; expected a "
+                f"percent large enough for a sample of the largest class, which has "
+                f"{np.bincount(dataset.labels).max()}."
+            )
+    return dataset.subset(np.flatnonzero(np.isin(part, places)))

@@ -1,0 +1,233 @@
+"""Decoded evaluation crops on disk: content-addressed, memory-mapped, bounded, shared by runs.
+
+    <folder>/<key>/pixels.raw    uint8 [n, s, s, 3], a row of zeros for an unreadable image
+    <folder>/<key>/entry.json    shape, unreadable images, a checksum per block of rows
+    <folder>/<key>.lock          held by the process that fills the entry
+
+The key is a hash of the data set's content, the transform and the decoder's version, so an entry is
+never out of date. A process that uses an entry holds a shared lock on its entry.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import PIL
+from jaxtyping import UInt8
+from PIL import features
+
+from dlc_jax import artefacts, checks
+from dlc_jax.types import Dataset, setting
+
+_GIB = 2**30
+_BLOCK = 64  # rows per checksum
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CachedCrops:
+    """One entry, opened.
+
+    Attributes:
+      pixels: Mapped from disk, read-only.
+      problems: Why there is nothing at a position.
+      held: What keeps other processes from removing the entry.
+    """
+
+    pixels: UInt8[np.ndarray, "n s s 3"]
+    problems: dict[int, str]
+    held: IO
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageCache:
+    """Keeps decoded evaluation crops, so that images are decoded once for all runs.
+
+    Attributes:
+      folder: Where; None: `dlc_jax` in $XDG_CACHE_HOME or ~/.cache. Several processes may use it.
+      max_gib: Most gibibytes it may hold; what was not used for longest makes room. 0 turns it
+        off, and a data set that alone is larger is not kept.
+    Raises:
+      ValueError: max_gib is negative or not finite.
+    """
+
+    folder: str | None = setting(None, "of decoded images; None: dlc_jax in the user's cache")
+    max_gib: float = setting(10.0, "most it may hold; 0 turns it off, images are decoded twice")
+
+    def __post_init__(self) -> None:
+        checks.at_least("cache.max_gib", self.max_gib, 0)
+
+    @property
+    def path(self) -> Path:
+        """Where the entries are."""
+        if self.folder is not None:
+            return Path(self.folder).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(base).expanduser() / "dlc_jax"
+
+    def takes(self, num_images: int, image_size: int) -> bool:
+        """Whether that many images of that size may be kept at all."""
+        return 0 < num_images * image_size**2 * 3 <= self.max_gib * _GIB
+
+    def crops(
+        self,
+        dataset: Dataset,
+        image_size: int,
+        decode_all: Callable[[], Iterable[np.ndarray | str]],
+    ) -> CachedCrops | None:
+        """Returns the data set's crops, decoded now unless they are there already.
+
+        Args:
+          dataset: What they are of.
+          image_size: Side of the crops in pixels.
+          decode_all: Gives every crop, or why it cannot be had, in order.
+        Returns:
+          The crops, or None if there is no room for them.
+        Raises:
+          ValueError: the folder cannot be written to, or its disk is full.
+        """
+        if not self.takes(len(dataset), image_size):
+            return None
+        entry = self.path / _key(dataset, image_size)
+        try:
+            artefacts.clear_leftovers(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            with _alone(entry.with_suffix(".lock")):  # another run may be decoding the same
+                found = _opened(entry, len(dataset), image_size)
+                if found is None:
+                    shutil.rmtree(entry, ignore_errors=True)  # damaged
+                    if not self._write(entry, len(dataset), image_size, decode_all):
+                        return None
+                    found = _opened(entry, len(dataset), image_size)
+        except OSError as error:
+            raise checks.InputError(
+                f"cache.folder: {self.path} cannot be used: {error.strerror or error}; expected a "
+                "folder to write to with room for the decoded images. cache.max_gib=0 does without."
+            ) from error
+        return found
+
+    def _write(
+        self,
+        entry: Path,
+        num_images: int,
+        image_size: int,
+        decode_all: Callable[[], Iterable[np.ndarray | str]],
+    ) -> bool:
+        """Decodes everything into a new entry; False if there is no room for it."""
+        num_bytes = num_images * image_size**2 * 3
+        with contextlib.ExitStack() as stack:
+            with _alone(self.path / ".lock"):
+                if not self._make_room(num_bytes):
+                    return False
+                folder = stack.enter_context(artefacts.atomic_folder(entry))
+                file = stack.enter_context(open(folder / "pixels.raw", "wb"))
+                file.truncate(num_bytes)  # counts from now on for others that make room
+            problems: dict[int, str] = {}
+            checksums: list[int] = []
+            for position, crop in enumerate(decode_all()):
+                if isinstance(crop, str):
+                    problems[position] = crop
+                    crop = np.zeros((image_size, image_size, 3), np.uint8)
+                if position % _BLOCK == 0:
+                    checksums.append(0)
+                row = np.ascontiguousarray(crop)
+                file.write(row.data)
+                checksums[-1] = zlib.crc32(row.data, checksums[-1])
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            artefacts.write_json(
+                folder / "entry.json",
+                {"shape": [num_images, image_size], "problems": problems, "checksums": checksums},
+            )
+        return True
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Removes what was not used for longest until so much more fits; False if it cannot."""
+        sizes = {path.parent: path.stat().st_size for path in self.path.glob("*/pixels.raw")}
+        sizes |= {path.parent: path.stat().st_size for path in self.path.glob(".*/pixels.raw")}
+        excess = sum(sizes.values()) + num_bytes - self.max_gib * _GIB
+        finished = [folder for folder in sizes if (folder / "entry.json").is_file()]
+        for folder in sorted(finished, key=lambda folder: (folder / "entry.json").stat().st_mtime):
+            if excess <= 0:
+                break
+            with open(folder / "entry.json") as held:
+                if not _locked(held, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    continue  # somebody reads it
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.with_suffix(".lock").unlink(missing_ok=True)
+            excess -= sizes[folder]
+        return excess <= 0
+
+
+def _key(dataset: Dataset, image_size: int) -> str:
+    return artefacts.json_hash(
+        {
+            "dataset": dataset.fingerprint,
+            "transform": f"resize {round(image_size * 256 / 224)}, centre crop {image_size}",
+            "decoder": [PIL.__version__, features.version("jpg")],
+        }
+    )[:32]
+
+
+def _opened(entry: Path, num_images: int, image_size: int) -> CachedCrops | None:
+    """Returns the entry with all its checksums compared; None if it is not there or damaged."""
+    try:
+        held = open(entry / "entry.json")  # noqa: SIM115 - open, and locked, while in use
+    except FileNotFoundError:
+        return None
+    _locked(held, fcntl.LOCK_SH)
+    shape = (num_images, image_size, image_size, 3)
+    try:
+        facts = json.load(held)
+        if facts["shape"] != [num_images, image_size]:
+            return None
+        if (entry / "pixels.raw").stat().st_size != np.prod(shape):
+            return None
+        pixels = np.memmap(entry / "pixels.raw", np.uint8, "r", shape=shape)
+        problems = {int(position): str(why) for position, why in facts["problems"].items()}
+        if list(_checksums(pixels)) != facts["checksums"]:
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    os.utime(entry / "entry.json")
+    return CachedCrops(pixels, problems, held)
+
+
+def _checksums(pixels: UInt8[np.ndarray, "n s s 3"]) -> Iterator[int]:
+    starts = range(0, len(pixels), _BLOCK)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for some in range(0, len(starts), 1024):  # never more results waiting than that
+            yield from pool.map(
+                lambda start: zlib.crc32(pixels[start : start + _BLOCK].data),
+                starts[some : some + 1024],
+            )
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Waits until no other process is in here for the same path."""
+    with open(path, "a") as file:
+        _locked(file, fcntl.LOCK_EX)
+        yield
+
+
+def _locked(file: IO[Any], how: int) -> bool:
+    """Locks an open file until it is closed; False if others hold it and `how` is not to wait."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that has no locks: entries are still whole or not there
+        pass
+    return True

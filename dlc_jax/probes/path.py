@@ -1,0 +1,71 @@
+"""The masked networks of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from dlc_jax.encoders import Encoder
+from dlc_jax.masking import (
+    Importance,
+    PathCounts,
+    Thresholds,
+    exact_thresholds,
+    prunable_paths,
+    removal_steps,
+    weight_importance,
+)
+from dlc_jax.types import by_path
+
+
+class LearningPath(NamedTuple):
+    """Masks of growing sparsity, each a threshold on the importance of weights.
+
+    Attributes:
+      prunable: Paths of the leaves that are masked.
+      importance: Of their weights, on the device.
+      thresholds: [m] of each probe.
+      sparsity: [m] share of the prunable weights that each probe zeroes.
+    """
+
+    prunable: tuple[str, ...]
+    importance: Importance
+    thresholds: Thresholds
+    sparsity: Float32[np.ndarray, " m"]
+
+    def __len__(self) -> int:
+        return len(self.sparsity)
+
+    def padded_to(self, chunk: int) -> Thresholds:
+        """Returns thresholds of a multiple of `chunk` probes, the last ones repeated."""
+        num = len(self)
+        places = np.minimum(np.arange(-(-num // chunk) * chunk), num - 1)
+        return jax.device_put(Thresholds(*(part[places] for part in self.thresholds)))
+
+    def probe(self, k: int) -> Thresholds:
+        """Returns the threshold of probe k alone."""
+        return Thresholds(*(part[k : k + 1] for part in self.thresholds))
+
+
+def learning_path(
+    encoder: Encoder, counts: Callable[[int], PathCounts], masking: str, seed: int, mode: str
+) -> LearningPath:
+    """Returns the probes whose numbers of zeroed weights `counts` gives."""
+    prunable = prunable_paths(encoder.params, encoder.is_prunable)
+    leaves = by_path(encoder.params)
+    num_weights = sum(leaves[path].size for path in prunable)
+    grid, chosen = counts(num_weights)
+    if mode == "official" and masking == "l1":
+        in_order = prunable
+        if encoder.module_order is not None:
+            in_order = tuple(sorted(prunable, key=encoder.module_order))
+        importance = removal_steps(encoder.params, in_order, grid)
+    else:
+        importance = weight_importance(encoder.params, prunable, masking, seed)
+    thresholds = exact_thresholds(encoder.params, prunable, importance, chosen)
+    sparsity = (chosen / num_weights).astype(np.float32)
+    return LearningPath(prunable, jax.device_put(importance), thresholds, sparsity)

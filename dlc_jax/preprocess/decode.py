@@ -24,13 +24,13 @@ def decode(image: bytes | np.ndarray, sample_id: str) -> Image.Image:
     try:
         if isinstance(image, np.ndarray):
             return _from_array(image)
-        with warnings.catch_warnings():
-            # PIL's advice on transparency in palettes; the conversion wanted here ignores it
-            warnings.filterwarnings("ignore", message="Palette images with Transparency")
-            with Image.open(io.BytesIO(image)) as encoded:
-                if encoded.mode == "RGB":  # converting would copy it
-                    encoded.load()
-                    return encoded
+        with Image.open(io.BytesIO(image)) as encoded:
+            if encoded.mode == "RGB":  # converting would copy it
+                encoded.load()
+                return encoded
+            with warnings.catch_warnings():
+                # PIL's advice on transparency in palettes; the conversion wanted ignores it
+                warnings.filterwarnings("ignore", message="Palette images with Transparency")
                 return encoded.convert("RGB")
     except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
         said = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
@@ -66,6 +66,5 @@ def resize_and_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "s
         size = (int(side * width / height), side)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)
-    left = round((image.width - image_size) / 2)
-    top = round((image.height - image_size) / 2)
+    left, top = (round((length - image_size) / 2) for length in size)
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))

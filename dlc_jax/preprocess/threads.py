@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 def in_order(
     compute: Callable[[int], Result], num: int, *, num_ahead: int | None = None
 ) -> Iterator[Result]:
-    """Yields `compute(0)`, `compute(1)`, ... `compute(num - 1)`, computed by one thread per core.
+    """Yields `compute(0)`, `compute(1)`, ... `compute(num - 1)`, computed on all cores.
 
     Args:
       compute: Must not depend on the order of its calls.
@@ -21,7 +21,7 @@ def in_order(
     """
     import grain  # a quarter of the package's import time, and only reading images needs it
 
-    num_threads = os.cpu_count() or 1
+    num_threads = (os.cpu_count() or 1) + 1  # one more, for when one waits for the disk
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=num_ahead or 8 * num_threads
     )

@@ -154,14 +154,17 @@ class ImageCache:
 
     def _make_room(self, num_bytes: int) -> bool:
         """Removes what was not used for longest until so much more fits; False if it cannot."""
-        sizes = {path.parent: path.stat().st_size for path in self.path.glob("*/pixels.raw")}
-        sizes |= {path.parent: path.stat().st_size for path in self.path.glob(".*/pixels.raw")}
+        sizes, used = {}, {}
+        for folder in self.path.iterdir():
+            with contextlib.suppress(OSError):  # others may be finishing, or giving up, theirs
+                sizes[folder] = (folder / "pixels.raw").stat().st_size
+                if not folder.name.startswith("."):  # finished
+                    used[folder] = (folder / "entry.json").stat().st_mtime
         excess = sum(sizes.values()) + num_bytes - self.max_gib * _GIB
-        finished = [folder for folder in sizes if (folder / "entry.json").is_file()]
-        for folder in sorted(finished, key=lambda folder: (folder / "entry.json").stat().st_mtime):
+        for folder in sorted(used, key=lambda folder: used[folder]):
             if excess <= 0:
                 break
-            with open(folder / "entry.json") as held:
+            with contextlib.suppress(FileNotFoundError), open(folder / "entry.json") as held:
                 if not _locked(held, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     continue  # somebody reads it
                 shutil.rmtree(folder, ignore_errors=True)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +226,30 @@ def test_two_processes_at_once_decode_once(tmp_path, few):
     said = [process.communicate()[0].split() for process in processes]
     assert sorted(int(number) for number, _ in said) == [0, 0, 30]
     assert len({digest for _, digest in said}) == 1
+
+
+def test_entries_that_others_finish_or_give_up_are_no_error(tmp_path):
+    """Room is made while other processes' entries appear and vanish."""
+    cache = dlc.ImageCache(str(tmp_path), max_gib=100 * MIB / 2**30)
+    stop = threading.Event()
+
+    def come_and_go(name: str) -> None:
+        while not stop.is_set():
+            (tmp_path / name).mkdir()
+            for file in ("pixels.raw", "entry.json"):
+                (tmp_path / name / file).write_bytes(b"x" * 1000)
+            shutil.rmtree(tmp_path / name)
+
+    threads = [threading.Thread(target=come_and_go, args=(name,)) for name in (".a.tmp", "b")]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(1500):
+            assert cache._make_room(MIB)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_what_a_killed_process_left_is_cleared(few, cache):

@@ -12,7 +12,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,8 +27,11 @@ CONFIG = "config.json"
 PROVENANCE = "provenance.json"
 LOSSES = "scores/losses.npz"
 SCORES = "scores/scores.parquet"
+FEATURES = "scores/features.npz"
+TRAINING = "scores/training"
 PICTURE = "scores/easiest_hardest.png"
 SHARDS = "unfinished"
+TUNING = "tuning"
 RESULTS = "results.csv"
 REPORT = "report"
 FINETUNE = "finetune"
@@ -39,7 +43,12 @@ _ROWS = 8192  # written and read at a time, so that memory does not grow with th
 _FOLDERS = (
     "",
     "scores",
+    TRAINING,
+    f"{TRAINING}/*",
+    f"{TRAINING}/*/seen",
     f"{SHARDS}/*",
+    TUNING,
+    f"{TUNING}/*",
     "selections/*",
     f"{FINETUNE}/*/*",
     f"{EXPORTS}/*/*",
@@ -59,12 +68,29 @@ class ScoredSamples:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over ids, class names, labels and every score."""
+        """SHA-256 over ids, class names, labels and DLC, which every work directory has."""
+        return self.fingerprint_of({"dlc": self.scores["dlc"]})
+
+    def score(self, name: str) -> np.ndarray:
+        """Returns a column of scores, [n].
+
+        Raises:
+          ValueError: it is not there.
+        """
+        if name not in self.scores:
+            raise checks.InputError(
+                f"{SCORES}: has no column {name!r}, only {', '.join(self.scores)}; run the stage "
+                "'score' with the same selection.methods and selection.score first."
+            )
+        return self.scores[name]
+
+    def fingerprint_of(self, arrays: Mapping[str, np.ndarray]) -> str:
+        """SHA-256 over ids, class names, labels and these arrays, [n] or [n, d], as float32."""
         digest = hashlib.sha256("\0".join([*self.ids.tolist(), *self.class_names]).encode())
         digest.update(np.ascontiguousarray(self.labels, np.int32).tobytes())
-        for name in sorted(self.scores):
+        for name in sorted(arrays):
             digest.update(name.encode())
-            digest.update(np.ascontiguousarray(self.scores[name], np.float32).tobytes())
+            digest.update(np.ascontiguousarray(arrays[name], np.float32).tobytes())
         return digest.hexdigest()
 
 
@@ -96,8 +122,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -262,6 +290,36 @@ def read_scores(workdir: Path) -> ScoredSamples:
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise checks.InputError(f"{path}: not a table of scores: {error!r}.") from error
     return ScoredSamples(ids, labels, class_names, columns)
+
+
+def same_arrays(some: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> bool:
+    """Whether both have the same names and values."""
+    return some.keys() == others.keys() and all(
+        np.array_equal(array, others[name]) for name, array in some.items()
+    )
+
+
+def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np.ndarray:
+    """Reads what a stage left of every sample, [n, ...].
+
+    Raises:
+      ValueError: it is not there, cannot be read, or is of other samples.
+    """
+    path = workdir / name
+    if not path.exists():
+        raise checks.InputError(
+            f"{path}: not there; run the stage 'score' with the same selection.methods first."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            array, ids = file[key], file["ids"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise checks.InputError(f"{path}: cannot be read: {checks.first_line(error)}.") from error
+    if not np.array_equal(ids, samples.ids):
+        raise checks.InputError(
+            f"{path}: is of other samples than {SCORES}; run the stage 'score' again."
+        )
+    return array
 
 
 def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:

@@ -112,7 +112,7 @@ def normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> 
 def dataset_is_consistent(
     name: str, num_images: int, labels: np.ndarray, ids: np.ndarray, class_names: Sequence[str]
 ) -> None:
-    """Raises unless images, labels and ids agree in length, labels in range and ids unique."""
+    """Raises unless images, labels and ids agree in length, labels in range and ids unique text."""
     if not num_images == len(labels) == len(ids):
         raise InputError(
             f"{name}: {num_images} images, {len(labels)} labels and {len(ids)} ids; "
@@ -130,6 +130,12 @@ def dataset_is_consistent(
             f"{name}: sample {ids[worst]!s} has label {labels[worst]}; "
             f"expected 0..{len(class_names) - 1}, one per class name."
         )
+    for what, names in (("id", ids.tolist()), ("class name", [*map(str, class_names)])):
+        try:
+            "\0".join(names).encode()
+        except UnicodeEncodeError as error:  # bytes of a name that are no UTF-8 become such text
+            bad = next(n for n in names if any(0xD800 <= ord(char) < 0xE000 for char in n))
+            raise InputError(f"{name}: {what} {bad!r} is not valid UTF-8.") from error
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) < len(ids):
         repeated = unique[counts > 1]
@@ -201,16 +207,28 @@ def some_readable(name: str, num_readable: int, num_samples: int) -> None:
 
 
 def scores_fit_labels(scores: np.ndarray, labels: np.ndarray) -> None:
-    """Raises unless scores are finite, [n], and labels are non-negative integers, [n]."""
+    """Raises unless scores are finite, [n], and labels are class ids, [n]."""
     if scores.ndim != 1 or labels.ndim != 1 or len(scores) != len(labels):
         raise InputError(
             f"scores and labels must be one-dimensional and equally long, "
             f"got shapes {scores.shape} and {labels.shape}."
         )
-    if len(scores) == 0:
-        raise InputError("scores: there is no sample to select from.")
     if not np.issubdtype(scores.dtype, np.number):
         raise InputError(f"scores: expected numbers, got {scores.dtype}.")
+    class_ids(labels)
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        raise InputError(
+            f"scores: {bad.size} are not finite, first at position {bad[0]}: {scores[bad[0]]}."
+        )
+
+
+def class_ids(labels: np.ndarray) -> None:
+    """Raises unless labels are one or more integers, [n], that can be class ids."""
+    if labels.ndim != 1:
+        raise InputError(f"labels: expected class ids [n], got shape {labels.shape}.")
+    if len(labels) == 0:
+        raise InputError("labels: there is no sample to select from.")
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise InputError(
             f"labels: expected non-negative integers, got {labels.dtype} "
@@ -220,11 +238,6 @@ def scores_fit_labels(scores: np.ndarray, labels: np.ndarray) -> None:
         raise InputError(
             f"labels: expected class ids 0..c-1, got {labels.max()}; np.unique(labels, "
             "return_inverse=True)[1] gives such ids."
-        )
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if bad.size:
-        raise InputError(
-            f"scores: {bad.size} are not finite, first at position {bad[0]}: {scores[bad[0]]}."
         )
 
 
@@ -236,4 +249,55 @@ def losses_are_finite(losses: np.ndarray, ids: np.ndarray) -> None:
         raise InputError(
             f"{len(bad)} losses are not finite, first for sample {ids[i]!s} at probe {k}: "
             f"{losses[k, i]}. Are the encoder's weights and normalisation right?"
+        )
+
+
+def features_fit_labels(name: str, features: np.ndarray, labels: np.ndarray) -> None:
+    """Raises unless features are finite, [n, d], and labels non-negative integers, [n]."""
+    if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels) or not features.size:
+        raise InputError(
+            f"{name}: expected [n, d], one row per label, got shape {features.shape} for labels "
+            f"{labels.shape}."
+        )
+    if not np.issubdtype(features.dtype, np.floating):
+        raise InputError(f"{name}: expected floating numbers, got {features.dtype}.")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise InputError(f"{name}: expected labels that are non-negative integers.")
+    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if bad.size:
+        raise InputError(f"{name}: {bad.size} rows are not finite, first at position {bad[0]}.")
+
+
+def optimiser(where: str, settings: Any) -> None:
+    """Raises unless the attributes that torch's SGD and MultiStepLR go by are in range."""
+    for name in ("epochs", "batch_size"):
+        integer(f"{where}.{name}", getattr(settings, name))
+    at_least(f"{where}.epochs", settings.epochs, 0)
+    at_least(f"{where}.batch_size", settings.batch_size, 1)
+    at_least(f"{where}.learning_rate", settings.learning_rate, 0, exclusive=True)
+    for milestone in settings.milestones:
+        at_least(f"{where}.milestones", milestone, 0, exclusive=True)
+        at_most(f"{where}.milestones", milestone, 1)
+    at_least(f"{where}.weight_decay", settings.weight_decay, 0)
+    at_least(f"{where}.momentum", settings.momentum, 0)
+    at_most(f"{where}.momentum", settings.momentum, 1, exclusive=True)
+    if settings.nesterov and settings.momentum == 0:
+        raise InputError(f"{where}.nesterov: needs a momentum above 0, got {where}.momentum 0.")
+
+
+def probabilities_fit_labels(probabilities: np.ndarray, labels: np.ndarray) -> None:
+    """Raises unless rows, [n, c], are probabilities that add up to 1 within 0.001."""
+    features_fit_labels("probabilities", probabilities, labels)
+    negative = np.flatnonzero((probabilities < 0).any(axis=1))
+    if negative.size:
+        raise InputError(
+            f"probabilities: {negative.size} rows have values below 0, first at position "
+            f"{negative[0]}; expected softmax outputs, not logits."
+        )
+    sums = probabilities.sum(axis=1, dtype=np.float64)
+    off = np.flatnonzero(np.abs(sums - 1) > 1e-3)
+    if off.size:
+        raise InputError(
+            f"probabilities: {off.size} rows do not add up to 1, first at position {off[0]}: "
+            f"{sums[off[0]]:g}; expected softmax outputs."
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.datasets.files import Files
+from dlc_jax.datasets.files import Files, regular
 from dlc_jax.datasets.labels import encode_labels, stable_ids
 from dlc_jax.types import Dataset
 
@@ -46,7 +46,7 @@ def load_aircraft(where: str) -> Dataset:
 
 def _lines(source: str, file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in regular(file).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise checks.InputError(f"{source}: {file} cannot be read: {error}.") from error
     if not any(lines):

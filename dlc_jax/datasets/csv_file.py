@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.datasets.files import Files
-from dlc_jax.datasets.labels import encode_labels, stable_ids
+from dlc_jax.datasets.files import Files, regular
+from dlc_jax.datasets.labels import encode_labels, integers_or_text, stable_ids
 from dlc_jax.types import Dataset
 
-_PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path")
-_LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path")
+LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
 
 
 def load_csv(where: str) -> Dataset:
-    """Loads `<file>.csv`, or `.tsv` with tabs, with a header line.
+    """Loads `<file>.csv`, or `.tsv` with tabs, with a header line, capitals in which do not matter.
 
-    Paths are relative to the table's folder, or absolute. Labels that are all integers are class
-    ids; others are names.
+    Paths are relative to the table's folder, or absolute. Labels that are all integers (of at most
+    18 digits, written plainly) are class ids; others are names.
 
     Raises:
       ValueError: no such file, not UTF-8 text, no path or label column, a row without either.
     """
     source, file = f"csv:{where}", Path(where).expanduser()
-    delimiter = "\t" if file.suffix == ".tsv" else ","
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = regular(file).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise checks.InputError(f"{source}: cannot be read: {error}.") from error
     try:
-        rows = list(csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True))
+        lines = io.StringIO(text, newline="")  # splitlines would part rows at U+2028, too
+        rows = list(csv.reader(lines, delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise checks.InputError(f"{source}: not a table of values: {error}.") from error
     rows = [row for row in rows if row]
     if len(rows) < 2:
         raise checks.InputError(f"{source}: expected a header and one or more rows, found fewer.")
     header = [name.strip() for name in rows[0]]
-    path_column = _column(source, header, "path", _PATH_COLUMNS)
-    label_column = _column(source, header, "label", _LABEL_COLUMNS)
+    path_column = _column(source, header, "path", PATH_COLUMNS)
+    label_column = _column(source, header, "label", LABEL_COLUMNS)
     names, values = [], []
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(header):
@@ -52,24 +54,18 @@ def load_csv(where: str) -> Dataset:
             raise checks.InputError(f"{source}: row {number} has no path or no label: {row}.")
         names.append(name)
         values.append(label)
-    encoded = encode_labels(_as_integers(values), None, source)
+    encoded = encode_labels(integers_or_text(values), None, source)
     images = Files(file.parent, np.asarray(names, np.str_))
     ids = stable_ids(names, images)
     return Dataset(images, encoded.ids, ids, encoded.class_names, source, encoded.table)
 
 
 def _column(source: str, header: list[str], what: str, usual: tuple[str, ...]) -> int:
+    lower = [name.lower() for name in header]
     for name in usual:
-        if name in header:
-            return header.index(name)
+        if name in lower:
+            return lower.index(name)
     raise checks.InputError(
         f"{source}: no {what} column; expected one named {' or '.join(usual)}, "
         f"found {', '.join(header)}."
     )
-
-
-def _as_integers(values: list[str]) -> list[int] | list[str]:
-    try:
-        return [int(value) for value in values]
-    except ValueError:
-        return values

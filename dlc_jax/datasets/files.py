@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -27,26 +28,39 @@ class Files:
         return len(self.names)
 
     def __getitem__(self, position: int) -> bytes:
-        return self.file(position).read_bytes()
+        return regular(self.file(position)).read_bytes()
 
     def file(self, position: int) -> Path:
         """Returns the file of an image."""
         return self.root / str(self.names[position])
 
 
+def regular(file: Path) -> Path:
+    """Returns the file; OSError if it is a pipe or a device, of which reading might never end."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(f"{file}: not a regular file")
+    return file
+
+
 def matching(scheme: str, where: str, suffix: str) -> list[Path]:
     """Returns one file, those of a folder with this suffix, or those of a glob, in sorted order.
 
+    Capitals in a suffix do not matter, and `**` in a glob stands for folders at any depth.
+
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or one that is no regular file.
     """
     path = Path(where).expanduser()
-    if path.is_dir():
-        files = sorted(path.glob(f"*{suffix}"))
-    elif path.is_file():
-        files = [path]
-    else:
-        files = sorted(Path(name) for name in glob.glob(str(path)))
+    try:
+        if path.is_dir():
+            found = [file for file in path.iterdir() if file.name.lower().endswith(suffix)]
+        elif path.exists():
+            found = [path]
+        else:
+            found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        files = [regular(file) for file in sorted(found) if not file.is_dir()]
+    except OSError as error:
+        raise checks.InputError(f"{scheme}:{where}: cannot be read: {error}.") from error
     if not files:
         raise checks.InputError(f"{scheme}:{where}: no such file, or no *{suffix} in it.")
     return files

@@ -21,9 +21,16 @@ def load_folder(where: str) -> Dataset:
     """Loads `<root>/<class name>/**/<image>`; classes and images in sorted order, hidden ones not.
 
     Raises:
-      ValueError: no such folder, no sub-folder, or a class without an image.
+      ValueError: no such folder, no sub-folder, a class without an image, or a folder that may not
+        be read.
     """
-    root = Path(where).expanduser()
+    try:
+        return _load(where, Path(where).expanduser())
+    except OSError as error:  # left alone, os.walk would pass over what it may not read
+        raise checks.InputError(f"folder:{where}: cannot be read: {error}.") from error
+
+
+def _load(where: str, root: Path) -> Dataset:
     if not root.is_dir():
         raise checks.InputError(f"folder:{where}: no such folder.")
     classes = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
@@ -46,24 +53,20 @@ def load_folder(where: str) -> Dataset:
             )
         names += images
         labels += [label] * len(images)
-    garbled = next((name for name in names if not _is_text(name)), None)
-    if garbled is not None:
-        raise checks.InputError(f"folder:{where}: file name {garbled!r} is not valid UTF-8.")
     ids = np.asarray(names, dtype=np.str_)
     return Dataset(
         Files(root, ids), np.asarray(labels, np.int32), ids, tuple(classes), f"folder:{where}"
     )
 
 
-def _is_text(name: str) -> bool:
-    """Whether the name can be written out; bytes that are no UTF-8 come as lone surrogates."""
-    return not any(0xD800 <= ord(character) < 0xE000 for character in name)
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def _images_below(folder: Path) -> list[str]:
     """Returns the images at any depth, relative to the folder, in the order of their paths."""
     found, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         if os.path.realpath(parent) in seen:  # a link back up would never end
             folders.clear()
             continue

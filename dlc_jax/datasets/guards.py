@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from dlc_jax import checks
-from dlc_jax.preprocess import in_order, shown
+from dlc_jax.preprocess import decode, in_order, shown
 from dlc_jax.types import Dataset
 
 # Smallest over largest class, and sides in pixels, beyond which a person should look.
@@ -79,6 +76,7 @@ class _Read(NamedTuple):
     """What is kept of an image."""
 
     id: str
+    is_test: bool
     label: str
     digest: str
     size: tuple[int, int] | None
@@ -99,20 +97,20 @@ def inspect(
       ValueError: a minimum below 1.
     """
     checks.at_least("minimum", minimum, 1)
-    train = list(_read(dataset, "", progress))
-    both = train + (list(_read(test, "test:", progress)) if test is not None else [])
+    train = list(_read(dataset, False, progress))
+    both = train + (list(_read(test, True, progress)) if test is not None else [])
     by_content = defaultdict(list)
     for row in both:
         by_content[row.digest].append(row)
     groups = [group for group in by_content.values() if len(group) > 1]
     within, across = [], []
     for group in groups:
-        sides = [[r for r in group if r.id.startswith("test:") == is_test] for is_test in (0, 1)]
+        sides = [[r for r in group if r.is_test == is_test] for is_test in (False, True)]
         within += [[row.id for row in side] for side in sides if len(side) > 1]
         if all(sides):
             across.append([row.id for side in sides for row in side])
-    readable = [row.label for row in train if row.problem is None]
-    sizes = {name: readable.count(name) for name in dataset.class_names}
+    readable = Counter(row.label for row in train if row.problem is None)
+    sizes = {name: readable[name] for name in dataset.class_names}
     return Findings(
         num_samples=len(both),
         unreadable={row.id: row.problem for row in both if row.problem is not None},
@@ -125,28 +123,23 @@ def inspect(
     )
 
 
-def _read(dataset: Dataset, prefix: str, progress: bool) -> Iterator[_Read]:
+def _read(dataset: Dataset, is_test: bool, progress: bool) -> Iterator[_Read]:
     def read(position: int) -> _Read:
-        name = f"{prefix}{dataset.ids[position]}"
+        name = f"{'test:' if is_test else ''}{dataset.ids[position]}"
         label = dataset.class_names[dataset.labels[position]]
         try:
             image = dataset[position].image
         except OSError as error:
-            return _Read(name, label, name, None, f"cannot be read: {error}")
+            return _Read(name, is_test, label, name, None, f"cannot be read: {error}")
         content = (
             image if isinstance(image, bytes) else repr(image.shape).encode() + image.tobytes()
         )
         digest = hashlib.sha256(content).hexdigest()
         try:
-            decoded = (
-                Image.open(io.BytesIO(image))
-                if isinstance(image, bytes)
-                else Image.fromarray(image)
-            )
-            decoded.load()
-        except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
-            return _Read(name, label, digest, None, checks.first_line(error))
-        return _Read(name, label, digest, decoded.size, None)
+            size = decode(image, name).size
+        except checks.InputError as error:
+            return _Read(name, is_test, label, digest, None, str(error))
+        return _Read(name, is_test, label, digest, size, None)
 
     yield from shown(in_order(read, len(dataset)), "read", len(dataset), progress)
 

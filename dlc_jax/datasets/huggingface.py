@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-
 from dlc_jax import checks
-from dlc_jax.datasets.parquet import from_tables, read_parquet
+from dlc_jax.datasets.parquet import from_tables, open_parquet
+from dlc_jax.datasets.row_groups import ArrowTable, Table
 from dlc_jax.types import Dataset
 
 _CONVERTED = "refs/convert/parquet"
@@ -21,20 +22,20 @@ def load_hf(where: str) -> Dataset:
     files; their names tell the split (`data/train-00000-of-00002.parquet`, `train/0000.parquet`).
 
     Raises:
-      ValueError: nothing there, the hub cannot be reached, no file of a split, or no image or
-        label column.
+      ValueError: nothing there, the hub cannot be reached, no file of a split, files of it in
+        several configurations, or no image or label column.
     """
     source = f"hf:{where}"
     place, _, splits = where.rpartition("/")
     if not place or not splits:
         raise checks.InputError(f"{source}: expected hf:<owner/name or folder>/<split>.")
     folder = Path(place).expanduser()
-    tables = []
+    tables: list[Table] = []
     for split in splits.split("+"):
         if folder.is_dir():
             tables += _local(source, folder, split)
         elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place):
-            tables += [read_parquet(file) for file in _download(source, place, split)]
+            tables += open_parquet(_download(source, place, split))
         else:
             raise checks.InputError(
                 f"{source}: no folder {place!r}, and that is no hub id (owner/name) either."
@@ -42,34 +43,58 @@ def load_hf(where: str) -> Dataset:
     return from_tables(source, tables)
 
 
-def _local(source: str, folder: Path, split: str) -> list[pa.Table]:
-    saved = folder / split if (folder / split / "state.json").is_file() else None
-    if saved is None and (folder / "state.json").is_file():  # one split saved on its own
-        saved = folder
-    if saved is not None:
-        return [_read_arrow(file) for file in sorted(saved.glob("*.arrow"))]
+def _local(source: str, folder: Path, split: str) -> Sequence[Table]:
+    if (folder / split / "state.json").is_file():
+        return _saved(source, folder / split, None)
+    if (folder / "state.json").is_file():  # one split saved on its own
+        return _saved(source, folder, split)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.parquet"))]
-    found = [name for name in names if _is_of(name, split)]
+    found = _files_of(source, names, split)
     if not found:
         raise checks.InputError(
             f"{source}: no Parquet file of split {split!r} in {folder} "
             f"(found {', '.join(names[:10]) or 'none'})."
         )
-    return [read_parquet(folder / name) for name in found]
+    return open_parquet(folder / name for name in found)
+
+
+def _saved(source: str, folder: Path, split: str | None) -> list[ArrowTable]:
+    """Returns what `save_to_disk` wrote; other Arrow files there are results that it cached."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        names = [file["filename"] for file in state["_data_files"]]
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"names the files {names}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise checks.InputError(
+            f"{source}: {folder / 'state.json'} does not say which Arrow files are the data: "
+            f"{checks.first_line(error)}."
+        ) from error
+    held = state.get("_split")
+    if split is not None and held not in (None, split):
+        raise checks.InputError(f"{source}: {folder} holds the split {held!r}, not {split!r}.")
+    return [ArrowTable.open(folder / name) for name in names]
+
+
+def _files_of(source: str, names: Sequence[str], split: str) -> list[str]:
+    """Returns the files of a split, in sorted order; ValueError if several data sets have some."""
+    found = sorted(name for name in names if _is_of(name, split))
+    folders = {f"/{name}".rpartition("/")[0].removesuffix(f"/{split}") for name in found}
+    if len(folders) > 1:
+        shown = ", ".join(repr(folder[1:]) for folder in sorted(folders))
+        raise checks.InputError(
+            f"{source}: files of split {split!r} are in several folders ({shown}), which may be "
+            "configurations of it; expected one. Give a local copy of that folder, as in "
+            f"hf:<copy>/<folder>/{split}."
+        )
+    return found
 
 
 def _is_of(name: str, split: str) -> bool:
     """Whether a file belongs to a split by its name or by the name of its folder."""
     folder, _, file = name.rpartition("/")
-    in_name = re.fullmatch(rf"{re.escape(split)}([-_.].*)?\.parquet", file) is not None
+    in_name = re.fullmatch(rf"{re.escape(split)}([-.].*|_\d+)?\.parquet", file) is not None
     return in_name or folder.rpartition("/")[2] == split
-
-
-def _read_arrow(file: Path) -> pa.Table:
-    try:
-        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise checks.InputError(f"{file}: not a readable Arrow file: {error}.") from error
 
 
 def _download(source: str, repository: str, split: str) -> list[Path]:
@@ -80,7 +105,7 @@ def _download(source: str, repository: str, split: str) -> list[Path]:
             names = huggingface_hub.list_repo_files(
                 repository, repo_type="dataset", revision=revision
             )
-            found = sorted(name for name in names if _is_of(name, split))
+            found = _files_of(source, names, split)
             if found:
                 return [
                     Path(
@@ -90,6 +115,8 @@ def _download(source: str, repository: str, split: str) -> list[Path]:
                     )
                     for name in found
                 ]
+    except checks.InputError:
+        raise
     except Exception as error:  # its errors for no network, no such id and no access vary
         raise checks.InputError(
             f"{source}: {repository!r} is neither a local folder nor could it be fetched from the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import numbers
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,12 +31,17 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
     remapped in ascending order.
 
     Raises:
-      ValueError: a missing label, another type, or an integer without a class name.
+      ValueError: a missing label, another type, an integer without a class name or beyond 64 bits,
+        or class names that are not all different.
     """
     missing = [i for i, value in enumerate(values) if value is None]
     if missing:
         raise checks.InputError(
             f"{where}: {len(missing)} samples have no label, first at row {missing[0]}."
+        )
+    if class_names is not None and len(set(class_names)) < len(class_names):
+        raise checks.InputError(
+            f"{where}: class names must be all different; found {list(class_names)}."
         )
     if all(isinstance(value, str) for value in values):
         names = tuple(class_names or sorted(set(values)))
@@ -52,7 +58,13 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
         raise checks.InputError(
             f"{where}: labels must be integers or strings, all alike; found {strange!r}."
         )
-    array = np.asarray(values, np.int64)
+    try:
+        array = np.asarray(values, np.int64)
+    except OverflowError as error:
+        row = next(i for i, value in enumerate(values) if not -(2**63) <= value < 2**63)
+        raise checks.InputError(
+            f"{where}: row {row} has label {values[row]}, expected an integer of 64 bits."
+        ) from error
     if class_names is not None:
         bad = np.flatnonzero((array < 0) | (array >= len(class_names)))
         if bad.size:
@@ -69,17 +81,32 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
     return Labels(ids.astype(np.int32), names, table)
 
 
+def integers_or_text(values: Sequence) -> list:
+    """Returns text that is integers throughout as integers, and everything else as it is.
+
+    Only the plain way to write an integer counts: 01 and 1 are two names.
+    """
+    text = [value for value in values if isinstance(value, str)]
+    if not all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", value) for value in text):
+        return list(values)
+    return [int(value) if isinstance(value, str) else value for value in values]
+
+
 def stable_ids(names: Sequence[str | None], images: ImageSource) -> np.ndarray:
     """Returns the names where all are present and unique, else hashes of the images' content.
 
-    Images of equal content are told apart by a running number behind the hash.
+    Images of equal content are told apart by a running number behind the hash. One that cannot be
+    read, which is for the decoder to say, goes by its name.
     """
     if all(names) and len(set(names)) == len(names):
         return np.asarray(names, dtype=np.str_)
     seen: Counter[str] = Counter()
     ids = []
     for position in range(len(images)):
-        image = images[position]
+        try:
+            image = images[position]
+        except OSError:
+            image = f"unreadable {names[position]}".encode(errors="surrogatepass")
         content = image.tobytes() if isinstance(image, np.ndarray) else image
         digest = hashlib.sha256(content).hexdigest()[:16]
         ids.append(f"{digest}-{seen[digest]}" if seen[digest] else digest)

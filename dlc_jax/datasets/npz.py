@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.datasets.arrays import array_dataset
+from dlc_jax.datasets.files import regular
 from dlc_jax.types import Dataset
 
 _IMAGES, _LABELS = ("images", "image", "x"), ("labels", "label", "y")
@@ -18,21 +17,23 @@ _IMAGES, _LABELS = ("images", "image", "x"), ("labels", "label", "y")
 def load_npz(where: str) -> Dataset:
     """Loads `<file>.npz`: images uint8 [n, h, w, 3], [n, h, w, 1] or [n, h, w], labels [n].
 
-    Optional arrays are `ids` [n] and `class_names` [c]. Pickled objects are refused.
+    Optional arrays are `ids` [n] and `class_names` [c]. Pickled objects are refused. The arrays are
+    held in memory; other sources are streamed.
 
     Raises:
       ValueError: no such file, not such arrays, or lengths that differ.
     """
     source = f"npz:{where}"
     try:
-        with np.load(Path(where).expanduser(), allow_pickle=False) as file:
+        loaded = np.load(regular(Path(where).expanduser()), allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it holds one array, expected an archive of several")
+        with loaded as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # NumPy and zipfile raise anything, MemoryError for a false shape
         raise checks.InputError(
             f"{source}: cannot be read as arrays: {checks.first_line(error)}."
         ) from error
-    except AttributeError as error:  # a bare .npy gives an array, which is no archive
-        raise checks.InputError(f"{source}: holds one array, expected an archive.") from error
     images, labels = _pick(source, arrays, _IMAGES), _pick(source, arrays, _LABELS)
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise checks.InputError(
@@ -43,6 +44,11 @@ def load_npz(where: str) -> Dataset:
         raise checks.InputError(
             f"{source}: labels have shape {labels.shape}, expected ({len(images)},)."
         )
+    for name in ("ids", "class_names"):
+        if name in arrays and arrays[name].ndim != 1:
+            raise checks.InputError(
+                f"{source}: {name} have shape {arrays[name].shape}, expected one dimension."
+            )
     names = arrays.get("class_names")
     return array_dataset(
         images,

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dlc_jax import checks
-from dlc_jax.datasets.files import matching
+from dlc_jax.datasets import csv_file
+from dlc_jax.datasets.files import Files, matching
 from dlc_jax.datasets.labels import encode_labels, stable_ids
-from dlc_jax.types import Dataset
+from dlc_jax.datasets.parts import joined
+from dlc_jax.datasets.row_groups import ParquetTable, RecentGroups, Table
+from dlc_jax.types import Dataset, ImageSource
 
-_IMAGE_COLUMNS = ("image", "img")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+_IMAGE_COLUMNS = tuple(dict.fromkeys(("image", "img", *csv_file.PATH_COLUMNS)))
+_LABEL_COLUMNS = tuple(
+    dict.fromkeys(("label", "labels", "fine_label", "class", *csv_file.LABEL_COLUMNS))
+)
 _DEMOS = ("caltech15/train", "caltech15/test")
-
-
-@dataclasses.dataclass(frozen=True)
-class _EncodedColumn:
-    column: pa.ChunkedArray
-
-    def __len__(self) -> int:
-        return len(self.column)
-
-    def __getitem__(self, position: int) -> bytes:
-        return self.column[position].as_py()
 
 
 def load_demo(where: str) -> Dataset:
@@ -42,40 +37,54 @@ def load_demo(where: str) -> Dataset:
 def load_parquet(where: str) -> Dataset:
     """Loads one Parquet file, a folder of them or a glob, in sorted order.
 
+    Images are encoded bytes, {bytes, path}, or paths as in `csv:`, relative to the Parquet file's
+    folder or absolute. Encoded ones are read by row group when asked for, and 256 MiB of groups are
+    kept: larger files are streamed well in order, and slowly when shuffled.
+
     Raises:
       ValueError: nothing there, not Parquet, no image or label column, a row without image.
     """
-    return from_tables(
-        f"parquet:{where}", [read_parquet(file) for file in matching("parquet", where, ".parquet")]
-    )
+    return from_tables(f"parquet:{where}", open_parquet(matching("parquet", where, ".parquet")))
 
 
-def read_parquet(file: Path) -> pa.Table:
-    """Returns the table, mapped where possible; ValueError names a file that is none."""
-    try:
-        return pq.read_table(file, memory_map=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise checks.InputError(f"{file}: not a readable Parquet file: {error}.") from error
+def open_parquet(files: Iterable[Path]) -> list[ParquetTable]:
+    """Returns the files' tables; ValueError names a file that is none."""
+    recent = RecentGroups()
+    return [ParquetTable.open(file, recent) for file in files]
 
 
-def from_tables(source: str, tables: list[pa.Table]) -> Dataset:
+def from_tables(source: str, tables: Sequence[Table]) -> Dataset:
     """Returns the rows of all tables, which must have the same image and label columns.
 
     Raises:
-      ValueError: no image or label column, columns that differ, a row without image.
+      ValueError: no image or label column, columns or class names that differ, a row without image.
     """
     features = _declared_features(tables[0].schema)
-    image_column = _column(source, tables[0], "image", _IMAGE_COLUMNS, features, "Image")
-    label_column = _column(source, tables[0], "label", _LABEL_COLUMNS, features, "ClassLabel")
-    try:
-        table = pa.concat_tables([t.select([image_column, label_column]) for t in tables])
-    except (pa.ArrowException, KeyError) as error:
-        raise checks.InputError(f"{source}: its files differ in columns: {error}.") from error
-    encoded, paths = _encoded_images(source, table[image_column])
-    labels = encode_labels(
-        table[label_column].to_pylist(), features.get(label_column, {}).get("names"), source
-    )
-    ids = stable_ids(paths, encoded)
+    image = _column(source, tables[0], "image", _IMAGE_COLUMNS, features, "Image")
+    label = _column(source, tables[0], "label", _LABEL_COLUMNS, features, "ClassLabel")
+    class_names = _class_names(tables[0], label)
+    values: list = []
+    names: list[str | None] = []
+    parts = []
+    for table in tables:
+        for column in (image, label):
+            if table.schema.names.count(column) != 1:
+                raise checks.InputError(
+                    f"{source}: its files differ in columns: {table.file} has "
+                    f"{', '.join(table.schema.names)}, expected one {column!r}."
+                )
+        if _class_names(table, label) != class_names:
+            raise checks.InputError(
+                f"{source}: its files differ in class names: {table.file} declares "
+                f"{_class_names(table, label)}, {tables[0].file} {class_names}."
+            )
+        values += table.values(label)
+        images, paths = _images(table, image)
+        parts.append(images)
+        names += paths
+    labels = encode_labels(values, class_names, source)
+    encoded = joined(parts)
+    ids = stable_ids(names, encoded)
     return Dataset(encoded, labels.ids, ids, labels.class_names, source, labels.table)
 
 
@@ -84,15 +93,28 @@ def _declared_features(schema: pa.Schema) -> dict[str, dict]:
     try:
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = metadata["info"]["features"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}  # written by something else: the usual column names have to do
+    if not isinstance(features, dict):
+        return {}
     # nested features, as for boxes, are lists and are neither image nor label
-    return {n: f for n, f in (features or {}).items() if isinstance(f, dict)}
+    return {n: f for n, f in features.items() if isinstance(f, dict)}
+
+
+def _class_names(table: Table, label: str) -> list[str] | None:
+    names = _declared_features(table.schema).get(label, {}).get("names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise checks.InputError(
+            f"{table.file}: expected the names of classes to be a list of texts, found {names!r}."
+        )
+    return names
 
 
 def _column(
     source: str,
-    table: pa.Table,
+    table: Table,
     what: str,
     usual: tuple[str, ...],
     features: dict[str, dict],
@@ -100,41 +122,61 @@ def _column(
 ) -> str:
     declared = [n for n, feature in features.items() if feature.get("_type") == feature_type]
     for name in (*declared, *usual):
-        if name in table.column_names:
+        if name in table.schema.names:
             return name
     raise checks.InputError(
         f"{source}: no {what} column; expected one named {' or '.join(usual)}, "
-        f"found {', '.join(table.column_names)}."
+        f"found {', '.join(table.schema.names)}."
     )
 
 
-def _encoded_images(
-    source: str, column: pa.ChunkedArray
-) -> tuple[_EncodedColumn, list[str | None]]:
-    """Returns the column of encoded bytes, and each image's path where the column has one."""
-    paths: list[str | None] = [None] * len(column)
-    if pa.types.is_struct(column.type):
-        fields = {column.type.field(i).name for i in range(column.type.num_fields)}
+def _images(table: Table, column: str) -> tuple[ImageSource, list[str | None]]:
+    """Returns a table's images, and each one's path where there is one."""
+    kind = table.schema.field(column).type
+    if _is_text(kind):
+        paths = table.values(column)
+        return _files(table, column, paths), paths
+    where: tuple[str, ...] = (column,)
+    path_column = None
+    if pa.types.is_struct(kind):
+        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
         if "bytes" not in fields:
             raise checks.InputError(
-                f"{source}: image column has fields {sorted(fields)}, expected bytes and path."
+                f"{table.file}: image column has fields {sorted(fields)}, expected bytes and path."
             )
-        if "path" in fields:
-            paths = _struct_field(column, "path").to_pylist()
-        column = _struct_field(column, "bytes")
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        where, kind = (column, "bytes"), fields["bytes"]
+        path_column = "path" if _is_text(fields.get("path", pa.null())) else None
+    if not (_is_bytes(kind) or pa.types.is_null(kind)):
         raise checks.InputError(
-            f"{source}: images are {column.type}, expected encoded bytes or {{bytes, path}}."
+            f"{table.file}: images are {kind}, expected encoded bytes, {{bytes, path}} or paths."
         )
-    if column.null_count:
-        row = next(i for i, value in enumerate(column.is_null().to_pylist()) if value)
+    missing, images = table.missing(*where), table.images(*where)
+    paths = table.values(column, path_column) if path_column else [None] * len(images)
+    if len(missing) == len(paths) and any(paths):
+        return _files(table, column, paths), paths
+    if len(missing):
+        row = int(missing[0])
         raise checks.InputError(
-            f"{source}: {column.null_count} rows have no image bytes, first row {row} "
+            f"{table.file}: {len(missing)} rows have no image bytes, first row {row} "
             f"(path {paths[row]!r})."
         )
-    return _EncodedColumn(column), paths
+    return images, paths
 
 
-def _struct_field(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    field = column.type.field(name)
-    return pa.chunked_array([chunk.field(name) for chunk in column.chunks], type=field.type)
+def _files(table: Table, column: str, paths: list[str | None]) -> Files:
+    for row, path in enumerate(paths):
+        if not path or "\0" in path:
+            raise checks.InputError(
+                f"{table.file}: column {column}, row {row}: expected a path, found {path!r}."
+            )
+    return Files(table.file.parent, np.asarray(paths, np.str_))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    types = pa.types
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    types = pa.types
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)

@@ -11,6 +11,8 @@ import numpy as np
 
 from dlc_jax.types import Dataset, ImageSource, file_of
 
+_SUFFIXES = (".csv", ".tsv", ".npz", ".parquet", ".tar")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Joined:
@@ -34,6 +36,12 @@ class _Joined:
         return self.sources[part], position - (self.ends[part - 1] if part else 0)
 
 
+def joined(sources: Sequence[ImageSource]) -> ImageSource:
+    """Returns the images of one or more sources, one after the other."""
+    ends = np.cumsum([len(source) for source in sources]).tolist()
+    return sources[0] if len(sources) == 1 else _Joined(tuple(sources), tuple(ends))
+
+
 def part_sources(where: str) -> list[str]:
     """Returns the sources that `<place>/<part>+<part>` stands for; one where it has no parts.
 
@@ -43,6 +51,8 @@ def part_sources(where: str) -> list[str]:
     if "+" not in last or Path(where).expanduser().exists():
         return [where]
     suffix = Path(last).suffix
+    if suffix.lower() not in _SUFFIXES:  # of v1.0+v1.1, the .1 is none
+        suffix = ""
     return [f"{place}{slash}{part.removesuffix(suffix)}{suffix}" for part in last.split("+")]
 
 
@@ -65,9 +75,7 @@ def concatenate(parts: Sequence[Dataset], names: Sequence[str], source: str) -> 
         ids = [[f"{name}/{i}" for i in mine] for name, mine in zip(names, ids, strict=True)]
     tables = {key: new for part in parts for key, new in (part.label_table or {}).items()}
     return Dataset(
-        images=_Joined(
-            tuple(part.images for part in parts), tuple(np.cumsum([len(p) for p in parts]).tolist())
-        ),
+        images=joined([part.images for part in parts]),
         labels=np.concatenate(labels),
         ids=np.asarray([name for mine in ids for name in mine], np.str_),
         class_names=class_names,

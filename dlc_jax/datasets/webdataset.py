@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dlc_jax import checks
 from dlc_jax.datasets.files import matching
 from dlc_jax.datasets.folder import SUFFIXES
-from dlc_jax.datasets.labels import encode_labels, stable_ids
+from dlc_jax.datasets.labels import encode_labels, integers_or_text, stable_ids
 from dlc_jax.types import Dataset
 
 _LABEL_KEYS = ("label", "cls", "class", "class_name")
@@ -55,7 +55,8 @@ def load_tar(where: str) -> Dataset:
     folders in a shard are passed over.
 
     Raises:
-      ValueError: nothing there, not an uncompressed tar file, a sample without image or label.
+      ValueError: nothing there, not an uncompressed tar file, one that is damaged or cut short, a
+        sample without image or label.
     """
     source = f"tar:{where}"
     names: list[str] = []
@@ -75,7 +76,7 @@ def load_tar(where: str) -> Dataset:
     if not images:
         raise checks.InputError(f"{source}: holds no sample.")
     members = _Members(tuple(images))
-    labels = encode_labels(_alike(values), None, source)
+    labels = encode_labels(integers_or_text(values), None, source)
     return Dataset(
         members, labels.ids, stable_ids(names, members), labels.class_names, source, labels.table
     )
@@ -95,6 +96,9 @@ def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:
                     key = f"{folder}/{stem}" if folder else stem
                     place = _Member(shard, member.offset_data, member.size)
                     samples.setdefault(key, {})[dot + suffix.lower()] = place
+            end = _Member(shard, file.offset, tarfile.BLOCKSIZE).read()
+        if any(end):  # tarfile takes a damaged header for the end
+            raise OSError(f"damaged or cut short at byte {file.offset}")
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise checks.InputError(
             f"{source}: {shard}: not a readable, uncompressed tar file: {checks.first_line(error)}."
@@ -112,17 +116,9 @@ def _label(source: str, shard: Path, key: str, parts: dict[str, _Member]) -> Any
             found = [facts[name] for name in _LABEL_KEYS if name in facts]
             if found:
                 return found[0]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise checks.InputError(f"{where}: label cannot be read: {error}.") from error
     raise checks.InputError(
         f"{where} has no label; expected .cls, or .json with {' or '.join(_LABEL_KEYS)} "
         f"(found {', '.join(parts)})."
     )
-
-
-def _alike(values: list[Any]) -> list[Any]:
-    """Text that is integers throughout, as `.cls` mostly is, becomes integers."""
-    try:
-        return [int(value) if isinstance(value, str) else value for value in values]
-    except ValueError:
-        return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from jaxtyping import Int64
 
 from dlc_jax import checks
 from dlc_jax.exports.image_folder import write_image_folder, write_image_links
-from dlc_jax.exports.lists import write_ids, write_jsonl, write_positions
+from dlc_jax.exports.lists import write_ids, write_jsonl, write_manifest, write_positions
+from dlc_jax.exports.part import Part
 from dlc_jax.exports.tables import write_hub_folder, write_parquet
 from dlc_jax.selection import kept_positions
 from dlc_jax.types import Dataset, Selection
@@ -25,12 +27,11 @@ class Export(NamedTuple):
     """How a form is written, and what its file or folder is called after the part's name.
 
     Attributes:
-      write: Takes the samples, their positions in the whole set, and where to write; the place is
-        whole or not there at all.
+      write: Takes the part and where to write; the place is whole or not there at all.
       suffix: Of the file; none for a folder.
     """
 
-    write: Callable[[Dataset, np.ndarray, Path], None]
+    write: Callable[[Part, Path], None]
     suffix: str
 
 
@@ -38,6 +39,7 @@ EXPORTS: Mapping[str, Export] = {
     "npy": Export(write_positions, ".npy"),
     "ids": Export(write_ids, ".txt"),
     "jsonl": Export(write_jsonl, ".jsonl"),
+    "json": Export(write_manifest, ".json"),
     "parquet": Export(write_parquet, ".parquet"),
     "image_folder": Export(write_image_folder, "-images"),
     "image_links": Export(write_image_links, "-links"),
@@ -64,7 +66,8 @@ def export(
       kept: A `Selection`, or positions in the data set.
       path: File or, for `image_folder`, `image_links` and `hf`, folder to write.
       form: `npy`: positions in the data set, int64; `ids`: a line of text each; `jsonl`: id, label,
-        class_name and position; `parquet`: images and labels in the Hugging Face convention;
+        class_name and position; `json`: one manifest, of how they were selected, samples per class
+        and ids; `parquet`: images and labels in the Hugging Face convention;
         `image_folder`: copies, one sub-folder per class; `image_links`: the same of symbolic links,
         for sources that are files; `hf`: a folder that `datasets` loads.
       part: `kept` or `dropped`.
@@ -84,10 +87,11 @@ def export(
         )
     checks.one_of("export form", form, EXPORTS)
     positions = part_positions(dataset, kept, part, str(path))
-    if not overwrite and path.exists():
+    if not overwrite and os.path.lexists(path):
         raise checks.InputError(f"{path}: is there already; expected a new name, or overwrite.")
     try:
-        EXPORTS[form].write(dataset.subset(positions), positions, path)
+        selection = kept if isinstance(kept, Selection) else None
+        EXPORTS[form].write(Part(part, dataset.subset(positions), positions, selection), path)
     except OSError as error:
         raise checks.InputError(f"{path}: cannot be written: {error}.") from error
     return path

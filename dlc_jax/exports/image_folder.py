@@ -5,32 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Int64
-
 from dlc_jax import artefacts, checks
 from dlc_jax.exports.images import encoded, file_name, plain
+from dlc_jax.exports.part import Part
 from dlc_jax.types import Dataset, file_of
 
 
-def write_image_folder(samples: Dataset, positions: Int64[np.ndarray, " k"], path: Path) -> None:
+def write_image_folder(part: Part, path: Path) -> None:
     """Writes `<class name>/<id>`; slashes in ids become `__`.
 
     Raises:
       ValueError: two classes or two samples of a class would get the same name.
     """
     with artefacts.atomic_folder(path) as root:
-        for _, target, content in _targets(samples, path, root):
+        for _, target, content in _targets(part.samples, path, root):
             target.write_bytes(content)
 
 
-def write_image_links(samples: Dataset, positions: Int64[np.ndarray, " k"], path: Path) -> None:
+def write_image_links(part: Part, path: Path) -> None:
     """Writes the same with symbolic links to the images where they are.
 
     Raises:
       ValueError: see `write_image_folder`; or an image that is not a file of its own.
     """
     with artefacts.atomic_folder(path) as root:
+        samples = part.samples
         for index, target, _ in _targets(samples, path, root):
             file = file_of(samples.images, index)
             if file is None:

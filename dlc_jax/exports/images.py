@@ -10,6 +10,7 @@ from PIL import Image
 
 from dlc_jax import checks
 from dlc_jax.datasets.folder import SUFFIXES
+from dlc_jax.preprocess import opened
 from dlc_jax.types import Sample
 
 _LONGEST = 200  # bytes of a name; file systems stop at 255
@@ -32,7 +33,7 @@ def suffix_of(content: bytes, sample_id: str) -> str:
       ValueError: they are no image.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with opened(content) as image:
             return f".{(image.format or 'png').lower()}"
     except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
         raise checks.InputError(

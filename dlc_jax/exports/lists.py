@@ -1,4 +1,4 @@
-"""Selections without images: positions, ids, and a line of JSON per sample."""
+"""Selections without images: positions, ids, a line of JSON per sample, and a manifest."""
 
 from __future__ import annotations
 
@@ -6,33 +6,51 @@ import json
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
 
 from dlc_jax import artefacts, checks
-from dlc_jax.types import Dataset
+from dlc_jax.exports.part import Part
 
 
-def write_positions(samples: Dataset, positions: Int64[np.ndarray, " k"], path: Path) -> None:
+def write_positions(part: Part, path: Path) -> None:
     """Writes positions in the whole data set, int64, ascending."""
     with artefacts.atomic(path) as file:
-        np.save(file, positions)
+        np.save(file, part.positions)
 
 
-def write_ids(samples: Dataset, positions: Int64[np.ndarray, " k"], path: Path) -> None:
+def write_ids(part: Part, path: Path) -> None:
     """Writes an id per line, UTF-8."""
-    broken = [name for name in samples.ids.tolist() if "\n" in name or "\r" in name]
+    ids = part.samples.ids.tolist()
+    broken = [name for name in ids if "\n" in name or "\r" in name]
     if broken:
         raise checks.InputError(f"{path}: id {broken[0]!r} holds a line break; use form jsonl.")
     with artefacts.atomic(path) as file:
-        file.writelines(f"{name}\n".encode() for name in samples.ids.tolist())
+        file.writelines(f"{name}\n".encode() for name in ids)
 
 
-def write_jsonl(samples: Dataset, positions: Int64[np.ndarray, " k"], path: Path) -> None:
+def write_jsonl(part: Part, path: Path) -> None:
     """Writes id, label, class_name and position of every sample."""
+    samples = part.samples
     with artefacts.atomic(path) as file:
         for name, label, position in zip(
-            samples.ids.tolist(), samples.labels.tolist(), positions.tolist(), strict=True
+            samples.ids.tolist(), samples.labels.tolist(), part.positions.tolist(), strict=True
         ):
             line = {"id": name, "label": label, "class_name": samples.class_names[label]}
             text = json.dumps({**line, "position": position}, ensure_ascii=False)
             file.write(f"{text}\n".encode())
+
+
+def write_manifest(part: Part, path: Path) -> None:
+    """Writes ids, samples per class, and how they were selected (nulls where that is not known)."""
+    settings = ("method", "keep_fraction", "split", "seed", "mode", "min_per_class")
+    sizes = np.bincount(part.samples.labels, minlength=part.samples.num_classes)
+    artefacts.write_json(
+        path,
+        {
+            "dataset": part.samples.name,
+            "part": part.name,
+            **{name: getattr(part.selection, name, None) for name in settings},
+            "num_samples": len(part.samples),
+            "per_class": dict(zip(part.samples.class_names, sizes.tolist(), strict=True)),
+            "ids": part.samples.ids.tolist(),
+        },
+    )

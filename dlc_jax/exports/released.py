@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax import checks
+from dlc_jax.datasets.files import regular
 from dlc_jax.datasets.folder import SUFFIXES
 from dlc_jax.exports import part_positions
 from dlc_jax.preprocess.decode import decode
@@ -207,7 +208,7 @@ _LAYOUTS: Mapping[str, Callable[[Path, str, str], Iterator[Entry]]] = {
 def _lines(file: Path, separator: str, expected: str) -> Iterator[tuple[str, str]]:
     """Gives both words of every line; none may be empty or lack one, or positions would shift."""
     try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = regular(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
         raise checks.InputError(f"{file}: cannot be read, expected a list: {error}.") from error
     for number, line in enumerate(lines, start=1):
@@ -298,7 +299,7 @@ def _not_there(dataset: Dataset, index: int, key: tuple[str, str], where: str) -
 def _check_same_image(dataset: Dataset, index: int, path: Path) -> None:
     """Raises unless the file has the sample's bytes, or decodes to the same RGB pixels."""
     try:
-        sample, content = dataset[index], path.read_bytes()
+        sample, content = dataset[index], regular(path).read_bytes()
     except OSError as error:
         raise checks.InputError(
             f"{dataset.name}: sample {dataset.ids[index]} cannot be compared with {path}: {error}."

@@ -5,38 +5,38 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int64
 
 from dlc_jax import artefacts
 from dlc_jax.exports.images import encoded
+from dlc_jax.exports.part import Part
 from dlc_jax.types import Dataset
 
-_ROWS = 256  # written at a time, so that memory does not grow with the selection
+# Written at a time, so that memory does not grow with the selection.
+_ROWS, _BYTES = 256, 2**26
 _SCHEMA = pa.schema(
     {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()}
 )
 
 
-def write_parquet(samples: Dataset, positions: Int64[np.ndarray, " k"], path: Path) -> None:
+def write_parquet(part: Part, path: Path) -> None:
     """Writes a row per sample: image {bytes, path}, label; class names in the file's metadata."""
     with artefacts.atomic(path) as file:
-        _write(samples, file)
+        _write(part.samples, file)
 
 
-def write_hub_folder(samples: Dataset, positions: Int64[np.ndarray, " k"], path: Path) -> None:
+def write_hub_folder(part: Part, path: Path) -> None:
     """Writes a folder that `datasets.load_dataset` reads as the split `train`."""
     with artefacts.atomic_folder(path) as root:
         (root / "data").mkdir()
         with open(root / "data" / "train-00000-of-00001.parquet", "wb") as file:
-            _write(samples, file)
+            _write(part.samples, file)
         (root / "README.md").write_text(
             "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
-            f"    path: data/train-*\n---\n\n{len(samples)} samples of {samples.name}.\n"
+            f"    path: data/train-*\n---\n\n{len(part.samples)} samples of {part.samples.name}.\n"
         )
 
 
@@ -52,8 +52,15 @@ def _write(samples: Dataset, file: IO) -> None:
 
 
 def _batches(samples: Dataset) -> Iterator[pa.RecordBatch]:
-    for start in range(0, len(samples), _ROWS):
-        some = [samples[i] for i in range(start, min(start + _ROWS, len(samples)))]
-        images = [{"bytes": encoded(sample), "path": sample.id} for sample in some]
-        labels = [sample.label for sample in some]
-        yield pa.RecordBatch.from_pydict({"image": images, "label": labels}, schema=_SCHEMA)
+    rows: list[dict[str, Any]] = []
+    num_bytes = 0
+    for index in range(len(samples)):
+        sample = samples[index]
+        content = encoded(sample)
+        if rows and (len(rows) == _ROWS or num_bytes + len(content) > _BYTES):
+            yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
+            rows, num_bytes = [], 0
+        rows.append({"image": {"bytes": content, "path": sample.id}, "label": sample.label})
+        num_bytes += len(content)
+    if rows:
+        yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)

@@ -3,7 +3,7 @@
 from dlc_jax.preprocess.batches import filled, in_batches
 from dlc_jax.preprocess.cache import ImageCache
 from dlc_jax.preprocess.crops import RandomCrops, resized_crop
-from dlc_jax.preprocess.decode import decode, resize_and_crop
+from dlc_jax.preprocess.decode import decode, opened, resize_and_crop
 from dlc_jax.preprocess.load import (
     ON_CORRUPT,
     LoadedImages,
@@ -26,6 +26,7 @@ __all__ = [
     "in_batches",
     "in_order",
     "load_images",
+    "opened",
     "resize_and_crop",
     "resized_crop",
     "shown",

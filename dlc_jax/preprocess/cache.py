@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import shutil
 import zlib
@@ -65,6 +66,11 @@ class ImageCache:
     max_gib: float = setting(10.0, "most it may hold; 0 turns it off, images are decoded twice")
 
     def __post_init__(self) -> None:
+        checks.number("cache.max_gib", self.max_gib)
+        if not math.isfinite(self.max_gib):
+            raise checks.InputError(
+                f"cache.max_gib: expected a finite number of gibibytes, got {self.max_gib}."
+            )
         checks.at_least("cache.max_gib", self.max_gib, 0)
 
     @property

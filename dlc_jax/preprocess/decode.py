@@ -12,6 +12,14 @@ from PIL import Image
 
 from dlc_jax import checks
 
+# Of photographs and drawings. PIL would take others, too, and hand an EPS file to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+
+def opened(image: bytes) -> Image.Image:
+    """Returns the image, not decoded yet; PIL's errors if the bytes are none."""
+    return Image.open(io.BytesIO(image), formats=_FORMATS)
+
 
 def decode(image: bytes | np.ndarray, sample_id: str) -> Image.Image:
     """Returns the image as RGB, exactly as PIL's `convert("RGB")` gives it.
@@ -24,7 +32,7 @@ def decode(image: bytes | np.ndarray, sample_id: str) -> Image.Image:
     try:
         if isinstance(image, np.ndarray):
             return _from_array(image)
-        with Image.open(io.BytesIO(image)) as encoded:
+        with opened(image) as encoded:
             if encoded.mode == "RGB":  # converting would copy it
                 encoded.load()
                 return encoded
@@ -57,6 +65,8 @@ def resize_and_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "s
     Args:
       image: RGB.
       image_size: s, in pixels.
+    Raises:
+      ValueError: an image so long and thin that, scaled, it has more than PIL's MAX_IMAGE_PIXELS.
     """
     side = round(image_size * 256 / 224)
     width, height = image.size
@@ -64,6 +74,12 @@ def resize_and_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "s
         size = (side, int(side * height / width))
     else:
         size = (int(side * width / height), side)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and size[0] * size[1] > limit:
+        raise checks.InputError(
+            f"{width} x {height} pixels would be scaled to {size[0]} x {size[1]}; expected at most "
+            f"{limit} pixels, an image that is not as long and thin."
+        )
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = (round((length - image_size) / 2) for length in size)

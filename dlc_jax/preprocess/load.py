@@ -43,9 +43,13 @@ class Reader(Generic[Item]):
             image = decode(sample.image, sample.id)
         except checks.InputError as error:
             return str(error)
-        except OSError as error:  # a file that is gone, or that may not be read
-            return f"sample {str(self.dataset.ids[position])!r} cannot be read: {error}"
-        return self._of_image(image, position)
+        except (OSError, MemoryError) as error:  # a file that is gone, or that may not be read
+            why = str(error) or type(error).__name__
+            return f"sample {str(self.dataset.ids[position])!r} cannot be read: {why}"
+        try:
+            return self._of_image(image, position)
+        except (checks.InputError, MemoryError) as error:
+            return f"sample {sample.id!r} cannot be used: {str(error) or type(error).__name__}"
 
     def readable(
         self, positions: Int64[np.ndarray, " k"], skipped: dict[int, str] | None

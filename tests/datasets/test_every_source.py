@@ -118,7 +118,8 @@ def as_saved_to_disk(some: dlc.Dataset, root: Path) -> str:
     table = in_parquet(some)
     with pa.ipc.new_stream(str(root / "train" / "data-00000-of-00001.arrow"), table.schema) as file:
         file.write_table(table)
-    (root / "train" / "state.json").write_text("{}")
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": "train"}
+    (root / "train" / "state.json").write_text(json.dumps(state))
     return f"hf:{root}/train"
 
 

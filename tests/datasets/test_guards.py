@@ -45,6 +45,18 @@ def test_each_kind_of_trouble_is_found_and_named(troubled):
     assert rows["label imbalance"] == (0, "")
 
 
+def test_arrays_of_one_channel_are_readable_and_prefixes_do_not_confuse():
+    grey = np.arange(3 * 40 * 40, dtype=np.uint32).astype(np.uint8).reshape(3, 40, 40, 1)
+    grey[1] += 1
+    dataset = dlc.array_dataset([*grey, grey[0]], [0, 1, 0, 0], ["test:a", "b", "c", "d"])
+    found = inspect(dataset, minimum=1)
+    assert found.unreadable == {}
+    assert found.across == []
+    assert ["test:a", "d"] in found.duplicates
+    broken = dlc.array_dataset([b"x", grey[0]], [0, 1], ["a", "b"])
+    assert "BytesIO" not in inspect(broken, minimum=1).unreadable["a"]
+
+
 def test_the_sample_is_clean_and_imbalance_is_told(sample):
     assert inspect(sample).is_clean
     where = np.concatenate([np.arange(50), [50, 51, 52, 53]])

@@ -241,7 +241,7 @@ def test_parquet_files_that_do_not_fit(tmp_path):
         ({"images": FILES, "labels": [0, None, 0, 0, 0, 0]}, "no label, first at row 1"),
         ({"images": FILES, "labels": [0.5] * 6}, "integers or strings"),
         ({"images": FILES, "labels": [0, 1, 2, 0, 1, 2], "names": ["a", "b"]}, "row 2 has label 2"),
-        ({"images": ["a.png"] * 6, "labels": [0] * 6}, "images are string"),
+        ({"images": [1] * 6, "labels": [0] * 6}, "images are int64"),
     ):
         with pytest.raises(ValueError, match=says):
             dlc.load_dataset(write_parquet(path, **arguments))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import random_images
+from conftest import encoded, random_images
 from PIL import Image
 
 import dlc_jax as dlc
@@ -45,6 +45,11 @@ def test_every_form_holds_exactly_its_part(small_sample, files, tmp_path, form, 
         assert [line["position"] for line in lines] == expected.tolist()
         names = small_sample.class_names
         assert [line["class_name"] for line in lines] == [names[line["label"]] for line in lines]
+    elif form == "json":
+        manifest = json.loads(path.read_text())
+        assert (manifest["part"], manifest["method"], manifest["ids"]) == (part, None, ids)
+        classes = [small_sample.class_names[label] for label in small_sample.labels[expected]]
+        assert manifest["per_class"] == {n: classes.count(n) for n in small_sample.class_names}
     else:
         folders = dict.fromkeys(("image_folder", "image_links"), f"folder:{path}")
         source = {**folders, "hf": f"hf:{path}/train"}
@@ -69,6 +74,12 @@ def test_a_selection_is_exported_by_its_ids(small_sample, tmp_path):
         ids=small_sample.ids,
     )
     backwards = small_sample.subset(np.arange(60)[::-1])
+    manifest = json.loads(
+        dlc.export(backwards, kept, tmp_path / "x.json", form="json", part="dropped").read_text()
+    )
+    settings = {"method": "hardest", "keep_fraction": 0.5, "split": None, "seed": 0}
+    assert {name: manifest[name] for name in settings} == settings
+    assert sorted(manifest["ids"]) == sorted(set(small_sample.ids) - set(kept.ids))
     dlc.export(backwards, kept, tmp_path / "x.txt", form="ids")
     assert sorted((tmp_path / "x.txt").read_text().split("\n")[:-1]) == sorted(kept.ids.tolist())
 
@@ -119,6 +130,37 @@ def test_what_is_there_is_not_replaced_unasked(small_sample, tmp_path):
     dlc.export(small_sample, KEPT, tmp_path / "x.txt", form="ids")
     dlc.export(small_sample, KEPT[:2], tmp_path / "x.txt", form="ids", overwrite=True)
     assert len((tmp_path / "x.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_folder_replaces_a_file_or_a_link_if_asked(small_sample, tmp_path, kind):
+    place, mine = tmp_path / "x", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    if kind == "file":
+        place.write_text("old")
+    else:
+        place.symlink_to(mine)
+    dlc.export(small_sample, KEPT, place, form="hf", overwrite=True)
+    assert len(dlc.load_dataset(f"hf:{place}/train")) == len(KEPT)
+    assert (mine / "thesis.txt").exists()
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced_unasked(small_sample, tmp_path):
+    (tmp_path / "x").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="x: is there already"):
+        dlc.export(small_sample, KEPT, tmp_path / "x", form="ids")
+
+
+def test_large_images_are_written_in_smaller_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlc_jax.exports.tables._BYTES", 5000)
+    images = [encoded(image) for image in random_images(6, 25)]
+    assert 1667 < min(map(len, images)) <= max(map(len, images)) < 2500
+    dataset = dlc.array_dataset(images, [0, 1] * 3, ids=list("abcdef"))
+    dlc.export(dataset, np.arange(6), tmp_path / "x.parquet")
+    assert pq.ParquetFile(tmp_path / "x.parquet").metadata.num_row_groups == 3
+    back = dlc.load_dataset(f"parquet:{tmp_path}/x.parquet")
+    assert [back[i].image for i in range(6)] == images
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,8 @@ def test_a_cache_that_is_off_or_too_small_writes_nothing(tmp_path, max_gib):
     loaded = load_images(noise(0), SIZE, cache=cache)
     assert loaded.pixels.shape == (1000, SIZE, SIZE, 3)
     assert not cache.path.exists()
-    for bad in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"cache\.max_gib"):
+    for bad, says in ((-1, ">= 0"), (float("nan"), "finite"), (float("inf"), "finite")):
+        with pytest.raises(ValueError, match=rf"cache\.max_gib: .*{says}"):
             dlc.ImageCache(max_gib=bad)
 
 

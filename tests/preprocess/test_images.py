@@ -124,6 +124,40 @@ def test_files_that_cannot_be_read_are_named_or_skipped(tmp_path):
     assert loaded.positions.tolist() == [0, 2]
 
 
+@pytest.mark.parametrize("size", [(65000, 1), (1, 65000)])
+def test_a_long_thin_image_is_refused_and_not_blown_up(size):
+    """Scaled for 224 px it would be 16,640,000 x 256, 12 GiB."""
+    buffer = io.BytesIO()
+    Image.new("L", size).save(buffer, "JPEG")
+    images = [buffer.getvalue(), encoded(random_images(1)[0])]
+    dataset = dlc.array_dataset(images, [0, 1], ["thin", "other"])
+    with pytest.raises(ValueError, match=r"sample 'thin' .*65000.*256.*not as long and thin"):
+        load_images(dataset, 224)
+    loaded = load_images(dataset, 224, on_corrupt="skip")
+    assert list(loaded.skipped) == ["thin"]
+    assert loaded.positions.tolist() == [1]
+    crops = RandomCrops(dataset, 224, seed=0)
+    assert crops.crop(decode(images[0], "thin"), 0, 0).shape == (224, 224, 3)
+
+
+def test_memory_that_does_not_suffice_is_told_by_sample(monkeypatch):
+    def no_memory(image, image_size):
+        raise MemoryError
+
+    monkeypatch.setattr("dlc_jax.preprocess.load.resize_and_crop", no_memory)
+    dataset = dlc.array_dataset(random_images(1), [0], ["a"])
+    with pytest.raises(ValueError, match="sample 'a' cannot be used: MemoryError"):
+        load_images(dataset, 32)
+
+
+def test_no_other_program_is_asked_to_read_an_image():
+    """PIL hands EPS to Ghostscript, where there is one."""
+    eps = io.BytesIO()
+    Image.fromarray(random_images(1)[0]).save(eps, "EPS")
+    with pytest.raises(ValueError, match="sample 'x' is not a readable image: Unidentified"):
+        decode(eps.getvalue(), "x")
+
+
 def test_a_class_that_loses_its_last_sample_is_named(sample_encoder, small_sample):
     images = [small_sample[i].image for i in range(60)]
     images[4:8] = [b"broken"] * 4

@@ -19,26 +19,43 @@ from dlc_jax.preprocess import ImageCache
 from dlc_jax.probes import features, probe
 from dlc_jax.scores import score
 from dlc_jax.selection import select
-from dlc_jax.training import finetune
-from dlc_jax.types import Dataset, ProbeLosses, RunResult, Sample, Selection
+from dlc_jax.training import finetune, record_training
+from dlc_jax.tuning import FinetuneTrials, LinearProbeConfig, keep_curve, linear_probes, tune
+from dlc_jax.types import (
+    Dataset,
+    ProbeLosses,
+    RunResult,
+    Sample,
+    Selection,
+    TrainingRecord,
+    Tuning,
+)
 
 __all__ = [
     "Dataset",
     "Encoder",
+    "FinetuneTrials",
     "ImageCache",
     "InputError",
+    "LinearProbeConfig",
     "ProbeLosses",
     "RunResult",
     "Sample",
     "Selection",
+    "TrainingRecord",
+    "Tuning",
     "array_dataset",
     "export",
     "features",
     "finetune",
+    "keep_curve",
+    "linear_probes",
     "load_dataset",
     "load_encoder",
     "probe",
+    "record_training",
     "score",
     "select",
     "stratified_split",
+    "tune",
 ]

@@ -23,11 +23,13 @@ from dlc_jax.masking import MASKINGS, PLACEMENTS, SCHEDULES, check_path
 from dlc_jax.preprocess import ON_CORRUPT, ImageCache
 from dlc_jax.probes import DTYPES, resolve_chunk
 from dlc_jax.probes.measure import SCHEDULE_OF_MODE
-from dlc_jax.selection import SELECTORS, check_cell, check_min_per_class
-from dlc_jax.training import FinetuneConfig
+from dlc_jax.selection.settings import Need, SelectionConfig
+from dlc_jax.training import FinetuneConfig, RecordConfig
+from dlc_jax.tuning import LinearProbeConfig
+from dlc_jax.tuning.settings import TuningConfig
 from dlc_jax.types import setting
 
-STAGES = ("score", "select", "export", "finetune", "report")
+STAGES = ("score", "tune", "select", "export", "finetune", "report")
 _DEFAULT_STAGES = ("score", "select")
 
 
@@ -100,49 +102,6 @@ class ProbeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectionConfig:
-    """Which cells to select: methods x keep fractions x splits x seeds."""
-
-    methods: tuple[str, ...] = setting(("flexrand",), ", ".join(SELECTORS))
-    keep_fractions: tuple[float, ...] = setting(
-        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), "fractions kept, each in (0, 1)"
-    )
-    splits: tuple[float, ...] = setting((0.5,), "FlexRand's gamma, each in (0, 1)")
-    seeds: tuple[int, ...] = setting((0,), "seeds of the draws")
-    min_per_class: int = setting(0, "least samples kept of a class (all, if it has no more)")
-
-    def check(self, mode: str) -> None:
-        for key in ("methods", "keep_fractions", "splits", "seeds"):
-            values = getattr(self, key)
-            if not values or len(set(values)) < len(values):
-                raise checks.InputError(
-                    f"selection.{key}: expected one or more different values, got {values} "
-                    "(a list given twice on the command line adds up)."
-                )
-        for method in self.methods:
-            checks.one_of("selection.methods", method, SELECTORS)
-        for keep_fraction in self.keep_fractions:
-            checks.keep_fraction(keep_fraction, "selection.keep_fractions")
-        for split in self.splits:
-            checks.split(split, "selection.splits")
-        for seed in self.seeds:
-            checks.seed(seed, "selection.seeds")
-        for cell in self.cells():
-            check_cell(*cell, mode)
-        check_min_per_class(self.min_per_class, mode, "selection.min_per_class")
-
-    def cells(self) -> list[tuple[str, float, float | None, int]]:
-        """Returns (method, keep_fraction, split, seed) of every cell; split None where not used."""
-        return [
-            (method, keep_fraction, split, seed)
-            for method in self.methods
-            for keep_fraction in self.keep_fractions
-            for split in (self.splits if SELECTORS[method].has_split else (None,))
-            for seed in self.seeds
-        ]
-
-
-@dataclasses.dataclass(frozen=True)
 class ExportConfig:
     """In which forms selections are written for other programs."""
 
@@ -184,6 +143,9 @@ class Config:
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     cache: ImageCache = dataclasses.field(default_factory=ImageCache)
     probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
+    record: RecordConfig = dataclasses.field(default_factory=RecordConfig)
+    tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
+    linear_probe: LinearProbeConfig = dataclasses.field(default_factory=LinearProbeConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
@@ -220,9 +182,31 @@ class Config:
                 "folder:/data/flowers/test."
             )
         self.probe.check()
+        self.record.check()
+        self.tuning.check()
+        self.linear_probe.check()
         self.selection.check(self.mode)
+        if self.need.tuning:
+            self._check_tuning()
         self.export.check()
         self.finetune.check()
+
+    def _check_tuning(self) -> None:
+        if self.mode == "official":
+            raise checks.InputError(
+                "stages: mode 'official' has no 'tune'; expected mode 'default'."
+            )
+        if self.tuning.by == "finetune":
+            self.dataset.check()
+            self.encoder.check()
+
+    @property
+    def need(self) -> Need:
+        """What the stages go by, apart from DLC."""
+        need = self.selection.need
+        tuning = need.tuning or "tune" in self.stages
+        features = tuning and (self.tuning.by == "linear_probe" or self.tuning.needs_features)
+        return Need(need.features or features, need.training, tuning)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested dictionaries of plain values."""
@@ -314,7 +298,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
             value = _literal(value)
         if isinstance(value, (int, float, str)):
             value = (value,)
-        if choices[0] is str and isinstance(value, (tuple, list)):  # `easiest,hardest` as one text
+        takes_text = str in (choices[0], *typing.get_args(choices[0]))
+        if takes_text and isinstance(value, (tuple, list)):  # `easiest,hardest` as one text
             value = [part for item in value for part in str(item).split(",")]
         if isinstance(value, (tuple, list)):
             return tuple(_convert(name, choices[0], item) for item in value)

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from dlc_jax import artefacts, checks, provenance, selection_files
-from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.exports import EXPORTS, RELEASED, export, part_positions
 from dlc_jax.exports.released import match_samples, needs_grid, released_path
+from dlc_jax.selection import AUTO, Cell
+from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.types import Dataset
 
-Cell: TypeAlias = tuple[str, float, float | None, int]  # see SelectionConfig.cells
 _RELEASED_ROOTS = {"kept": "idxs", "dropped": "idxs-dropped"}  # for the released --idxs_dir
 
 
 def run_exports(
     config: Config,
     workdir: Path,
-    samples: ScoredSamples,
+    known: SelectionInputs,
     dataset: Dataset,
     echo: Callable[[str], None],
 ) -> None:
@@ -40,16 +40,7 @@ def run_exports(
     positions = {}
     for cell in cells:
         method, keep_fraction, split, seed = cell
-        kept = selection_files.read_selection(
-            workdir,
-            samples,
-            method=method,
-            keep_fraction=keep_fraction,
-            split=split,
-            seed=seed,
-            min_per_class=config.selection.min_per_class,
-            mode=config.mode,
-        )
+        kept = known.read(cell)
         name = selection_files.cell_name(keep_fraction, split, seed)
         folder = workdir / artefacts.EXPORTS / method / name
         for form in config.export.forms:
@@ -83,6 +74,11 @@ def _released_paths(config: Config, workdir: Path) -> dict[tuple[Cell, str], Pat
     paths: dict[tuple[Cell, str], Path] = {}
     for cell in config.selection.cells():
         method, keep_fraction, split, seed = cell
+        if isinstance(split, str) or method == AUTO:
+            raise checks.InputError(
+                f"export.forms: the released layout has no name for {AUTO!r}; expected a method "
+                "and a split, such as those that selections/ says it stood for."
+            )
         if needs_grid(method):
             _check_placement(probe)
         for part in config.export.parts:

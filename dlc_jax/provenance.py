@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,23 @@ def record(
         "outputs": artefacts.file_hashes(workdir, paths),
     }
     artefacts.write_json(path, provenance)
+
+
+def refresh(workdir: Path, stage: str) -> None:
+    """Takes note of a stage's files as they are now, after another stage added to them."""
+    path = workdir / artefacts.PROVENANCE
+    provenance = artefacts.read_json(path)
+    outputs = provenance["stages"][stage]["outputs"]
+    provenance["stages"][stage]["outputs"] = artefacts.file_hashes(
+        workdir, [Path(name) for name in outputs]
+    )
+    artefacts.write_json(path, provenance)
+
+
+def seconds(workdir: Path, stages: Iterable[str]) -> float:
+    """Returns what these stages took when they last ran, 0 for those that never did."""
+    known = artefacts.read_json(workdir / artefacts.PROVENANCE).get("stages", {})
+    return sum(known[stage]["seconds"] for stage in stages if stage in known)
 
 
 def check_is_what_was_scored(workdir: Path, dataset: Dataset) -> None:

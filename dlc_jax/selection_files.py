@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,15 @@ import numpy as np
 
 from dlc_jax import artefacts, checks
 from dlc_jax.artefacts import ScoredSamples
-from dlc_jax.types import Selection, labels_fingerprint
+from dlc_jax.selection import Cell
+from dlc_jax.types import Choice, Selection, labels_fingerprint
 
 
-def cell_name(keep_fraction: float, split: float | None, seed: int) -> str:
+def cell_name(keep_fraction: float, split: float | str | None, seed: int) -> str:
     """Returns `keep_0.30-split_0.50-seed_1`; without the split for methods that have none."""
     parts = [f"keep_{_two_decimals(keep_fraction)}"]
     if split is not None:
-        parts.append(f"split_{_two_decimals(split)}")
+        parts.append(f"split_{split if isinstance(split, str) else _two_decimals(split)}")
     return "-".join([*parts, f"seed_{seed}"])
 
 
@@ -27,8 +30,19 @@ def _two_decimals(value: float) -> str:
     return f"{value:.2f}" if round(value, 2) == value else repr(value)
 
 
-def write_selection(workdir: Path, selection: Selection, samples: ScoredSamples) -> list[Path]:
-    """Writes kept positions and their manifest; returns both paths, below the work directory."""
+def write_selection(
+    workdir: Path, selection: Selection, samples: ScoredSamples, facts: Mapping[str, Any]
+) -> list[Path]:
+    """Writes kept positions and their manifest.
+
+    Args:
+      workdir: Where `selections/` is.
+      selection: What to write.
+      samples: What it was selected from.
+      facts: What the manifest also says: `how` it was selected, `scores_fingerprint`.
+    Returns:
+      Both paths, below the work directory.
+    """
     cell = cell_name(selection.keep_fraction, selection.split, selection.seed)
     folder = Path("selections") / selection.method
     kept = np.zeros(len(samples.ids), bool)
@@ -40,7 +54,7 @@ def write_selection(workdir: Path, selection: Selection, samples: ScoredSamples)
         "split": selection.split,
         "seed": selection.seed,
         "mode": selection.mode,
-        "min_per_class": selection.min_per_class,
+        "chosen": None if selection.chosen is None else _chosen(selection.chosen),
         "num_samples": len(kept),
         "kept": _ids_summary(samples.ids[kept]),
         "dropped": _ids_summary(samples.ids[~kept]),
@@ -51,7 +65,7 @@ def write_selection(workdir: Path, selection: Selection, samples: ScoredSamples)
             )
         },
         "single_sample_classes": [samples.class_names[j] for j in selection.single_sample_classes],
-        "scores_fingerprint": samples.fingerprint,
+        **facts,
     }
     with artefacts.atomic(workdir / folder / f"{cell}.npy") as file:
         np.save(file, selection.indices)
@@ -62,20 +76,25 @@ def write_selection(workdir: Path, selection: Selection, samples: ScoredSamples)
 def read_selection(
     workdir: Path,
     samples: ScoredSamples,
+    cell: Cell,
     *,
-    method: str,
-    keep_fraction: float,
-    split: float | None,
-    seed: int,
-    min_per_class: int,
+    how: Mapping[str, Any],
+    scores_fingerprint: str,
     mode: str,
 ) -> Selection:
     """Reads what `write_selection` wrote, with the ids of the kept samples.
 
+    Args:
+      workdir, samples: As for `write_selection`.
+      cell: Which.
+      how: What decides a selection of the method besides its cell; see `SelectionConfig.how`.
+      scores_fingerprint: Of what the method goes by, as it is now.
+      mode: `default` or `official`.
     Raises:
-      ValueError: it is not there, was made from other scores, in another mode or with another
-        minimum, or is not what its manifest says.
+      ValueError: it is not there, was made from other scores, in another mode or another way, or is
+        not what its manifest says.
     """
+    method, keep_fraction, split, seed = cell
     path = workdir / "selections" / method / f"{cell_name(keep_fraction, split, seed)}.npy"
     manifest = artefacts.read_json(path.with_suffix(".json"))
     if not path.exists() or not manifest:
@@ -85,18 +104,14 @@ def read_selection(
     except (ValueError, EOFError) as error:
         raise checks.InputError(f"{path}: not an array of kept positions: {error}.") from error
     checks.positions(str(path), indices, len(samples.ids))
-    made_from = (manifest.get("scores_fingerprint"), manifest.get("mode"))
-    if made_from != (samples.fingerprint, mode):
-        raise checks.InputError(
-            f"{path}: selected from scores {str(made_from[0])[:12]} in mode {made_from[1]!r}; "
-            f"expected {samples.fingerprint[:12]}, those in {artefacts.SCORES}, and {mode!r}. Run "
-            "the stage 'select' again."
-        )
-    if manifest.get("min_per_class", 0) != min_per_class:
-        raise checks.InputError(
-            f"{path}: selected with min_per_class={manifest.get('min_per_class', 0)}, expected "
-            f"{min_per_class}. Run the stage 'select' again."
-        )
+    expected = {"scores_fingerprint": scores_fingerprint, "mode": mode, **how}
+    found = {**manifest, **manifest.get("how", {})}
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise checks.InputError(
+                f"{path}: selected with {name} {_short(found.get(name))}, expected "
+                f"{_short(value)}. Run the stage 'select' again."
+            )
     ids = samples.ids[indices]
     if _ids_summary(ids) != manifest.get("kept"):
         raise checks.InputError(
@@ -110,7 +125,7 @@ def read_selection(
         split=split,
         seed=seed,
         mode=mode,
-        min_per_class=min_per_class,
+        **{name: value for name, value in how.items() if name != "score"},
         num_kept_per_class=np.bincount(samples.labels[indices], minlength=len(samples.class_names)),
         labels_fingerprint=labels_fingerprint(samples.labels),
         ids=ids,
@@ -123,13 +138,38 @@ def _ids_summary(ids: np.ndarray) -> dict[str, Any]:
     return {"count": len(ids), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def set_superseded_aside(workdir: Path, scores_fingerprint: str, mode: str) -> int:
-    """Moves selections of other scores or another mode to `superseded/`; returns how many."""
+def _short(value: Any) -> str:
+    return repr(value)[:14]
+
+
+def _chosen(choice: Choice) -> dict[str, Any]:
+    return {"method": choice.method, "split": choice.split, "why": choice.why}
+
+
+def pruning_seconds(workdir: Path, cell: Cell) -> float:
+    """Returns what it took to know what to keep; NaN if no manifest tells, as of the full set."""
+    method, keep_fraction, split, seed = cell
+    name = f"{cell_name(keep_fraction, split, seed)}.json"
+    manifest = artefacts.read_json(workdir / "selections" / method / name)
+    return float(manifest.get("pruning_seconds", math.nan))
+
+
+def set_superseded_aside(workdir: Path, fingerprints: Mapping[str, str], mode: str) -> int:
+    """Moves selections of other scores or another mode to `superseded/`.
+
+    Args:
+      workdir: Where `selections/` is.
+      fingerprints: Of what each method goes by.
+      mode: `default` or `official`.
+    Returns:
+      How many were moved.
+    """
     moved = 0
     for manifest in sorted(workdir.glob("selections/*/*.json")):
         facts = artefacts.read_json(manifest)
         made_from = str(facts.get("scores_fingerprint", "unknown"))
-        if (made_from, facts.get("mode")) == (scores_fingerprint, mode):
+        expected = fingerprints.get(manifest.parent.name)
+        if (made_from, facts.get("mode")) == (expected, mode):
             continue
         folder = f"{made_from[:12]}-{facts.get('mode')}"
         target = workdir / "superseded" / folder / manifest.parent.name

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from dlc_jax import artefacts, checks, provenance, selection_files
-from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.encoders import Encoder
 from dlc_jax.selection import kept_positions
+from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.training import ERROR, Finetuner, RunFolder
 from dlc_jax.types import Dataset, Selection
 
@@ -32,7 +32,7 @@ class Cell(NamedTuple):
 
     method: str
     keep_fraction: float
-    split: float | None
+    split: float | str | None
     seed: int
 
     @property
@@ -65,7 +65,7 @@ class SweepEnd(NamedTuple):
 def run_sweep(
     config: Config,
     workdir: Path,
-    samples: ScoredSamples,
+    known: SelectionInputs,
     encoder: Encoder,
     dataset: Dataset,
     test: Dataset,
@@ -76,7 +76,7 @@ def run_sweep(
     Args:
       config: Checked configuration.
       workdir: Where scores and selections are.
-      samples: What was scored.
+      known: What was scored, and what the methods go by.
       encoder: What to fine-tune, before `mode` decides anything.
       dataset: What to train on.
       test: What to test on.
@@ -98,7 +98,7 @@ def run_sweep(
             cache=config.cache,
             progress=True,
         )
-        sweep = _Sweep(config, workdir, samples, dataset, finetuner)
+        sweep = _Sweep(config, workdir, known, dataset, finetuner)
         sweep.make_room(echo)
         write_results(workdir)  # a table of runs set aside would be taken for this sweep's
         cells = cells_of(config)
@@ -115,14 +115,14 @@ class _Sweep(NamedTuple):
 
     config: Config
     workdir: Path
-    samples: ScoredSamples
+    known: SelectionInputs
     dataset: Dataset
     finetuner: Finetuner
 
     @property
     def shared(self) -> str:
         """SHA-256 of all that its runs have in common."""
-        return artefacts.json_hash([self.finetuner.fingerprint, self.samples.fingerprint])
+        return artefacts.json_hash([self.finetuner.fingerprint, self.known.samples.fingerprint])
 
     def folder(self, cell: Cell) -> RunFolder:
         """Returns where the run is kept."""
@@ -172,12 +172,9 @@ class _Sweep(NamedTuple):
         )
 
     def _kept(self, cell: Cell) -> Selection:
-        samples, mode = self.samples, self.config.mode
+        samples, mode = self.known.samples, self.config.mode
         if cell.method != FULL:
-            least = self.config.selection.min_per_class
-            return selection_files.read_selection(
-                self.workdir, samples, **cell._asdict(), min_per_class=least, mode=mode
-            )
+            return self.known.read(cell)
         return Selection(
             indices=np.arange(len(samples.ids)),
             **cell._asdict(),
@@ -274,7 +271,7 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
             row["method"] != "random",
             row["method"],
             row["keep_fraction"],
-            row["split"] or 0,
+            str(row["split"] or ""),
             row["seed"],
         )
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Float64, Int32, Int64, Integer
+from jaxtyping import Bool, Float32, Float64, Int32, Int64, Integer
 
 from dlc_jax import checks
 
@@ -169,6 +170,47 @@ class ProbeLosses:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class TrainingRecord:
+    """What fine-tuning on a whole data set showed of every sample.
+
+    Attributes:
+      correct: [e, n] whether a sample was classified right when it came up in an epoch of the first
+        run: in training mode, on the augmented view that it was trained on.
+      logits: [n, c] after the last epoch of the first run, evaluation mode, evaluation crops.
+      early_logits: [r, n, c] the same after the early epoch of each of r runs.
+      early_squared_norms: [r, n] squared norm of the last layer's input there. GraNd needs no more
+        of the features, so memory stays O(n).
+      early_epoch: After which the early ones were taken, from 1.
+      batch_size: Samples per training step.
+      labels: [n] class ids.
+      ids: [n] sample ids.
+      class_names: One name per class.
+      seconds: All that it took: training and recording, of interrupted runs too.
+      num_epochs: Trained by all runs together.
+      skipped: Samples that could not be decoded and were left out (`on_corrupt="skip"`), id: why.
+    """
+
+    correct: Bool[np.ndarray, "e n"]
+    logits: Float32[np.ndarray, "n c"]
+    early_logits: Float32[np.ndarray, "r n c"]
+    early_squared_norms: Float32[np.ndarray, "r n"]
+    early_epoch: int
+    batch_size: int
+    labels: Int32[np.ndarray, " n"]
+    ids: np.ndarray
+    class_names: tuple[str, ...]
+    seconds: float
+    num_epochs: int
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def probabilities(self) -> Float32[np.ndarray, "n c"]:
+        """Softmax of `logits`."""
+        powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
     """A kept subset.
 
@@ -176,12 +218,18 @@ class Selection:
       indices: Kept positions in the scored order, int64, ascending.
       method: Name of the selector.
       keep_fraction: Fraction kept, in (0, 1).
-      split: FlexRand's gamma, the share of a class that counts as easy; None for other methods.
+      split: FlexRand's gamma, the share of a class that counts as easy, or `auto`; None for other
+        methods.
       seed: Seed of the draw.
       mode: `default` or `official`.
       num_kept_per_class: [c] kept samples of each class.
-      single_sample_classes: Class ids that have one sample only (kept, in default mode).
+      single_sample_classes: Class ids that have one sample only (kept, in default mode and where
+        classes are selected from one by one).
       min_per_class: Least samples that were to be kept of a class.
+      variant: Of the method: `published`, or `deepcore` with that library's slip.
+      allocation: How the total was shared among classes: `proportional` or `nucs`.
+      per_class: Whether each class was selected from; False: all samples as one group.
+      chosen: What `auto` stood for; None where it was not asked for.
       labels_fingerprint: Of all labels it was selected from; None where that is not known.
       ids: Kept sample ids, in the order of `indices`; None where `select` was not given any.
     """
@@ -189,12 +237,16 @@ class Selection:
     indices: Int64[np.ndarray, " kept"]
     method: str
     keep_fraction: float
-    split: float | None
+    split: float | str | None
     seed: int
     mode: str
     num_kept_per_class: Int64[np.ndarray, " c"]
     single_sample_classes: tuple[int, ...] = ()
     min_per_class: int = 0
+    variant: str = "published"
+    allocation: str = "proportional"
+    per_class: bool = True
+    chosen: Choice | None = None
     labels_fingerprint: str | None = None
     ids: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
@@ -235,6 +287,114 @@ class RunResult:
     weights: dict[str, Any] = dataclasses.field(repr=False)
     seconds: float
     skipped_test: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Gap(NamedTuple):
+    """A difference in accuracy with what is known of it.
+
+    Attributes:
+      mean: In percentage points; positive is better.
+      half_width: Of the 95 % interval, in points.
+      p_value: One-sided: how likely a gap so large is where there is none.
+    """
+
+    mean: float
+    half_width: float
+    p_value: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.half_width:.2f}"
+
+
+class Tried(NamedTuple):
+    """What a way of choosing came to on validation data at a keep fraction.
+
+    Attributes:
+      accuracy: Validation accuracy in percent.
+      to_random: Gap to random pruning at the same keep fraction.
+      to_full: Gap to training on everything.
+      to_even: Gap to FlexRand at split 0.5; None for other methods.
+    """
+
+    keep_fraction: float
+    method: str
+    split: float | None
+    accuracy: float
+    to_random: Gap
+    to_full: Gap
+    to_even: Gap | None
+
+    @property
+    def label(self) -> str:
+        """The method as tables and figures name it."""
+        return self.method if self.split is None else f"{self.method} (split {self.split:g})"
+
+
+class Choice(NamedTuple):
+    """What to do at a keep fraction.
+
+    Attributes:
+      method, split: What `auto` stands for.
+      tried: What it came to.
+      why: A sentence.
+    """
+
+    keep_fraction: float
+    method: str
+    split: float | None
+    tried: Tried
+    why: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuning:
+    """What `tune` found on validation parts of the training data.
+
+    Attributes:
+      tried: Every way of choosing at every keep fraction.
+      methods: What method "auto" stands for, one per keep fraction, ascending.
+      splits: What split "auto" stands for, likewise.
+      full_accuracy: Of training on everything, in percent.
+      trained: `linear_probe` or `finetune`.
+      num_repeats: Validation splits.
+      scores_fingerprint: Of the scores and labels it was made from.
+      seconds: Time of everything.
+    """
+
+    tried: tuple[Tried, ...]
+    methods: tuple[Choice, ...]
+    splits: tuple[Choice, ...]
+    full_accuracy: float
+    trained: str
+    num_repeats: int
+    scores_fingerprint: str
+    seconds: float
+
+    def choice(self, keep_fraction: float, *, of: str = "methods") -> Choice:
+        """Returns what to do at a keep fraction.
+
+        Args:
+          keep_fraction: One that was tuned.
+          of: `methods`, or `splits` for FlexRand's alone.
+        Raises:
+          ValueError: it was not tuned.
+        """
+        choices: tuple[Choice, ...] = getattr(self, of)
+        for choice in choices:
+            if math.isclose(choice.keep_fraction, keep_fraction, abs_tol=1e-9):
+                return choice
+        tuned = ", ".join(f"{choice.keep_fraction:g}" for choice in choices) or "none"
+        raise checks.InputError(
+            f"keep_fraction: {keep_fraction!r} was not tuned; tuned are {tuned}. Give it to "
+            "tune(..., keep_fractions=...)."
+        )
+
+
+def scores_fingerprint(scores: np.ndarray, labels: Integer[np.ndarray, " n"]) -> str:
+    """Returns the SHA-256 of scores, as float32, and labels in their order."""
+    digest = hashlib.sha256(np.ascontiguousarray(scores, np.float32).tobytes())
+    digest.update(labels_fingerprint(labels).encode())
+    return digest.hexdigest()
 
 
 Params = Any  # a pytree of arrays

@@ -78,17 +78,27 @@ def test_fingerprint_covers_class_names(samples):
         ((0.3, 0.5, 1), "keep_0.30-split_0.50-seed_1"),
         ((0.3, None, 12), "keep_0.30-seed_12"),
         ((0.125, 0.05, 0), "keep_0.125-split_0.05-seed_0"),
+        ((0.3, "auto", 0), "keep_0.30-split_auto-seed_0"),
     ],
 )
 def test_cell_names_do_not_collide(cell, name):
     assert selection_files.cell_name(*cell) == name
 
 
+HOW = {"score": "dlc", "per_class": True, "min_per_class": 0}
+
+
+def write(folder, samples, **choices) -> list:
+    kept = dlc.select(samples.scores["dlc"], samples.labels, keep_fraction=0.3, **choices)
+    facts = {"how": HOW, "scores_fingerprint": samples.fingerprint}
+    return selection_files.write_selection(folder, kept, samples, facts)
+
+
 def test_selections_of_other_scores_are_set_aside_not_lost(tmp_path, samples):
-    kept = dlc.select(samples.scores["dlc"], samples.labels, keep_fraction=0.3)
-    paths = selection_files.write_selection(tmp_path, kept, samples)
-    assert selection_files.set_superseded_aside(tmp_path, samples.fingerprint, "default") == 0
-    assert selection_files.set_superseded_aside(tmp_path, "other", "default") == 1
+    paths = write(tmp_path, samples)
+    known = {"flexrand": samples.fingerprint}
+    assert selection_files.set_superseded_aside(tmp_path, known, "default") == 0
+    assert selection_files.set_superseded_aside(tmp_path, {"flexrand": "x"}, "default") == 1
     folder = f"{samples.fingerprint[:12]}-default"
     for path in paths:
         assert not (tmp_path / path).exists()
@@ -97,16 +107,38 @@ def test_selections_of_other_scores_are_set_aside_not_lost(tmp_path, samples):
 
 
 def test_selections_of_the_other_mode_are_set_aside(tmp_path, samples):
-    kept = dlc.select(samples.scores["dlc"], samples.labels, keep_fraction=0.3)
-    selection_files.write_selection(tmp_path, kept, samples)
-    assert selection_files.set_superseded_aside(tmp_path, samples.fingerprint, "official") == 1
+    write(tmp_path, samples)
+    known = {"flexrand": samples.fingerprint}
+    assert selection_files.set_superseded_aside(tmp_path, known, "official") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"scores_fingerprint": "f" * 64}, "selected with scores_fingerprint .*, expected 'fff"),
+        ({"mode": "official"}, "selected with mode 'default', expected 'official'"),
+        ({"how": {**HOW, "min_per_class": 2}}, "selected with min_per_class 0, expected 2"),
+        ({"how": {**HOW, "score": "entropy"}}, "selected with score 'dlc', expected 'entropy'"),
+        ({"how": {**HOW, "per_class": False}}, "selected with per_class True, expected False"),
+    ],
+)
+def test_a_selection_made_another_way_is_not_read(tmp_path, samples, changes, says):
+    write(tmp_path, samples, method="easiest")
+    arguments = {"how": HOW, "scores_fingerprint": samples.fingerprint, "mode": "default"}
+    cell = ("easiest", 0.3, None, 0)
+    if says is None:
+        found = selection_files.read_selection(tmp_path, samples, cell, **arguments)
+        assert found.indices.tolist() == [0, 1, 2, 3, 4, 5]
+        return
+    with pytest.raises(ValueError, match=says):
+        selection_files.read_selection(tmp_path, samples, cell, **(arguments | changes))
 
 
 def test_manifests_tell_kept_and_dropped(tmp_path, samples):
     import hashlib
 
-    kept = dlc.select(samples.scores["dlc"], samples.labels, method="easiest", keep_fraction=0.3)
-    selection_files.write_selection(tmp_path, kept, samples)
+    write(tmp_path, samples, method="easiest")
     manifest = json.loads((tmp_path / "selections/easiest/keep_0.30-seed_0.json").read_text())
     ids = "\n".join(sorted(samples.ids[:6]))
     assert manifest["kept"] == {"count": 6, "sha256": hashlib.sha256(ids.encode()).hexdigest()}

@@ -52,7 +52,7 @@ def test_text_and_values_become_the_declared_type(key, text, value):
     ("key", "value", "says"),
     [
         ("mode", "offical", "official"),
-        ("stages", ("scor",), "score, select"),
+        ("stages", ("scor",), "score, tune, select"),
         ("seed", -1, "seed"),
         ("dataset.train", "", "dataset.train"),
         ("dataset.on_corrupt", "ignore", "error, skip"),

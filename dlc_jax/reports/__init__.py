@@ -4,6 +4,7 @@ from dlc_jax.reports.gap_figure import gap_to_random
 from dlc_jax.reports.picture import easiest_hardest
 from dlc_jax.reports.results import read_results, results_table, summarise
 from dlc_jax.reports.table import class_table
+from dlc_jax.reports.tuning import tuning_figure, tuning_table
 
 __all__ = [
     "class_table",
@@ -12,4 +13,6 @@ __all__ = [
     "read_results",
     "results_table",
     "summarise",
+    "tuning_figure",
+    "tuning_table",
 ]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dlc_jax import checks
+from dlc_jax.reports.table import markdown
+from dlc_jax.selection import AUTO
 
 _CONFIDENCE = 0.95
 _REFERENCES = ("full", "random")
@@ -19,18 +21,28 @@ _NEEDED = ("method", "keep_fraction", "split", "seed", "test_accuracy")
 
 
 class Result(NamedTuple):
-    """A row of `results.csv`; accuracy in percent."""
+    """A row of `results.csv`, and what the selection's manifest adds.
+
+    Attributes:
+      split: FlexRand's gamma, or `auto`.
+      test_accuracy: In percent.
+      pruning_seconds: What it took to know what to keep; NaN where that is not known.
+    """
 
     method: str
     keep_fraction: float
-    split: float | None
+    split: float | str | None
     seed: int
     test_accuracy: float
+    pruning_seconds: float = math.nan
 
     @property
     def label(self) -> str:
         """The method as tables and figures name it."""
-        return self.method if self.split is None else f"{self.method} (split {self.split:g})"
+        if self.split is None:
+            return self.method
+        split = self.split if isinstance(self.split, str) else f"{self.split:g}"
+        return f"{self.method} (split {split})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +82,14 @@ class Row(NamedTuple):
     Attributes:
       gap: To random at the same keep fraction, paired by seed; None for random, for the full set,
         and where no seed was run with both.
+      pruning_seconds: What it took to know what to keep; NaN where that is not known.
     """
 
     label: str
     keep_fraction: float
     accuracy: Interval
     gap: Interval | None
+    pruning_seconds: float = math.nan
 
     @property
     def verdict(self) -> str:
@@ -105,7 +119,9 @@ def read_results(path: Path) -> list[Result]:
         results = []
         for row in table:
             try:
-                split = float(row["split"]) if row["split"] else None
+                split: float | str | None = row["split"] or None
+                if split not in (None, AUTO):
+                    split = float(row["split"])
                 numbers = (float(row["keep_fraction"]), split, int(row["seed"]))
                 results.append(Result(row["method"], *numbers, float(row["test_accuracy"])))
             except (TypeError, ValueError) as error:
@@ -129,14 +145,16 @@ def summarise(results: Sequence[Result]) -> list[Row]:
             if seed in random and label not in _REFERENCES
         ]
         accuracy = Interval.of([result.test_accuracy for result in by_seed.values()])
-        rows.append(Row(label, keep_fraction, accuracy, Interval.of(pairs) if pairs else None))
+        seconds = [result.pruning_seconds for result in by_seed.values()]
+        gap = Interval.of(pairs) if pairs else None
+        rows.append(Row(label, keep_fraction, accuracy, gap, float(np.mean(seconds))))
     return rows
 
 
 def results_table(rows: Sequence[Row]) -> str:
     """Returns Markdown: accuracy, gap to random and what that means, by keep fraction."""
-    header = ("keep", "method", "seeds", "test accuracy, %", "gap to random", "")
-    lines = [header]
+    header = ("keep", "method", "seeds", "test accuracy, %", "gap to random", "", "pruning, s")
+    lines = []
     for row in sorted(rows, key=lambda row: -row.keep_fraction):
         gap = "" if row.gap is None else ("+" if row.gap.mean > 0 else "") + str(row.gap)
         lines.append(
@@ -147,12 +165,7 @@ def results_table(rows: Sequence[Row]) -> str:
                 str(row.accuracy),
                 gap,
                 row.verdict,
+                "" if math.isnan(row.pruning_seconds) else f"{row.pruning_seconds:.1f}",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    shown = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
-    shown.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(shown)
+    return markdown(header, lines)

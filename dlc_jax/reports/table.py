@@ -1,6 +1,8 @@
-"""The table printed at the end of a run."""
+"""Tables as text."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -57,6 +59,18 @@ def class_table(
     if len(class_names) > _MAX_CLASSES:
         lines.insert(-1, f"... {len(class_names) - _MAX_CLASSES} more classes")
     return "\n".join(lines)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table with columns of even width."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    shown = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    shown.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(shown)
 
 
 def _shorten(text: str) -> str:

@@ -1,35 +1,121 @@
-"""Losses along the path -> one hardness score per sample; higher is harder."""
+"""What was measured of every sample -> one hardness score per sample; higher is harder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
 from dlc_jax import checks
+from dlc_jax.scores.checked import check_record
 from dlc_jax.scores.dlc import dlc
-from dlc_jax.types import ProbeLosses
+from dlc_jax.scores.training import el2n, entropy, forgetting, grand, least_confidence, margin
+from dlc_jax.types import ProbeLosses, TrainingRecord
 
-__all__ = ["SCORES", "score"]
+__all__ = ["SCORES", "Score", "column_name", "score"]
 
-# name -> losses [m, n] -> scores [n]
-SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"dlc": dlc}
+_PUBLISHED = ("published",)
+_BOTH = ("published", "deepcore")
 
 
-def score(probes: ProbeLosses | np.ndarray, *, method: str = "dlc") -> Float32[np.ndarray, " n"]:
+class Score(NamedTuple):
+    """A scoring method.
+
+    Attributes:
+      compute: (what `of` says, variant) to scores [n].
+      of: `losses`, a matrix [m, n], or `training`, a `TrainingRecord`.
+      variants: Definitions that it knows; `published`, and `deepcore` where that library's differs.
+    """
+
+    compute: Callable[[Any, str], Any]
+    of: str
+    variants: tuple[str, ...] = _PUBLISHED
+
+
+SCORES: dict[str, Score] = {
+    "dlc": Score(lambda losses, _: dlc(losses), "losses"),
+    "least_confidence": Score(
+        lambda record, variant: least_confidence(jnp.asarray(record.logits), variant=variant),
+        "training",
+        _BOTH,
+    ),
+    "entropy": Score(lambda record, _: entropy(jnp.asarray(record.logits)), "training"),
+    "margin": Score(lambda record, _: margin(jnp.asarray(record.logits)), "training"),
+    "forgetting": Score(
+        lambda record, variant: forgetting(jnp.asarray(record.correct), variant=variant),
+        "training",
+        _BOTH,
+    ),
+    "grand": Score(
+        lambda record, variant: grand(
+            jnp.asarray(record.early_logits),
+            jnp.asarray(record.early_squared_norms),
+            jnp.asarray(record.labels),
+            batch_size=record.batch_size,
+            variant=variant,
+        ),
+        "training",
+        _BOTH,
+    ),
+    "el2n": Score(
+        lambda record, _: el2n(jnp.asarray(record.early_logits), jnp.asarray(record.labels)),
+        "training",
+    ),
+}
+
+
+def column_name(method: str, variant: str) -> str:
+    """Returns what a score is called in a table: the variant is named unless it is published."""
+    return method if variant == "published" else f"{method}_{variant}"
+
+
+def score(
+    of: ProbeLosses | TrainingRecord | np.ndarray,
+    *,
+    method: str = "dlc",
+    variant: str = "published",
+) -> Float32[np.ndarray, " n"]:
     """Returns how hard each sample is to learn; higher is harder.
 
     Args:
-      probes: What `probe` returned, or a bare matrix of losses [m, n] of your own.
-      method: `dlc`, the mean loss along the path.
+      of: What `probe` returned, or a bare matrix of losses [m, n] of your own, for `dlc`; what
+        `record_training` returned for all others.
+      method: `dlc`, the mean loss along the path; `least_confidence`, `entropy`, `margin`,
+        `forgetting`, `grand`, `el2n`: see the functions in `dlc_jax.scores.training`.
+      variant: `published`, or `deepcore` for what that library computes instead: by
+        `least_confidence`, `forgetting` and `grand`.
     Raises:
-      ValueError: an unknown method, not a matrix, or losses that are not finite.
+      ValueError: an unknown method or variant, something else than the method needs, or values
+        that are not finite.
     """
     checks.one_of("score method", method, SCORES)
-    losses = probes.losses if isinstance(probes, ProbeLosses) else np.asarray(probes)
+    chosen = SCORES[method]
+    checks.one_of(f"variant of the score {method}", variant, chosen.variants)
+    is_record = isinstance(of, TrainingRecord)
+    if is_record != (chosen.of == "training"):
+        needed = (
+            "losses, as dlc.probe(encoder, dataset) gives them"
+            if is_record
+            else "a TrainingRecord, as dlc.record_training(encoder, dataset) gives it"
+        )
+        raise checks.InputError(f"score method {method!r}: needs {needed}; got {_described(of)}.")
+    if isinstance(of, TrainingRecord):
+        check_record(of)
+        return np.array(chosen.compute(of, variant))
+    return chosen.compute(_losses(of), variant)
+
+
+def _losses(of: ProbeLosses | np.ndarray) -> np.ndarray:
+    losses = of.losses if isinstance(of, ProbeLosses) else np.asarray(of)
     if losses.ndim != 2 or 0 in losses.shape:
         raise checks.InputError(f"losses: expected a matrix [m, n], got shape {losses.shape}.")
-    ids = probes.ids if isinstance(probes, ProbeLosses) else np.arange(losses.shape[1])
+    ids = of.ids if isinstance(of, ProbeLosses) else np.arange(losses.shape[1])
     checks.losses_are_finite(losses, ids)
-    return SCORES[method](losses)
+    return losses
+
+
+def _described(of: Any) -> str:
+    return f"an array {of.shape}" if isinstance(of, np.ndarray) else type(of).__name__

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Int64
 
-Ranked: TypeAlias = Int64[np.ndarray, " _"]  # positions of one class's samples, easiest first
+from dlc_jax.selection.group import Draw, Group, Positions
 
 
 def fractions(keep_fraction: float, split: float) -> tuple[float, float]:
@@ -32,21 +30,20 @@ def budgets(num_samples: int, keep_fraction: float, split: float) -> tuple[int, 
     return pool, total - hard, hard
 
 
-def flexrand(
-    ranked: Ranked, keep_fraction: float, split: float | None, seed: int, label: int
-) -> Ranked:
-    """Draws from the easy and the hard pool of a class, without replacement.
+def flexrand(group: Group, draw: Draw) -> Positions:
+    """Draws from the easy and the hard pool of a group, without replacement.
 
     Source: Jiang et al. 2025, section 4.
     """
-    assert split is not None
-    pool, num_easy, num_hard = budgets(len(ranked), keep_fraction, split)
-    easy = shuffled(ranked[:pool], seed, label, "easy")[:num_easy]
-    hard = shuffled(ranked[pool:], seed, label, "hard")[:num_hard]
+    assert draw.split is not None
+    ranked = group.positions
+    pool, num_easy, num_hard = budgets(len(ranked), draw.keep_fraction, draw.split)
+    easy = shuffled(ranked[:pool], draw.seed, draw.label, "easy")[:num_easy]
+    hard = shuffled(ranked[pool:], draw.seed, draw.label, "hard")[:num_hard]
     return np.concatenate([easy, hard])
 
 
-def shuffled(positions: Ranked, seed: int, label: int, purpose: str) -> Ranked:
+def shuffled(positions: Positions, seed: int, label: int, purpose: str) -> Positions:
     """Returns the positions in an order that (seed, label, purpose) alone decides."""
     generator = np.random.default_rng([seed, label, zlib.crc32(purpose.encode())])
     return generator.permutation(positions)

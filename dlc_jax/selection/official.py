@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.selection.flexrand import Ranked, fractions
+from dlc_jax.selection.flexrand import fractions
+from dlc_jax.selection.group import Positions
 
 _NUM_SPLITS = 19  # 0.05 * i, i = 1..19
 _NUM_BUDGETS = 9  # i / 10, i = 1..9
@@ -32,8 +33,10 @@ def grid_cell(keep_fraction: float, split: float) -> tuple[int, int]:
     return i, j
 
 
-def flexrand(ranked: list[Ranked], keep_fraction: float, split: float, seed: int) -> list[Ranked]:
-    """Returns the kept positions of every class.
+def flexrand(
+    ranked: list[Positions], keep_fraction: float, split: float, seed: int
+) -> list[Positions]:
+    """Returns the kept positions of every class, each of which is ranked easiest first.
 
     The generator's state at a cell depends on the class sizes alone, so that a cell asked for by
     itself is the one at its place in the stream.

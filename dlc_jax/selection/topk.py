@@ -1,34 +1,34 @@
-"""Selections that need no pools: the easiest, the hardest, or any samples of a class."""
+"""Selections that go by rank, or by nothing: the easiest, the hardest, or any samples."""
 
 from __future__ import annotations
 
-from dlc_jax.selection.flexrand import Ranked, shuffled
+from dlc_jax.selection.flexrand import shuffled
+from dlc_jax.selection.group import Draw, Group, Positions, budget
 
 
-def easiest(
-    ranked: Ranked, keep_fraction: float, split: float | None, seed: int, label: int
-) -> Ranked:
-    """Returns the round(n keep_fraction) samples of lowest score."""
-    return ranked[: round(len(ranked) * keep_fraction)]
+def easiest(group: Group, draw: Draw) -> Positions:
+    """Returns the samples of lowest score."""
+    return group.positions[: budget(group, draw)]
 
 
-def hardest(
-    ranked: Ranked, keep_fraction: float, split: float | None, seed: int, label: int
-) -> Ranked:
-    """Returns the round(n keep_fraction) samples of highest score."""
-    return ranked[len(ranked) - round(len(ranked) * keep_fraction) :]
+def hardest(group: Group, draw: Draw) -> Positions:
+    """Returns the samples of highest score."""
+    return group.positions[len(group.positions) - budget(group, draw) :]
 
 
-def random(
-    ranked: Ranked, keep_fraction: float, split: float | None, seed: int, label: int
-) -> Ranked:
-    """Returns round(n keep_fraction) samples drawn without replacement, whatever their scores."""
-    order = shuffled(sorted_positions(ranked), seed, label, "random")
-    return order[: round(len(ranked) * keep_fraction)]
+def most_uncertain(group: Group, draw: Draw) -> Positions:
+    """Returns the samples of highest score, the score being a classifier's uncertainty.
+
+    Variant `deepcore`: DeepCore's unbalanced path sorts the wrong way round, so the samples of
+    lowest score where the group is not a class.
+
+    Source: Coleman et al. 2020, Selection via Proxy; DeepCore, methods/uncertainty.py.
+    """
+    if draw.variant == "deepcore" and not draw.per_class:
+        return easiest(group, draw)
+    return hardest(group, draw)
 
 
-def sorted_positions(ranked: Ranked) -> Ranked:
-    """Undoes the ranking, so that the draw does not depend on the scores."""
-    ranked = ranked.copy()
-    ranked.sort()
-    return ranked
+def random(group: Group, draw: Draw) -> Positions:
+    """Returns samples drawn without replacement."""
+    return shuffled(group.positions, draw.seed, draw.label, "random")[: budget(group, draw)]

@@ -96,6 +96,13 @@ class AugmentedInputs(NamedTuple):
         )
 
 
+def epoch_order(
+    positions: Int64[np.ndarray, " k"], seed: int, epoch: int
+) -> Int64[np.ndarray, " k"]:
+    """Returns the positions in the order in which an epoch trains on them; epochs count from 1."""
+    return np.random.default_rng([seed, epoch]).permutation(positions)
+
+
 def training_batches(
     inputs: Inputs,
     positions: Int64[np.ndarray, " k"],
@@ -114,7 +121,7 @@ def training_batches(
       batch_size: Samples per batch; the last one may hold fewer real ones.
       seed, epoch: The only source of randomness.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(positions)
+    order = epoch_order(positions, seed, epoch)
 
     def batch(number: int) -> Batch:
         where = order[number * batch_size : (number + 1) * batch_size]

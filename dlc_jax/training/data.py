@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,15 @@ import numpy as np
 from jaxtyping import Int32, Int64, Shaped, UInt8
 
 from dlc_jax import checks
-from dlc_jax.preprocess import ImageCache, RandomCrops, filled, load_images
+from dlc_jax.preprocess import (
+    ImageCache,
+    RandomCrops,
+    Reader,
+    evaluation_crops,
+    filled,
+    in_batches,
+    load_images,
+)
 from dlc_jax.training.batches import AugmentedInputs, DecodedImages, FixedInputs, Inputs
 from dlc_jax.training.settings import FinetuneConfig
 from dlc_jax.types import Dataset
@@ -56,7 +65,7 @@ class RunData:
 
     def training_inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> Inputs:
         """Returns what the network sees of these samples in training."""
-        if self._settings.augment and not self._settings.linear_probe:
+        if self._is_augmented:
             crops = RandomCrops(self._dataset, self._image_size, seed)
             return AugmentedInputs(self._images, crops)
         missing = np.array([i for i in positions.tolist() if i not in self._fixed], np.int64)
@@ -66,6 +75,47 @@ class RunData:
             rows = self._as_inputs(loaded.pixels)
             self._fixed.update(zip(missing.tolist(), rows, strict=True))
         return FixedInputs(self._fixed)
+
+    def evaluation_inputs(
+        self, positions: Int64[np.ndarray, " k"]
+    ) -> Iterator[Shaped[np.ndarray, "b ..."]]:
+        """Yields evaluation crops of these samples, or their features, a batch at a time."""
+        size = self._settings.batch_size
+        if not self._is_augmented:  # trained on just these
+            inputs = self.training_inputs(positions, seed=0)
+            for start in range(0, len(positions), size):
+                yield inputs(positions[start : start + size], 0)
+            return
+        for _, crops in in_batches(self._crops.readable(positions, None), size):
+            yield np.stack(crops)
+
+    def readable(self) -> tuple[Int64[np.ndarray, " k"], dict[str, str]]:
+        """Returns the positions of samples that can be read, and of others the id: why.
+
+        Raises:
+          ValueError: there is no readable one.
+        """
+        skipped: dict[int, str] = {}
+        everything = np.arange(len(self._dataset))
+        positions = [i for i, _ in self._crops.readable(everything, skipped)]
+        checks.some_readable(self._dataset.name, len(positions), len(everything))
+        ids = {str(self._dataset.ids[i]): why for i, why in skipped.items()}
+        return np.asarray(positions, np.int64), ids
+
+    @property
+    def _is_augmented(self) -> bool:
+        return self._settings.augment and not self._settings.linear_probe
+
+    @functools.cached_property
+    def _crops(self) -> Reader[np.ndarray]:
+        # unreadable samples are found when they are read, and told or skipped then
+        return evaluation_crops(
+            self._dataset,
+            self._image_size,
+            on_corrupt="skip",
+            cache=self._cache,
+            progress=self._progress,
+        )
 
     def test_set(self, test: Dataset, on_corrupt: str) -> LabelledInputs:
         """Returns evaluation crops, or their features, with the training set's class ids.

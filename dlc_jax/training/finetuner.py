@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32, Int64, Integer
+from jaxtyping import Float32, Int32, Int64, Integer
 from tqdm import tqdm
 
 import dlc_jax
@@ -19,32 +19,20 @@ from dlc_jax import artefacts, checks
 from dlc_jax.encoders import Encoder
 from dlc_jax.preprocess import ImageCache
 from dlc_jax.probes.kernel import features_of_batch
-from dlc_jax.training.batches import Batch, training_batches
+from dlc_jax.training import evaluation
+from dlc_jax.training.batches import epoch_order, training_batches
 from dlc_jax.training.checkpoints import Checkpoints
 from dlc_jax.training.data import RunData
 from dlc_jax.training.folder import RunFolder
 from dlc_jax.training.metrics import EpochMetrics
 from dlc_jax.training.optimiser import learning_rates
+from dlc_jax.training.progress import Observer, Progress, observed
 from dlc_jax.training.settings import FinetuneConfig
-from dlc_jax.training.step import (
-    Network,
-    Sgd,
-    TrainState,
-    initial_head,
-    predicted_classes,
-    train_step,
-)
+from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.types import Dataset, RunResult
 
 # Settings that change speed, memory and what is reported, but not the weights.
 _NOT_IN_WEIGHTS = ("test_every", "full_set", "keep_weights", "image_memory_gib")
-
-
-class _Progress(NamedTuple):
-    """A run after some of its epochs."""
-
-    state: TrainState
-    history: list[dict[str, Any]]
 
 
 class Finetuner:
@@ -117,11 +105,14 @@ class Finetuner:
             }
         )
 
-    def inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> str:
+    def inputs(
+        self, positions: Int64[np.ndarray, " k"], seed: int, stop_after: int | None = None
+    ) -> str:
         """SHA-256 over all that decides how a run ends."""
-        return artefacts.json_hash(
-            {"shared": self.fingerprint, "kept": positions.tolist(), "seed": int(seed)}
-        )
+        run = {"shared": self.fingerprint, "kept": positions.tolist(), "seed": int(seed)}
+        if stop_after is not None:
+            run["stop_after"] = stop_after
+        return artefacts.json_hash(run)
 
     def run(
         self,
@@ -129,6 +120,9 @@ class Finetuner:
         seed: int,
         folder: RunFolder | None = None,
         facts: dict[str, Any] | None = None,
+        *,
+        observer: Observer | None = None,
+        stop_after: int | None = None,
     ) -> RunResult:
         """Trains on these positions, or goes on where a stopped run in `folder` ended.
 
@@ -137,19 +131,24 @@ class Finetuner:
           seed: Of head, data order and augmentation.
           folder: Where the run is kept; None: nowhere.
           facts: What `run.json` also says.
+          observer: Told of every epoch; its time counts as the epoch's.
+          stop_after: Epochs to end after, on the schedule of all; None: all.
         """
         checks.seed(seed)
         self._check_last_batch(len(positions))
-        progress = _Progress(self._first_state(seed), [])
+        progress = Progress(self._first_state(seed), [])
         with contextlib.ExitStack() as stack:
             checkpoints = None
             if folder is not None:
                 stack.enter_context(artefacts.locked(folder.path))
-                folder.claim(self.inputs(positions, seed), facts or {})
+                folder.claim(self.inputs(positions, seed, stop_after), facts or {})
                 checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
-                progress = _Progress(*(checkpoints.restore(progress.state) or progress))
-            for epoch in range(len(progress.history) + 1, self._settings.epochs + 1):
+                progress = Progress(*(checkpoints.restore(progress.state) or progress))
+            last = self._settings.epochs if stop_after is None else stop_after
+            for epoch in range(len(progress.history) + 1, last + 1):
                 progress = self._epoch(progress, positions, seed, epoch)
+                if observer is not None:
+                    progress = observed(progress, observer)
                 if folder is not None and checkpoints is not None:
                     checkpoints.save(epoch, progress.state, progress.history)
                     folder.write_metrics(progress.history)
@@ -165,8 +164,8 @@ class Finetuner:
         return result
 
     def _epoch(
-        self, progress: _Progress, positions: Int64[np.ndarray, " k"], seed: int, epoch: int
-    ) -> _Progress:
+        self, progress: Progress, positions: Int64[np.ndarray, " k"], seed: int, epoch: int
+    ) -> Progress:
         start = time.perf_counter()
         batch_size = self._settings.batch_size
         num_steps = -(-len(positions) // batch_size)
@@ -193,22 +192,38 @@ class Finetuner:
             state, metrics = train_step(self._network, self._sgd, state, *batch, rate)
             totals.add(metrics, int(batch.real.sum()))
         totals.finish(state)
+        correct = np.zeros(len(self._dataset), bool)
+        correct[epoch_order(positions, seed, epoch)] = np.concatenate(totals.correct)
         seconds = time.perf_counter() - start
         line = {
             "epoch": epoch,
             "learning_rate": totals.learning_rate,
             "train_loss": totals.loss / len(positions),
-            "train_accuracy": 100 * totals.num_correct / len(positions),
+            "train_accuracy": 100 * int(correct.sum()) / len(positions),
             "images_per_s": round(len(positions) / seconds, 1),
-            "elapsed_s": round(_elapsed(progress.history) + seconds, 3),
+            "elapsed_s": round(progress.elapsed_s + seconds, 3),
         }
         every = self._settings.test_every
         is_last = epoch == self._settings.epochs  # `_result` tests then
         if self._test_set is not None and every and epoch % every == 0 and not is_last:
             line["test_accuracy"] = self._accuracy(self._predictions(state))
-        return _Progress(state, [*progress.history, line])
+        return Progress(state, [*progress.history, line], correct[positions])
 
-    def _result(self, progress: _Progress, positions: Int64[np.ndarray, " k"]) -> RunResult:
+    def readable(self) -> tuple[Int64[np.ndarray, " k"], dict[str, str]]:
+        """Returns the positions of samples that can be read, and of others the id: why."""
+        return self._data.readable()
+
+    def outputs(
+        self, state: TrainState, positions: Int64[np.ndarray, " k"]
+    ) -> tuple[Float32[np.ndarray, "k c"], Float32[np.ndarray, " k"]]:
+        """Returns logits of training samples and squared norms of the head's input.
+
+        In evaluation mode, on evaluation crops; training does not notice.
+        """
+        batches = self._data.evaluation_inputs(positions)
+        return evaluation.outputs(self._network, state, batches, self._settings.batch_size)
+
+    def _result(self, progress: Progress, positions: Int64[np.ndarray, " k"]) -> RunResult:
         predictions, accuracy, per_class = None, None, None
         history = progress.history or [{"epoch": 0}]
         if self._test_set is not None:
@@ -228,7 +243,7 @@ class Finetuner:
             history=history,
             weights=self._weights(progress.state),
             skipped_test=self.skipped_test,
-            seconds=_elapsed(history),
+            seconds=progress.elapsed_s,
         )
 
     def _weights(self, state: TrainState) -> dict[str, Any]:
@@ -274,14 +289,8 @@ class Finetuner:
 
     def _predictions(self, state: TrainState) -> Int32[np.ndarray, " n"]:
         assert self._test_set is not None
-        inputs, labels, _ = self._test_set
-        parts = []
-        size = self._settings.batch_size
-        for start in range(0, len(labels), size):
-            batch = Batch.padded(inputs[start : start + size], labels[start : start + size], size)
-            found = predicted_classes(self._network, state, batch.inputs)
-            parts.append(np.asarray(found)[batch.real > 0])
-        return np.concatenate(parts).astype(np.int32)
+        inputs, size = self._test_set.inputs, self._settings.batch_size
+        return evaluation.predictions(self._network, state, inputs, size)
 
 
 def _seeded(leaf: Any, seed: int) -> Any:
@@ -289,7 +298,3 @@ def _seeded(leaf: Any, seed: int) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.fold_in(leaf, seed)
     return leaf
-
-
-def _elapsed(history: list[dict[str, Any]]) -> float:
-    return history[-1].get("elapsed_s", 0.0) if history else 0.0

@@ -19,12 +19,13 @@ class EpochMetrics:
     Attributes:
       learning_rate: Of the epoch.
       loss: Sum over samples, in nats.
-      num_correct: Samples whose highest logit was right, in training mode.
+      correct: Of every batch, whether each sample's highest logit was right, in training mode.
     """
 
     def __init__(self, learning_rate: float, steps_before: int):
         self.learning_rate = learning_rate
-        self.loss, self.num_correct = 0.0, 0.0
+        self.loss = 0.0
+        self.correct: list[np.ndarray] = []
         self._step = steps_before
         self._pending: list[tuple[StepMetrics, int]] = []
 
@@ -47,7 +48,7 @@ class EpochMetrics:
         if not np.isfinite(loss):
             self._stop(f"a loss ({loss}) that is")
         self.loss += loss * num_real
-        self.num_correct += float(metrics.num_correct)
+        self.correct.append(np.asarray(metrics.correct)[:num_real])
 
     def _stop(self, what: str) -> None:
         raise checks.InputError(

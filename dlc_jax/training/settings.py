@@ -35,21 +35,27 @@ class FinetuneConfig:
 
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
-        for name in ("epochs", "batch_size", "test_every"):
-            checks.integer(f"finetune.{name}", getattr(self, name))
-        checks.at_least("finetune.epochs", self.epochs, 0)
-        checks.at_least("finetune.batch_size", self.batch_size, 1)
-        checks.at_least("finetune.learning_rate", self.learning_rate, 0, exclusive=True)
-        for milestone in self.milestones:
-            checks.at_least("finetune.milestones", milestone, 0, exclusive=True)
-            checks.at_most("finetune.milestones", milestone, 1)
-        checks.at_least("finetune.weight_decay", self.weight_decay, 0)
-        checks.at_least("finetune.momentum", self.momentum, 0)
-        checks.at_most("finetune.momentum", self.momentum, 1, exclusive=True)
-        if self.nesterov and self.momentum == 0:
-            raise checks.InputError(
-                "finetune.nesterov: needs a momentum above 0, got finetune.momentum 0."
-            )
+        checks.optimiser("finetune", self)
         checks.one_of("finetune.dtype", self.dtype, DTYPES)
+        checks.integer("finetune.test_every", self.test_every)
         checks.at_least("finetune.test_every", self.test_every, 0)
         checks.at_least("finetune.image_memory_gib", self.image_memory_gib, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordConfig:
+    """What to record of fine-tuning on the whole data set; see `record_training`.
+
+    Source: Paul et al. 2021, arXiv 2107.07075: 10 runs, early in training.
+    """
+
+    num_runs: int | None = setting(None, "runs that el2n and grand average over; None: by mode")
+    early_fraction: float = setting(0.2, "of the epochs, after which el2n and grand look")
+
+    def check(self) -> None:
+        """Raises ValueError unless all values are in range."""
+        if self.num_runs is not None:
+            checks.integer("record.num_runs", self.num_runs)
+            checks.at_least("record.num_runs", self.num_runs, 1)
+        checks.at_least("record.early_fraction", self.early_fraction, 0, exclusive=True)
+        checks.at_most("record.early_fraction", self.early_fraction, 1)

@@ -1,4 +1,4 @@
-"""The two compiled programs of fine-tuning: a training step, and predictions of a batch."""
+"""The compiled programs of fine-tuning: a training step, and outputs of a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dlc_jax.encoders import Encoder, join_statistics, split_statistics
 from dlc_jax.probes.kernel import Forward, cast, pooled, precision_of
@@ -110,7 +110,11 @@ class StepMetrics(NamedTuple):
     """Over the real samples of a batch."""
 
     loss: Float[Array, ""]  # mean cross-entropy in nats
-    num_correct: Float[Array, ""]
+    correct: Bool[Array, " b"]  # whether the highest logit was right; False for padding
+
+    @property
+    def num_correct(self) -> Int[Array, ""]:
+        return self.correct.sum()
 
 
 @functools.partial(jax.jit, static_argnames=("network", "sgd"))
@@ -140,17 +144,36 @@ def train_step(
         )
         logits = _head(trained["head"], features)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        num_correct = ((logits.argmax(axis=1) == labels) * real).sum()
-        return (losses * real).sum() / real.sum(), (statistics, num_correct)
+        correct = (logits.argmax(axis=1) == labels) & (real > 0)
+        return (losses * real).sum() / real.sum(), (statistics, correct)
 
-    (loss, (statistics, num_correct)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+    (loss, (statistics, correct)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
         state.trained
     )
     updates, optimiser = torch_sgd(learning_rate, **sgd._asdict()).update(
         gradients, state.optimiser, state.trained
     )
     trained = optax.apply_updates(state.trained, updates)
-    return TrainState(trained, statistics, optimiser), StepMetrics(loss, num_correct)
+    return TrainState(trained, statistics, optimiser), StepMetrics(loss, correct)
+
+
+class Outputs(NamedTuple):
+    """What the last layer gives and takes, in evaluation mode."""
+
+    logits: Float[Array, "b c"]
+    squared_norms: Float[Array, " b"]  # of its input
+
+
+@functools.partial(jax.jit, static_argnames=("network",))
+def outputs_of_batch(
+    network: Network, state: TrainState, inputs: Shaped[Array, "b ..."]
+) -> Outputs:
+    """Returns logits and squared feature norms, in evaluation mode."""
+    features = inputs
+    if (forward := network.forward) is not None:
+        encoder = cast(state.trained["encoder"], forward.dtype)
+        features = forward.with_params(join_statistics(encoder, state.statistics), inputs)
+    return Outputs(_head(state.trained["head"], features), jnp.square(features).sum(axis=1))
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
@@ -158,11 +181,7 @@ def predicted_classes(
     network: Network, state: TrainState, inputs: Shaped[Array, "b ..."]
 ) -> Int[Array, " b"]:
     """Returns the class of highest logit, in evaluation mode."""
-    features = inputs
-    if (forward := network.forward) is not None:
-        encoder = cast(state.trained["encoder"], forward.dtype)
-        features = forward.with_params(join_statistics(encoder, state.statistics), inputs)
-    return _head(state.trained["head"], features).argmax(axis=1)
+    return outputs_of_batch(network, state, inputs).logits.argmax(axis=1)
 
 
 def _features_in_training(

@@ -127,6 +127,8 @@ def test_the_report_compares_with_random_in_numbers_and_words(finished):
     line = next(line for line in table.splitlines() if line.startswith("| 0.1  | hardest"))
     assert f"{np.mean(gaps):.2f} ±" in line
     assert "not better than random" in line
+    scored = json.loads((folder / "provenance.json").read_text())["stages"]["score"]["seconds"]
+    assert line.split("|")[-2].strip() == f"{scored:.1f}"  # what it took to know what to keep
     assert (folder / "report" / "gap_to_random.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (folder / "report" / "gap_to_random.svg").read_text()
 

@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dlc_jax as dlc
-from dlc_jax.selection import SELECTORS
 from dlc_jax.selection.flexrand import budgets, fractions
 
 FRACTION = st.floats(0.01, 0.99)
@@ -29,48 +28,6 @@ def test_budgets_where_hard_taking_the_remainder_would_overdraw():
     assert budgets(50, 0.5, 0.75) == (38, 13, 12)
     assert fractions(0.3, 0.1) == (0.1, pytest.approx(0.2))
     assert fractions(0.3, 0.9) == (pytest.approx(0.2), pytest.approx(0.1))
-
-
-@pytest.mark.parametrize("method", SELECTORS)
-@pytest.mark.parametrize("keep_fraction", [0.1, 0.37, 0.9])
-def test_every_method_keeps_the_exact_budget_of_each_class(scored, method, keep_fraction):
-    scores, labels = scored
-    kept = dlc.select(scores, labels, method=method, keep_fraction=keep_fraction, seed=3)
-    assert kept.indices.dtype == np.int64
-    assert np.all(np.diff(kept.indices) > 0)
-    sizes = np.bincount(labels)
-    expected = [round(size * keep_fraction) for size in sizes]
-    assert np.bincount(labels[kept.indices], minlength=6).tolist() == expected
-    assert kept.num_kept_per_class.tolist() == expected
-    again = dlc.select(scores, labels, method=method, keep_fraction=keep_fraction, seed=3)
-    np.testing.assert_array_equal(kept.indices, again.indices)
-
-
-@pytest.mark.parametrize("method", SELECTORS)
-@given(
-    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6),
-    keep_fraction=FRACTION,
-    split=FRACTION,
-    least=st.integers(0, 40),
-)
-def test_a_minimum_per_class_is_kept_exactly(method, sizes, keep_fraction, split, least):
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    scores = np.random.default_rng(0).normal(size=len(labels))
-    split = split if SELECTORS[method].has_split else None
-    kept = dlc.select(
-        scores,
-        labels,
-        method=method,
-        keep_fraction=keep_fraction,
-        split=split,
-        min_per_class=least,
-    )
-    expected = [
-        1 if size == 1 else max(round(size * keep_fraction), min(least, size)) for size in sizes
-    ]
-    assert np.bincount(labels[kept.indices], minlength=len(sizes)).tolist() == expected
-    assert len(np.unique(kept.indices)) == len(kept)
-    assert kept.min_per_class == least
 
 
 def test_a_minimum_that_nothing_needs_changes_nothing(scored):
@@ -143,16 +100,6 @@ def test_class_ids_may_have_gaps_and_numbers_any_type():
 def test_equal_scores_go_by_position():
     kept = dlc.select(np.zeros(10), np.zeros(10, int), method="easiest", keep_fraction=0.3)
     assert kept.indices.tolist() == [0, 1, 2]
-
-
-def test_a_class_of_one_sample_keeps_it_and_is_listed():
-    scores, labels = np.arange(5.0), np.array([0, 0, 1, 0, 0])
-    for method in SELECTORS:
-        kept = dlc.select(scores, labels, method=method, keep_fraction=0.1)
-        assert kept.indices.tolist() == [2]
-        assert kept.single_sample_classes == (1,)
-    official = dlc.select(scores, labels, keep_fraction=0.1, split=0.5, mode="official")
-    assert official.indices.tolist() == []
 
 
 @pytest.mark.parametrize(

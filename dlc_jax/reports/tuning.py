@@ -1,0 +1,114 @@
+"""What tuning found: a table of choices, and accuracy against the keep fraction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dlc_jax.reports.table import markdown
+from dlc_jax.tuning import KeepCurve
+from dlc_jax.types import Choice, Tried, Tuning
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAX_GAMMAS = 5  # lines of FlexRand in the figure
+
+
+def tuning_table(tuning: Tuning, curve: KeepCurve) -> str:
+    """Returns Markdown: a row per keep fraction, the reasons, and how much may be dropped.
+
+    Args:
+      tuning: What was tried.
+      curve: Of method `auto`.
+    """
+    header = ("keep", "random, %", "auto", "auto, %", "gap to random", "gap to full", "split")
+    rows = []
+    for choice, at_split in zip(tuning.methods, _splits(tuning), strict=True):
+        random = _random(tuning, choice.keep_fraction)
+        rows.append(
+            (
+                f"{choice.keep_fraction:g}",
+                f"{random.accuracy:.1f}",
+                choice.tried.label,
+                f"{choice.tried.accuracy:.1f}",
+                "" if choice.method == "random" else str(choice.tried.to_random),
+                str(choice.tried.to_full),
+                "" if at_split is None else f"{at_split.split:g}",
+            )
+        )
+    what = "linear heads" if tuning.trained == "linear_probe" else "fine-tuning"
+    said = (
+        f"Accuracy of {what} on {tuning.num_repeats} held-out fifths of the training data; of "
+        f"the full set {tuning.full_accuracy:.1f} %. Gaps in points with 95 % intervals; the best "
+        "of several looks better than it is."
+    )
+    reasons = [f"- keep {choice.keep_fraction:g}: {choice.why}." for choice in tuning.methods]
+    reasons += [
+        f"- keep {choice.keep_fraction:g}, FlexRand's split: {choice.why}."
+        for choice in tuning.splits
+    ]
+    return "\n\n".join([said, markdown(header, rows), "\n".join(reasons), _how_much(curve)])
+
+
+def _how_much(curve: KeepCurve) -> str:
+    lost = f"{curve.tolerance:g} point{'s' * (curve.tolerance != 1)} against the full set"
+    if curve.smallest == 1:
+        return f"Every keep fraction that was tried loses more than {lost} on average."
+    surely = (
+        f"{curve.surely:g} with 95 % certainty at each"
+        if curve.surely < 1
+        else "no keep fraction does so with 95 % certainty"
+    )
+    return (
+        f"Smallest keep fraction from which on at most {lost} are lost: {curve.smallest:g} on "
+        f"average; {surely}."
+    )
+
+
+def tuning_figure(tuning: Tuning) -> Figure:
+    """Draws validation accuracy against the keep fraction, a line per way of choosing.
+
+    Random pruning has the band of its 95 % interval to the full set; of FlexRand's splits a few
+    are drawn.
+    """
+    from matplotlib.figure import Figure  # half a second, which only reports need
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(tuning.full_accuracy, color="black", linewidth=1, linestyle="--", label="full set")
+    lines: dict[str, list[Tried]] = {}
+    for row in tuning.tried:
+        if row.split in (None, *_shown_splits(tuning)):
+            lines.setdefault(row.label, []).append(row)
+    for label, rows in lines.items():
+        keep = [row.keep_fraction for row in rows]
+        accuracy = np.array([row.accuracy for row in rows])
+        (line,) = axes.plot(keep, accuracy, marker="o", markersize=3, linewidth=1, label=label)
+        if label == "random":
+            half = np.array([row.to_full.half_width for row in rows])
+            axes.fill_between(
+                keep, accuracy - half, accuracy + half, color=line.get_color(), alpha=0.15
+            )
+    axes.set_xlabel("keep fraction")
+    axes.set_ylabel("accuracy on held-out training data, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _shown_splits(tuning: Tuning) -> list[float]:
+    splits = sorted({row.split for row in tuning.tried if row.split is not None})
+    places = np.linspace(0, len(splits) - 1, min(len(splits), _MAX_GAMMAS)).round().astype(int)
+    return [splits[place] for place in places]
+
+
+def _splits(tuning: Tuning) -> tuple[Choice | None, ...]:
+    return tuning.splits or (None,) * len(tuning.methods)
+
+
+def _random(tuning: Tuning, keep_fraction: float) -> Tried:
+    return next(
+        row for row in tuning.tried if row.method == "random" and row.keep_fraction == keep_fraction
+    )

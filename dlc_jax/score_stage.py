@@ -1,0 +1,293 @@
+"""The stage `score`: DLC of every sample, and whatever else the selected methods go by."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+import dlc_jax
+from dlc_jax import artefacts, checks, provenance, reports
+from dlc_jax.artefacts import ScoredSamples
+from dlc_jax.config import Config
+from dlc_jax.encoders import Encoder, load_encoder
+from dlc_jax.probes import features, probe
+from dlc_jax.scores import SCORES, column_name, score
+from dlc_jax.training import Recorder, RunFolder
+from dlc_jax.types import Dataset, ProbeLosses, TrainingRecord
+
+Load: TypeAlias = Callable[[str], Dataset]  # by source
+# Settings that change speed and memory, but not what comes out.
+_SPEED_ONLY = ("batch_size", "chunk")
+_SHORT_PATH = 0.5  # sparsity; both schedules of 50 probes go beyond it
+
+
+def run_score(config: Config, workdir: Path, load: Load, echo: Callable[[str], None]) -> Config:
+    """Scores what is not scored yet.
+
+    Args:
+      config: Checked configuration.
+      workdir: Where `scores/` goes.
+      load: Loads a data set by its source.
+      echo: Takes each line meant for the user.
+    Returns:
+      The configuration with what the encoder decides filled in.
+    Raises:
+      ValueError: anything wrong with data, encoder or training.
+    """
+    settings = config.encoder
+    dataset = load(config.dataset.train)
+    encoder = load_configured(config)
+    resolved_encoder = encoder.for_mode(config.mode)
+    resolved_encoder.check_image_size(settings.image_size)
+    decided = dataclasses.replace(
+        settings,
+        pooling=resolved_encoder.pooling,
+        mean=resolved_encoder.mean,
+        std=resolved_encoder.std,
+    )
+    resolved = dataclasses.replace(config, encoder=decided)
+    _measure_dlc(resolved, workdir, dataset, resolved_encoder, echo)
+    if config.need.features:
+        _measure_features(config, workdir, dataset, resolved_encoder, echo)
+    if config.need.training:
+        _record(config, workdir, dataset, encoder, echo)
+    return resolved
+
+
+def load_configured(config: Config) -> Encoder:
+    """Returns the encoder that the configuration names, before `mode` decides anything."""
+    settings = config.encoder
+    return load_encoder(
+        settings.name,
+        settings.weights,
+        pooling=settings.pooling,
+        mean=settings.mean,
+        std=settings.std,
+    )
+
+
+def check_scores_are_whole(workdir: Path) -> None:
+    """A run killed between two files of `scores/` leaves files that do not belong together."""
+    record = provenance.stage_record(workdir, "score")
+    if record is not None and not artefacts.are_intact(workdir, record["outputs"]):
+        raise checks.InputError(
+            f"{workdir}/scores: not as the stage 'score' left it (changed, or a run was stopped "
+            "while it wrote); run that stage again."
+        )
+
+
+def _measure_dlc(
+    config: Config,
+    workdir: Path,
+    dataset: Dataset,
+    encoder: Encoder,
+    echo: Callable[[str], None],
+) -> None:
+    start = time.perf_counter()
+    inputs = _dlc_inputs(config, dataset, encoder)
+    if provenance.is_done(workdir, "score", inputs):
+        echo("score: unchanged, not run again")
+        return
+    echo(
+        f"score: {len(dataset)} samples of {dataset.num_classes} classes, "
+        f"{encoder.name} on {jax.default_backend()}"
+    )
+    if config.cache.max_gib and not config.cache.takes(len(dataset), config.encoder.image_size):
+        echo(
+            f"score: note: decoded images are more than cache.max_gib={config.cache.max_gib:g}; "
+            "they are decoded twice, and not kept"
+        )
+    probes = probe(
+        encoder,
+        dataset,
+        image_size=config.encoder.image_size,
+        on_corrupt=config.dataset.on_corrupt,
+        cache=config.cache,
+        folder=workdir / artefacts.SHARDS,
+        seed=config.seed,
+        mode=config.mode,
+        progress=True,
+        **config.to_dict()["probe"],
+    )
+    echo(f"score: {len(probes.sparsity)} probes up to sparsity {probes.sparsity[-1]:.2f}")
+    if config.probe.placement == "grid" and probes.sparsity[-1] < _SHORT_PATH:
+        echo(
+            "score: note: the path stops early, where losses are nearly the unmasked network's; "
+            "--config.probe.placement=midpoint spreads the probes over all of it"
+        )
+    _write_dlc(workdir, dataset, probes)
+    paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(artefacts.PICTURE)]
+    facts = {
+        "dataset": _dataset_facts(dataset, probes),
+        "encoder": _encoder_facts(encoder, config.encoder.weights),
+    }
+    made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "encoder", "probe")}
+    seconds = time.perf_counter() - start
+    provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
+    shutil.rmtree(workdir / artefacts.SHARDS, ignore_errors=True)  # finished
+
+
+def _write_dlc(workdir: Path, dataset: Dataset, probes: ProbeLosses) -> None:
+    scores = {"dlc": score(probes)}
+    artefacts.write_losses(
+        workdir,
+        losses=probes.losses,
+        sparsity=probes.sparsity,
+        labels=probes.labels,
+        ids=probes.ids,
+    )
+    samples = ScoredSamples(probes.ids, probes.labels, probes.class_names, scores)
+    artefacts.write_scores(workdir, samples)
+    positions = np.flatnonzero(np.isin(dataset.ids, list(probes.skipped), invert=True))
+    picture = reports.easiest_hardest(dataset, positions, scores["dlc"])
+    with artefacts.atomic(workdir / artefacts.PICTURE) as file:
+        picture.save(file, "PNG", optimize=True)
+
+
+def _measure_features(
+    config: Config,
+    workdir: Path,
+    dataset: Dataset,
+    encoder: Encoder,
+    echo: Callable[[str], None],
+) -> None:
+    start = time.perf_counter()
+    made_with = {
+        "mode": config.mode,
+        "dtype": config.probe.dtype,
+        "image_size": config.encoder.image_size,
+        "on_corrupt": config.dataset.on_corrupt,
+    }
+    inputs = artefacts.json_hash(
+        [dlc_jax.__version__, made_with, dataset.fingerprint, encoder.fingerprint]
+    )
+    if provenance.is_done(workdir, "features", inputs):
+        echo("features: unchanged, not measured again")
+        return
+    found = features(
+        encoder,
+        dataset,
+        image_size=config.encoder.image_size,
+        batch_size=config.probe.batch_size,
+        dtype=config.probe.dtype,
+        mode=config.mode,
+        on_corrupt=config.dataset.on_corrupt,
+        cache=config.cache,
+        progress=True,
+    )
+    with artefacts.atomic(workdir / artefacts.FEATURES) as file:
+        np.savez(file, allow_pickle=False, features=found, ids=artefacts.read_scores(workdir).ids)
+    seconds = time.perf_counter() - start
+    paths = [Path(artefacts.FEATURES)]
+    provenance.record(workdir, "features", inputs, paths, seconds, {}, made_with)
+    echo(f"features: {found.shape[1]} of each sample")
+
+
+def _record(
+    config: Config,
+    workdir: Path,
+    dataset: Dataset,
+    encoder: Encoder,
+    echo: Callable[[str], None],
+) -> None:
+    """Trains on the whole set, unless that was done, and adds the columns of scores made of it."""
+    recorder = Recorder(
+        encoder,
+        dataset,
+        config.finetune,
+        config.record,
+        seed=config.seed,
+        image_size=config.encoder.image_size,
+        mode=config.mode,
+        on_corrupt=config.dataset.on_corrupt,
+        cache=config.cache,
+        progress=True,
+    )
+    folder = workdir / artefacts.TRAINING
+    found = RunFolder(folder).facts().get("inputs", recorder.inputs)
+    if found != recorder.inputs:
+        aside = workdir / "superseded" / f"training-{found[:12]}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder, aside)
+    if provenance.is_done(workdir, "training", recorder.inputs):
+        echo("training record: unchanged, not made again")
+    else:
+        echo(
+            f"training record: {config.finetune.epochs} epochs on everything, and "
+            f"{recorder.early_epoch} in {len(recorder.seeds) - 1} more runs"
+        )
+    record = recorder.run(folder)
+    made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "finetune", "record")}
+    paths = [Path(artefacts.TRAINING) / "record.npz"]
+    provenance.record(workdir, "training", recorder.inputs, paths, record.seconds, {}, made_with)
+    _add_columns(workdir, record)
+
+
+def _add_columns(workdir: Path, record: TrainingRecord) -> None:
+    samples = artefacts.read_scores(workdir)
+    if not np.array_equal(samples.ids, record.ids):
+        raise checks.InputError(
+            f"{workdir / artefacts.TRAINING}: records other samples than {artefacts.SCORES} has; "
+            "run the stage 'score' in another work directory."
+        )
+    columns = {"dlc": samples.scores["dlc"]} | {
+        column_name(name, variant): score(record, method=name, variant=variant)
+        for name, method in SCORES.items()
+        if method.of == "training"
+        for variant in method.variants
+    }
+    if artefacts.same_arrays(columns, samples.scores):
+        return
+    artefacts.write_scores(workdir, dataclasses.replace(samples, scores=columns))
+    provenance.refresh(workdir, "score")
+
+
+def _dlc_inputs(config: Config, dataset: Dataset, encoder: Encoder) -> str:
+    settings = config.to_dict()
+    probe_settings = {k: v for k, v in settings["probe"].items() if k not in _SPEED_ONLY}
+    return artefacts.json_hash(
+        {
+            "version": dlc_jax.__version__,
+            "mode": config.mode,
+            "seed": config.seed,
+            "probe": probe_settings,
+            "image_size": config.encoder.image_size,
+            "on_corrupt": config.dataset.on_corrupt,
+            "dataset": dataset.fingerprint,
+            "encoder": encoder.fingerprint,
+        }
+    )
+
+
+def _dataset_facts(dataset: Dataset, probes: ProbeLosses) -> dict[str, Any]:
+    sizes = np.bincount(probes.labels, minlength=dataset.num_classes)
+    return {
+        "source": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "num_samples": len(dataset),
+        "num_classes": dataset.num_classes,
+        "skipped": probes.skipped,
+        "label_table": dataset.label_table,
+        "single_sample_classes": [dataset.class_names[j] for j in np.flatnonzero(sizes == 1)],
+    }
+
+
+def _encoder_facts(encoder: Encoder, weights: str) -> dict[str, Any]:
+    return {
+        "name": encoder.name,
+        "weights": weights,
+        "fingerprint": encoder.fingerprint,
+        "mean": encoder.mean,
+        "std": encoder.std,
+        "normalisation": encoder.normalisation,
+        "pooling": encoder.pooling,
+    }

@@ -1,0 +1,93 @@
+"""The stage `select`: a kept subset for every cell, below `selections/`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import dlc_jax
+from dlc_jax import artefacts, provenance, selection_files
+from dlc_jax.config import Config
+from dlc_jax.selection import AUTO, SELECTORS, Cell
+from dlc_jax.selection_inputs import SelectionInputs
+from dlc_jax.types import Selection
+
+# The stages that a selection waits for, by what its method goes by.
+_STAGES_FOR = {
+    "nothing": (),
+    "scores": ("score",),
+    "features": ("features",),
+    "probabilities": ("training",),
+}
+
+
+def run_select(
+    config: Config, workdir: Path, known: SelectionInputs, echo: Callable[[str], None]
+) -> Selection:
+    """Writes every cell; returns the one the summary shows, the middle one of the first method.
+
+    Args:
+      config: Checked configuration.
+      workdir: Where `selections/` goes.
+      known: What the methods go by.
+      echo: Takes each line meant for the user.
+    Raises:
+      ValueError: something that a method goes by is not there.
+    """
+    start = time.perf_counter()
+    cells = config.selection.cells()
+    made_from = {method: known.fingerprint(method) for method in config.selection.methods}
+    how = {method: config.selection.how(method) for method in config.selection.methods}
+    facts = [dlc_jax.__version__, config.mode, cells, made_from, how, known.chosen]
+    inputs = artefacts.json_hash(facts)
+    _tell_of_another_mode(config, workdir, echo)
+    all_known = known.fingerprints([*SELECTORS, AUTO])  # of earlier selections' methods too
+    num_aside = selection_files.set_superseded_aside(workdir, all_known, config.mode)
+    if num_aside:
+        echo(f"select: {num_aside} selections of other scores or mode moved to superseded/")
+    of_first = [cell for cell in cells if cell[0] == config.selection.methods[0]]
+    shown = of_first[len(of_first) // 2]
+    if provenance.is_done(workdir, "select", inputs):
+        echo("select: unchanged, not run again")
+        return known.select(shown)
+    paths, selections = [], {}
+    bare: set[float] = set()  # keep fractions already noted
+    for cell in cells:
+        method, keep_fraction = cell[:2]
+        selected = selections[cell] = known.select(cell)
+        also = {
+            "how": how[method],
+            "scores_fingerprint": made_from[method],
+            "pruning_seconds": _pruning_seconds(workdir, cell),
+        }
+        paths += selection_files.write_selection(workdir, selected, known.samples, also)
+        num_lost = int((selected.num_kept_per_class == 0).sum())
+        if num_lost and keep_fraction not in bare:
+            bare.add(keep_fraction)
+            echo(
+                f"select: note: keep fraction {keep_fraction:g} keeps nothing of {num_lost} of "
+                f"{len(known.samples.class_names)} classes (budgets are rounded in every class; "
+                "selection.min_per_class=1 keeps one)"
+            )
+    made_with = {"mode": config.mode, "selection": config.to_dict()["selection"]}
+    seconds = time.perf_counter() - start
+    provenance.record(workdir, "select", inputs, paths, seconds, {}, made_with)
+    echo(f"select: {len(cells)} selections written")
+    return selections[shown]
+
+
+def _pruning_seconds(workdir: Path, cell: Cell) -> float:
+    """Returns how long it took to know what the method goes by."""
+    method, _, split, _ = cell
+    if AUTO in (method, split):
+        return provenance.seconds(workdir, ("score", "features", "tune"))
+    stages = ("training",) if SELECTORS[method].score else _STAGES_FOR[SELECTORS[method].needs]
+    return provenance.seconds(workdir, stages)
+
+
+def _tell_of_another_mode(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+    record = provenance.stage_record(workdir, "score") or {}
+    scored = record.get("settings", {}).get("mode", config.mode)
+    if scored != config.mode:
+        echo(f"select: note: in mode {config.mode!r}, from scores of mode {scored!r}")

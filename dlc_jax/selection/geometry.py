@@ -1,0 +1,128 @@
+"""Selections that go by where samples lie, in feature space or among softmax outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float64
+
+from dlc_jax.selection.group import Draw, Group, Positions, budget
+from dlc_jax.selection.traversals import Space, farthest_first, follow_mean
+
+_BLOCK = 1024  # rows that are float64 at a time
+_SMALLEST = np.finfo(np.float32).tiny  # a probability of 0 has the logarithm of this
+
+
+def moderate(group: Group, draw: Draw) -> Positions:
+    """Returns the samples whose distance to the group's mean is nearest the median distance.
+
+    Equal ones go by position.
+
+    Source: Xia et al. 2023, Moderate coreset.
+    """
+    positions, mean = group.positions, _mean(group)
+    distances = np.concatenate([np.linalg.norm(block - mean, axis=1) for block in _blocks(group)])
+    order = np.argsort(np.abs(distances - np.median(distances)), kind="stable")
+    return positions[order[: budget(group, draw)]]
+
+
+def herding(group: Group, draw: Draw) -> Positions:
+    """Greedily adds the sample that keeps the mean of those chosen nearest the group's mean.
+
+    Variant `deepcore`: the sample that takes it farthest away, the sign slip of DeepCore.
+
+    Source: Welling 2009, Herding dynamical weights to learn.
+    """
+    num = budget(group, draw)
+    farthest = draw.variant == "deepcore"
+    order = follow_mean(_euclidean(group), jnp.asarray(num), farthest=farthest)
+    return group.positions[np.asarray(order)[:num]]
+
+
+def k_center_greedy(group: Group, draw: Draw) -> Positions:
+    """Farthest-first traversal in Euclidean distance, from the sample nearest the group's mean.
+
+    Source: Sener & Savarese 2018, Active learning for convolutional neural networks.
+    """
+    num = budget(group, draw)
+    order = farthest_first(_euclidean(group), jnp.asarray(num), swapped=False)
+    return group.positions[np.asarray(order)[:num]]
+
+
+def contextual_diversity(group: Group, draw: Draw) -> Positions:
+    """Farthest-first traversal in KL(a, b) / 2 + KL(b, a) / 2, from the one nearest the mean.
+
+    A probability of 0 counts as the smallest normal float32 where its logarithm is taken.
+
+    Source: Agarwal et al. 2020, Contextual diversity for active learning.
+    """
+    num = budget(group, draw)
+    order = farthest_first(_divergence(group), jnp.asarray(num), swapped=True)
+    return group.positions[np.asarray(order)[:num]]
+
+
+def _euclidean(group: Group) -> Space:
+    """Squared Euclidean distance, of rows centred and scaled before they lose precision."""
+    mean = _mean(group)
+    # no order depends on the scale, but squares of very large or small features leave float32
+    scale = max(np.abs(block - mean).max() for block in _blocks(group)) or 1.0
+
+    def placed(block: Float64[np.ndarray, "b d"]) -> tuple[np.ndarray, np.ndarray]:
+        centred = (block - mean) / scale
+        return centred, np.square(centred).sum(axis=1)
+
+    return _space(group, mean, placed)
+
+
+def _divergence(group: Group) -> Space:
+    """Symmetric KL: rows are (p, log p) / 2, and a row's partner is (log p, p) / 2."""
+
+    def placed(block: Float64[np.ndarray, "b d"]) -> tuple[np.ndarray, np.ndarray]:
+        logarithms = np.log(np.maximum(block, _SMALLEST))
+        return np.hstack([block, logarithms]) / 2, (block * logarithms).sum(axis=1) / 2
+
+    return _space(group, _mean(group), placed)
+
+
+def _space(
+    group: Group,
+    mean: Float64[np.ndarray, " d"],
+    placed: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+) -> Space:
+    """Returns the group's samples as `placed` puts blocks of them, padded, in float32."""
+    (centre,), (centre_norm,) = placed(mean[None])
+    num_samples = len(group.positions)
+    rows = np.zeros((padded_length(num_samples), len(centre)), np.float32)
+    norms = np.zeros(len(rows), np.float32)
+    start = 0
+    for block in _blocks(group):
+        here = slice(start, start + len(block))
+        rows[here], norms[here] = placed(block)
+        start += len(block)
+    return Space(
+        jax.device_put(rows),  # jnp.asarray would hold a third copy for a moment
+        jnp.asarray(norms),
+        jnp.asarray(centre, jnp.float32),
+        jnp.asarray(centre_norm, jnp.float32),
+        jnp.asarray(num_samples),
+    )
+
+
+def _mean(group: Group) -> Float64[np.ndarray, " d"]:
+    return sum(block.sum(axis=0) for block in _blocks(group)) / len(group.positions)
+
+
+def _blocks(group: Group) -> Iterator[Float64[np.ndarray, "_ d"]]:
+    """Yields the group's rows in float64, a few at a time."""
+    assert group.rows is not None
+    for start in range(0, len(group.positions), _BLOCK):
+        yield group.rows[group.positions[start : start + _BLOCK]].astype(np.float64)
+
+
+def padded_length(num: int) -> int:
+    """Returns the least of few lengths, four to each power of two, that is at least `num`."""
+    step = 1 << max((num - 1).bit_length() - 3, 4)
+    return -(-num // step) * step

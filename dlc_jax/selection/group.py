@@ -1,0 +1,58 @@
+"""What a selector picks from, and what it is told about the pick."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int64, Shaped
+
+Positions: TypeAlias = Int64[np.ndarray, " _"]  # into the data set
+
+
+class Group(NamedTuple):
+    """The samples of one class, or of all of them.
+
+    Attributes:
+      positions: Where they are: easiest first for methods that need scores, else ascending.
+      scores: [n] hardness of the whole data set, higher is harder; None if none was given.
+      rows: [n, d] of the whole data set, never copied: the features or the probabilities, whichever
+        the method needs; None if it needs neither.
+    """
+
+    positions: Positions
+    scores: Shaped[np.ndarray, " n"] | None = None
+    rows: Float[np.ndarray, "n d"] | None = None
+
+
+class Draw(NamedTuple):
+    """How much of a group to keep, and how.
+
+    Attributes:
+      keep_fraction: The group's own, in [0, 1): round(size keep_fraction) are kept, half to even.
+      split: FlexRand's gamma; None for methods that have none.
+      seed, label: The only source of randomness; the label is 0 where the group is all samples.
+      per_class: Whether the group is a class.
+      variant: One of the method's variants.
+    """
+
+    keep_fraction: float
+    split: float | None
+    seed: int
+    label: int
+    per_class: bool = True
+    variant: str = "published"
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """Picks from one group."""
+
+    def __call__(self, group: Group, draw: Draw, /) -> Positions:
+        """Returns `budget(group, draw)` different positions of the group, in any order."""
+        ...
+
+
+def budget(group: Group, draw: Draw) -> int:
+    """Returns how many samples of the group to keep."""
+    return round(len(group.positions) * draw.keep_fraction)

@@ -1,0 +1,117 @@
+"""The selectors by name, what each takes, and whether what is asked of one can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
+
+from dlc_jax import checks
+from dlc_jax.selection import allocation as allocations
+from dlc_jax.selection import flexrand, geometry, official, strata, topk
+from dlc_jax.selection.group import Selector
+
+AUTO = "auto"  # a method, or a split: what tuning found best
+Cell: TypeAlias = tuple[str, float, float | str | None, int]  # method, keep fraction, split, seed
+DEFAULT_SPLIT = 0.5
+
+
+class Method(NamedTuple):
+    """A selector, and what it takes.
+
+    Attributes:
+      select: Picks from one class, or from all samples.
+      has_split: Whether it takes FlexRand's gamma.
+      needs: What it goes by: `nothing`, `scores`, `features` or `probabilities`.
+      variants: The published definition, and others.
+      score: Name of the score it is meant for; None: any score.
+    """
+
+    select: Selector
+    has_split: bool = False
+    needs: str = "scores"
+    variants: tuple[str, ...] = ("published",)
+    score: str | None = None
+
+
+VARIANTS = ("published", "deepcore")
+
+SELECTORS: Mapping[str, Method] = {
+    "flexrand": Method(flexrand.flexrand, has_split=True),
+    "easiest": Method(topk.easiest),
+    "hardest": Method(topk.hardest),
+    "random": Method(topk.random, needs="nothing"),
+    "ccs": Method(strata.ccs),
+    "moderate": Method(geometry.moderate, needs="features"),
+    "herding": Method(geometry.herding, needs="features", variants=VARIANTS),
+    "k_center_greedy": Method(geometry.k_center_greedy, needs="features"),
+    "contextual_diversity": Method(geometry.contextual_diversity, needs="probabilities"),
+    "least_confidence": Method(topk.most_uncertain, variants=VARIANTS, score="least_confidence"),
+    "entropy": Method(topk.most_uncertain, variants=VARIANTS, score="entropy"),
+    "margin": Method(topk.most_uncertain, variants=VARIANTS, score="margin"),
+    "forgetting": Method(topk.hardest, score="forgetting"),
+    "grand": Method(topk.hardest, score="grand"),
+    "el2n": Method(topk.hardest, score="el2n"),
+}
+
+
+def has_split(method: str) -> bool:
+    """Whether a method, or `auto`, takes FlexRand's gamma."""
+    return method != AUTO and SELECTORS[method].has_split
+
+
+def check_grouping(
+    method: str,
+    variant: str,
+    allocation: str,
+    per_class: bool,
+    min_per_class: int = 0,
+    mode: str = "default",
+) -> None:
+    """Raises ValueError unless the method has the variant, and the groups go with the rest."""
+    known = ("published",) if method == AUTO else SELECTORS[method].variants
+    checks.one_of(f"variant of method {method!r}", variant, known)
+    checks.one_of("allocation", allocation, allocations.ALLOCATIONS)
+    if mode == "official" and (allocation != "proportional" or not per_class):
+        raise checks.InputError(
+            "mode 'official' has allocation='proportional' and per_class=True only, got "
+            f"{allocation!r} and {per_class}."
+        )
+    if not per_class and (allocation != "proportional" or min_per_class):
+        raise checks.InputError(
+            "per_class=False: allocation and min_per_class are about classes, expected "
+            f"'proportional' and 0, got {allocation!r} and {min_per_class}."
+        )
+
+
+def check_min_per_class(min_per_class: int, mode: str, name: str = "min_per_class") -> None:
+    """Raises ValueError unless it is an integer >= 0, and 0 in mode `official`."""
+    checks.integer(name, min_per_class)
+    checks.at_least(name, min_per_class, 0)
+    if min_per_class and mode == "official":
+        raise checks.InputError(
+            f"{name}: mode 'official' has none, expected 0, got {min_per_class!r}."
+        )
+
+
+def check_cell(
+    method: str, keep_fraction: float, split: float | str | None, seed: int, mode: str
+) -> float | str | None:
+    """Returns the split to use (None for methods without one), or raises ValueError."""
+    checks.mode(mode)
+    checks.one_of("selection method", method, [*SELECTORS, AUTO])
+    checks.keep_fraction(keep_fraction)
+    checks.seed(seed)
+    if isinstance(split, str):
+        checks.one_of("split", split, ["a number", AUTO])
+    if AUTO in (method, split) and mode == "official":
+        raise checks.InputError("mode 'official' has no 'auto'; expected a method and a split.")
+    if mode == "official" and not isinstance(split, str):
+        official.grid_cell(keep_fraction, DEFAULT_SPLIT if split is None else split)
+    if not has_split(method):
+        if split is not None:
+            raise checks.InputError(f"split: method {method!r} takes none, got {split!r}.")
+        return None
+    split = DEFAULT_SPLIT if split is None else split
+    if not isinstance(split, str):
+        checks.split(split)
+    return split

@@ -1,0 +1,129 @@
+"""Every setting of a selection, and what it takes to select."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from dlc_jax import checks
+from dlc_jax.scores import SCORES, column_name
+from dlc_jax.selection import (
+    ALLOCATIONS,
+    AUTO,
+    SELECTORS,
+    VARIANTS,
+    check_cell,
+    check_grouping,
+    check_min_per_class,
+    has_split,
+)
+from dlc_jax.types import setting
+
+
+class Need(NamedTuple):
+    """What the selected methods go by, apart from DLC.
+
+    Attributes:
+      features: Of the unmasked encoder.
+      training: A record of training on the whole set.
+      tuning: What `auto` stands for.
+    """
+
+    features: bool
+    training: bool
+    tuning: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionConfig:
+    """Which cells to select: methods x keep fractions x splits x seeds."""
+
+    methods: tuple[str, ...] = setting(("flexrand",), f"{', '.join(SELECTORS)}, {AUTO}")
+    keep_fractions: tuple[float, ...] = setting(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), "fractions kept, each in (0, 1)"
+    )
+    splits: tuple[float | str, ...] = setting((0.5,), f"FlexRand's gamma, each in (0, 1) or {AUTO}")
+    seeds: tuple[int, ...] = setting((0,), "seeds of the draws")
+    score: str = setting("dlc", f"that methods go by which name none: {', '.join(SCORES)}")
+    variant: str = setting("published", f"of methods and scores: {', '.join(VARIANTS)}, if any")
+    allocation: str = setting("proportional", f"class budgets: {', '.join(ALLOCATIONS)}")
+    per_class: bool = setting(True, "select from every class; False: from all samples at once")
+    min_per_class: int = setting(0, "least samples kept of a class (all, if it has no more)")
+
+    def check(self, mode: str) -> None:
+        for key in ("methods", "keep_fractions", "splits", "seeds"):
+            values = getattr(self, key)
+            if not values or len(set(values)) < len(values):
+                raise checks.InputError(
+                    f"selection.{key}: expected one or more different values, got {values} "
+                    "(a list given twice on the command line adds up)."
+                )
+        for method in self.methods:
+            checks.one_of("selection.methods", method, [*SELECTORS, AUTO])
+        for keep_fraction in self.keep_fractions:
+            checks.keep_fraction(keep_fraction, "selection.keep_fractions")
+        for split in self.splits:
+            if isinstance(split, str):
+                checks.one_of("selection.splits", split, ["a number", AUTO])
+            else:
+                checks.split(split, "selection.splits")
+        for seed in self.seeds:
+            checks.seed(seed, "selection.seeds")
+        checks.one_of("selection.score", self.score, SCORES)
+        checks.one_of("selection.variant", self.variant, VARIANTS)
+        for cell in self.cells():
+            check_cell(*cell, mode)
+        check_min_per_class(self.min_per_class, mode, "selection.min_per_class")
+        for method in self.methods:
+            check_grouping(
+                method,
+                self.variant_of(method),
+                self.allocation,
+                self.per_class,
+                self.min_per_class,
+                mode,
+            )
+
+    def cells(self) -> list[tuple[str, float, float | str | None, int]]:
+        """Returns (method, keep_fraction, split, seed) of every cell; split None where not used."""
+        return [
+            (method, keep_fraction, split, seed)
+            for method in self.methods
+            for keep_fraction in self.keep_fractions
+            for split in (self.splits if has_split(method) else (None,))
+            for seed in self.seeds
+        ]
+
+    def variant_of(self, method: str) -> str:
+        """Returns the variant asked for if the method has it, or the published definition."""
+        known = SELECTORS[method].variants if method in SELECTORS else ()
+        return self.variant if self.variant in known else "published"
+
+    def score_of(self, method: str) -> str:
+        """Returns the column of `scores.parquet` that the method goes by."""
+        name = (SELECTORS[method].score if method in SELECTORS else None) or self.score
+        has_variant = self.variant in SCORES[name].variants
+        return name if not has_variant else column_name(name, self.variant)
+
+    def how(self, method: str) -> dict[str, Any]:
+        """Returns what decides a selection of this method besides its cell."""
+        return {
+            "score": self.score_of(method),
+            "variant": self.variant_of(method),
+            "allocation": self.allocation,
+            "per_class": self.per_class,
+            "min_per_class": self.min_per_class,
+        }
+
+    @property
+    def need(self) -> Need:
+        """What the methods go by, apart from DLC."""
+        known = [SELECTORS[method] for method in self.methods if method in SELECTORS]
+        names = {method.score or self.score for method in known} | {self.score}
+        tuning = AUTO in self.methods or (AUTO in self.splits and "flexrand" in self.methods)
+        return Need(
+            features=any(method.needs == "features" for method in known),
+            training=any(SCORES[name].of == "training" for name in names)
+            or any(method.needs == "probabilities" for method in known),
+            tuning=tuning,
+        )

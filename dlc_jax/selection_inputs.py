@@ -1,0 +1,116 @@
+"""What the selected methods go by, read from the work directory, and selections made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from dlc_jax import artefacts, checks, selection_files
+from dlc_jax.artefacts import ScoredSamples
+from dlc_jax.config import Config
+from dlc_jax.selection import AUTO, SELECTORS, Cell, select
+from dlc_jax.training import read_record
+from dlc_jax.types import Selection, Tuning
+
+
+class SelectionInputs:
+    """Scores, features, probabilities and tuning of the samples of a work directory.
+
+    Args:
+      config: Says which methods, and how they select.
+      workdir: Where `scores/` is.
+      samples: Ids, labels and scores.
+      tuning: What `auto` stands for; None where nothing is selected by it.
+    """
+
+    def __init__(
+        self, config: Config, workdir: Path, samples: ScoredSamples, tuning: Tuning | None = None
+    ):
+        self.samples = samples
+        self._config, self._workdir, self._tuning = config, workdir, tuning
+        self._fingerprints: dict[str, str] = {}
+
+    @functools.cached_property
+    def features(self) -> np.ndarray:
+        """[n, d]; raises ValueError if they were not measured."""
+        path, name = artefacts.FEATURES, "features"
+        return artefacts.read_array(self._workdir, path, name, self.samples)
+
+    @functools.cached_property
+    def probabilities(self) -> np.ndarray:
+        """[n, c] after training on everything; raises ValueError if that was not recorded."""
+        return read_record(self._workdir / artefacts.TRAINING, self.samples.ids).probabilities
+
+    @property
+    def chosen(self) -> list[tuple[float, str, float | None]]:
+        """What `auto` stands for at every keep fraction that was tuned."""
+        if self._tuning is None:
+            return []
+        choices = (*self._tuning.methods, *self._tuning.splits)
+        return [(choice.keep_fraction, choice.method, choice.split) for choice in choices]
+
+    def fingerprint(self, method: str) -> str:
+        """SHA-256 over the samples and what a selection of this method goes by."""
+        if method not in self._fingerprints:
+            self._fingerprints[method] = self._fingerprint(method)
+        return self._fingerprints[method]
+
+    def _fingerprint(self, method: str) -> str:
+        needs = SELECTORS[method].needs if method != AUTO else "scores"
+        name = self._config.selection.score_of(method)
+        arrays = {"dlc": self.samples.scores["dlc"]}  # of random, and wherever nothing else is said
+        if needs == "scores" or self._config.selection.allocation != "proportional":
+            arrays = {name: self.samples.score(name)}
+        if needs == "features":
+            arrays |= {needs: self.features}
+        if needs == "probabilities":
+            arrays |= {needs: self.probabilities}
+        return self.samples.fingerprint_of(arrays)
+
+    def fingerprints(self, methods: Iterable[str]) -> dict[str, str]:
+        """Returns those of methods whose inputs are there."""
+        found = {}
+        for method in methods:
+            with contextlib.suppress(checks.InputError):
+                found[method] = self.fingerprint(method)
+        return found
+
+    def select(self, cell: Cell) -> Selection:
+        """Selects a cell."""
+        method, keep_fraction, split, seed = cell
+        tuned = AUTO in (method, split)
+        by_features = (
+            SELECTORS[method].needs == "features"
+            if method != AUTO
+            else (self._config.tuning.needs_features)
+        )
+        by_probabilities = method != AUTO and SELECTORS[method].needs == "probabilities"
+        how = self._config.selection.how(method)
+        return select(
+            self.samples.score(how.pop("score")),
+            self.samples.labels,
+            method=method,
+            keep_fraction=keep_fraction,
+            split=split,
+            seed=seed,
+            mode=self._config.mode,
+            tuning=self._tuning if tuned else None,
+            features=self.features if by_features else None,
+            probabilities=self.probabilities if by_probabilities else None,
+            **how,
+        )
+
+    def read(self, cell: Cell) -> Selection:
+        """Reads the selection of a cell; see `selection_files.read_selection` for errors."""
+        return selection_files.read_selection(
+            self._workdir,
+            self.samples,
+            cell,
+            how=self._config.selection.how(cell[0]),
+            scores_fingerprint=self.fingerprint(cell[0]),
+            mode=self._config.mode,
+        )

@@ -1,0 +1,153 @@
+"""The stage `tune`: what `auto` stands for, and how much can be dropped, below `tuning/`."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dlc_jax
+from dlc_jax import artefacts, provenance, reports
+from dlc_jax.artefacts import ScoredSamples
+from dlc_jax.config import Config
+from dlc_jax.score_stage import Load, load_configured
+from dlc_jax.tuning import FinetuneTrials, KeepCurve, keep_curve, tune
+from dlc_jax.types import Choice, Gap, Tried, Tuning
+
+_FILE = f"{artefacts.TUNING}/tuning.json"
+_TABLE = f"{artefacts.TUNING}/tuning.csv"
+_REPORT = f"{artefacts.TUNING}/tuning.md"
+_FIGURE = f"{artefacts.TUNING}/curve.png"
+_TRIALS = f"{artefacts.TUNING}/trials"
+_GAPS = ("to_random", "to_full", "to_even")
+
+
+def run_tune(
+    config: Config, workdir: Path, samples: ScoredSamples, load: Load, echo: Callable[[str], None]
+) -> Tuning:
+    """Tunes on held-out parts of the training data, or reads what was found before.
+
+    The test set is not loaded here. Writes tuning.json (all of it), tuning.csv (a row per way of
+    choosing), tuning.md (choices, and the smallest keep fraction that will do) and curve.png.
+
+    Raises:
+      ValueError: features that are not there, data that were not scored; see also `tune`.
+    """
+    score = config.selection.score_of("flexrand")
+    arrays = {score: samples.score(score)}
+    if config.need.features:
+        arrays["features"] = artefacts.read_array(workdir, artefacts.FEATURES, "features", samples)
+    made_with = _made_with(config)
+    trials = _finetune_trials(config, workdir, samples, load)
+    inputs = artefacts.json_hash(
+        [
+            dlc_jax.__version__,
+            made_with,
+            samples.fingerprint_of(arrays),
+            None if trials is None else trials.fingerprint,
+        ]
+    )
+    if provenance.is_done(workdir, "tune", inputs):
+        echo("tune: unchanged, not run again")
+        return _from_json(artefacts.read_json(workdir / _FILE))
+    echo(f"tune: by {config.tuning.by}, {config.tuning.num_repeats} held-out fifths")
+    tuning = tune(
+        arrays[score],
+        samples.labels,
+        features=arrays.get("features"),
+        trials=trials,
+        keep_fractions=config.selection.keep_fractions,
+        methods=config.tuning.methods,
+        splits=config.tuning.splits,
+        num_repeats=config.tuning.num_repeats,
+        min_per_class=config.selection.min_per_class,
+        settings=config.linear_probe,
+        seed=config.seed,
+        progress=True,
+    )
+    curve = keep_curve(tuning, tolerance=config.tuning.tolerance)
+    _write(workdir, tuning, curve)
+    paths = [Path(name) for name in (_FILE, _TABLE, _REPORT, _FIGURE)]
+    provenance.record(workdir, "tune", inputs, paths, tuning.seconds, {}, made_with)
+    shutil.rmtree(workdir / _TRIALS, ignore_errors=True)  # finished
+    echo(f"\n{reports.tuning_table(tuning, curve)}\n")
+    echo(f"files: {workdir}/{artefacts.TUNING}/ (tuning.md, tuning.csv, curve.png)")
+    return tuning
+
+
+def _made_with(config: Config) -> dict[str, Any]:
+    """Returns the settings that decide what comes out."""
+    settings = config.to_dict()
+    tuning = {key: value for key, value in settings["tuning"].items() if key != "tolerance"}
+    trained = "linear_probe" if config.tuning.by == "linear_probe" else "finetune"
+    selection = {key: settings["selection"][key] for key in ("keep_fractions", "min_per_class")}
+    return {"seed": config.seed, "tuning": tuning, "selection": selection} | {
+        trained: settings[trained]
+    }
+
+
+def _finetune_trials(
+    config: Config, workdir: Path, samples: ScoredSamples, load: Load
+) -> FinetuneTrials | None:
+    """Returns what fine-tunes; None where linear heads are trained instead."""
+    if config.tuning.by == "linear_probe":
+        return None
+    dataset = load(config.dataset.train)
+    provenance.check_is_what_was_scored(workdir, dataset)
+    scored = np.flatnonzero(np.isin(dataset.ids, samples.ids))  # others could not be read
+    return FinetuneTrials(
+        load_configured(config),
+        dataset.subset(scored),
+        config.finetune,
+        image_size=config.encoder.image_size,
+        mode=config.mode,
+        cache=config.cache,
+        folder=workdir / _TRIALS,
+    )
+
+
+def _write(workdir: Path, tuning: Tuning, curve: KeepCurve) -> None:
+    with artefacts.atomic(workdir / _TABLE, "w") as file:
+        table = csv.writer(file, lineterminator="\n")
+        gaps = [f"{name}{part}" for name in _GAPS for part in ("", "_half_width", "_p_value")]
+        table.writerow(["keep_fraction", "method", "split", "accuracy", *gaps])
+        for row in tuning.tried:
+            numbers = [gap for name in _GAPS for gap in getattr(row, name) or ("", "", "")]
+            table.writerow([row.keep_fraction, row.method, row.split, row.accuracy, *numbers])
+    with artefacts.atomic(workdir / _REPORT, "w") as file:
+        file.write(f"{reports.tuning_table(tuning, curve)}\n")
+    with artefacts.atomic(workdir / _FIGURE) as file:
+        reports.tuning_figure(tuning).savefig(file, format="png", dpi=150)
+    artefacts.write_json(workdir / _FILE, _to_json(tuning))
+
+
+def _to_json(tuning: Tuning) -> dict[str, Any]:
+    values = {name: getattr(tuning, name) for name in Tuning.__dataclass_fields__}
+    for name in ("methods", "splits"):  # each names a row of `tried`
+        values[name] = [choice._asdict() | {"tried": None} for choice in values[name]]
+    rows = [row._asdict() for row in tuning.tried]
+    for row in rows:
+        for name in _GAPS:
+            row[name] = None if row[name] is None else list(row[name])
+    return values | {"tried": rows}
+
+
+def _from_json(values: dict[str, Any]) -> Tuning:
+    rows = []
+    for row in values["tried"]:
+        gaps = {name: None if row[name] is None else Gap(*row[name]) for name in _GAPS}
+        rows.append(Tried(**(row | gaps)))
+    by_way = {(row.keep_fraction, row.method, row.split): row for row in rows}
+
+    def choices(name: str) -> tuple[Choice, ...]:
+        return tuple(
+            Choice(**choice | {"tried": by_way[tuple(choice[k] for k in Choice._fields[:3])]})
+            for choice in values[name]
+        )
+
+    both = {"methods": choices("methods"), "splits": choices("splits")}
+    return Tuning(**(values | both | {"tried": tuple(rows)}))

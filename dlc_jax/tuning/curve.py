@@ -1,0 +1,70 @@
+"""How much can be dropped: accuracy against the keep fraction, and the smallest one that does."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dlc_jax import checks
+from dlc_jax.types import Tried, Tuning
+
+
+class KeepCurve(NamedTuple):
+    """Validation accuracy against the keep fraction.
+
+    Attributes:
+      rows: One per keep fraction, ascending; `accuracy` in percent, `to_full` with its interval.
+      full_accuracy: Of training on everything.
+      tolerance: Points that may be lost.
+      smallest: The smallest keep fraction from which on no more than that is lost on average; 1
+        where every one loses more.
+      surely: The same with the lower end of the 95 % interval in place of the average.
+    """
+
+    rows: tuple[Tried, ...]
+    full_accuracy: float
+    tolerance: float
+    smallest: float
+    surely: float
+
+
+def keep_curve(tuning: Tuning, *, method: str = "auto", tolerance: float = 1.0) -> KeepCurve:
+    """Returns what a method loses by keeping less, and the smallest keep fraction that will do.
+
+    Args:
+      tuning: From `tune`.
+      method: `auto` for the choice at each keep fraction, `flexrand` for its chosen split, or
+        another method that was tried.
+      tolerance: Percentage points that may be lost against training on everything.
+    Raises:
+      ValueError: a method that was not tried, or a tolerance below 0.
+    """
+    checks.at_least("tolerance", tolerance, 0)
+    if method in ("auto", "flexrand"):
+        choices = tuning.methods if method == "auto" else tuning.splits
+        rows = tuple(choice.tried for choice in choices)
+    else:
+        rows = tuple(row for row in tuning.tried if row.method == method)
+    if not rows:
+        names = dict.fromkeys(row.method for row in tuning.tried)
+        raise checks.InputError(
+            f"method: {method!r} was not tried; tried: auto, {', '.join(names)}."
+        )
+    means = [row.to_full.mean for row in rows]
+    lowest = [row.to_full.mean - row.to_full.half_width for row in rows]
+    return KeepCurve(
+        rows,
+        tuning.full_accuracy,
+        tolerance,
+        _smallest(rows, means, tolerance),
+        _smallest(rows, lowest, tolerance),
+    )
+
+
+def _smallest(rows: tuple[Tried, ...], gaps: list[float], tolerance: float) -> float:
+    """From it on all larger ones are within the tolerance, so that a lucky one does not count."""
+    smallest = 1.0
+    for row, gap in reversed(list(zip(rows, gaps, strict=True))):
+        if gap < -tolerance:
+            break
+        smallest = row.keep_fraction
+    return smallest

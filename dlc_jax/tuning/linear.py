@@ -1,0 +1,317 @@
+"""Linear heads on fixed features, one for each of many kept subsets, trained in one program.
+
+The subsets are index sets into the same features, padded to one length; the program maps over
+them. Each head ends as `finetune(linear_probe=True)` ends on its subset alone: same start, data
+order, optimiser and schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Int64
+
+from dlc_jax import checks
+from dlc_jax.probes.kernel import precision_of
+from dlc_jax.training.batches import epoch_order
+from dlc_jax.training.optimiser import learning_rates, torch_sgd
+from dlc_jax.training.step import Sgd, initial_head
+from dlc_jax.types import Selection, setting
+
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProbeConfig:
+    """How every head is trained; what the names mean is what they mean for `finetune`."""
+
+    epochs: int = setting(50, "passes over each subset")
+    batch_size: int = setting(32, "samples per step; the last, short batch counts as it is")
+    learning_rate: float = setting(0.01, "before the first milestone")
+    milestones: tuple[float, ...] = setting((0.5, 0.75), "fractions of the epochs; rate / 10 each")
+    weight_decay: float = setting(1e-5, "L2 in the gradient")
+    momentum: float = setting(0.9, "of SGD")
+    nesterov: bool = setting(True, "Nesterov momentum, as torch defines it")
+    chunk: int = setting(1, "heads side by side; the others of a call follow")
+    memory_mib: float = setting(256.0, "of heads trained in one call; more are trained in several")
+
+    def check(self) -> None:
+        """Raises ValueError unless all values are in range."""
+        checks.optimiser("linear_probe", self)
+        checks.integer("linear_probe.chunk", self.chunk)
+        checks.at_least("linear_probe.chunk", self.chunk, 1)
+        checks.at_least("linear_probe.memory_mib", self.memory_mib, 0, exclusive=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearProbes:
+    """What the heads do on the validation samples.
+
+    Attributes:
+      correct: [k, v], whether head k is right about validation sample v.
+      heads: `kernel` [k, d, c] and `bias` [k, c] after the last epoch, float32.
+      num_kept: [k] samples each was trained on.
+      seconds: Time of everything, compilation included.
+    """
+
+    correct: Bool[np.ndarray, "k v"]
+    heads: dict[str, Float32[np.ndarray, "k ..."]]
+    num_kept: Int64[np.ndarray, " k"]
+    seconds: float
+
+    @property
+    def accuracy(self) -> Float64[np.ndarray, " k"]:
+        """In percent, over the validation samples."""
+        return 100 * self.correct.mean(axis=1, dtype=np.float64)
+
+
+class _Heads(NamedTuple):
+    """Heads under way, stacked."""
+
+    trained: dict[str, Any]
+    optimiser: optax.OptState
+
+
+def linear_probes(
+    features: np.ndarray,
+    labels: np.ndarray,
+    kept: Sequence[Selection | np.ndarray],
+    *,
+    val_features: np.ndarray,
+    val_labels: np.ndarray,
+    seeds: Sequence[int] | None = None,
+    settings: LinearProbeConfig | None = None,
+    head: str = "mean",
+    mode: str = "default",
+) -> LinearProbes:
+    """Trains a linear head on each kept subset, and tests all of them.
+
+    Args:
+      features: [n, d] of a frozen encoder, as from `features`.
+      labels: [n] class ids, non-negative.
+      kept: k subsets: selections, or positions in `features`.
+      val_features, val_labels: [v, d] and [v]; what the heads are tested on, never trained on.
+      seeds: Of each head's start and data order; None takes those of the selections, or 0.
+      settings: Optimiser and schedule; None: the defaults.
+      head: How heads start, `mean` or `cls`: see `Encoder`.
+      mode: `default`, or `official` for the released code's decay (Q6).
+    Returns:
+      Which validation samples each head gets right, and the heads.
+    Raises:
+      ValueError: shapes that do not fit, features that are not finite, no subset or an empty one,
+        positions out of range or repeated, settings out of range.
+    """
+    start = time.perf_counter()
+    settings = settings or LinearProbeConfig()
+    settings.check()
+    checks.features_fit_labels("features", features, labels)
+    checks.features_fit_labels("val_features", val_features, val_labels)
+    if features.shape[1] != val_features.shape[1]:
+        raise checks.InputError(
+            f"val_features: expected {features.shape[1]} columns, as features have, got "
+            f"{val_features.shape[1]}."
+        )
+    subsets, seeds = _subsets(kept, seeds, len(labels))
+    num_classes = 1 + max(int(labels.max()), int(val_labels.max()))
+    rates = learning_rates(settings.epochs, settings.learning_rate, settings.milestones, mode)
+    data = _Data(
+        jnp.asarray(features, jnp.float32),
+        jnp.asarray(labels, jnp.int32),
+        jnp.asarray(val_features, jnp.float32),
+        jnp.asarray(val_labels, jnp.int32),
+    )
+    most = max(len(subset) for subset in subsets)
+    num_steps = -(-most // settings.batch_size)
+    parts = []
+    for places in _groups(len(subsets), features.shape[1], num_classes, num_steps, settings):
+        starts = [
+            initial_head(features.shape[1], num_classes, head, seeds[place]) for place in places
+        ]
+        some = _Cells([subsets[place] for place in places], [seeds[place] for place in places])
+        parts.append(_train(data, some, starts, rates, num_steps, settings))
+    heads = {
+        name: np.concatenate([part[name] for _, part in parts])[: len(subsets)]
+        for name in ("kernel", "bias")
+    }
+    correct = np.concatenate([correct for correct, _ in parts])[: len(subsets)]
+    num_kept = np.array([len(subset) for subset in subsets], np.int64)
+    return LinearProbes(correct, heads, num_kept, time.perf_counter() - start)
+
+
+class _Data(NamedTuple):
+    """What all heads see, on the device."""
+
+    features: Float[Array, "n d"]
+    labels: Int[Array, " n"]
+    val_features: Float[Array, "v d"]
+    val_labels: Int[Array, " v"]
+
+
+class _Cells(NamedTuple):
+    """Subsets trained in one call, with a seed each."""
+
+    subsets: list[Int64[np.ndarray, " _"]]
+    seeds: list[int]
+
+    def orders(self, epoch: int, length: int) -> Int32[np.ndarray, "k length"]:
+        """Returns the positions in the order in which each head sees them, padded."""
+        padded = np.zeros((len(self.subsets), length), np.int32)
+        for row, subset, seed in zip(padded, self.subsets, self.seeds, strict=True):
+            row[: len(subset)] = epoch_order(subset, seed, epoch)
+        return padded
+
+
+def _subsets(
+    kept: Sequence[Selection | np.ndarray], seeds: Sequence[int] | None, num_samples: int
+) -> tuple[list[Int64[np.ndarray, " _"]], list[int]]:
+    """Returns ascending positions and a seed for each subset, checked."""
+    if len(kept) == 0:
+        raise checks.InputError("kept: expected one or more subsets, got none.")
+    subsets = []
+    for number, one in enumerate(kept):
+        positions = np.asarray(one.indices if isinstance(one, Selection) else one)
+        checks.positions(f"kept[{number}]", positions, num_samples)
+        subsets.append(np.sort(positions).astype(np.int64))
+    if seeds is None:
+        seeds = [one.seed if isinstance(one, Selection) else 0 for one in kept]
+    if len(seeds) != len(kept):
+        raise checks.InputError(
+            f"seeds: expected one per subset, got {len(seeds)} for {len(kept)}."
+        )
+    for seed in seeds:
+        checks.seed(seed, "seeds")
+    return subsets, [int(seed) for seed in seeds]
+
+
+def _groups(
+    num_heads: int, num_features: int, num_classes: int, num_steps: int, settings: LinearProbeConfig
+) -> Iterator[list[int]]:
+    """Yields the places of heads that are trained in one call.
+
+    All groups have one size, so that there is one program; the last is filled up with repetitions.
+    """
+    # kernel, momentum and gradient, new and old; and the order of an epoch
+    each = 6 * 4 * (num_features + 1) * num_classes + 4 * num_steps * settings.batch_size
+    at_most = max(int(settings.memory_mib * _MIB / each), 1)
+    num_groups = -(-num_heads // at_most)
+    size = -(-num_heads // num_groups)
+    for start in range(0, num_heads, size):
+        yield [min(place, num_heads - 1) for place in range(start, start + size)]
+
+
+def _train(
+    data: _Data,
+    cells: _Cells,
+    starts: list[dict[str, np.ndarray]],
+    rates: list[float],
+    num_steps: int,
+    settings: LinearProbeConfig,
+) -> tuple[Bool[np.ndarray, "k v"], dict[str, Float32[np.ndarray, "k ..."]]]:
+    """Returns what the heads get right, and the heads."""
+    sgd = Sgd(settings.momentum, settings.weight_decay, settings.nesterov)
+    trained = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *starts)
+    heads = _Heads(trained, jax.vmap(torch_sgd(0.0, **sgd._asdict()).init)(trained))
+    num_kept = jnp.asarray([len(subset) for subset in cells.subsets], jnp.int32)
+    length = num_steps * settings.batch_size
+    for epoch, rate in enumerate(rates, start=1):
+        order = cells.orders(epoch, length)
+        heads = train_epoch(
+            sgd,
+            settings.batch_size,
+            settings.chunk,
+            heads,
+            order,
+            num_kept,
+            jnp.float32(rate),
+            data.features,
+            data.labels,
+        )
+    if not bool(jnp.isfinite(heads.trained["kernel"]).all()):
+        raise checks.InputError(
+            "linear_probe: heads have weights that are not finite, at learning rate "
+            f"{settings.learning_rate:g}; try a smaller linear_probe.learning_rate."
+        )
+    correct = _is_correct(heads.trained, data.val_features, data.val_labels)
+    return np.asarray(correct), jax.tree.map(np.asarray, heads.trained)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("sgd", "batch_size", "chunk"), donate_argnames=("heads",)
+)
+def train_epoch(
+    sgd: Sgd,
+    batch_size: int,
+    chunk: int,
+    heads: _Heads,
+    order: Int[Array, "k s"],
+    num_kept: Int[Array, " k"],
+    learning_rate: Float[Array, ""],
+    features: Float[Array, "n d"],
+    labels: Int[Array, " n"],
+) -> _Heads:
+    """Takes all steps of an epoch of every head.
+
+    Args:
+      sgd, batch_size: Of every head.
+      chunk: Heads mapped side by side; 1: one after another.
+      heads: k of them, where they stand.
+      order: Positions that each head sees, in this order; padding after its num_kept.
+      num_kept: Samples of each subset.
+      learning_rate: Of the epoch.
+      features, labels: What positions point into.
+    """
+
+    def epoch_of_one(head: _Heads, order: Int[Array, " s"], num_kept: Int[Array, ""]) -> _Heads:
+        def step(number: Int[Array, ""], head: _Heads) -> _Heads:
+            start = number * batch_size
+            where = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
+            real = (start + jnp.arange(batch_size) < num_kept).astype(jnp.float32)
+            return _step(sgd, head, features[where], labels[where], real, learning_rate)
+
+        return jax.lax.fori_loop(0, -(-num_kept // batch_size), step, head)
+
+    with precision_of("float32"):
+        return jax.lax.map(
+            lambda cell: epoch_of_one(*cell),
+            (heads, order, num_kept),
+            batch_size=chunk if chunk > 1 else None,
+        )
+
+
+def _step(
+    sgd: Sgd,
+    head: _Heads,
+    inputs: Float[Array, "b d"],
+    targets: Int[Array, " b"],
+    real: Float[Array, " b"],
+    learning_rate: Float[Array, ""],
+) -> _Heads:
+    def loss_of(trained: dict[str, Any]) -> Float[Array, ""]:
+        logits = inputs @ trained["kernel"] + trained["bias"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return (losses * real).sum() / real.sum()
+
+    optimiser = torch_sgd(learning_rate, **sgd._asdict())
+    updates, state = optimiser.update(jax.grad(loss_of)(head.trained), head.optimiser, head.trained)
+    return _Heads(optax.apply_updates(head.trained, updates), state)
+
+
+@jax.jit
+def _is_correct(
+    heads: dict[str, Any], features: Float[Array, "v d"], labels: Int[Array, " v"]
+) -> Bool[Array, "k v"]:
+    """Returns whether each head's highest logit is the label's."""
+
+    def one(head: dict[str, Any]) -> Bool[Array, " v"]:
+        return (features @ head["kernel"] + head["bias"]).argmax(axis=1) == labels
+
+    with precision_of("float32"):
+        return jax.lax.map(one, heads)

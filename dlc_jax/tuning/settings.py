@@ -1,0 +1,32 @@
+"""Settings of the stage `tune`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dlc_jax import checks
+from dlc_jax.selection import SELECTORS
+from dlc_jax.tuning.trials import TRIALS
+from dlc_jax.tuning.tune import METHODS, SPLITS, check_tried
+from dlc_jax.types import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How `auto` is decided, and how much can be dropped, on held-out training data."""
+
+    by: str = setting("linear_probe", f"what is trained: {', '.join(TRIALS)}")
+    methods: tuple[str, ...] = setting(METHODS, "methods that are compared")
+    splits: tuple[float, ...] = setting(SPLITS, "FlexRand's gammas that are compared")
+    num_repeats: int = setting(25, "held-out fifths; five of them are the whole training set")
+    tolerance: float = setting(1.0, "points that may be lost against the full set")
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether a method that is compared goes by features."""
+        return any(SELECTORS[method].needs == "features" for method in self.methods)
+
+    def check(self) -> None:
+        checks.one_of("tuning.by", self.by, TRIALS)
+        check_tried(self.methods, self.splits, self.num_repeats, "tuning.")
+        checks.at_least("tuning.tolerance", self.tolerance, 0)

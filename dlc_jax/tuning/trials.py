@@ -1,0 +1,150 @@
+"""Training on subsets and testing on held-out samples: cheap by linear heads, or in earnest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Int64, Integer
+
+from dlc_jax import artefacts, checks
+from dlc_jax.encoders import Encoder
+from dlc_jax.preprocess import ImageCache
+from dlc_jax.training import FinetuneConfig, Finetuner
+from dlc_jax.tuning.linear import LinearProbeConfig, linear_probes
+from dlc_jax.types import Dataset
+
+TRIALS = ("linear_probe", "finetune")
+
+
+class Trial(NamedTuple):
+    """A subset to train on.
+
+    Attributes:
+      positions: In the whole training set, ascending.
+      seed: Of head, data order and augmentation.
+    """
+
+    positions: Int64[np.ndarray, " _"]
+    seed: int
+
+
+@runtime_checkable
+class Trials(Protocol):
+    """Trains on subsets, and tells what comes out on samples that are in none of them."""
+
+    name: str
+
+    def __call__(
+        self, trials: Sequence[Trial], held_out: Int64[np.ndarray, " v"], /
+    ) -> Bool[np.ndarray, "k v"]:
+        """Returns whether trial k classifies each held-out sample right."""
+        ...
+
+
+class LinearTrials:
+    """Linear heads on features of the frozen encoder, all in one program.
+
+    Args:
+      features: [n, d] of the whole training set.
+      labels: [n] class ids.
+      settings: How the heads are trained.
+      mode: See `linear_probes`.
+    """
+
+    name = "linear_probe"
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        settings: LinearProbeConfig | None = None,
+        mode: str = "default",
+    ):
+        checks.features_fit_labels("features", features, labels)
+        self._features, self._labels = features, labels
+        self._settings, self._mode = settings, mode
+
+    def __call__(
+        self, trials: Sequence[Trial], held_out: Int64[np.ndarray, " v"], /
+    ) -> Bool[np.ndarray, "k v"]:
+        return linear_probes(
+            self._features,
+            self._labels,
+            [trial.positions for trial in trials],
+            val_features=self._features[held_out],
+            val_labels=self._labels[held_out],
+            seeds=[trial.seed for trial in trials],
+            settings=self._settings,
+            mode=self._mode,
+        ).correct
+
+
+class FinetuneTrials:
+    """Fine-tuning of the whole encoder, one trial after the other.
+
+    Args:
+      encoder, dataset: As for `finetune`.
+      settings: How to fine-tune.
+      image_size, mode, cache: As for `finetune`.
+      folder: Where the outcome of every trial is kept, so that none is run twice; None: nowhere.
+    """
+
+    name = "finetune"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        dataset: Dataset,
+        settings: FinetuneConfig | None = None,
+        *,
+        image_size: int = 224,
+        mode: str = "default",
+        cache: ImageCache | None = None,
+        folder: Path | None = None,
+    ):
+        self._encoder, self._dataset = encoder, dataset
+        self._settings = settings or FinetuneConfig()
+        self._image_size, self._mode, self._cache = image_size, mode, cache
+        self._folder = folder
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that decides how trials end, but for what is kept and held out."""
+        return self._finetuner(None).fingerprint
+
+    def __call__(
+        self, trials: Sequence[Trial], held_out: Int64[np.ndarray, " v"], /
+    ) -> Bool[np.ndarray, "k v"]:
+        validation = self._dataset.subset(held_out)
+        finetuner = self._finetuner(validation)
+        return np.stack([self._one(finetuner, trial, validation.labels) for trial in trials])
+
+    def _finetuner(self, validation: Dataset | None) -> Finetuner:
+        return Finetuner(
+            self._encoder,
+            self._dataset,
+            validation,
+            self._settings,
+            image_size=self._image_size,
+            mode=self._mode,
+            cache=self._cache,
+        )
+
+    def _one(
+        self, finetuner: Finetuner, trial: Trial, labels: Integer[np.ndarray, " v"]
+    ) -> Bool[np.ndarray, " v"]:
+        path = None
+        if self._folder is not None:
+            path = self._folder / f"{finetuner.inputs(trial.positions, trial.seed)[:32]}.npy"
+            if path.exists():
+                return np.load(path, allow_pickle=False)
+        predictions = finetuner.run(trial.positions, trial.seed).predictions
+        assert predictions is not None  # there is a test set
+        correct = predictions == labels
+        if path is not None:
+            with artefacts.atomic(path) as file:
+                np.save(file, correct)
+        return correct

@@ -1,0 +1,278 @@
+"""Which method, which split and how much to keep: asked of held-out parts of the training data."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, Integer
+from tqdm import tqdm
+
+from dlc_jax import checks
+from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, select
+from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
+from dlc_jax.tuning.linear import LinearProbeConfig
+from dlc_jax.tuning.trials import LinearTrials, Trial, Trials
+from dlc_jax.types import Choice, Gap, Tried, Tuning, scores_fingerprint
+
+METHODS = ("random", "easiest", "hardest", "flexrand", "ccs")
+SPLITS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+KEEP_FRACTIONS = tuple(i / 10 for i in range(1, 10))
+_NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
+_LEVEL = 0.05  # most likely to prefer something at a keep fraction where nothing is better
+_RANDOM = ("random", None)
+# others go by a record of training, which has seen the labels of what is held out
+_CAN_BE_TRIED = [
+    name
+    for name, method in SELECTORS.items()
+    if method.score is None and method.needs != "probabilities"
+]
+
+
+class _Cell(NamedTuple):
+    """A way of choosing at a keep fraction; the full set has keep fraction 1."""
+
+    keep_fraction: float
+    method: str
+    split: float | None
+
+
+_FULL = _Cell(1.0, "full", None)
+
+
+def tune(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    *,
+    features: np.ndarray | None = None,
+    trials: Trials | None = None,
+    keep_fractions: Sequence[float] = KEEP_FRACTIONS,
+    methods: Sequence[str] = METHODS,
+    splits: Sequence[float] = SPLITS,
+    num_repeats: int = 25,
+    min_per_class: int = 0,
+    settings: LinearProbeConfig | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Tuning:
+    """Compares ways of choosing on held-out fifths of the training data; test data have no part.
+
+    In every repeat a fifth of each class is held out, what each method keeps of the rest is trained
+    on, and the held-out samples are classified. Five repeats hold every sample out once. Method
+    `auto` becomes the best one where it is better than random pruning beyond noise, and random
+    otherwise; split `auto` FlexRand's best split where it is better than 0.5 beyond noise, and 0.5
+    otherwise. Beyond noise: one-sided p at most 5 %, Bonferroni-corrected for what is compared at
+    that keep fraction (see `evidence.gap`).
+
+    Args:
+      scores: [n] hardness, higher is harder. They may come from all samples, since methods are
+        compared on equal terms.
+      labels: [n] class ids.
+      features: [n, d] of the frozen encoder, as from `features`; linear heads are trained on them.
+      trials: What trains and tests instead of linear heads, such as `FinetuneTrials`.
+      keep_fractions: What to tune for.
+      methods: What to compare; random always is. Those that need features take these.
+      splits: FlexRand's gammas to compare; 0.5 always is.
+      num_repeats: Held-out parts; multiples of five hold every sample out equally often.
+      min_per_class: As in `select`.
+      settings: How linear heads are trained; None: the defaults.
+      seed: Of parts and draws.
+      progress: Whether to show a bar.
+    Returns:
+      Accuracies and gaps of everything that was tried, and a choice per keep fraction.
+    Raises:
+      ValueError: as `select` and `linear_probes`; neither features nor trials; a keep fraction at
+        which nothing would be kept; too few samples to hold any out.
+    Source: Jiang et al. 2025, section 4, for tuning gamma on a fifth of the training data.
+    """
+    start = time.perf_counter()
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    checks.scores_fit_labels(scores, labels)
+    check_tried(methods, splits, num_repeats)
+    for keep_fraction in keep_fractions:
+        checks.keep_fraction(keep_fraction, "keep_fractions")
+    checks.seed(seed)
+    if trials is None:
+        if features is None:
+            raise checks.InputError(
+                "tune: linear heads need features=dlc.features(...); trials=... trains otherwise."
+            )
+        trials = LinearTrials(features, labels, settings)
+    cells = _cells(keep_fractions, methods, splits)
+
+    def kept(cell: _Cell, fit: Int64[np.ndarray, " k"], draw: int) -> Int64[np.ndarray, " _"]:
+        if cell == _FULL:
+            return fit
+        chosen = select(
+            scores[fit],
+            labels[fit],
+            method=cell.method,
+            keep_fraction=cell.keep_fraction,
+            split=cell.split,
+            seed=draw,
+            min_per_class=min_per_class,
+            features=None if features is None else features[fit],
+        )
+        if len(chosen) == 0:
+            raise checks.InputError(
+                f"keep_fractions: {cell.keep_fraction:g} keeps no sample of four fifths of the "
+                "data (budgets are rounded in every class); expected larger ones, or "
+                "min_per_class=1."
+            )
+        return fit[chosen.indices]
+
+    found = _try_all(cells, kept, trials, labels, num_repeats, seed, progress)
+    tried = _tried(cells, found)
+    return Tuning(
+        tried=tuple(tried),
+        methods=tuple(_method(rows) for rows in _by_keep_fraction(tried)),
+        splits=tuple(
+            _split(rows)
+            for rows in _by_keep_fraction([row for row in tried if row.to_even is not None])
+        ),
+        full_accuracy=mean_accuracy(found.outcomes[_FULL], found.num_held_out),
+        trained=trials.name,
+        num_repeats=num_repeats,
+        scores_fingerprint=scores_fingerprint(scores, labels),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def check_tried(
+    methods: Sequence[str], splits: Sequence[float], num_repeats: int, where: str = ""
+) -> None:
+    """Raises ValueError unless there are such methods, splits and numbers of repeats."""
+    for split in splits:
+        checks.split(split, f"{where}splits")
+    for method in methods:
+        checks.one_of(f"{where}methods", method, _CAN_BE_TRIED)
+    checks.integer(f"{where}num_repeats", num_repeats)
+    checks.at_least(f"{where}num_repeats", num_repeats, 2)
+
+
+def _cells(
+    keep_fractions: Sequence[float], methods: Sequence[str], splits: Sequence[float]
+) -> list[_Cell]:
+    """Returns everything that is tried."""
+    ways: list[tuple[str, float | None]] = [_RANDOM]
+    for method in methods:
+        if SELECTORS[method].has_split:
+            ways += [(method, float(split)) for split in sorted({*splits, DEFAULT_SPLIT})]
+        elif (method, None) not in ways:
+            ways.append((method, None))
+    return [_FULL] + [
+        _Cell(float(keep), *way) for keep in sorted(set(keep_fractions)) for way in ways
+    ]
+
+
+class _Found(NamedTuple):
+    outcomes: dict[_Cell, Outcomes]
+    num_held_out: Int64[np.ndarray, " n"]
+
+
+def _try_all(
+    cells: list[_Cell],
+    kept: Callable[[_Cell, np.ndarray, int], np.ndarray],
+    trials: Trials,
+    labels: Integer[np.ndarray, " n"],
+    num_repeats: int,
+    seed: int,
+    progress: bool,
+) -> _Found:
+    num_held_out = np.zeros(len(labels), np.int64)
+    num_right = np.zeros((len(cells), len(labels)), np.int32)
+    accuracy = np.zeros((len(cells), num_repeats))
+    shown = tqdm(range(num_repeats), "tune", unit="split", disable=None if progress else True)
+    for repeat in shown:
+        part = _parts(labels, seed, repeat // _NUM_PARTS)
+        fit = np.flatnonzero(part != repeat % _NUM_PARTS)
+        held_out = np.flatnonzero(part == repeat % _NUM_PARTS)
+        if not len(held_out) or not len(fit):
+            raise checks.InputError(
+                f"tune: {len(labels)} samples are too few to hold a fifth of every class out; "
+                "expected a class of three samples or more."
+            )
+        draw = seed + repeat
+        correct = trials([Trial(kept(cell, fit, draw), draw) for cell in cells], held_out)
+        num_held_out[held_out] += 1
+        num_right[:, held_out] += correct
+        accuracy[:, repeat] = correct.mean(axis=1)
+    outcomes = {
+        cell: Outcomes(right, share)
+        for cell, right, share in zip(cells, num_right, accuracy, strict=True)
+    }
+    return _Found(outcomes, num_held_out)
+
+
+def _parts(labels: Integer[np.ndarray, " n"], seed: int, partition: int) -> Int64[np.ndarray, " n"]:
+    """Deals the samples of every class out to the parts, at random."""
+    part = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        draw = [seed, partition, int(label), zlib.crc32(b"held out")]
+        generator = np.random.default_rng(draw)
+        # the first part differs by class, so that small classes do not all go to the same one
+        places = (np.arange(len(members)) + generator.integers(_NUM_PARTS)) % _NUM_PARTS
+        part[generator.permutation(members)] = places
+    return part
+
+
+def _tried(cells: list[_Cell], found: _Found) -> list[Tried]:
+    """Returns a row per cell but the full set's, with its gaps."""
+
+    def gap_to(cell: _Cell, other: _Cell) -> Gap:
+        return gap(found.outcomes[cell], found.outcomes[other], found.num_held_out)
+
+    rows = []
+    for cell in cells[1:]:
+        even = cell._replace(split=DEFAULT_SPLIT)
+        rows.append(
+            Tried(
+                *cell,
+                accuracy=mean_accuracy(found.outcomes[cell], found.num_held_out),
+                to_random=gap_to(cell, _Cell(cell.keep_fraction, *_RANDOM)),
+                to_full=gap_to(cell, _FULL),
+                to_even=None if cell.split is None else gap_to(cell, even),
+            )
+        )
+    return rows
+
+
+def _by_keep_fraction(rows: list[Tried]) -> list[list[Tried]]:
+    groups: dict[float, list[Tried]] = {}
+    for row in rows:
+        groups.setdefault(row.keep_fraction, []).append(row)
+    return list(groups.values())
+
+
+def _method(rows: list[Tried]) -> Choice:
+    """Returns the best way of choosing at a keep fraction, or random."""
+    random = next(row for row in rows if row.method == "random")
+    others = [row for row in rows if row.method != "random"]
+    return _choice(random, [(row, row.to_random) for row in others], "random pruning")
+
+
+def _split(rows: list[Tried]) -> Choice:
+    """Returns FlexRand's best split at a keep fraction, or 0.5."""
+    even = next(row for row in rows if row.split == DEFAULT_SPLIT)
+    others = [(row, row.to_even) for row in rows if row.split != DEFAULT_SPLIT]
+    return _choice(even, [(row, g) for row, g in others if g is not None], "split 0.5")
+
+
+def _choice(reference: Tried, others: list[tuple[Tried, Gap]], name: str) -> Choice:
+    """Returns the best of the others if it is better than the reference beyond noise."""
+    keep_fraction = reference.keep_fraction
+    if not others:
+        return Choice(
+            keep_fraction, reference.method, reference.split, reference, f"only {name} was tried"
+        )
+    best, its_gap = max(others, key=lambda other: other[1].mean)
+    said = f"{best.label} is at {its_gap} points to {name} on held-out training data"
+    if its_gap.mean > 0 and its_gap.p_value * len(others) <= _LEVEL:
+        why = f"{said}, beyond noise"
+        return Choice(keep_fraction, best.method, best.split, best, why)
+    why = f"{name}: nothing is better beyond noise (the best, {said}; {len(others)} were compared)"
+    return Choice(keep_fraction, reference.method, reference.split, reference, why)

@@ -1,0 +1,198 @@
+"""Baselines and `auto` by the command, in its own process, on the bundled images."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+
+import dlc_jax as dlc
+
+METHODS = ("random", "flexrand", "auto", "herding", "contextual_diversity", "entropy", "ccs")
+ARGUMENTS = (
+    "--config=configs/demo.py",
+    "--config.dataset.test=folder:/there/is/no/test/set",  # nobody may look at it
+    "--config.probe.num_probes=3",
+    "--config.encoder.image_size=32",
+    "--config.selection.keep_fractions=0.2,0.6",
+    "--config.selection.splits=0.5,auto",
+    "--config.finetune.epochs=3",
+    "--config.finetune.batch_size=64",
+    "--config.finetune.linear_probe=True",
+    "--config.record.num_runs=2",
+    "--config.tuning.num_repeats=5",
+    "--config.tuning.splits=0.2,0.8",
+    "--config.linear_probe.epochs=5",
+)
+
+
+def run(
+    folder, *arguments: str, methods=METHODS, stages=("score", "tune", "select"), code: int = 0
+) -> str:
+    arguments += (f"--config.stages={stages}",)
+    command = [sys.executable, "-m", "dlc_jax.main", *ARGUMENTS, f"--workdir={folder}"]
+    command += [f"--config.selection.methods={','.join(methods)}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A work directory, and what was said."""
+    folder = tmp_path_factory.mktemp("tuned")
+    return folder, run(folder)
+
+
+def test_every_method_selects_from_what_it_goes_by(finished, sample, sample_encoder):
+    folder, _ = finished
+    features = np.load(folder / "scores" / "features.npz", allow_pickle=False)
+    np.testing.assert_array_equal(
+        features["features"], dlc.features(sample_encoder, sample, image_size=32)
+    )
+    record = dlc.record_training(
+        sample_encoder,
+        sample,
+        num_runs=2,
+        epochs=3,
+        batch_size=64,
+        linear_probe=True,
+        image_size=32,
+    )
+    table = pq.read_table(folder / "scores" / "scores.parquet")
+    assert table.column_names[3:] == [
+        "dlc",
+        "least_confidence",
+        "least_confidence_deepcore",
+        "entropy",
+        "margin",
+        "forgetting",
+        "forgetting_deepcore",
+        "grand",
+        "grand_deepcore",
+        "el2n",
+    ]
+    for name in ("entropy", "forgetting", "el2n"):
+        np.testing.assert_array_equal(
+            table[name].to_numpy(), dlc.score(record, method=name), err_msg=name
+        )
+    kept = {
+        "entropy": dlc.select(
+            table["entropy"].to_numpy(), sample.labels, method="entropy", keep_fraction=0.2
+        ),
+        "herding": dlc.select(
+            None,
+            sample.labels,
+            method="herding",
+            keep_fraction=0.2,
+            features=features["features"],
+        ),
+        "contextual_diversity": dlc.select(
+            None,
+            sample.labels,
+            method="contextual_diversity",
+            keep_fraction=0.2,
+            probabilities=record.probabilities,
+        ),
+    }
+    for method, expected in kept.items():
+        found = np.load(folder / "selections" / method / "keep_0.20-seed_1.npy")
+        np.testing.assert_array_equal(found, expected.indices)
+    manifest = json.loads((folder / "selections/entropy/keep_0.20-seed_1.json").read_text())
+    assert manifest["how"]["score"] == "entropy"
+    seconds = json.loads((folder / "provenance.json").read_text())["stages"]["training"]["seconds"]
+    assert manifest["pruning_seconds"] == pytest.approx(seconds, abs=1e-3)
+
+
+def test_auto_is_what_tune_finds(finished, sample):
+    folder, said = finished
+    table = pq.read_table(folder / "scores" / "scores.parquet")
+    features = np.load(folder / "scores" / "features.npz", allow_pickle=False)["features"]
+    scores = table["dlc"].to_numpy()
+    tuning = dlc.tune(
+        scores,
+        sample.labels,
+        features=features,
+        keep_fractions=(0.2, 0.6),
+        splits=(0.2, 0.8),
+        num_repeats=5,
+        settings=dlc.LinearProbeConfig(epochs=5),
+    )
+    for keep in (0.2, 0.6):
+        for method, split, name in (
+            ("auto", None, f"auto/keep_{keep:.2f}-seed_1"),
+            ("flexrand", "auto", f"flexrand/keep_{keep:.2f}-split_auto-seed_1"),
+        ):
+            kept = dlc.select(
+                scores,
+                sample.labels,
+                method=method,
+                split=split,
+                keep_fraction=keep,
+                seed=1,
+                tuning=tuning,
+            )
+            np.testing.assert_array_equal(
+                np.load(folder / "selections" / f"{name}.npy"), kept.indices
+            )
+            manifest = json.loads((folder / "selections" / f"{name}.json").read_text())
+            assert manifest["chosen"]["method"] == kept.chosen.method
+            assert manifest["chosen"]["split"] == kept.chosen.split
+    with open(folder / "tuning" / "tuning.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(tuning.tried) == 2 * (4 + 3)
+    for row, tried in zip(rows, tuning.tried, strict=True):
+        assert row["method"] == tried.method
+        assert float(row["accuracy"]) == pytest.approx(tried.accuracy)
+        assert float(row["to_random_half_width"]) == pytest.approx(tried.to_random.half_width)
+    text = (folder / "tuning" / "tuning.md").read_text()
+    assert text.strip() in said
+    assert "| keep | random, % | auto" in text
+    assert "against the full set" in text
+
+
+def test_nothing_is_done_twice_and_one_more_method_asks_for_what_it_needs(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    again = run(tmp_path / "run")
+    for said in ("score: unchanged", "features: unchanged", "record: unchanged", "tune: unchanged"):
+        assert said in again
+    assert "select: unchanged" in again
+    before = (tmp_path / "run" / "selections/entropy/keep_0.20-seed_1.npy").stat().st_mtime_ns
+    more = run(tmp_path / "run", methods=("entropy", "el2n", "k_center_greedy"), stages=("select",))
+    assert "moved to superseded" not in more
+    assert (tmp_path / "run" / "selections/el2n/keep_0.60-seed_1.npy").exists()
+    assert (
+        tmp_path / "run" / "selections/entropy/keep_0.20-seed_1.npy"
+    ).stat().st_mtime_ns > before
+    # other training settings: another record, and what goes by it is set aside
+    other = run(tmp_path / "run", "--config.finetune.epochs=2", methods=("entropy", "random"))
+    assert "score: unchanged" in other
+    assert (tmp_path / "run" / "superseded").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--config.mode=official",), "mode 'official' has no"),
+        (("--config.tuning.methods=entropy",), r"tuning.methods: unknown value 'entropy'"),
+        (("--config.selection.splits=best",), "selection.splits: unknown value 'best'"),
+        (("--config.selection.score=dcl",), "Did you mean 'dlc'?"),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(tmp_path, arguments, says):
+    said = run(tmp_path, *arguments, code=2)
+    assert said.startswith("error: ")
+    assert says in said
+    assert len(said.splitlines()) == 1
+
+
+def test_selecting_without_what_a_method_goes_by_says_so(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "scores" / "features.npz").unlink()
+    said = run(tmp_path / "run", methods=("herding",), stages=("select",), code=2)
+    assert "features.npz: not there; run the stage 'score'" in said

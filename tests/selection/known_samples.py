@@ -1,0 +1,23 @@
+"""Samples of which everything is known that a selector may go by, and all the selectors."""
+
+import numpy as np
+
+from dlc_jax.selection import SELECTORS
+
+VARIANTS = [(name, variant) for name, method in SELECTORS.items() for variant in method.variants]
+DRAWN = ("flexrand", "random", "ccs")  # the others are decided by the samples alone
+
+
+def samples_of(labels, seed=0, num_features=5, num_outputs=7):
+    """Returns the arguments of `select` that describe samples with these labels; without ties."""
+    generator = np.random.default_rng(seed)
+    labels = np.asarray(labels)
+    logits = 2 * generator.normal(size=(len(labels), num_outputs))
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    features = generator.normal(size=(len(labels), num_features)) + labels[:, None]
+    return {
+        "scores": generator.gamma(2.0, size=len(labels)),
+        "labels": labels,
+        "features": features.astype(np.float32),
+        "probabilities": probabilities.astype(np.float32),
+    }

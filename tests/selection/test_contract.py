@@ -1,0 +1,151 @@
+"""What every selector promises."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from known_samples import DRAWN, VARIANTS, samples_of
+
+import dlc_jax as dlc
+from dlc_jax.selection import SELECTORS
+
+every_variant = pytest.mark.parametrize(("method", "variant"), VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return samples_of(np.random.default_rng(0).integers(0, 6, 300))
+
+
+@every_variant
+@pytest.mark.parametrize("keep_fraction", [0.1, 0.37, 0.9])
+def test_exact_budgets_of_each_class_and_the_same_again(samples, method, variant, keep_fraction):
+    choice = {"method": method, "variant": variant, "keep_fraction": keep_fraction, "seed": 3}
+    kept = dlc.select(**samples, **choice)
+    assert kept.indices.dtype == np.int64
+    assert kept.indices.ndim == 1
+    assert np.all(np.diff(kept.indices) > 0)
+    expected = [round(size * keep_fraction) for size in np.bincount(samples["labels"])]
+    assert np.bincount(samples["labels"][kept.indices], minlength=6).tolist() == expected
+    assert kept.num_kept_per_class.tolist() == expected
+    assert (kept.variant, kept.allocation, kept.per_class) == (variant, "proportional", True)
+    again = dlc.select(**samples, **choice)
+    np.testing.assert_array_equal(kept.indices, again.indices)
+
+
+@every_variant
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    keep_fraction=st.floats(0.01, 0.99),
+    least=st.integers(0, 40),
+)
+def test_a_minimum_per_class_is_kept_exactly(method, variant, sizes, keep_fraction, least):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    kept = dlc.select(
+        **samples_of(labels),
+        method=method,
+        variant=variant,
+        keep_fraction=keep_fraction,
+        min_per_class=least,
+    )
+    expected = [
+        1 if size == 1 else max(round(size * keep_fraction), min(least, size)) for size in sizes
+    ]
+    assert np.bincount(labels[kept.indices], minlength=len(sizes)).tolist() == expected
+    assert len(np.unique(kept.indices)) == len(kept)
+    assert kept.min_per_class == least
+
+
+@every_variant
+@pytest.mark.parametrize("keep_fraction", [0.07, 0.5, 0.99])
+def test_all_samples_as_one_group(samples, method, variant, keep_fraction):
+    choice = {"method": method, "variant": variant, "keep_fraction": keep_fraction}
+    kept = dlc.select(**samples, **choice, per_class=False)
+    assert len(kept) == round(300 * keep_fraction)
+    assert len(np.unique(kept.indices)) == len(kept)
+    assert not kept.per_class
+    assert kept.num_kept_per_class.sum() == len(kept)
+    if (variant, SELECTORS[method].needs) != ("deepcore", "scores"):
+        one_class = samples | {"labels": np.zeros(300, int)}
+        of_class = dlc.select(**one_class, **choice)
+        np.testing.assert_array_equal(kept.indices, of_class.indices)
+
+
+@every_variant
+@pytest.mark.parametrize("grouping", [{}, {"per_class": False}, {"allocation": "nucs"}])
+def test_the_order_of_samples_does_not_matter(samples, method, variant, grouping):
+    if method in DRAWN:
+        pytest.skip("draws by position")
+    order = np.random.default_rng(1).permutation(300)
+    permuted = {name: values[order] for name, values in samples.items()}
+    choice = {"method": method, "variant": variant, "keep_fraction": 0.3, **grouping}
+    kept, of_permuted = dlc.select(**samples, **choice), dlc.select(**permuted, **choice)
+    np.testing.assert_array_equal(np.sort(order[of_permuted.indices]), kept.indices)
+
+
+@every_variant
+def test_compiled_equals_eager(method, variant):
+    samples = samples_of(np.repeat([0, 1], 20))
+    choice = {"method": method, "variant": variant, "keep_fraction": 0.4}
+    compiled = dlc.select(**samples, **choice)
+    with jax.disable_jit():
+        eager = dlc.select(**samples, **choice)
+    np.testing.assert_array_equal(compiled.indices, eager.indices)
+
+
+@every_variant
+def test_it_goes_by_what_it_needs_and_by_nothing_else(samples, method, variant):
+    needs = SELECTORS[method].needs
+    choice = {"method": method, "variant": variant, "keep_fraction": 0.3}
+    kept = dlc.select(**samples, **choice)
+    bare = {"scores": None, "labels": samples["labels"]}
+    if needs != "nothing":
+        bare[needs] = samples[needs]
+        others = dlc.select(**samples | {needs: samples[needs][::-1]}, **choice)
+        assert set(others.indices) != set(kept.indices)
+        with pytest.raises(dlc.InputError, match=rf"^{needs}: method '{method}'"):
+            dlc.select(**bare | {needs: None}, **choice)
+    np.testing.assert_array_equal(dlc.select(**bare, **choice).indices, kept.indices)
+
+
+@every_variant
+def test_a_class_of_one_sample_keeps_it_and_is_listed(method, variant):
+    samples = samples_of([0, 0, 1, 0, 0])
+    kept = dlc.select(**samples, method=method, variant=variant, keep_fraction=0.1)
+    assert kept.indices.tolist() == [2]
+    assert kept.single_sample_classes == (1,)
+    together = {"method": method, "variant": variant, "per_class": False}
+    assert len(dlc.select(**samples, **together, keep_fraction=0.1)) == 0
+    assert len(dlc.select(**samples, **together, keep_fraction=0.9)) == 4
+
+
+@every_variant
+@pytest.mark.parametrize("keep_fraction", [0.2, 0.55, 0.95])
+def test_samples_that_are_all_the_same(method, variant, keep_fraction):
+    same = samples_of(np.zeros(50, int), num_features=33)
+    for name in ("scores", "features", "probabilities"):
+        same[name][:] = same[name][0]
+    kept = dlc.select(**same, method=method, variant=variant, keep_fraction=keep_fraction)
+    num = round(50 * keep_fraction)
+    assert len(np.unique(kept.indices)) == num
+    if method not in DRAWN:
+        first = SELECTORS[method].needs != "scores" or method == "easiest"
+        expected = np.arange(num) if first else np.arange(50 - num, 50)
+        np.testing.assert_array_equal(kept.indices, expected)
+
+
+def test_the_slip_keeps_the_least_uncertain_of_all_samples(samples):
+    choice = {"keep_fraction": 0.2, "per_class": False}
+    for method in ("least_confidence", "entropy", "margin"):
+        slip = dlc.select(**samples, **choice, method=method, variant="deepcore")
+        right = dlc.select(**samples, **choice, method=method)
+        ranked = np.argsort(samples["scores"])
+        np.testing.assert_array_equal(slip.indices, np.sort(ranked[:60]))
+        np.testing.assert_array_equal(right.indices, np.sort(ranked[-60:]))
+        per_class = [
+            dlc.select(**samples, method=method, variant=name, keep_fraction=0.2).indices
+            for name in ("published", "deepcore")
+        ]
+        np.testing.assert_array_equal(*per_class)

@@ -1,0 +1,291 @@
+"""What `auto` stands for: chosen on held-out training data, and only beyond noise."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import dlc_jax as dlc
+from dlc_jax.tuning import FinetuneTrials, Trial
+from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
+from dlc_jax.types import Choice, Gap, Tried, Tuning
+
+FAST = dlc.LinearProbeConfig(epochs=8, batch_size=32, learning_rate=0.1)
+
+
+def noisy_labels(num: int = 400, share: float = 0.35, seed: int = 0):
+    """Four classes; a share of the labels is wrong, and the scores know which."""
+    generator = np.random.default_rng(seed)
+    truth = generator.integers(0, 4, num)
+    features = generator.normal(size=(num, 8)) + 2.0 * np.eye(4, 8)[truth]
+    wrong = generator.random(num) < share
+    labels = np.where(wrong, (truth + generator.integers(1, 4, num)) % 4, truth)
+    scores = wrong + 0.1 * generator.random(num)
+    return scores.astype(np.float32), labels, features.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    scores, labels, features = noisy_labels()
+    found = dlc.tune(
+        scores, labels, features=features, keep_fractions=(0.3, 0.6), settings=FAST, splits=(0.3,)
+    )
+    return found, scores, labels
+
+
+def test_where_hard_means_mislabelled_the_easiest_are_chosen(tuned):
+    found, _, _ = tuned
+    rows = {(row.keep_fraction, row.method, row.split): row for row in found.tried}
+    assert len(rows) == 2 * (4 + 2)
+    for keep in (0.3, 0.6):
+        choice = found.choice(keep)
+        assert choice.method == "easiest"
+        assert choice.tried.to_random.mean > 3
+        assert "beyond noise" in choice.why
+        assert rows[keep, "hardest", None].to_random.mean < -5
+        assert found.choice(keep, of="splits").split in (0.3, 0.5)
+    assert found.num_repeats == 25
+    assert rows[0.3, "random", None].to_random == Gap(0.0, 0.0, 1.0)
+
+
+def test_where_scores_say_nothing_random_is_chosen():
+    _, labels, features = noisy_labels(300)
+    scores = np.random.default_rng(3).normal(size=300)
+    found = dlc.tune(
+        scores, labels, features=features, keep_fractions=(0.2, 0.5), settings=FAST, num_repeats=10
+    )
+    assert [choice.method for choice in found.methods] == ["random", "random"]
+    assert [choice.split for choice in found.splits] == [0.5, 0.5]
+    for choice in (*found.methods, *found.splits):
+        assert "nothing is better beyond noise" in choice.why
+
+
+class _Watched:
+    """Trials that look at what they are given; the outcome is that of a coin."""
+
+    name = "coin"
+
+    def __init__(self):
+        self.held_out, self.kept = [], []
+
+    def __call__(self, trials: list[Trial], held_out: np.ndarray, /) -> np.ndarray:
+        for trial in trials:
+            assert len(np.intersect1d(trial.positions, held_out)) == 0
+            assert np.all(np.diff(trial.positions) > 0)
+        self.held_out.append(held_out)
+        self.kept.append(trials)
+        coin = np.random.default_rng(len(self.held_out))
+        return coin.random((len(trials), len(held_out))) < 0.5
+
+
+def test_every_sample_is_held_out_equally_often_and_never_trained_on():
+    labels = np.repeat([0, 1, 2], [50, 23, 4])
+    scores = np.random.default_rng(0).normal(size=77)
+    watched = _Watched()
+    found = dlc.tune(scores, labels, trials=watched, keep_fractions=(0.5,), num_repeats=10)
+    counts = np.bincount(np.concatenate(watched.held_out), minlength=77)
+    assert counts.tolist() == [2] * 77
+    for held_out in watched.held_out:
+        assert np.bincount(labels[held_out])[0] == 10
+    for repeat, trials in enumerate(watched.kept):
+        fit = np.setdiff1d(np.arange(77), watched.held_out[repeat])
+        np.testing.assert_array_equal(trials[0].positions, fit)  # the full set
+        assert {trial.seed for trial in trials} == {repeat}
+        # random, easiest, hardest, 19 splits, ccs: each what `select` keeps of the rest
+        assert len(trials) == 1 + 4 + 19
+        alone = dlc.select(
+            scores[fit], labels[fit], method="easiest", keep_fraction=0.5, seed=repeat
+        )
+        np.testing.assert_array_equal(trials[2].positions, fit[alone.indices])
+    assert found.trained == "coin"
+    again = dlc.tune(scores, labels, trials=_Watched(), keep_fractions=(0.5,), num_repeats=10)
+    assert again.tried == found.tried
+
+
+def test_a_gap_is_computed_as_it_says():
+    """Three samples, four repeats; by hand."""
+    one = Outcomes(np.array([4, 2, 0]), np.array([0.5, 0.75, 0.5, 0.75]))
+    other = Outcomes(np.array([2, 2, 1]), np.array([0.5, 0.25, 0.5, 0.5]))
+    held_out = np.array([4, 2, 1])
+    differences, repeats = np.array([0.5, 0.0, -1.0]), np.array([0, 0.5, 0, 0.25])
+    error = math.sqrt(differences.var(ddof=1) / 3 + repeats.var(ddof=1) / 4)
+    found = gap(one, other, held_out)
+    assert found.mean == pytest.approx(100 * differences.mean())
+    assert found.half_width == pytest.approx(100 * stats.t.ppf(0.975, 3) * error)
+    assert found.p_value == pytest.approx(stats.t.sf(differences.mean() / error, 3))
+    assert mean_accuracy(one, held_out) == pytest.approx(100 * (1 + 1 + 0) / 3)
+    assert gap(one, one, held_out) == Gap(0.0, 0.0, 1.0)
+    assert gap(other, one, held_out).mean == pytest.approx(-found.mean)
+
+
+@pytest.mark.parametrize("true_gap", [0.0, 0.05])
+def test_intervals_of_gaps_hold_the_truth_often_enough(true_gap):
+    """Samples and repeats both vary; 95 % intervals of 400 simulated tunings."""
+    generator = np.random.default_rng(0)
+    num, repeats, covered, mistaken = 200, 10, 0, 0
+    for _ in range(400):
+        sample = generator.normal(0, 0.3, num)
+        run = generator.normal(0, 0.04, (repeats, 2))
+        right, accuracy = np.zeros((2, num), int), np.zeros((2, repeats))
+        for repeat in range(repeats):
+            held_out = np.arange(repeat % 5, num, 5)
+            for way in range(2):
+                # half of each sample's tendency is its own under each way of choosing
+                own = 0.6 + way * true_gap + run[repeat, way]
+                tendency = np.clip(own + (sample if way else np.roll(sample, 7))[held_out], 0, 1)
+                hits = generator.random(len(held_out)) < tendency
+                right[way, held_out] += hits
+                accuracy[way, repeat] = hits.mean()
+        found = gap(
+            Outcomes(right[1], accuracy[1]), Outcomes(right[0], accuracy[0]), np.full(num, 2)
+        )
+        covered += abs(found.mean - 100 * true_gap) <= found.half_width
+        mistaken += found.p_value < 0.05
+    assert covered >= 0.94 * 400
+    if true_gap == 0:
+        assert mistaken <= 0.05 * 400 + 3 * math.sqrt(400 * 0.05 * 0.95)
+
+
+def test_auto_selects_what_was_chosen(tuned):
+    found, scores, labels = tuned
+    for keep in (0.3, 0.6):
+        auto = dlc.select(scores, labels, method="auto", keep_fraction=keep, tuning=found, seed=4)
+        choice = found.choice(keep)
+        plain = dlc.select(scores, labels, method=choice.method, keep_fraction=keep, seed=4)
+        np.testing.assert_array_equal(auto.indices, plain.indices)
+        assert (auto.method, auto.split, auto.chosen) == ("auto", None, choice)
+        auto = dlc.select(scores, labels, split="auto", keep_fraction=keep, tuning=found, seed=4)
+        choice = found.choice(keep, of="splits")
+        plain = dlc.select(scores, labels, keep_fraction=keep, split=choice.split, seed=4)
+        np.testing.assert_array_equal(auto.indices, plain.indices)
+        assert (auto.method, auto.split, auto.chosen) == ("flexrand", "auto", choice)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tuning": None}, r"needs scores and tuning=dlc\.tune"),
+        ({"keep_fraction": 0.4}, r"0\.4 was not tuned; tuned are 0\.3, 0\.6"),
+        ({"mode": "official"}, "mode 'official' has no 'auto'"),
+        ({"method": "easiest", "split": "auto"}, "takes none"),
+        ({"method": "flexrand", "split": "best"}, "auto"),
+        ({"split": "auto"}, "takes none"),
+    ],
+)
+def test_auto_that_cannot_be_had(tuned, changes, says):
+    found, scores, labels = tuned
+    arguments = {"method": "auto", "keep_fraction": 0.3, "tuning": found} | changes
+    with pytest.raises(ValueError, match=says):
+        dlc.select(scores, labels, **arguments)
+
+
+def test_a_tuning_of_other_scores_is_refused(tuned):
+    found, scores, labels = tuned
+    with pytest.raises(ValueError, match="made from other scores or labels"):
+        dlc.select(scores[::-1], labels, method="auto", keep_fraction=0.3, tuning=found)
+
+
+def curve_of(gaps: dict[float, tuple[float, float]]) -> Tuning:
+    """A tuning with these gaps to the full set, mean and half width."""
+    rows = [
+        Tried(keep, "random", None, 80 + mean, Gap(0, 0, 1), Gap(mean, half, 0.5), None)
+        for keep, (mean, half) in gaps.items()
+    ]
+    choices = tuple(Choice(row.keep_fraction, "random", None, row, "") for row in rows)
+    return Tuning(tuple(rows), choices, (), 80.0, "linear_probe", 10, "", 0.0)
+
+
+def test_the_smallest_keep_fraction_that_will_do():
+    tuning = curve_of(
+        {0.1: (-20, 3), 0.3: (-0.9, 1), 0.5: (-1.5, 1), 0.7: (-0.5, 1), 0.9: (0.2, 0.5)}
+    )
+    curve = dlc.keep_curve(tuning)
+    assert (curve.smallest, curve.surely) == (0.7, 0.9)  # 0.3 was lucky
+    assert (dlc.keep_curve(tuning, tolerance=1.6).smallest) == 0.3
+    assert (dlc.keep_curve(tuning, tolerance=0, method="random").smallest) == 0.9
+    assert dlc.keep_curve(curve_of({0.5: (-3, 1)})).smallest == 1.0
+    assert [row.keep_fraction for row in curve.rows] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    with pytest.raises(ValueError, match="'hardest' was not tried; tried: auto, random"):
+        dlc.keep_curve(tuning, method="hardest")
+    with pytest.raises(ValueError, match="tolerance"):
+        dlc.keep_curve(tuning, tolerance=-1)
+
+
+def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_path, monkeypatch):
+    some = sample.subset(np.arange(0, 750, 10))
+    settings = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05, "linear_probe": True}
+    trials = FinetuneTrials(
+        sample_encoder,
+        some,
+        dlc.training.FinetuneConfig(**settings),
+        image_size=32,
+        folder=tmp_path / "trials",
+    )
+    held_out = np.arange(0, 75, 5)
+    fit = np.setdiff1d(np.arange(75), held_out)
+    asked = [Trial(fit, 0), Trial(fit[::2], 3)]
+    correct = trials(asked, held_out)
+    for number, trial in enumerate(asked):
+        alone = dlc.finetune(
+            sample_encoder,
+            some,
+            trial.positions,
+            test=some.subset(held_out),
+            image_size=32,
+            seed=trial.seed,
+            **settings,
+        )
+        np.testing.assert_array_equal(correct[number], alone.predictions == some.labels[held_out])
+
+    def refuse(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("dlc_jax.training.finetuner.Finetuner.run", refuse)
+    np.testing.assert_array_equal(trials(asked, held_out), correct)
+
+
+def test_one_class_or_equal_scores_or_features_are_defined():
+    generator = np.random.default_rng(0)
+    labels, features = np.repeat([0, 1], 30), generator.normal(size=(60, 4)).astype(np.float32)
+    options = {"keep_fractions": (0.5,), "num_repeats": 5, "settings": FAST, "splits": (0.5,)}
+    for found in (
+        dlc.tune(np.zeros(60), labels, features=features, **options),
+        dlc.tune(np.arange(60.0), labels, features=np.ones((60, 4), np.float32), **options),
+        dlc.tune(np.arange(60.0), np.zeros(60, int), features=features, **options),
+    ):
+        assert found.choice(0.5).method in ("random", "easiest", "hardest", "flexrand", "ccs")
+    assert found.full_accuracy == 100  # one class
+    assert found.choice(0.5).method == "random"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"features": None}, r"features=dlc\.features"),
+        ({"features": np.ones((60, 4), np.float32)[:-1]}, "one row per label"),
+        ({"scores": np.full(60, np.nan)}, "60 are not finite"),
+        ({"num_repeats": 1}, "num_repeats"),
+        ({"methods": ("entropy",)}, "methods: unknown value 'entropy'"),
+        ({"methods": ("easy",)}, "easiest"),
+        ({"splits": (1.0,)}, "splits"),
+        ({"keep_fractions": (30,)}, r"Did you mean 0\.3"),
+        ({"keep_fractions": (0.01,)}, r"0\.01 keeps no sample"),
+        (
+            {"scores": np.zeros(2), "labels": np.arange(2), "features": np.ones((2, 1))},
+            "too few|keeps no sample",
+        ),
+    ],
+)
+def test_bad_input_is_refused(changes, says):
+    arguments = {
+        "scores": np.arange(60.0),
+        "labels": np.repeat([0, 1], 30),
+        "features": np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32),
+        "settings": dataclasses.replace(FAST, epochs=1),
+        "num_repeats": 2,
+    } | changes
+    scores, labels = arguments.pop("scores"), arguments.pop("labels")
+    with pytest.raises(ValueError, match=says):
+        dlc.tune(scores, labels, **arguments)

@@ -30,6 +30,7 @@ from dlc_jax.reports.table import markdown
 from dlc_jax.score_stage import load_configured
 from dlc_jax.selection import AUTO, SELECTORS, Cell
 from dlc_jax.selection_inputs import SelectionInputs
+from dlc_jax.training import class_ids_by_name
 from dlc_jax.tune_stage import run_tune
 from dlc_jax.tuning import linear_probes
 
@@ -73,7 +74,12 @@ def accuracies(config: Config, known: SelectionInputs, cells: list[Cell]) -> np.
     encoder = load_configured(config)
     assert config.dataset.test is not None
     test = dlc.load_dataset(config.dataset.test)
-    options = {"image_size": config.encoder.image_size, "cache": config.cache, "mode": config.mode}
+    options = {
+        "image_size": config.encoder.image_size,
+        "dtype": config.probe.dtype,
+        "cache": config.cache,
+        "mode": config.mode,
+    }
     kept = [known.select(cell) for cell in cells]
     found = linear_probes(
         known.features,
@@ -81,7 +87,7 @@ def accuracies(config: Config, known: SelectionInputs, cells: list[Cell]) -> np.
         [*kept, np.arange(len(known.samples.ids))],
         seeds=[*(cell[3] for cell in cells), 0],
         val_features=dlc.features(encoder, test, **options),
-        val_labels=test.labels,
+        val_labels=class_ids_by_name(test, dlc.load_dataset(config.dataset.train)),
         settings=config.linear_probe,
     )
     print(f"{len(kept)} heads in {found.seconds:.1f} s; full set {found.accuracy[-1]:.2f} %")
@@ -118,7 +124,10 @@ def against_random(config: Config, accuracy: dict[Cell, float]) -> str:
             )
             interval = Interval.of(gaps.tolist())
             error = stats.sem(gaps)
-            p_value = float(stats.t.cdf(gaps.mean() / error, len(gaps) - 1)) if error else 1.0
+            if error:
+                p_value = float(stats.t.cdf(gaps.mean() / error, len(gaps) - 1))
+            else:  # the same gap ten times, mostly 0
+                p_value = 0.0 if gaps.mean() < 0 else 1.0
             worse.append(p_value)
             name = way[0] if way[1] is None else f"{way[0]} (split {way[1]})"
             rows.append([name, f"{keep:g}", f"{interval.mean:+.2f} ± {interval.half_width:.2f}"])

@@ -331,7 +331,7 @@ def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:
     return hashes
 
 
-def are_intact(workdir: Path, hashes: dict[str, str]) -> bool:
+def are_intact(workdir: Path, hashes: Mapping[str, str | None]) -> bool:
     """Whether every file is there with the content it was written with."""
     paths = [Path(name) for name in hashes]
     present = all((workdir / path).is_file() for path in paths)

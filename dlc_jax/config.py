@@ -23,6 +23,7 @@ from dlc_jax.masking import MASKINGS, PLACEMENTS, SCHEDULES, check_path
 from dlc_jax.preprocess import ON_CORRUPT, ImageCache
 from dlc_jax.probes import DTYPES, resolve_chunk
 from dlc_jax.probes.measure import SCHEDULE_OF_MODE
+from dlc_jax.selection import AUTO
 from dlc_jax.selection.settings import Need, SelectionConfig
 from dlc_jax.training import FinetuneConfig, RecordConfig
 from dlc_jax.tuning import LinearProbeConfig
@@ -196,6 +197,11 @@ class Config:
             raise checks.InputError(
                 "stages: mode 'official' has no 'tune'; expected mode 'default'."
             )
+        if AUTO in self.selection.splits and "flexrand" not in self.tuning.methods:
+            raise checks.InputError(
+                f"tuning.methods: {', '.join(self.tuning.methods)}; expected flexrand among them, "
+                f"since selection.splits has {AUTO!r}."
+            )
         if self.tuning.by == "finetune":
             self.dataset.check()
             self.encoder.check()
@@ -205,7 +211,7 @@ class Config:
         """What the stages go by, apart from DLC."""
         need = self.selection.need
         tuning = need.tuning or "tune" in self.stages
-        features = tuning and (self.tuning.by == "linear_probe" or self.tuning.needs_features)
+        features = tuning and self.tuning.needs_features
         return Need(need.features or features, need.training, tuning)
 
     def to_dict(self) -> dict[str, Any]:

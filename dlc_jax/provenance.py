@@ -27,6 +27,10 @@ _PACKAGES = (
 )
 
 
+# What parts of the stage `score` leave, for messages.
+_MADE = {"features": "features", "training": "record of training"}
+
+
 def stage_record(workdir: Path, stage: str) -> dict[str, Any] | None:
     """Returns what the provenance says of a stage; None if it did not run."""
     return artefacts.read_json(workdir / artefacts.PROVENANCE).get("stages", {}).get(stage)
@@ -70,6 +74,26 @@ def record(
         "outputs": artefacts.file_hashes(workdir, paths),
     }
     artefacts.write_json(path, provenance)
+
+
+def forget(workdir: Path, stages: Iterable[str]) -> None:
+    """Takes stages out of the provenance: what they left does not count any more."""
+    path = workdir / artefacts.PROVENANCE
+    provenance = artefacts.read_json(path)
+    known = provenance.get("stages", {})
+    if gone := known.keys() & set(stages):
+        provenance["stages"] = {name: known[name] for name in known if name not in gone}
+        artefacts.write_json(path, provenance)
+
+
+def check_is_whole(workdir: Path, stage: str) -> None:
+    """Raises unless the stage ran on what was scored, and its files are as it left them."""
+    record = stage_record(workdir, stage)
+    if record is None or not artefacts.are_intact(workdir, record["outputs"]):
+        raise checks.InputError(
+            f"{workdir}/scores: has no {_MADE[stage]} of these scores; run the stage 'score' with "
+            "the same selection.methods first."
+        )
 
 
 def refresh(workdir: Path, stage: str) -> None:

@@ -21,11 +21,12 @@ from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.probes import features, probe
 from dlc_jax.scores import SCORES, column_name, score
 from dlc_jax.training import Recorder, RunFolder
-from dlc_jax.types import Dataset, ProbeLosses, TrainingRecord
+from dlc_jax.types import Dataset, ProbeLosses
 
 Load: TypeAlias = Callable[[str], Dataset]  # by source
 # Settings that change speed and memory, but not what comes out.
 _SPEED_ONLY = ("batch_size", "chunk")
+_MEASURED = (artefacts.LOSSES, artefacts.PICTURE)  # what scores.parquet can be made of
 _SHORT_PATH = 0.5  # sparsity; both schedules of 50 probes go beyond it
 
 
@@ -93,9 +94,10 @@ def _measure_dlc(
 ) -> None:
     start = time.perf_counter()
     inputs = _dlc_inputs(config, dataset, encoder)
-    if provenance.is_done(workdir, "score", inputs):
+    if _is_measured(workdir, inputs, dataset):
         echo("score: unchanged, not run again")
         return
+    provenance.forget(workdir, ("features", "training"))  # of other samples, or another encoder
     echo(
         f"score: {len(dataset)} samples of {dataset.num_classes} classes, "
         f"{encoder.name} on {jax.default_backend()}"
@@ -133,6 +135,27 @@ def _measure_dlc(
     seconds = time.perf_counter() - start
     provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
     shutil.rmtree(workdir / artefacts.SHARDS, ignore_errors=True)  # finished
+
+
+def _is_measured(workdir: Path, inputs: str, dataset: Dataset) -> bool:
+    """Whether losses of these inputs are there.
+
+    A run killed while it added columns leaves a table that nobody vouches for; it is made anew of
+    the losses.
+    """
+    if provenance.is_done(workdir, "score", inputs):
+        return True
+    record = provenance.stage_record(workdir, "score") or {}
+    measured = {name: record.get("outputs", {}).get(name) for name in _MEASURED}
+    if record.get("inputs") != inputs or not artefacts.are_intact(workdir, measured):
+        return False
+    with np.load(workdir / artefacts.LOSSES, allow_pickle=False) as file:
+        samples = ScoredSamples(
+            file["ids"], file["labels"], dataset.class_names, {"dlc": score(file["losses"])}
+        )
+    artefacts.write_scores(workdir, samples)
+    provenance.refresh(workdir, "score")
+    return True
 
 
 def _write_dlc(workdir: Path, dataset: Dataset, probes: ProbeLosses) -> None:
@@ -211,12 +234,14 @@ def _record(
         cache=config.cache,
         progress=True,
     )
-    folder = workdir / artefacts.TRAINING
+    folder, samples = workdir / artefacts.TRAINING, artefacts.read_scores(workdir)
     found = RunFolder(folder).facts().get("inputs", recorder.inputs)
     if found != recorder.inputs:
         aside = workdir / "superseded" / f"training-{found[:12]}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(parents=True, exist_ok=True)
+        provenance.forget(workdir, ("training",))
+        _write_columns(workdir, {"dlc": samples.scores["dlc"]})  # the others are of that record
         os.replace(folder, aside)
     if provenance.is_done(workdir, "training", recorder.inputs):
         echo("training record: unchanged, not made again")
@@ -229,26 +254,26 @@ def _record(
     made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "finetune", "record")}
     paths = [Path(artefacts.TRAINING) / "record.npz"]
     provenance.record(workdir, "training", recorder.inputs, paths, record.seconds, {}, made_with)
-    _add_columns(workdir, record)
-
-
-def _add_columns(workdir: Path, record: TrainingRecord) -> None:
-    samples = artefacts.read_scores(workdir)
     if not np.array_equal(samples.ids, record.ids):
         raise checks.InputError(
             f"{workdir / artefacts.TRAINING}: records other samples than {artefacts.SCORES} has; "
             "run the stage 'score' in another work directory."
         )
-    columns = {"dlc": samples.scores["dlc"]} | {
+    columns = {
         column_name(name, variant): score(record, method=name, variant=variant)
         for name, method in SCORES.items()
         if method.of == "training"
         for variant in method.variants
     }
-    if artefacts.same_arrays(columns, samples.scores):
-        return
-    artefacts.write_scores(workdir, dataclasses.replace(samples, scores=columns))
-    provenance.refresh(workdir, "score")
+    _write_columns(workdir, {"dlc": samples.scores["dlc"]} | columns)
+
+
+def _write_columns(workdir: Path, columns: dict[str, np.ndarray]) -> None:
+    """Writes `scores.parquet` with these columns, unless it has them."""
+    samples = artefacts.read_scores(workdir)
+    if not artefacts.same_arrays(columns, samples.scores):
+        artefacts.write_scores(workdir, dataclasses.replace(samples, scores=columns))
+        provenance.refresh(workdir, "score")
 
 
 def _dlc_inputs(config: Config, dataset: Dataset, encoder: Encoder) -> str:

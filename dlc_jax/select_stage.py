@@ -9,17 +9,9 @@ from pathlib import Path
 import dlc_jax
 from dlc_jax import artefacts, provenance, selection_files
 from dlc_jax.config import Config
-from dlc_jax.selection import AUTO, SELECTORS, Cell
+from dlc_jax.selection import AUTO, SELECTORS
 from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.types import Selection
-
-# The stages that a selection waits for, by what its method goes by.
-_STAGES_FOR = {
-    "nothing": (),
-    "scores": ("score",),
-    "features": ("features",),
-    "probabilities": ("training",),
-}
 
 
 def run_select(
@@ -38,11 +30,12 @@ def run_select(
     start = time.perf_counter()
     cells = config.selection.cells()
     made_from = {method: known.fingerprint(method) for method in config.selection.methods}
-    how = {method: config.selection.how(method) for method in config.selection.methods}
-    facts = [dlc_jax.__version__, config.mode, cells, made_from, how, known.chosen]
+    how = [known.how(cell) for cell in cells]
+    facts = [dlc_jax.__version__, config.mode, cells, made_from, how]
     inputs = artefacts.json_hash(facts)
     _tell_of_another_mode(config, workdir, echo)
-    all_known = known.fingerprints([*SELECTORS, AUTO])  # of earlier selections' methods too
+    there = [path.name for path in (workdir / "selections").glob("*")]
+    all_known = known.fingerprints(name for name in there if name in (*SELECTORS, AUTO))
     num_aside = selection_files.set_superseded_aside(workdir, all_known, config.mode)
     if num_aside:
         echo(f"select: {num_aside} selections of other scores or mode moved to superseded/")
@@ -53,13 +46,15 @@ def run_select(
         return known.select(shown)
     paths, selections = [], {}
     bare: set[float] = set()  # keep fractions already noted
-    for cell in cells:
+    for cell, of_cell in zip(cells, how, strict=True):
         method, keep_fraction = cell[:2]
+        before = time.perf_counter()
         selected = selections[cell] = known.select(cell)
+        selecting = time.perf_counter() - before
         also = {
-            "how": how[method],
+            "how": of_cell,
             "scores_fingerprint": made_from[method],
-            "pruning_seconds": _pruning_seconds(workdir, cell),
+            "pruning_seconds": selecting + provenance.seconds(workdir, known.stages(cell)),
         }
         paths += selection_files.write_selection(workdir, selected, known.samples, also)
         num_lost = int((selected.num_kept_per_class == 0).sum())
@@ -75,15 +70,6 @@ def run_select(
     provenance.record(workdir, "select", inputs, paths, seconds, {}, made_with)
     echo(f"select: {len(cells)} selections written")
     return selections[shown]
-
-
-def _pruning_seconds(workdir: Path, cell: Cell) -> float:
-    """Returns how long it took to know what the method goes by."""
-    method, _, split, _ = cell
-    if AUTO in (method, split):
-        return provenance.seconds(workdir, ("score", "features", "tune"))
-    stages = ("training",) if SELECTORS[method].score else _STAGES_FOR[SELECTORS[method].needs]
-    return provenance.seconds(workdir, stages)
 
 
 def _tell_of_another_mode(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:

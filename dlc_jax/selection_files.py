@@ -54,7 +54,7 @@ def write_selection(
         "split": selection.split,
         "seed": selection.seed,
         "mode": selection.mode,
-        "chosen": None if selection.chosen is None else _chosen(selection.chosen),
+        "chosen": None if selection.chosen is None else selection.chosen._asdict(),
         "num_samples": len(kept),
         "kept": _ids_summary(samples.ids[kept]),
         "dropped": _ids_summary(samples.ids[~kept]),
@@ -125,7 +125,8 @@ def read_selection(
         split=split,
         seed=seed,
         mode=mode,
-        **{name: value for name, value in how.items() if name != "score"},
+        **{name: value for name, value in how.items() if name not in ("score", "tuning")},
+        chosen=None if manifest.get("chosen") is None else Choice(**manifest["chosen"]),
         num_kept_per_class=np.bincount(samples.labels[indices], minlength=len(samples.class_names)),
         labels_fingerprint=labels_fingerprint(samples.labels),
         ids=ids,
@@ -140,10 +141,6 @@ def _ids_summary(ids: np.ndarray) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     return repr(value)[:14]
-
-
-def _chosen(choice: Choice) -> dict[str, Any]:
-    return {"method": choice.method, "split": choice.split, "why": choice.why}
 
 
 def pruning_seconds(workdir: Path, cell: Cell) -> float:

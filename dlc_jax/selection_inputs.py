@@ -6,15 +6,20 @@ import contextlib
 import functools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dlc_jax import artefacts, checks, selection_files
+from dlc_jax import artefacts, checks, provenance, selection_files
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
+from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO, SELECTORS, Cell, select
 from dlc_jax.training import read_record
 from dlc_jax.types import Selection, Tuning
+
+# Parts of the stage `score`, by what a method needs.
+_STAGES_FOR = {"features": {"features"}, "probabilities": {"training"}}
 
 
 class SelectionInputs:
@@ -38,20 +43,40 @@ class SelectionInputs:
     def features(self) -> np.ndarray:
         """[n, d]; raises ValueError if they were not measured."""
         path, name = artefacts.FEATURES, "features"
+        provenance.check_is_whole(self._workdir, name)
         return artefacts.read_array(self._workdir, path, name, self.samples)
 
     @functools.cached_property
     def probabilities(self) -> np.ndarray:
         """[n, c] after training on everything; raises ValueError if that was not recorded."""
+        provenance.check_is_whole(self._workdir, "training")
         return read_record(self._workdir / artefacts.TRAINING, self.samples.ids).probabilities
 
+    def how(self, cell: Cell) -> dict[str, Any]:
+        """Returns what decides the selection of a cell besides the scores it goes by."""
+        method, _, split, _ = cell
+        how = self._config.selection.how(method)
+        if AUTO in (method, split):
+            tuned = provenance.stage_record(self._workdir, "tune") or {}
+            how["tuning"] = tuned.get("inputs")
+        return how
+
+    def stages(self, cell: Cell) -> set[str]:
+        """Returns the stages that the selection of a cell waits for."""
+        method, _, split, _ = cell
+        selection, scored = self._config.selection, set()
+        if method == AUTO or SELECTORS[method].needs == "scores" or self._by_difficulty:
+            of = SCORES[selection.score_name(method)].of
+            scored = {"training" if of == "training" else "score"}
+        if AUTO in (method, split):
+            return (
+                scored | {"tune"} | ({"features"} if self._config.tuning.needs_features else set())
+            )
+        return scored | _STAGES_FOR.get(SELECTORS[method].needs, set())
+
     @property
-    def chosen(self) -> list[tuple[float, str, float | None]]:
-        """What `auto` stands for at every keep fraction that was tuned."""
-        if self._tuning is None:
-            return []
-        choices = (*self._tuning.methods, *self._tuning.splits)
-        return [(choice.keep_fraction, choice.method, choice.split) for choice in choices]
+    def _by_difficulty(self) -> bool:
+        return self._config.selection.allocation != "proportional"
 
     def fingerprint(self, method: str) -> str:
         """SHA-256 over the samples and what a selection of this method goes by."""
@@ -63,7 +88,7 @@ class SelectionInputs:
         needs = SELECTORS[method].needs if method != AUTO else "scores"
         name = self._config.selection.score_of(method)
         arrays = {"dlc": self.samples.scores["dlc"]}  # of random, and wherever nothing else is said
-        if needs == "scores" or self._config.selection.allocation != "proportional":
+        if needs == "scores" or self._by_difficulty:
             arrays = {name: self.samples.score(name)}
         if needs == "features":
             arrays |= {needs: self.features}
@@ -110,7 +135,7 @@ class SelectionInputs:
             self._workdir,
             self.samples,
             cell,
-            how=self._config.selection.how(cell[0]),
+            how=self.how(cell),
             scores_fingerprint=self.fingerprint(cell[0]),
             mode=self._config.mode,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from dlc_jax import artefacts, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.score_stage import Load, load_configured
-from dlc_jax.tuning import FinetuneTrials, KeepCurve, keep_curve, tune
+from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
 from dlc_jax.types import Choice, Gap, Tried, Tuning
 
 _FILE = f"{artefacts.TUNING}/tuning.json"
@@ -39,55 +40,56 @@ def run_tune(
     """
     score = config.selection.score_of("flexrand")
     arrays = {score: samples.score(score)}
-    if config.need.features:
+    if config.tuning.needs_features:
+        provenance.check_is_whole(workdir, "features")
         arrays["features"] = artefacts.read_array(workdir, artefacts.FEATURES, "features", samples)
-    made_with = _made_with(config)
     trials = _finetune_trials(config, workdir, samples, load)
+    made_with = _made_with(config)
+    trained = config.linear_probe.decisive if trials is None else trials.fingerprint
     inputs = artefacts.json_hash(
-        [
-            dlc_jax.__version__,
-            made_with,
-            samples.fingerprint_of(arrays),
-            None if trials is None else trials.fingerprint,
-        ]
+        [dlc_jax.__version__, made_with, samples.fingerprint_of(arrays), trained]
     )
     if provenance.is_done(workdir, "tune", inputs):
         echo("tune: unchanged, not run again")
-        return _from_json(artefacts.read_json(workdir / _FILE))
-    echo(f"tune: by {config.tuning.by}, {config.tuning.num_repeats} held-out fifths")
-    tuning = tune(
-        arrays[score],
-        samples.labels,
-        features=arrays.get("features"),
-        trials=trials,
-        keep_fractions=config.selection.keep_fractions,
-        methods=config.tuning.methods,
-        splits=config.tuning.splits,
-        num_repeats=config.tuning.num_repeats,
-        min_per_class=config.selection.min_per_class,
-        settings=config.linear_probe,
-        seed=config.seed,
-        progress=True,
-    )
+        tuning = _from_json(artefacts.read_json(workdir / _FILE))
+    else:
+        echo(f"tune: by {config.tuning.by}, {config.tuning.num_repeats} held-out fifths")
+        tuning = tune(
+            arrays[score],
+            samples.labels,
+            features=arrays.get("features"),
+            trials=trials,
+            keep_fractions=config.selection.keep_fractions,
+            methods=config.tuning.methods,
+            splits=config.tuning.splits,
+            num_repeats=config.tuning.num_repeats,
+            min_per_class=config.selection.min_per_class,
+            settings=config.linear_probe,
+            seed=config.seed,
+            progress=True,
+        )
+        if trials is not None:
+            seconds = tuning.seconds + trials.earlier_seconds
+            tuning = dataclasses.replace(tuning, seconds=seconds)
+        _write(workdir, tuning)
+        paths = [Path(name) for name in (_FILE, _TABLE, _FIGURE)]
+        provenance.record(workdir, "tune", inputs, paths, tuning.seconds, {}, made_with)
+        shutil.rmtree(workdir / _TRIALS, ignore_errors=True)  # finished
     curve = keep_curve(tuning, tolerance=config.tuning.tolerance)
-    _write(workdir, tuning, curve)
-    paths = [Path(name) for name in (_FILE, _TABLE, _REPORT, _FIGURE)]
-    provenance.record(workdir, "tune", inputs, paths, tuning.seconds, {}, made_with)
-    shutil.rmtree(workdir / _TRIALS, ignore_errors=True)  # finished
-    echo(f"\n{reports.tuning_table(tuning, curve)}\n")
+    table = reports.tuning_table(tuning, curve)
+    with artefacts.atomic(workdir / _REPORT, "w") as file:
+        file.write(f"{table}\n")
+    echo(f"\n{table}\n")
     echo(f"files: {workdir}/{artefacts.TUNING}/ (tuning.md, tuning.csv, curve.png)")
     return tuning
 
 
 def _made_with(config: Config) -> dict[str, Any]:
-    """Returns the settings that decide what comes out."""
+    """Returns the settings that decide what comes out, but for how is trained."""
     settings = config.to_dict()
     tuning = {key: value for key, value in settings["tuning"].items() if key != "tolerance"}
-    trained = "linear_probe" if config.tuning.by == "linear_probe" else "finetune"
     selection = {key: settings["selection"][key] for key in ("keep_fractions", "min_per_class")}
-    return {"seed": config.seed, "tuning": tuning, "selection": selection} | {
-        trained: settings[trained]
-    }
+    return {"seed": config.seed, "tuning": tuning, "selection": selection}
 
 
 def _finetune_trials(
@@ -110,7 +112,7 @@ def _finetune_trials(
     )
 
 
-def _write(workdir: Path, tuning: Tuning, curve: KeepCurve) -> None:
+def _write(workdir: Path, tuning: Tuning) -> None:
     with artefacts.atomic(workdir / _TABLE, "w") as file:
         table = csv.writer(file, lineterminator="\n")
         gaps = [f"{name}{part}" for name in _GAPS for part in ("", "_half_width", "_p_value")]
@@ -118,8 +120,6 @@ def _write(workdir: Path, tuning: Tuning, curve: KeepCurve) -> None:
         for row in tuning.tried:
             numbers = [gap for name in _GAPS for gap in getattr(row, name) or ("", "", "")]
             table.writerow([row.keep_fraction, row.method, row.split, row.accuracy, *numbers])
-    with artefacts.atomic(workdir / _REPORT, "w") as file:
-        file.write(f"{reports.tuning_table(tuning, curve)}\n")
     with artefacts.atomic(workdir / _FIGURE) as file:
         reports.tuning_figure(tuning).savefig(file, format="png", dpi=150)
     artefacts.write_json(workdir / _FILE, _to_json(tuning))
@@ -127,27 +127,19 @@ def _write(workdir: Path, tuning: Tuning, curve: KeepCurve) -> None:
 
 def _to_json(tuning: Tuning) -> dict[str, Any]:
     values = {name: getattr(tuning, name) for name in Tuning.__dataclass_fields__}
-    for name in ("methods", "splits"):  # each names a row of `tried`
-        values[name] = [choice._asdict() | {"tried": None} for choice in values[name]]
-    rows = [row._asdict() for row in tuning.tried]
-    for row in rows:
-        for name in _GAPS:
-            row[name] = None if row[name] is None else list(row[name])
-    return values | {"tried": rows}
+    for name in ("methods", "splits", "tried"):
+        values[name] = [row._asdict() for row in values[name]]
+    return values
 
 
 def _from_json(values: dict[str, Any]) -> Tuning:
-    rows = []
-    for row in values["tried"]:
+    def tried(row: dict[str, Any]) -> Tried:
         gaps = {name: None if row[name] is None else Gap(*row[name]) for name in _GAPS}
-        rows.append(Tried(**(row | gaps)))
-    by_way = {(row.keep_fraction, row.method, row.split): row for row in rows}
+        return Tried(**(row | gaps))
 
-    def choices(name: str) -> tuple[Choice, ...]:
-        return tuple(
-            Choice(**choice | {"tried": by_way[tuple(choice[k] for k in Choice._fields[:3])]})
-            for choice in values[name]
-        )
-
-    both = {"methods": choices("methods"), "splits": choices("splits")}
-    return Tuning(**(values | both | {"tried": tuple(rows)}))
+    rows = {
+        "tried": tuple(tried(row) for row in values["tried"]),
+        "methods": tuple(Choice(**choice) for choice in values["methods"]),
+        "splits": tuple(Choice(**choice) for choice in values["splits"]),
+    }
+    return Tuning(**(values | rows))

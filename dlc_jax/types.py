@@ -335,14 +335,12 @@ class Choice(NamedTuple):
 
     Attributes:
       method, split: What `auto` stands for.
-      tried: What it came to.
       why: A sentence.
     """
 
     keep_fraction: float
     method: str
     split: float | None
-    tried: Tried
     why: str
 
 
@@ -357,6 +355,7 @@ class Tuning:
       full_accuracy: Of training on everything, in percent.
       trained: `linear_probe` or `finetune`.
       num_repeats: Validation splits.
+      min_per_class: Least samples that were to be kept of a class.
       scores_fingerprint: Of the scores and labels it was made from.
       seconds: Time of everything.
     """
@@ -367,6 +366,7 @@ class Tuning:
     full_accuracy: float
     trained: str
     num_repeats: int
+    min_per_class: int
     scores_fingerprint: str
     seconds: float
 
@@ -383,11 +383,21 @@ class Tuning:
         for choice in choices:
             if math.isclose(choice.keep_fraction, keep_fraction, abs_tol=1e-9):
                 return choice
-        tuned = ", ".join(f"{choice.keep_fraction:g}" for choice in choices) or "none"
+        if not choices:
+            raise checks.InputError("split: 'auto' was not tuned; expected flexrand in methods.")
+        tuned = ", ".join(f"{choice.keep_fraction:g}" for choice in choices)
         raise checks.InputError(
             f"keep_fraction: {keep_fraction!r} was not tuned; tuned are {tuned}. Give it to "
             "tune(..., keep_fractions=...)."
         )
+
+    def row(self, keep_fraction: float, method: str, split: float | None) -> Tried:
+        """Returns what a way of choosing came to; KeyError if it was not tried."""
+        wanted = (keep_fraction, method, split)
+        for row in self.tried:
+            if row[:3] == wanted:
+                return row
+        raise KeyError(wanted)
 
 
 def scores_fingerprint(scores: np.ndarray, labels: Integer[np.ndarray, " n"]) -> str:

@@ -41,7 +41,11 @@ def write_jsonl(part: Part, path: Path) -> None:
 
 def write_manifest(part: Part, path: Path) -> None:
     """Writes ids, samples per class, and how they were selected (nulls where that is not known)."""
-    settings = ("method", "keep_fraction", "split", "seed", "mode", "min_per_class")
+    settings = (
+        *("method", "keep_fraction", "split", "seed", "mode"),
+        *("min_per_class", "variant", "allocation", "per_class"),
+    )
+    chosen = getattr(part.selection, "chosen", None)
     sizes = np.bincount(part.samples.labels, minlength=part.samples.num_classes)
     artefacts.write_json(
         path,
@@ -49,8 +53,9 @@ def write_manifest(part: Part, path: Path) -> None:
             "dataset": part.samples.name,
             "part": part.name,
             **{name: getattr(part.selection, name, None) for name in settings},
+            "chosen": None if chosen is None else chosen._asdict(),
             "num_samples": len(part.samples),
-            "per_class": dict(zip(part.samples.class_names, sizes.tolist(), strict=True)),
+            "num_per_class": dict(zip(part.samples.class_names, sizes.tolist(), strict=True)),
             "ids": part.samples.ids.tolist(),
         },
     )

@@ -26,15 +26,16 @@ def tuning_table(tuning: Tuning, curve: KeepCurve) -> str:
     header = ("keep", "random, %", "auto", "auto, %", "gap to random", "gap to full", "split")
     rows = []
     for choice, at_split in zip(tuning.methods, _splits(tuning), strict=True):
-        random = _random(tuning, choice.keep_fraction)
+        random = tuning.row(choice.keep_fraction, "random", None)
+        best = tuning.row(*choice[:3])
         rows.append(
             (
                 f"{choice.keep_fraction:g}",
                 f"{random.accuracy:.1f}",
-                choice.tried.label,
-                f"{choice.tried.accuracy:.1f}",
-                "" if choice.method == "random" else str(choice.tried.to_random),
-                str(choice.tried.to_full),
+                best.label,
+                f"{best.accuracy:.1f}",
+                "" if best is random else str(best.to_random),
+                str(best.to_full),
                 "" if at_split is None else f"{at_split.split:g}",
             )
         )
@@ -55,7 +56,7 @@ def tuning_table(tuning: Tuning, curve: KeepCurve) -> str:
 def _how_much(curve: KeepCurve) -> str:
     lost = f"{curve.tolerance:g} point{'s' * (curve.tolerance != 1)} against the full set"
     if curve.smallest == 1:
-        return f"Every keep fraction that was tried loses more than {lost} on average."
+        return f"The largest keep fraction that was tried loses more than {lost} on average."
     surely = (
         f"{curve.surely:g} with 95 % certainty at each"
         if curve.surely < 1
@@ -106,9 +107,3 @@ def _shown_splits(tuning: Tuning) -> list[float]:
 
 def _splits(tuning: Tuning) -> tuple[Choice | None, ...]:
     return tuning.splits or (None,) * len(tuning.methods)
-
-
-def _random(tuning: Tuning, keep_fraction: float) -> Tried:
-    return next(
-        row for row in tuning.tried if row.method == "random" and row.keep_fraction == keep_fraction
-    )

@@ -22,6 +22,8 @@ from dlc_jax.selection.methods import (
     check_cell,
     check_grouping,
     check_min_per_class,
+    check_text_split,
+    check_tunable,
     has_split,
 )
 from dlc_jax.types import Choice, Selection, Tuning, labels_fingerprint, scores_fingerprint
@@ -37,6 +39,8 @@ __all__ = [
     "check_cell",
     "check_grouping",
     "check_min_per_class",
+    "check_text_split",
+    "check_tunable",
     "has_split",
     "kept_positions",
     "select",
@@ -103,8 +107,13 @@ def select(
     check_min_per_class(min_per_class, mode)
     check_grouping(method, variant, allocation, per_class, min_per_class, mode)
     labels = np.asarray(labels)
+    if AUTO not in (method, split) and tuning is not None:
+        raise checks.InputError(
+            f"tuning: is for method or split {AUTO!r}, got method {method!r} and split {split!r}."
+        )
     if AUTO in (method, split):
-        choice = _choice(method, keep_fraction, scores, labels, tuning)
+        check_tunable(allocation, per_class)
+        choice = _choice(method, keep_fraction, scores, labels, min_per_class, tuning)
         selected = select(
             scores,
             labels,
@@ -115,8 +124,6 @@ def select(
             min_per_class=min_per_class,
             ids=ids,
             features=features,
-            allocation=allocation,
-            per_class=per_class,
         )
         return dataclasses.replace(selected, method=method, split=split, chosen=choice)
     assert not isinstance(split, str)  # it was `auto`
@@ -166,6 +173,7 @@ def _choice(
     keep_fraction: float,
     scores: np.ndarray | None,
     labels: np.ndarray,
+    min_per_class: int,
     tuning: Tuning | None,
 ) -> Choice:
     """Returns what `auto` stands for."""
@@ -178,6 +186,10 @@ def _choice(
         raise checks.InputError(
             "tuning: was made from other scores or labels (their fingerprint is "
             f"{tuning.scores_fingerprint[:12]}, not {found[:12]}); expected tune(...) of these."
+        )
+    if min_per_class != tuning.min_per_class:
+        raise checks.InputError(
+            f"min_per_class: tuned with {tuning.min_per_class}, got {min_per_class}."
         )
     return tuning.choice(keep_fraction, of="methods" if method == AUTO else "splits")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -36,10 +37,8 @@ def herding(group: Group, draw: Draw) -> Positions:
 
     Source: Welling 2009, Herding dynamical weights to learn.
     """
-    num = budget(group, draw)
-    farthest = draw.variant == "deepcore"
-    order = follow_mean(_euclidean(group), jnp.asarray(num), farthest=farthest)
-    return group.positions[np.asarray(order)[:num]]
+    follow = functools.partial(follow_mean, farthest=draw.variant == "deepcore")
+    return _traversed(group, draw, _euclidean, follow)
 
 
 def k_center_greedy(group: Group, draw: Draw) -> Positions:
@@ -47,9 +46,7 @@ def k_center_greedy(group: Group, draw: Draw) -> Positions:
 
     Source: Sener & Savarese 2018, Active learning for convolutional neural networks.
     """
-    num = budget(group, draw)
-    order = farthest_first(_euclidean(group), jnp.asarray(num), swapped=False)
-    return group.positions[np.asarray(order)[:num]]
+    return _traversed(group, draw, _euclidean, functools.partial(farthest_first, swapped=False))
 
 
 def contextual_diversity(group: Group, draw: Draw) -> Positions:
@@ -59,19 +56,25 @@ def contextual_diversity(group: Group, draw: Draw) -> Positions:
 
     Source: Agarwal et al. 2020, Contextual diversity for active learning.
     """
+    return _traversed(group, draw, _divergence, functools.partial(farthest_first, swapped=True))
+
+
+def _traversed(
+    group: Group, draw: Draw, space_of: Callable[[Group], Space], traversal: Callable
+) -> Positions:
+    """Returns the first of the group in the order of a traversal, as many as its budget."""
     num = budget(group, draw)
-    order = farthest_first(_divergence(group), jnp.asarray(num), swapped=True)
-    return group.positions[np.asarray(order)[:num]]
+    with jax.enable_x64(True):
+        order = traversal(space_of(group), jnp.asarray(num))
+        return group.positions[np.asarray(order)[:num]]
 
 
 def _euclidean(group: Group) -> Space:
-    """Squared Euclidean distance, of rows centred and scaled before they lose precision."""
+    """Squared Euclidean distance, of centred rows: small norms lose the fewest digits."""
     mean = _mean(group)
-    # no order depends on the scale, but squares of very large or small features leave float32
-    scale = max(np.abs(block - mean).max() for block in _blocks(group)) or 1.0
 
     def placed(block: Float64[np.ndarray, "b d"]) -> tuple[np.ndarray, np.ndarray]:
-        centred = (block - mean) / scale
+        centred = block - mean
         return centred, np.square(centred).sum(axis=1)
 
     return _space(group, mean, placed)
@@ -92,23 +95,18 @@ def _space(
     mean: Float64[np.ndarray, " d"],
     placed: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
 ) -> Space:
-    """Returns the group's samples as `placed` puts blocks of them, padded, in float32."""
+    """Returns the group's samples as `placed` puts blocks of them, padded."""
     (centre,), (centre_norm,) = placed(mean[None])
     num_samples = len(group.positions)
-    rows = np.zeros((padded_length(num_samples), len(centre)), np.float32)
-    norms = np.zeros(len(rows), np.float32)
+    rows = np.zeros((padded_length(num_samples), len(centre)))
+    norms = np.zeros(len(rows))
     start = 0
     for block in _blocks(group):
         here = slice(start, start + len(block))
         rows[here], norms[here] = placed(block)
         start += len(block)
-    return Space(
-        jax.device_put(rows),  # jnp.asarray would hold a third copy for a moment
-        jnp.asarray(norms),
-        jnp.asarray(centre, jnp.float32),
-        jnp.asarray(centre_norm, jnp.float32),
-        jnp.asarray(num_samples),
-    )
+    # device_put, since jnp.asarray would hold a third copy of the rows for a moment
+    return Space(*map(jax.device_put, (rows, norms, centre, centre_norm, np.asarray(num_samples))))
 
 
 def _mean(group: Group) -> Float64[np.ndarray, " d"]:

@@ -59,6 +59,12 @@ def has_split(method: str) -> bool:
     return method != AUTO and SELECTORS[method].has_split
 
 
+def check_text_split(split: str, name: str = "split") -> None:
+    """Raises ValueError unless the text is `auto`."""
+    if split != AUTO:
+        raise checks.InputError(f"{name}: expected numbers or {AUTO!r}, got {split!r}.")
+
+
 def check_grouping(
     method: str,
     variant: str,
@@ -83,6 +89,15 @@ def check_grouping(
         )
 
 
+def check_tunable(allocation: str, per_class: bool) -> None:
+    """Raises ValueError unless samples are shared out as `tune` does it."""
+    if allocation != "proportional" or not per_class:
+        raise checks.InputError(
+            f"{AUTO}: is tuned with allocation='proportional' and per_class=True, got "
+            f"{allocation!r} and {per_class}."
+        )
+
+
 def check_min_per_class(min_per_class: int, mode: str, name: str = "min_per_class") -> None:
     """Raises ValueError unless it is an integer >= 0, and 0 in mode `official`."""
     checks.integer(name, min_per_class)
@@ -102,7 +117,7 @@ def check_cell(
     checks.keep_fraction(keep_fraction)
     checks.seed(seed)
     if isinstance(split, str):
-        checks.one_of("split", split, ["a number", AUTO])
+        check_text_split(split)
     if AUTO in (method, split) and mode == "official":
         raise checks.InputError("mode 'official' has no 'auto'; expected a method and a split.")
     if mode == "official" and not isinstance(split, str):

@@ -15,6 +15,8 @@ from dlc_jax.selection import (
     check_cell,
     check_grouping,
     check_min_per_class,
+    check_text_split,
+    check_tunable,
     has_split,
 )
 from dlc_jax.types import setting
@@ -64,7 +66,7 @@ class SelectionConfig:
             checks.keep_fraction(keep_fraction, "selection.keep_fractions")
         for split in self.splits:
             if isinstance(split, str):
-                checks.one_of("selection.splits", split, ["a number", AUTO])
+                check_text_split(split, "selection.splits")
             else:
                 checks.split(split, "selection.splits")
         for seed in self.seeds:
@@ -74,6 +76,8 @@ class SelectionConfig:
         for cell in self.cells():
             check_cell(*cell, mode)
         check_min_per_class(self.min_per_class, mode, "selection.min_per_class")
+        if self.need.tuning:
+            check_tunable(self.allocation, self.per_class)
         for method in self.methods:
             check_grouping(
                 method,
@@ -101,9 +105,13 @@ class SelectionConfig:
 
     def score_of(self, method: str) -> str:
         """Returns the column of `scores.parquet` that the method goes by."""
-        name = (SELECTORS[method].score if method in SELECTORS else None) or self.score
+        name = self.score_name(method)
         has_variant = self.variant in SCORES[name].variants
         return name if not has_variant else column_name(name, self.variant)
+
+    def score_name(self, method: str) -> str:
+        """Returns the score in `SCORES` that the method goes by."""
+        return (SELECTORS[method].score if method in SELECTORS else None) or self.score
 
     def how(self, method: str) -> dict[str, Any]:
         """Returns what decides a selection of this method besides its cell."""

@@ -1,8 +1,9 @@
 """The greedy traversals of a feature space, compiled: memory for one number per sample.
 
 Distances come from one matrix-vector product a step, which XLA runs ten times faster on CPU than
-differences, and cost no accuracy that matters once rows are centred. Rows are padded to few lengths
-and the budget is an argument, so that classes share programs.
+differences. All is in float64, so to be called under jax.enable_x64: a step is bound by memory, not
+by arithmetic, and in float32 the samples of a tight cluster would count as copies of each other.
+Rows are padded to few lengths and the budget is an argument, so that classes share programs.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int, Int32
+from jaxtyping import Array, Float64, Int, Int32
 
 # Relative to the squared norms it is the difference of, a smaller distance is rounding error and
 # counts as 0: copies of a chosen sample then tie, whatever the order of summation.
-_ROUNDING = 2e-6
+_ROUNDING = 1e-13
 
 
 class Space(NamedTuple):
@@ -30,10 +31,10 @@ class Space(NamedTuple):
       num_samples: Rows that are no padding.
     """
 
-    rows: Float32[Array, "n d"]
-    norms: Float32[Array, " n"]
-    centre: Float32[Array, " d"]
-    centre_norm: Float32[Array, ""]
+    rows: Float64[Array, "n d"]
+    norms: Float64[Array, " n"]
+    centre: Float64[Array, " d"]
+    centre_norm: Float64[Array, ""]
     num_samples: Int[Array, ""]
 
 
@@ -52,7 +53,7 @@ def farthest_first(space: Space, budget: Int[Array, ""], *, swapped: bool) -> In
     rows, norms = space.rows, space.norms
     is_sample = jnp.arange(len(rows)) < space.num_samples
 
-    def distances(row: Float32[Array, " d"], norm: Float32[Array, ""]) -> Float32[Array, " n"]:
+    def distances(row: Float64[Array, " d"], norm: Float64[Array, ""]) -> Float64[Array, " n"]:
         partner = jnp.roll(row, len(row) // 2) if swapped else row
         difference = norms + norm - 2 * _products(rows, partner)
         rounding = _ROUNDING * (jnp.abs(norms) + jnp.abs(norm))
@@ -66,7 +67,7 @@ def farthest_first(space: Space, budget: Int[Array, ""], *, swapped: bool) -> In
 
     from_centre = distances(space.centre, space.centre_norm)
     start = jnp.argmin(jnp.where(is_sample, from_centre, jnp.inf)).astype(jnp.int32)
-    nearest = jnp.where(is_sample, jnp.inf, -1.0).astype(jnp.float32)
+    nearest = jnp.where(is_sample, jnp.inf, -1.0).astype(jnp.float64)
     order = jnp.zeros(len(rows), jnp.int32)
     return jax.lax.fori_loop(0, budget, step, (order, nearest, start))[0]
 
@@ -98,5 +99,5 @@ def follow_mean(space: Space, budget: Int[Array, ""], *, farthest: bool) -> Int3
     return jax.lax.fori_loop(0, budget, step, (order, is_free, jnp.zeros_like(rows[0])))[0]
 
 
-def _products(rows: Float32[Array, "n d"], row: Float32[Array, " d"]) -> Float32[Array, " n"]:
+def _products(rows: Float64[Array, "n d"], row: Float64[Array, " d"]) -> Float64[Array, " n"]:
     return jnp.matmul(rows, row, precision=jax.lax.Precision.HIGHEST)

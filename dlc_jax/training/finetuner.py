@@ -221,7 +221,13 @@ class Finetuner:
         In evaluation mode, on evaluation crops; training does not notice.
         """
         batches = self._data.evaluation_inputs(positions)
-        return evaluation.outputs(self._network, state, batches, self._settings.batch_size)
+        found = evaluation.outputs(self._network, state, batches, self._settings.batch_size)
+        if len(found[0]) < len(positions):
+            raise checks.InputError(
+                f"{self._dataset.name}: {len(positions) - len(found[0])} of {len(positions)} "
+                "training samples cannot be read any more."
+            )
+        return found
 
     def _result(self, progress: Progress, positions: Int64[np.ndarray, " k"]) -> RunResult:
         predictions, accuracy, per_class = None, None, None

@@ -16,7 +16,7 @@ class KeepCurve(NamedTuple):
       full_accuracy: Of training on everything.
       tolerance: Points that may be lost.
       smallest: The smallest keep fraction from which on no more than that is lost on average; 1
-        where every one loses more.
+        where the largest one loses more.
       surely: The same with the lower end of the 95 % interval in place of the average.
     """
 
@@ -41,7 +41,7 @@ def keep_curve(tuning: Tuning, *, method: str = "auto", tolerance: float = 1.0) 
     checks.at_least("tolerance", tolerance, 0)
     if method in ("auto", "flexrand"):
         choices = tuning.methods if method == "auto" else tuning.splits
-        rows = tuple(choice.tried for choice in choices)
+        rows = tuple(tuning.row(*choice[:3]) for choice in choices)
     else:
         rows = tuple(row for row in tuning.tried if row.method == method)
     if not rows:

@@ -58,7 +58,7 @@ def gap(one: Outcomes, other: Outcomes, num_held_out: Integer[np.ndarray, " n"])
     if len(repeats) < 2:
         return Gap(100 * mean, math.inf, 1.0)
     variance = _variance_of_mean(difference) + _variance_of_mean(repeats)
-    if variance == 0:  # the same predictions throughout
+    if variance == 0:  # the same difference throughout, mostly none
         return Gap(100 * mean, 0.0, 0.0 if mean > 0 else 1.0)
     error, freedom = math.sqrt(variance), len(repeats) - 1
     quantile = float(stats.t.ppf((1 + _CONFIDENCE) / 2, freedom))

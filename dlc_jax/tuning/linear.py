@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Int64
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Int64, Integer
 
 from dlc_jax import checks
 from dlc_jax.probes.kernel import precision_of
 from dlc_jax.training.batches import epoch_order
 from dlc_jax.training.optimiser import learning_rates, torch_sgd
 from dlc_jax.training.step import Sgd, initial_head
-from dlc_jax.types import Selection, setting
+from dlc_jax.types import Selection, labels_fingerprint, setting
 
 _MIB = 2**20
 
@@ -42,6 +42,12 @@ class LinearProbeConfig:
     nesterov: bool = setting(True, "Nesterov momentum, as torch defines it")
     chunk: int = setting(1, "heads side by side; the others of a call follow")
     memory_mib: float = setting(256.0, "of heads trained in one call; more are trained in several")
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What decides how heads end: all but how many are trained at once."""
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in values if name not in ("chunk", "memory_mib")}
 
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
@@ -107,7 +113,7 @@ def linear_probes(
       Which validation samples each head gets right, and the heads.
     Raises:
       ValueError: shapes that do not fit, features that are not finite, no subset or an empty one,
-        positions out of range or repeated, settings out of range.
+        positions out of range or repeated, a selection from other labels, settings out of range.
     """
     start = time.perf_counter()
     settings = settings or LinearProbeConfig()
@@ -119,7 +125,7 @@ def linear_probes(
             f"val_features: expected {features.shape[1]} columns, as features have, got "
             f"{val_features.shape[1]}."
         )
-    subsets, seeds = _subsets(kept, seeds, len(labels))
+    subsets, seeds = _subsets(kept, seeds, np.asarray(labels))
     num_classes = 1 + max(int(labels.max()), int(val_labels.max()))
     rates = learning_rates(settings.epochs, settings.learning_rate, settings.milestones, mode)
     data = _Data(
@@ -170,15 +176,23 @@ class _Cells(NamedTuple):
 
 
 def _subsets(
-    kept: Sequence[Selection | np.ndarray], seeds: Sequence[int] | None, num_samples: int
+    kept: Sequence[Selection | np.ndarray],
+    seeds: Sequence[int] | None,
+    labels: Integer[np.ndarray, " n"],
 ) -> tuple[list[Int64[np.ndarray, " _"]], list[int]]:
     """Returns ascending positions and a seed for each subset, checked."""
     if len(kept) == 0:
         raise checks.InputError("kept: expected one or more subsets, got none.")
-    subsets = []
+    subsets, fingerprint = [], labels_fingerprint(labels)
     for number, one in enumerate(kept):
         positions = np.asarray(one.indices if isinstance(one, Selection) else one)
-        checks.positions(f"kept[{number}]", positions, num_samples)
+        checks.positions(f"kept[{number}]", positions, len(labels))
+        made_from = one.labels_fingerprint if isinstance(one, Selection) else None
+        if made_from not in (None, fingerprint):
+            raise checks.InputError(
+                f"kept[{number}]: selected from other labels than these; expected a selection "
+                "from these labels, in their order."
+            )
         subsets.append(np.sort(positions).astype(np.int64))
     if seeds is None:
         seeds = [one.seed if isinstance(one, Selection) else 0 for one in kept]

@@ -23,8 +23,10 @@ class TuningConfig:
 
     @property
     def needs_features(self) -> bool:
-        """Whether a method that is compared goes by features."""
-        return any(SELECTORS[method].needs == "features" for method in self.methods)
+        """Whether linear heads are trained, or a method that is compared goes by features."""
+        return self.by == "linear_probe" or any(
+            SELECTORS[method].needs == "features" for method in self.methods
+        )
 
     def check(self) -> None:
         checks.one_of("tuning.by", self.by, TRIALS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer
+from jaxtyping import Bool, Int32, Int64
 
 from dlc_jax import artefacts, checks
 from dlc_jax.encoders import Encoder
@@ -90,6 +92,8 @@ class FinetuneTrials:
       settings: How to fine-tune.
       image_size, mode, cache: As for `finetune`.
       folder: Where the outcome of every trial is kept, so that none is run twice; None: nowhere.
+    Attributes:
+      earlier_seconds: What trials took whose outcome was found there.
     """
 
     name = "finetune"
@@ -108,43 +112,49 @@ class FinetuneTrials:
         self._encoder, self._dataset = encoder, dataset
         self._settings = settings or FinetuneConfig()
         self._image_size, self._mode, self._cache = image_size, mode, cache
-        self._folder = folder
+        self._folder, self.earlier_seconds = folder, 0.0
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over all that decides how trials end, but for what is kept and held out."""
-        return self._finetuner(None).fingerprint
+    @functools.cached_property
+    def _finetuner(self) -> Finetuner:
+        """Tests on all samples, so that images are decoded once for all repeats."""
+        return self._finetuner_on(self._dataset)
 
-    def __call__(
-        self, trials: Sequence[Trial], held_out: Int64[np.ndarray, " v"], /
-    ) -> Bool[np.ndarray, "k v"]:
-        validation = self._dataset.subset(held_out)
-        finetuner = self._finetuner(validation)
-        return np.stack([self._one(finetuner, trial, validation.labels) for trial in trials])
-
-    def _finetuner(self, validation: Dataset | None) -> Finetuner:
+    def _finetuner_on(self, test: Dataset | None) -> Finetuner:
         return Finetuner(
             self._encoder,
             self._dataset,
-            validation,
+            test,
             self._settings,
             image_size=self._image_size,
             mode=self._mode,
             cache=self._cache,
         )
 
-    def _one(
-        self, finetuner: Finetuner, trial: Trial, labels: Integer[np.ndarray, " v"]
-    ) -> Bool[np.ndarray, " v"]:
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that decides how trials end, but for what is kept."""
+        return self._finetuner_on(None).fingerprint  # decodes nothing
+
+    def __call__(
+        self, trials: Sequence[Trial], held_out: Int64[np.ndarray, " v"], /
+    ) -> Bool[np.ndarray, "k v"]:
+        labels = self._dataset.labels[held_out]
+        return np.stack([self._predictions(trial)[held_out] == labels for trial in trials])
+
+    def _predictions(self, trial: Trial) -> Int32[np.ndarray, " n"]:
         path = None
         if self._folder is not None:
-            path = self._folder / f"{finetuner.inputs(trial.positions, trial.seed)[:32]}.npy"
+            inputs = self._finetuner.inputs(trial.positions, trial.seed)
+            path = self._folder / f"{inputs[:32]}.npz"
             if path.exists():
-                return np.load(path, allow_pickle=False)
-        predictions = finetuner.run(trial.positions, trial.seed).predictions
+                with np.load(path, allow_pickle=False) as file:
+                    self.earlier_seconds += float(file["seconds"])
+                    return file["predictions"]
+        start = time.perf_counter()
+        predictions = self._finetuner.run(trial.positions, trial.seed).predictions
         assert predictions is not None  # there is a test set
-        correct = predictions == labels
         if path is not None:
             with artefacts.atomic(path) as file:
-                np.save(file, correct)
-        return correct
+                seconds = np.array(time.perf_counter() - start)
+                np.savez(file, allow_pickle=False, predictions=predictions, seconds=seconds)
+        return predictions

@@ -78,7 +78,7 @@ def tune(
       splits: FlexRand's gammas to compare; 0.5 always is.
       num_repeats: Held-out parts; multiples of five hold every sample out equally often.
       min_per_class: As in `select`.
-      settings: How linear heads are trained; None: the defaults.
+      settings: How linear heads are trained, from a start as after pooling; None: the defaults.
       seed: Of parts and draws.
       progress: Whether to show a bar.
     Returns:
@@ -94,7 +94,14 @@ def tune(
     check_tried(methods, splits, num_repeats)
     for keep_fraction in keep_fractions:
         checks.keep_fraction(keep_fraction, "keep_fractions")
+    if not keep_fractions:
+        raise checks.InputError("keep_fractions: expected one or more, got none.")
     checks.seed(seed)
+    checks.seed(seed + num_repeats - 1, "seed of the last repeat")
+    if len(labels) < _NUM_PARTS:
+        raise checks.InputError(
+            f"tune: {len(labels)} samples are too few to hold a fifth out; expected five or more."
+        )
     if trials is None:
         if features is None:
             raise checks.InputError(
@@ -136,6 +143,7 @@ def tune(
         full_accuracy=mean_accuracy(found.outcomes[_FULL], found.num_held_out),
         trained=trials.name,
         num_repeats=num_repeats,
+        min_per_class=min_per_class,
         scores_fingerprint=scores_fingerprint(scores, labels),
         seconds=time.perf_counter() - start,
     )
@@ -190,11 +198,6 @@ def _try_all(
         part = _parts(labels, seed, repeat // _NUM_PARTS)
         fit = np.flatnonzero(part != repeat % _NUM_PARTS)
         held_out = np.flatnonzero(part == repeat % _NUM_PARTS)
-        if not len(held_out) or not len(fit):
-            raise checks.InputError(
-                f"tune: {len(labels)} samples are too few to hold a fifth of every class out; "
-                "expected a class of three samples or more."
-            )
         draw = seed + repeat
         correct = trials([Trial(kept(cell, fit, draw), draw) for cell in cells], held_out)
         num_held_out[held_out] += 1
@@ -210,13 +213,13 @@ def _try_all(
 def _parts(labels: Integer[np.ndarray, " n"], seed: int, partition: int) -> Int64[np.ndarray, " n"]:
     """Deals the samples of every class out to the parts, at random."""
     part = np.empty(len(labels), np.int64)
+    dealt = 0  # runs on from class to class, so that small classes do not all go to the same part
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         draw = [seed, partition, int(label), zlib.crc32(b"held out")]
-        generator = np.random.default_rng(draw)
-        # the first part differs by class, so that small classes do not all go to the same one
-        places = (np.arange(len(members)) + generator.integers(_NUM_PARTS)) % _NUM_PARTS
-        part[generator.permutation(members)] = places
+        shuffled = np.random.default_rng(draw).permutation(members)
+        part[shuffled] = (dealt + np.arange(len(members))) % _NUM_PARTS
+        dealt += len(members)
     return part
 
 
@@ -263,16 +266,19 @@ def _split(rows: list[Tried]) -> Choice:
 
 
 def _choice(reference: Tried, others: list[tuple[Tried, Gap]], name: str) -> Choice:
-    """Returns the best of the others if it is better than the reference beyond noise."""
-    keep_fraction = reference.keep_fraction
+    """Returns the best of those that are better than the reference beyond noise, or it."""
+    keep_fraction, method, split = reference[:3]
     if not others:
-        return Choice(
-            keep_fraction, reference.method, reference.split, reference, f"only {name} was tried"
-        )
-    best, its_gap = max(others, key=lambda other: other[1].mean)
-    said = f"{best.label} is at {its_gap} points to {name} on held-out training data"
-    if its_gap.mean > 0 and its_gap.p_value * len(others) <= _LEVEL:
-        why = f"{said}, beyond noise"
-        return Choice(keep_fraction, best.method, best.split, best, why)
-    why = f"{name}: nothing is better beyond noise (the best, {said}; {len(others)} were compared)"
-    return Choice(keep_fraction, reference.method, reference.split, reference, why)
+        return Choice(keep_fraction, method, split, f"{name}: nothing else was tried")
+    among = f"of {len(others)} compared with {name} on held-out training data"
+    better = [
+        (row, its_gap)
+        for row, its_gap in others
+        if its_gap.mean > 0 and its_gap.p_value * len(others) <= _LEVEL
+    ]
+    best, its_gap = max(better or others, key=lambda other: other[1].mean)
+    if better:
+        why = f"{best.label}, at {its_gap} points beyond noise the best {among}"
+        return Choice(keep_fraction, best.method, best.split, why)
+    why = f"{name}: nothing is better beyond noise; {best.label}, the best {among}, is at {its_gap}"
+    return Choice(keep_fraction, method, split, why)

@@ -180,7 +180,9 @@ def test_nothing_is_done_twice_and_one_more_method_asks_for_what_it_needs(finish
     [
         (("--config.mode=official",), "mode 'official' has no"),
         (("--config.tuning.methods=entropy",), r"tuning.methods: unknown value 'entropy'"),
-        (("--config.selection.splits=best",), "selection.splits: unknown value 'best'"),
+        (("--config.selection.splits=best",), "selection.splits: expected numbers or 'auto'"),
+        (("--config.tuning.methods=easiest",), "expected flexrand among them"),
+        (("--config.selection.allocation=nucs",), "is tuned with allocation='proportional'"),
         (("--config.selection.score=dcl",), "Did you mean 'dlc'?"),
     ],
 )
@@ -195,4 +197,47 @@ def test_selecting_without_what_a_method_goes_by_says_so(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "scores" / "features.npz").unlink()
     said = run(tmp_path / "run", methods=("herding",), stages=("select",), code=2)
-    assert "features.npz: not there; run the stage 'score'" in said
+    assert "scores: has no features of these scores; run the stage 'score'" in said
+
+
+def test_features_and_records_of_other_scores_are_not_taken(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    smaller = "--config.encoder.image_size=24"
+    run(tmp_path / "run", smaller, methods=("random",), stages=("score",))
+    for method, missing in (("herding", "features"), ("contextual_diversity", "record")):
+        said = run(tmp_path / "run", smaller, methods=(method,), stages=("select",), code=2)
+        assert f"has no {missing}" in said
+    said = run(tmp_path / "run", smaller, methods=("entropy",), stages=("select",), code=2)
+    assert "entropy" in said
+
+
+def test_another_tolerance_is_told_and_nothing_is_tuned_again(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    said = run(tmp_path / "run", "--config.tuning.tolerance=60", stages=("tune",))
+    assert "tune: unchanged" in said
+    text = (tmp_path / "run" / "tuning" / "tuning.md").read_text()
+    assert text.strip() in said
+    assert "at most 60 points" in text
+    assert text != (finished[0] / "tuning" / "tuning.md").read_text()
+
+
+def test_what_another_tuning_chose_is_not_exported(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    export = ("--config.export.forms=npy",)
+    run(tmp_path / "run", *export, methods=("auto",), stages=("export",))
+    assert (tmp_path / "run" / "exports").is_dir()
+    run(tmp_path / "run", "--config.tuning.num_repeats=6", methods=("auto",), stages=("tune",))
+    said = run(tmp_path / "run", *export, methods=("auto",), stages=("export",), code=2)
+    assert "selected with tuning" in said
+    assert "Run the stage 'select' again" in said
+
+
+def test_a_table_half_changed_is_made_anew(finished, tmp_path):
+    """A run killed while it added columns to the scores: the losses are still good."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / "scores" / "scores.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.select(table.column_names[:4]), path)
+    said = run(tmp_path / "run", stages=("score",))
+    assert "score: unchanged" in said
+    assert pq.read_table(path).equals(table)

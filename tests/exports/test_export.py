@@ -49,7 +49,7 @@ def test_every_form_holds_exactly_its_part(small_sample, files, tmp_path, form, 
         manifest = json.loads(path.read_text())
         assert (manifest["part"], manifest["method"], manifest["ids"]) == (part, None, ids)
         classes = [small_sample.class_names[label] for label in small_sample.labels[expected]]
-        assert manifest["per_class"] == {n: classes.count(n) for n in small_sample.class_names}
+        assert manifest["num_per_class"] == {n: classes.count(n) for n in small_sample.class_names}
     else:
         folders = dict.fromkeys(("image_folder", "image_links"), f"folder:{path}")
         source = {**folders, "hf": f"hf:{path}/train"}

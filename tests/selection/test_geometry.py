@@ -163,6 +163,29 @@ def test_far_from_the_origin_centring_saves_the_distances():
     np.testing.assert_array_equal(near, np.sort(plain_k_center(features, 24)))
 
 
+@pytest.mark.parametrize("outlier", [False, True])
+def test_tight_clusters_are_no_copies(outlier):
+    """A thousand times closer to each other than clusters are, or than the rest to one outlier."""
+    generator = np.random.default_rng(6)
+    centres = generator.normal(size=(20, 16))
+    features = centres[np.arange(500) % 20] + 1e-3 * generator.normal(size=(500, 16))
+    if outlier:
+        features[123] = 1e6
+    features = features.astype(np.float32).astype(np.float64)
+    for num in (20, 100, 250):
+        np.testing.assert_array_equal(
+            one_group(features, "k_center_greedy", num / 500),
+            np.sort(plain_k_center(features, num)),
+        )
+    logits = 3 * centres[np.arange(500) % 20] + 1e-3 * generator.normal(size=(500, 16))
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    probabilities = probabilities.astype(np.float32).astype(np.float64)
+    np.testing.assert_array_equal(
+        one_group(probabilities, "contextual_diversity", 0.2),
+        np.sort(plain_contextual_diversity(probabilities, 100)),
+    )
+
+
 @pytest.mark.parametrize("method", ["herding", "k_center_greedy", "moderate"])
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_the_scale_of_features_does_not_matter(method, scale):

@@ -203,3 +203,12 @@ def test_bad_input_is_refused(data, changes, says):
     }
     with pytest.raises(ValueError, match=says):
         dlc.linear_probes(**(arguments | changes))
+
+
+def test_a_selection_from_other_labels_is_refused(data):
+    features, labels, val_features, val_labels = data
+    kept = dlc.select(None, labels, method="random", keep_fraction=0.5)
+    options = {"val_features": val_features, "val_labels": val_labels}
+    dlc.linear_probes(features, labels, [kept], **options)
+    with pytest.raises(ValueError, match=r"kept\[0\]: selected from other labels"):
+        dlc.linear_probes(features, np.roll(labels, 1), [kept], **options)

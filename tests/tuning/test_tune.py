@@ -10,6 +10,7 @@ from scipy import stats
 import dlc_jax as dlc
 from dlc_jax.tuning import FinetuneTrials, Trial
 from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
+from dlc_jax.tuning.tune import _method
 from dlc_jax.types import Choice, Gap, Tried, Tuning
 
 FAST = dlc.LinearProbeConfig(epochs=8, batch_size=32, learning_rate=0.1)
@@ -42,7 +43,7 @@ def test_where_hard_means_mislabelled_the_easiest_are_chosen(tuned):
     for keep in (0.3, 0.6):
         choice = found.choice(keep)
         assert choice.method == "easiest"
-        assert choice.tried.to_random.mean > 3
+        assert found.row(*choice[:3]).to_random.mean > 3
         assert "beyond noise" in choice.why
         assert rows[keep, "hardest", None].to_random.mean < -5
         assert found.choice(keep, of="splits").split in (0.3, 0.5)
@@ -172,6 +173,10 @@ def test_auto_selects_what_was_chosen(tuned):
         ({"method": "easiest", "split": "auto"}, "takes none"),
         ({"method": "flexrand", "split": "best"}, "auto"),
         ({"split": "auto"}, "takes none"),
+        ({"min_per_class": 1}, "min_per_class: tuned with 0, got 1"),
+        ({"allocation": "nucs"}, "is tuned with allocation='proportional'"),
+        ({"per_class": False}, "per_class=True, got 'proportional' and False"),
+        ({"method": "easiest"}, "tuning: is for method or split 'auto', got method 'easiest'"),
     ],
 )
 def test_auto_that_cannot_be_had(tuned, changes, says):
@@ -187,14 +192,52 @@ def test_a_tuning_of_other_scores_is_refused(tuned):
         dlc.select(scores[::-1], labels, method="auto", keep_fraction=0.3, tuning=found)
 
 
+def test_the_best_of_those_beyond_noise_is_chosen():
+    """The highest mean may be noise where a lower one is not."""
+
+    def row(method, mean, p_value):
+        return Tried(0.3, method, None, 80 + mean, Gap(mean, 1, p_value), Gap(0, 1, 1), None)
+
+    random = row("random", 0, 1)
+    lucky, sure, less = row("hardest", 5, 0.02), row("easiest", 3, 0.001), row("ccs", 2, 1e-6)
+    choice = _method([random, lucky, sure, less])
+    assert choice[:3] == (0.3, "easiest", None)
+    assert "+3.00 ± 1.00" in choice.why
+    assert "of 3 compared" in choice.why
+    # 0.02 is not beyond noise among three, and is alone
+    assert _method([random, lucky, row("ccs", 1, 0.5), row("easiest", 1, 0.5)])[1] == "random"
+    assert _method([random, lucky])[1] == "hardest"
+    assert _method([random, row("easiest", -4, 1e-6)])[1] == "random"
+    assert "nothing else was tried" in _method([random]).why
+
+
+@pytest.mark.parametrize("num", [5, 7, 12])
+def test_small_sets_can_be_tuned_whatever_the_seed(num):
+    """Every part holds something out, however small the classes."""
+    labels = np.arange(num) // 2
+    for seed in range(10):
+        watched = _Watched()
+        dlc.tune(
+            np.arange(float(num)),
+            labels,
+            trials=watched,
+            keep_fractions=(0.9,),
+            num_repeats=5,
+            min_per_class=1,
+            seed=seed,
+        )
+        assert sorted(np.concatenate(watched.held_out).tolist()) == list(range(num))
+        assert all(len(part) for part in watched.held_out)
+
+
 def curve_of(gaps: dict[float, tuple[float, float]]) -> Tuning:
     """A tuning with these gaps to the full set, mean and half width."""
     rows = [
         Tried(keep, "random", None, 80 + mean, Gap(0, 0, 1), Gap(mean, half, 0.5), None)
         for keep, (mean, half) in gaps.items()
     ]
-    choices = tuple(Choice(row.keep_fraction, "random", None, row, "") for row in rows)
-    return Tuning(tuple(rows), choices, (), 80.0, "linear_probe", 10, "", 0.0)
+    choices = tuple(Choice(row.keep_fraction, "random", None, "") for row in rows)
+    return Tuning(tuple(rows), choices, (), 80.0, "linear_probe", 10, 0, "", 0.0)
 
 
 def test_the_smallest_keep_fraction_that_will_do():
@@ -227,6 +270,7 @@ def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_pat
     fit = np.setdiff1d(np.arange(75), held_out)
     asked = [Trial(fit, 0), Trial(fit[::2], 3)]
     correct = trials(asked, held_out)
+    assert trials.earlier_seconds == 0
     for number, trial in enumerate(asked):
         alone = dlc.finetune(
             sample_encoder,
@@ -244,6 +288,7 @@ def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_pat
 
     monkeypatch.setattr("dlc_jax.training.finetuner.Finetuner.run", refuse)
     np.testing.assert_array_equal(trials(asked, held_out), correct)
+    assert trials.earlier_seconds > 0
 
 
 def test_one_class_or_equal_scores_or_features_are_defined():
@@ -274,7 +319,7 @@ def test_one_class_or_equal_scores_or_features_are_defined():
         ({"keep_fractions": (0.01,)}, r"0\.01 keeps no sample"),
         (
             {"scores": np.zeros(2), "labels": np.arange(2), "features": np.ones((2, 1))},
-            "too few|keeps no sample",
+            "2 samples are too few to hold a fifth out",
         ),
     ],
 )

@@ -54,10 +54,10 @@ def main(_: list[str]) -> None:
     samples = artefacts.read_scores(workdir)
     tuning = run_tune(config, workdir, samples, dlc.load_dataset, print)
     known = SelectionInputs(config, workdir, samples, tuning)
-    cells: list[Cell] = [cell for cell in config.selection.cells() if AUTO not in cell]
+    cells = [cell for cell in config.selection.cells() if AUTO not in cell]
     for way in (("random", None), (AUTO, None), ("flexrand", 0.5), ("flexrand", AUTO)):
         for keep in config.selection.keep_fractions:
-            cells += [(way[0], keep, way[1], seed) for seed in _AUTO_SEEDS]
+            cells += [Cell(way[0], keep, way[1], seed) for seed in _AUTO_SEEDS]
     cells = list(dict.fromkeys(cells))
     accuracy = dict(zip(cells, accuracies(config, known, cells), strict=True))
     with artefacts.atomic(workdir / "methods.csv", "w") as file:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax import artefacts, checks, provenance, selection_files
+from dlc_jax import artefacts, checks, provenance
 from dlc_jax.config import Config
 from dlc_jax.exports import EXPORTS, RELEASED, export, part_positions
 from dlc_jax.exports.released import match_samples, needs_grid, released_path
@@ -39,10 +39,8 @@ def run_exports(
     released = _released_paths(config, workdir) if RELEASED in config.export.forms else {}
     positions = {}
     for cell in cells:
-        method, keep_fraction, split, seed = cell
         kept = known.read(cell)
-        name = selection_files.cell_name(keep_fraction, split, seed)
-        folder = workdir / artefacts.EXPORTS / method / name
+        folder = workdir / artefacts.EXPORTS / cell.name
         for form in config.export.forms:
             for part in parts:
                 if form == RELEASED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax import artefacts, checks, provenance, reports, selection_files
+from dlc_jax import artefacts, checks, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets import load_dataset
 from dlc_jax.export_stage import run_exports
 from dlc_jax.score_stage import Load, check_scores_are_whole, load_configured, run_score
 from dlc_jax.select_stage import run_select
+from dlc_jax.selection import Cell
 from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.sweep import run_sweep, what_is_finished
 from dlc_jax.training import class_ids_by_name
@@ -116,8 +118,9 @@ def _finetune(
 
 def _report(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
     """Prints and saves what `results.csv` says."""
+    seconds = provenance.pruning_seconds(workdir)
     results = [
-        result._replace(pruning_seconds=selection_files.pruning_seconds(workdir, result[:4]))
+        result._replace(pruning_seconds=seconds.get(Cell(*result[:4]).name, math.nan))
         for result in reports.read_results(workdir / artefacts.RESULTS)
     ]
     rows = reports.summarise(results)
@@ -144,8 +147,8 @@ def _summarise(
     echo("")
     if shown is not None:
         indices = shown.indices
-        cell = selection_files.cell_name(shown.keep_fraction, shown.split, shown.seed)
-        echo(f"kept as in selections/{shown.method}/{cell}:")
+        cell = Cell(shown.method, shown.keep_fraction, shown.split, shown.seed)
+        echo(f"kept as in selections/{cell.name}:")
     echo(
         reports.class_table(
             samples.class_names, samples.labels, samples.scores["dlc"], samples.ids, indices

@@ -107,6 +107,13 @@ def refresh(workdir: Path, stage: str) -> None:
     artefacts.write_json(path, provenance)
 
 
+def pruning_seconds(workdir: Path) -> dict[str, float]:
+    """Returns what it took to know what to keep, by the name of the cell, as `select` left it."""
+    told = artefacts.read_json(workdir / artefacts.PROVENANCE)
+    seconds: dict[str, float] = told.get("pruning_seconds", {})
+    return seconds
+
+
 def seconds(workdir: Path, stages: Iterable[str]) -> float:
     """Returns what these stages took when they last ran, 0 for those that never did."""
     known = artefacts.read_json(workdir / artefacts.PROVENANCE).get("stages", {})

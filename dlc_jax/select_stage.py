@@ -44,18 +44,16 @@ def run_select(
     if provenance.is_done(workdir, "select", inputs):
         echo("select: unchanged, not run again")
         return known.select(shown)
-    paths, selections = [], {}
+    paths, selections, seconds_for = [], {}, provenance.pruning_seconds(workdir)
     bare: set[float] = set()  # keep fractions already noted
     for cell, of_cell in zip(cells, how, strict=True):
-        method, keep_fraction = cell[:2]
+        method, keep_fraction, *_ = cell
         before = time.perf_counter()
         selected = selections[cell] = known.select(cell)
         selecting = time.perf_counter() - before
-        also = {
-            "how": of_cell,
-            "scores_fingerprint": made_from[method],
-            "pruning_seconds": selecting + provenance.seconds(workdir, known.stages(cell)),
-        }
+        earlier = provenance.seconds(workdir, known.stages(cell))
+        seconds_for[cell.name] = round(selecting + earlier, 3)
+        also = {"how": of_cell, "scores_fingerprint": made_from[method]}
         paths += selection_files.write_selection(workdir, selected, known.samples, also)
         num_lost = int((selected.num_kept_per_class == 0).sum())
         if num_lost and keep_fraction not in bare:
@@ -65,9 +63,10 @@ def run_select(
                 f"{len(known.samples.class_names)} classes (budgets are rounded in every class; "
                 "selection.min_per_class=1 keeps one)"
             )
+    told = {"pruning_seconds": seconds_for}
     made_with = {"mode": config.mode, "selection": config.to_dict()["selection"]}
     seconds = time.perf_counter() - start
-    provenance.record(workdir, "select", inputs, paths, seconds, {}, made_with)
+    provenance.record(workdir, "select", inputs, paths, seconds, told, made_with)
     echo(f"select: {len(cells)} selections written")
     return selections[shown]
 

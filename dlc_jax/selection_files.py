@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,19 +14,6 @@ from dlc_jax import artefacts, checks
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.selection import Cell
 from dlc_jax.types import Choice, Selection, labels_fingerprint
-
-
-def cell_name(keep_fraction: float, split: float | str | None, seed: int) -> str:
-    """Returns `keep_0.30-split_0.50-seed_1`; without the split for methods that have none."""
-    parts = [f"keep_{_two_decimals(keep_fraction)}"]
-    if split is not None:
-        parts.append(f"split_{split if isinstance(split, str) else _two_decimals(split)}")
-    return "-".join([*parts, f"seed_{seed}"])
-
-
-def _two_decimals(value: float) -> str:
-    """Two decimals where they say it all, more where they are needed: names must not collide."""
-    return f"{value:.2f}" if round(value, 2) == value else repr(value)
 
 
 def write_selection(
@@ -43,8 +29,8 @@ def write_selection(
     Returns:
       Both paths, below the work directory.
     """
-    cell = cell_name(selection.keep_fraction, selection.split, selection.seed)
-    folder = Path("selections") / selection.method
+    cell = Cell(selection.method, selection.keep_fraction, selection.split, selection.seed)
+    paths = [Path("selections") / f"{cell.name}{suffix}" for suffix in (".npy", ".json")]
     kept = np.zeros(len(samples.ids), bool)
     kept[selection.indices] = True
     sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
@@ -67,10 +53,10 @@ def write_selection(
         "single_sample_classes": [samples.class_names[j] for j in selection.single_sample_classes],
         **facts,
     }
-    with artefacts.atomic(workdir / folder / f"{cell}.npy") as file:
+    with artefacts.atomic(workdir / paths[0]) as file:
         np.save(file, selection.indices)
-    artefacts.write_json(workdir / folder / f"{cell}.json", manifest)
-    return [folder / f"{cell}.npy", folder / f"{cell}.json"]
+    artefacts.write_json(workdir / paths[1], manifest)
+    return paths
 
 
 def read_selection(
@@ -94,8 +80,7 @@ def read_selection(
       ValueError: it is not there, was made from other scores, in another mode or another way, or is
         not what its manifest says.
     """
-    method, keep_fraction, split, seed = cell
-    path = workdir / "selections" / method / f"{cell_name(keep_fraction, split, seed)}.npy"
+    path = workdir / "selections" / f"{cell.name}.npy"
     manifest = artefacts.read_json(path.with_suffix(".json"))
     if not path.exists() or not manifest:
         raise checks.InputError(f"{path}: not there; run the stage 'select' for it first.")
@@ -120,10 +105,7 @@ def read_selection(
         )
     return Selection(
         indices=indices.astype(np.int64),
-        method=method,
-        keep_fraction=keep_fraction,
-        split=split,
-        seed=seed,
+        **cell._asdict(),
         mode=mode,
         **{name: value for name, value in how.items() if name not in ("score", "tuning")},
         chosen=None if manifest.get("chosen") is None else Choice(**manifest["chosen"]),
@@ -141,14 +123,6 @@ def _ids_summary(ids: np.ndarray) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     return repr(value)[:14]
-
-
-def pruning_seconds(workdir: Path, cell: Cell) -> float:
-    """Returns what it took to know what to keep; NaN if no manifest tells, as of the full set."""
-    method, keep_fraction, split, seed = cell
-    name = f"{cell_name(keep_fraction, split, seed)}.json"
-    manifest = artefacts.read_json(workdir / "selections" / method / name)
-    return float(manifest.get("pruning_seconds", math.nan))
 
 
 def set_superseded_aside(workdir: Path, fingerprints: Mapping[str, str], mode: str) -> int:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dlc_jax import artefacts, checks, provenance, selection_files
+from dlc_jax import artefacts, checks, provenance
 from dlc_jax.config import Config
 from dlc_jax.encoders import Encoder
-from dlc_jax.selection import kept_positions
+from dlc_jax.selection import Cell, kept_positions
 from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.training import ERROR, Finetuner, RunFolder
 from dlc_jax.types import Dataset, Selection
@@ -27,27 +27,10 @@ FULL = "full"
 COLUMNS = ("method", "keep_fraction", "split", "seed", "num_kept", "test_accuracy", "seconds")
 
 
-class Cell(NamedTuple):
-    """One run of a sweep; the full set has keep fraction 1."""
-
-    method: str
-    keep_fraction: float
-    split: float | str | None
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """`<method>/<cell>`, as in `selections/` and `finetune/`."""
-        return (
-            f"{self.method}/{selection_files.cell_name(self.keep_fraction, self.split, self.seed)}"
-        )
-
-
 def cells_of(config: Config) -> list[Cell]:
-    """Returns the runs of a sweep, the full set first."""
+    """Returns the runs of a sweep, the full set, at keep fraction 1, first."""
     full = [Cell(FULL, 1.0, None, seed) for seed in config.selection.seeds]
-    selected = [Cell(*cell) for cell in config.selection.cells()]
-    return (full if config.finetune.full_set else []) + selected
+    return (full if config.finetune.full_set else []) + config.selection.cells()
 
 
 class SweepEnd(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 import dlc_jax as dlc
 from dlc_jax import artefacts, selection_files
 from dlc_jax.artefacts import ScoredSamples
+from dlc_jax.selection import Cell
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_fingerprint_covers_class_names(samples):
     ],
 )
 def test_cell_names_do_not_collide(cell, name):
-    assert selection_files.cell_name(*cell) == name
+    assert Cell("random", *cell).name == f"random/{name}"
 
 
 HOW = {"score": "dlc", "per_class": True, "min_per_class": 0}
@@ -126,7 +127,7 @@ def test_selections_of_the_other_mode_are_set_aside(tmp_path, samples):
 def test_a_selection_made_another_way_is_not_read(tmp_path, samples, changes, says):
     write(tmp_path, samples, method="easiest")
     arguments = {"how": HOW, "scores_fingerprint": samples.fingerprint, "mode": "default"}
-    cell = ("easiest", 0.3, None, 0)
+    cell = Cell("easiest", 0.3, None, 0)
     if says is None:
         found = selection_files.read_selection(tmp_path, samples, cell, **arguments)
         assert found.indices.tolist() == [0, 1, 2, 3, 4, 5]

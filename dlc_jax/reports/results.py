@@ -21,7 +21,7 @@ _NEEDED = ("method", "keep_fraction", "split", "seed", "test_accuracy")
 
 
 class Result(NamedTuple):
-    """A row of `results.csv`, and what the selection's manifest adds.
+    """A row of `results.csv`, and what the provenance adds.
 
     Attributes:
       split: FlexRand's gamma, or `auto`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from dlc_jax import checks
 from dlc_jax.selection import allocation as allocations
@@ -11,8 +11,30 @@ from dlc_jax.selection import flexrand, geometry, official, strata, topk
 from dlc_jax.selection.group import Selector
 
 AUTO = "auto"  # a method, or a split: what tuning found best
-Cell: TypeAlias = tuple[str, float, float | str | None, int]  # method, keep fraction, split, seed
 DEFAULT_SPLIT = 0.5
+
+
+class Cell(NamedTuple):
+    """One selection, or the training run on it; split is None where the method has none."""
+
+    method: str
+    keep_fraction: float
+    split: float | str | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """`flexrand/keep_0.30-split_0.50-seed_1`: where its files lie below a stage's folder."""
+        parts = [f"keep_{_two_decimals(self.keep_fraction)}"]
+        if self.split is not None:
+            split = self.split if isinstance(self.split, str) else _two_decimals(self.split)
+            parts.append(f"split_{split}")
+        return f"{self.method}/{'-'.join([*parts, f'seed_{self.seed}'])}"
+
+
+def _two_decimals(value: float) -> str:
+    """Two decimals where they say it all, more where they are needed: names must not collide."""
+    return f"{value:.2f}" if round(value, 2) == value else repr(value)
 
 
 class Method(NamedTuple):

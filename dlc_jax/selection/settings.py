@@ -12,6 +12,7 @@ from dlc_jax.selection import (
     AUTO,
     SELECTORS,
     VARIANTS,
+    Cell,
     check_cell,
     check_grouping,
     check_min_per_class,
@@ -88,10 +89,10 @@ class SelectionConfig:
                 mode,
             )
 
-    def cells(self) -> list[tuple[str, float, float | str | None, int]]:
-        """Returns (method, keep_fraction, split, seed) of every cell; split None where not used."""
+    def cells(self) -> list[Cell]:
+        """Returns every selection asked for."""
         return [
-            (method, keep_fraction, split, seed)
+            Cell(method, keep_fraction, split, seed)
             for method in self.methods
             for keep_fraction in self.keep_fractions
             for split in (self.splits if has_split(method) else (None,))

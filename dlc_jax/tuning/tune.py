@@ -18,7 +18,7 @@ from dlc_jax.tuning.linear import LinearProbeConfig
 from dlc_jax.tuning.trials import LinearTrials, Trial, Trials
 from dlc_jax.types import Choice, Gap, Tried, Tuning, scores_fingerprint
 
-METHODS = ("random", "easiest", "hardest", "flexrand", "ccs")
+METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "moderate", "herding")
 SPLITS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 KEEP_FRACTIONS = tuple(i / 10 for i in range(1, 10))
 _NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
@@ -50,7 +50,7 @@ def tune(
     features: np.ndarray | None = None,
     trials: Trials | None = None,
     keep_fractions: Sequence[float] = KEEP_FRACTIONS,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     splits: Sequence[float] = SPLITS,
     num_repeats: int = 25,
     min_per_class: int = 0,
@@ -74,7 +74,8 @@ def tune(
       features: [n, d] of the frozen encoder, as from `features`; linear heads are trained on them.
       trials: What trains and tests instead of linear heads, such as `FinetuneTrials`.
       keep_fractions: What to tune for.
-      methods: What to compare; random always is. Those that need features take these.
+      methods: What to compare; random always is. Those that need features take these. None:
+        `METHODS`, but for those that need features where there are none.
       splits: FlexRand's gammas to compare; 0.5 always is.
       num_repeats: Held-out parts; multiples of five hold every sample out equally often.
       min_per_class: As in `select`.
@@ -91,6 +92,8 @@ def tune(
     start = time.perf_counter()
     scores, labels = np.asarray(scores), np.asarray(labels)
     checks.scores_fit_labels(scores, labels)
+    if methods is None:
+        methods = [m for m in METHODS if features is not None or SELECTORS[m].needs != "features"]
     check_tried(methods, splits, num_repeats)
     for keep_fraction in keep_fractions:
         checks.keep_fraction(keep_fraction, "keep_fractions")

@@ -150,7 +150,7 @@ def test_auto_is_what_tune_finds(finished, sample):
             assert manifest["chosen"]["split"] == kept.chosen.split
     with open(folder / "tuning" / "tuning.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(tuning.tried) == 2 * (4 + 3)
+    assert len(rows) == len(tuning.tried) == 2 * (6 + 3)
     for row, tried in zip(rows, tuning.tried, strict=True):
         assert row["method"] == tried.method
         assert float(row["accuracy"]) == pytest.approx(tried.accuracy)

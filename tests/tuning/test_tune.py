@@ -39,7 +39,7 @@ def tuned():
 def test_where_hard_means_mislabelled_the_easiest_are_chosen(tuned):
     found, _, _ = tuned
     rows = {(row.keep_fraction, row.method, row.split): row for row in found.tried}
-    assert len(rows) == 2 * (4 + 2)
+    assert len(rows) == 2 * (6 + 2)
     for keep in (0.3, 0.6):
         choice = found.choice(keep)
         assert choice.method == "easiest"
@@ -94,7 +94,7 @@ def test_every_sample_is_held_out_equally_often_and_never_trained_on():
         fit = np.setdiff1d(np.arange(77), watched.held_out[repeat])
         np.testing.assert_array_equal(trials[0].positions, fit)  # the full set
         assert {trial.seed for trial in trials} == {repeat}
-        # random, easiest, hardest, 19 splits, ccs: each what `select` keeps of the rest
+        # random, easiest, hardest, 19 splits, ccs, without features: each what `select` keeps of the rest
         assert len(trials) == 1 + 4 + 19
         alone = dlc.select(
             scores[fit], labels[fit], method="easiest", keep_fraction=0.5, seed=repeat

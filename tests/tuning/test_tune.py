@@ -94,7 +94,8 @@ def test_every_sample_is_held_out_equally_often_and_never_trained_on():
         fit = np.setdiff1d(np.arange(77), watched.held_out[repeat])
         np.testing.assert_array_equal(trials[0].positions, fit)  # the full set
         assert {trial.seed for trial in trials} == {repeat}
-        # random, easiest, hardest, 19 splits, ccs, without features: each what `select` keeps of the rest
+        # random, easiest, hardest, 19 splits, ccs; no features for the others. Each is what
+        # `select` keeps of the rest
         assert len(trials) == 1 + 4 + 19
         alone = dlc.select(
             scores[fit], labels[fit], method="easiest", keep_fraction=0.5, seed=repeat

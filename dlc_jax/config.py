@@ -23,6 +23,7 @@ from dlc_jax.masking import MASKINGS, PLACEMENTS, SCHEDULES, check_path
 from dlc_jax.preprocess import ON_CORRUPT, ImageCache
 from dlc_jax.probes import DTYPES, resolve_chunk
 from dlc_jax.probes.measure import SCHEDULE_OF_MODE
+from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO
 from dlc_jax.selection.settings import Need, SelectionConfig
 from dlc_jax.training import FinetuneConfig, RecordConfig
@@ -202,6 +203,11 @@ class Config:
                 f"tuning.methods: {', '.join(self.tuning.methods)}; expected flexrand among them, "
                 f"since selection.splits has {AUTO!r}."
             )
+        if SCORES[self.selection.score].of == "training":
+            raise checks.InputError(
+                f"selection.score: {self.selection.score!r} comes from training on what {AUTO!r} "
+                "holds out; expected 'dlc' with it."
+            )
         if self.tuning.by == "finetune":
             self.dataset.check()
             self.encoder.check()
@@ -213,6 +219,20 @@ class Config:
         tuning = need.tuning or "tune" in self.stages
         features = tuning and self.tuning.needs_features
         return Need(need.features or features, need.training, tuning)
+
+    @property
+    def decides_auto(self) -> dict[str, Any]:
+        """What decides what `auto` stands for at a keep fraction, besides scores and features."""
+        settings = self.to_dict()
+        found = {
+            "seed": self.seed,
+            "tuning": {k: v for k, v in settings["tuning"].items() if k != "tolerance"},
+            "min_per_class": self.selection.min_per_class,
+        }
+        if self.tuning.by == "linear_probe":
+            return found | {"linear_probe": self.linear_probe.decisive}
+        trained = {"finetune": self.finetune.decisive, "encoder": settings["encoder"]}
+        return found | trained
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested dictionaries of plain values."""

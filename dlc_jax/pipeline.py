@@ -148,7 +148,8 @@ def _summarise(
     if shown is not None:
         indices = shown.indices
         cell = Cell(shown.method, shown.keep_fraction, shown.split, shown.seed)
-        echo(f"kept as in selections/{cell.name}:")
+        chosen = "" if shown.chosen is None else f" ({shown.chosen.label})"
+        echo(f"kept as in selections/{cell.name}{chosen}:")
     echo(
         reports.class_table(
             samples.class_names, samples.labels, samples.scores["dlc"], samples.ids, indices
@@ -164,7 +165,8 @@ def _summarise(
     if skipped:
         echo(f"unreadable samples left out: {len(skipped)}, listed in {artefacts.PROVENANCE}")
     stages = known.get("stages", {})
-    seconds = {name: stages[name]["seconds"] for name in ("score", "select") if name in stages}
+    parts = ("score", "features", "training", "tune", "select")
+    seconds = {name: stages[name]["seconds"] for name in parts if name in stages}
     echo(
         "seconds, when last run: "
         + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())

@@ -76,6 +76,11 @@ def record(
     artefacts.write_json(path, provenance)
 
 
+def _made_of(record: dict[str, Any] | None) -> Any:
+    """Returns what a part of the stage `score` was made of: data, encoder, how images are seen."""
+    return None if record is None else record["settings"].get("made_of")
+
+
 def forget(workdir: Path, stages: Iterable[str]) -> None:
     """Takes stages out of the provenance: what they left does not count any more."""
     path = workdir / artefacts.PROVENANCE
@@ -88,11 +93,12 @@ def forget(workdir: Path, stages: Iterable[str]) -> None:
 
 def check_is_whole(workdir: Path, stage: str) -> None:
     """Raises unless the stage ran on what was scored, and its files are as it left them."""
-    record = stage_record(workdir, stage)
-    if record is None or not artefacts.are_intact(workdir, record["outputs"]):
+    record, score = stage_record(workdir, stage), stage_record(workdir, "score")
+    is_theirs = record is not None and _made_of(record) == _made_of(score)
+    if record is None or not is_theirs or not artefacts.are_intact(workdir, record["outputs"]):
         raise checks.InputError(
             f"{workdir}/scores: has no {_MADE[stage]} of these scores; run the stage 'score' with "
-            "the same selection.methods first."
+            "the same settings of selection and tuning first."
         )
 
 

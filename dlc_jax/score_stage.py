@@ -55,11 +55,18 @@ def run_score(config: Config, workdir: Path, load: Load, echo: Callable[[str], N
         std=resolved_encoder.std,
     )
     resolved = dataclasses.replace(config, encoder=decided)
-    _measure_dlc(resolved, workdir, dataset, resolved_encoder, echo)
+    made_of = {
+        "dataset": dataset.fingerprint,
+        "encoder": resolved_encoder.fingerprint,
+        "image_size": settings.image_size,
+        "mode": config.mode,
+        "on_corrupt": config.dataset.on_corrupt,
+    }
+    _measure_dlc(resolved, workdir, dataset, resolved_encoder, made_of, echo)
     if config.need.features:
-        _measure_features(config, workdir, dataset, resolved_encoder, echo)
+        _measure_features(config, workdir, dataset, resolved_encoder, made_of, echo)
     if config.need.training:
-        _record(config, workdir, dataset, encoder, echo)
+        _record(config, workdir, dataset, encoder, made_of, echo)
     return resolved
 
 
@@ -90,14 +97,14 @@ def _measure_dlc(
     workdir: Path,
     dataset: Dataset,
     encoder: Encoder,
+    made_of: dict[str, Any],
     echo: Callable[[str], None],
 ) -> None:
     start = time.perf_counter()
-    inputs = _dlc_inputs(config, dataset, encoder)
-    if _is_measured(workdir, inputs, dataset):
+    inputs = _dlc_inputs(config, made_of)
+    if provenance.is_done(workdir, "score", inputs) or _remade(workdir, inputs, dataset):
         echo("score: unchanged, not run again")
         return
-    provenance.forget(workdir, ("features", "training"))  # of other samples, or another encoder
     echo(
         f"score: {len(dataset)} samples of {dataset.num_classes} classes, "
         f"{encoder.name} on {jax.default_backend()}"
@@ -132,19 +139,17 @@ def _measure_dlc(
         "encoder": _encoder_facts(encoder, config.encoder.weights),
     }
     made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "encoder", "probe")}
+    made_with["made_of"] = made_of
     seconds = time.perf_counter() - start
     provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
     shutil.rmtree(workdir / artefacts.SHARDS, ignore_errors=True)  # finished
 
 
-def _is_measured(workdir: Path, inputs: str, dataset: Dataset) -> bool:
-    """Whether losses of these inputs are there.
+def _remade(workdir: Path, inputs: str, dataset: Dataset) -> bool:
+    """Makes the table anew of losses of these inputs; False if they are not there.
 
-    A run killed while it added columns leaves a table that nobody vouches for; it is made anew of
-    the losses.
+    A run killed while it added columns leaves a table that nobody vouches for.
     """
-    if provenance.is_done(workdir, "score", inputs):
-        return True
     record = provenance.stage_record(workdir, "score") or {}
     measured = {name: record.get("outputs", {}).get(name) for name in _MEASURED}
     if record.get("inputs") != inputs or not artefacts.are_intact(workdir, measured):
@@ -180,18 +185,12 @@ def _measure_features(
     workdir: Path,
     dataset: Dataset,
     encoder: Encoder,
+    made_of: dict[str, Any],
     echo: Callable[[str], None],
 ) -> None:
     start = time.perf_counter()
-    made_with = {
-        "mode": config.mode,
-        "dtype": config.probe.dtype,
-        "image_size": config.encoder.image_size,
-        "on_corrupt": config.dataset.on_corrupt,
-    }
-    inputs = artefacts.json_hash(
-        [dlc_jax.__version__, made_with, dataset.fingerprint, encoder.fingerprint]
-    )
+    made_with = {"dtype": config.probe.dtype, "made_of": made_of}
+    inputs = artefacts.json_hash([dlc_jax.__version__, made_with])
     if provenance.is_done(workdir, "features", inputs):
         echo("features: unchanged, not measured again")
         return
@@ -219,6 +218,7 @@ def _record(
     workdir: Path,
     dataset: Dataset,
     encoder: Encoder,
+    made_of: dict[str, Any],
     echo: Callable[[str], None],
 ) -> None:
     """Trains on the whole set, unless that was done, and adds the columns of scores made of it."""
@@ -251,14 +251,15 @@ def _record(
             f"{recorder.early_epoch} in {len(recorder.seeds) - 1} more runs"
         )
     record = recorder.run(folder)
-    made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "finetune", "record")}
-    paths = [Path(artefacts.TRAINING) / "record.npz"]
-    provenance.record(workdir, "training", recorder.inputs, paths, record.seconds, {}, made_with)
     if not np.array_equal(samples.ids, record.ids):
         raise checks.InputError(
             f"{workdir / artefacts.TRAINING}: records other samples than {artefacts.SCORES} has; "
             "run the stage 'score' in another work directory."
         )
+    made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "finetune", "record")}
+    made_with["made_of"] = made_of
+    paths = [Path(artefacts.TRAINING) / "record.npz"]
+    provenance.record(workdir, "training", recorder.inputs, paths, record.seconds, {}, made_with)
     columns = {
         column_name(name, variant): score(record, method=name, variant=variant)
         for name, method in SCORES.items()
@@ -276,19 +277,15 @@ def _write_columns(workdir: Path, columns: dict[str, np.ndarray]) -> None:
         provenance.refresh(workdir, "score")
 
 
-def _dlc_inputs(config: Config, dataset: Dataset, encoder: Encoder) -> str:
+def _dlc_inputs(config: Config, made_of: dict[str, Any]) -> str:
     settings = config.to_dict()
     probe_settings = {k: v for k, v in settings["probe"].items() if k not in _SPEED_ONLY}
     return artefacts.json_hash(
         {
             "version": dlc_jax.__version__,
-            "mode": config.mode,
             "seed": config.seed,
             "probe": probe_settings,
-            "image_size": config.encoder.image_size,
-            "on_corrupt": config.dataset.on_corrupt,
-            "dataset": dataset.fingerprint,
-            "encoder": encoder.fingerprint,
+            **made_of,
         }
     )
 

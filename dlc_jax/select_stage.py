@@ -36,9 +36,10 @@ def run_select(
     _tell_of_another_mode(config, workdir, echo)
     there = [path.name for path in (workdir / "selections").glob("*")]
     all_known = known.fingerprints(name for name in there if name in (*SELECTORS, AUTO))
-    num_aside = selection_files.set_superseded_aside(workdir, all_known, config.mode)
+    num_aside = selection_files.set_superseded_aside(workdir, all_known, config.mode, known.how)
     if num_aside:
-        echo(f"select: {num_aside} selections of other scores or mode moved to superseded/")
+        others = "of other scores or mode moved to superseded/, or made with other settings"
+        echo(f"select: {num_aside} selections {others}")
     of_first = [cell for cell in cells if cell[0] == config.selection.methods[0]]
     shown = of_first[len(of_first) // 2]
     if provenance.is_done(workdir, "select", inputs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +125,19 @@ def _short(value: Any) -> str:
     return repr(value)[:14]
 
 
-def set_superseded_aside(workdir: Path, fingerprints: Mapping[str, str], mode: str) -> int:
-    """Moves selections of other scores or another mode to `superseded/`.
+def set_superseded_aside(
+    workdir: Path,
+    fingerprints: Mapping[str, str],
+    mode: str,
+    how_of: Callable[[Cell], Mapping[str, Any]],
+) -> int:
+    """Moves selections of other scores, made another way or in another mode to `superseded/`.
 
     Args:
       workdir: Where `selections/` is.
       fingerprints: Of what each method goes by.
       mode: `default` or `official`.
+      how_of: What decides a selection besides.
     Returns:
       How many were moved.
     """
@@ -140,9 +146,12 @@ def set_superseded_aside(workdir: Path, fingerprints: Mapping[str, str], mode: s
         facts = artefacts.read_json(manifest)
         made_from = str(facts.get("scores_fingerprint", "unknown"))
         expected = fingerprints.get(manifest.parent.name)
-        if (made_from, facts.get("mode")) == (expected, mode):
-            continue
         folder = f"{made_from[:12]}-{facts.get('mode')}"
+        if (made_from, facts.get("mode")) == (expected, mode):
+            how, cell = facts.get("how"), Cell(*(facts.get(name) for name in Cell._fields))
+            if how == how_of(cell):
+                continue
+            folder += f"-{artefacts.json_hash(how)[:6]}"
         target = workdir / "superseded" / folder / manifest.parent.name
         target.mkdir(parents=True, exist_ok=True)
         for path in (manifest.with_suffix(".npy"), manifest):

@@ -57,8 +57,7 @@ class SelectionInputs:
         method, _, split, _ = cell
         how = self._config.selection.how(method)
         if AUTO in (method, split):
-            tuned = provenance.stage_record(self._workdir, "tune") or {}
-            how["tuning"] = tuned.get("inputs")
+            how["tuning"] = artefacts.json_hash(self._config.decides_auto)
         return how
 
     def stages(self, cell: Cell) -> set[str]:
@@ -85,13 +84,15 @@ class SelectionInputs:
         return self._fingerprints[method]
 
     def _fingerprint(self, method: str) -> str:
-        needs = SELECTORS[method].needs if method != AUTO else "scores"
+        needs = "scores"
+        if method != AUTO:
+            needs = SELECTORS[method].needs
         name = self._config.selection.score_of(method)
         arrays = {"dlc": self.samples.scores["dlc"]}  # of random, and wherever nothing else is said
         if needs == "scores" or self._by_difficulty:
             arrays = {name: self.samples.score(name)}
-        if needs == "features":
-            arrays |= {needs: self.features}
+        if needs == "features" or (method == AUTO and self._config.tuning.needs_features):
+            arrays |= {"features": self.features}
         if needs == "probabilities":
             arrays |= {needs: self.probabilities}
         return self.samples.fingerprint_of(arrays)

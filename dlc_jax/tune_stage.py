@@ -44,12 +44,12 @@ def run_tune(
         provenance.check_is_whole(workdir, "features")
         arrays["features"] = artefacts.read_array(workdir, artefacts.FEATURES, "features", samples)
     trials = _finetune_trials(config, workdir, samples, load)
-    made_with = _made_with(config)
-    trained = config.linear_probe.decisive if trials is None else trials.fingerprint
+    made_with = config.decides_auto | {"keep_fractions": config.selection.keep_fractions}
+    trained = None if trials is None else trials.fingerprint
     inputs = artefacts.json_hash(
-        [dlc_jax.__version__, made_with, samples.fingerprint_of(arrays), trained]
+        [dlc_jax.__version__, config.decides_auto, samples.fingerprint_of(arrays), trained]
     )
-    if provenance.is_done(workdir, "tune", inputs):
+    if provenance.is_done(workdir, "tune", inputs) and _covers(workdir, config):
         echo("tune: unchanged, not run again")
         tuning = _from_json(artefacts.read_json(workdir / _FILE))
     else:
@@ -84,12 +84,10 @@ def run_tune(
     return tuning
 
 
-def _made_with(config: Config) -> dict[str, Any]:
-    """Returns the settings that decide what comes out, but for how is trained."""
-    settings = config.to_dict()
-    tuning = {key: value for key, value in settings["tuning"].items() if key != "tolerance"}
-    selection = {key: settings["selection"][key] for key in ("keep_fractions", "min_per_class")}
-    return {"seed": config.seed, "tuning": tuning, "selection": selection}
+def _covers(workdir: Path, config: Config) -> bool:
+    """Whether every keep fraction was tuned; each is tuned as if there were no others."""
+    record = provenance.stage_record(workdir, "tune") or {}
+    return set(config.selection.keep_fractions) <= set(record["settings"]["keep_fractions"])
 
 
 def _finetune_trials(

@@ -289,6 +289,11 @@ class RunResult:
     skipped_test: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+def way(method: str, split: float | None) -> str:
+    """Returns a method as tables and figures name it."""
+    return method if split is None else f"{method} (split {split:g})"
+
+
 class Gap(NamedTuple):
     """A difference in accuracy with what is known of it.
 
@@ -327,7 +332,7 @@ class Tried(NamedTuple):
     @property
     def label(self) -> str:
         """The method as tables and figures name it."""
-        return self.method if self.split is None else f"{self.method} (split {self.split:g})"
+        return way(self.method, self.split)
 
 
 class Choice(NamedTuple):
@@ -343,6 +348,11 @@ class Choice(NamedTuple):
     split: float | None
     why: str
 
+    @property
+    def label(self) -> str:
+        """The method as tables and figures name it."""
+        return way(self.method, self.split)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tuning:
@@ -357,6 +367,7 @@ class Tuning:
       num_repeats: Validation splits.
       min_per_class: Least samples that were to be kept of a class.
       scores_fingerprint: Of the scores and labels it was made from.
+      features_fingerprint: Of the features; None where there were none.
       seconds: Time of everything.
     """
 
@@ -368,6 +379,7 @@ class Tuning:
     num_repeats: int
     min_per_class: int
     scores_fingerprint: str
+    features_fingerprint: str | None
     seconds: float
 
     def choice(self, keep_fraction: float, *, of: str = "methods") -> Choice:
@@ -405,6 +417,11 @@ def scores_fingerprint(scores: np.ndarray, labels: Integer[np.ndarray, " n"]) ->
     digest = hashlib.sha256(np.ascontiguousarray(scores, np.float32).tobytes())
     digest.update(labels_fingerprint(labels).encode())
     return digest.hexdigest()
+
+
+def features_fingerprint(features: np.ndarray) -> str:
+    """Returns the SHA-256 of features, as float32, in the order of their rows."""
+    return hashlib.sha256(np.ascontiguousarray(features, np.float32).tobytes()).hexdigest()
 
 
 Params = Any  # a pytree of arrays

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -98,8 +99,9 @@ def write(folder, samples, **choices) -> list:
 def test_selections_of_other_scores_are_set_aside_not_lost(tmp_path, samples):
     paths = write(tmp_path, samples)
     known = {"flexrand": samples.fingerprint}
-    assert selection_files.set_superseded_aside(tmp_path, known, "default") == 0
-    assert selection_files.set_superseded_aside(tmp_path, {"flexrand": "x"}, "default") == 1
+    aside = functools.partial(selection_files.set_superseded_aside, tmp_path, how_of=lambda _: HOW)
+    assert aside(known, "default") == 0
+    assert aside({"flexrand": "x"}, "default") == 1
     folder = f"{samples.fingerprint[:12]}-default"
     for path in paths:
         assert not (tmp_path / path).exists()
@@ -110,7 +112,20 @@ def test_selections_of_other_scores_are_set_aside_not_lost(tmp_path, samples):
 def test_selections_of_the_other_mode_are_set_aside(tmp_path, samples):
     write(tmp_path, samples)
     known = {"flexrand": samples.fingerprint}
-    assert selection_files.set_superseded_aside(tmp_path, known, "official") == 1
+    aside = functools.partial(selection_files.set_superseded_aside, tmp_path, how_of=lambda _: HOW)
+    assert aside(known, "official") == 1
+
+
+def test_selections_made_another_way_are_set_aside_and_do_not_replace_each_other(tmp_path, samples):
+    known = {"flexrand": samples.fingerprint}
+    for num in range(1, 4):
+        write(tmp_path, samples)
+        manifest = next((tmp_path / "selections").glob("*/*.json"))
+        facts = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(facts | {"how": HOW | {"min_per_class": num}}))
+        moved = selection_files.set_superseded_aside(tmp_path, known, "default", lambda _: HOW)
+        assert moved == 1
+        assert len(list((tmp_path / "superseded").glob("*/*/*.npy"))) == num
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def tuning_table(tuning: Tuning, curve: KeepCurve) -> str:
       tuning: What was tried.
       curve: Of method `auto`.
     """
-    header = ("keep", "random, %", "auto", "auto, %", "gap to random", "gap to full", "split")
+    gaps = ("gap to random", "gap to full")
+    header = ("keep", "random, %", "auto", "auto, %", *gaps, "FlexRand split")
     rows = []
     for choice, at_split in zip(tuning.methods, _splits(tuning), strict=True):
         random = tuning.row(choice.keep_fraction, "random", None)
@@ -42,8 +43,8 @@ def tuning_table(tuning: Tuning, curve: KeepCurve) -> str:
     what = "linear heads" if tuning.trained == "linear_probe" else "fine-tuning"
     said = (
         f"Accuracy of {what} on {tuning.num_repeats} held-out fifths of the training data; of "
-        f"the full set {tuning.full_accuracy:.1f} %. Gaps in points with 95 % intervals; the best "
-        "of several looks better than it is."
+        f"the full set {tuning.full_accuracy:.1f} %. Gaps in points with 95 % intervals; to be "
+        "beyond noise, one has to be above 0 also when corrected for how many are compared."
     )
     reasons = [f"- keep {choice.keep_fraction:g}: {choice.why}." for choice in tuning.methods]
     reasons += [
@@ -54,30 +55,36 @@ def tuning_table(tuning: Tuning, curve: KeepCurve) -> str:
 
 
 def _how_much(curve: KeepCurve) -> str:
-    lost = f"{curve.tolerance:g} point{'s' * (curve.tolerance != 1)} against the full set"
+    lost = f"{curve.tolerance:g} point{'s' * (curve.tolerance != 1)}"
     if curve.smallest == 1:
-        return f"The largest keep fraction that was tried loses more than {lost} on average."
+        return (
+            "At the largest keep fraction that was tried the full set is better by more than "
+            f"{lost} on average."
+        )
     surely = (
         f"{curve.surely:g} with 95 % certainty at each"
         if curve.surely < 1
         else "no keep fraction does so with 95 % certainty"
     )
     return (
-        f"Smallest keep fraction from which on at most {lost} are lost: {curve.smallest:g} on "
-        f"average; {surely}."
+        f"Smallest keep fraction from which on the full set is better by at most {lost}: "
+        f"{curve.smallest:g} on average; {surely}."
     )
 
 
 def tuning_figure(tuning: Tuning) -> Figure:
     """Draws validation accuracy against the keep fraction, a line per way of choosing.
 
-    Random pruning has the band of its 95 % interval to the full set; of FlexRand's splits a few
-    are drawn.
+    Random pruning has the band of its 95 % interval to the full set, and rings mark what `auto`
+    stands for; of FlexRand's splits a few are drawn.
     """
-    from matplotlib.figure import Figure  # half a second, which only reports need
+    import matplotlib  # half a second, which only reports need
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
+    colours = matplotlib.colormaps["tab20"]  # ten, as is usual, would run out
+    axes.set_prop_cycle(color=[colours(number) for number in range(20)])
     axes.axhline(tuning.full_accuracy, color="black", linewidth=1, linestyle="--", label="full set")
     lines: dict[str, list[Tried]] = {}
     for row in tuning.tried:
@@ -94,6 +101,16 @@ def tuning_figure(tuning: Tuning) -> Figure:
             )
     axes.set_xlabel("keep fraction")
     axes.set_ylabel("accuracy on held-out training data, %")
+    chosen = [tuning.row(*choice[:3]) for choice in tuning.methods]
+    axes.scatter(
+        [row.keep_fraction for row in chosen],
+        [row.accuracy for row in chosen],
+        s=80,
+        facecolors="none",
+        edgecolors="black",
+        zorder=3,
+        label="auto",
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure

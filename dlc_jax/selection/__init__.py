@@ -26,7 +26,14 @@ from dlc_jax.selection.methods import (
     check_tunable,
     has_split,
 )
-from dlc_jax.types import Choice, Selection, Tuning, labels_fingerprint, scores_fingerprint
+from dlc_jax.types import (
+    Choice,
+    Selection,
+    Tuning,
+    features_fingerprint,
+    labels_fingerprint,
+    scores_fingerprint,
+)
 
 __all__ = [
     "ALLOCATIONS",
@@ -114,6 +121,8 @@ def select(
     if AUTO in (method, split):
         check_tunable(allocation, per_class)
         choice = _choice(method, keep_fraction, scores, labels, min_per_class, tuning)
+        if SELECTORS[choice.method].needs == "features":
+            _check_features_are_tuned(features, tuning)
         selected = select(
             scores,
             labels,
@@ -166,6 +175,14 @@ def select(
         labels_fingerprint=labels_fingerprint(labels),
         ids=None if ids is None else np.asarray(ids, np.str_)[indices],
     )
+
+
+def _check_features_are_tuned(features: np.ndarray | None, tuning: Tuning | None) -> None:
+    assert tuning is not None
+    if features is not None and features_fingerprint(features) != tuning.features_fingerprint:
+        raise checks.InputError(
+            "tuning: was made from other features; expected those given to tune(...)."
+        )
 
 
 def _choice(

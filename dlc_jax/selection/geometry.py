@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -24,10 +25,9 @@ def moderate(group: Group, draw: Draw) -> Positions:
 
     Source: Xia et al. 2023, Moderate coreset.
     """
-    positions, mean = group.positions, _mean(group)
-    distances = np.concatenate([np.linalg.norm(block - mean, axis=1) for block in _blocks(group)])
+    distances = _distances(group, _mean(group))
     order = np.argsort(np.abs(distances - np.median(distances)), kind="stable")
-    return positions[order[: budget(group, draw)]]
+    return group.positions[order[: budget(group, draw)]]
 
 
 def herding(group: Group, draw: Draw) -> Positions:
@@ -38,7 +38,7 @@ def herding(group: Group, draw: Draw) -> Positions:
     Source: Welling 2009, Herding dynamical weights to learn.
     """
     follow = functools.partial(follow_mean, farthest=draw.variant == "deepcore")
-    return _traversed(group, draw, _euclidean, follow)
+    return _traversed(group, draw, lambda group: _euclidean(group, _mean(group)), follow)
 
 
 def k_center_greedy(group: Group, draw: Draw) -> Positions:
@@ -46,7 +46,7 @@ def k_center_greedy(group: Group, draw: Draw) -> Positions:
 
     Source: Sener & Savarese 2018, Active learning for convolutional neural networks.
     """
-    return _traversed(group, draw, _euclidean, functools.partial(farthest_first, swapped=False))
+    return _traversed(group, draw, _around_a_row, functools.partial(farthest_first, swapped=False))
 
 
 def contextual_diversity(group: Group, draw: Draw) -> Positions:
@@ -69,15 +69,26 @@ def _traversed(
         return group.positions[np.asarray(order)[:num]]
 
 
-def _euclidean(group: Group) -> Space:
-    """Squared Euclidean distance, of centred rows: small norms lose the fewest digits."""
-    mean = _mean(group)
+def _around_a_row(group: Group) -> Space:
+    """Squared Euclidean distance with the row nearest the mean as the origin.
+
+    The smaller the norms, the fewer digits their differences lose; the mean itself may lie far from
+    all rows but an outlier.
+    """
+    nearest = group.positions[np.argmin(_distances(group, _mean(group)))]
+    assert group.rows is not None
+    return _euclidean(group, group.rows[nearest].astype(np.float64))
+
+
+def _euclidean(group: Group, origin: Float64[np.ndarray, " d"]) -> Space:
+    """Squared Euclidean distance, in units of `_extent`."""
+    unit = _extent(group, origin)
 
     def placed(block: Float64[np.ndarray, "b d"]) -> tuple[np.ndarray, np.ndarray]:
-        centred = block - mean
+        centred = (block - origin) / unit
         return centred, np.square(centred).sum(axis=1)
 
-    return _space(group, mean, placed)
+    return _space(group, _mean(group), placed)
 
 
 def _divergence(group: Group) -> Space:
@@ -107,6 +118,22 @@ def _space(
         start += len(block)
     # device_put, since jnp.asarray would hold a third copy of the rows for a moment
     return Space(*map(jax.device_put, (rows, norms, centre, centre_norm, np.asarray(num_samples))))
+
+
+def _distances(group: Group, origin: Float64[np.ndarray, " d"]) -> Float64[np.ndarray, " n"]:
+    """Returns the distance of each row, in units of `_extent`."""
+    unit = _extent(group, origin)
+    blocks = [np.linalg.norm((block - origin) / unit, axis=1) for block in _blocks(group)]
+    return np.concatenate(blocks)
+
+
+def _extent(group: Group, origin: Float64[np.ndarray, " d"]) -> float:
+    """Returns the power of two below the farthest coordinate.
+
+    Squares of very large or small numbers are lost; to divide by a power of two rounds nothing.
+    """
+    farthest = max(float(np.abs(block - origin).max()) for block in _blocks(group))
+    return math.ldexp(1.0, math.frexp(farthest)[1] - 1)
 
 
 def _mean(group: Group) -> Float64[np.ndarray, " d"]:

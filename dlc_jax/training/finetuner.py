@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import time
 from typing import Any
@@ -30,9 +29,6 @@ from dlc_jax.training.progress import Observer, Progress, observed
 from dlc_jax.training.settings import FinetuneConfig
 from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.types import Dataset, RunResult
-
-# Settings that change speed, memory and what is reported, but not the weights.
-_NOT_IN_WEIGHTS = ("test_every", "full_set", "keep_weights", "image_memory_gib")
 
 
 class Finetuner:
@@ -87,13 +83,10 @@ class Finetuner:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that its runs have in common."""
-        settings = dataclasses.asdict(self._settings)
-        for key in _NOT_IN_WEIGHTS:
-            del settings[key]
         return artefacts.json_hash(
             {
                 "version": dlc_jax.__version__,
-                "settings": settings,
+                "settings": self._settings.decisive,
                 "mode": self._mode,
                 "image_size": self._image_size,
                 "on_corrupt": self._on_corrupt,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from dlc_jax import checks
 from dlc_jax.probes import DTYPES
 from dlc_jax.types import setting
+
+# Settings that change speed, memory and what is reported, but not the weights.
+_NOT_IN_WEIGHTS = ("test_every", "full_set", "keep_weights", "image_memory_gib")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,12 @@ class FinetuneConfig:
     full_set: bool = setting(True, "a sweep also trains on the whole set, once per seed")
     keep_weights: bool = setting(True, "keep the last checkpoint of a finished run")
     image_memory_gib: float = setting(8.0, "decoded images kept to be cropped; others decode anew")
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What decides the weights a run ends with."""
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in values if name not in _NOT_IN_WEIGHTS}
 
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""

@@ -113,6 +113,7 @@ class FinetuneTrials:
         self._settings = settings or FinetuneConfig()
         self._image_size, self._mode, self._cache = image_size, mode, cache
         self._folder, self.earlier_seconds = folder, 0.0
+        self._counted: set[Path] = set()  # outcomes whose seconds are known
 
     @functools.cached_property
     def _finetuner(self) -> Finetuner:
@@ -148,12 +149,14 @@ class FinetuneTrials:
             path = self._folder / f"{inputs[:32]}.npz"
             if path.exists():
                 with np.load(path, allow_pickle=False) as file:
-                    self.earlier_seconds += float(file["seconds"])
+                    self.earlier_seconds += 0.0 if path in self._counted else float(file["seconds"])
+                    self._counted.add(path)
                     return file["predictions"]
         start = time.perf_counter()
         predictions = self._finetuner.run(trial.positions, trial.seed).predictions
         assert predictions is not None  # there is a test set
         if path is not None:
+            self._counted.add(path)
             with artefacts.atomic(path) as file:
                 seconds = np.array(time.perf_counter() - start)
                 np.savez(file, allow_pickle=False, predictions=predictions, seconds=seconds)

@@ -16,7 +16,14 @@ from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, select
 from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
 from dlc_jax.tuning.linear import LinearProbeConfig
 from dlc_jax.tuning.trials import LinearTrials, Trial, Trials
-from dlc_jax.types import Choice, Gap, Tried, Tuning, scores_fingerprint
+from dlc_jax.types import (
+    Choice,
+    Gap,
+    Tried,
+    Tuning,
+    features_fingerprint,
+    scores_fingerprint,
+)
 
 METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "moderate", "herding")
 SPLITS = tuple(round(0.05 * i, 2) for i in range(1, 20))
@@ -148,6 +155,7 @@ def tune(
         num_repeats=num_repeats,
         min_per_class=min_per_class,
         scores_fingerprint=scores_fingerprint(scores, labels),
+        features_fingerprint=None if features is None else features_fingerprint(features),
         seconds=time.perf_counter() - start,
     )
 
@@ -281,7 +289,7 @@ def _choice(reference: Tried, others: list[tuple[Tried, Gap]], name: str) -> Cho
     ]
     best, its_gap = max(better or others, key=lambda other: other[1].mean)
     if better:
-        why = f"{best.label}, at {its_gap} points beyond noise the best {among}"
+        why = f"{best.label}: {its_gap} points, beyond noise, and the best {among}"
         return Choice(keep_fraction, best.method, best.split, why)
     why = f"{name}: nothing is better beyond noise; {best.label}, the best {among}, is at {its_gap}"
     return Choice(keep_fraction, method, split, why)

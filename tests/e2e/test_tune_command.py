@@ -35,7 +35,9 @@ def run(
     folder, *arguments: str, methods=METHODS, stages=("score", "tune", "select"), code: int = 0
 ) -> str:
     arguments += (f"--config.stages={stages}",)
-    command = [sys.executable, "-m", "dlc_jax.main", *ARGUMENTS, f"--workdir={folder}"]
+    given = {argument.partition("=")[0] for argument in arguments}  # lists add up if given twice
+    usual = [argument for argument in ARGUMENTS if argument.partition("=")[0] not in given]
+    command = [sys.executable, "-m", "dlc_jax.main", *usual, f"--workdir={folder}"]
     command += [f"--config.selection.methods={','.join(methods)}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
@@ -107,11 +109,19 @@ def test_every_method_selects_from_what_it_goes_by(finished, sample, sample_enco
     assert manifest["how"]["score"] == "entropy"
     told = json.loads((folder / "provenance.json").read_text())
     seconds, took = told["pruning_seconds"], {k: v["seconds"] for k, v in told["stages"].items()}
-    assert seconds["entropy/keep_0.20-seed_1"] == pytest.approx(took["training"], abs=0.05)
-    assert seconds["random/keep_0.20-seed_1"] < 0.05
-    assert took["features"] < seconds["herding/keep_0.20-seed_1"] < took["features"] + 5
-    everything = took["score"] + took["features"] + took["tune"]
-    assert seconds["auto/keep_0.60-seed_1"] == pytest.approx(everything, abs=0.05)
+    waits_for = {
+        "random": (),
+        "flexrand": ("score",),
+        "herding": ("features",),
+        "entropy": ("training",),
+        "contextual_diversity": ("training",),
+        "auto": ("score", "features", "tune"),
+    }
+    for method, stages in waits_for.items():
+        earlier = sum(took[stage] for stage in stages)
+        split = "-split_0.50" if method == "flexrand" else ""
+        found = seconds[f"{method}/keep_0.60{split}-seed_1"]
+        assert earlier - 0.01 <= found <= earlier + took["select"] + 0.01, method
 
 
 def test_auto_is_what_tune_finds(finished, sample):
@@ -158,7 +168,7 @@ def test_auto_is_what_tune_finds(finished, sample):
     text = (folder / "tuning" / "tuning.md").read_text()
     assert text.strip() in said
     assert "| keep | random, % | auto" in text
-    assert "against the full set" in text
+    assert "the full set is better by" in text
 
 
 def test_nothing_is_done_twice_and_one_more_method_asks_for_what_it_needs(finished, tmp_path):
@@ -187,6 +197,7 @@ def test_nothing_is_done_twice_and_one_more_method_asks_for_what_it_needs(finish
         (("--config.tuning.methods=entropy",), r"tuning.methods: unknown value 'entropy'"),
         (("--config.selection.splits=best",), "selection.splits: expected numbers or 'auto'"),
         (("--config.tuning.methods=easiest",), "expected flexrand among them"),
+        (("--config.selection.score=el2n",), "comes from training on what 'auto' holds out"),
         (("--config.selection.allocation=nucs",), "is tuned with allocation='proportional'"),
         (("--config.selection.score=dcl",), "Did you mean 'dlc'?"),
     ],
@@ -213,7 +224,37 @@ def test_features_and_records_of_other_scores_are_not_taken(finished, tmp_path):
         said = run(tmp_path / "run", smaller, methods=(method,), stages=("select",), code=2)
         assert f"has no {missing}" in said
     said = run(tmp_path / "run", smaller, methods=("entropy",), stages=("select",), code=2)
-    assert "entropy" in said
+    assert "no column 'entropy'" in said
+
+
+def test_features_and_record_outlive_other_probes(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    before = (tmp_path / "run" / "scores" / "features.npz").stat().st_mtime_ns
+    said = run(tmp_path / "run", "--config.probe.num_probes=2", stages=("score",))
+    assert "score: 2 probes" in said
+    assert "features: unchanged" in said
+    assert "record: unchanged" in said
+    assert (tmp_path / "run" / "scores" / "features.npz").stat().st_mtime_ns == before
+    assert pq.read_table(tmp_path / "run" / "scores" / "scores.parquet").num_columns == 3 + 10
+
+
+def test_columns_go_with_the_record_they_are_of(finished, tmp_path):
+    """Other training settings, and a process that dies before the new record is there."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    said = run(tmp_path / "run", "--config.finetune.learning_rate=1e30", stages=("score",), code=2)
+    assert "learning_rate" in said
+    assert pq.read_table(tmp_path / "run" / "scores" / "scores.parquet").num_columns == 3 + 1
+    told = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert "training" not in told["stages"]
+
+
+def test_damaged_features_are_not_taken(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / "scores" / "features.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, "features": arrays["features"] + 1})
+    said = run(tmp_path / "run", methods=("herding",), stages=("select",), code=2)
+    assert "has no features of these scores" in said
 
 
 def test_another_tolerance_is_told_and_nothing_is_tuned_again(finished, tmp_path):
@@ -228,13 +269,33 @@ def test_another_tolerance_is_told_and_nothing_is_tuned_again(finished, tmp_path
 
 def test_what_another_tuning_chose_is_not_exported(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
-    export = ("--config.export.forms=npy",)
+    export = ("--config.export.forms=json",)
     run(tmp_path / "run", *export, methods=("auto",), stages=("export",))
     assert (tmp_path / "run" / "exports").is_dir()
-    run(tmp_path / "run", "--config.tuning.num_repeats=6", methods=("auto",), stages=("tune",))
-    said = run(tmp_path / "run", *export, methods=("auto",), stages=("export",), code=2)
+    manifest = json.loads(
+        (tmp_path / "run" / "exports/auto/keep_0.20-seed_1/kept.json").read_text()
+    )
+    selected = json.loads((tmp_path / "run" / "selections/auto/keep_0.20-seed_1.json").read_text())
+    assert manifest["chosen"] == selected["chosen"]
+    for name in ("variant", "allocation", "per_class"):
+        assert manifest[name] == selected["how"][name]
+    other = ("--config.tuning.num_repeats=6", *export)
+    said = run(tmp_path / "run", *other, methods=("auto",), stages=("export",), code=2)
     assert "selected with tuning" in said
     assert "Run the stage 'select' again" in said
+
+
+def test_fewer_keep_fractions_are_not_tuned_again(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    fewer = "--config.selection.keep_fractions=0.2"
+    said = run(tmp_path / "run", fewer, methods=("auto",), stages=("select",))
+    assert "tune: unchanged" in said
+    more = "--config.selection.keep_fractions=0.4"
+    said = run(tmp_path / "run", more, methods=("auto",), stages=("select",))
+    assert "tune: unchanged" not in said
+    # those chosen before are as good as they were
+    export = "--config.export.forms=npy"
+    run(tmp_path / "run", export, methods=("auto",), stages=("export",))
 
 
 def test_a_table_half_changed_is_made_anew(finished, tmp_path):

@@ -44,7 +44,7 @@ def test_where_hard_means_mislabelled_the_easiest_are_chosen(tuned):
         choice = found.choice(keep)
         assert choice.method == "easiest"
         assert found.row(*choice[:3]).to_random.mean > 3
-        assert "beyond noise" in choice.why
+        assert "points, beyond noise" in choice.why
         assert rows[keep, "hardest", None].to_random.mean < -5
         assert found.choice(keep, of="splits").split in (0.3, 0.5)
     assert found.num_repeats == 25
@@ -231,6 +231,21 @@ def test_small_sets_can_be_tuned_whatever_the_seed(num):
         assert all(len(part) for part in watched.held_out)
 
 
+def test_a_choice_that_goes_by_features_takes_those_that_were_tuned(tuned):
+    found, scores, labels = tuned
+    _, _, features = noisy_labels()
+    herding = tuple(choice._replace(method="herding", split=None) for choice in found.methods)
+    found = dataclasses.replace(found, methods=herding)
+    arguments = {"method": "auto", "keep_fraction": 0.3, "tuning": found}
+    kept = dlc.select(scores, labels, features=features, **arguments)
+    plain = dlc.select(None, labels, method="herding", keep_fraction=0.3, features=features)
+    np.testing.assert_array_equal(kept.indices, plain.indices)
+    with pytest.raises(ValueError, match="made from other features"):
+        dlc.select(scores, labels, features=features[::-1], **arguments)
+    with pytest.raises(ValueError, match="features"):
+        dlc.select(scores, labels, **arguments)
+
+
 def curve_of(gaps: dict[float, tuple[float, float]]) -> Tuning:
     """A tuning with these gaps to the full set, mean and half width."""
     rows = [
@@ -238,7 +253,7 @@ def curve_of(gaps: dict[float, tuple[float, float]]) -> Tuning:
         for keep, (mean, half) in gaps.items()
     ]
     choices = tuple(Choice(row.keep_fraction, "random", None, "") for row in rows)
-    return Tuning(tuple(rows), choices, (), 80.0, "linear_probe", 10, 0, "", 0.0)
+    return Tuning(tuple(rows), choices, (), 80.0, "linear_probe", 10, 0, "", None, 0.0)
 
 
 def test_the_smallest_keep_fraction_that_will_do():
@@ -289,7 +304,18 @@ def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_pat
 
     monkeypatch.setattr("dlc_jax.training.finetuner.Finetuner.run", refuse)
     np.testing.assert_array_equal(trials(asked, held_out), correct)
-    assert trials.earlier_seconds > 0
+    assert trials.earlier_seconds == 0  # they are its own
+    later = FinetuneTrials(
+        sample_encoder,
+        some,
+        dlc.training.FinetuneConfig(**settings),
+        image_size=32,
+        folder=tmp_path / "trials",
+    )
+    for _ in range(2):
+        np.testing.assert_array_equal(later(asked, held_out), correct)
+        files = [np.load(path) for path in (tmp_path / "trials").glob("*.npz")]
+        assert later.earlier_seconds == pytest.approx(sum(file["seconds"] for file in files))
 
 
 def test_one_class_or_equal_scores_or_features_are_defined():

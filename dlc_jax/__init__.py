@@ -13,10 +13,14 @@ __version__ = "0.1.0"
 
 from dlc_jax.checks import InputError
 from dlc_jax.datasets import array_dataset, load_dataset, stratified_split
+from dlc_jax.datasets.instructions import Instructions, load_instructions
 from dlc_jax.encoders import Encoder, load_encoder
+from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.exports import export
 from dlc_jax.preprocess import ImageCache
+from dlc_jax.preprocess.tokens import tokenise
 from dlc_jax.probes import features, probe
+from dlc_jax.probes.responses import measure_responses, probe_responses, response_losses
 from dlc_jax.scores import score
 from dlc_jax.selection import select
 from dlc_jax.training import finetune, record_training
@@ -24,6 +28,7 @@ from dlc_jax.tuning import FinetuneTrials, LinearProbeConfig, keep_curve, linear
 from dlc_jax.types import (
     Dataset,
     ProbeLosses,
+    ResponseLosses,
     RunResult,
     Sample,
     Selection,
@@ -37,8 +42,11 @@ __all__ = [
     "FinetuneTrials",
     "ImageCache",
     "InputError",
+    "Instructions",
+    "LanguageModel",
     "LinearProbeConfig",
     "ProbeLosses",
+    "ResponseLosses",
     "RunResult",
     "Sample",
     "Selection",
@@ -52,10 +60,16 @@ __all__ = [
     "linear_probes",
     "load_dataset",
     "load_encoder",
+    "load_instructions",
+    "load_language_model",
+    "measure_responses",
     "probe",
+    "probe_responses",
     "record_training",
+    "response_losses",
     "score",
     "select",
     "stratified_split",
+    "tokenise",
     "tune",
 ]

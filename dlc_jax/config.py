@@ -16,8 +16,11 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from dlc_jax import checks
+from dlc_jax.datasets.instructions import TEMPLATES
 from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
+from dlc_jax.encoders.language_model import DECODER
 from dlc_jax.exports import FORMS, PARTS, RELEASED
+from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
 from dlc_jax.exports.released import PRETRAINS, check_name
 from dlc_jax.masking import MASKINGS, PLACEMENTS, SCHEDULES, check_path
 from dlc_jax.preprocess import ON_CORRUPT, ImageCache
@@ -32,6 +35,7 @@ from dlc_jax.tuning.settings import TuningConfig
 from dlc_jax.types import setting
 
 STAGES = ("score", "tune", "select", "export", "finetune", "report")
+INSTRUCTION_STAGES = ("score", "select", "export")
 _DEFAULT_STAGES = ("score", "select")
 
 
@@ -41,7 +45,11 @@ class DatasetConfig:
 
     train: str = setting("", "source to prune: parquet:, folder:, tfds: or demo:<where>")
     test: str | None = setting(None, "source to test on; read by the stage finetune only")
-    on_corrupt: str = setting("error", f"unreadable image: {' or '.join(ON_CORRUPT)}")
+    on_corrupt: str = setting("error", f"unreadable sample: {' or '.join(ON_CORRUPT)}")
+    template: str | None = setting(
+        None, f"of instructions: {', '.join(TEMPLATES)}; None: by their columns"
+    )
+    category: str | None = setting(None, "column of instructions that tells their class, if any")
 
     def check(self) -> None:
         if not self.train:
@@ -49,28 +57,36 @@ class DatasetConfig:
                 "dataset.train: missing; give a source such as folder:/data/flowers."
             )
         checks.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)
+        if self.template is not None:
+            checks.one_of("dataset.template", self.template, TEMPLATES)
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """The pre-trained network that is probed."""
 
-    name: str = setting("resnet18", ", ".join(ENCODERS))
+    name: str = setting("resnet18", f"{', '.join(ENCODERS)}; {DECODER}: a language model")
     weights: str = setting("", "hub id, .safetensors file, folder, or demo:resnet18")
+    max_length: int | None = setting(
+        None, "of instructions, in tokens; None: 2048, or the model's limit if it is lower"
+    )
     image_size: int = setting(224, "side of the images in pixels")
     pooling: str | None = setting(None, f"ViT pooling: {', '.join(POOLINGS)}; None: by mode")
     mean: tuple[float, ...] | None = setting(None, "RGB mean; None: the checkpoint's, by mode")
     std: tuple[float, ...] | None = setting(None, "RGB deviation; None: the checkpoint's, by mode")
 
     def check(self) -> None:
-        checks.one_of("encoder.name", self.name, ENCODERS)
+        checks.one_of("encoder.name", self.name, (*ENCODERS, DECODER))
         if not self.weights:
             raise checks.InputError(
                 "encoder.weights: missing; give a hub id such as 'timm/resnet18.tv_in1k', a "
                 ".safetensors file or a folder."
             )
         checks.at_least("encoder.image_size", self.image_size, 8)
-        check_pooling(self.name, self.pooling)
+        if self.name != DECODER:
+            check_pooling(self.name, self.pooling)
+        if self.max_length is not None:
+            checks.at_least("encoder.max_length", self.max_length, 2)
         checks.normalisation(self.mean, self.std)
 
 
@@ -84,7 +100,8 @@ class ProbeConfig:
     max_sparsity: float = setting(1.0, "cuts the path, in (0, 1]")
     step: float = setting(0.02, "share of weights zeroed per step")
     masking: str = setting("l1", ", ".join(MASKINGS))
-    batch_size: int = setting(128, "samples per call of the probe program")
+    batch_size: int = setting(128, "images per call of the probe program")
+    tokens_per_batch: int = setting(8192, "tokens of instructions per call of it")
     chunk: str | int = setting("auto", "most probes side by side, or auto")
     dtype: str = setting("float32", f"of the network: {', '.join(DTYPES)}")
     augment: bool = setting(False, "fresh random crop and flip for every probe")
@@ -99,6 +116,7 @@ class ProbeConfig:
         )
         checks.one_of("probe.masking", self.masking, MASKINGS)
         checks.at_least("probe.batch_size", self.batch_size, 1)
+        checks.at_least("probe.tokens_per_batch", self.tokens_per_batch, 1)
         resolve_chunk(self.chunk, self.num_probes)
         checks.one_of("probe.dtype", self.dtype, DTYPES)
 
@@ -172,8 +190,9 @@ class Config:
         checks.seed(self.seed)
         if not self.stages:
             raise checks.InputError(f"stages: expected one or more of {', '.join(STAGES)}.")
+        known = INSTRUCTION_STAGES if self.is_of_instructions else STAGES
         for stage in self.stages:
-            checks.one_of("stages", stage, STAGES)
+            checks.one_of("stages", stage, known)
         if {"score", "export", "finetune"} & set(self.stages):
             self.dataset.check()
         if {"score", "finetune"} & set(self.stages):
@@ -190,8 +209,35 @@ class Config:
         self.selection.check(self.mode)
         if self.need.tuning:
             self._check_tuning()
+        self._check_kind()
         self.export.check()
         self.finetune.check()
+
+    @property
+    def is_of_instructions(self) -> bool:
+        """Whether instructions are pruned, by a language model."""
+        return self.encoder.name == DECODER
+
+    def _check_kind(self) -> None:
+        """Raises ValueError where something asked for is not there for this kind of data."""
+        if not self.is_of_instructions:
+            if SCORES[self.selection.score].of == "responses":
+                raise checks.InputError(
+                    f"selection.score: {self.selection.score!r} is of instructions; expected "
+                    f"encoder.name {DECODER!r} with it."
+                )
+            return
+        if self.mode != "default":
+            raise checks.InputError("mode: of instructions there is no 'official' code.")
+        need = self.need
+        if need.features or need.training:
+            raise checks.InputError(
+                "selection.methods: of instructions there are neither features nor a record of "
+                "training; expected methods that go by scores, such as flexrand, easiest, ccs."
+            )
+        if "export" in self.stages:
+            for form in self.export.forms:
+                checks.one_of("export.forms, of instructions", form, INSTRUCTION_EXPORTS)
 
     def _check_tuning(self) -> None:
         if self.mode == "official":

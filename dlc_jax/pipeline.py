@@ -16,6 +16,11 @@ from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets import load_dataset
 from dlc_jax.export_stage import run_exports
+from dlc_jax.instructions_stage import (
+    READABLE,
+    run_exports_instructions,
+    run_score_instructions,
+)
 from dlc_jax.score_stage import Load, check_scores_are_whole, load_configured, run_score
 from dlc_jax.select_stage import run_select
 from dlc_jax.selection import Cell
@@ -38,6 +43,9 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
     """
     artefacts.prepare_workdir(workdir)
     load = functools.cache(load_dataset)  # stages share data sets, and their fingerprints
+    if config.is_of_instructions:
+        _run_instructions(config, workdir, echo)
+        return
     if "finetune" in config.stages:  # a mistake there should not cost a scoring pass first
         class_ids_by_name(load(_test_source(config)), load(config.dataset.train))
     resolved = run_score(config, workdir, load, echo) if "score" in config.stages else config
@@ -48,6 +56,20 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
         _report(config, workdir, echo)
     if failures:
         raise checks.InputError(f"{len(failures)} runs failed: {'; '.join(failures)}")
+
+
+def _run_instructions(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+    if "score" in config.stages:
+        run_score_instructions(config, workdir, echo)
+    check_scores_are_whole(workdir)
+    samples, shown = artefacts.read_scores(workdir), None
+    artefacts.write_json(workdir / artefacts.CONFIG, config.to_dict())
+    known = SelectionInputs(config, workdir, samples)
+    if "select" in config.stages:
+        shown = run_select(config, workdir, known, echo)
+    _summarise(workdir, samples, shown, echo, READABLE)
+    if "export" in config.stages:
+        run_exports_instructions(config, workdir, known, echo)
 
 
 def _use_scores(
@@ -141,7 +163,11 @@ def _report(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
 
 
 def _summarise(
-    workdir: Path, samples: ScoredSamples, shown: Selection | None, echo: Callable[[str], None]
+    workdir: Path,
+    samples: ScoredSamples,
+    shown: Selection | None,
+    echo: Callable[[str], None],
+    picture: str = artefacts.PICTURE,
 ) -> None:
     indices = None
     echo("")
@@ -171,4 +197,4 @@ def _summarise(
         "seconds, when last run: "
         + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     )
-    echo(f"files: {workdir}/ ({artefacts.SCORES}, {artefacts.PICTURE}, selections/)")
+    echo(f"files: {workdir}/ ({artefacts.SCORES}, {picture}, selections/)")

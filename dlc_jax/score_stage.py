@@ -26,6 +26,7 @@ from dlc_jax.types import Dataset, ProbeLosses
 Load: TypeAlias = Callable[[str], Dataset]  # by source
 # Settings that change speed and memory, but not what comes out.
 _SPEED_ONLY = ("batch_size", "chunk")
+_NOT_OF_IMAGES = ("tokens_per_batch",)
 _MEASURED = (artefacts.LOSSES, artefacts.PICTURE)  # what scores.parquet can be made of
 _SHORT_PATH = 0.5  # sparsity; both schedules of 50 probes go beyond it
 
@@ -124,7 +125,7 @@ def _measure_dlc(
         seed=config.seed,
         mode=config.mode,
         progress=True,
-        **config.to_dict()["probe"],
+        **_probe_settings(config),
     )
     echo(f"score: {len(probes.sparsity)} probes up to sparsity {probes.sparsity[-1]:.2f}")
     if config.probe.placement == "grid" and probes.sparsity[-1] < _SHORT_PATH:
@@ -278,16 +279,21 @@ def _write_columns(workdir: Path, columns: dict[str, np.ndarray]) -> None:
 
 
 def _dlc_inputs(config: Config, made_of: dict[str, Any]) -> str:
-    settings = config.to_dict()
-    probe_settings = {k: v for k, v in settings["probe"].items() if k not in _SPEED_ONLY}
+    settings = {k: v for k, v in _probe_settings(config).items() if k not in _SPEED_ONLY}
     return artefacts.json_hash(
         {
             "version": dlc_jax.__version__,
             "seed": config.seed,
-            "probe": probe_settings,
+            "probe": settings,
             **made_of,
         }
     )
+
+
+def _probe_settings(config: Config) -> dict[str, Any]:
+    """Returns those of the settings of probes that images have."""
+    settings = config.to_dict()["probe"]
+    return {name: settings[name] for name in settings if name not in _NOT_OF_IMAGES}
 
 
 def _dataset_facts(dataset: Dataset, probes: ProbeLosses) -> dict[str, Any]:

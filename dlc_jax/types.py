@@ -170,6 +170,23 @@ class ProbeLosses:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ResponseLosses:
+    """How well a language model, not masked, predicts responses.
+
+    Attributes:
+      losses: [n] mean cross-entropy per token of the response given its prompt, in nats.
+      alone: [n] the same without the prompt.
+      num_tokens: [n] tokens of the response.
+      ids: [n] sample ids.
+    """
+
+    losses: Float32[np.ndarray, " n"]
+    alone: Float32[np.ndarray, " n"]
+    num_tokens: Int64[np.ndarray, " n"]
+    ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainingRecord:
     """What fine-tuning on a whole data set showed of every sample.
 

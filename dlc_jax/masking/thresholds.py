@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int, Real
 
+from dlc_jax.masking.counting import keys_and_cutoffs
 from dlc_jax.masking.importance import Importance
 from dlc_jax.types import Params, by_path, path_name
 
 # A magnitude's bits, read as an integer, order as the magnitude does. Compared as floats, XLA on
 # CPU takes all denormal weights for zero, and the count would miss.
 _ALL_BUT_SIGN = 0x7FFFFFFF
+_TOO_MANY_TO_SORT = 1 << 28  # a gigabyte of keys
 
 
 class Thresholds(NamedTuple):
@@ -40,7 +42,7 @@ def exact_thresholds(
     """Returns thresholds that zero exactly `counts[k]` weights, over all prunable leaves together.
 
     Ties go by position: leaves in the order of `prunable`, row-major within a leaf, first goes
-    first. One sort on the host, whatever the number of probes.
+    first. One sort on the host, whatever the number of probes; or, for a large model, none.
 
     Args:
       params: The encoder's parameters.
@@ -50,6 +52,11 @@ def exact_thresholds(
     """
     leaves = by_path(params)
     sizes = [int(np.prod(leaves[path].shape)) for path in prunable]
+    if sum(sizes) >= _TOO_MANY_TO_SORT:
+        matters = [leaves[path] if importance is None else importance[path] for path in prunable]
+        key_of = _magnitude if importance is None else _bits
+        keys, cutoff = keys_and_cutoffs(matters, counts, key_of)
+        return Thresholds(keys if importance is None else keys.view(matters[0].dtype), cutoff)
     flat = np.concatenate(
         [
             (np.asarray(leaves[path], np.float32).view(np.int32) & _ALL_BUT_SIGN).ravel()
@@ -109,3 +116,7 @@ def masked(
 def _magnitude(leaf: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.int32)
     return bits & _ALL_BUT_SIGN
+
+
+def _bits(importance: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(importance, jnp.int32)

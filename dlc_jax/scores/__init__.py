@@ -12,13 +12,20 @@ from jaxtyping import Float32
 from dlc_jax import checks
 from dlc_jax.scores.checked import check_record
 from dlc_jax.scores.dlc import dlc
+from dlc_jax.scores.responses import ifd, length, perplexity
 from dlc_jax.scores.training import el2n, entropy, forgetting, grand, least_confidence, margin
-from dlc_jax.types import ProbeLosses, TrainingRecord
+from dlc_jax.types import ProbeLosses, ResponseLosses, TrainingRecord
 
 __all__ = ["SCORES", "Score", "column_name", "score"]
 
 _PUBLISHED = ("published",)
 _BOTH = ("published", "deepcore")
+# What a score is computed from -> what gives it.
+_GIVEN_BY = {
+    "losses": "losses, as dlc.probe(encoder, dataset) gives them",
+    "training": "a TrainingRecord, as dlc.record_training(encoder, dataset) gives it",
+    "responses": "ResponseLosses, as dlc.measure_responses(model, data) gives them",
+}
 
 
 class Score(NamedTuple):
@@ -26,7 +33,8 @@ class Score(NamedTuple):
 
     Attributes:
       compute: (what `of` says, variant) to scores [n].
-      of: `losses`, a matrix [m, n], or `training`, a `TrainingRecord`.
+      of: `losses`, a matrix [m, n], `training`, a `TrainingRecord`, or `responses`,
+        `ResponseLosses` of instruction data.
       variants: Definitions that it knows; `published`, and `deepcore` where that library's differs.
     """
 
@@ -64,6 +72,9 @@ SCORES: dict[str, Score] = {
         lambda record, _: el2n(jnp.asarray(record.early_logits), jnp.asarray(record.labels)),
         "training",
     ),
+    "perplexity": Score(lambda responses, _: perplexity(responses), "responses"),
+    "ifd": Score(ifd, "responses", ("published", "superfiltering")),
+    "length": Score(lambda responses, _: length(responses), "responses"),
 }
 
 
@@ -73,7 +84,7 @@ def column_name(method: str, variant: str) -> str:
 
 
 def score(
-    of: ProbeLosses | TrainingRecord | np.ndarray,
+    of: ProbeLosses | TrainingRecord | ResponseLosses | np.ndarray,
     *,
     method: str = "dlc",
     variant: str = "published",
@@ -81,12 +92,14 @@ def score(
     """Returns how hard each sample is to learn; higher is harder.
 
     Args:
-      of: What `probe` returned, or a bare matrix of losses [m, n] of your own, for `dlc`; what
+      of: What `probe` or `probe_responses` returned, or a bare matrix of losses [m, n] of your
+        own, for `dlc`; what `measure_responses` returned for `perplexity`, `ifd` and `length`; what
         `record_training` returned for all others.
       method: `dlc`, the mean loss along the path; `least_confidence`, `entropy`, `margin`,
-        `forgetting`, `grand`, `el2n`: see the functions in `dlc_jax.scores.training`.
+        `forgetting`, `grand`, `el2n`: see the functions in `dlc_jax.scores.training`;
+        `perplexity`, `ifd`, `length`: see `dlc_jax.scores.responses`.
       variant: `published`, or `deepcore` for what that library computes instead: by
-        `least_confidence`, `forgetting` and `grand`.
+        `least_confidence`, `forgetting` and `grand`; `superfiltering` of `ifd`.
     Raises:
       ValueError: an unknown method or variant, something else than the method needs, or values
         that are not finite.
@@ -94,18 +107,15 @@ def score(
     checks.one_of("score method", method, SCORES)
     chosen = SCORES[method]
     checks.one_of(f"variant of the score {method}", variant, chosen.variants)
-    is_record = isinstance(of, TrainingRecord)
-    if is_record != (chosen.of == "training"):
-        needed = (
-            "losses, as dlc.probe(encoder, dataset) gives them"
-            if is_record
-            else "a TrainingRecord, as dlc.record_training(encoder, dataset) gives it"
-        )
+    kinds = {TrainingRecord: "training", ResponseLosses: "responses"}
+    if kinds.get(type(of), "losses") != chosen.of:
+        needed = _GIVEN_BY[chosen.of]
         raise checks.InputError(f"score method {method!r}: needs {needed}; got {_described(of)}.")
     if isinstance(of, TrainingRecord):
         check_record(of)
-        return np.array(chosen.compute(of, variant))
-    return chosen.compute(_losses(of), variant)
+    elif not isinstance(of, ResponseLosses):
+        of = _losses(of)
+    return np.array(chosen.compute(of, variant))
 
 
 def _losses(of: ProbeLosses | np.ndarray) -> np.ndarray:

@@ -241,3 +241,32 @@ def test_masked_leaves_other_parameters_alone(sample_encoder):
 def test_an_encoder_without_prunable_parameters_is_refused(sample_encoder):
     with pytest.raises(ValueError, match="is_prunable accepts none"):
         prunable_paths(sample_encoder.params, lambda path: False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("masking", ["l1", "random", "steps"])
+@given(num_values=st.integers(1, 30), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=15, deadline=None)
+def test_counting_finds_the_masks_that_sorting_finds(dtype, masking, num_values, seed):
+    """Few values, denormal ones and zeros among them, so that most thresholds fall on ties."""
+    generator = np.random.default_rng(seed)
+    values = generator.normal(size=num_values) * 10.0 ** generator.integers(-44, 3, num_values)
+    values[0] = 0
+    shapes = {"a": (1, 3), "b": (7, 3), "c": (40, 3)}  # always the same: each is compiled
+    params = {
+        path: jax.numpy.asarray(generator.choice(values, shape), dtype)
+        for path, shape in shapes.items()
+    }
+    prunable, num = tuple(params), sum(leaf.size for leaf in params.values())
+    counts = np.sort(generator.integers(0, num, 4))
+    importance = None if masking == "l1" else weight_importance(params, prunable, "random", 0)
+    if masking == "steps":
+        importance = {path: (9 * part).astype(np.int32) for path, part in importance.items()}
+    sorted_out = masks_of_path(params, prunable, importance, counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dlc_jax.masking.thresholds._TOO_MANY_TO_SORT", 0)
+        counted = masks_of_path(params, prunable, importance, counts)
+    for count, ours, theirs in zip(counts, counted, sorted_out, strict=True):
+        assert sum((~mask).sum() for mask in ours.values()) == count
+        for path in prunable:
+            np.testing.assert_array_equal(ours[path], theirs[path])

@@ -10,7 +10,7 @@ from records import NAMES, random_record, reordered
 
 import dlc_jax as dlc
 from dlc_jax.scores import SCORES, score
-from dlc_jax.types import TrainingRecord
+from dlc_jax.types import ResponseLosses, TrainingRecord
 
 EVERY = [(name, variant) for name, entry in SCORES.items() for variant in entry.variants]
 OF_TRAINING = [pair for pair in EVERY if SCORES[pair[0]].of == "training"]
@@ -21,12 +21,33 @@ def random_losses(num: int = 40) -> np.ndarray:
     return np.random.default_rng(0).normal(2.7, 0.02, (50, num)).astype(np.float32)
 
 
+def random_responses(num: int = 40) -> ResponseLosses:
+    generator = np.random.default_rng(0)
+    return ResponseLosses(
+        losses=generator.uniform(1, 3, num).astype(np.float32),
+        alone=generator.uniform(2, 4, num).astype(np.float32),
+        num_tokens=generator.integers(1, 99, num),
+        ids=np.arange(num).astype(np.str_),
+    )
+
+
+NOISE = {"losses": random_losses, "training": random_record, "responses": random_responses}
+
+
 def noise(method: str):
-    return random_record() if SCORES[method].of == "training" else random_losses()
+    return NOISE[SCORES[method].of]()
+
+
+def fields(of) -> dict:
+    """Returns the arrays that a score may look at."""
+    if isinstance(of, np.ndarray):
+        return {"losses": of}
+    names = NAMES if isinstance(of, TrainingRecord) else ("losses", "alone", "num_tokens")
+    return {name: getattr(of, name) for name in names}
 
 
 def test_the_names_are_the_fields():
-    expected = "dlc least_confidence entropy margin forgetting grand el2n"
+    expected = "dlc least_confidence entropy margin forgetting grand el2n perplexity ifd length"
     assert list(SCORES) == expected.split()
     with_quirks = [name for name, entry in SCORES.items() if "deepcore" in entry.variants]
     assert with_quirks == ["least_confidence", "forgetting", "grand"]
@@ -35,17 +56,14 @@ def test_the_names_are_the_fields():
 @every_score
 def test_one_finite_float32_per_sample_and_the_input_is_left_alone(method, variant):
     of = noise(method)
-    before = of.copy() if isinstance(of, np.ndarray) else dataclasses.replace(random_record())
+    before = fields(noise(method))
     scores = score(of, method=method, variant=variant)
     assert (scores.shape, scores.dtype) == ((40,), np.dtype(np.float32))
     assert np.isfinite(scores).all()
     assert scores.std() > 0
     scores[0] = 0  # the caller's own
-    if isinstance(of, np.ndarray):
-        np.testing.assert_array_equal(of, before)
-    else:
-        for name in NAMES:
-            np.testing.assert_array_equal(getattr(of, name), getattr(before, name))
+    for name, value in fields(of).items():
+        np.testing.assert_array_equal(value, before[name])
 
 
 @every_score
@@ -59,7 +77,11 @@ def test_the_order_of_the_samples_does_not_matter(method, variant):
     """For DeepCore's grand as long as batches are equally large."""
     order = np.random.default_rng(1).permutation(40)
     of = noise(method)
-    other = of[:, order] if isinstance(of, np.ndarray) else reordered(of, order)
+    if isinstance(of, ResponseLosses):
+        parts = {name: value[order] for name, value in fields(of).items()}
+        other = dataclasses.replace(of, **parts)
+    else:
+        other = of[:, order] if isinstance(of, np.ndarray) else reordered(of, order)
     np.testing.assert_allclose(
         score(other, method=method, variant=variant),
         score(of, method=method, variant=variant)[order],
@@ -100,7 +122,10 @@ def test_higher_is_harder(method, variant):
         num_epochs=5,
     )
     losses = np.array([[1, 2, 3], [1, 3, 4]], np.float32)
-    of = record if SCORES[method].of == "training" else losses
+    responses = ResponseLosses(
+        losses[0], np.full(3, 4, np.float32), np.array([1, 2, 3]), record.ids
+    )
+    of = {"training": record, "losses": losses, "responses": responses}[SCORES[method].of]
     scores = score(of, method=method, variant=variant)
     assert scores[0] < scores[1] < scores[2]
 
@@ -196,3 +221,27 @@ def test_probabilities_are_the_softmax_of_the_last_logits():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-30)
     huge = dataclasses.replace(record, logits=record.logits * np.float32(1e4)).probabilities
     np.testing.assert_allclose(huge.sum(axis=1), 1, rtol=1e-6)
+
+
+def test_scores_of_responses_by_hand():
+    responses = ResponseLosses(
+        losses=np.array([0.5, 2.0], np.float32),
+        alone=np.array([1.0, 1.6], np.float32),
+        num_tokens=np.array([3, 8]),
+        ids=np.array(["a", "b"]),
+    )
+    np.testing.assert_allclose(score(responses, method="perplexity"), np.exp([0.5, 2.0]), rtol=1e-6)
+    np.testing.assert_allclose(score(responses, method="ifd"), [0.5, 1.25])
+    ratio = np.exp([0.5, 2.0]) / np.exp([1.0, 1.6])
+    found = score(responses, method="ifd", variant="superfiltering")
+    np.testing.assert_allclose(found, ratio, rtol=1e-6)
+    np.testing.assert_array_equal(score(responses, method="length"), [3, 8])
+    certain = dataclasses.replace(responses, alone=np.array([1, 0], np.float32))
+    with pytest.raises(
+        ValueError, match="1 responses have no loss without their prompt, such as b"
+    ):
+        score(certain, method="ifd")
+    with pytest.raises(ValueError, match="needs ResponseLosses"):
+        score(random_losses(), method="perplexity")
+    with pytest.raises(ValueError, match=r"needs losses, as dlc\.probe"):
+        score(responses)

@@ -1,0 +1,296 @@
+"""One decoder for Llama 3, Llama 3.1, Mistral and Gemma 2, token ids to logits.
+
+They differ by the switches of `DecoderConfig`, which a Hugging Face `config.json` decides. The
+arithmetic is that of their torch classes in transformers, rounding steps of half precision
+included.
+
+Sources: Grattafiori et al. 2024, arXiv 2407.21783; Jiang et al. 2023, arXiv 2310.06825; Gemma Team
+2024, arXiv 2408.00118; Su et al. 2021, arXiv 2104.09864, for rotary positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretch of slow rotations to a longer context.
+
+    Attributes:
+      factor: By which wavelengths over `original_length / low_freq_factor` grow.
+      low_freq_factor, high_freq_factor: Between the two wavelengths the factor fades in.
+      original_length: Context in tokens that the model was pre-trained with.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches.
+
+    Attributes:
+      vocab_size, width, num_heads, num_kv_heads, head_dim, mlp_width: Sizes. Each key and value
+        head serves num_heads / num_kv_heads query heads.
+      windows: Per block, how many tokens back attention sees, its own included; None: all.
+      max_length: Longest sequence the model is meant for, in tokens.
+      norm_epsilon: Of the root-mean-square norms.
+      rope_theta: Base of the rotations' wavelengths.
+      rope_scaling: None: as pre-trained.
+      attention_scale: Factor on query-key products.
+      attention_cap, final_cap: Bounds of tanh soft-caps on scores and logits; None: no cap.
+      activation: Of the gated MLP, in `ACTIVATIONS`.
+      sandwich: Whether what attention and MLP add is normed too.
+      offset_norm: Whether norms multiply by 1 + weight, before the cast to `dtype`.
+      scale_embedding: Whether embeddings are multiplied by sqrt(width).
+      tied: Whether the embedding is the head.
+    """
+
+    vocab_size: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    windows: tuple[int | None, ...]
+    max_length: int
+    norm_epsilon: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    attention_scale: float
+    attention_cap: float | None
+    final_cap: float | None
+    activation: str
+    sandwich: bool
+    offset_norm: bool
+    scale_embedding: bool
+    tied: bool
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.windows)
+
+
+class RmsNorm(nnx.Module):
+    """Divides by the root mean square over the width, in float32."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike):
+        start = 0.0 if config.offset_norm else 1.0
+        self.scale = nnx.Param(jnp.full((config.width,), start, dtype))
+        self.epsilon, self.offset = config.norm_epsilon, config.offset_norm
+
+    def __call__(self, x: Float[Array, "*b t d"]) -> Float[Array, "*b t d"]:
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.square(wide).mean(axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        if self.offset:
+            return (normed * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return normed.astype(x.dtype) * self.scale[...]
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and fewer key-value heads than query heads."""
+
+    def __init__(
+        self, config: DecoderConfig, window: int | None, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.q_proj = linear(config.width, config.num_heads * config.head_dim)
+        self.k_proj = linear(config.width, config.num_kv_heads * config.head_dim)
+        self.v_proj = linear(config.width, config.num_kv_heads * config.head_dim)
+        self.o_proj = linear(config.num_heads * config.head_dim, config.width)
+        self.head_dim, self.scale, self.cap = (
+            config.head_dim,
+            config.attention_scale,
+            config.attention_cap,
+        )
+        self.window = window
+
+    def __call__(
+        self, x: Float[Array, "b t d"], rotation: Rotation, is_token: Bool[Array, "b t"]
+    ) -> Float[Array, "b t d"]:
+        batch, length, _ = x.shape
+        q, k, v = (
+            project(x).reshape(batch, length, -1, self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = _rotate(q, rotation), _rotate(k, rotation)
+        mask = _visible(is_token, self.window)
+        if self.cap is None:
+            mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale)
+        else:
+            mixed = _capped_attention(q, k, v, mask, self.scale, self.cap)
+        return self.o_proj(mixed.reshape(batch, length, -1))
+
+
+class Mlp(nnx.Module):
+    """Gated linear unit."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.gate_proj = linear(config.width, config.mlp_width)
+        self.up_proj = linear(config.width, config.mlp_width)
+        self.down_proj = linear(config.mlp_width, config.width)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        gate = ACTIVATIONS[self.activation](self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each added to its input."""
+
+    def __init__(
+        self, config: DecoderConfig, window: int | None, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.attn = Attention(config, window, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
+        self.attn_norm = RmsNorm(config, dtype=dtype)
+        self.mlp_norm = RmsNorm(config, dtype=dtype)
+        self.sandwich = config.sandwich
+        if config.sandwich:
+            self.attn_norm_after = RmsNorm(config, dtype=dtype)
+            self.mlp_norm_after = RmsNorm(config, dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], rotation: Rotation, is_token: Bool[Array, "b t"]
+    ) -> Float[Array, "b t d"]:
+        added = self.attn(self.attn_norm(x), rotation, is_token)
+        x = x + (self.attn_norm_after(added) if self.sandwich else added)
+        added = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_norm_after(added) if self.sandwich else added)
+
+
+class Decoder(nnx.Module):
+    """Token ids to logits for the token after each.
+
+    Args:
+      config: Sizes and switches.
+      dtype: Of weights and activations; norms, softmax and positions are float32 in any case.
+      rematerialise: Whether a gradient computes activations of a block again instead of keeping
+        them.
+      rngs: Of random weights.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rematerialise: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.embedding = nnx.Embed(config.vocab_size, config.width, param_dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            [Block(config, window, dtype=dtype, rngs=rngs) for window in config.windows]
+        )
+        self.norm = RmsNorm(config, dtype=dtype)
+        if not config.tied:
+            self.head = nnx.Linear(
+                config.width, config.vocab_size, use_bias=False, param_dtype=dtype, rngs=rngs
+            )
+        self.config, self.rematerialise = config, rematerialise
+
+    def __call__(
+        self, tokens: Int[Array, "b t"], is_token: Bool[Array, "b t"] | None = None
+    ) -> Float[Array, "b t v"]:
+        """Returns logits.
+
+        Args:
+          tokens: Ids in [0, vocab_size), any where `is_token` is False.
+          is_token: False at padding, left or right, which no token sees; None: there is none.
+        """
+        return self.logits(self.hidden(tokens, is_token))
+
+    def hidden(
+        self, tokens: Int[Array, "b t"], is_token: Bool[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Returns the final, normed sequence, which `logits` takes."""
+        if is_token is None:
+            is_token = jnp.ones(tokens.shape, bool)
+        x = self.embedding(tokens)
+        if self.config.scale_embedding:
+            x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
+        rotation = _rotation(self.config, tokens.shape[1], x.dtype)
+        for block in self.blocks:
+            run = nnx.remat(Block.__call__) if self.rematerialise else Block.__call__
+            x = run(block, x, rotation, is_token)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Returns logits of some of the final sequence: for a long one, all at once are large."""
+        tied = self.config.tied
+        logits = self.embedding.attend(hidden) if tied else self.head(hidden)
+        cap = self.config.final_cap
+        return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+
+# Cosines and sines [t, head_dim] by which pairs of features turn at each position.
+Rotation = tuple[Float[Array, "t h"], Float[Array, "t h"]]
+
+
+def _rotation(config: DecoderConfig, length: int, dtype: DTypeLike) -> Rotation:
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * inverse_wavelengths(config)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def inverse_wavelengths(config: DecoderConfig) -> Float32[np.ndarray, " f"]:
+    """Returns the angle per token of each feature pair, stretched as `rope_scaling` says."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = 1 / np.power(np.float32(config.rope_theta), exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_length * frequencies / (2 * np.pi)  # in the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    share = np.clip((turns - low) / (high - low), 0, 1)  # that stays as it was
+    return (share * frequencies + (1 - share) * frequencies / scaling.factor).astype(np.float32)
+
+
+def _rotate(x: Float[Array, "b t k h"], rotation: Rotation) -> Float[Array, "b t k h"]:
+    cosines, sines = (part[None, :, None] for part in rotation)
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cosines + jnp.concatenate([-second, first], axis=-1) * sines
+
+
+def _visible(is_token: Bool[Array, "b t"], window: int | None) -> Bool[Array, "b 1 t t"]:
+    """Returns which tokens (last axis) each one sees."""
+    length = is_token.shape[1]
+    back = jnp.arange(length)[:, None] - jnp.arange(length)
+    seen = back >= 0 if window is None else (back >= 0) & (back < window)
+    return seen[None, None] & is_token[:, None, None, :]
+
+
+def _capped_attention(
+    q: Float[Array, "b t k h"],
+    k: Float[Array, "b t g h"],
+    v: Float[Array, "b t g h"],
+    mask: Bool[Array, "b 1 t t"],
+    scale: float,
+    cap: float,
+) -> Float[Array, "b t k h"]:
+    batch, length, num_heads, head_dim = q.shape
+    q = q.reshape(batch, length, k.shape[2], -1, head_dim)
+    scores = jnp.einsum("btgrh,bsgh->bgrts", q, k) * jnp.asarray(scale, q.dtype)
+    scores = jnp.tanh(scores / cap) * cap
+    scores = jnp.where(mask[:, :, None], scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrts,bsgh->btgrh", shares, v).reshape(batch, length, num_heads, head_dim)

@@ -1,0 +1,139 @@
+"""A decoder with its weights and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dlc_jax import checks
+from dlc_jax.encoders.decoder import Decoder, DecoderConfig
+from dlc_jax.encoders.huggingface import DTYPES, read_config, read_params
+from dlc_jax.types import Params, by_path
+
+DECODER = "decoder"  # as `encoder.name`
+_USUAL_LENGTH = 2048  # tokens
+_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A decoder: parameters, and a pure function of them.
+
+    Attributes:
+      params: Pytree of arrays, as `Decoder` nests it.
+      config: Sizes and switches.
+      dtype: Of weights and activations.
+      folder: Where configuration, weights and tokenizer are.
+      name: For messages and provenance.
+    """
+
+    params: Params = dataclasses.field(repr=False)
+    config: DecoderConfig
+    dtype: str
+    folder: Path
+    name: str
+
+    def hidden(
+        self, params: Params, tokens: Int[Array, "b t"], is_token: Bool[Array, "b t"]
+    ) -> Float[Array, "b t d"]:
+        """Returns the final, normed sequence under these parameters; see `Decoder.hidden`."""
+        return self._module(params).hidden(tokens, is_token)
+
+    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Returns logits of some of the final sequence under these parameters."""
+        return self._module(params).logits(hidden)
+
+    def _module(self, params: Params) -> Decoder:
+        return nnx.merge(self._graph, nnx.State(params))
+
+    @functools.cached_property
+    def _graph(self) -> nnx.GraphDef:
+        dtype = DTYPES[self.dtype]
+        module = nnx.eval_shape(lambda: Decoder(self.config, dtype=dtype, rngs=nnx.Rngs(0)))
+        return nnx.split(module)[0]
+
+    @staticmethod
+    def is_prunable(path: str) -> bool:
+        """Every linear projection of the blocks; not the embedding, the head or a norm."""
+        return path.startswith("blocks/") and path.endswith("/kernel")
+
+    def max_length(self, asked: int | None = None) -> int:
+        """Returns the longest sequence in tokens; ValueError if it is over the model's limit."""
+        limit = self.config.max_length
+        if asked is None:
+            return min(_USUAL_LENGTH, limit)
+        checks.at_least("max_length", asked, 2)
+        checks.at_most(f"max_length, of {self.name}", asked, limit)
+        return asked
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers; ValueError if the folder has none that can be read."""
+        from transformers import AutoTokenizer  # seconds, which images do not need
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except Exception as error:  # what it refuses, it refuses in many ways
+            raise checks.InputError(
+                f"{self.folder}: has no tokenizer that can be read: {checks.first_line(error)}"
+            ) from error
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and every parameter."""
+        digest = hashlib.sha256(repr((self.config, self.dtype)).encode())
+        for path, leaf in by_path(self.params).items():
+            digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
+
+
+def load_language_model(
+    weights: str,
+    *,
+    dtype: str = "bfloat16",
+    sharding_of: Any = None,
+) -> LanguageModel:
+    """Loads a Llama, Mistral or Gemma 2 model.
+
+    Args:
+      weights: A folder in Hugging Face format, or a hub id such as `mistralai/Mistral-7B-v0.3`.
+      dtype: `bfloat16`, `float16` or `float32`.
+      sharding_of: See `huggingface.read_params`.
+    Raises:
+      ValueError: nothing there, the hub cannot be reached, another architecture, or weights that do
+        not fit exactly.
+    """
+    checks.one_of("dtype", dtype, DTYPES)
+    folder = _located(weights)
+    config = read_config(folder)
+    params = read_params(folder, config, dtype, sharding_of)
+    return LanguageModel(params, config, dtype, folder, weights)
+
+
+def _located(weights: str) -> Path:
+    folder = Path(weights).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights):
+        raise checks.InputError(
+            f"weights: no folder {weights!r}, and that is no hub id (owner/name) either."
+        )
+    import huggingface_hub  # only when a hub id is used: the import costs half a second
+
+    try:
+        return Path(huggingface_hub.snapshot_download(weights, allow_patterns=list(_FILES)))
+    except Exception as error:  # its errors for no network, no such id and no access vary
+        raise checks.InputError(
+            f"weights: {weights!r} is neither a local folder nor could it be fetched from the "
+            f"Hugging Face hub ({checks.first_line(error)}). Without network: on a machine that "
+            "has it, download the repository into a folder, bring it here and give that folder."
+        ) from error

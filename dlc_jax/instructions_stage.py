@@ -1,0 +1,152 @@
+"""The stages `score` and `export` of instruction data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import dlc_jax
+from dlc_jax import artefacts, checks, provenance, reports
+from dlc_jax.artefacts import ScoredSamples
+from dlc_jax.config import Config
+from dlc_jax.datasets.instructions import Instructions, load_instructions
+from dlc_jax.encoders.language_model import LanguageModel, load_language_model
+from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
+from dlc_jax.preprocess.tokens import Tokenised, tokenise
+from dlc_jax.probes.responses import measure_responses, probe_responses
+from dlc_jax.scores import SCORES, column_name, score
+from dlc_jax.selection_inputs import SelectionInputs
+
+READABLE = "scores/easiest_hardest.md"
+
+
+def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+    """Scores instructions by DLC, perplexity, IFD and length, unless that is done.
+
+    Writes `scores/losses.npz`, `scores/scores.parquet` and `scores/easiest_hardest.md`.
+
+    Raises:
+      ValueError: anything wrong with data or model.
+    """
+    start = time.perf_counter()
+    data = load_instructions(config.dataset.train, config.dataset.template)
+    model = load_language_model(config.encoder.weights, dtype=config.probe.dtype)
+    max_length = model.max_length(config.encoder.max_length)
+    made_with = {
+        "seed": config.seed,
+        "probe": {k: v for k, v in config.to_dict()["probe"].items() if k != "tokens_per_batch"},
+        "max_length": max_length,
+        "on_corrupt": config.dataset.on_corrupt,
+        "category": config.dataset.category,
+    }
+    inputs = artefacts.json_hash(
+        [dlc_jax.__version__, made_with, data.fingerprint, model.fingerprint]
+    )
+    if provenance.is_done(workdir, "score", inputs):
+        echo("score: unchanged, not run again")
+        return
+    if config.dataset.category is not None:
+        data.categories(config.dataset.category)  # a mistake there should not cost a pass first
+    echo(f"score: {len(data)} instructions, {model.name} on {jax.default_backend()}")
+    tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=config.dataset.on_corrupt)
+    _tell_of_cuts(tokens, max_length, echo)
+    kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
+    samples = _scored(config, workdir, model, kept, tokens)
+    with artefacts.atomic(workdir / READABLE, "w") as file:
+        file.write(reports.easiest_hardest_text(kept, samples.scores["dlc"]))
+    facts = {
+        "dataset": {
+            "source": data.name,
+            "fingerprint": data.fingerprint,
+            "num_samples": len(data),
+            "num_truncated": int(tokens.truncated.sum()),
+            "skipped": tokens.skipped,
+        },
+        "encoder": {"name": model.name, "fingerprint": model.fingerprint},
+    }
+    paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(READABLE)]
+    seconds = time.perf_counter() - start
+    provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
+
+
+def _scored(
+    config: Config, workdir: Path, model: LanguageModel, data: Instructions, tokens: Tokenised
+) -> ScoredSamples:
+    """Measures and writes losses and scores."""
+    probe = config.probe
+    probes = probe_responses(
+        model,
+        tokens,
+        schedule=probe.schedule or "linear",
+        step=probe.step,
+        num_probes=probe.num_probes,
+        placement=probe.placement,
+        max_sparsity=probe.max_sparsity,
+        masking=probe.masking,
+        tokens_per_batch=probe.tokens_per_batch,
+        seed=config.seed,
+        progress=True,
+    )
+    responses = measure_responses(
+        model,
+        data,
+        max_length=config.encoder.max_length,
+        tokens_per_batch=probe.tokens_per_batch,
+        progress=True,
+    )
+    labels, class_names = probes.labels, probes.class_names
+    if config.dataset.category is not None:
+        labels, class_names = data.categories(config.dataset.category)
+    scores = {"dlc": score(probes)}
+    for name, method in SCORES.items():
+        if method.of == "responses":
+            for variant in method.variants:
+                scores[column_name(name, variant)] = score(responses, method=name, variant=variant)
+    artefacts.write_losses(
+        workdir, losses=probes.losses, sparsity=probes.sparsity, labels=labels, ids=probes.ids
+    )
+    samples = ScoredSamples(probes.ids, labels, class_names, scores)
+    artefacts.write_scores(workdir, samples)
+    return samples
+
+
+def _tell_of_cuts(tokens: Tokenised, max_length: int, echo: Callable[[str], None]) -> None:
+    if num := int(tokens.truncated.sum()):
+        echo(f"score: note: {num} of {len(tokens)} are cut off at {max_length} tokens")
+    if tokens.skipped:
+        echo(f"score: note: {len(tokens.skipped)} left out, their prompts alone are longer")
+
+
+def run_exports_instructions(
+    config: Config, workdir: Path, known: SelectionInputs, echo: Callable[[str], None]
+) -> None:
+    """Writes `exports/<method>/<cell>/<part>.<form>`: rows with all their original fields.
+
+    Raises:
+      ValueError: data that are not those that were scored, a selection that is not there.
+    """
+    data = load_instructions(config.dataset.train, config.dataset.template)
+    scored = artefacts.read_json(workdir / artefacts.PROVENANCE).get("dataset", {})
+    if scored.get("fingerprint") != data.fingerprint:
+        raise checks.InputError(
+            f"dataset.train: {data.name} is not what was scored in {workdir} "
+            f"({scored.get('source')}); expected that."
+        )
+    cells = config.selection.cells()
+    for cell in cells:
+        kept = known.read(cell)
+        assert kept.ids is not None  # it was read with them
+        is_kept = np.isin(data.ids, kept.ids)
+        parts = {"kept": is_kept, "dropped": ~is_kept}
+        for part in config.export.parts:
+            some = data.subset(np.flatnonzero(parts[part]))
+            for form in config.export.forms:
+                path = workdir / artefacts.EXPORTS / cell.name / f"{part}.{form}"
+                INSTRUCTION_EXPORTS[form](some, path)
+    num_each = len(config.export.forms) * len(config.export.parts)
+    echo(f"export: {len(cells) * num_each} exports of {len(cells)} selections written")
+    echo(f"files: {workdir / artefacts.EXPORTS}/")

@@ -1,0 +1,99 @@
+"""Thresholds without sorting: importances are counted by their bits, where they are.
+
+For models of billions of weights, possibly spread over devices: every pass goes over one leaf after
+the other and leaves numbers only. Programs are compiled for each shape of a leaf, which for small
+networks takes longer than to sort all weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, Int32, Int64
+
+HALF = 16  # bits
+_LOWER = (1 << HALF) - 1
+KeyOf = Callable[[jax.Array], jax.Array]  # weights or importances -> integers in their order
+
+
+def keys_and_cutoffs(
+    leaves: Sequence[jax.Array | np.ndarray], counts: Int64[np.ndarray, " m"], key_of: KeyOf
+) -> tuple[Int32[np.ndarray, " m"], Int32[np.ndarray, "m leaves"]]:
+    """Returns the key at each threshold, and where the ties begin that are kept.
+
+    Keys are counted by the upper half of their bits, and then, in the bins where a threshold lies,
+    by the lower half.
+
+    Args:
+      leaves: Weights or importances, in the order in which ties go.
+      counts: [m] how many go, each less than there are.
+      key_of: Gives int32 keys that are not negative.
+    """
+    upper = _total([_upper_counts(leaf, key_of) for leaf in leaves])
+    ends = np.cumsum(upper)
+    bins = np.searchsorted(ends, counts, side="right")
+    num_below = (ends - upper)[bins]
+    hit, slots = np.unique(bins, return_inverse=True)  # bins that hold thresholds
+    place = np.full(1 << HALF, len(hit), np.int32)
+    place[hit] = np.arange(len(hit))
+    lower = _total([_lower_counts(leaf, place, len(hit), key_of) for leaf in leaves])
+    lower = lower.reshape(len(hit), -1)
+    ends = np.cumsum(lower, axis=1)
+    rest = counts - num_below
+    within = np.array(
+        [np.searchsorted(ends[slot], num, "right") for slot, num in zip(slots, rest, strict=True)]
+    )
+    keys = (bins << HALF | within).astype(np.int32)
+    num_tied = rest - (ends - lower)[slots, within]
+    return keys, _cutoffs(leaves, keys, num_tied, key_of)
+
+
+def _cutoffs(
+    leaves: Sequence[jax.Array | np.ndarray],
+    keys: Int32[np.ndarray, " m"],
+    num_tied: Int64[np.ndarray, " m"],
+    key_of: KeyOf,
+) -> Int32[np.ndarray, "m leaves"]:
+    """Returns where the ties begin that are kept, `num_tied` of them going."""
+    equal = np.stack([np.asarray(_equal_counts(leaf, keys, key_of)) for leaf in leaves], axis=1)
+    before = np.cumsum(equal, axis=1, dtype=np.int64) - equal
+    left = np.clip(num_tied[:, None] - before, 0, equal)  # ties that go from each leaf
+    cutoffs = np.where(left == equal, [leaf.size for leaf in leaves], 0)
+    cutoffs[left == 0] = 0
+    for k, place in zip(*np.nonzero((left > 0) & (left < equal)), strict=True):
+        cutoffs[k, place] = _position(leaves[place], keys[k], left[k, place], key_of)
+    return cutoffs.astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="key_of")
+def _upper_counts(leaf: jax.Array, key_of: KeyOf) -> jax.Array:
+    return jnp.bincount((key_of(leaf) >> HALF).ravel(), length=1 << HALF)
+
+
+@functools.partial(jax.jit, static_argnames=("num_places", "key_of"))
+def _lower_counts(leaf: jax.Array, place: jax.Array, num_places: int, key_of: KeyOf) -> jax.Array:
+    key = key_of(leaf).ravel()
+    at = (jnp.asarray(place)[key >> HALF] << HALF) | (key & _LOWER)
+    return jnp.bincount(at, length=num_places << HALF)
+
+
+@functools.partial(jax.jit, static_argnames="key_of")
+def _equal_counts(leaf: jax.Array, keys: jax.Array, key_of: KeyOf) -> jax.Array:
+    key = key_of(leaf)
+    return jax.lax.map(lambda wanted: (key == wanted).sum(dtype=jnp.int32), keys)
+
+
+@functools.partial(jax.jit, static_argnames="key_of")
+def _position(leaf: jax.Array, key: jax.Array, nth: jax.Array, key_of: KeyOf) -> jax.Array:
+    """Returns the position of the weight with this key that nth others come before."""
+    is_it = (key_of(leaf) == key).ravel()
+    return jnp.argmax(jnp.cumsum(is_it, dtype=jnp.int32) > nth)
+
+
+def _total(counts: list[jax.Array]) -> Int[np.ndarray, " bins"]:
+    """Sums counts of leaves in 64 bits, which a few leaves of billions need."""
+    return np.sum([np.asarray(count, np.int64) for count in counts], axis=0)

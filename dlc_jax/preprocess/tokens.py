@@ -1,0 +1,168 @@
+"""Instructions as token ids, with the exact place where the response begins, in few shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+from dlc_jax import checks
+from dlc_jax.datasets.instructions import Instructions
+
+_SHORTEST = 32  # bucket, in tokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenised:
+    """Prompts and responses as the model reads them.
+
+    Attributes:
+      tokens: [n] arrays of ids: prompt, response, end of sequence; cut at `max_length`.
+      num_prompt: [n] tokens that hold nothing of the response; the others are what it is judged by.
+      truncated: [n] whether tokens were cut off.
+      ids: [n] of the samples.
+      skipped: Samples that were left out because the cut leaves nothing of their response, id: why.
+    """
+
+    tokens: tuple[Int32[np.ndarray, " _"], ...] = dataclasses.field(repr=False)
+    num_prompt: Int32[np.ndarray, " n"] = dataclasses.field(repr=False)
+    truncated: Bool[np.ndarray, " n"] = dataclasses.field(repr=False)
+    ids: np.ndarray = dataclasses.field(repr=False)
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_response(self) -> Int64[np.ndarray, " n"]:
+        """[n] tokens of the response, the end of the sequence included."""
+        return np.array([len(row) for row in self.tokens]) - self.num_prompt
+
+
+def tokenise(
+    data: Instructions, tokenizer: Any, max_length: int, *, on_corrupt: str = "error"
+) -> Tokenised:
+    """Tokenises prompt and response together, once.
+
+    A token that spans the boundary counts as the response's: without the response it would not be
+    there. Where the tokenizer cannot tell which characters a token covers, the prompt's tokens are
+    those that it shares with the prompt tokenised alone.
+
+    Args:
+      data: Prompts and responses.
+      tokenizer: A tokenizer of transformers. What it puts in front (begin of sequence) stays; its
+        end of sequence follows the response, where it has one.
+      max_length: Longest sequence in tokens; the end of longer ones is cut off.
+      on_corrupt: `error`, or `skip` to leave out samples whose response is cut off altogether.
+    Raises:
+      ValueError: such samples, by id, unless they are skipped.
+    """
+    checks.at_least("max_length", max_length, 2)
+    checks.one_of("on_corrupt", on_corrupt, ("error", "skip"))
+    rows, num_prompt, truncated, kept = [], [], [], []
+    skipped: dict[str, str] = {}
+    for position, (prompt, response) in enumerate(zip(data.prompts, data.responses, strict=True)):
+        ids, num_before = _joint(prompt, response, tokenizer)
+        if num_before >= max_length:
+            skipped[str(data.ids[position])] = (
+                f"its prompt alone has {num_before} tokens, of at most {max_length}"
+            )
+            continue
+        rows.append(np.array(ids[:max_length], np.int32))
+        num_prompt.append(num_before)
+        truncated.append(len(ids) > max_length)
+        kept.append(position)
+    if skipped and on_corrupt == "error":
+        name, why = next(iter(skipped.items()))
+        raise checks.InputError(
+            f"{data.name}: {len(skipped)} samples have no response left at max_length "
+            f"{max_length}, such as {name}: {why}; expected a larger one, or on_corrupt='skip'."
+        )
+    if not rows:
+        raise checks.InputError(f"{data.name}: no sample is left at max_length {max_length}.")
+    return Tokenised(
+        tuple(rows),
+        np.array(num_prompt, np.int32),
+        np.array(truncated),
+        data.ids[kept],
+        skipped,
+    )
+
+
+def _joint(prompt: str, response: str, tokenizer: Any) -> tuple[list[int], int]:
+    """Returns the ids of both together, and how many of them hold nothing of the response."""
+    if tokenizer.is_fast:
+        found = tokenizer(prompt + response, return_offsets_mapping=True, verbose=False)
+        ids = list(found["input_ids"])
+        ends = [end for _, end in found["offset_mapping"]]
+        # an end of sequence that the tokenizer put there covers no characters
+        num_before = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
+    else:
+        ids = list(tokenizer(prompt + response, verbose=False)["input_ids"])
+        alone = tokenizer(prompt, verbose=False)["input_ids"]
+        pairs = zip(alone, ids, strict=False)
+        num_before = next((i for i, (a, b) in enumerate(pairs) if a != b), len(alone))
+    end = tokenizer.eos_token_id
+    if end is not None and (not ids or ids[-1] != end):
+        ids.append(end)
+    return ids, num_before
+
+
+class TokenBatch(NamedTuple):
+    """Samples of similar length, padded on the right.
+
+    Attributes:
+      positions: Of the samples; the last rows of a batch that is not full repeat its first one.
+      tokens: Ids; 0 where there is none.
+      num_tokens: Of each sample.
+      num_prompt: Of these, before the response.
+    """
+
+    positions: Int64[np.ndarray, " r"]
+    tokens: Int32[np.ndarray, "b t"]
+    num_tokens: Int32[np.ndarray, " b"]
+    num_prompt: Int32[np.ndarray, " b"]
+
+
+def bucket_length(length: int, max_length: int) -> int:
+    """Returns the shape a sequence is padded to: two to each power of two, at most `max_length`."""
+    step = 1 << max((length - 1).bit_length() - 2, _SHORTEST.bit_length() - 1)
+    return min(-(-length // step) * step, max_length)
+
+
+def token_batches(
+    data: Tokenised, tokens_per_batch: int, max_length: int | None = None
+) -> Iterator[TokenBatch]:
+    """Yields all samples in batches of about equally many tokens, shortest first.
+
+    The shapes depend on lengths alone, so that programs are few: one per bucket.
+
+    Args:
+      data: From `tokenise`.
+      tokens_per_batch: Rows times padded length, at most, unless one row is longer.
+      max_length: Longest bucket; None: that of the longest sample.
+    """
+    lengths = np.array([len(row) for row in data.tokens])
+    longest = int(lengths.max()) if max_length is None else max_length
+    buckets = np.array([bucket_length(int(length), longest) for length in lengths])
+    for length in np.unique(buckets):
+        members = np.flatnonzero(buckets == length)
+        members = members[np.argsort(lengths[members], kind="stable")]
+        num_batches = -(-len(members) // max(1, tokens_per_batch // int(length)))
+        num_rows = -(-len(members) // num_batches)  # even, so that few rows are repeated
+        for start in range(0, len(members), num_rows):
+            yield _batch(data, members[start : start + num_rows], num_rows, int(length))
+
+
+def _batch(
+    data: Tokenised, positions: Int64[np.ndarray, " r"], num_rows: int, length: int
+) -> TokenBatch:
+    filled: Sequence[int] = [*positions, *[positions[0]] * (num_rows - len(positions))]
+    tokens = np.zeros((num_rows, length), np.int32)
+    for row, position in enumerate(filled):
+        tokens[row, : len(data.tokens[position])] = data.tokens[position]
+    num_tokens = np.array([len(data.tokens[position]) for position in filled], np.int32)
+    return TokenBatch(positions, tokens, num_tokens, data.num_prompt[filled])

@@ -1,0 +1,33 @@
+"""The easiest and the hardest instructions, to be read."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from dlc_jax.datasets.instructions import Instructions
+
+_NUM = 5  # of each end
+_LONGEST = 600  # characters shown of a prompt or response
+
+
+def easiest_hardest_text(data: Instructions, scores: Float[np.ndarray, " n"]) -> str:
+    """Returns Markdown with the samples of the lowest and of the highest scores."""
+    order = np.argsort(scores, kind="stable")
+    parts = []
+    for title, positions in (("Easiest", order[:_NUM]), ("Hardest", order[::-1][:_NUM])):
+        parts.append(f"# {title}\n")
+        for position in positions:
+            parts.append(
+                f"## {data.ids[position]}: DLC {scores[position]:.3f}\n\n"
+                f"{_quoted(data.prompts[position])}\n\n**Response**\n\n"
+                f"{_quoted(data.responses[position])}\n"
+            )
+    return "\n".join(parts)
+
+
+def _quoted(text: str) -> str:
+    shown = text.strip()
+    if len(shown) > _LONGEST:
+        shown = f"{shown[:_LONGEST]} ..."
+    return "\n".join(f"> {line}" for line in shown.splitlines())

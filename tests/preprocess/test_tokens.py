@@ -1,0 +1,151 @@
+"""Where the response begins, what is cut off, and shapes that are few."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from dlc_jax.datasets.instructions import instructions
+from dlc_jax.preprocess.tokens import Tokenised, bucket_length, token_batches, tokenise
+
+TEXTS = (
+    "### Instruction:\nName a river.\n\n### Response:\nThe Nile.",
+    "Question:\n\nwhat is a  café?\n Answer:\n\n\nA place; naïve 日本語 text\n\n",
+    "one two  three\n\n\n\nfour",
+)
+
+
+def wrapped(tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module", params=["bytes", "pieces"])
+def tokenizer(timm, request):
+    """Byte-level pairs as in Llama 3, and pieces that carry the space in front as in Mistral."""
+    special = ["<unk>", "<s>", "</s>"]
+    if request.param == "bytes":
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    tokenizer.train_from_iterator(TEXTS * 20, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return wrapped(tokenizer)
+
+
+def rows_of(*pairs):
+    return instructions([{"prompt": prompt, "response": response} for prompt, response in pairs])
+
+
+def test_every_boundary_is_exact(tokenizer):
+    """Each text, cut at every place: the prompt's tokens cover nothing of the response."""
+    for text in TEXTS:
+        for cut in range(1, len(text)):
+            prompt, response = text[:cut], text[cut:]
+            if not response.strip():
+                continue
+            found = tokenise(rows_of((prompt, response)), tokenizer, 512)
+            whole = tokenizer(text, return_offsets_mapping=True)
+            tokens, num_prompt = found.tokens[0].tolist(), int(found.num_prompt[0])
+            assert tokens == [*whole["input_ids"], tokenizer.eos_token_id]
+            assert not found.truncated[0]
+            for place, (_, end) in enumerate(whole["offset_mapping"]):
+                assert (end > cut) == (place >= num_prompt), (text, cut, place)
+
+
+def test_what_a_tokenizer_without_offsets_shares_with_the_prompt(tokenizer):
+    class Slow:
+        is_fast = False
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, text, verbose):
+            return {"input_ids": tokenizer(text)["input_ids"]}
+
+    for text in TEXTS:
+        for cut in range(1, len(text) - 3):
+            if not text[cut:].strip():
+                continue
+            data = rows_of((text[:cut], text[cut:]))
+            slow, fast = tokenise(data, Slow(), 512), tokenise(data, tokenizer, 512)
+            np.testing.assert_array_equal(slow.tokens[0], fast.tokens[0])
+            # never more than the prompt; fewer only where it was split up otherwise
+            assert slow.num_prompt[0] <= fast.num_prompt[0]
+
+
+def test_long_samples_are_cut_and_counted(tokenizer):
+    data = rows_of(("one two", "three\n\n\n\nfour"), ("one", "two"), ("one two three " * 9, "four"))
+    whole = tokenise(data, tokenizer, 512)
+    assert whole.truncated.tolist() == [False] * 3
+    limit = len(whole.tokens[0]) - 1
+    with pytest.raises(ValueError, match=rf"1 samples have no response left.*{data.ids[2]}"):
+        tokenise(data, tokenizer, limit)
+    cut = tokenise(data, tokenizer, limit, on_corrupt="skip")
+    assert list(cut.skipped) == [data.ids[2]]
+    assert cut.ids.tolist() == data.ids[:2].tolist()
+    assert cut.truncated.tolist() == [True, False]
+    np.testing.assert_array_equal(cut.tokens[0], whole.tokens[0][:limit])
+    assert cut.num_response.tolist() == [whole.num_response[0] - 1, whole.num_response[1]]
+    with pytest.raises(ValueError, match="no sample is left"):
+        tokenise(
+            data.__class__(data.prompts[2:], data.responses[2:], data.ids[2:], data.rows[2:]),
+            tokenizer,
+            limit,
+            on_corrupt="skip",
+        )
+
+
+@given(
+    lengths=st.lists(st.integers(2, 300), min_size=1, max_size=60),
+    budget=st.integers(1, 2000),
+)
+def test_batches_hold_every_sample_once_in_few_shapes(lengths, budget):
+    rows = tuple(np.arange(length, dtype=np.int32) + 1 for length in lengths)
+    data = Tokenised(
+        rows,
+        np.ones(len(rows), np.int32),
+        np.zeros(len(rows), bool),
+        np.arange(len(rows)).astype(np.str_),
+    )
+    seen, shapes = [], set()
+    for batch in token_batches(data, budget):
+        num_rows, length = batch.tokens.shape
+        shapes.add((num_rows, length))
+        assert num_rows * length <= max(budget, length)
+        seen += batch.positions.tolist()
+        for row, position in enumerate(batch.positions):
+            size = len(rows[position])
+            assert batch.num_tokens[row] == size
+            np.testing.assert_array_equal(batch.tokens[row, :size], rows[position])
+            assert (batch.tokens[row, size:] == 0).all()
+    assert sorted(seen) == list(range(len(rows)))
+    assert len(shapes) == len({length for _, length in shapes}) <= 9
+    batches = list(token_batches(data, budget))
+    num_repeated = sum(len(batch.tokens) - len(batch.positions) for batch in batches)
+    assert num_repeated < len(batches)
+
+
+@given(length=st.integers(1, 2048), more=st.integers(0, 2048))
+def test_buckets_fit(length, more):
+    longest = length + more
+    bucket = bucket_length(length, longest)
+    assert length <= bucket <= min(longest, max(2 * length, 32))
+    assert bucket_length(bucket, longest) == bucket

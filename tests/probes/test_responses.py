@@ -1,0 +1,197 @@
+"""Response losses against torch, unmasked and under torch's own global L1 masks."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import require_shared
+
+from dlc_jax.encoders.huggingface import torch_names
+from dlc_jax.encoders.language_model import load_language_model
+from dlc_jax.masking import exact_thresholds, masked, path_counts, prunable_paths
+from dlc_jax.preprocess.tokens import Tokenised
+from dlc_jax.probes.responses import probe_responses, response_losses
+from dlc_jax.types import by_path
+
+
+@pytest.fixture(scope="module")
+def models(timm, tmp_path_factory):
+    """A random small Llama, as ours and as torch's."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("llama")
+    theirs.save_pretrained(folder)
+    return load_language_model(str(folder), dtype="float32"), theirs
+
+
+def samples(vocab_size, lengths, num_prompt):
+    generator = np.random.default_rng(0)
+    rows = tuple(generator.integers(0, vocab_size, n).astype(np.int32) for n in lengths)
+    return Tokenised(
+        rows,
+        np.array(num_prompt, np.int32),
+        np.zeros(len(rows), bool),
+        np.arange(len(rows)).astype(np.str_),
+    )
+
+
+DATA = samples(97, (5, 40, 41, 200, 3, 130), (1, 39, 20, 7, 2, 128))
+
+
+def torch_losses(model, data):
+    import torch
+
+    found = []
+    for row, num_prompt in zip(data.tokens, data.num_prompt.tolist(), strict=True):
+        ids = torch.asarray(row.astype(np.int64))
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0]
+        found.append(
+            torch.nn.functional.cross_entropy(logits[num_prompt - 1 : -1], ids[num_prompt:]).item()
+        )
+    return np.array(found)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 300, 8192])
+def test_losses_are_those_of_torch(models, tokens_per_batch):
+    ours = response_losses(models[0], DATA, tokens_per_batch=tokens_per_batch)
+    np.testing.assert_allclose(ours, torch_losses(models[1], DATA), atol=1e-5)
+
+
+def test_losses_under_every_probe_are_those_under_the_masks_of_torch(models):
+    """Masks of torch.nn.utils.prune over all linear layers of the blocks together."""
+    import copy
+
+    import torch
+    from torch.nn.utils import prune
+
+    model, theirs = models
+    found = probe_responses(model, DATA, num_probes=5)
+    assert found.losses.shape == (5, len(DATA))
+    for losses, sparsity in zip(found.losses, found.sparsity, strict=True):
+        pruned = copy.deepcopy(theirs)
+        layers = [
+            (module, "weight")
+            for name, module in pruned.named_modules()
+            if isinstance(module, torch.nn.Linear) and name != "lm_head"
+        ]
+        num = sum(module.weight.numel() for module, _ in layers)
+        amount = round(float(sparsity) * num)
+        prune.global_unstructured(layers, prune.L1Unstructured, amount=amount)
+        np.testing.assert_allclose(losses, torch_losses(pruned, DATA), atol=2e-5)
+    np.testing.assert_allclose(found.sparsity, [0.1, 0.3, 0.5, 0.7, 0.9], atol=1e-4)
+
+
+def test_probes_of_the_grid_start_unmasked(models):
+    found = probe_responses(models[0], DATA, num_probes=2, placement="grid")
+    np.testing.assert_allclose(found.losses[0], response_losses(models[0], DATA), atol=1e-6)
+
+
+def test_masks_of_a_real_model_zero_as_many_weights_as_they_should(timm):
+    """The half-precision model has thousands of weights that tie at a threshold."""
+    model = load_language_model(str(require_shared("lm/tiny-llama")))
+    prunable = prunable_paths(model.params, model.is_prunable)
+    assert len(prunable) == 6 * 7
+    leaves = by_path(model.params)
+    assert {str(leaf.dtype) for leaf in leaves.values()} == {"bfloat16"}
+    num = sum(leaves[path].size for path in prunable)
+    counts = path_counts(num, num_probes=5, placement="midpoint").chosen
+    thresholds = exact_thresholds(model.params, prunable, None, counts)
+    for k, count in enumerate(counts):
+        one = jax.tree.map(lambda part, k=k: part[k], thresholds)
+        copy = by_path(masked(model.params, prunable, None, one))
+        zeros = sum(int((np.asarray(copy[path]) == 0).sum()) for path in prunable)
+        assert zeros == count
+        kept = max(
+            float(np.abs(np.asarray(leaves[p], np.float32))[np.asarray(copy[p]) == 0].max())
+            for p in prunable
+        )
+        assert kept <= float(np.asarray(one.value).view(np.float32))
+
+
+def test_a_real_model_on_real_text(timm):
+    import torch
+    import transformers
+
+    from dlc_jax.datasets.instructions import load_instructions
+    from dlc_jax.preprocess.tokens import tokenise
+
+    folder = require_shared("lm/tiny-llama")
+    model = load_language_model(str(folder), dtype="float32")
+    data = load_instructions(f"jsonl:{require_shared('instructions/dolly_hhrlhf_1000.jsonl')}")
+    tokens = tokenise(data, model.tokenizer, 1024, on_corrupt="skip")
+    some = Tokenised(
+        tokens.tokens[:12], tokens.num_prompt[:12], tokens.truncated[:12], tokens.ids[:12]
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    np.testing.assert_allclose(response_losses(model, some), torch_losses(theirs, some), atol=1e-5)
+
+
+def test_checkpoints_that_do_not_fit_are_refused(models, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    source = models[0].folder
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+
+    def refused(says, tensors=tensors, **changes):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=says):
+            load_language_model(str(tmp_path), dtype="float32")
+
+    refused("model_type 'qwen2'; expected llama, mistral, gemma2", model_type="qwen2")
+    refused("activation", hidden_act="relu")
+    refused("attention_bias is on", attention_bias=True)
+    refused(
+        "rope_type",
+        rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0},
+        max_position_embeddings=1024,
+    )
+    first, *_ = tensors
+    refused(f"tensors that are missing: {first}", {k: v for k, v in tensors.items() if k != first})
+    refused("without a place: more", {**tensors, "more": tensors[first]})
+    refused(
+        "another shape: model.norm.weight", {**tensors, "model.norm.weight": np.ones(3, np.float32)}
+    )
+    bad = tensors["model.norm.weight"].copy()
+    bad[0] = np.nan
+    refused("NaN or infinity: model.norm.weight", {**tensors, "model.norm.weight": bad})
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="not a readable safetensors"):
+        load_language_model(str(tmp_path))
+    with pytest.raises(ValueError, match="no folder"):
+        load_language_model("/there/is/none")
+
+
+def test_sharded_checkpoints_are_the_same(models, tmp_path):
+    models[1].save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    again = load_language_model(str(tmp_path), dtype="float32")
+    for path, leaf in by_path(models[0].params).items():
+        np.testing.assert_array_equal(by_path(again.params)[path], leaf)
+    next(tmp_path.glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"shards .* are missing"):
+        load_language_model(str(tmp_path), dtype="float32")
+
+
+def test_every_parameter_has_a_name_of_its_own(models):
+    leaves = by_path(models[0].params)
+    names = torch_names(models[0].config, leaves)
+    assert len(set(names.values())) == len(leaves) == 2 + 2 * 9 + 1

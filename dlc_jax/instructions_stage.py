@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import dlc_jax
-from dlc_jax import artefacts, checks, provenance, reports
+from dlc_jax import artefacts, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions, load_instructions
@@ -95,6 +95,7 @@ def _scored(
         model,
         data,
         max_length=config.encoder.max_length,
+        tokens=tokens,
         tokens_per_batch=probe.tokens_per_batch,
         progress=True,
     )
@@ -130,12 +131,7 @@ def run_exports_instructions(
       ValueError: data that are not those that were scored, a selection that is not there.
     """
     data = load_instructions(config.dataset.train, config.dataset.template)
-    scored = artefacts.read_json(workdir / artefacts.PROVENANCE).get("dataset", {})
-    if scored.get("fingerprint") != data.fingerprint:
-        raise checks.InputError(
-            f"dataset.train: {data.name} is not what was scored in {workdir} "
-            f"({scored.get('source')}); expected that."
-        )
+    provenance.check_is_what_was_scored(workdir, data)
     cells = config.selection.cells()
     for cell in cells:
         kept = known.read(cell)

@@ -43,12 +43,14 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
     """
     artefacts.prepare_workdir(workdir)
     load = functools.cache(load_dataset)  # stages share data sets, and their fingerprints
-    if config.is_of_instructions:
-        _run_instructions(config, workdir, echo)
-        return
     if "finetune" in config.stages:  # a mistake there should not cost a scoring pass first
         class_ids_by_name(load(_test_source(config)), load(config.dataset.train))
-    resolved = run_score(config, workdir, load, echo) if "score" in config.stages else config
+    resolved = config
+    if "score" in config.stages:
+        if config.is_of_instructions:
+            run_score_instructions(config, workdir, echo)
+        else:
+            resolved = run_score(config, workdir, load, echo)
     failures = []
     if config.stages != ("report",):
         failures = _use_scores(config, resolved.to_dict(), workdir, load, echo)
@@ -56,20 +58,6 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
         _report(config, workdir, echo)
     if failures:
         raise checks.InputError(f"{len(failures)} runs failed: {'; '.join(failures)}")
-
-
-def _run_instructions(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
-    if "score" in config.stages:
-        run_score_instructions(config, workdir, echo)
-    check_scores_are_whole(workdir)
-    samples, shown = artefacts.read_scores(workdir), None
-    artefacts.write_json(workdir / artefacts.CONFIG, config.to_dict())
-    known = SelectionInputs(config, workdir, samples)
-    if "select" in config.stages:
-        shown = run_select(config, workdir, known, echo)
-    _summarise(workdir, samples, shown, echo, READABLE)
-    if "export" in config.stages:
-        run_exports_instructions(config, workdir, known, echo)
 
 
 def _use_scores(
@@ -100,9 +88,13 @@ def _use_scores(
     if "select" in config.stages:
         shown = run_select(config, workdir, known, echo)
     if "score" in config.stages or "select" in config.stages:
-        _summarise(workdir, samples, shown, echo)
+        picture = READABLE if config.is_of_instructions else artefacts.PICTURE
+        _summarise(workdir, samples, shown, picture, echo)
     if "export" in config.stages:
-        run_exports(config, workdir, known, load(config.dataset.train), echo)
+        if config.is_of_instructions:
+            run_exports_instructions(config, workdir, known, echo)
+        else:
+            run_exports(config, workdir, known, load(config.dataset.train), echo)
     return _finetune(config, workdir, known, load, echo) if "finetune" in config.stages else []
 
 
@@ -166,8 +158,8 @@ def _summarise(
     workdir: Path,
     samples: ScoredSamples,
     shown: Selection | None,
+    picture: str,
     echo: Callable[[str], None],
-    picture: str = artefacts.PICTURE,
 ) -> None:
     indices = None
     echo("")

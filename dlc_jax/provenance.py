@@ -12,6 +12,7 @@ import jax
 
 import dlc_jax
 from dlc_jax import artefacts, checks
+from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.types import Dataset
 
 _PACKAGES = (
@@ -25,7 +26,6 @@ _PACKAGES = (
     "pyarrow",
     "safetensors",
 )
-
 
 # What parts of the stage `score` leave, for messages.
 _MADE = {"features": "features", "training": "record of training"}
@@ -81,13 +81,11 @@ def _made_of(record: dict[str, Any] | None) -> Any:
     return None if record is None else record["settings"].get("made_of")
 
 
-def forget(workdir: Path, stages: Iterable[str]) -> None:
-    """Takes stages out of the provenance: what they left does not count any more."""
+def forget(workdir: Path, stage: str) -> None:
+    """Takes a stage out of the provenance: what it left does not count any more."""
     path = workdir / artefacts.PROVENANCE
     provenance = artefacts.read_json(path)
-    known = provenance.get("stages", {})
-    if gone := known.keys() & set(stages):
-        provenance["stages"] = {name: known[name] for name in known if name not in gone}
+    if provenance.get("stages", {}).pop(stage, None) is not None:
         artefacts.write_json(path, provenance)
 
 
@@ -126,7 +124,7 @@ def seconds(workdir: Path, stages: Iterable[str]) -> float:
     return sum(known[stage]["seconds"] for stage in stages if stage in known)
 
 
-def check_is_what_was_scored(workdir: Path, dataset: Dataset) -> None:
+def check_is_what_was_scored(workdir: Path, dataset: Dataset | Instructions) -> None:
     """Raises unless the data set is the one that the scores in the work directory are of."""
     scored = artefacts.read_json(workdir / artefacts.PROVENANCE).get("dataset", {})
     fingerprint = scored.get("fingerprint", dataset.fingerprint)

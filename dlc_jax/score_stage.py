@@ -241,7 +241,7 @@ def _record(
         aside = workdir / "superseded" / f"training-{found[:12]}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(parents=True, exist_ok=True)
-        provenance.forget(workdir, ("training",))
+        provenance.forget(workdir, "training")
         _write_columns(workdir, {"dlc": samples.scores["dlc"]})  # the others are of that record
         os.replace(folder, aside)
     if provenance.is_done(workdir, "training", recorder.inputs):

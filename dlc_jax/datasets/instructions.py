@@ -149,7 +149,7 @@ def instructions(
 ) -> Instructions:
     """Makes instruction data of rows; see `load_instructions`."""
     chosen = TEMPLATES[_fitting(rows[0], name) if template is None else _known(template)]
-    places = _names(rows, name)
+    places = _names(rows)
     needed = (*chosen.columns, chosen.response)
     for column in needed:
         lost = [
@@ -197,7 +197,7 @@ def _fitting(row: Mapping[str, Any], name: str) -> str:
     return fitting[0]
 
 
-def _names(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns what messages call each row, counted from 1."""
     return [str(row["id"]) if "id" in row else f"row {i}" for i, row in enumerate(rows, 1)]
 

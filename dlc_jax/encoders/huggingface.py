@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
 from dlc_jax import checks
 from dlc_jax.encoders.decoder import ACTIVATIONS, Decoder, DecoderConfig, RopeScaling
-from dlc_jax.types import Params, by_path
+from dlc_jax.encoders.weights import opened
+from dlc_jax.types import Params, by_path, path_name
 
 FAMILIES = ("llama", "mistral", "gemma2")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -159,17 +159,18 @@ def read_params(
       ValueError: a file that is missing or damaged, a tensor without a place, a parameter without
         a tensor, another shape, NaN or infinite values.
     """
-    expected = by_path(abstract_params(config, dtype))
+    shapes = abstract_params(config, dtype)
+    expected = by_path(shapes)
     names = torch_names(config, expected)
     files = _files_of_tensors(folder)
     _check_names(folder, config, names, files)
     params: dict[str, jax.Array] = {}
     misshaped, not_finite = [], []
     with contextlib.ExitStack() as stack:
-        opened = {path: stack.enter_context(_opened(path)) for path in sorted(set(files.values()))}
+        shards = {path: stack.enter_context(opened(path)) for path in sorted(set(files.values()))}
         for path, leaf in expected.items():
             name = names[path]
-            value = _tensor(opened[files[name]], name, is_kernel=path.endswith("kernel"))
+            value = _tensor(shards[files[name]], name, is_kernel=path.endswith("kernel"))
             if value.shape != leaf.shape:
                 misshaped.append(f"{name} {value.shape}, not {leaf.shape}")
                 continue
@@ -182,7 +183,7 @@ def read_params(
         "tensors with NaN or infinity": not_finite,
     }
     _refuse(folder, problems)
-    return nest(params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: params[path_name(path)], shapes)
 
 
 def _check_names(
@@ -222,18 +223,6 @@ def torch_names(config: DecoderConfig, paths: Mapping[str, Any]) -> dict[str, st
     return found
 
 
-def nest(leaves: Mapping[str, Any]) -> Params:
-    """Returns the pytree of leaves by path, as NNX nests it: numbers are list positions."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(int(part) if part.isdigit() else part, {})
-        node[last] = leaf
-    return tree
-
-
 def _files_of_tensors(folder: Path) -> dict[str, Path]:
     """Returns the file of each tensor."""
     index = folder / _INDEX
@@ -248,18 +237,8 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
     whole = folder / _WHOLE
     if not whole.is_file():
         raise checks.InputError(f"{folder}: neither {_WHOLE} nor {_INDEX} is there.")
-    with _opened(whole) as file:
+    with opened(whole) as file:
         return dict.fromkeys(file.keys(), whole)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        # framework="flax" because NumPy's reader has no bfloat16
-        with safe_open(path, framework="flax") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise checks.InputError(f"{path}: not a readable safetensors file: {error}.") from error
 
 
 def _tensor(file: Any, name: str, *, is_kernel: bool) -> np.ndarray:

@@ -60,6 +60,8 @@ class LanguageModel:
         module = nnx.eval_shape(lambda: Decoder(self.config, dtype=dtype, rngs=nnx.Rngs(0)))
         return nnx.split(module)[0]
 
+    module_order = None  # decides in official mode only, which language models have none of
+
     @staticmethod
     def is_prunable(path: str) -> bool:
         """Every linear projection of the blocks; not the embedding, the head or a norm."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,15 +51,20 @@ def read_checkpoint(weights: str) -> Checkpoint:
             config = json.loads(config_file.read_text())
         except (ValueError, UnicodeDecodeError) as error:
             raise checks.InputError(f"{config_file}: not valid JSON: {error}.") from error
+    with opened(tensors_file) as file:
+        tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    return Checkpoint(weights, tensors, config)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Opens a safetensors file; ValueError where it, or a tensor in it, cannot be read."""
     try:
         # framework="flax" because NumPy's reader has no bfloat16
-        with safe_open(tensors_file, framework="flax") as file:
-            tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="flax") as file:
+            yield file
     except (SafetensorError, OSError) as error:
-        raise checks.InputError(
-            f"{tensors_file}: not a readable safetensors file: {error}."
-        ) from error
-    return Checkpoint(weights, tensors, config)
+        raise checks.InputError(f"{path}: not a readable safetensors file: {error}.") from error
 
 
 def assign(

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from dlc_jax.encoders import Encoder
+from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import (
     Importance,
     PathCounts,
@@ -52,7 +53,11 @@ class LearningPath(NamedTuple):
 
 
 def learning_path(
-    encoder: Encoder, counts: Callable[[int], PathCounts], masking: str, seed: int, mode: str
+    encoder: Encoder | LanguageModel,
+    counts: Callable[[int], PathCounts],
+    masking: str,
+    seed: int,
+    mode: str,
 ) -> LearningPath:
     """Returns the probes whose numbers of zeroed weights `counts` gives."""
     prunable = prunable_paths(encoder.params, encoder.is_prunable)

@@ -16,15 +16,13 @@ from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import (
     MASKINGS,
     check_path,
-    exact_thresholds,
     path_counts,
-    prunable_paths,
-    weight_importance,
 )
 from dlc_jax.masking.importance import Importance
 from dlc_jax.masking.thresholds import Thresholds, masked
 from dlc_jax.preprocess.tokens import TokenBatch, Tokenised, token_batches, tokenise
-from dlc_jax.types import Params, ProbeLosses, ResponseLosses, by_path
+from dlc_jax.probes.path import learning_path
+from dlc_jax.types import Params, ProbeLosses, ResponseLosses
 
 _POSITIONS_AT_ONCE = 128  # of every row: logits of a whole batch would be gigabytes
 
@@ -58,6 +56,7 @@ def measure_responses(
     data: Instructions,
     *,
     max_length: int | None = None,
+    tokens: Tokenised | None = None,
     tokens_per_batch: int = 8192,
     on_corrupt: str = "error",
     progress: bool = False,
@@ -68,6 +67,7 @@ def measure_responses(
       model: From `load_language_model`.
       data: From `load_instructions`.
       max_length, on_corrupt: As for `tokenise`; None: 2048, or the model's limit if it is lower.
+      tokens: What `tokenise` gives of these data with the same arguments, where that was done.
       tokens_per_batch, progress: As for `response_losses`.
     Raises:
       ValueError: see `tokenise`.
@@ -76,7 +76,8 @@ def measure_responses(
     measured = functools.partial(
         response_losses, model, tokens_per_batch=tokens_per_batch, progress=progress
     )
-    tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
+    if tokens is None:
+        tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
     kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
     alone = tokenise(kept.without_prompts(), model.tokenizer, max_length)
     return ResponseLosses(
@@ -116,29 +117,28 @@ def probe_responses(
     check_path(schedule, step, num_probes, placement, max_sparsity)
     checks.one_of("probe.masking", masking, MASKINGS)
     checks.seed(seed)
-    prunable = prunable_paths(model.params, model.is_prunable)
-    leaves = by_path(model.params)
-    num_weights = sum(leaves[path].size for path in prunable)
-    counts = path_counts(
-        num_weights,
+    counts = functools.partial(
+        path_counts,
         schedule=schedule,
         step=step,
         num_probes=num_probes,
         placement=placement,
         max_sparsity=max_sparsity,
-    ).chosen
-    importance = weight_importance(model.params, prunable, masking, seed)
-    thresholds = jax.device_put(exact_thresholds(model.params, prunable, importance, counts))
+    )
+    path = learning_path(model, counts, masking, seed, "default")
+    thresholds = jax.device_put(path.thresholds)
 
     def of_batch(batch: TokenBatch) -> Array:
         arrays = map(jnp.asarray, batch[1:])
-        return _probe_losses(model, prunable, model.params, importance, thresholds, *arrays)
+        return _probe_losses(
+            model, path.prunable, model.params, path.importance, thresholds, *arrays
+        )
 
-    losses = _measured(data, of_batch, len(counts), tokens_per_batch, progress)
+    losses = _measured(data, of_batch, len(path), tokens_per_batch, progress)
     checks.losses_are_finite(losses, data.ids)
     return ProbeLosses(
         losses=losses,
-        sparsity=(counts / num_weights).astype(np.float32),
+        sparsity=path.sparsity,
         labels=np.zeros(len(data), np.int32),
         ids=data.ids,
         prototypes=np.zeros((1, 0), np.float32),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
+
+from dlc_jax.encoders.projection import Adapter, Projection
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
@@ -87,6 +90,10 @@ class DecoderConfig:
         return len(self.windows)
 
 
+# Name, input and output features -> a projection of the decoder that is made.
+MakeProjection = Callable[[str, int, int], Projection]
+
+
 class RmsNorm(nnx.Module):
     """Divides by the root mean square over the width, in float32."""
 
@@ -107,14 +114,12 @@ class RmsNorm(nnx.Module):
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and fewer key-value heads than query heads."""
 
-    def __init__(
-        self, config: DecoderConfig, window: int | None, *, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
-        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=dtype, rngs=rngs)
-        self.q_proj = linear(config.width, config.num_heads * config.head_dim)
-        self.k_proj = linear(config.width, config.num_kv_heads * config.head_dim)
-        self.v_proj = linear(config.width, config.num_kv_heads * config.head_dim)
-        self.o_proj = linear(config.num_heads * config.head_dim, config.width)
+    def __init__(self, config: DecoderConfig, window: int | None, linear: MakeProjection):
+        width, num_kv = config.width, config.num_kv_heads * config.head_dim
+        self.q_proj = linear("q_proj", width, config.num_heads * config.head_dim)
+        self.k_proj = linear("k_proj", width, num_kv)
+        self.v_proj = linear("v_proj", width, num_kv)
+        self.o_proj = linear("o_proj", config.num_heads * config.head_dim, width)
         self.head_dim, self.scale, self.cap = (
             config.head_dim,
             config.attention_scale,
@@ -123,7 +128,7 @@ class Attention(nnx.Module):
         self.window = window
 
     def __call__(
-        self, x: Float[Array, "b t d"], rotation: Rotation, is_token: Bool[Array, "b t"]
+        self, x: Float[Array, "b t d"], rotation: Rotation, segments: Int[Array, "b t"]
     ) -> Float[Array, "b t d"]:
         batch, length, _ = x.shape
         q, k, v = (
@@ -131,7 +136,7 @@ class Attention(nnx.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = _rotate(q, rotation), _rotate(k, rotation)
-        mask = _visible(is_token, self.window)
+        mask = _visible(segments, self.window)
         if self.cap is None:
             mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale)
         else:
@@ -142,11 +147,10 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """Gated linear unit."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=dtype, rngs=rngs)
-        self.gate_proj = linear(config.width, config.mlp_width)
-        self.up_proj = linear(config.width, config.mlp_width)
-        self.down_proj = linear(config.mlp_width, config.width)
+    def __init__(self, config: DecoderConfig, linear: MakeProjection):
+        self.gate_proj = linear("gate_proj", config.width, config.mlp_width)
+        self.up_proj = linear("up_proj", config.width, config.mlp_width)
+        self.down_proj = linear("down_proj", config.mlp_width, config.width)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -158,10 +162,14 @@ class Block(nnx.Module):
     """Attention and MLP, each added to its input."""
 
     def __init__(
-        self, config: DecoderConfig, window: int | None, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        config: DecoderConfig,
+        window: int | None,
+        linear: MakeProjection,
+        dtype: DTypeLike,
     ):
-        self.attn = Attention(config, window, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, window, linear)
+        self.mlp = Mlp(config, linear)
         self.attn_norm = RmsNorm(config, dtype=dtype)
         self.mlp_norm = RmsNorm(config, dtype=dtype)
         self.sandwich = config.sandwich
@@ -170,9 +178,9 @@ class Block(nnx.Module):
             self.mlp_norm_after = RmsNorm(config, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "b t d"], rotation: Rotation, is_token: Bool[Array, "b t"]
+        self, x: Float[Array, "b t d"], rotation: Rotation, segments: Int[Array, "b t"]
     ) -> Float[Array, "b t d"]:
-        added = self.attn(self.attn_norm(x), rotation, is_token)
+        added = self.attn(self.attn_norm(x), rotation, segments)
         x = x + (self.attn_norm_after(added) if self.sandwich else added)
         added = self.mlp(self.mlp_norm(x))
         return x + (self.mlp_norm_after(added) if self.sandwich else added)
@@ -186,6 +194,7 @@ class Decoder(nnx.Module):
       dtype: Of weights and activations; norms, softmax and positions are float32 in any case.
       rematerialise: Whether a gradient computes activations of a block again instead of keeping
         them.
+      adapter: Low-rank changes of projections; None: there are none.
       rngs: Of random weights.
     """
 
@@ -195,12 +204,12 @@ class Decoder(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         rematerialise: bool = False,
+        adapter: Adapter | None = None,
         rngs: nnx.Rngs,
     ):
+        linear = functools.partial(Projection, adapter=adapter, dtype=dtype, rngs=rngs)
         self.embedding = nnx.Embed(config.vocab_size, config.width, param_dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List(
-            [Block(config, window, dtype=dtype, rngs=rngs) for window in config.windows]
-        )
+        self.blocks = nnx.List([Block(config, window, linear, dtype) for window in config.windows])
         self.norm = RmsNorm(config, dtype=dtype)
         if not config.tied:
             self.head = nnx.Linear(
@@ -209,29 +218,30 @@ class Decoder(nnx.Module):
         self.config, self.rematerialise = config, rematerialise
 
     def __call__(
-        self, tokens: Int[Array, "b t"], is_token: Bool[Array, "b t"] | None = None
+        self, tokens: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t v"]:
         """Returns logits.
 
         Args:
-          tokens: Ids in [0, vocab_size), any where `is_token` is False.
-          is_token: False at padding, left or right, which no token sees; None: there is none.
+          tokens: Ids in [0, vocab_size).
+          segments: Several sequences may share a row: a token sees those before it that have its
+            number. Padding, left or right, is 0. None: every row is one sequence.
         """
-        return self.logits(self.hidden(tokens, is_token))
+        return self.logits(self.hidden(tokens, segments))
 
     def hidden(
-        self, tokens: Int[Array, "b t"], is_token: Bool[Array, "b t"] | None = None
+        self, tokens: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t d"]:
         """Returns the final, normed sequence, which `logits` takes."""
-        if is_token is None:
-            is_token = jnp.ones(tokens.shape, bool)
+        if segments is None:
+            segments = jnp.ones(tokens.shape, jnp.int32)
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
         rotation = _rotation(self.config, tokens.shape[1], x.dtype)
         for block in self.blocks:
             run = nnx.remat(Block.__call__) if self.rematerialise else Block.__call__
-            x = run(block, x, rotation, is_token)
+            x = run(block, x, rotation, segments)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
@@ -271,12 +281,12 @@ def _rotate(x: Float[Array, "b t k h"], rotation: Rotation) -> Float[Array, "b t
     return x * cosines + jnp.concatenate([-second, first], axis=-1) * sines
 
 
-def _visible(is_token: Bool[Array, "b t"], window: int | None) -> Bool[Array, "b 1 t t"]:
+def _visible(segments: Int[Array, "b t"], window: int | None) -> Bool[Array, "b 1 t t"]:
     """Returns which tokens (last axis) each one sees."""
-    length = is_token.shape[1]
+    length = segments.shape[1]
     back = jnp.arange(length)[:, None] - jnp.arange(length)
     seen = back >= 0 if window is None else (back >= 0) & (back < window)
-    return seen[None, None] & is_token[:, None, None, :]
+    return seen[None, None] & (segments[:, None, :, None] == segments[:, None, None, :])
 
 
 def _capped_attention(

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from dlc_jax import checks
-from dlc_jax.encoders.decoder import ACTIVATIONS, Decoder, DecoderConfig, RopeScaling
+from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.decoder import ACTIVATIONS, DecoderConfig, RopeScaling
 from dlc_jax.encoders.weights import opened
 from dlc_jax.types import Params, by_path, path_name
 
 FAMILIES = ("llama", "mistral", "gemma2")
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 
@@ -144,22 +142,20 @@ def _rope_scaling(parameters: Mapping[str, Any], source: str) -> RopeScaling | N
 
 def read_params(
     folder: Path,
-    config: DecoderConfig,
-    dtype: str,
+    architecture: Architecture,
     sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> Params:
     """Reads the weights of a model folder, one tensor at a time.
 
     Args:
       folder: With `model.safetensors`, or shards and their index.
-      config: From `read_config`.
-      dtype: In `DTYPES`.
+      architecture: Of what `read_config` gives, without an adapter.
       sharding_of: Path and shape -> where the parameter lies; None: on the default device.
     Raises:
       ValueError: a file that is missing or damaged, a tensor without a place, a parameter without
         a tensor, another shape, NaN or infinite values.
     """
-    shapes = abstract_params(config, dtype)
+    config, shapes = architecture.config, architecture.abstract_params()
     expected = by_path(shapes)
     names = torch_names(config, expected)
     files = _files_of_tensors(folder)
@@ -198,15 +194,6 @@ def _check_names(
     ]
     missing = [name for name in names.values() if name not in files]
     _refuse(folder, {"tensors without a place": unused, "tensors that are missing": missing})
-
-
-def abstract_params(config: DecoderConfig, dtype: str) -> Params:
-    """Returns shapes and types of all parameters; no memory is taken."""
-    checks.one_of("dtype", dtype, DTYPES)
-    state = nnx.eval_shape(
-        lambda: nnx.state(Decoder(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)))
-    )
-    return nnx.to_pure_dict(state)
 
 
 def torch_names(config: DecoderConfig, paths: Mapping[str, Any]) -> dict[str, str]:

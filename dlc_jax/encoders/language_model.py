@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 
 from dlc_jax import checks
-from dlc_jax.encoders.decoder import Decoder, DecoderConfig
-from dlc_jax.encoders.huggingface import DTYPES, read_config, read_params
+from dlc_jax.encoders.architecture import DTYPES, Architecture
+from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.encoders.huggingface import read_config, read_params
 from dlc_jax.types import Params, by_path
 
 DECODER = "decoder"  # as `encoder.name`
@@ -25,40 +24,23 @@ _FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A decoder: parameters, and a pure function of them.
+    """A decoder with its weights.
 
     Attributes:
       params: Pytree of arrays, as `Decoder` nests it.
-      config: Sizes and switches.
-      dtype: Of weights and activations.
+      architecture: A pure function of them.
       folder: Where configuration, weights and tokenizer are.
       name: For messages and provenance.
     """
 
     params: Params = dataclasses.field(repr=False)
-    config: DecoderConfig
-    dtype: str
+    architecture: Architecture
     folder: Path
     name: str
 
-    def hidden(
-        self, params: Params, tokens: Int[Array, "b t"], is_token: Bool[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
-        """Returns the final, normed sequence under these parameters; see `Decoder.hidden`."""
-        return self._module(params).hidden(tokens, is_token)
-
-    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Returns logits of some of the final sequence under these parameters."""
-        return self._module(params).logits(hidden)
-
-    def _module(self, params: Params) -> Decoder:
-        return nnx.merge(self._graph, nnx.State(params))
-
-    @functools.cached_property
-    def _graph(self) -> nnx.GraphDef:
-        dtype = DTYPES[self.dtype]
-        module = nnx.eval_shape(lambda: Decoder(self.config, dtype=dtype, rngs=nnx.Rngs(0)))
-        return nnx.split(module)[0]
+    @property
+    def config(self) -> DecoderConfig:
+        return self.architecture.config
 
     module_order = None  # decides in official mode only, which language models have none of
 
@@ -91,7 +73,7 @@ class LanguageModel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and every parameter."""
-        digest = hashlib.sha256(repr((self.config, self.dtype)).encode())
+        digest = hashlib.sha256(repr(self.architecture).encode())
         for path, leaf in by_path(self.params).items():
             digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
             digest.update(np.asarray(leaf).tobytes())
@@ -116,9 +98,9 @@ def load_language_model(
     """
     checks.one_of("dtype", dtype, DTYPES)
     folder = _located(weights)
-    config = read_config(folder)
-    params = read_params(folder, config, dtype, sharding_of)
-    return LanguageModel(params, config, dtype, folder, weights)
+    architecture = Architecture(read_config(folder), dtype)
+    params = read_params(folder, architecture, sharding_of)
+    return LanguageModel(params, architecture, folder, weights)
 
 
 def _located(weights: str) -> Path:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dlc_jax import checks
 from dlc_jax.datasets.instructions import Instructions
+from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import (
     MASKINGS,
@@ -46,7 +47,7 @@ def response_losses(
     """
 
     def of_batch(batch: TokenBatch) -> Array:
-        return _losses(model, model.params, *map(jnp.asarray, batch[1:]))[None]
+        return _losses(model.architecture, model.params, *map(jnp.asarray, batch[1:]))[None]
 
     return _measured(data, of_batch, 1, tokens_per_batch, progress)[0]
 
@@ -131,7 +132,7 @@ def probe_responses(
     def of_batch(batch: TokenBatch) -> Array:
         arrays = map(jnp.asarray, batch[1:])
         return _probe_losses(
-            model, path.prunable, model.params, path.importance, thresholds, *arrays
+            model.architecture, path.prunable, model.params, path.importance, thresholds, *arrays
         )
 
     losses = _measured(data, of_batch, len(path), tokens_per_batch, progress)
@@ -163,7 +164,7 @@ def _measured(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _probe_losses(
-    model: LanguageModel,
+    architecture: Architecture,
     prunable: tuple[str, ...],
     params: Params,
     importance: Importance,
@@ -174,13 +175,13 @@ def _probe_losses(
 ) -> Float32[Array, "m b"]:
     def one_probe(threshold: Thresholds) -> Float32[Array, " b"]:
         copy = masked(params, prunable, importance, threshold)
-        return _response_losses(model, copy, tokens, num_tokens, num_prompt)
+        return _response_losses(architecture, copy, tokens, num_tokens, num_prompt)
 
     return jax.lax.map(one_probe, thresholds)
 
 
 def _response_losses(
-    model: LanguageModel,
+    architecture: Architecture,
     params: Params,
     tokens: Int[Array, "b t"],
     num_tokens: Int[Array, " b"],
@@ -189,8 +190,8 @@ def _response_losses(
     """Returns the mean cross-entropy over tokens num_prompt .. num_tokens - 1 of each row."""
     place = jnp.arange(tokens.shape[1])
     is_token = place < num_tokens[:, None]
-    hidden = model.hidden(params, tokens, is_token)
-    of_token = _cross_entropies(model, params, hidden[:, :-1], tokens[:, 1:])
+    hidden = architecture.hidden(params, tokens, is_token.astype(jnp.int32))
+    of_token = _cross_entropies(architecture, params, hidden[:, :-1], tokens[:, 1:])
     counts = (is_token & (place >= num_prompt[:, None]))[:, 1:]
     return jnp.where(counts, of_token, 0).sum(axis=1) / counts.sum(axis=1)
 
@@ -199,7 +200,10 @@ _losses = jax.jit(_response_losses, static_argnums=0)
 
 
 def _cross_entropies(
-    model: LanguageModel, params: Params, hidden: Float[Array, "b t d"], target: Int[Array, "b t"]
+    architecture: Architecture,
+    params: Params,
+    hidden: Float[Array, "b t d"],
+    target: Int[Array, "b t"],
 ) -> Float32[Array, "b t"]:
     """Returns -log softmax of each target, some positions after the other."""
     num_rows, length, width = hidden.shape
@@ -209,7 +213,7 @@ def _cross_entropies(
     target = jnp.pad(target, ((0, 0), (0, missing)))
 
     def of_part(part: tuple[Array, Array]) -> Float32[Array, "b s"]:
-        logits = model.logits(params, part[0]).astype(jnp.float32)
+        logits = architecture.logits(params, part[0]).astype(jnp.float32)
         picked = jnp.take_along_axis(logits, part[1][..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - picked
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import Decoder
 from dlc_jax.encoders.huggingface import read_config, read_params
 
@@ -73,7 +74,7 @@ def torch_models(timm, tmp_path_factory):
 def logits_of(config, params, tokens, is_token, **options):
     decoder = Decoder(config, rngs=nnx.Rngs(0), **options)
     nnx.update(decoder, params)
-    return np.asarray(decoder(jnp.asarray(tokens), jnp.asarray(is_token)))
+    return np.asarray(decoder(jnp.asarray(tokens), jnp.asarray(is_token, int)))
 
 
 def padded(side):
@@ -104,7 +105,7 @@ def error(ours, theirs, is_token):
 def test_logits_are_those_of_torch(torch_models, name, side):
     folder, model = torch_models[name]
     config = read_config(folder)
-    params = read_params(folder, config, "float32")
+    params = read_params(folder, Architecture(config, "float32"))
     tokens, is_token = padded(side)
     ours = logits_of(config, params, tokens, is_token)
     assert error(ours, torch_logits(model, tokens, is_token), is_token) <= 1e-5
@@ -135,7 +136,7 @@ SWITCHES = {
 def test_every_switch_matters(torch_models, name, switch):
     folder, model = torch_models[name]
     config = read_config(folder)
-    params = read_params(folder, config, "float32")
+    params = read_params(folder, Architecture(config, "float32"))
     flipped = dataclasses.replace(config, **{switch: SWITCHES[name][switch]})
     tokens, is_token = padded("right")
     ours = logits_of(flipped, params, tokens, is_token)

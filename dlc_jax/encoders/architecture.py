@@ -1,0 +1,64 @@
+"""A decoder as a pure function of its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dlc_jax.encoders.decoder import Decoder, DecoderConfig
+from dlc_jax.encoders.projection import Adapter
+from dlc_jax.types import Params
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What programs are specialised to: hashable, no weights in it.
+
+    Attributes:
+      config: Sizes and switches.
+      dtype: Of weights and activations.
+      adapter: Low-rank changes of projections; None: there are none.
+      rematerialise: See `Decoder`.
+    """
+
+    config: DecoderConfig
+    dtype: str
+    adapter: Adapter | None = None
+    rematerialise: bool = False
+
+    def hidden(
+        self, params: Params, tokens: Int[Array, "b t"], segments: Int[Array, "b t"]
+    ) -> Float[Array, "b t d"]:
+        """Returns the final, normed sequence under these parameters; see `Decoder`."""
+        return self._module(params).hidden(tokens, segments)
+
+    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Returns logits of some of the final sequence under these parameters."""
+        return self._module(params).logits(hidden)
+
+    def abstract_params(self) -> Params:
+        """Returns shapes and types of all parameters; no memory is taken."""
+        return nnx.to_pure_dict(_split(self)[1])
+
+    def _module(self, params: Params) -> Decoder:
+        return nnx.merge(_split(self)[0], nnx.State(params))
+
+
+@functools.lru_cache
+def _split(architecture: Architecture) -> tuple[nnx.GraphDef, nnx.State]:
+    module = nnx.eval_shape(
+        lambda: Decoder(
+            architecture.config,
+            dtype=DTYPES[architecture.dtype],
+            rematerialise=architecture.rematerialise,
+            adapter=architecture.adapter,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    return nnx.split(module)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from dlc_jax.encoders.decoder import Decoder, DecoderConfig
 from dlc_jax.encoders.projection import Adapter
 from dlc_jax.types import Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+_POSITIONS_AT_ONCE = 128  # of every row: logits of a whole batch would be gigabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,29 @@ class Architecture:
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
         return self._module(params).logits(hidden)
+
+    def cross_entropies(
+        self, params: Params, hidden: Float[Array, "b t d"], target: Int[Array, "b t"]
+    ) -> Float32[Array, "b t"]:
+        """Returns -log softmax of each target, some positions after the other."""
+        num_rows, length, width = hidden.shape
+        num_parts = -(-length // _POSITIONS_AT_ONCE)
+        missing = num_parts * _POSITIONS_AT_ONCE - length
+        hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
+        target = jnp.pad(target, ((0, 0), (0, missing)))
+
+        @jax.checkpoint  # a gradient would keep the logits of all positions otherwise
+        def of_part(part: tuple[Array, Array]) -> Float32[Array, "b s"]:
+            logits = self.logits(params, part[0]).astype(jnp.float32)
+            picked = jnp.take_along_axis(logits, part[1][..., None], axis=-1)[..., 0]
+            return jax.nn.logsumexp(logits, axis=-1) - picked
+
+        parts = (
+            hidden.reshape(num_rows, num_parts, -1, width).swapaxes(0, 1),
+            target.reshape(num_rows, num_parts, -1).swapaxes(0, 1),
+        )
+        found = jax.lax.map(of_part, parts).swapaxes(0, 1)
+        return found.reshape(num_rows, -1)[:, :length]
 
     def abstract_params(self) -> Params:
         """Returns shapes and types of all parameters; no memory is taken."""

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float32, Int
 from tqdm import tqdm
 
 from dlc_jax import checks
@@ -24,8 +24,6 @@ from dlc_jax.masking.thresholds import Thresholds, masked
 from dlc_jax.preprocess.tokens import TokenBatch, Tokenised, token_batches, tokenise
 from dlc_jax.probes.path import learning_path
 from dlc_jax.types import Params, ProbeLosses, ResponseLosses
-
-_POSITIONS_AT_ONCE = 128  # of every row: logits of a whole batch would be gigabytes
 
 
 def response_losses(
@@ -191,35 +189,9 @@ def _response_losses(
     place = jnp.arange(tokens.shape[1])
     is_token = place < num_tokens[:, None]
     hidden = architecture.hidden(params, tokens, is_token.astype(jnp.int32))
-    of_token = _cross_entropies(architecture, params, hidden[:, :-1], tokens[:, 1:])
+    of_token = architecture.cross_entropies(params, hidden[:, :-1], tokens[:, 1:])
     counts = (is_token & (place >= num_prompt[:, None]))[:, 1:]
     return jnp.where(counts, of_token, 0).sum(axis=1) / counts.sum(axis=1)
 
 
 _losses = jax.jit(_response_losses, static_argnums=0)
-
-
-def _cross_entropies(
-    architecture: Architecture,
-    params: Params,
-    hidden: Float[Array, "b t d"],
-    target: Int[Array, "b t"],
-) -> Float32[Array, "b t"]:
-    """Returns -log softmax of each target, some positions after the other."""
-    num_rows, length, width = hidden.shape
-    num_parts = -(-length // _POSITIONS_AT_ONCE)
-    missing = num_parts * _POSITIONS_AT_ONCE - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
-    target = jnp.pad(target, ((0, 0), (0, missing)))
-
-    def of_part(part: tuple[Array, Array]) -> Float32[Array, "b s"]:
-        logits = architecture.logits(params, part[0]).astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, part[1][..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked
-
-    parts = (
-        hidden.reshape(num_rows, num_parts, -1, width).swapaxes(0, 1),
-        target.reshape(num_rows, num_parts, -1).swapaxes(0, 1),
-    )
-    found = jax.lax.map(of_part, parts).swapaxes(0, 1)
-    return found.reshape(num_rows, -1)[:, :length]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,14 @@ class Architecture:
         """Returns shapes and types of all parameters; no memory is taken."""
         return nnx.to_pure_dict(_split(self)[1])
 
+    def abstract_adapter(self) -> Params:
+        """Returns shapes and types of the adapter's parameters alone, nested as all are."""
+        return _only(_is_adapters, self.abstract_params())
+
+    def with_adapter(self, adapter: Adapter) -> Architecture:
+        """Returns this one with low-rank changes."""
+        return dataclasses.replace(self, adapter=adapter)
+
     def _module(self, params: Params) -> Decoder:
         return nnx.merge(_split(self)[0], nnx.State(params))
 
@@ -87,3 +96,28 @@ def _split(architecture: Architecture) -> tuple[nnx.GraphDef, nnx.State]:
         )
     )
     return nnx.split(module)
+
+
+def _is_adapters(name: str) -> bool:
+    return name in ("lora_a", "lora_b")
+
+
+def _only(wanted: Callable[[str], bool], params: Params) -> Params:
+    """Returns the leaves whose own name is wanted, and the nesting around them."""
+    found = {}
+    for name, part in params.items():
+        if isinstance(part, dict):
+            if inner := _only(wanted, part):
+                found[name] = inner
+        elif wanted(name):
+            found[name] = part
+    return found
+
+
+def joined(params: Params, adapter: Params) -> Params:
+    """Returns the parameters of a decoder with an adapter; both are nested alike."""
+    inner = {
+        name: joined(part, adapter[name]) if isinstance(part, dict) and name in adapter else part
+        for name, part in params.items()
+    }
+    return adapter | inner

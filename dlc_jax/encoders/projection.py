@@ -6,9 +6,7 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 from __future__ import annotations
 
 import dataclasses
-import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -44,8 +42,7 @@ class Projection(nnx.Linear):
       num_in, num_out: Its size.
       adapter: None: there is none.
       dtype: Of the kernel; the adapter's matrices are float32, and what they add is computed in it.
-      rngs: Of random weights. As PEFT starts, lora_a is uniform within 1 / sqrt(num_in) and lora_b
-        zero.
+      rngs: Of random weights; the adapter's matrices are zeros.
     """
 
     def __init__(
@@ -61,12 +58,8 @@ class Projection(nnx.Linear):
         super().__init__(num_in, num_out, use_bias=False, param_dtype=dtype, rngs=rngs)
         self.lora_scale: float | None = None
         if adapter is not None and name in adapter.targets:
-            bound = 1 / math.sqrt(num_in)
-            shape = (num_in, adapter.rank)
             self.lora_scale = adapter.scale
-            self.lora_a = nnx.LoRAParam(
-                jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-            )
+            self.lora_a = nnx.LoRAParam(jnp.zeros((num_in, adapter.rank)))
             self.lora_b = nnx.LoRAParam(jnp.zeros((adapter.rank, num_out)))
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one per epoch, written while training goes on, the last good one kept."""
+"""Checkpoints of a run, written while training goes on, the last good one kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from dlc_jax import checks
-from dlc_jax.training.step import TrainState
 
 _STATE, _HISTORY = "state", "history"
 _AFTER_WRITE = "The last whole one is untouched; the same command goes on from it."
@@ -40,11 +39,11 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # the first error is the one to tell
             self._manager.close()
 
-    def save(self, epoch: int, state: TrainState, history: list[dict[str, Any]]) -> None:
-        """Starts writing the state after `epoch` epochs; earlier ones go once it is whole."""
+    def save(self, number: int, state: Any, history: list[dict[str, Any]]) -> None:
+        """Starts writing a state, a pytree of arrays; earlier ones go once it is whole."""
         with self._clear_errors("write"):
             self._manager.save(
-                epoch,
+                number,
                 args=self._ocp.args.Composite(
                     **{
                         _STATE: self._ocp.args.StandardSave(state),
@@ -53,7 +52,7 @@ class Checkpoints:
                 ),
             )
 
-    def restore(self, like: TrainState) -> tuple[TrainState, list[dict[str, Any]]] | None:
+    def restore(self, like: Any) -> tuple[Any, list[dict[str, Any]]] | None:
         """Returns the last whole state and what led to it; None if there is none."""
         epoch = self._manager.latest_step()
         if epoch is None:

@@ -24,10 +24,14 @@ class RunFolder:
     """The folder of one run: metrics.jsonl, per_class_accuracy.csv, checkpoint/ and run.json.
 
     `run.json` tells what the run is of from its start on, and its result once it is finished.
+
+    Args:
+      path: Of the folder.
+      needed: Files that a finished run has.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, needed: tuple[str, ...] = (METRICS, PER_CLASS)):
+        self.path, self._needed = path, needed
         self._claimed: dict[str, Any] = {}
 
     @property
@@ -41,7 +45,7 @@ class RunFolder:
     def is_finished(self, inputs: str) -> bool:
         """Whether a run of these inputs ended here, and its files are there."""
         facts = self.facts()
-        whole = all((self.path / name).is_file() for name in (METRICS, PER_CLASS))
+        whole = all((self.path / name).is_file() for name in self._needed)
         return facts.get("inputs") == inputs and "result" in facts and whole
 
     def claim(self, inputs: str, facts: dict[str, Any]) -> None:
@@ -96,6 +100,10 @@ class RunFolder:
             "skipped_test": result.skipped_test,
             "seconds": result.seconds,
         }
+        self.conclude(summary, keep_weights)
+
+    def conclude(self, summary: dict[str, Any], keep_weights: bool) -> None:
+        """Writes that the run is finished, and how, once everything else is on disk."""
         artefacts.write_json(self.path / RUN, {**self._claimed, "result": summary})
         (self.path / ERROR).unlink(missing_ok=True)
         if not keep_weights:

@@ -1,0 +1,207 @@
+"""Adapters in PEFT's format, and whole models with an adapter added, in Hugging Face format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.flax import save_file
+
+from dlc_jax import artefacts, checks
+from dlc_jax.encoders.architecture import DTYPES
+from dlc_jax.encoders.huggingface import torch_names
+from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.encoders.projection import TARGETS, Adapter
+from dlc_jax.encoders.weights import opened
+from dlc_jax.types import by_path, path_name
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_MATRICES = {"lora_a": "lora_A", "lora_b": "lora_B"}
+_SHARD_BYTES = 5 * 10**9
+# What a model folder holds besides weights; the tokenizer's files differ from model to model.
+_BESIDES = ("*.json", "*.model", "*.jinja", "tokenizer*")
+# Settings of PEFT that change what an adapter computes, and the values this decoder computes.
+_PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "use_rslora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None,),
+    "layer_replication": (None,),
+}
+
+
+def write_adapter(model: LanguageModel, folder: Path) -> None:
+    """Writes the adapter of a model, as `PeftModel.from_pretrained` loads it.
+
+    Args:
+      model: With an adapter.
+      folder: Made or replaced, whole or not at all.
+    """
+    adapter = model.architecture.adapter
+    assert adapter is not None
+    weights = by_path(model.architecture.abstract_adapter())
+    leaves = by_path(model.params)
+    names = _adapter_names(model, weights)
+    tensors = {names[path]: jnp.asarray(leaves[path].T) for path in weights}
+    config = {
+        "base_model_name_or_path": model.name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "target_modules": list(adapter.targets),
+        "task_type": "CAUSAL_LM",
+    }
+    with artefacts.atomic_folder(folder) as place:
+        save_file(tensors, place / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        (place / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
+    """Returns the model with the adapter of a PEFT folder.
+
+    Raises:
+      ValueError: no adapter there, one that does more than LoRA on projections of the blocks, or
+        weights that do not fit exactly.
+    """
+    folder = Path(folder).expanduser()
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise checks.InputError(f"{path}: not there; expected a folder with a PEFT adapter.")
+    adapter = _adapter_of(artefacts.read_json(path), path)
+    architecture = model.architecture.with_adapter(adapter)
+    shapes = architecture.abstract_adapter()
+    expected = by_path(shapes)
+    names = _adapter_names(model, expected)
+    found: dict[str, jax.Array] = {}
+    with opened(folder / ADAPTER_WEIGHTS) as file:
+        there = set(file.keys())
+        if there != set(names.values()):
+            extra, lost = sorted(there - {*names.values()}), sorted({*names.values()} - there)
+            raise checks.InputError(
+                f"{folder / ADAPTER_WEIGHTS}: does not fit {model.name}: {len(lost)} tensors are "
+                f"missing ({', '.join(lost[:3])}), {len(extra)} have no place "
+                f"({', '.join(extra[:3])})."
+            )
+        for place, name in names.items():
+            tensor = jnp.asarray(file.get_tensor(name), jnp.float32).T
+            if tensor.shape != expected[place].shape:
+                raise checks.InputError(
+                    f"{folder / ADAPTER_WEIGHTS}: {name} is {tensor.T.shape}, expected "
+                    f"{expected[place].shape[::-1]}."
+                )
+            found[place] = tensor
+    weights = jax.tree_util.tree_map_with_path(lambda place, _: found[path_name(place)], shapes)
+    return model.with_adapter(adapter, weights)
+
+
+def _adapter_of(config: Mapping[str, Any], path: Path) -> Adapter:
+    for key, values in _PLAIN.items():
+        if key in config and config[key] not in values:
+            raise checks.InputError(f"{path}: {key} {config[key]!r}; expected {values[0]!r}.")
+    try:
+        rank, alpha, targets = (config[key] for key in ("r", "lora_alpha", "target_modules"))
+    except KeyError as error:
+        raise checks.InputError(f"{path}: has no {error}.") from error
+    if not isinstance(targets, list):
+        raise checks.InputError(f"{path}: target_modules {targets!r}; expected a list of names.")
+    for target in targets:
+        checks.one_of(f"{path}: target_modules", target, TARGETS)
+    return Adapter(int(rank), float(alpha), tuple(sorted(targets, key=TARGETS.index)))
+
+
+def _adapter_names(model: LanguageModel, weights: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the name of each path in PEFT's file."""
+    names = {}
+    for path in weights:
+        layer, _, matrix = path.rpartition("/")
+        kernel = f"{layer}/kernel"
+        name = torch_names(model.config, {kernel: None})[kernel]
+        names[path] = f"{_PREFIX}{name.removesuffix('.weight')}.{_MATRICES[matrix]}.weight"
+    return names
+
+
+def write_merged(model: LanguageModel, folder: Path) -> None:
+    """Writes the model with its adapter added to the weights, as a Hugging Face folder.
+
+    Configuration, tokenizer and other small files are copied from the model's own folder.
+
+    Args:
+      model: With an adapter or without one.
+      folder: Made or replaced, whole or not at all.
+    """
+    with artefacts.atomic_folder(folder) as place:
+        for pattern in _BESIDES:
+            for file in model.folder.glob(pattern):
+                if file.is_file() and not file.name.endswith(".safetensors.index.json"):
+                    shutil.copyfile(file, place / file.name)
+        _stamp_dtype(place / "config.json", model.architecture.dtype)
+        _write_shards(model, place)
+
+
+def _stamp_dtype(path: Path, dtype: str) -> None:
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)  # as older versions called it
+    path.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+
+
+def _write_shards(model: LanguageModel, place: Path) -> None:
+    """Writes one file, or several with an index, never more than one in memory."""
+    shards = list(_shards(model))
+    weight_map: dict[str, str] = {}
+    for number, paths in enumerate(shards, start=1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        names = torch_names(model.config, dict.fromkeys(paths))
+        tensors = {names[path]: _merged(model, path) for path in paths}
+        save_file(tensors, place / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        leaves = by_path(model.params)
+        size = sum(leaves[path].nbytes for paths in shards for path in paths)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(model: LanguageModel) -> Iterator[list[str]]:
+    some: list[str] = []
+    num_bytes = 0
+    for path, leaf in by_path(model.params).items():
+        if path.rpartition("/")[2] in _MATRICES:
+            continue
+        if some and num_bytes + leaf.nbytes > _SHARD_BYTES:
+            yield some
+            some, num_bytes = [], 0
+        some.append(path)
+        num_bytes += leaf.nbytes
+    yield some
+
+
+def _merged(model: LanguageModel, path: str) -> jax.Array:
+    """Returns a tensor as torch has it, [out, in]; the change is added in float32."""
+    leaves, dtype = by_path(model.params), DTYPES[model.architecture.dtype]
+    value = jnp.asarray(np.asarray(leaves[path]))
+    layer = path.removesuffix("/kernel")
+    if (lora_a := leaves.get(f"{layer}/lora_a")) is not None:
+        assert model.architecture.adapter is not None
+        change = lora_a @ leaves[f"{layer}/lora_b"] * model.architecture.adapter.scale
+        value = value.astype(jnp.float32) + change
+    return jnp.asarray(value.T if path.endswith("kernel") else value, dtype)

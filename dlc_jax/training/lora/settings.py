@@ -1,0 +1,103 @@
+"""Every setting of LoRA fine-tuning, the paper's values by default."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from dlc_jax import checks
+from dlc_jax.encoders.architecture import DTYPES
+from dlc_jax.encoders.projection import TARGETS, Adapter
+from dlc_jax.types import setting
+
+OPTIMISERS = ("sgd", "adamw")
+# Settings that change speed, memory and what is left on disk, but not the adapter.
+_NOT_IN_WEIGHTS = (
+    "rows_at_once",
+    "packing",
+    "rematerialise",
+    "checkpoint_steps",
+    "full_set",
+    "keep_weights",
+    "merge",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """How to fine-tune a language model.
+
+    Source: Jiang et al. 2025, section 5; Hu et al. 2021, arXiv 2106.09685.
+    """
+
+    rank: int = setting(8, "of the change to each projection")
+    alpha: float = setting(16.0, "the change is multiplied by alpha / rank")
+    targets: tuple[str, ...] = setting(TARGETS, "projections that are changed")
+    epochs: int = setting(3, "passes over the kept set")
+    batch_size: int = setting(32, "samples per step; the last, short batch counts as it is")
+    optimiser: str = setting("sgd", f"{' or '.join(OPTIMISERS)}; adamw learns at small scale too")
+    learning_rate: float = setting(7e-6, "after the warm-up; with adamw rather 1e-4 to 1e-3")
+    warmup_steps: int = setting(100, "over which the rate grows from 0; then it falls as a cosine")
+    weight_decay: float = setting(0.01, "as torch's SGD (in the gradient) or AdamW (apart) has it")
+    momentum: float = setting(0.9, "of sgd")
+    dtype: str = setting("bfloat16", f"of the frozen model: {', '.join(DTYPES)}")
+    rows_at_once: int = setting(8, "rows per program call; gradients of a batch add up over calls")
+    packing: bool = setting(False, "several samples in a row: the same steps with less padding")
+    rematerialise: bool = setting(True, "compute activations twice instead of keeping them")
+    checkpoint_steps: int = setting(100, "steps between checkpoints; one more after every epoch")
+    full_set: bool = setting(True, "a sweep also trains on the whole set, once per seed")
+    keep_weights: bool = setting(False, "keep the last checkpoint too, which has the momentum")
+    merge: bool = setting(False, "also write the model with the change added, as a whole model")
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What decides the adapter a run ends with."""
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in values if name not in _NOT_IN_WEIGHTS}
+
+    @property
+    def adapter(self) -> Adapter:
+        """Which projections are changed."""
+        return Adapter(self.rank, self.alpha, self.targets)
+
+    def check(self) -> None:
+        """Raises ValueError unless all values are in range."""
+        for name in ("rank", "epochs", "batch_size", "rows_at_once", "checkpoint_steps"):
+            checks.integer(f"lora.{name}", getattr(self, name))
+            checks.at_least(f"lora.{name}", getattr(self, name), 1)
+        checks.integer("lora.warmup_steps", self.warmup_steps)
+        for name in ("warmup_steps", "weight_decay", "momentum"):
+            checks.at_least(f"lora.{name}", getattr(self, name), 0)
+        for name in ("alpha", "learning_rate"):
+            checks.at_least(f"lora.{name}", getattr(self, name), 0, exclusive=True)
+        checks.at_most("lora.momentum", self.momentum, 1, exclusive=True)
+        checks.one_of("lora.optimiser", self.optimiser, OPTIMISERS)
+        checks.one_of("lora.dtype", self.dtype, DTYPES)
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise checks.InputError(
+                f"lora.targets: expected one or more different ones of {', '.join(TARGETS)}, got "
+                f"{self.targets}."
+            )
+        for target in self.targets:
+            checks.one_of("lora.targets", target, TARGETS)
+
+
+def learning_rates(num_steps: int, learning_rate: float, warmup_steps: int) -> list[float]:
+    """Returns the rate of every step: linear from 0, then half a cosine to 0.
+
+    As `transformers.get_cosine_schedule_with_warmup`; its first step does not move anything.
+
+    Args:
+      num_steps: Of the whole run. A run shorter than the warm-up ends within it.
+      learning_rate: At the end of the warm-up.
+      warmup_steps: How long that is.
+    """
+    rates = []
+    for step in range(num_steps):
+        if step < warmup_steps:
+            rates.append(learning_rate * step / warmup_steps)
+        else:
+            passed = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+            rates.append(learning_rate * 0.5 * (1 + math.cos(math.pi * passed)))
+    return rates

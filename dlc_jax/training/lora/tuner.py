@@ -1,0 +1,329 @@
+"""The loop of LoRA fine-tuning: steps over a kept set, checkpoints, and the adapter at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import time
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int64
+from tqdm import tqdm
+
+import dlc_jax
+from dlc_jax import artefacts, checks
+from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.exports.peft import ADAPTER_WEIGHTS, write_adapter, write_merged
+from dlc_jax.preprocess.tokens import Tokenised
+from dlc_jax.probes.responses import response_losses
+from dlc_jax.training.batches import epoch_order
+from dlc_jax.training.checkpoints import Checkpoints
+from dlc_jax.training.folder import METRICS, RunFolder
+from dlc_jax.training.lora.batches import num_counted, rows_of_step
+from dlc_jax.training.lora.settings import LoraConfig, learning_rates
+from dlc_jax.training.lora.step import LoraState, Optimiser, Sums, add_rows, take_step
+from dlc_jax.types import Params, path_name
+
+ADAPTER, MERGED = "adapter", "merged"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraResult:
+    """What a run ended with.
+
+    Attributes:
+      model: The given model with the adapter.
+      num_kept: Training samples.
+      test_loss: Mean over all response tokens of the test set, in nats; None without one.
+      history: One dictionary per epoch: epoch, step, learning_rate (of its last step), train_loss
+        (nats per response token), tokens_per_s (of responses and prompts; compilation counts),
+        elapsed_s.
+      seconds: Time of all steps, those of interrupted runs too.
+    """
+
+    model: LanguageModel = dataclasses.field(repr=False)
+    num_kept: int
+    test_loss: float | None
+    history: list[dict[str, Any]] = dataclasses.field(repr=False)
+    seconds: float
+
+
+class LoraTuner:
+    """Runs on subsets of one data set that share programs, weights and the test set.
+
+    Args: see `finetune_lora`.
+    Raises:
+      ValueError: see `finetune_lora`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        data: Tokenised,
+        settings: LoraConfig,
+        *,
+        test: Tokenised | None = None,
+        max_length: int | None = None,
+        progress: bool = False,
+    ):
+        settings.check()
+        self._model, self._data, self._test, self._settings = model, data, test, settings
+        self._max_length = max_length or model.config.max_length
+        self._progress = progress
+        self._architecture = dataclasses.replace(
+            model.architecture.with_adapter(settings.adapter), rematerialise=settings.rematerialise
+        )
+        self._optimiser = Optimiser.of(settings)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that its runs have in common."""
+        return artefacts.json_hash(
+            {
+                "version": dlc_jax.__version__,
+                "settings": self._settings.decisive,
+                "model": self._model.fingerprint,
+                "data": _fingerprint(self._data),
+                "test": None if self._test is None else _fingerprint(self._test),
+            }
+        )
+
+    def inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> str:
+        """SHA-256 over all that decides how a run ends."""
+        run = {"shared": self.fingerprint, "kept": positions.tolist(), "seed": int(seed)}
+        return artefacts.json_hash(run)
+
+    @staticmethod
+    def folder(path: Path) -> RunFolder:
+        """Returns where a run is kept."""
+        return RunFolder(path, (METRICS, f"{ADAPTER}/{ADAPTER_WEIGHTS}"))
+
+    def run(
+        self,
+        positions: Int64[np.ndarray, " k"],
+        seed: int,
+        folder: RunFolder | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> LoraResult:
+        """Trains on these positions, or goes on where a stopped run in `folder` ended.
+
+        Args:
+          positions: Ascending, in the data.
+          seed: Of the adapter's start and of the data order.
+          folder: Where the run is kept; None: nowhere.
+          facts: What `run.json` also says.
+        """
+        checks.seed(seed)
+        plan = _Plan.of(self._settings, positions, seed)
+        progress = _Progress.start(initial_adapter(self._architecture, seed), self._optimiser)
+        with contextlib.ExitStack() as stack:
+            checkpoints = None
+            if folder is not None:
+                stack.enter_context(artefacts.locked(folder.path))
+                folder.claim(self.inputs(positions, seed), facts or {})
+                checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
+                progress = _Progress.of(checkpoints.restore(progress.state)) or progress
+            progress = self._train(plan, progress, folder, checkpoints)
+            result = self._result(progress, len(positions))
+            if folder is not None:
+                self._write(result, folder)
+        return result
+
+    def _train(
+        self,
+        plan: _Plan,
+        progress: _Progress,
+        folder: RunFolder | None,
+        checkpoints: Checkpoints | None,
+    ) -> _Progress:
+        num_steps = len(plan.rates)
+        bar = tqdm(
+            total=num_steps,
+            initial=progress.step,
+            desc="fine-tuning",
+            unit="step",
+            leave=False,
+            disable=None if self._progress else True,
+        )
+        with bar:
+            for step in range(progress.step, num_steps):
+                progress = self._step(plan, progress, step)
+                ends = (step + 1) % plan.steps_per_epoch == 0
+                if ends:
+                    progress = progress.epoch_ended(plan, step)
+                if checkpoints is not None and folder is not None:
+                    if ends or (step + 1) % self._settings.checkpoint_steps == 0:
+                        checkpoints.save(step + 1, progress.state, progress.told)
+                    if ends:
+                        folder.write_metrics(progress.history)
+                bar.update()
+        return progress
+
+    def _step(self, plan: _Plan, progress: _Progress, step: int) -> _Progress:
+        start = time.perf_counter()
+        state, some = progress.state, plan.positions_of(step)
+        sums = Sums.zero(state.adapter)
+        settings = self._settings
+        batches = rows_of_step(
+            self._data, some, settings.rows_at_once, self._max_length, packing=settings.packing
+        )
+        for rows in batches:
+            sums = add_rows(self._architecture, self._model.params, state.adapter, rows, sums)
+        num_tokens = num_counted(self._data, some)
+        loss = float(sums.loss)
+        if not np.isfinite(loss):
+            raise checks.InputError(
+                f"fine-tuning gave a loss ({loss}) that is not finite, at step {step + 1}, "
+                f"learning rate {plan.rates[step]:g}; try a smaller lora.learning_rate, such as a "
+                "tenth of it."
+            )
+        state = take_step(
+            self._optimiser,
+            state,
+            sums.gradients,
+            jnp.float32(num_tokens),
+            jnp.float32(plan.rates[step]),
+        )
+        num_read = sum(len(self._data.tokens[i]) for i in some)
+        return progress.after(state, loss, num_tokens, num_read, time.perf_counter() - start)
+
+    def _result(self, progress: _Progress, num_kept: int) -> LoraResult:
+        model = self._model.with_adapter(self._settings.adapter, progress.state.adapter)
+        test_loss = None
+        if self._test is not None:
+            losses = response_losses(model, self._test).astype(np.float64)
+            test_loss = float(np.average(losses, weights=self._test.num_response))
+        return LoraResult(model, num_kept, test_loss, progress.history, progress.elapsed_s)
+
+    def _write(self, result: LoraResult, folder: RunFolder) -> None:
+        write_adapter(result.model, folder.path / ADAPTER)
+        if self._settings.merge:
+            write_merged(result.model, folder.path / MERGED)
+        folder.write_metrics(result.history)
+        folder.conclude(
+            {
+                "num_kept": result.num_kept,
+                "test_loss": result.test_loss,
+                "seconds": result.seconds,
+            },
+            self._settings.keep_weights,
+        )
+
+
+class _Plan(NamedTuple):
+    """Which samples every step sees, and at what rate."""
+
+    positions: Int64[np.ndarray, " k"]
+    seed: int
+    batch_size: int
+    steps_per_epoch: int
+    rates: list[float]
+
+    @classmethod
+    def of(cls, settings: LoraConfig, positions: Int64[np.ndarray, " k"], seed: int) -> _Plan:
+        per_epoch = -(-len(positions) // settings.batch_size)
+        num_steps = per_epoch * settings.epochs
+        rates = learning_rates(num_steps, settings.learning_rate, settings.warmup_steps)
+        return cls(positions, seed, settings.batch_size, per_epoch, rates)
+
+    def positions_of(self, step: int) -> Int64[np.ndarray, " b"]:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.positions, self.seed, epoch + 1)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+class _Progress(NamedTuple):
+    """A run after some of its steps.
+
+    Attributes:
+      state: Where it stands.
+      history: A line per finished epoch.
+      open: What is added up of the epoch that is not: its steps and theirs since.
+    """
+
+    state: LoraState
+    history: list[dict[str, Any]]
+    open: dict[str, float]
+
+    @classmethod
+    def start(cls, adapter: Params, optimiser: Optimiser) -> _Progress:
+        adapter = jax.tree.map(jnp.asarray, adapter)
+        return cls(LoraState(adapter, optimiser.at(0.0).init(adapter)), [], _NOTHING)
+
+    @classmethod
+    def of(cls, saved: tuple[Any, list[dict[str, Any]]] | None) -> _Progress | None:
+        """Returns what a checkpoint holds."""
+        return None if saved is None else cls(saved[0], saved[1][:-1], saved[1][-1])
+
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        """For a checkpoint: the lines, and last what is open."""
+        return [*self.history, self.open]
+
+    @property
+    def step(self) -> int:
+        """How many are done."""
+        return int((self.history[-1]["step"] if self.history else 0) + self.open["num_steps"])
+
+    @property
+    def elapsed_s(self) -> float:
+        return (self.history[-1]["elapsed_s"] if self.history else 0.0) + self.open["elapsed_s"]
+
+    def after(
+        self, state: LoraState, loss: float, num_tokens: int, num_read: int, seconds: float
+    ) -> _Progress:
+        more = {
+            "num_steps": 1,
+            "loss": loss,
+            "num_tokens": num_tokens,
+            "num_read": num_read,
+            "elapsed_s": seconds,
+        }
+        return self._replace(state=state, open={k: self.open[k] + v for k, v in more.items()})
+
+    def epoch_ended(self, plan: _Plan, step: int) -> _Progress:
+        line = {
+            "epoch": len(self.history) + 1,
+            "step": step + 1,
+            "learning_rate": plan.rates[step],
+            "train_loss": self.open["loss"] / self.open["num_tokens"],
+            "tokens_per_s": round(self.open["num_read"] / self.open["elapsed_s"], 1),
+            "elapsed_s": round(self.elapsed_s, 3),
+        }
+        return self._replace(history=[*self.history, line], open=_NOTHING)
+
+
+_NOTHING = dict.fromkeys(("num_steps", "loss", "num_tokens", "num_read", "elapsed_s"), 0.0)
+
+
+def initial_adapter(architecture: Architecture, seed: int) -> Params:
+    """Returns an adapter that changes nothing yet, as PEFT starts it.
+
+    lora_a is uniform within 1 / sqrt(inputs), lora_b zero; (seed, path) decide every draw.
+    """
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = path_name(path)
+        if name.endswith("lora_b"):
+            return np.zeros(leaf.shape, np.float32)
+        bound = leaf.shape[0] ** -0.5
+        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        return generator.uniform(-bound, bound, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, architecture.abstract_adapter())
+
+
+def _fingerprint(data: Tokenised) -> str:
+    """SHA-256 over all tokens, in order, and where responses begin."""
+    digest = hashlib.sha256(data.num_prompt.tobytes())
+    for row in data.tokens:
+        digest.update(len(row).to_bytes(8, "little") + row.tobytes())
+    return digest.hexdigest()

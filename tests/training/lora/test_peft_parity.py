@@ -1,0 +1,259 @@
+"""LoRA fine-tuning against PEFT and torch, step by step; adapters and merged models on disk."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dlc_jax as dlc
+from dlc_jax.encoders.projection import TARGETS, Adapter
+from dlc_jax.exports.peft import load_adapter, write_adapter, write_merged
+from dlc_jax.preprocess.tokens import Tokenised
+from dlc_jax.training.lora.settings import LoraConfig, learning_rates
+from dlc_jax.training.lora.tuner import LoraTuner, initial_adapter
+from dlc_jax.types import by_path
+
+FAMILIES = {
+    "Llama": {"tie_word_embeddings": True},
+    "Mistral": {"sliding_window": 9},
+    "Gemma2": {"sliding_window": 9, "query_pre_attn_scalar": 17, "head_dim": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(timm, tmp_path_factory):
+    """Random models on disk, whose weights are large enough for every part to matter."""
+    import torch
+    import transformers
+
+    found = {}
+    for family, options in FAMILIES.items():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            **options,
+        )
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        found[family] = tmp_path_factory.mktemp(family)
+        model.save_pretrained(found[family])
+    return found
+
+
+def samples(num=40, longest=60):
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(6, longest, num)
+    return Tokenised(
+        tuple(generator.integers(1, 97, n).astype(np.int32) for n in lengths),
+        np.array([generator.integers(0, n - 2) for n in lengths], np.int32),
+        np.zeros(num, bool),
+        np.arange(num).astype(np.str_),
+    )
+
+
+def peft_of(folder, settings, adapter):
+    """Returns the torch model with PEFT's adapter, started as ours is."""
+    import peft
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=list(settings.targets),
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(model, config)
+    parameters = lora_parameters(model)
+    for path, value in by_path(adapter).items():
+        with torch.no_grad():
+            parameters[path].copy_(torch.asarray(value.T))
+    return model
+
+
+def lora_parameters(model):
+    """Returns PEFT's parameters by our paths."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parts = name.split(".")
+            kind = "attn" if parts[5] == "self_attn" else "mlp"
+            matrix = "lora_a" if parts[7] == "lora_A" else "lora_b"
+            found[f"blocks/{parts[4]}/{kind}/{parts[6]}/{matrix}"] = parameter
+    return found
+
+
+def logits_of(model, tokens):
+    tokens = jnp.asarray(tokens)
+    hidden = model.architecture.hidden(model.params, tokens, jnp.ones_like(tokens))
+    return np.asarray(model.architecture.logits(model.params, hidden))
+
+
+def torch_steps(model, data, settings, order, rates):
+    """Takes the steps one sample at a time: no padding, no packing."""
+    import torch
+
+    parameters = list(lora_parameters(model).values())
+    options = {"lr": 1.0, "weight_decay": settings.weight_decay}
+    if settings.optimiser == "sgd":
+        optimiser = torch.optim.SGD(parameters, momentum=settings.momentum, **options)
+    else:
+        optimiser = torch.optim.AdamW(parameters, **options)
+    for step, rate in enumerate(rates):
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.zero_grad()
+        losses = []
+        for i in order[step]:
+            ids = torch.asarray(data.tokens[i].astype(np.int64))
+            labels = ids.clone()
+            labels[: max(int(data.num_prompt[i]), 1)] = -100
+            logits = model(input_ids=ids[None]).logits[0]
+            losses.append((logits[:-1], labels[1:]))
+        logits, labels = (torch.cat(part) for part in zip(*losses, strict=True))
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize(
+    ("family", "optimiser", "rate", "packing"),
+    [
+        ("Llama", "sgd", 1e-2, False),
+        ("Llama", "sgd", 1e-2, True),
+        ("Llama", "adamw", 1e-2, False),
+        ("Mistral", "sgd", 1e-2, True),
+        ("Gemma2", "sgd", 1e-2, False),
+    ],
+)
+def test_twenty_steps_are_those_of_peft(folders, tmp_path, family, optimiser, rate, packing):
+    """A and B move as PEFT moves them, and the adapter as PEFT loads it changes the logits."""
+    import peft
+    import torch
+    import transformers
+
+    data = samples()
+    settings = LoraConfig(
+        epochs=4,
+        batch_size=8,
+        rows_at_once=3,
+        optimiser=optimiser,
+        learning_rate=rate,
+        warmup_steps=0,
+        dtype="float32",
+        packing=packing,
+        targets=TARGETS if family != "Mistral" else ("q_proj", "v_proj", "down_proj"),
+    )
+    model = dlc.load_language_model(str(folders[family]), dtype="float32")
+    tuner = LoraTuner(model, data, settings)
+    result = tuner.run(np.arange(len(data)), seed=3)
+    start = initial_adapter(tuner._architecture, 3)
+    theirs = peft_of(folders[family], settings, start)
+    plan = [
+        np.random.default_rng([3, epoch]).permutation(40)[k * 8 : k * 8 + 8]
+        for epoch in range(1, 5)
+        for k in range(5)
+    ]
+    torch_steps(theirs, data, settings, plan, learning_rates(20, rate, 0))
+    ours, expected = by_path(result.model.params), lora_parameters(theirs)
+    assert set(expected) == set(by_path(start))
+    for path, first in by_path(start).items():
+        moved = np.asarray(ours[path]) - first
+        theirs_moved = expected[path].detach().numpy().T - first
+        norm = np.linalg.norm(theirs_moved)
+        assert norm > 0, path
+        assert np.linalg.norm(moved - theirs_moved) <= 1e-3 * norm, path
+
+    tokens = np.random.default_rng(1).integers(1, 97, (2, 50)).astype(np.int32)
+    whole = result.model
+    logits = logits_of(whole, tokens)
+    write_adapter(whole, tmp_path / "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        folders[family], dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        before = base(input_ids=torch.asarray(tokens.astype(np.int64))).logits.numpy()
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        after = loaded(input_ids=torch.asarray(tokens.astype(np.int64))).logits.numpy()
+    scale = np.abs(after).max()
+    assert np.abs(logits - after).max() <= 1e-4 * scale
+    assert np.abs(after - before).max() >= 100 * 1e-4 * scale
+    write_merged(whole, tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager"
+    )
+    assert merged.dtype == torch.float32
+    with torch.no_grad():
+        found = merged(input_ids=torch.asarray(tokens.astype(np.int64))).logits.numpy()
+    assert np.abs(logits - found).max() <= 1e-4 * scale
+
+
+def test_rates_are_those_of_transformers(timm):
+    import torch
+    import transformers
+
+    for num_steps, warmup in ((20, 0), (50, 7), (12, 100)):
+        optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=7e-6)
+        schedule = transformers.get_cosine_schedule_with_warmup(optimiser, warmup, num_steps)
+        expected = []
+        for _ in range(num_steps):
+            expected.append(schedule.get_last_lr()[0])
+            optimiser.step()
+            schedule.step()
+        np.testing.assert_allclose(learning_rates(num_steps, 7e-6, warmup), expected, rtol=1e-9)
+
+
+def test_adapters_of_peft_are_read(folders, tmp_path):
+    import torch
+
+    settings = LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "up_proj"), dtype="float32")
+    model = dlc.load_language_model(str(folders["Llama"]), dtype="float32")
+    adapter = initial_adapter(model.architecture.with_adapter(settings.adapter), 0)
+    theirs = peft_of(folders["Llama"], settings, adapter)
+    with torch.no_grad():
+        for parameter in lora_parameters(theirs).values():
+            parameter.normal_()
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(model, tmp_path)
+    assert ours.architecture.adapter == Adapter(3, 5.0, ("q_proj", "up_proj"))
+    tokens = np.arange(1, 41)[None]
+    logits = logits_of(ours, tokens)
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.asarray(tokens)).logits.numpy()
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_adapters_that_do_more_or_do_not_fit_are_refused(folders, tmp_path):
+    model = dlc.load_language_model(str(folders["Llama"]), dtype="float32")
+    with pytest.raises(ValueError, match=r"adapter_config\.json: not there"):
+        load_adapter(model, tmp_path)
+    adapter = Adapter(2, 4.0, ("v_proj",))
+    whole = model.with_adapter(
+        adapter, initial_adapter(model.architecture.with_adapter(adapter), 0)
+    )
+    write_adapter(whole, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+
+    def refused(says, **changes):
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ValueError, match=says):
+            load_adapter(model, tmp_path / "a")
+
+    refused("use_dora True; expected False", use_dora=True)
+    refused("target_modules: unknown value 'lm_head'", target_modules=["lm_head"])
+    refused("expected a list of names", target_modules="all-linear")
+    refused(r"2 tensors are missing|4 tensors are missing", target_modules=["v_proj", "q_proj"])
+    refused(r"v_proj\.lora_A\.weight is \(2, 32\), expected \(3, 32\)", r=3)

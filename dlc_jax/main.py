@@ -7,12 +7,15 @@ configs/custom.py a template for your own. Any key can be set on the command lin
 --config.probe.num_probes=8 --config.probe.placement=midpoint
 --config.selection.keep_fractions=0.1,0.3
 
+Some files take a choice after a colon, as in --config=configs/alpaca_cleaned.py:llama3-8b.
+
 --config comes first; everything is run from the root of the repository.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -23,13 +26,16 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from dlc_jax import checks, pipeline
+from dlc_jax import checks, pipeline, presets
 from dlc_jax.config import Config, describe, known_keys
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, required.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where artefacts go; default runs/<name of the configuration file>."
+    "workdir",
+    None,
+    "Where artefacts go; default runs/<name of the configuration file>[-<what follows its colon>].",
 )
+_INPUT_ERROR = f"{checks.InputError.__module__}.{checks.InputError.__name__}: "
 __doc__ += f"\nKeys, defaults and meaning:\n{describe()}\n"
 
 
@@ -39,12 +45,12 @@ def main(argv: Sequence[str]) -> None:
         _fail(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
     if _CONFIG.value is None:
         _fail("--config is required, e.g. --config=configs/demo.py")
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = Path(_WORKDIR.value or Path("runs") / name).expanduser()
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = Path(_WORKDIR.value or Path("runs") / presets.run_name(name)).expanduser()
     # absl shows jax's notes on backends that are not there, every retry of a download, and each
     # step of every checkpoint
     logging.getLogger("jax").setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when it is imported, which is later
     absl_logging.set_verbosity(absl_logging.FATAL)
     try:
         pipeline.run(Config.of(_CONFIG.value), workdir)
@@ -62,11 +68,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
             if override:
                 checks.one_of("configuration key", override[1], known_keys())
         return flags.FLAGS(list(argv))
-    except (flags.Error, checks.InputError) as error:
-        _fail(str(error))
     except Exception as error:  # the configuration file is the user's code: anything can happen
-        reason = ([""] + [line for line in str(error).splitlines() if line.strip()])[-1]
-        _fail(f"--config: cannot load it: {type(error).__name__}: {reason.strip()}")
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        if "Traceback (most recent call last):" in lines:  # of what the file raised
+            _fail(f"--config: cannot load it: {lines[-1].removeprefix(_INPUT_ERROR)}")
+        if isinstance(error, (flags.Error, checks.InputError)):
+            _fail(str(error))
+        _fail(f"--config: cannot load it: {type(error).__name__}: {lines[-1]}")
 
 
 def _fail(message: str) -> NoReturn:

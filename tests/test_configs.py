@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 
 import dlc_jax as dlc
+from dlc_jax import presets
 from dlc_jax.config import Config
 from dlc_jax.datasets import SOURCES
+from dlc_jax.datasets.instruction_rows import ROW_SOURCES
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
 # file -> what its docstring calls the data set, and the number of its classes
@@ -20,6 +24,12 @@ NAMED = {
     "fgvc_aircraft": ("FGVC-Aircraft", 100),
     "cxrb10": ("CXRB10", 10),
     "sketch": ("Sketch", 250),
+}
+
+# of instructions: file -> source, and how many thousands of rows
+CHOICES = {
+    "alpaca_cleaned": ("hf:yahma/alpaca-cleaned/train", 52),
+    "dolly_hhrlhf": ("hf:mosaicml/dolly_hhrlhf/train", 59),
 }
 
 
@@ -35,10 +45,11 @@ def test_every_file_is_valid_and_its_command_names_it(name):
     config = Config.of(values)
     assert config.encoder.weights
     for source in (config.dataset.train, config.dataset.test or config.dataset.train):
-        known = {"jsonl", "json", "parquet"} if config.is_of_instructions else SOURCES
+        known = ROW_SOURCES if config.is_of_instructions else SOURCES
         assert source.partition(":")[0] in known
     commands = re.findall(r"^python -m dlc_jax\.main .*--config=(\S+)", doc, re.MULTILINE)
-    assert commands == [f"configs/{name}.py"]
+    choice = f":{presets.DEFAULT_MODEL}" if name in CHOICES else ""
+    assert commands == [f"configs/{name}.py{choice}"]
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -52,6 +63,56 @@ def test_named_data_sets_say_what_they_are(name):
         assert re.search(rf"^{line}: \S", doc, re.MULTILINE), line
     assert re.search(rf"^Classes: {num_classes}\b", doc, re.MULTILINE)
     assert values.dataset.train != values.dataset.test
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_instructions_are_for_any_model_of_the_paper(name):
+    scope = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))
+    doc, get_config = scope["__doc__"], scope["get_config"]
+    source, num_thousands = CHOICES[name]
+    for line in ("Models", "Needs", "Data", "Licence", "Selects", "Expected"):
+        assert re.search(rf"^{line}: \S", doc, re.MULTILINE), line
+    assert re.search(rf"^Rows: about {num_thousands},000\b", doc, re.MULTILINE)
+    assert get_config().to_dict() == get_config(presets.DEFAULT_MODEL).to_dict()
+    for model, weights in presets.LANGUAGE_MODELS.items():
+        config = Config.of(get_config(model))
+        assert (config.dataset.train, config.encoder.weights) == (source, weights)
+        assert f"{model} ({weights}" in " ".join(doc.split())
+        assert (config.probe.num_probes, config.probe.placement) == (8, "midpoint")
+        assert config.probe.dtype == "bfloat16"
+        assert config.selection.keep_fractions == tuple(i / 10 for i in range(1, 10))
+    with pytest.raises(ValueError, match="Did you mean 'llama3-8b'"):
+        get_config("llama3")
+
+
+@pytest.mark.parametrize(
+    ("configuration", "name"),
+    [
+        ("configs/demo.py", "demo"),
+        ("configs/alpaca_cleaned.py:llama3-8b", "alpaca_cleaned-llama3-8b"),
+        ("/a.b/my.py:v0.3", "my-v0.3"),
+        ("my.py:../a b", "my-.._a_b"),
+        ("my.py:", "my"),
+    ],
+)
+def test_runs_of_two_choices_do_not_share_a_folder(configuration, name):
+    assert presets.run_name(configuration) == name
+
+
+@pytest.mark.parametrize(
+    ("choice", "says"),
+    [
+        ("alpaca_cleaned.py:llama3", "cannot load it: model: unknown value 'llama3'; valid: mist"),
+        ("demo.py:llama3", "cannot load it: TypeError: get_config"),
+    ],
+)
+def test_an_unknown_choice_ends_in_one_clear_line(choice, says):
+    command = [sys.executable, "-m", "dlc_jax.main", f"--config=configs/{choice}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def write_sketches(root) -> None:

@@ -22,8 +22,17 @@ def load_hf(where: str) -> Dataset:
     files; their names tell the split (`data/train-00000-of-00002.parquet`, `train/0000.parquet`).
 
     Raises:
-      ValueError: nothing there, the hub cannot be reached, no file of a split, files of it in
-        several configurations, or no image or label column.
+      ValueError: see `open_hf`; no image or label column.
+    """
+    return from_tables(f"hf:{where}", open_hf(where))
+
+
+def open_hf(where: str) -> list[Table]:
+    """Returns the tables of a data set, see `load_hf`.
+
+    Raises:
+      ValueError: nothing there, the hub cannot be reached, no file of a split, or files of it in
+        several configurations.
     """
     source = f"hf:{where}"
     place, _, splits = where.rpartition("/")
@@ -40,7 +49,7 @@ def load_hf(where: str) -> Dataset:
             raise checks.InputError(
                 f"{source}: no folder {place!r}, and that is no hub id (owner/name) either."
             )
-    return from_tables(source, tables)
+    return tables
 
 
 def _local(source: str, folder: Path, split: str) -> Sequence[Table]:
@@ -121,7 +130,7 @@ def _download(source: str, repository: str, split: str) -> list[Path]:
         raise checks.InputError(
             f"{source}: {repository!r} is neither a local folder nor could it be fetched from the "
             f"Hugging Face hub ({checks.first_line(error)}). Without network: on a machine that "
-            f"has it, download https://huggingface.co/datasets/{repository}, bring the folder here "
-            "and give hf:<folder>/<split>."
+            f"has it, download https://huggingface.co/datasets/{repository} (revision {_CONVERTED} "
+            "if it has no Parquet files), bring the folder here and give hf:<folder>/<split>."
         ) from error
     raise checks.InputError(f"{source}: {repository} has no Parquet file of split {split!r}.")

@@ -15,6 +15,7 @@ import numpy as np
 from dlc_jax import checks
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import ACTIVATIONS, DecoderConfig, RopeScaling
+from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.encoders.weights import opened
 from dlc_jax.types import Params, by_path, path_name
 
@@ -54,14 +55,12 @@ def read_config(folder: Path) -> DecoderConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise checks.InputError(f"{path}: not there; expected a Hugging Face model folder.")
-    from transformers import AutoConfig  # seconds, which images do not need
-
     try:
         family = json.loads(path.read_text()).get("model_type")
         if family not in FAMILIES:
             expected = ", ".join(FAMILIES)
             raise checks.InputError(f"{path}: model_type {family!r}; expected {expected}.")
-        return decoder_config(AutoConfig.from_pretrained(folder), str(path))
+        return decoder_config(transformers_library().AutoConfig.from_pretrained(folder), str(path))
     except checks.InputError:
         raise
     except Exception as error:  # what transformers refuses, it refuses in many ways

@@ -6,20 +6,25 @@ import dataclasses
 import functools
 import hashlib
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.encoders.architecture import DTYPES, Architecture
+from dlc_jax.encoders.architecture import DTYPES, Architecture, joined
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.huggingface import read_config, read_params
+from dlc_jax.encoders.projection import Adapter
+from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.types import Params, by_path
 
 DECODER = "decoder"  # as `encoder.name`
 _USUAL_LENGTH = 2048  # tokens
-_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model")
+_SAMPLE = "demo:tiny-llama"
+# not consolidated.safetensors: the same weights once more, in Mistral's own layout
+_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +47,14 @@ class LanguageModel:
     def config(self) -> DecoderConfig:
         return self.architecture.config
 
+    def with_adapter(self, adapter: Adapter, weights: Params) -> LanguageModel:
+        """Returns the model with low-rank changes; `weights` as `Architecture.abstract_adapter`."""
+        return dataclasses.replace(
+            self,
+            params=joined(self.params, weights),
+            architecture=self.architecture.with_adapter(adapter),
+        )
+
     module_order = None  # decides in official mode only, which language models have none of
 
     @staticmethod
@@ -61,14 +74,7 @@ class LanguageModel:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of transformers; ValueError if the folder has none that can be read."""
-        from transformers import AutoTokenizer  # seconds, which images do not need
-
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except Exception as error:  # what it refuses, it refuses in many ways
-            raise checks.InputError(
-                f"{self.folder}: has no tokenizer that can be read: {checks.first_line(error)}"
-            ) from error
+        return _tokenizer_in(self.folder)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -89,7 +95,8 @@ def load_language_model(
     """Loads a Llama, Mistral or Gemma 2 model.
 
     Args:
-      weights: A folder in Hugging Face format, or a hub id such as `mistralai/Mistral-7B-v0.3`.
+      weights: A folder in Hugging Face format, a hub id such as `mistralai/Mistral-7B-v0.3`, or
+        `demo:tiny-llama`, the bundled one.
       dtype: `bfloat16`, `float16` or `float32`.
       sharding_of: See `huggingface.read_params`.
     Raises:
@@ -97,13 +104,34 @@ def load_language_model(
         not fit exactly.
     """
     checks.one_of("dtype", dtype, DTYPES)
-    folder = _located(weights)
+    folder = model_folder(weights)
     architecture = Architecture(read_config(folder), dtype)
     params = read_params(folder, architecture, sharding_of)
     return LanguageModel(params, architecture, folder, weights)
 
 
-def _located(weights: str) -> Path:
+def load_tokenizer(weights: str) -> Any:
+    """Loads a model's tokenizer without the model.
+
+    Raises:
+      ValueError: see `load_language_model`; no tokenizer that can be read.
+    """
+    return _tokenizer_in(model_folder(weights))
+
+
+def _tokenizer_in(folder: Path) -> Any:
+    try:
+        return transformers_library().AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # what it refuses, it refuses in many ways
+        raise checks.InputError(
+            f"{folder}: has no tokenizer that can be read: {checks.first_line(error)}"
+        ) from error
+
+
+def model_folder(weights: str) -> Path:
+    if weights.startswith("demo:"):
+        checks.one_of("weights", weights, [_SAMPLE])
+        return Path(str(resources.files("dlc_jax.datasets") / "instructions_sample" / "model"))
     folder = Path(weights).expanduser()
     if folder.is_dir():
         return folder

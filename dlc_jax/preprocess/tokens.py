@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,15 @@ class Tokenised:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def cut(self, num_tokens: Int64[np.ndarray, " n"]) -> Tokenised:
+        """Returns the samples with at most as many tokens each."""
+        pairs = list(zip(self.tokens, num_tokens.tolist(), strict=True))
+        return dataclasses.replace(
+            self,
+            tokens=tuple(row[:num] for row, num in pairs),
+            truncated=self.truncated | np.array([len(row) > num for row, num in pairs]),
+        )
+
     @property
     def num_response(self) -> Int64[np.ndarray, " n"]:
         """[n] tokens of the response, the end of the sequence included."""
@@ -54,7 +64,8 @@ def tokenise(
     Args:
       data: Prompts and responses.
       tokenizer: A tokenizer of transformers. What it puts in front (begin of sequence) stays; its
-        end of sequence follows the response, where it has one.
+        end of sequence follows the response, where it has one. Texts that hold their special tokens
+        get neither.
       max_length: Longest sequence in tokens; the end of longer ones is cut off.
       on_corrupt: `error`, or `skip` to leave out samples whose response is cut off altogether.
     Raises:
@@ -65,7 +76,7 @@ def tokenise(
     rows, num_prompt, truncated, kept = [], [], [], []
     skipped: dict[str, str] = {}
     for position, (prompt, response) in enumerate(zip(data.prompts, data.responses, strict=True)):
-        ids, num_before = _joint(prompt, response, tokenizer)
+        ids, num_before = _joint(prompt, response, tokenizer, data.has_special_tokens)
         if num_before >= max_length:
             skipped[str(data.ids[position])] = (
                 f"its prompt alone has {num_before} tokens, of at most {max_length}"
@@ -92,21 +103,24 @@ def tokenise(
     )
 
 
-def _joint(prompt: str, response: str, tokenizer: Any) -> tuple[list[int], int]:
+def _joint(
+    prompt: str, response: str, tokenizer: Any, has_special_tokens: bool
+) -> tuple[list[int], int]:
     """Returns the ids of both together, and how many of them hold nothing of the response."""
+    read = functools.partial(tokenizer, add_special_tokens=not has_special_tokens, verbose=False)
     if tokenizer.is_fast:
-        found = tokenizer(prompt + response, return_offsets_mapping=True, verbose=False)
+        found = read(prompt + response, return_offsets_mapping=True)
         ids = list(found["input_ids"])
         ends = [end for _, end in found["offset_mapping"]]
         # an end of sequence that the tokenizer put there covers no characters
         num_before = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
     else:
-        ids = list(tokenizer(prompt + response, verbose=False)["input_ids"])
-        alone = tokenizer(prompt, verbose=False)["input_ids"]
+        ids = list(read(prompt + response)["input_ids"])
+        alone = read(prompt)["input_ids"]
         pairs = zip(alone, ids, strict=False)
         num_before = next((i for i, (a, b) in enumerate(pairs) if a != b), len(alone))
     end = tokenizer.eos_token_id
-    if end is not None and (not ids or ids[-1] != end):
+    if not has_special_tokens and end is not None and (not ids or ids[-1] != end):
         ids.append(end)
     return ids, num_before
 

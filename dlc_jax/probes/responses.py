@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dlc_jax import checks
 from dlc_jax.datasets.instructions import Instructions
+from dlc_jax.distributed import over_devices
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import (
@@ -45,7 +46,8 @@ def response_losses(
     """
 
     def of_batch(batch: TokenBatch) -> Array:
-        return _losses(model.architecture, model.params, *map(jnp.asarray, batch[1:]))[None]
+        arrays = over_devices(model.params, batch[1:])
+        return _losses(model.architecture, model.params, *arrays)[None]
 
     return _measured(data, of_batch, 1, tokens_per_batch, progress)[0]
 
@@ -61,6 +63,10 @@ def measure_responses(
     progress: bool = False,
 ) -> ResponseLosses:
     """Measures responses with and without their prompts, for scores that are compared with DLC.
+
+    Both losses are of the same text: of a response that was cut off with its prompt before it, only
+    the tokens that were left are measured alone. Alone, the first token counts where the tokenizer
+    has a begin of sequence to predict it from.
 
     Args:
       model: From `load_language_model`.
@@ -78,13 +84,25 @@ def measure_responses(
     if tokens is None:
         tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
     kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
-    alone = tokenise(kept.without_prompts(), model.tokenizer, max_length)
+    alone = _alone(kept, model, tokens, max_length)
     return ResponseLosses(
         losses=measured(tokens),
         alone=measured(alone),
         num_tokens=tokens.num_response,
         ids=tokens.ids,
     )
+
+
+def _alone(
+    data: Instructions, model: LanguageModel, tokens: Tokenised, max_length: int
+) -> Tokenised:
+    """Returns the responses without their prompts, cut off where `tokens` are."""
+    # texts that hold their special tokens take the begin of sequence with them
+    begin = (model.tokenizer.bos_token or "") if data.has_special_tokens else ""
+    alone = tokenise(data.without_prompts(begin), model.tokenizer, max_length)
+    left = alone.num_prompt + tokens.num_response
+    # at least two, since the first token of all has no loss
+    return alone.cut(np.where(tokens.truncated, np.maximum(left, 2), max_length))
 
 
 def probe_responses(
@@ -128,7 +146,7 @@ def probe_responses(
     thresholds = jax.device_put(path.thresholds)
 
     def of_batch(batch: TokenBatch) -> Array:
-        arrays = map(jnp.asarray, batch[1:])
+        arrays = over_devices(model.params, batch[1:])
         return _probe_losses(
             model.architecture, path.prunable, model.params, path.importance, thresholds, *arrays
         )
@@ -172,7 +190,9 @@ def _probe_losses(
     num_prompt: Int[Array, " b"],
 ) -> Float32[Array, "m b"]:
     def one_probe(threshold: Thresholds) -> Float32[Array, " b"]:
-        copy = masked(params, prunable, importance, threshold)
+        # keeps XLA from computing the importance of all weights ahead of the loop: four bytes each
+        frozen, threshold = jax.lax.optimization_barrier((params, threshold))
+        copy = masked(frozen, prunable, importance, threshold)
         return _response_losses(architecture, copy, tokens, num_tokens, num_prompt)
 
     return jax.lax.map(one_probe, thresholds)

@@ -22,6 +22,9 @@ from dlc_jax.selection import (
 )
 from dlc_jax.types import setting
 
+# of methods, and of scores that methods go by
+_VARIANTS = tuple(dict.fromkeys([*VARIANTS, *(v for s in SCORES.values() for v in s.variants)]))
+
 
 class Need(NamedTuple):
     """What the selected methods go by, apart from DLC.
@@ -48,7 +51,7 @@ class SelectionConfig:
     splits: tuple[float | str, ...] = setting((0.5,), f"FlexRand's gamma, each in (0, 1) or {AUTO}")
     seeds: tuple[int, ...] = setting((0,), "seeds of the draws")
     score: str = setting("dlc", f"that methods go by which name none: {', '.join(SCORES)}")
-    variant: str = setting("published", f"of methods and scores: {', '.join(VARIANTS)}, if any")
+    variant: str = setting("published", f"of methods or scores: {', '.join(_VARIANTS)}")
     allocation: str = setting("proportional", f"class budgets: {', '.join(ALLOCATIONS)}")
     per_class: bool = setting(True, "select from every class; False: from all samples at once")
     min_per_class: int = setting(0, "least samples kept of a class (all, if it has no more)")
@@ -73,7 +76,7 @@ class SelectionConfig:
         for seed in self.seeds:
             checks.seed(seed, "selection.seeds")
         checks.one_of("selection.score", self.score, SCORES)
-        checks.one_of("selection.variant", self.variant, VARIANTS)
+        self._check_variant()
         for cell in self.cells():
             check_cell(*cell, mode)
         check_min_per_class(self.min_per_class, mode, "selection.min_per_class")
@@ -87,6 +90,20 @@ class SelectionConfig:
                 self.per_class,
                 self.min_per_class,
                 mode,
+            )
+
+    def _check_variant(self) -> None:
+        """Raises ValueError for a variant that nothing asked for has."""
+        checks.one_of("selection.variant", self.variant, _VARIANTS)
+        methods = [name for name in self.methods if name in SELECTORS]
+        scores = dict.fromkeys([*map(self.score_name, methods), self.score])
+        known = [v for name in methods for v in SELECTORS[name].variants]
+        known += [v for name in scores for v in SCORES[name].variants]
+        if self.variant not in known:
+            raise checks.InputError(
+                f"selection.variant: {self.variant!r} is a variant of none of the methods "
+                f"{', '.join(self.methods)} and the scores {', '.join(scores)}; expected "
+                f"{' or '.join(dict.fromkeys(known))}."
             )
 
     def cells(self) -> list[Cell]:

@@ -1,12 +1,14 @@
 """Rows to prompts and responses, and rows that are refused."""
 
+import csv
 import json
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import require_shared
+from conftest import ROOT, require_shared
 
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
@@ -37,12 +39,40 @@ def test_prompts_that_are_wrapped_are_left_alone():
     assert data.without_prompts().prompts == ("",)
 
 
+def save(table, folder, **state):
+    """Writes what `datasets.save_to_disk` does."""
+    folder.mkdir(parents=True)
+    with pa.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    files = [{"filename": "data-00000-of-00001.arrow"}]
+    (folder / "state.json").write_text(json.dumps({"_data_files": files, **state}))
+
+
+def local_copies(root, rows):
+    """Returns sources of every form that a data set of the hub has in a folder."""
+    table = pa.Table.from_pylist(rows)
+    other = pa.Table.from_pylist([WITH_INPUT])
+    (root / "repository" / "data").mkdir(parents=True)
+    for part, some in enumerate((table[:2], table[2:])):
+        pq.write_table(some, root / f"repository/data/train-0000{part}-of-00002.parquet")
+    pq.write_table(other, root / "repository/data/test-00000-of-00001.parquet")
+    (root / "converted/default/train").mkdir(parents=True)  # as in refs/convert/parquet
+    pq.write_table(table, root / "converted/default/train/0000.parquet")
+    save(table, root / "dictionary/train")
+    save(other, root / "dictionary/test")
+    save(table, root / "saved", _split="train")
+    names = ("repository", "converted", "dictionary", "saved")
+    return [f"hf:{root}/{name}/train" for name in names]
+
+
 def test_every_source_gives_the_same(tmp_path):
     rows = [PLAIN, WITH_INPUT, PLAIN]
     (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n\n" for row in rows))
     (tmp_path / "a.json").write_text(json.dumps(rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    found = [dlc.load_instructions(f"{kind}:{tmp_path}") for kind in ("jsonl", "json", "parquet")]
+    sources = [f"{kind}:{tmp_path}" for kind in ("jsonl", "json", "parquet")]
+    found = [dlc.load_instructions(source) for source in [*sources, *local_copies(tmp_path, rows)]]
+    assert len(found) == 7
     for data in found:
         assert data.rows == tuple(rows)
         assert data.fingerprint == found[0].fingerprint
@@ -53,6 +83,65 @@ def test_every_source_gives_the_same(tmp_path):
     assert instructions([WITH_INPUT]).ids[0] == found[0].ids[1]
     assert instructions([{**PLAIN, "id": 7}]).ids.tolist() == ["7"]
     assert instructions([{**PLAIN, "id": 7}, {**WITH_INPUT, "id": 7}]).ids[1] == found[0].ids[1]
+
+
+@pytest.mark.parametrize("revision", [None, "refs/convert/parquet"])
+def test_the_hub_is_asked_for_the_files_of_a_split(tmp_path, monkeypatch, revision):
+    """A repository with Parquet files, and one of JSON, which the hub converted."""
+    local_copies(tmp_path, [PLAIN, WITH_INPUT])
+    folder = tmp_path / ("repository" if revision is None else "converted")
+    asked = []
+
+    def list_repo_files(repository, *, repo_type, revision):
+        asked.append((repository, repo_type, revision))
+        if asked[-1][2] != wanted:
+            return ["README.md", "train.json"]
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")]
+
+    def hf_hub_download(repository, name, *, repo_type, revision):
+        asked.append((repository, repo_type, revision))
+        return str(folder / name)
+
+    wanted = revision
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    data = dlc.load_instructions("hf:owner/name/train")
+    assert data.rows == (PLAIN, WITH_INPUT)
+    assert data.name == "hf:owner/name/train"
+    assert asked[-1] == ("owner/name", "dataset", revision)
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):
+    def list_repo_files(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    with pytest.raises(ValueError, match=r"could it be fetched .*no route.* give hf:<folder>/<spl"):
+        dlc.load_instructions("hf:yahma/alpaca-cleaned/train")
+
+
+def test_the_bundled_rows_are_two_parts():
+    train, test = (dlc.load_instructions(f"demo:dolly/{part}") for part in ("train", "test"))
+    assert (len(train), len(test)) == (400, 100)
+    assert not set(train.ids) & set(test.ids)
+    assert all("### Response:\n" in prompt for prompt in train.prompts + test.prompts)
+    with pytest.raises(ValueError, match="valid: dolly/train, dolly/test"):
+        dlc.load_instructions("demo:dolly")
+
+
+def test_the_bundled_files_fit_and_are_readable():
+    folder = ROOT / "dlc_jax" / "datasets" / "instructions_sample"
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 8e6
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in files)
+    for part, num in (("dev", 5), ("test", 25)):
+        tables = sorted((folder / "mmlu" / part).glob(f"*_{part}.csv"))
+        assert len(tables) == 8
+        for table in tables:
+            with open(table, newline="") as file:
+                rows = list(csv.DictReader(file))
+            assert len(rows) == num
+            assert all(row["answer"] in "0123" and row["choice3"] for row in rows)
 
 
 def test_categories_are_classes():
@@ -90,7 +179,7 @@ def test_rows_that_do_not_fit_are_named(rows, template, says):
         ("a.jsonl", b"\n", "has no rows"),
         ("a.json", b"{}", "expected a list of objects, found dict"),
         ("a.json", b"[", "not JSON"),
-        ("a.parquet", b"PAR1", "not Parquet"),
+        ("a.parquet", b"PAR1", "not a readable Parquet file"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, name, content, says):
@@ -99,7 +188,19 @@ def test_damaged_files_are_refused(tmp_path, name, content, says):
         dlc.load_instructions(f"{name.partition('.')[2]}:{tmp_path / name}")
 
 
+def test_tables_with_two_columns_of_a_name_are_refused(tmp_path):
+    table = pa.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "train.parquet")
+    for source in (f"parquet:{tmp_path}", f"hf:{tmp_path}/train"):
+        with pytest.raises(ValueError, match="different names, found prompt, prompt"):
+            dlc.load_instructions(source)
+
+
 def test_sources_that_are_not_there():
+    with pytest.raises(ValueError, match="expected hf:<owner/name or folder>/<split>"):
+        dlc.load_instructions("hf:train")
+    with pytest.raises(ValueError, match="no folder '/absent/folder', and that is no hub id"):
+        dlc.load_instructions("hf:/absent/folder/train")
     with pytest.raises(ValueError, match="expected <scheme>:<file>"):
         dlc.load_instructions("train.jsonl")
     with pytest.raises(ValueError, match="scheme of"):

@@ -1,5 +1,7 @@
 """Where the response begins, what is cut off, and shapes that are few."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -77,8 +79,9 @@ def test_what_a_tokenizer_without_offsets_shares_with_the_prompt(tokenizer):
         is_fast = False
         eos_token_id = tokenizer.eos_token_id
 
-        def __call__(self, text, verbose):
-            return {"input_ids": tokenizer(text)["input_ids"]}
+        def __call__(self, text, add_special_tokens, verbose):
+            found = tokenizer(text, add_special_tokens=add_special_tokens, verbose=verbose)
+            return {"input_ids": found["input_ids"]}
 
     for text in TEXTS:
         for cut in range(1, len(text) - 3):
@@ -89,6 +92,10 @@ def test_what_a_tokenizer_without_offsets_shares_with_the_prompt(tokenizer):
             np.testing.assert_array_equal(slow.tokens[0], fast.tokens[0])
             # never more than the prompt; fewer only where it was split up otherwise
             assert slow.num_prompt[0] <= fast.num_prompt[0]
+            with_tokens = dataclasses.replace(data, has_special_tokens=True)
+            bare = tokenise(with_tokens, Slow(), 512).tokens[0].tolist()
+            assert bare == tokenise(with_tokens, tokenizer, 512).tokens[0].tolist()
+            assert bare == slow.tokens[0][1:-1].tolist()
 
 
 def test_long_samples_are_cut_and_counted(tokenizer):
@@ -111,6 +118,16 @@ def test_long_samples_are_cut_and_counted(tokenizer):
             limit,
             on_corrupt="skip",
         )
+
+
+def test_samples_can_be_cut_shorter(tokenizer):
+    whole = tokenise(rows_of(("one two", "three\n\nfour"), ("one", "two")), tokenizer, 512)
+    lengths = np.array([len(row) for row in whole.tokens])
+    cut = whole.cut(lengths - [1, 0])
+    assert cut.truncated.tolist() == [True, False]
+    np.testing.assert_array_equal(cut.tokens[0], whole.tokens[0][:-1])
+    np.testing.assert_array_equal(cut.tokens[1], whole.tokens[1])
+    assert cut.num_response.tolist() == (whole.num_response - [1, 0]).tolist()
 
 
 @given(

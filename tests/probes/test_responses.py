@@ -1,17 +1,21 @@
 """Response losses against torch, unmasked and under torch's own global L1 masks."""
 
+import dataclasses
+import fnmatch
 import json
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
 from conftest import require_shared
 
+from dlc_jax.datasets.instructions import instructions, load_instructions
 from dlc_jax.encoders.huggingface import torch_names
-from dlc_jax.encoders.language_model import load_language_model
+from dlc_jax.encoders.language_model import load_language_model, load_tokenizer
 from dlc_jax.masking import exact_thresholds, masked, path_counts, prunable_paths
-from dlc_jax.preprocess.tokens import Tokenised
-from dlc_jax.probes.responses import probe_responses, response_losses
+from dlc_jax.preprocess.tokens import Tokenised, tokenise
+from dlc_jax.probes.responses import measure_responses, probe_responses, response_losses
 from dlc_jax.types import by_path
 
 
@@ -129,9 +133,6 @@ def test_a_real_model_on_real_text(timm):
     import torch
     import transformers
 
-    from dlc_jax.datasets.instructions import load_instructions
-    from dlc_jax.preprocess.tokens import tokenise
-
     folder = require_shared("lm/tiny-llama")
     model = load_language_model(str(folder), dtype="float32")
     data = load_instructions(f"jsonl:{require_shared('instructions/dolly_hhrlhf_1000.jsonl')}")
@@ -141,6 +142,65 @@ def test_a_real_model_on_real_text(timm):
     )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     np.testing.assert_allclose(response_losses(model, some), torch_losses(theirs, some), atol=1e-5)
+
+
+def words(folder, with_begin):
+    """Saves a tokenizer of one token per word, `w5` being 5."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, 97)}}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if with_begin:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>" if with_begin else None, eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("with_begin", [True, False])
+def test_what_is_cut_off_does_not_count_without_the_prompt_either(models, tmp_path, with_begin):
+    """Responses cut to three tokens and to one, one that only loses its end, and a whole one."""
+    words(tmp_path, with_begin)
+    model = dataclasses.replace(models[0], folder=tmp_path)
+    rows = [
+        ("w10 w11 w12", "w20 w21 w22 w23 w24"),
+        ("w10 w11 w12 w13 w14", "w30 w31 w32"),
+        ("w10 w11", "w40 w41 w42 w43"),
+        ("w10", "w50 w51"),
+    ]
+    data = instructions([{"prompt": f"{a} ", "response": b} for a, b in rows])
+    begin = [0] if with_begin else []
+    found = measure_responses(model, data, max_length=6 + len(begin))
+    assert found.num_tokens.tolist() == [3, 1, 4, 3]
+    # without a begin of sequence the first token has no loss, so that there have to be two
+    lone = [[20, 21, 22], [30] if with_begin else [30, 31], [40, 41, 42, 43], [50, 51, 1]]
+    joint = [[10, 11, 12, 20, 21, 22], [10, 11, 12, 13, 14, 30], [10, 11, 40, 41, 42, 43]]
+    joint += [[10, 50, 51, 1]]
+    for losses, sequences, num_prompt in (
+        (found.losses, joint, [3, 5, 2, 1]),
+        (found.alone, lone, [0 if with_begin else 1] * 4),
+    ):
+        tokens = tuple(np.array(begin + row, np.int32) for row in sequences)
+        expected = Tokenised(
+            tokens, np.array(num_prompt, np.int32) + len(begin), np.zeros(4, bool), data.ids
+        )
+        np.testing.assert_allclose(losses, torch_losses(models[1], expected), atol=1e-5)
+
+
+def test_the_bundled_model_reads_the_bundled_rows(timm):
+    model = load_language_model("demo:tiny-llama", dtype="float32")
+    assert load_tokenizer("demo:tiny-llama").vocab_size == model.config.vocab_size
+    data = load_instructions("demo:dolly/test")
+    tokens = tokenise(data.subset(np.arange(20)), model.tokenizer, 512, on_corrupt="skip")
+    losses = response_losses(model, tokens)
+    assert 2 < losses.mean() < 6  # log 4096 = 8.3 for one that knows nothing
+    with pytest.raises(ValueError, match="Did you mean 'demo:tiny-llama'"):
+        load_language_model("demo:tiny_llama")
 
 
 def test_checkpoints_that_do_not_fit_are_refused(models, tmp_path):
@@ -189,6 +249,27 @@ def test_sharded_checkpoints_are_the_same(models, tmp_path):
     next(tmp_path.glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match=r"shards .* are missing"):
         load_language_model(str(tmp_path), dtype="float32")
+
+
+def test_the_hub_is_asked_for_weights_once(models, monkeypatch):
+    asked = []
+
+    def snapshot_download(repository, *, allow_patterns):
+        asked.append(repository)
+        names = ["config.json", "model.safetensors", "model-00001-of-00003.safetensors"]
+        names += ["model.safetensors.index.json", "tokenizer.model", "tokenizer_config.json"]
+        assert fnmatch_any(names, allow_patterns) == names
+        twice = ["consolidated.safetensors", "pytorch_model.bin", "original/consolidated.00.pth"]
+        assert fnmatch_any(twice, allow_patterns) == []
+        return str(models[0].folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert load_language_model("owner/name", dtype="float32").fingerprint == models[0].fingerprint
+    assert asked == ["owner/name"]
+
+
+def fnmatch_any(names, patterns):
+    return [name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns)]
 
 
 def test_every_parameter_has_a_name_of_its_own(models):

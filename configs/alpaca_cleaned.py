@@ -1,0 +1,35 @@
+"""Prunes Alpaca-Cleaned with a 7 to 9 billion parameter model, in the paper's settings.
+
+python -m dlc_jax.main --config=configs/alpaca_cleaned.py:mistral-7b
+
+Models: mistral-7b (mistralai/Mistral-7B-v0.3, where none is named), llama3-8b
+(meta-llama/Meta-Llama-3-8B), gemma2-9b (google/gemma-2-9b), as in
+--config=configs/alpaca_cleaned.py:llama3-8b. Each has a work directory of its own, such as
+runs/alpaca_cleaned-llama3-8b.
+Needs: a GPU that holds the model in bfloat16 (15 to 19 GB) and a masked copy of it; network once,
+for data and model. Llama 3 and Gemma 2 are given to those who accept their terms on the hub and log
+in with `hf auth login`. Without network: --config.dataset.train=json:<file> and
+--config.encoder.weights=<folder>.
+Data: yahma/alpaca-cleaned on the Hugging Face hub, Alpaca (Taori et al. 2023) with faulty rows put
+right; instruction, input and output in Alpaca's template.
+Licence: data CC BY 4.0, written by OpenAI's text-davinci-003, whose terms may bind you too; models
+Apache 2.0 (Mistral), Llama 3 Community License, Gemma Terms of Use.
+Rows: about 52,000, as one class.
+Selects: FlexRand and random at the paper's keep fractions 0.1 to 0.9, with split 0.5 and seed 1.
+Fine-tunes, where asked: --config.stages=finetune,evaluate,report
+--config.evaluation.mmlu=mmlu:<folder> trains LoRA adapters by the paper's schedule (SGD, 7e-6, 3
+epochs of batches of 32) on all 19 sets, and asks 5-shot MMLU. --config.stages=plan tells first
+whether the memory suffices.
+Expected: kept rows with all their fields in exports/ of the work directory, and the easiest and
+hardest of them in scores/easiest_hardest.md. Not run yet: no numbers.
+"""
+
+from ml_collections import ConfigDict
+
+from dlc_jax import presets
+
+
+def get_config(model: str = presets.DEFAULT_MODEL) -> ConfigDict:
+    config = presets.paper_instructions(model)
+    config.dataset.train = "hf:yahma/alpaca-cleaned/train"
+    return config

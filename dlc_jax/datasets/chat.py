@@ -1,0 +1,119 @@
+"""Conversations as a tokenizer's own chat template writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dlc_jax import checks
+from dlc_jax.datasets.instruction_rows import Row, Rows
+
+MESSAGES = "messages"  # column
+Messages = list[dict[str, Any]]
+
+
+class Rendered(NamedTuple):
+    """Texts that hold their special tokens.
+
+    Attributes:
+      prompts: [n] all before the response, and how a response is begun.
+      responses: [n] the response and all that the template puts behind it.
+    """
+
+    prompts: tuple[str, ...]
+    responses: tuple[str, ...]
+
+
+def conversation(request: str, response: str) -> Messages:
+    """Returns one question and its answer."""
+    return [
+        {"role": "user", "content": request},
+        {"role": "assistant", "content": response},
+    ]
+
+
+def conversations_of(rows: Rows) -> list[Messages]:
+    """Returns the column `messages`, of which the last is the response.
+
+    Raises:
+      ValueError: by id, no list of {role, content} with text in both; fewer than two; a last one
+        that is not the assistant's, or is empty.
+    """
+    rows.refuse(
+        (not _is_conversation(row) for row in rows.rows),
+        f"have no two or more {{role, content}} of text in column {MESSAGES!r}",
+    )
+    last = [row[MESSAGES][-1] for row in rows.rows]
+    rows.refuse(
+        (message["role"] != "assistant" for message in last),
+        "end with a message of another role than 'assistant'",
+    )
+    rows.refuse((not message["content"].strip() for message in last), "have an empty response")
+    # a table gives every message all fields that one of them has
+    return [
+        [{k: v for k, v in message.items() if v is not None} for message in row[MESSAGES]]
+        for row in rows.rows
+    ]
+
+
+def _is_conversation(row: Row) -> bool:
+    messages = row.get(MESSAGES)
+    return (
+        isinstance(messages, list)
+        and len(messages) > 1
+        and all(
+            isinstance(message, Mapping)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in messages
+        )
+    )
+
+
+def render(conversations: Sequence[Messages], rows: Rows, tokenizer: Any) -> Rendered:
+    """Writes conversations out; prompt and response together are what the template gives.
+
+    The end of the turn belongs to the response, and so does what the template puts behind it, such
+    as Gemma's line break: the tokens are then those of `apply_chat_template`, which other programs
+    train on.
+
+    Args:
+      conversations: One per row, each ending with the response.
+      rows: That they are of, for messages.
+      tokenizer: Of transformers, or a function that returns one; None where there is none.
+    Raises:
+      ValueError: no tokenizer, one without a chat template; by id, conversations that it refuses,
+        or that begin otherwise once the response is there.
+    """
+    if tokenizer is None:
+        raise checks.InputError(
+            f"{rows.name}: template 'chat' is the tokenizer's own; expected tokenizer=... with it."
+        )
+    if not hasattr(tokenizer, "apply_chat_template"):
+        tokenizer = tokenizer()
+    if not getattr(tokenizer, "chat_template", None):
+        raise checks.InputError(
+            f"{rows.name}: the tokenizer {tokenizer.name_or_path!r} has no chat template, as those "
+            "of base models; expected one of a model for chat, or another template."
+        )
+    prompts, wholes = [], []
+    for place, messages in zip(rows.places, conversations, strict=True):
+        try:
+            prompts.append(
+                tokenizer.apply_chat_template(
+                    messages[:-1], tokenize=False, add_generation_prompt=True
+                )
+            )
+            wholes.append(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # the template is a program of its own: anything can happen
+            raise checks.InputError(
+                f"{rows.name}: {place}: the tokenizer's chat template refuses it: "
+                f"{checks.first_line(error)}."
+            ) from error
+    pairs = list(zip(wholes, prompts, strict=True))
+    rows.refuse(
+        (not whole.startswith(prompt) or whole == prompt for whole, prompt in pairs),
+        "are written otherwise by the tokenizer's chat template once the response is there, so "
+        "that prompt and response cannot be told apart",
+    )
+    return Rendered(tuple(prompts), tuple(whole[len(prompt) :] for whole, prompt in pairs))

@@ -1,0 +1,142 @@
+"""Rows of instruction data, and the sources that they are read from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from dlc_jax import checks
+from dlc_jax.datasets.files import matching
+from dlc_jax.datasets.huggingface import open_hf
+from dlc_jax.datasets.parquet import open_parquet
+from dlc_jax.datasets.row_groups import Table
+
+Row = Mapping[str, Any]
+
+SAMPLE = "instructions_sample"  # folder of this package
+_DEMOS = ("dolly/train", "dolly/test")
+_MANY = 10  # rows that a message lists
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of one source, in its order.
+
+    Attributes:
+      rows: At least one.
+      name: Of the source.
+    """
+
+    rows: Sequence[Row] = dataclasses.field(repr=False)
+    name: str
+
+    @functools.cached_property
+    def places(self) -> list[str]:
+        """What messages call each row: its `id`, or its number counted from 1."""
+        return [str(row["id"]) if "id" in row else f"row {i}" for i, row in enumerate(self.rows, 1)]
+
+    def refuse(self, is_bad: Iterable[bool], problem: str) -> None:
+        """Raises ValueError, naming the rows, if there are any for which `is_bad` holds."""
+        bad = [place for place, value in zip(self.places, is_bad, strict=True) if value]
+        if bad:
+            more = f" and {len(bad) - _MANY} more" if len(bad) > _MANY else ""
+            raise checks.InputError(
+                f"{self.name}: {len(bad)} {problem}: {', '.join(bad[:_MANY])}{more}."
+            )
+
+
+def read_rows(source: str) -> Rows:
+    """Reads `<scheme>:<where>`, see `load_instructions`.
+
+    Raises:
+      ValueError: an unknown scheme, nothing there, a damaged file, or no rows.
+    """
+    scheme, separator, where = source.partition(":")
+    if not separator:
+        raise checks.InputError(f"{source!r}: expected <scheme>:<file>, such as jsonl:train.jsonl.")
+    checks.one_of(f"scheme of {source!r}", scheme, ROW_SOURCES)
+    rows = ROW_SOURCES[scheme](where)
+    if not rows:
+        raise checks.InputError(f"{source}: has no rows.")
+    return Rows(rows, source)
+
+
+def _jsonl(where: str) -> list[Row]:
+    return [row for file in matching("jsonl", where, ".jsonl") for row in _lines(file)]
+
+
+def _lines(file: Path) -> list[Row]:
+    rows = []
+    with open(file, encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(_object(json.loads(line), f"{file}, line {number}"))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, checks.InputError):
+                raise
+            found = checks.first_line(error)
+            raise checks.InputError(f"{file}, line {len(rows) + 1} on: {found}.") from error
+    return rows
+
+
+def _json(where: str) -> list[Row]:
+    return [row for file in matching("json", where, ".json") for row in _list(file)]
+
+
+def _list(file: Path) -> list[Row]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise checks.InputError(f"{file}: not JSON: {checks.first_line(error)}.") from error
+    if not isinstance(rows, list):
+        raise checks.InputError(f"{file}: expected a list of objects, found {type(rows).__name__}.")
+    return [_object(row, f"{file}, entry {number}") for number, row in enumerate(rows, 1)]
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise checks.InputError(f"{where}: expected an object, found {type(value).__name__}.")
+    return value
+
+
+def _parquet(where: str) -> list[Row]:
+    return _of_tables(open_parquet(matching("parquet", where, ".parquet")))
+
+
+def _hf(where: str) -> list[Row]:
+    return _of_tables(open_hf(where))
+
+
+def _of_tables(tables: Iterable[Table]) -> list[Row]:
+    rows: list[Row] = []
+    for table in tables:
+        names = table.schema.names
+        if len(set(names)) < len(names):
+            raise checks.InputError(
+                f"{table.file}: expected columns of different names, found {', '.join(names)}."
+            )
+        columns = [table.values(name) for name in names]
+        rows += [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    return rows
+
+
+def _demo(where: str) -> list[Row]:
+    """The bundled sample: 400 rows of Dolly+HH-RLHF to prune, 100 others to test on."""
+    checks.one_of("demo instructions", where, _DEMOS)
+    split = where.rpartition("/")[2]
+    return _lines(Path(str(resources.files("dlc_jax.datasets") / SAMPLE / f"{split}.jsonl")))
+
+
+ROW_SOURCES: Mapping[str, Callable[[str], list[Row]]] = {
+    "jsonl": _jsonl,
+    "json": _json,
+    "parquet": _parquet,
+    "hf": _hf,
+    "demo": _demo,
+}

@@ -1,0 +1,36 @@
+"""The library transformers, imported when it is needed: it takes seconds."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+
+
+@functools.cache
+def transformers_library() -> ModuleType:
+    """Returns transformers, also where torchvision is installed but cannot be imported.
+
+    Configurations and tokenizers need no torchvision, but transformers imports it where it is
+    found; one that was built for another torch would stop it.
+    """
+    is_broken = False
+    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+        except Exception:  # it fails in many ways
+            is_broken = True
+    if not is_broken:
+        import transformers
+
+        return transformers
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # not to be found
+    try:
+        import transformers
+
+        transformers.utils.is_torchvision_available()  # remembers what it finds
+        return transformers
+    finally:
+        del sys.modules["torchvision"]

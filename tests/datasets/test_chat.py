@@ -1,0 +1,205 @@
+"""A tokenizer's own chat template: the tokens it gives, and where the response begins in them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import dlc_jax as dlc
+from dlc_jax.datasets.instructions import instructions
+from dlc_jax.preprocess.tokens import tokenise
+
+# written for these tests, with what matters of the real ones
+LLAMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+# what a prompt ends with, and what follows the response
+KINDS = {
+    "llama": (LLAMA, "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    "gemma": (GEMMA, "<start_of_turn>model\n", "<end_of_turn>\n"),
+}
+SPECIAL = [
+    *("<unk>", "<bos>", "<eos>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<start_of_turn>", "<end_of_turn>"),
+]
+
+
+def said(*contents, first="user"):
+    roles = {"user": "assistant", "assistant": "user", "system": "user"}
+    messages, role = [], first
+    for content in contents:
+        messages.append({"role": role, "content": content})
+        role = roles[role]
+    return messages
+
+
+TALKS = [
+    said("Name a river.", "The Nile."),
+    said(" Hi!\n", "\n Hello, naïve 日本語.\n\n", "Again?", "  Yes:\n\n- one\n- two "),
+    said("a", "b"),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(timm, request):
+    """Byte-level pairs; it puts a begin of sequence in front of all that it is given."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [message["content"] for messages in TALKS for message in messages]
+    tokenizer.train_from_iterator(texts * 20, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<|eot_id|>" if request.param == "llama" else "<eos>",
+        chat_template=KINDS[request.param][0],
+    )
+
+
+def kind_of(tokenizer):
+    return next(kind for kind in KINDS.values() if kind[0] == tokenizer.chat_template)
+
+
+def test_tokens_are_the_tokenizers_own_and_the_boundary_is_exact(tokenizer):
+    _, before, after = kind_of(tokenizer)
+    talks = list(TALKS)
+    if after == "<|eot_id|>":  # the other template has no such role
+        talks.append(said("Be brief.", "Hi!", "Hello.", first="system"))
+    data = instructions([{"messages": talk} for talk in talks], tokenizer=tokenizer)
+    assert data.has_special_tokens
+    found = tokenise(data, tokenizer, 512)
+    for i, talk in enumerate(talks):
+        whole = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)
+        assert found.tokens[i].tolist() == whole
+        assert whole.count(tokenizer.bos_token_id) == 1
+        assert data.prompts[i].endswith(before)
+        assert data.responses[i] == talk[-1]["content"].strip() + after
+        num_prompt = int(found.num_prompt[i])
+        assert tokenizer.decode(whole[:num_prompt]) == data.prompts[i]
+        assert tokenizer.decode(whole[num_prompt:]) == data.responses[i]
+    assert not found.truncated.any()
+
+
+def test_responses_alone_begin_as_sequences_do(tokenizer):
+    data = instructions([{"messages": talk} for talk in TALKS], tokenizer=tokenizer)
+    alone = tokenise(data.without_prompts("<bos>"), tokenizer, 512)
+    assert alone.num_prompt.tolist() == [1] * len(TALKS)
+    whole = tokenise(data, tokenizer, 512)
+    for row, tokens, num_prompt in zip(alone.tokens, whole.tokens, whole.num_prompt, strict=True):
+        assert row.tolist() == [tokenizer.bos_token_id, *tokens[num_prompt:]]
+
+
+def test_columns_of_text_are_one_question_and_its_answer(tokenizer):
+    rows = [
+        {"instruction": "Translate.", "input": "Fluss", "output": "river"},
+        {"instruction": "Name a river.", "input": "", "output": "The Nile."},
+    ]
+    asked = ("Translate.\n\nFluss", "Name a river.")
+    talks = [said(request, row["output"]) for request, row in zip(asked, rows, strict=True)]
+    expected = instructions([{"messages": talk} for talk in talks], tokenizer=tokenizer)
+    found = instructions(rows, "chat", tokenizer=tokenizer)
+    assert (found.prompts, found.responses) == (expected.prompts, expected.responses)
+    assert found.ids.tolist() == expected.ids.tolist()
+    plain = [
+        {"prompt": request, "response": row["output"]}
+        for request, row in zip(asked, rows, strict=True)
+    ]
+    assert instructions(plain, "chat", tokenizer=tokenizer).fingerprint == expected.fingerprint
+    assert not instructions(rows).has_special_tokens
+
+
+def test_ids_do_not_depend_on_the_tokenizer_but_the_fingerprint_does(tokenizer):
+    row = {"messages": TALKS[0]}
+    found = instructions([row, row], tokenizer=tokenizer)
+    assert found.ids.tolist() == ["cdc9f76598253a8c", "cdc9f76598253a8c-1"]  # of every tokenizer
+    as_text = dataclasses.replace(found, has_special_tokens=False)
+    assert as_text.fingerprint != found.fingerprint
+    assert found.subset(np.array([1])).has_special_tokens
+
+
+def test_a_tokenizer_is_asked_for_when_it_is_needed(tokenizer, tmp_path):
+    asked = []
+
+    def load():
+        asked.append(tokenizer)
+        return tokenizer
+
+    # as tables have it: every message has all fields
+    talks = [[message | {"name": None} for message in talk] for talk in TALKS]
+    table = pa.table({"messages": talks, "prompt": ["a"] * len(TALKS)})
+    pq.write_table(table, tmp_path / "train.parquet")
+    data = dlc.load_instructions(f"hf:{tmp_path}/train", tokenizer=load)
+    assert asked == [tokenizer]
+    expected = instructions([{"messages": talk} for talk in TALKS], tokenizer=tokenizer)
+    assert data.prompts == expected.prompts
+    assert data.ids.tolist() == expected.ids.tolist()
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
+    dlc.load_instructions(f"jsonl:{tmp_path}/a.jsonl", tokenizer=load)
+    assert asked == [tokenizer]
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        (said("a", "b", "c"), "1 end with a message of another role than 'assistant': x"),
+        (said("a", " \n"), "1 have an empty response: x"),
+        (said("b", first="assistant"), "1 have no two or more {role, content}"),
+        ("a", "1 have no two or more {role, content} of text in column 'messages': x"),
+        ([*said("a"), {"role": "assistant", "content": ["b"]}], "have no two or more"),
+        ([*said("a"), {"role": "assistant"}], "have no two or more"),
+    ],
+)
+def test_conversations_that_cannot_be_used_are_named(tokenizer, messages, says):
+    rows = [{"id": "w", "messages": TALKS[0]}, {"id": "x", "messages": messages}]
+    with pytest.raises(ValueError, match=says):
+        instructions(rows, tokenizer=tokenizer)
+
+
+def test_templates_that_cannot_be_used_say_why(timm, tokenizer):
+    from copy import deepcopy
+
+    row = {"messages": TALKS[0]}
+    with pytest.raises(ValueError, match="expected tokenizer=... with it"):
+        instructions([row])
+    other = deepcopy(tokenizer)
+    other.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template, as those of base models"):
+        instructions([row], tokenizer=lambda: other)
+    # the last question is written in another way while there is no answer to it
+    other.chat_template = "{% for m in messages %}{{ loop.last }}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="2 are written otherwise .*: row 1, row 2"):
+        instructions([row, row], tokenizer=other)
+    other.chat_template = GEMMA
+    with pytest.raises(
+        ValueError, match="row 2: the tokenizer's chat template refuses it: .*no sy"
+    ):
+        instructions([row, {"messages": said("a", "b", "c", first="system")}], tokenizer=other)
+    with pytest.raises(ValueError, match="fit no template; .*prompt: prompt, response"):
+        instructions([{"text": "a"}], "chat", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="fit prompt and chat"):
+        instructions([row | {"prompt": "a", "response": "b"}], tokenizer=tokenizer)

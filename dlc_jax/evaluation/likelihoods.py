@@ -1,0 +1,215 @@
+"""Log-likelihoods that a language model gives to continuations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int, Int32, Int64
+from tqdm import tqdm
+
+from dlc_jax import checks
+from dlc_jax.distributed import over_devices
+from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.preprocess.tokens import TokenBatch, Tokenised, bucket_length, token_batches
+from dlc_jax.types import Params
+
+_PLACES_AT_ONCE = 128  # logits of a whole batch would be gigabytes
+_NO_LIMIT = 1 << 30  # of what one batch judges
+
+Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context, ids of its continuation
+
+
+class Likelihoods(NamedTuple):
+    """What a model gives to continuations of contexts.
+
+    Attributes:
+      sums: Log-probabilities of the continuations' tokens, summed, in nats; at most 0.
+      is_greedy: Whether each of these tokens is the likeliest.
+      num_cut: Tokens of the context, counted from its beginning, that the model has no room for.
+    """
+
+    sums: Float32[np.ndarray, " k"]
+    is_greedy: Bool[np.ndarray, " k"]
+    num_cut: Int64[np.ndarray, " k"]
+
+
+class _Places(NamedTuple):
+    """Predictions that are judged, one per token of a continuation.
+
+    Attributes:
+      pairs: To which a token belongs.
+      rows: Distinct input that predicts it.
+      places: After which position of the input.
+      targets: The token.
+    """
+
+    pairs: Int64[np.ndarray, " s"]
+    rows: Int64[np.ndarray, " s"]
+    places: Int64[np.ndarray, " s"]
+    targets: Int64[np.ndarray, " s"]
+
+
+def continuation_log_likelihoods(
+    model: LanguageModel,
+    pairs: Sequence[Pair],
+    *,
+    max_length: int | None = None,
+    tokens_per_batch: int = 8192,
+    progress: bool = False,
+) -> Likelihoods:
+    """Measures how likely each continuation is after its context.
+
+    Pairs that differ in nothing but the last token, such as the letters of a multiple choice, share
+    one pass through the model.
+
+    Args:
+      model: From `load_language_model`.
+      pairs: Ids of contexts and of their continuations, at least one each.
+      max_length: Most tokens that the model reads at once; None: its own limit. The last token is
+        predicted, never read, so that one more has room. Contexts are cut from the left.
+      tokens_per_batch: Inputs times padded length of a program call; changes speed and memory.
+      progress: Whether to show a bar.
+    Raises:
+      ValueError: an empty context or continuation, ids out of the vocabulary, a continuation of
+        more than `max_length` tokens.
+    """
+    max_length = longest_input(model, max_length)
+    checks.at_least("tokens_per_batch", tokens_per_batch, 1)
+    _check(pairs, max_length, model.config.vocab_size)
+    num_cut = np.array([max(0, len(a) + len(b) - 1 - max_length) for a, b in pairs], np.int64)
+    inputs, judged = _laid_out(pairs, num_cut)
+    logs = np.zeros(len(judged.pairs))
+    is_likeliest = np.ones(len(judged.pairs), bool)
+    with tqdm(
+        total=len(inputs), desc="likelihoods", unit="row", disable=None if progress else True
+    ) as bar:
+        for batch, chosen, width in _batches(inputs, judged, tokens_per_batch, max_length):
+            found = _judged(
+                model.architecture,
+                model.params,
+                *_arrays(model.params, batch, judged, chosen, width),
+            )
+            logs[chosen], is_likeliest[chosen] = (np.asarray(x)[: len(chosen)] for x in found)
+            bar.update(len(batch.positions))
+    sums = np.bincount(judged.pairs, logs, minlength=len(pairs)).astype(np.float32)
+    misses = np.bincount(judged.pairs[~is_likeliest], minlength=len(pairs))
+    return Likelihoods(sums, misses == 0, num_cut)
+
+
+def longest_input(model: LanguageModel, asked: int | None) -> int:
+    """Returns how many tokens are read at once; ValueError if it is over the model's limit."""
+    limit = model.config.max_length
+    if asked is None:
+        return limit
+    checks.integer("max_length", asked)
+    checks.at_least("max_length", asked, 1)
+    checks.at_most(f"max_length, of {model.name}", asked, limit)
+    return asked
+
+
+def _check(pairs: Sequence[Pair], max_length: int, vocab_size: int) -> None:
+    for number, (context, continuation) in enumerate(pairs):
+        for name, ids in (("context", context), ("continuation", continuation)):
+            if len(ids) == 0:
+                raise checks.InputError(
+                    f"pair {number}: its {name} has no token, expected at least one."
+                )
+            if min(ids) < 0 or max(ids) >= vocab_size:
+                raise checks.InputError(
+                    f"pair {number}: its {name} has ids {min(ids)} to {max(ids)}; the model knows "
+                    f"0 to {vocab_size - 1}. Does the tokenizer belong to it?"
+                )
+        if len(continuation) > max_length:
+            raise checks.InputError(
+                f"pair {number}: its continuation has {len(continuation)} tokens, expected at most "
+                f"{max_length}, the longest sequence of the model."
+            )
+
+
+def _laid_out(
+    pairs: Sequence[Pair], num_cut: Int64[np.ndarray, " k"]
+) -> tuple[list[Int32[np.ndarray, " _"]], _Places]:
+    """Returns the distinct inputs, and what is judged in them."""
+    numbers: dict[bytes, int] = {}
+    inputs: list[np.ndarray] = []
+    parts = []
+    for number, (context, continuation) in enumerate(pairs):
+        whole = np.array([*context, *continuation], np.int32)[num_cut[number] :]
+        read = whole[:-1]
+        row = numbers.setdefault(read.tobytes(), len(inputs))
+        if row == len(inputs):
+            inputs.append(read)
+        places = np.arange(len(read) - len(continuation), len(read))
+        ones = np.ones_like(places)
+        parts.append((number * ones, row * ones, places, whole[places + 1].astype(np.int64)))
+    if not parts:
+        return inputs, _Places(*[np.zeros(0, np.int64)] * 4)
+    return inputs, _Places(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _batches(inputs, judged: _Places, tokens_per_batch: int, max_length: int):
+    """Yields batches, which judgements are in each, and to how many these are to be padded."""
+    if not inputs:
+        return
+    zeros = np.zeros(len(inputs), np.int32)
+    data = Tokenised(tuple(inputs), zeros, zeros.astype(bool), np.arange(len(inputs)).astype(str))
+    order = np.argsort(judged.rows, kind="stable")
+    bounds = np.searchsorted(judged.rows[order], np.arange(len(inputs) + 1))
+    found = []
+    for batch in token_batches(data, tokens_per_batch, max_length):
+        parts = [order[bounds[row] : bounds[row + 1]] for row in batch.positions]
+        found.append((batch, np.concatenate(parts)))
+    widths: dict[tuple[int, ...], int] = {}  # one program per shape of the inputs
+    for batch, chosen in found:
+        widths[batch.tokens.shape] = max(widths.get(batch.tokens.shape, 0), len(chosen))
+    for batch, chosen in found:
+        yield batch, chosen, bucket_length(widths[batch.tokens.shape], _NO_LIMIT)
+
+
+def _arrays(
+    params: Params,
+    batch: TokenBatch,
+    judged: _Places,
+    chosen: Int64[np.ndarray, " r"],
+    width: int,
+) -> tuple[Array, ...]:
+    """Returns what `_judged` takes of a batch, judgements repeated up to `width`."""
+    within = np.zeros(batch.positions.max() + 1, np.int64)
+    within[batch.positions] = np.arange(len(batch.positions))
+    filled = np.resize(chosen, width)
+    tokens, num_tokens = over_devices(params, (batch.tokens, batch.num_tokens))
+    return (
+        jnp.asarray(tokens),
+        jnp.asarray(num_tokens),
+        jnp.asarray(within[judged.rows[filled]], jnp.int32),
+        jnp.asarray(judged.places[filled], jnp.int32),
+        jnp.asarray(judged.targets[filled], jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judged(
+    architecture: Architecture,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    num_tokens: Int[Array, " b"],
+    rows: Int[Array, " s"],
+    places: Int[Array, " s"],
+    targets: Int[Array, " s"],
+) -> tuple[Float32[Array, " s"], Bool[Array, " s"]]:
+    """Returns log-probabilities of targets after places of rows, and which are the likeliest."""
+    is_token = jnp.arange(tokens.shape[1]) < num_tokens[:, None]
+    hidden = architecture.hidden(params, tokens, is_token.astype(jnp.int32))
+
+    def of_place(place: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits = architecture.logits(params, place[0]).astype(jnp.float32)
+        log_probability = logits[place[1]] - jax.nn.logsumexp(logits)
+        return log_probability, logits.argmax() == place[1]
+
+    return jax.lax.map(of_place, (hidden[rows, places], targets), batch_size=_PLACES_AT_ONCE)

@@ -1,0 +1,106 @@
+"""MMLU: the share of questions that a language model answers rightly."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from dlc_jax import checks
+from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.evaluation.likelihoods import Pair, continuation_log_likelihoods
+from dlc_jax.evaluation.mmlu_questions import DEV, LETTERS, SUBJECTS, Mmlu
+
+
+@dataclasses.dataclass(frozen=True)
+class MmluResult:
+    """Shares of right answers.
+
+    Attributes:
+      accuracy: Over all questions, in percent; guessing gives 25.
+      by_group: In percent, over all questions of a group that has any.
+      by_subject: In percent.
+      num_questions: That were asked.
+      num_truncated: Of these, whose prompt had to be cut at its beginning.
+    """
+
+    accuracy: float
+    by_group: dict[str, float]
+    by_subject: dict[str, float]
+    num_questions: int
+    num_truncated: int
+
+
+def evaluate_mmlu(
+    model: LanguageModel,
+    mmlu: Mmlu,
+    *,
+    num_shots: int = 5,
+    limit: int | None = None,
+    tokens_per_batch: int = 8192,
+    progress: bool = False,
+) -> MmluResult:
+    """Measures how many questions the model answers rightly, as lm_eval's task `mmlu` does.
+
+    The answer is the likeliest of " A" to " D" after the prompt, the first of equally likely ones.
+    Prompts longer than the model's limit lose their beginning.
+
+    Args:
+      model: From `load_language_model`.
+      mmlu: From `load_mmlu`.
+      num_shots: Solved questions in the prompt, the first ones of the subject.
+      limit: Only so many questions of each subject, the first ones.
+      tokens_per_batch, progress: As for `continuation_log_likelihoods`.
+    Raises:
+      ValueError: a subject with fewer solved questions than `num_shots`.
+    """
+    checks.integer("num_shots", num_shots)
+    checks.at_least("num_shots", num_shots, 0)
+    if limit is not None:
+        checks.integer("limit", limit)
+        checks.at_least("limit", limit, 1)
+    _check_shots(mmlu, num_shots)
+    asked = [(s, question) for s in mmlu.subjects for question in s.questions[:limit]]
+    prompts = [subject.prompt(question, num_shots) for subject, question in asked]
+    found = continuation_log_likelihoods(
+        model,
+        _pairs(prompts, model.tokenizer),
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+    )
+    given = found.sums.reshape(-1, len(LETTERS)).argmax(axis=1)
+    is_right = given == np.array([question.answer for _, question in asked])
+    subjects = np.array([subject.name for subject, _ in asked])
+    groups = np.array([SUBJECTS[name] for name in subjects])
+    return MmluResult(
+        accuracy=100 * float(is_right.mean()),
+        by_group=_percent(is_right, groups),
+        by_subject=_percent(is_right, subjects),
+        num_questions=len(asked),
+        num_truncated=int((found.num_cut.reshape(-1, len(LETTERS)) > 0).any(axis=1).sum()),
+    )
+
+
+def _check_shots(mmlu: Mmlu, num_shots: int) -> None:
+    for subject in mmlu.subjects:
+        found = "no such file" if subject.shots is None else f"{len(subject.shots)} rows"
+        if num_shots > len(subject.shots or ()):
+            raise checks.InputError(
+                f"{mmlu.name}, {DEV.format(subject.name)}: found {found}, expected at least "
+                f"{num_shots} rows, for num_shots {num_shots}."
+            )
+
+
+def _pairs(prompts: list[str], tokenizer: Any) -> list[Pair]:
+    """Returns ids of each prompt with each letter: what the letter adds to the prompt's own ids."""
+    pairs = []
+    for prompt in prompts:
+        texts = [prompt, *(f"{prompt} {letter}" for letter in LETTERS)]
+        context, *wholes = tokenizer(texts, verbose=False)["input_ids"]
+        pairs += [(context, whole[len(context) :]) for whole in wholes]
+    return pairs
+
+
+def _percent(is_right: np.ndarray, names: np.ndarray) -> dict[str, float]:
+    return {str(name): 100 * float(is_right[names == name].mean()) for name in np.unique(names)}

@@ -16,7 +16,7 @@ from dlc_jax.encoders.projection import Adapter
 from dlc_jax.types import Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-_POSITIONS_AT_ONCE = 128  # of every row: logits of a whole batch would be gigabytes
+_POSITIONS_AT_ONCE = 1024  # of all rows: logits of a whole batch would be gigabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,9 @@ class Architecture:
     ) -> Float32[Array, "b t"]:
         """Returns -log softmax of each target, some positions after the other."""
         num_rows, length, width = hidden.shape
-        num_parts = -(-length // _POSITIONS_AT_ONCE)
-        missing = num_parts * _POSITIONS_AT_ONCE - length
+        num_at_once = max(1, _POSITIONS_AT_ONCE // num_rows)  # of every row
+        num_parts = -(-length // num_at_once)
+        missing = num_parts * num_at_once - length
         hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
         target = jnp.pad(target, ((0, 0), (0, missing)))
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dlc_jax.encoders.projection import Adapter, Projection
 
+_QUERIES_AT_ONCE, _MOST_PARTS = 128, 8  # of attention: scores of all would be t x t
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
 
@@ -136,12 +137,32 @@ class Attention(nnx.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = _rotate(q, rotation), _rotate(k, rotation)
-        mask = _visible(segments, self.window)
-        if self.cap is None:
-            mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale)
-        else:
-            mixed = _capped_attention(q, k, v, mask, self.scale, self.cap)
+        mixed = self._mixed(q, k, v, segments)
         return self.o_proj(mixed.reshape(batch, length, -1))
+
+    def _mixed(
+        self,
+        q: Float[Array, "b t k h"],
+        k: Float[Array, "b t g h"],
+        v: Float[Array, "b t g h"],
+        segments: Int[Array, "b t"],
+    ) -> Float[Array, "b t k h"]:
+        """Returns the values that each token sees, some tokens after the other."""
+        length = q.shape[1]
+        step = max(_QUERIES_AT_ONCE, -(-length // _MOST_PARTS))
+        parts = []
+        for start in range(0, length, step):
+            asking = slice(start, min(start + step, length))
+            # what none of them can see costs nothing
+            first = 0 if self.window is None else max(0, start + 1 - self.window)
+            seen = slice(first, asking.stop)
+            mask = _visible(segments, self.window, asking, seen)
+            arguments = (q[:, asking], k[:, seen], v[:, seen], mask, self.scale)
+            if self.cap is None:
+                parts.append(_plain_attention(*arguments))
+            else:
+                parts.append(_capped_attention(*arguments, self.cap))
+        return jnp.concatenate(parts, axis=1)
 
 
 class Mlp(nnx.Module):
@@ -281,22 +302,34 @@ def _rotate(x: Float[Array, "b t k h"], rotation: Rotation) -> Float[Array, "b t
     return x * cosines + jnp.concatenate([-second, first], axis=-1) * sines
 
 
-def _visible(segments: Int[Array, "b t"], window: int | None) -> Bool[Array, "b 1 t t"]:
-    """Returns which tokens (last axis) each one sees."""
-    length = segments.shape[1]
-    back = jnp.arange(length)[:, None] - jnp.arange(length)
-    seen = back >= 0 if window is None else (back >= 0) & (back < window)
-    return seen[None, None] & (segments[:, None, :, None] == segments[:, None, None, :])
+def _visible(
+    segments: Int[Array, "b t"], window: int | None, asking: slice, seen: slice
+) -> Bool[Array, "b 1 q s"]:
+    """Returns which of the tokens `seen` (last axis) each one of those `asking` sees."""
+    back = jnp.arange(asking.start, asking.stop)[:, None] - jnp.arange(seen.start, seen.stop)
+    near = back >= 0 if window is None else (back >= 0) & (back < window)
+    same = segments[:, None, asking, None] == segments[:, None, None, seen]
+    return near[None, None] & same
+
+
+def _plain_attention(
+    q: Float[Array, "b q k h"],
+    k: Float[Array, "b s g h"],
+    v: Float[Array, "b s g h"],
+    mask: Bool[Array, "b 1 q s"],
+    scale: float,
+) -> Float[Array, "b q k h"]:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
 
 
 def _capped_attention(
-    q: Float[Array, "b t k h"],
-    k: Float[Array, "b t g h"],
-    v: Float[Array, "b t g h"],
-    mask: Bool[Array, "b 1 t t"],
+    q: Float[Array, "b q k h"],
+    k: Float[Array, "b s g h"],
+    v: Float[Array, "b s g h"],
+    mask: Bool[Array, "b 1 q s"],
     scale: float,
     cap: float,
-) -> Float[Array, "b t k h"]:
+) -> Float[Array, "b q k h"]:
     batch, length, num_heads, head_dim = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, head_dim)
     scores = jnp.einsum("btgrh,bsgh->bgrts", q, k) * jnp.asarray(scale, q.dtype)

@@ -8,7 +8,7 @@ networks takes longer than to sort all weights.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,14 @@ def keys_and_cutoffs(
       counts: [m] how many go, each less than there are.
       key_of: Gives int32 keys that are not negative.
     """
-    upper = _total([_upper_counts(leaf, key_of) for leaf in leaves])
+    upper = _total(_upper_counts(leaf, key_of) for leaf in leaves)
     ends = np.cumsum(upper)
     bins = np.searchsorted(ends, counts, side="right")
     num_below = (ends - upper)[bins]
     hit, slots = np.unique(bins, return_inverse=True)  # bins that hold thresholds
     place = np.full(1 << HALF, len(hit), np.int32)
     place[hit] = np.arange(len(hit))
-    lower = _total([_lower_counts(leaf, place, len(hit), key_of) for leaf in leaves])
+    lower = _total(_lower_counts(leaf, place, len(hit), key_of) for leaf in leaves)
     lower = lower.reshape(len(hit), -1)
     ends = np.cumsum(lower, axis=1)
     rest = counts - num_below
@@ -94,6 +94,6 @@ def _position(leaf: jax.Array, key: jax.Array, nth: jax.Array, key_of: KeyOf) ->
     return jnp.argmax(jnp.cumsum(is_it, dtype=jnp.int32) > nth)
 
 
-def _total(counts: list[jax.Array]) -> Int[np.ndarray, " bins"]:
-    """Sums counts of leaves in 64 bits, which a few leaves of billions need."""
-    return np.sum([np.asarray(count, np.int64) for count in counts], axis=0)
+def _total(counts: Iterable[jax.Array]) -> Int[np.ndarray, " bins"]:
+    """Sums counts of leaves, one after the other, in 64 bits, which a few of billions need."""
+    return functools.reduce(np.add, (np.asarray(count, np.int64) for count in counts))

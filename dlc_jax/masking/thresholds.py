@@ -21,7 +21,7 @@ from dlc_jax.types import Params, by_path, path_name
 # A magnitude's bits, read as an integer, order as the magnitude does. Compared as floats, XLA on
 # CPU takes all denormal weights for zero, and the count would miss.
 _ALL_BUT_SIGN = 0x7FFFFFFF
-_TOO_MANY_TO_SORT = 1 << 28  # a gigabyte of keys
+TOO_MANY_TO_SORT = 1 << 28  # a gigabyte of keys
 
 
 class Thresholds(NamedTuple):
@@ -52,7 +52,7 @@ def exact_thresholds(
     """
     leaves = by_path(params)
     sizes = [int(np.prod(leaves[path].shape)) for path in prunable]
-    if sum(sizes) >= _TOO_MANY_TO_SORT:
+    if sum(sizes) >= TOO_MANY_TO_SORT:
         matters = [leaves[path] if importance is None else importance[path] for path in prunable]
         key_of = _magnitude if importance is None else _bits
         keys, cutoff = keys_and_cutoffs(matters, counts, key_of)

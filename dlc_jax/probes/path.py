@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -73,4 +73,14 @@ def learning_path(
         importance = weight_importance(encoder.params, prunable, masking, seed)
     thresholds = exact_thresholds(encoder.params, prunable, importance, chosen)
     sparsity = (chosen / num_weights).astype(np.float32)
-    return LearningPath(prunable, jax.device_put(importance), thresholds, sparsity)
+    return LearningPath(prunable, _beside(importance, leaves), thresholds, sparsity)
+
+
+def _beside(importance: Importance, leaves: Mapping[str, Any]) -> Importance:
+    """Puts importances where the weights are that they belong to."""
+    if importance is None:
+        return None
+    return {
+        path: jax.device_put(value, getattr(leaves[path], "sharding", None))
+        for path, value in importance.items()
+    }

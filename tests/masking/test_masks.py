@@ -264,7 +264,7 @@ def test_counting_finds_the_masks_that_sorting_finds(dtype, masking, num_values,
         importance = {path: (9 * part).astype(np.int32) for path, part in importance.items()}
     sorted_out = masks_of_path(params, prunable, importance, counts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dlc_jax.masking.thresholds._TOO_MANY_TO_SORT", 0)
+        patch.setattr("dlc_jax.masking.thresholds.TOO_MANY_TO_SORT", 0)
         counted = masks_of_path(params, prunable, importance, counts)
     for count, ours, theirs in zip(counts, counted, sorted_out, strict=True):
         assert sum((~mask).sum() for mask in ours.values()) == count

@@ -1,0 +1,67 @@
+"""How much memory the intermediate values of a function take at most, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+# Never written to memory on their own: XLA computes them where they are used.
+_FREE = ("broadcast_in_dim", "iota")
+
+
+def peak_bytes(function: Callable, *arguments: Any) -> int:
+    """Returns the most bytes that are alive at once, arguments not counted, results counted.
+
+    Operation by operation, in the order of the program: XLA fuses operations and reuses buffers
+    within them, so that it needs less rather than more.
+
+    Args:
+      function: Is traced, not run.
+      arguments: Arrays, or their shapes and types.
+    """
+    return _peak(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _peak(jaxpr: Any) -> int:
+    outputs = {var for var in jaxpr.outvars if isinstance(var, core.Var)}
+    last_use = {var: len(jaxpr.eqns) for var in outputs}
+    for place in reversed(range(len(jaxpr.eqns))):
+        for var in jaxpr.eqns[place].invars:
+            if isinstance(var, core.Var):
+                last_use.setdefault(var, place)
+    alive: dict[Any, int] = {}
+    peak = 0
+    for place, equation in enumerate(jaxpr.eqns):
+        made = {var: _num_bytes(var, equation.primitive.name) for var in equation.outvars}
+        # what it computes inside holds its results at the end
+        inside = max(map(_peak, _inner(equation.params)), default=0)
+        peak = max(peak, sum(alive.values()) + max(inside, sum(made.values())))
+        alive |= {var: size for var, size in made.items() if last_use.get(var, place) > place}
+        for var in equation.invars:
+            if isinstance(var, core.Var) and last_use[var] == place:
+                alive.pop(var, None)
+    return peak
+
+
+def _inner(value: Any) -> Iterator[Any]:
+    """Yields the programs in an operation's parameters."""
+    if isinstance(value, core.ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, core.Jaxpr):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _inner(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _inner(part)
+
+
+def _num_bytes(var: Any, operation: str) -> int:
+    if operation in _FREE:
+        return 0
+    return int(np.prod(var.aval.shape)) * var.aval.dtype.itemsize

@@ -1,0 +1,122 @@
+"""Run by a test in its own process with eight devices: a model over all of them, and over one."""
+
+import json
+import sys
+from pathlib import Path
+
+import conftest  # noqa: F401  checks annotations at run time
+import jax
+import numpy as np
+
+from dlc_jax.distributed import load_sharded, on_every_device, over_devices
+from dlc_jax.distributed.memory import Finetuning, Scoring
+from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.masking import prunable_paths
+from dlc_jax.masking.thresholds import Thresholds
+from dlc_jax.preprocess.tokens import Tokenised
+from dlc_jax.probes.responses import _probe_losses, probe_responses, response_losses
+from dlc_jax.training.lora.batches import Rows
+from dlc_jax.training.lora.settings import LoraConfig
+from dlc_jax.training.lora.step import Sums, add_rows
+from dlc_jax.training.lora.tuner import LoraTuner, initial_adapter
+from dlc_jax.types import by_path
+
+NUM_PROBES, ROWS, LENGTH = 4, 8, 128
+LORA = {"optimiser": "adamw", "learning_rate": 1e-2, "warmup_steps": 0, "dtype": "float32"}
+
+
+def main(folder: str, out: str) -> None:
+    one, many = (load_sharded(folder, "float32", fsdp) for fsdp in (1, 8))
+    found = {"weights": _size(many.params), "held": _held(many.params)}
+    found |= {"planned": _planned(many)}
+    found |= {"compiled": _compiled(many)}
+    data = _data(one.config.vocab_size)
+    for name, model in (("one", one), ("many", many)):
+        found[name] = {
+            "losses": response_losses(model, data, tokens_per_batch=512).tolist(),
+            "probes": probe_responses(
+                model, data, num_probes=NUM_PROBES, tokens_per_batch=512
+            ).losses.tolist(),
+            "lora": _one_step(model, data),
+        }
+    Path(out).write_text(json.dumps(found))
+
+
+def _data(vocab_size: int) -> Tokenised:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(33, 65, 13)  # one bucket; no multiple of anything
+    tokens = tuple(generator.integers(2, vocab_size, n).astype(np.int32) for n in lengths)
+    num_prompt = (lengths // 2).astype(np.int32)
+    ids = np.array([f"row {i}" for i in range(13)])
+    return Tokenised(tokens, num_prompt, np.zeros(13, bool), ids)
+
+
+def _held(params) -> list[int]:
+    """Returns the bytes on every device."""
+    held = {device: 0 for device in jax.devices()}
+    for leaf in jax.tree.leaves(params):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return list(held.values())
+
+
+def _one_step(model: LanguageModel, data: Tokenised) -> list[float]:
+    # few matrices, for the time that compiling takes
+    fast = {"targets": ("q_proj", "down_proj"), "rematerialise": False}
+    settings = LoraConfig(epochs=1, batch_size=13, rows_at_once=5, **fast, **LORA)
+    result = LoraTuner(model, data, settings).run(np.arange(13), seed=0)
+    leaves = by_path(result.model.params)
+    change = [np.asarray(leaf).ravel() for path, leaf in leaves.items() if "lora" in path]
+    assert any(value.any() for value in change)
+    return np.concatenate(change)[::97].tolist()
+
+
+def _planned(model: LanguageModel) -> dict[str, dict[str, int]]:
+    config = model.config
+    jobs = {
+        "probe": Scoring(config, "float32", "l1", NUM_PROBES, ROWS * LENGTH, LENGTH, 8),
+        "again": Finetuning(config, _lora(True), LENGTH, 8),
+        "kept": Finetuning(config, _lora(False), LENGTH, 8),
+    }
+    found = {name: dict(part[:2] for part in job.plan().parts) for name, job in jobs.items()}
+    return {name: parts | {"total": jobs[name].plan().num_bytes} for name, parts in found.items()}
+
+
+def _lora(rematerialise: bool) -> LoraConfig:
+    return LoraConfig(rows_at_once=ROWS, rematerialise=rematerialise, **LORA)
+
+
+def _compiled(model: LanguageModel) -> dict[str, int]:
+    """Returns the bytes of arguments and of what XLA needs besides, on every device."""
+    tokens = np.ones((ROWS, LENGTH), np.int32)
+    counts = np.full(ROWS, LENGTH, np.int32)
+    prunable = prunable_paths(model.params, model.is_prunable)
+    thresholds = on_every_device(
+        model.params,
+        Thresholds(np.zeros(NUM_PROBES, np.int32), np.zeros((NUM_PROBES, len(prunable)), np.int32)),
+    )
+    arrays = over_devices(model.params, (tokens, counts, counts // 2))
+    programs = {
+        "probe": _probe_losses.lower(
+            model.architecture, prunable, model.params, None, thresholds, *arrays
+        )
+    }
+    for name, rematerialise in (("again", True), ("kept", False)):
+        tuner = LoraTuner(model, _data(8), _lora(rematerialise))
+        adapter = on_every_device(model.params, initial_adapter(tuner._architecture, 0))
+        sums = on_every_device(model.params, Sums.zero(adapter))
+        rows = over_devices(model.params, Rows(tokens, tokens, tokens > 0))
+        programs[name] = add_rows.lower(tuner._architecture, model.params, adapter, rows, sums)
+    found = {}
+    for name, program in programs.items():
+        memory = program.compile().memory_analysis()
+        found[name] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return found
+
+
+def _size(params) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

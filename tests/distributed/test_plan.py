@@ -1,0 +1,127 @@
+"""The stage `plan`, and the plans of the paper's models, from shapes alone."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT
+
+from dlc_jax import checks, plan_stage
+from dlc_jax.config import Config, default_config
+from dlc_jax.distributed.liveness import peak_bytes
+from dlc_jax.distributed.memory import Finetuning, Scoring, weight_bytes
+from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.paper_models import PAPER_MODELS
+from dlc_jax.training.lora.settings import LoraConfig
+
+GIB = 1 << 30
+COUNTS = {
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "google/gemma-2-9b": 9_241_705_984,
+}
+MISTRAL = PAPER_MODELS["mistralai/Mistral-7B-v0.3"]
+GEMMA = PAPER_MODELS["google/gemma-2-9b"]
+
+
+def scoring(config, fsdp, tokens_per_batch=8192):
+    return Scoring(config, "bfloat16", "l1", 8, tokens_per_batch, 2048, fsdp)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_sizes_of_the_papers_models(name):
+    architecture = Architecture(PAPER_MODELS[name], "bfloat16")
+    shapes = jax.tree.leaves(architecture.abstract_params())
+    assert sum(leaf.size for leaf in shapes) == COUNTS[name]
+    assert weight_bytes(architecture, 1) == 2 * COUNTS[name]
+    # but for norms, every device has an eighth
+    assert 0 <= weight_bytes(architecture, 8) - COUNTS[name] / 4 < 2e6
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_they_fit_eight_small_devices(name):
+    config = PAPER_MODELS[name]
+    for job in (scoring(config, 8), Finetuning(config, LoraConfig(), 2048, 8)):
+        assert 2 * COUNTS[name] / 8 < job.plan().num_bytes < 0.9 * 24 * GIB
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_they_fit_one_large_device(name):
+    config = PAPER_MODELS[name]
+    assert Finetuning(config, LoraConfig(), 2048, 1).plan().num_bytes < 0.9 * 80 * GIB
+    # many short rows have many logits, each over a quarter of a million tokens
+    tokens = 4096 if name == "google/gemma-2-9b" else 8192
+    assert scoring(config, 1, tokens).plan().num_bytes < 0.9 * 80 * GIB
+
+
+def test_the_setting_to_turn():
+    machine = plan_stage.Machine("1 x 80 GiB", 1, 80 * GIB)
+    said = plan_stage._ways_out(scoring(GEMMA, 1), machine)
+    assert said == "try probe.tokens_per_batch=4096, or mesh.fsdp=2"
+    kept = Finetuning(MISTRAL, LoraConfig(rematerialise=False), 2048, 1)
+    assert "try lora.rematerialise=True, or" in plan_stage._ways_out(kept, machine)
+
+
+def test_weights_that_fit_nowhere():
+    machine = plan_stage.Machine("1 x 1 GiB", 1, GIB // 16)
+    said = plan_stage._ways_out(scoring(MISTRAL, 1), machine)
+    assert said.startswith("no single setting helps")
+
+
+def test_importance_that_is_drawn_has_to_be_somewhere():
+    job = scoring(MISTRAL, 8)
+    drawn = Scoring(**{**vars(job), "masking": "random"})
+    assert drawn.plan().num_bytes - job.plan().num_bytes == 4 * 32 * 218_103_808
+
+
+def test_peak_of_values():
+    x = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    assert peak_bytes(lambda x: x + 1, x) == 4000
+    assert peak_bytes(lambda x: (x + 1) * 2 * 3, x) == 8000
+    assert peak_bytes(lambda x: jax.lax.map(lambda y: y * jnp.ones(7), x).sum(axis=1), x) == 32000
+
+
+def run(*arguments, tmp_path):
+    return subprocess.run(
+        [sys.executable, "-m", "dlc_jax.main", *arguments, f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command(tmp_path):
+    done = run("--config=configs/instructions.py", "--config.stages=('plan',)", tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mistralai/Mistral-7B-v0.3, 7,248,023,552 parameters" in done.stdout
+    rows = {
+        row.split("|")[1].strip(): row.split("|")[2:-1]
+        for row in done.stdout.splitlines()
+        if row.startswith("| ")
+    }
+    assert [cell.strip() for cell in rows["weights"]] == ["13.50", "13.50", "1.69"]
+    assert [cell.strip() for cell in rows["fits"]][1:] == ["yes", "yes"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_needs_its_sizes_only(tmp_path):
+    from test_sharded import SIZES
+
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    assert plan_stage.model_sizes(str(tmp_path)).depth == 6
+    with pytest.raises(checks.InputError, match="no folder 'nowhere'"):
+        plan_stage.model_sizes("nowhere")
+
+
+def test_images_have_no_plan_yet():
+    config = default_config()
+    config.stages = ("plan",)
+    config.encoder.weights = "demo:resnet18"
+    with pytest.raises(checks.InputError, match="'plan' is for language models only, for now"):
+        Config.of(config)
+    config.stages, config.mesh.fsdp = ("select",), 8
+    with pytest.raises(checks.InputError, match=r"mesh\.fsdp: 8; expected 1"):
+        Config.of(config)

@@ -1,0 +1,121 @@
+"""A model over eight devices gives what one gives, and takes what the plan says."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from safetensors.numpy import save_file
+
+import dlc_jax
+from dlc_jax.distributed import load_sharded, partition
+from dlc_jax.distributed.memory import weight_bytes
+from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.huggingface import read_config, torch_names
+from dlc_jax.types import by_path
+
+EIGHT = "--xla_force_host_platform_device_count=8"
+# XLA's default order for CPUs is the one with most parallelism: it gathers all weights first
+AS_ON_GPU = f"{EIGHT} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+SIZES = {
+    "model_type": "mistral",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small random model."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(SIZES))
+    config = read_config(folder)
+    leaves = by_path(Architecture(config, "float32").abstract_params())
+    generator = np.random.default_rng(0)
+    tensors = {}
+    for path, name in torch_names(config, leaves).items():
+        shape = leaves[path].shape
+        shape = shape[::-1] if path.endswith("kernel") else shape
+        tensors[name] = generator.normal(size=shape).astype(np.float32) / max(shape) ** 0.5
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder, tmp_path_factory):
+    """What `sharded_run.py` measured."""
+    out = tmp_path_factory.mktemp("found") / "found.json"
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/distributed/sharded_run.py", folder, out],
+        env=os.environ | {"XLA_FLAGS": AS_ON_GPU, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def test_every_device_holds_what_the_plan_says(folder, found):
+    architecture = Architecture(read_config(folder), "float32")
+    assert found["held"] == [weight_bytes(architecture, 8)] * 8
+    assert found["held"][0] < found["weights"] / 7.9
+
+
+@pytest.mark.parametrize("what", ["losses", "probes", "lora"])
+def test_eight_devices_give_what_one_gives(found, what):
+    one, many = (np.array(found[name][what]) for name in ("one", "many"))
+    np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)
+    assert np.abs(one).max() > 1e-3
+
+
+@pytest.mark.parametrize("job", ["probe", "again", "kept"])
+def test_compiled_programs_take_less_than_planned(found, job):
+    taken, planned = found["compiled"][job], found["planned"][job]["total"]
+    print(f"{job}: {taken:,} of {planned:,} bytes, ratio {planned / taken:.2f}")
+    assert taken <= planned <= 3 * taken
+
+
+def test_no_device_ever_has_all_weights(found):
+    assert found["compiled"]["probe"] < found["weights"]
+    assert found["compiled"]["again"] < found["weights"]
+
+
+def test_activations_that_are_kept_keep_gathered_weights(found):
+    assert found["compiled"]["kept"] > found["weights"]
+    assert found["planned"]["kept"]["gathered weights of 6 blocks"] > 0.9 * found["weights"]
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("blocks/0/mlp/gate_proj/kernel", (4096, 14336), (None, "fsdp")),
+        ("blocks/0/attn/q_proj/kernel", (4096, 4096), ("fsdp", None)),
+        ("blocks/0/attn/k_proj/kernel", (4100, 1024), (None, "fsdp")),
+        ("blocks/0/attn/k_proj/kernel", (4100, 1023), ()),
+        ("embedding/embedding", (128256, 4096), ("fsdp", None)),
+        ("head/kernel", (4096, 128256), (None, "fsdp")),
+        ("norm/scale", (4096,), ()),
+        ("blocks/31/mlp_norm_after/scale", (4096,), ()),
+        ("blocks/0/mlp/gate_proj/lora_b", (8, 14336), ()),
+    ],
+)
+def test_where_parameters_lie(path, shape, expected):
+    assert tuple(partition(path, shape, 8)) == expected
+
+
+def test_more_devices_than_there_are(folder):
+    with pytest.raises(dlc_jax.checks.InputError, match=r"64 devices are asked for, 1 "):
+        load_sharded(str(folder), "float32", 64)

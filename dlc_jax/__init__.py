@@ -16,7 +16,9 @@ from dlc_jax.datasets import array_dataset, load_dataset, stratified_split
 from dlc_jax.datasets.instructions import Instructions, load_instructions
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
+from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
 from dlc_jax.exports import export
+from dlc_jax.exports.peft import load_adapter, write_adapter, write_merged
 from dlc_jax.preprocess import ImageCache
 from dlc_jax.preprocess.tokens import tokenise
 from dlc_jax.probes import features, probe
@@ -24,6 +26,7 @@ from dlc_jax.probes.responses import measure_responses, probe_responses, respons
 from dlc_jax.scores import score
 from dlc_jax.selection import select
 from dlc_jax.training import finetune, record_training
+from dlc_jax.training.lora import finetune_lora
 from dlc_jax.tuning import FinetuneTrials, LinearProbeConfig, keep_curve, linear_probes, tune
 from dlc_jax.types import (
     Dataset,
@@ -53,15 +56,19 @@ __all__ = [
     "TrainingRecord",
     "Tuning",
     "array_dataset",
+    "evaluate_mmlu",
     "export",
     "features",
     "finetune",
+    "finetune_lora",
     "keep_curve",
     "linear_probes",
+    "load_adapter",
     "load_dataset",
     "load_encoder",
     "load_instructions",
     "load_language_model",
+    "load_mmlu",
     "measure_responses",
     "probe",
     "probe_responses",
@@ -72,4 +79,6 @@ __all__ = [
     "stratified_split",
     "tokenise",
     "tune",
+    "write_adapter",
+    "write_merged",
 ]

@@ -35,6 +35,7 @@ TUNING = "tuning"
 RESULTS = "results.csv"
 REPORT = "report"
 FINETUNE = "finetune"
+EVALUATE = "evaluate"
 EXPORTS = "exports"
 # Temporary files tell whose they are, so that a later run on the same host can clear those of a
 # killed one and leaves everything else alone.
@@ -51,6 +52,7 @@ _FOLDERS = (
     f"{TUNING}/*",
     "selections/*",
     f"{FINETUNE}/*/*",
+    f"{EVALUATE}/*",
     f"{EXPORTS}/*/*",
     f"{EXPORTS}/idxs*/*/*/*/*",
     REPORT,

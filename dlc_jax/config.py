@@ -19,6 +19,7 @@ from dlc_jax import checks
 from dlc_jax.datasets.instructions import TEMPLATES
 from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
 from dlc_jax.encoders.language_model import DECODER
+from dlc_jax.evaluation.settings import EvaluationConfig
 from dlc_jax.exports import FORMS, PARTS, RELEASED
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
 from dlc_jax.exports.released import PRETRAINS, check_name
@@ -30,12 +31,13 @@ from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO
 from dlc_jax.selection.settings import Need, SelectionConfig
 from dlc_jax.training import FinetuneConfig, RecordConfig
+from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.tuning import LinearProbeConfig
 from dlc_jax.tuning.settings import TuningConfig
 from dlc_jax.types import setting
 
-STAGES = ("score", "tune", "select", "export", "finetune", "report")
-INSTRUCTION_STAGES = ("score", "select", "export")
+STAGES = ("plan", "score", "tune", "select", "export", "finetune", "report")
+INSTRUCTION_STAGES = ("plan", "score", "select", "export", "finetune", "evaluate", "report")
 _DEFAULT_STAGES = ("score", "select")
 
 
@@ -43,7 +45,7 @@ _DEFAULT_STAGES = ("score", "select")
 class DatasetConfig:
     """What to prune."""
 
-    train: str = setting("", "source to prune: parquet:, folder:, tfds: or demo:<where>")
+    train: str = setting("", "source to prune: folder:, parquet:, hf:, ...; jsonl: of instructions")
     test: str | None = setting(None, "source to test on; read by the stage finetune only")
     on_corrupt: str = setting("error", f"unreadable sample: {' or '.join(ON_CORRUPT)}")
     template: str | None = setting(
@@ -66,7 +68,9 @@ class EncoderConfig:
     """The pre-trained network that is probed."""
 
     name: str = setting("resnet18", f"{', '.join(ENCODERS)}; {DECODER}: a language model")
-    weights: str = setting("", "hub id, .safetensors file, folder, or demo:resnet18")
+    weights: str = setting(
+        "", "hub id, .safetensors file, folder, demo:resnet18 or demo:tiny-llama"
+    )
     max_length: int | None = setting(
         None, "of instructions, in tokens; None: 2048, or the model's limit if it is lower"
     )
@@ -122,6 +126,16 @@ class ProbeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The devices of a run."""
+
+    fsdp: int = setting(1, "devices that the weights of a language model are spread over")
+
+    def check(self) -> None:
+        checks.at_least("mesh.fsdp", self.fsdp, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportConfig:
     """In which forms selections are written for other programs."""
 
@@ -158,10 +172,13 @@ class Config:
 
     mode: str = setting("default", "default, or official: the released code's quirks")
     seed: int = setting(0, "seed of random masking and augmentation")
-    stages: tuple[str, ...] = setting(_DEFAULT_STAGES, f"what to run, out of {', '.join(STAGES)}")
+    stages: tuple[str, ...] = setting(
+        _DEFAULT_STAGES, f"what to run, out of {', '.join(STAGES)}; of instructions evaluate too"
+    )
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     cache: ImageCache = dataclasses.field(default_factory=ImageCache)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
     record: RecordConfig = dataclasses.field(default_factory=RecordConfig)
     tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
@@ -169,6 +186,8 @@ class Config:
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | ConfigDict) -> Config:
@@ -195,13 +214,14 @@ class Config:
             checks.one_of("stages", stage, known)
         if {"score", "export", "finetune"} & set(self.stages):
             self.dataset.check()
-        if {"score", "finetune"} & set(self.stages):
+        if {"plan", "score", "finetune", "evaluate"} & set(self.stages):
             self.encoder.check()
-        if "finetune" in self.stages and not self.dataset.test:
+        if "finetune" in self.stages and not self.dataset.test and not self.is_of_instructions:
             raise checks.InputError(
                 "dataset.test: missing; the stage 'finetune' tests on it. Give a source such as "
                 "folder:/data/flowers/test."
             )
+        self.mesh.check()
         self.probe.check()
         self.record.check()
         self.tuning.check()
@@ -212,15 +232,32 @@ class Config:
         self._check_kind()
         self.export.check()
         self.finetune.check()
+        self.lora.check()
+        self.evaluation.check()
 
     @property
     def is_of_instructions(self) -> bool:
         """Whether instructions are pruned, by a language model."""
         return self.encoder.name == DECODER
 
+    @property
+    def training(self) -> FinetuneConfig | LoraConfig:
+        """How the stage `finetune` trains."""
+        return self.lora if self.is_of_instructions else self.finetune
+
     def _check_kind(self) -> None:
         """Raises ValueError where something asked for is not there for this kind of data."""
         if not self.is_of_instructions:
+            if "plan" in self.stages:
+                raise checks.InputError(
+                    f"stages: 'plan' is for language models only, for now (encoder.name "
+                    f"{DECODER!r}); got encoder.name {self.encoder.name!r}."
+                )
+            if self.mesh.fsdp > 1:
+                raise checks.InputError(
+                    f"mesh.fsdp: {self.mesh.fsdp}; expected 1: it spreads the weights of a "
+                    f"language model, encoder.name {DECODER!r}."
+                )
             if SCORES[self.selection.score].of == "responses":
                 raise checks.InputError(
                     f"selection.score: {self.selection.score!r} is of instructions; expected "
@@ -234,6 +271,11 @@ class Config:
             raise checks.InputError(
                 "selection.methods: of instructions there are neither features nor a record of "
                 "training; expected methods that go by scores, such as flexrand, easiest, ccs."
+            )
+        if "evaluate" in self.stages and self.evaluation.mmlu is None:
+            raise checks.InputError(
+                "evaluation.mmlu: missing; the stage 'evaluate' asks its questions. Give "
+                "mmlu:<folder>, or demo:mmlu for a few of them."
             )
         if "export" in self.stages:
             for form in self.export.forms:

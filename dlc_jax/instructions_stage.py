@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +11,26 @@ import jax
 import numpy as np
 
 import dlc_jax
-from dlc_jax import artefacts, provenance, reports
+from dlc_jax import artefacts, checks, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions, load_instructions
-from dlc_jax.encoders.language_model import LanguageModel, load_language_model
+from dlc_jax.distributed import load_sharded
+from dlc_jax.encoders.language_model import LanguageModel, load_tokenizer
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.responses import measure_responses, probe_responses
 from dlc_jax.scores import SCORES, column_name, score
 from dlc_jax.selection_inputs import SelectionInputs
+from dlc_jax.types import ResponseLosses
 
 READABLE = "scores/easiest_hardest.md"
+
+
+def load_configured_instructions(config: Config, source: str) -> Instructions:
+    """Loads training or test data as the configuration says."""
+    tokenizer = functools.partial(load_tokenizer, config.encoder.weights)
+    return load_instructions(source, config.dataset.template, tokenizer=tokenizer)
 
 
 def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
@@ -33,8 +42,8 @@ def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], 
       ValueError: anything wrong with data or model.
     """
     start = time.perf_counter()
-    data = load_instructions(config.dataset.train, config.dataset.template)
-    model = load_language_model(config.encoder.weights, dtype=config.probe.dtype)
+    data = load_configured_instructions(config, config.dataset.train)
+    model = load_sharded(config.encoder.weights, config.probe.dtype, config.mesh.fsdp)
     max_length = model.max_length(config.encoder.max_length)
     made_with = {
         "seed": config.seed,
@@ -55,7 +64,7 @@ def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], 
     tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=config.dataset.on_corrupt)
     _tell_of_cuts(tokens, max_length, echo)
     kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
-    samples = _scored(config, workdir, model, kept, tokens)
+    samples = _scored(config, workdir, model, kept, tokens, echo)
     with artefacts.atomic(workdir / READABLE, "w") as file:
         file.write(reports.easiest_hardest_text(kept, samples.scores["dlc"]))
     facts = {
@@ -74,7 +83,12 @@ def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], 
 
 
 def _scored(
-    config: Config, workdir: Path, model: LanguageModel, data: Instructions, tokens: Tokenised
+    config: Config,
+    workdir: Path,
+    model: LanguageModel,
+    data: Instructions,
+    tokens: Tokenised,
+    echo: Callable[[str], None],
 ) -> ScoredSamples:
     """Measures and writes losses and scores."""
     probe = config.probe
@@ -102,17 +116,31 @@ def _scored(
     labels, class_names = probes.labels, probes.class_names
     if config.dataset.category is not None:
         labels, class_names = data.categories(config.dataset.category)
-    scores = {"dlc": score(probes)}
-    for name, method in SCORES.items():
-        if method.of == "responses":
-            for variant in method.variants:
-                scores[column_name(name, variant)] = score(responses, method=name, variant=variant)
+    scores = {"dlc": score(probes), **_other_scores(config, responses, echo)}
     artefacts.write_losses(
         workdir, losses=probes.losses, sparsity=probes.sparsity, labels=labels, ids=probes.ids
     )
     samples = ScoredSamples(probes.ids, labels, class_names, scores)
     artefacts.write_scores(workdir, samples)
     return samples
+
+
+def _other_scores(
+    config: Config, responses: ResponseLosses, echo: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    """Returns every column that can be computed; one that is not selected by may be missing."""
+    wanted = {config.selection.score_of(method) for method in config.selection.methods}
+    scores = {}
+    for name, method in SCORES.items():
+        for variant in method.variants if method.of == "responses" else ():
+            column = column_name(name, variant)
+            try:
+                scores[column] = score(responses, method=name, variant=variant)
+            except checks.InputError as error:
+                if column in wanted:
+                    raise
+                echo(f"score: note: no column {column}: {error}")
+    return scores
 
 
 def _tell_of_cuts(tokens: Tokenised, max_length: int, echo: Callable[[str], None]) -> None:
@@ -130,7 +158,7 @@ def run_exports_instructions(
     Raises:
       ValueError: data that are not those that were scored, a selection that is not there.
     """
-    data = load_instructions(config.dataset.train, config.dataset.template)
+    data = load_configured_instructions(config, config.dataset.train)
     provenance.check_is_what_was_scored(workdir, data)
     cells = config.selection.cells()
     for cell in cells:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,19 @@ from dlc_jax.instructions_stage import (
     run_exports_instructions,
     run_score_instructions,
 )
+from dlc_jax.lora_stage import (
+    check_before_scoring,
+    run_evaluate,
+    run_finetune_instructions,
+)
+from dlc_jax.plan_stage import run_plan
 from dlc_jax.score_stage import Load, check_scores_are_whole, load_configured, run_score
 from dlc_jax.select_stage import run_select
 from dlc_jax.selection import Cell
 from dlc_jax.selection_inputs import SelectionInputs
-from dlc_jax.sweep import run_sweep, what_is_finished
-from dlc_jax.training import class_ids_by_name
+from dlc_jax.sweep import run_sweep
+from dlc_jax.sweep_results import what_is_finished
+from dlc_jax.training import Finetuner, class_ids_by_name
 from dlc_jax.tune_stage import run_tune
 from dlc_jax.types import Selection
 
@@ -41,9 +50,18 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
     Raises:
       ValueError: anything wrong with the work directory, data, encoder or configuration.
     """
+    if "plan" in config.stages:
+        run_plan(config, echo)
+        if config.stages == ("plan",):
+            return
+        rest = tuple(stage for stage in config.stages if stage != "plan")
+        config = dataclasses.replace(config, stages=rest)
     artefacts.prepare_workdir(workdir)
     load = functools.cache(load_dataset)  # stages share data sets, and their fingerprints
-    if "finetune" in config.stages:  # a mistake there should not cost a scoring pass first
+    # a mistake in what comes later should not cost a scoring pass first
+    if config.is_of_instructions:
+        check_before_scoring(config)
+    elif "finetune" in config.stages:
         class_ids_by_name(load(_test_source(config)), load(config.dataset.train))
     resolved = config
     if "score" in config.stages:
@@ -53,11 +71,23 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
             resolved = run_score(config, workdir, load, echo)
     failures = []
     if config.stages != ("report",):
-        failures = _use_scores(config, resolved.to_dict(), workdir, load, echo)
+        with _report_of_these_results(workdir):
+            failures = _use_scores(config, resolved.to_dict(), workdir, load, echo)
     if "report" in config.stages:
         _report(config, workdir, echo)
     if failures:
         raise checks.InputError(f"{len(failures)} runs failed: {'; '.join(failures)}")
+
+
+@contextlib.contextmanager
+def _report_of_these_results(workdir: Path) -> Iterator[None]:
+    """Deletes the report if the results change meanwhile: it tells of other runs."""
+    before = artefacts.read_bytes(workdir / artefacts.RESULTS)
+    try:
+        yield
+    finally:
+        if artefacts.read_bytes(workdir / artefacts.RESULTS) != before:
+            shutil.rmtree(workdir / artefacts.REPORT, ignore_errors=True)
 
 
 def _use_scores(
@@ -74,8 +104,8 @@ def _use_scores(
     check_scores_are_whole(workdir)
     samples = artefacts.read_scores(workdir)
     if "score" not in config.stages:  # the rest of the file still describes the scores
-        ours = ("mode", "stages", "selection", "tuning", "linear_probe", "export", "finetune")
-        mine = {key: settings[key] for key in ours}
+        scored = ("seed", "dataset", "encoder", "cache", "probe", "record")
+        mine = {key: value for key, value in settings.items() if key not in scored}
         found = artefacts.read_json(workdir / artefacts.CONFIG)
         if "finetune" in config.stages and "dataset" in found:
             mine["dataset"] = found["dataset"] | {"test": config.dataset.test}
@@ -95,7 +125,15 @@ def _use_scores(
             run_exports_instructions(config, workdir, known, echo)
         else:
             run_exports(config, workdir, known, load(config.dataset.train), echo)
-    return _finetune(config, workdir, known, load, echo) if "finetune" in config.stages else []
+    failures = []
+    if "finetune" in config.stages:
+        if config.is_of_instructions:
+            failures = run_finetune_instructions(config, workdir, known, echo)
+        else:
+            failures = _finetune(config, workdir, known, load, echo)
+    if "evaluate" in config.stages and not failures:
+        run_evaluate(config, workdir, echo)
+    return failures
 
 
 def _test_source(config: Config) -> str:
@@ -113,12 +151,19 @@ def _finetune(
     """Returns a line for every run that failed."""
     encoder = load_configured(config)
     dataset, test = load(config.dataset.train), load(_test_source(config))
-    before = artefacts.read_bytes(workdir / artefacts.RESULTS)
-    try:
-        end = run_sweep(config, workdir, known, encoder, dataset, test, echo)
-    finally:
-        if artefacts.read_bytes(workdir / artefacts.RESULTS) != before:
-            shutil.rmtree(workdir / artefacts.REPORT, ignore_errors=True)  # it tells of other runs
+    make_tuner = functools.partial(
+        Finetuner,
+        encoder,
+        dataset,
+        test,
+        config.finetune,
+        image_size=config.encoder.image_size,
+        mode=config.mode,
+        on_corrupt=config.dataset.on_corrupt,
+        cache=config.cache,
+        progress=True,
+    )
+    end = run_sweep(config, workdir, known, dataset, make_tuner, echo)
     settings = config.to_dict()
     made_with = {key: settings[key] for key in ("mode", "dataset", "encoder", "finetune")}
     made_with |= {"encoder_fingerprint": encoder.for_mode(config.mode).fingerprint}
@@ -181,7 +226,8 @@ def _summarise(
     known = artefacts.read_json(workdir / artefacts.PROVENANCE)
     skipped = known.get("dataset", {}).get("skipped", {})
     if skipped:
-        echo(f"unreadable samples left out: {len(skipped)}, listed in {artefacts.PROVENANCE}")
+        kind = "" if picture == READABLE else "unreadable "
+        echo(f"{kind}samples left out: {len(skipped)}, listed in {artefacts.PROVENANCE}")
     stages = known.get("stages", {})
     parts = ("score", "features", "training", "tune", "select")
     seconds = {name: stages[name]["seconds"] for name in parts if name in stages}

@@ -16,7 +16,7 @@ from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO
 
 _CONFIDENCE = 0.95
-_REFERENCES = ("full", "random")
+_REFERENCES = ("base", "full", "random")
 _NEEDED = ("method", "keep_fraction", "split", "seed", "test_accuracy")
 
 
@@ -27,6 +27,7 @@ class Result(NamedTuple):
       split: FlexRand's gamma, or `auto`.
       test_accuracy: In percent.
       pruning_seconds: What it took to know what to keep; NaN where that is not known.
+      test_loss: Of instructions, in nats per response token; NaN where it was not measured.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Result(NamedTuple):
     seed: int
     test_accuracy: float
     pruning_seconds: float = math.nan
+    test_loss: float = math.nan
 
     @property
     def label(self) -> str:
@@ -83,6 +85,7 @@ class Row(NamedTuple):
       gap: To random at the same keep fraction, paired by seed; None for random, for the full set,
         and where no seed was run with both.
       pruning_seconds: What it took to know what to keep; NaN where that is not known.
+      test_loss: Mean over seeds; NaN where it was not measured.
     """
 
     label: str
@@ -90,6 +93,7 @@ class Row(NamedTuple):
     accuracy: Interval
     gap: Interval | None
     pruning_seconds: float = math.nan
+    test_loss: float = math.nan
 
     @property
     def verdict(self) -> str:
@@ -118,12 +122,18 @@ def read_results(path: Path) -> list[Result]:
             raise checks.InputError(f"{path}: has no column {', '.join(missing)}.")
         results = []
         for row in table:
+            if row["test_accuracy"] == "":
+                raise checks.InputError(
+                    f"{path}, line {table.line_num}: has no test_accuracy; run the stage "
+                    "'evaluate' first."
+                )
             try:
                 split: float | str | None = row["split"] or None
                 if split not in (None, AUTO):
                     split = float(row["split"])
                 numbers = (float(row["keep_fraction"]), split, int(row["seed"]))
-                results.append(Result(row["method"], *numbers, float(row["test_accuracy"])))
+                result = Result(row["method"], *numbers, float(row["test_accuracy"]))
+                results.append(result._replace(test_loss=float(row.get("test_loss") or "nan")))
             except (TypeError, ValueError) as error:
                 raise checks.InputError(f"{path}, line {table.line_num}: {error}.") from error
     if not results:
@@ -147,13 +157,16 @@ def summarise(results: Sequence[Result]) -> list[Row]:
         accuracy = Interval.of([result.test_accuracy for result in by_seed.values()])
         seconds = [result.pruning_seconds for result in by_seed.values()]
         gap = Interval.of(pairs) if pairs else None
-        rows.append(Row(label, keep_fraction, accuracy, gap, float(np.mean(seconds))))
+        loss = float(np.mean([result.test_loss for result in by_seed.values()]))
+        rows.append(Row(label, keep_fraction, accuracy, gap, float(np.mean(seconds)), loss))
     return rows
 
 
 def results_table(rows: Sequence[Row]) -> str:
     """Returns Markdown: accuracy, gap to random and what that means, by keep fraction."""
-    header = ("keep", "method", "seeds", "test accuracy, %", "gap to random", "", "pruning, s")
+    has_loss = not all(math.isnan(row.test_loss) for row in rows)
+    header = ["keep", "method", "seeds", "test accuracy, %", "gap to random", "", "pruning, s"]
+    header += ["test loss"] * has_loss
     lines = []
     for row in sorted(rows, key=lambda row: -row.keep_fraction):
         gap = "" if row.gap is None else ("+" if row.gap.mean > 0 else "") + str(row.gap)
@@ -166,6 +179,7 @@ def results_table(rows: Sequence[Row]) -> str:
                 gap,
                 row.verdict,
                 "" if math.isnan(row.pruning_seconds) else f"{row.pruning_seconds:.1f}",
+                *(["" if math.isnan(row.test_loss) else f"{row.test_loss:.4f}"] * has_loss),
             )
         )
     return markdown(header, lines)

@@ -20,19 +20,12 @@ def kept_positions(
       ValueError: they are empty, out of range or repeated, or the selection was made from another
         data set: from other labels or, where it knows its ids, with ids the data set has not.
     """
-    if kept is None:
-        return np.arange(len(dataset))
-    if not isinstance(kept, Selection):
-        checks.positions("kept", np.asarray(kept), len(dataset))
-        return np.sort(np.asarray(kept)).astype(np.int64)
-    if len(kept) == 0:
-        raise checks.InputError(
-            f"kept: {kept.method} at keep fraction {kept.keep_fraction:g} keeps no sample (budgets "
-            "are rounded in every class); expected one or more."
-        )
+    if kept is None or not isinstance(kept, Selection):
+        return _given("kept", kept, len(dataset))
+    _check_keeps_some(kept)
     if kept.ids is not None:
         checks.no_repetition("kept.ids", kept.ids)
-        positions = _positions_of(dataset, kept.ids)
+        positions = _places_of(dataset.name, dataset.ids, kept.ids)
     else:
         positions = kept.indices
         made_from = kept.labels_fingerprint
@@ -57,12 +50,49 @@ def kept_positions(
     return np.sort(positions)
 
 
-def _positions_of(dataset: Dataset, ids: np.ndarray) -> Int64[np.ndarray, " k"]:
-    places = {name: position for position, name in enumerate(dataset.ids.tolist())}
-    unknown = [name for name in ids.tolist() if name not in places]
+def kept_rows(
+    name: str, ids: np.ndarray, kept: Selection | np.ndarray | Sequence[int] | None
+) -> Int64[np.ndarray, " k"]:
+    """Returns the kept positions among samples that have no classes; see `kept_positions`.
+
+    Args:
+      name: Of the samples, for messages.
+      ids: [n] of them.
+      kept: A selection that knows its ids, positions, or None for all.
+    """
+    if kept is None or not isinstance(kept, Selection):
+        return _given("kept", kept, len(ids))
+    _check_keeps_some(kept)
+    if kept.ids is None:
+        checks.positions("kept.indices", kept.indices, len(ids))
+        return np.sort(kept.indices)
+    checks.no_repetition("kept.ids", kept.ids)
+    return np.sort(_places_of(name, ids, kept.ids))
+
+
+def _given(
+    name: str, kept: np.ndarray | Sequence[int] | None, num_samples: int
+) -> Int64[np.ndarray, " k"]:
+    if kept is None:
+        return np.arange(num_samples)
+    checks.positions(name, np.asarray(kept), num_samples)
+    return np.sort(np.asarray(kept)).astype(np.int64)
+
+
+def _check_keeps_some(kept: Selection) -> None:
+    if len(kept) == 0:
+        raise checks.InputError(
+            f"kept: {kept.method} at keep fraction {kept.keep_fraction:g} keeps no sample (budgets "
+            "are rounded in every class); expected one or more."
+        )
+
+
+def _places_of(name: str, ids: np.ndarray, wanted: np.ndarray) -> Int64[np.ndarray, " k"]:
+    places = {sample: position for position, sample in enumerate(ids.tolist())}
+    unknown = [sample for sample in wanted.tolist() if sample not in places]
     if unknown:
         raise checks.InputError(
-            f"kept: {len(unknown)} of {len(ids)} kept samples are not in {dataset.name}, first "
+            f"kept: {len(unknown)} of {len(wanted)} kept samples are not in {name}, first "
             f"{unknown[0]!r}: the selection was made from another data set."
         )
-    return np.array([places[name] for name in ids.tolist()], np.int64)
+    return np.array([places[sample] for sample in wanted.tolist()], np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from dlc_jax import artefacts, checks
 from dlc_jax.encoders import Encoder
 from dlc_jax.preprocess import ImageCache
 from dlc_jax.probes.kernel import features_of_batch
+from dlc_jax.selection import kept_positions
 from dlc_jax.training import evaluation
 from dlc_jax.training.batches import epoch_order, training_batches
 from dlc_jax.training.checkpoints import Checkpoints
@@ -28,7 +30,7 @@ from dlc_jax.training.optimiser import learning_rates
 from dlc_jax.training.progress import Observer, Progress, observed
 from dlc_jax.training.settings import FinetuneConfig
 from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
-from dlc_jax.types import Dataset, RunResult
+from dlc_jax.types import Dataset, RunResult, Selection
 
 
 class Finetuner:
@@ -96,6 +98,37 @@ class Finetuner:
                 "dataset": self._dataset.fingerprint,
                 "test": self._test.fingerprint if self._test is not None else None,
             }
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the test set."""
+        if self._test is None:
+            return []
+        found = [f"test set {self._test.name}"]
+        names = np.array(self._test.class_names)[self._test.labels]
+        if len(untested := np.setdiff1d(self._dataset.class_names, names)):
+            found.append(f"note: no test image of {', '.join(untested)}")
+        if self.skipped_test:
+            found.append(f"unreadable test samples left out: {len(self.skipped_test)}")
+        return found
+
+    def positions(self, kept: Selection) -> Int64[np.ndarray, " k"]:
+        """Returns where the kept samples are in the data set; ValueError if not all are there."""
+        return kept_positions(self._dataset, kept)
+
+    @staticmethod
+    def folder(path: Path) -> RunFolder:
+        """Returns where a run is kept."""
+        return RunFolder(path)
+
+    @staticmethod
+    def said(result: RunResult) -> str:
+        """Returns what to tell of a run's end."""
+        absent = result.absent_classes
+        return (
+            f"test accuracy {result.test_accuracy:.2f} %, {result.num_kept} samples, "
+            f"{result.seconds:.1f} s" + (f", no sample of {', '.join(absent)}" if absent else "")
         )
 
     def inputs(

@@ -75,6 +75,10 @@ class RunFolder:
         with artefacts.atomic(self.path / METRICS, "w") as file:
             file.writelines(json.dumps(epoch) + "\n" for epoch in history)
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Returns what `write_metrics` wrote."""
+        return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+
     def finish(
         self,
         result: RunResult,

@@ -1,5 +1,6 @@
 """Instructions by the command, in its own process: score, select, export."""
 
+import csv
 import json
 import os
 import subprocess
@@ -42,7 +43,12 @@ def place(timm, tmp_path_factory):
     )
     tokenizer.train_from_iterator([row["instruction"] for row in ROWS], trainer)
     wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="<s>{% for message in messages %}{{ message['role'] }}: "
+        "{{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
     )
     wrapped.save_pretrained(folder / "model")
     torch.manual_seed(0)
@@ -112,6 +118,28 @@ def test_what_the_command_leaves_is_what_the_functions_give(place, tmp_path):
     assert "score: unchanged" in again
 
 
+def test_chat_templates_and_variants_of_scores_select(place, tmp_path):
+    run(
+        place,
+        tmp_path,
+        "--config.dataset.template=chat",
+        "--config.selection.score=ifd",
+        "--config.selection.variant=superfiltering",
+        "--config.selection.keep_fractions=0.5",
+    )
+    text = (tmp_path / "scores" / "easiest_hardest.md").read_text()
+    assert "> assistant:\n" in text
+    assert "### Response" not in text
+    manifest = json.loads((tmp_path / "selections/hardest/keep_0.50-seed_0.json").read_text())
+    assert manifest["how"]["score"] == "ifd_superfiltering"
+    table = pq.read_table(tmp_path / "scores" / "scores.parquet")
+    hardest = np.argsort(-table["ifd_superfiltering"].to_numpy(), kind="stable")[:12]
+    kept = np.load(tmp_path / "selections/hardest/keep_0.50-seed_0.npy")
+    assert kept.tolist() == sorted(hardest.tolist())
+    lines = (tmp_path / "exports/hardest/keep_0.50-seed_0/kept.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [ROWS[i] for i in kept]
+
+
 def test_categories_are_classes_and_other_scores_select(place, tmp_path):
     run(
         place,
@@ -136,12 +164,14 @@ def test_categories_are_classes_and_other_scores_select(place, tmp_path):
     ("arguments", "says"),
     [
         (("--config.selection.methods=herding",), "neither features nor a record"),
-        (("--config.stages=finetune",), "stages: unknown value 'finetune'"),
+        (("--config.stages=tune",), "stages: unknown value 'tune'"),
         (("--config.dataset.category=topic",), "no text in column 'topic'"),
         (("--config.dataset.template=prompt",), "no text in column 'prompt'"),
         (("--config.encoder.max_length=513",), "max_length"),
         (("--config.encoder.max_length=20",), "have no response left at max_length 20"),
         (("--config.encoder.weights=/there/is/none",), "no folder"),
+        (("--config.selection.variant=superfiltering",), "is a variant of none of the methods"),
+        (("--config.selection.variant=superfilter",), "Did you mean 'superfiltering'"),
         (("--config.encoder.name=resnet18", "--config.selection.score=ifd"), "is of instructions"),
     ],
 )
@@ -149,3 +179,102 @@ def test_mistakes_end_in_one_clear_line(place, tmp_path, arguments, says):
     said = run(place, tmp_path, *arguments, code=2)
     assert says in said
     assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1
+
+
+def write_mmlu(folder):
+    """Two subjects of different groups, five solved and four open questions each."""
+    header = "question,choice0,choice1,choice2,choice3,answer\n"
+    for subject in ("philosophy", "anatomy"):
+        for part, num in (("dev", 5), ("test", 4)):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            rows = [f"What is {i} and {i}?,{i},{2 * i},{3 * i},{4 * i},1\n" for i in range(1, num)]
+            rows.append(f"What of {subject}?,red,blue,green,{part},3\n")
+            (folder / part / f"{subject}_{part}.csv").write_text(header + "".join(rows))
+
+
+LORA = (
+    "--config.selection.methods=flexrand,random",
+    "--config.selection.keep_fractions=0.5",
+    "--config.lora.optimiser=adamw",
+    "--config.lora.learning_rate=0.02",
+    "--config.lora.warmup_steps=1",
+    "--config.lora.batch_size=8",
+    "--config.lora.dtype=float32",
+)
+
+
+def test_adapters_are_trained_and_asked(place, tmp_path):
+    """Score, select, fine-tune, evaluate and report in one go, and what the functions give."""
+    write_mmlu(tmp_path / "mmlu")
+    work = tmp_path / "work"
+    arguments = (
+        "--config.stages=score,select,finetune,evaluate,report",
+        f"--config.dataset.test=jsonl:{place}/rows.jsonl",
+        f"--config.evaluation.mmlu=mmlu:{tmp_path}/mmlu",
+        "--config.lora.merge=True",
+        *LORA,
+    )
+    said = run(place, work, *arguments)
+    assert "finetune: 3/3" in said
+    assert "evaluate: 4/4" in said
+    with open(work / "results.csv", newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["base", "full", "random", "flexrand"]
+    assert [rows[name]["num_kept"] for name in rows] == ["0", "24", "12", "12"]
+    losses = {name: float(rows[name]["test_loss"]) for name in rows if name != "base"}
+    model = dlc.load_language_model(str(place / "model"), dtype="float32")
+    tokens = dlc.tokenise(dlc.load_instructions(f"jsonl:{place}/rows.jsonl"), model.tokenizer, 512)
+
+    def test_loss(model):
+        found = dlc.response_losses(model, tokens)
+        return np.average(found, weights=tokens.num_response)
+
+    assert losses["full"] < losses["random"] < test_loss(model)
+    mmlu = dlc.load_mmlu(f"mmlu:{tmp_path}/mmlu")
+    for name, folder in (("full", "full/keep_1.00-seed_0"), ("random", "random/keep_0.50-seed_0")):
+        run_folder = work / "finetune" / folder
+        tuned = dlc.load_adapter(model, run_folder / "adapter")
+        assert test_loss(tuned) == pytest.approx(losses[name], abs=1e-5)
+        merged = dlc.load_language_model(str(run_folder / "merged"), dtype="float32")
+        assert test_loss(merged) == pytest.approx(losses[name], abs=1e-4)
+        merged.tokenizer("it has one")
+        asked = dlc.evaluate_mmlu(tuned, mmlu)
+        assert float(rows[name]["test_accuracy"]) == pytest.approx(asked.accuracy)
+        assert float(rows[name]["humanities"]) == pytest.approx(asked.by_group["humanities"])
+        assert float(rows[name]["stem"]) == pytest.approx(asked.by_group["stem"])
+    asked = dlc.evaluate_mmlu(model, mmlu)
+    assert float(rows["base"]["test_accuracy"]) == pytest.approx(asked.accuracy)
+    table = (work / "report" / "results.md").read_text()
+    assert "3 of the 3 runs asked for are finished" in table
+    assert f"{losses['full']:.4f}" in table
+
+    again = run(place, work, *arguments)
+    assert "3 runs were finished before, not run again" in again
+    assert "of 8 questions" not in again
+    changed = run(place, work, *arguments, "--config.lora.epochs=1", "--config.lora.rank=2")
+    assert "3 runs of other settings or scores moved to superseded/" in changed
+    with open(work / "results.csv", newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert float(rows["full"]["test_loss"]) > losses["full"]
+
+
+def test_stages_that_miss_something_say_what(place, tmp_path):
+    said = run(place, tmp_path, "--config.stages=evaluate", code=2)
+    assert "evaluation.mmlu: missing" in said
+    write_mmlu(tmp_path / "mmlu")
+    mmlu = f"--config.evaluation.mmlu=mmlu:{tmp_path}/mmlu"
+    run(place, tmp_path / "work", "--config.stages=score,select", *LORA)
+    said = run(place, tmp_path / "work", "--config.stages=evaluate", mmlu, *LORA, code=2)
+    assert "3 of 3 runs are not finished, first full/keep_1.00-seed_0" in said
+    said = run(
+        place,
+        tmp_path / "other",
+        "--config.stages=score,select,finetune",
+        "--config.dataset.test=jsonl:/there/is/none.jsonl",
+        code=2,
+    )
+    assert "/there/is/none.jsonl" in said
+    assert not (tmp_path / "other" / "scores").exists()
+    run(place, tmp_path / "work", "--config.stages=finetune", *LORA)
+    said = run(place, tmp_path / "work", "--config.stages=report", *LORA, code=2)
+    assert "has no test_accuracy; run the stage 'evaluate' first" in said

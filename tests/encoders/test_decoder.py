@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dlc_jax.encoders import decoder
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import Decoder
 from dlc_jax.encoders.huggingface import read_config, read_params
@@ -72,9 +73,9 @@ def torch_models(timm, tmp_path_factory):
 
 
 def logits_of(config, params, tokens, is_token, **options):
-    decoder = Decoder(config, rngs=nnx.Rngs(0), **options)
-    nnx.update(decoder, params)
-    return np.asarray(decoder(jnp.asarray(tokens), jnp.asarray(is_token, int)))
+    network = Decoder(config, rngs=nnx.Rngs(0), **options)
+    nnx.update(network, params)
+    return np.asarray(network(jnp.asarray(tokens), jnp.asarray(is_token, int)))
 
 
 def padded(side):
@@ -111,6 +112,23 @@ def test_logits_are_those_of_torch(torch_models, name, side):
     assert error(ours, torch_logits(model, tokens, is_token), is_token) <= 1e-5
     again = logits_of(config, params, tokens, is_token, rematerialise=True)
     np.testing.assert_allclose(again, ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_in_parts_is_the_same(torch_models, name, monkeypatch):
+    """Queries go in parts, each with only the keys that it can see; several share a row."""
+    folder, model = torch_models[name]
+    config = read_config(folder)
+    params = read_params(folder, Architecture(config, "float32"))
+    tokens, is_token = padded("right")
+    monkeypatch.setattr(decoder, "_QUERIES_AT_ONCE", 6)
+    ours = logits_of(config, params, tokens, is_token)
+    assert error(ours, torch_logits(model, tokens, is_token), is_token) <= 1e-5
+    one, other = tokens[:1, :15], tokens[:1, 15:]
+    shared = logits_of(config, params, tokens[:1], np.array([[1] * 15 + [2] * (LENGTH - 15)]))
+    for part, found in ((one, shared[:, :15]), (other, shared[:, 15:])):
+        is_token = np.ones(part.shape, bool)
+        assert error(found, torch_logits(model, part, is_token), is_token) <= 5e-5
 
 
 SWITCHES = {

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,18 +20,25 @@ from tqdm import tqdm
 
 import dlc_jax
 from dlc_jax import artefacts, checks
+from dlc_jax.distributed import on_every_device, over_devices, whole_rows
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.exports.peft import ADAPTER_WEIGHTS, write_adapter, write_merged
+from dlc_jax.exports.peft import (
+    ADAPTER_WEIGHTS,
+    load_adapter,
+    write_adapter,
+    write_merged,
+)
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.responses import response_losses
+from dlc_jax.selection.kept import kept_rows
 from dlc_jax.training.batches import epoch_order
 from dlc_jax.training.checkpoints import Checkpoints
 from dlc_jax.training.folder import METRICS, RunFolder
 from dlc_jax.training.lora.batches import num_counted, rows_of_step
 from dlc_jax.training.lora.settings import LoraConfig, learning_rates
 from dlc_jax.training.lora.step import LoraState, Optimiser, Sums, add_rows, take_step
-from dlc_jax.types import Params, path_name
+from dlc_jax.types import Params, Selection, path_name
 
 ADAPTER, MERGED = "adapter", "merged"
 
@@ -101,6 +109,27 @@ class LoraTuner:
         run = {"shared": self.fingerprint, "kept": positions.tolist(), "seed": int(seed)}
         return artefacts.json_hash(run)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know before the first run."""
+        found = [] if self._test is None else [f"test set of {len(self._test)} instructions"]
+        for name, data in (("training", self._data), ("test", self._test)):
+            if data is not None and (num := int(data.truncated.sum())):
+                found.append(f"note: {num} of {len(data)} {name} samples are cut off")
+        return found
+
+    def positions(
+        self, kept: Selection | np.ndarray | Sequence[int] | None
+    ) -> Int64[np.ndarray, " k"]:
+        """Returns where the kept samples are in the data; ValueError if not all are there."""
+        return kept_rows("instructions", self._data.ids, kept)
+
+    @staticmethod
+    def said(result: LoraResult) -> str:
+        """Returns what to tell of a run's end."""
+        loss = "" if result.test_loss is None else f"test loss {result.test_loss:.4f}, "
+        return f"{loss}{result.num_kept} samples, {result.seconds:.1f} s"
+
     @staticmethod
     def folder(path: Path) -> RunFolder:
         """Returns where a run is kept."""
@@ -122,8 +151,11 @@ class LoraTuner:
           facts: What `run.json` also says.
         """
         checks.seed(seed)
+        if folder is not None and folder.is_finished(self.inputs(positions, seed)):
+            return self._finished(folder)
         plan = _Plan.of(self._settings, positions, seed)
         progress = _Progress.start(initial_adapter(self._architecture, seed), self._optimiser)
+        progress = progress._replace(state=on_every_device(self._model.params, progress.state))
         with contextlib.ExitStack() as stack:
             checkpoints = None
             if folder is not None:
@@ -132,6 +164,8 @@ class LoraTuner:
                 checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
                 progress = _Progress.of(checkpoints.restore(progress.state)) or progress
             progress = self._train(plan, progress, folder, checkpoints)
+            if checkpoints is not None:
+                checkpoints.wait()
             result = self._result(progress, len(positions))
             if folder is not None:
                 self._write(result, folder)
@@ -170,13 +204,15 @@ class LoraTuner:
     def _step(self, plan: _Plan, progress: _Progress, step: int) -> _Progress:
         start = time.perf_counter()
         state, some = progress.state, plan.positions_of(step)
-        sums = Sums.zero(state.adapter)
-        settings = self._settings
+        params, settings = self._model.params, self._settings
+        sums = on_every_device(params, Sums.zero(state.adapter))
+        rows_at_once = whole_rows(params, settings.rows_at_once)
         batches = rows_of_step(
-            self._data, some, settings.rows_at_once, self._max_length, packing=settings.packing
+            self._data, some, rows_at_once, self._max_length, packing=settings.packing
         )
         for rows in batches:
-            sums = add_rows(self._architecture, self._model.params, state.adapter, rows, sums)
+            rows = over_devices(params, rows)
+            sums = add_rows(self._architecture, params, state.adapter, rows, sums)
         num_tokens = num_counted(self._data, some)
         loss = float(sums.loss)
         if not np.isfinite(loss):
@@ -202,6 +238,11 @@ class LoraTuner:
             losses = response_losses(model, self._test).astype(np.float64)
             test_loss = float(np.average(losses, weights=self._test.num_response))
         return LoraResult(model, num_kept, test_loss, progress.history, progress.elapsed_s)
+
+    def _finished(self, folder: RunFolder) -> LoraResult:
+        summary = folder.facts()["result"]
+        model = load_adapter(self._model, folder.path / ADAPTER)
+        return LoraResult(model=model, history=folder.read_metrics(), **summary)
 
     def _write(self, result: LoraResult, folder: RunFolder) -> None:
         write_adapter(result.model, folder.path / ADAPTER)

@@ -1,0 +1,97 @@
+"""What a sweep came to: `results.csv`, and how much of what was asked for it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dlc_jax import artefacts, checks
+from dlc_jax.config import Config
+from dlc_jax.selection import Cell
+from dlc_jax.training import RunFolder
+
+FULL, BASE = "full", "base"
+COLUMNS = ("method", "keep_fraction", "split", "seed", "num_kept", "test_accuracy", "seconds")
+# What instructions have besides: nats per response token, and accuracies on parts of MMLU.
+_MORE_COLUMNS = ("test_loss", "humanities", "social_sciences", "stem", "other")
+_SHOWN = ("epochs", "batch_size", "optimiser", "rank", "learning_rate", "linear_probe", "dtype")
+# What was not fine-tuned, to compare with.
+BASE_CELL = Cell(BASE, 0.0, None, 0)
+
+
+def cells_of(config: Config) -> list[Cell]:
+    """Returns the runs of a sweep, the full set, at keep fraction 1, first."""
+    full = [Cell(FULL, 1.0, None, seed) for seed in config.selection.seeds]
+    return (full if config.training.full_set else []) + config.selection.cells()
+
+
+def what_is_finished(config: Config, workdir: Path) -> str:
+    """Returns how much of a sweep `results.csv` holds, and how its runs were trained."""
+    folders = [RunFolder(path) for path in (workdir / artefacts.FINETUNE).glob("*/*")]
+    known = {f"{f.path.parent.name}/{f.path.name}": facts_of(f.path) for f in folders}
+    finished = {name for name, facts in known.items() if "result" in facts}
+    asked = {cell.name for cell in cells_of(config)}
+    said = f"{len(asked & finished)} of the {len(asked)} runs asked for are finished"
+    if others := len(finished - asked):
+        said += f"; {others} others are in the table as well"
+    settings = next((known[name].get("settings") for name in sorted(finished)), None)
+    if settings is None:
+        return f"{said}."
+    mine = dataclasses.asdict(config.training)
+    shown = [key for key in _SHOWN if key in mine and key in settings]
+    said += ". Trained with " + ", ".join(f"{key} {settings[key]}" for key in shown)
+    if differ := [key for key in shown if settings[key] != mine[key]]:
+        said += f" (the configuration says {', '.join(f'{key} {mine[key]}' for key in differ)})"
+    return f"{said}."
+
+
+def write_results(workdir: Path) -> list[dict[str, Any]]:
+    """Writes `results.csv` from every finished run in the work directory, in a fixed order."""
+    rows: list[dict[str, Any]] = []
+    for path in (workdir / artefacts.FINETUNE).glob("*/*"):
+        facts = facts_of(path)
+        if "result" in facts and "cell" in facts:
+            measured = evaluation_of(workdir, Cell(**facts["cell"]), facts["inputs"])
+            rows.append({**facts["cell"], **facts["result"], **measured})
+    base = artefacts.read_json(evaluation_file(workdir, BASE_CELL)).get("result")
+    if base is not None:
+        rows.append({**BASE_CELL._asdict(), "num_kept": 0, "seconds": 0.0, **base})
+    rows.sort(
+        key=lambda row: (
+            row["method"] != BASE,
+            row["method"] != FULL,
+            row["method"] != "random",
+            row["method"],
+            row["keep_fraction"],
+            str(row["split"] or ""),
+            row["seed"],
+        )
+    )
+    with artefacts.atomic(workdir / artefacts.RESULTS, "w") as file:
+        columns = [*COLUMNS, *(name for name in _MORE_COLUMNS if any(name in row for row in rows))]
+        table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    return rows
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """What `run.json` says; nothing if it cannot be read, which its own run has to tell."""
+    with contextlib.suppress(checks.InputError, OSError):
+        return RunFolder(path).facts()
+    return {}
+
+
+def evaluation_file(workdir: Path, cell: Cell) -> Path:
+    """Returns where the stage `evaluate` writes what it measured of a run."""
+    return workdir / artefacts.EVALUATE / f"{cell.name}.json"
+
+
+def evaluation_of(workdir: Path, cell: Cell, run_inputs: str) -> dict[str, Any]:
+    """Returns what was measured of this very run; nothing where that is of another one."""
+    found = artefacts.read_json(evaluation_file(workdir, cell))
+    result: dict[str, Any] = found["result"] if found.get("run") == run_inputs else {}
+    return result

@@ -1,0 +1,7 @@
+"""Fine-tuning of language models by low-rank changes, step for step as PEFT does it on torch."""
+
+from dlc_jax.training.lora.finetune import finetune_lora
+from dlc_jax.training.lora.settings import LoraConfig
+from dlc_jax.training.lora.tuner import LoraResult, LoraTuner
+
+__all__ = ["LoraConfig", "LoraResult", "LoraTuner", "finetune_lora"]

@@ -1,0 +1,180 @@
+"""Runs of LoRA fine-tuning: stopped and resumed, on disk, and bad input."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import dlc_jax as dlc
+from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.decoder import Decoder, DecoderConfig
+from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.preprocess.tokens import Tokenised
+from dlc_jax.training.lora import tuner as loop
+from dlc_jax.training.lora.batches import num_counted, rows_of_step
+from dlc_jax.types import by_path
+
+CONFIG = DecoderConfig(
+    vocab_size=50,
+    width=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_width=24,
+    windows=(None, 5),
+    max_length=64,
+    norm_epsilon=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    attention_scale=8**-0.5,
+    attention_cap=None,
+    final_cap=None,
+    activation="silu",
+    sandwich=False,
+    offset_norm=False,
+    scale_embedding=False,
+    tied=False,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    params = nnx.to_pure_dict(nnx.state(Decoder(CONFIG, rngs=nnx.Rngs(0))))
+    folder = tmp_path_factory.mktemp("model")
+    return LanguageModel(params, Architecture(CONFIG, "float32"), folder, "random")
+
+
+def samples(num, seed=0):
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, 60, num)
+    return Tokenised(
+        tuple(generator.integers(0, 50, n).astype(np.int32) for n in lengths),
+        np.array([generator.integers(0, n) for n in lengths], np.int32),
+        np.zeros(num, bool),
+        np.array([f"s{i}" for i in range(num)]),
+    )
+
+
+DATA = samples(21)
+OPTIONS = {"epochs": 3, "batch_size": 4, "optimiser": "adamw", "learning_rate": 1e-2}
+OPTIONS |= {"warmup_steps": 2, "checkpoint_steps": 1}
+
+
+def adapter_of(result):
+    leaves = by_path(result.model.params).items()
+    return {path: np.asarray(leaf) for path, leaf in leaves if "lora_" in path}
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(model, tmp_path, monkeypatch):
+    kept = np.arange(1, 20)
+    whole = dlc.finetune_lora(model, DATA, kept, test=samples(5, 1), seed=4, **OPTIONS)
+    real, left = loop.take_step, [7]
+
+    def stops(*arguments):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "take_step", stops)
+    arguments = {"test": samples(5, 1), "seed": 4, "folder": tmp_path / "run", **OPTIONS}
+    with pytest.raises(KeyboardInterrupt):
+        dlc.finetune_lora(model, DATA, kept, **arguments)
+    left[0] = 99
+    again = dlc.finetune_lora(model, DATA, kept, **arguments)
+    assert 99 - left[0] == 15 - 7
+    for path, value in adapter_of(whole).items():
+        np.testing.assert_array_equal(adapter_of(again)[path], value, err_msg=path)
+    assert again.test_loss == whole.test_loss
+    losses = [line["train_loss"] for line in whole.history]
+    assert [line["train_loss"] for line in again.history] == losses
+    assert losses[-1] < losses[0]
+    assert [line["step"] for line in again.history] == [5, 10, 15]
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+    left[0] = 0  # the finished run is read, not run again
+    read = dlc.finetune_lora(model, DATA, kept, **arguments)
+    for path, value in adapter_of(whole).items():
+        np.testing.assert_array_equal(adapter_of(read)[path], value, err_msg=path)
+    assert (read.test_loss, read.num_kept) == (whole.test_loss, 19)
+    with pytest.raises(ValueError, match="holds a run with other data"):
+        dlc.finetune_lora(model, DATA, kept[1:], **arguments)
+
+
+@pytest.mark.parametrize(
+    "options", [{"packing": True}, {"rows_at_once": 3}, {"rematerialise": False}]
+)
+def test_what_saves_memory_or_time_changes_nothing(model, options):
+    base = dlc.finetune_lora(model, DATA, **OPTIONS)
+    other = dlc.finetune_lora(model, DATA, **OPTIONS, **options)
+    for path, value in adapter_of(base).items():
+        np.testing.assert_allclose(adapter_of(other)[path], value, atol=2e-4, err_msg=path)
+    assert other.history[-1]["train_loss"] == pytest.approx(base.history[-1]["train_loss"], 1e-4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("rows_at_once", [1, 4, 50])
+def test_rows_hold_every_token_once(packing, rows_at_once):
+    positions = np.array([0, 3, 4, 11, 20])
+    rows = list(rows_of_step(DATA, positions, rows_at_once, 64, packing=packing))
+    found = []
+    for some in rows:
+        assert some.tokens.shape[0] == rows_at_once
+        assert some.tokens.shape[1] <= 64
+        for tokens, segments, counts in zip(*some, strict=True):
+            for number in range(1, int(segments.max(initial=0)) + 1):
+                place = segments == number
+                found.append((tokens[place].tolist(), counts[place].tolist()))
+            assert not counts[segments == 0].any()
+    expected = []
+    for i in positions:
+        length, num_prompt = len(DATA.tokens[i]), max(int(DATA.num_prompt[i]), 1)
+        counts = [False] * num_prompt + [True] * (length - num_prompt)
+        expected.append((DATA.tokens[i].tolist(), counts))
+    assert sorted(found) == sorted(expected)
+    assert sum(int(some.counts.sum()) for some in rows) == num_counted(DATA, positions)
+    if packing and rows_at_once == 1:
+        assert len(rows) < len(positions)
+
+
+def test_kept_goes_by_ids(model):
+    selection = dlc.select(
+        np.arange(21.0), np.zeros(21, int), method="hardest", keep_fraction=0.2, ids=DATA.ids
+    )
+    result = dlc.finetune_lora(model, DATA, selection, **OPTIONS)
+    assert result.num_kept == 4
+    same = dlc.finetune_lora(model, DATA, [17, 18, 19, 20], **OPTIONS)
+    for path, value in adapter_of(result).items():
+        np.testing.assert_array_equal(adapter_of(same)[path], value)
+    with pytest.raises(ValueError, match="kept samples are not in instructions"):
+        dlc.finetune_lora(model, samples(19), selection, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"targets": ("q_proj", "lm_head")}, "lora.targets: unknown value 'lm_head'"),
+        ({"targets": ()}, "lora.targets: expected one or more"),
+        ({"rank": 0}, "lora.rank: must be >= 1"),
+        ({"optimiser": "adam"}, "lora.optimiser: unknown value 'adam'"),
+        ({"learning_rate": 0.0}, "lora.learning_rate: must be > 0"),
+        ({"learning_rate": 1e30, "warmup_steps": 0, "optimiser": "sgd"}, "not finite, at step"),
+    ],
+)
+def test_mistakes_are_named(model, options, says):
+    with pytest.raises(ValueError, match=says):
+        dlc.finetune_lora(model, DATA, **{**OPTIONS, **options})
+
+
+def test_a_folder_tells_what_was_run(model, tmp_path):
+    dlc.finetune_lora(model, DATA, [1, 2], folder=tmp_path, **OPTIONS)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["result"]["num_kept"] == 2
+    assert facts["result"]["test_loss"] is None
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -62,6 +63,11 @@ def split(value: float, name: str = "split") -> None:
 
 def _is_open_fraction(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) < 1
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether it can be the id of a repository of the Hugging Face hub, owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) is not None
 
 
 def seed(value: int, name: str = "seed") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -15,11 +14,18 @@ import dlc_jax
 from dlc_jax import artefacts, checks, provenance
 from dlc_jax.config import Config
 from dlc_jax.distributed import load_sharded
-from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.encoders.huggingface import read_config
+from dlc_jax.encoders.language_model import (
+    LanguageModel,
+    load_tokenizer,
+    longest_sequence,
+    model_folder,
+)
 from dlc_jax.evaluation import Mmlu, evaluate_mmlu, load_mmlu
 from dlc_jax.exports.peft import load_adapter
 from dlc_jax.instructions_stage import load_configured_instructions
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
+from dlc_jax.selection import Cell
 from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.sweep import run_sweep
 from dlc_jax.sweep_results import (
@@ -35,9 +41,14 @@ from dlc_jax.training.lora.tuner import ADAPTER, LoraTuner
 def check_before_scoring(config: Config) -> None:
     """Raises ValueError where what comes after scoring would fail: that costs a pass first."""
     if "finetune" in config.stages and config.dataset.test is not None:
-        load_configured_instructions(config, config.dataset.test)
+        weights = config.encoder.weights
+        sizes = read_config(model_folder(weights))
+        max_length = longest_sequence(sizes, weights, config.encoder.max_length)
+        data = load_configured_instructions(config, config.dataset.test)
+        on_corrupt = config.dataset.on_corrupt
+        tokenise(data, load_tokenizer(weights), max_length, on_corrupt=on_corrupt)
     if "evaluate" in config.stages:
-        _questions(config)
+        _questions(config).check_shots(config.evaluation.num_shots)
 
 
 def run_finetune_instructions(
@@ -72,6 +83,7 @@ def run_finetune_instructions(
             config.lora,
             test=None if test is None else tokenised(test),
             max_length=max_length,
+            tokens_per_batch=config.probe.tokens_per_batch,
             progress=True,
         )
 
@@ -94,58 +106,72 @@ def _forget_other_base(workdir: Path, model: LanguageModel) -> None:
 
 
 def run_evaluate(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
-    """Asks MMLU of the model as it is and with every adapter; those that were asked are not again.
+    """Asks MMLU of the model as it is and with the adapter of every finished run.
 
-    Writes `evaluate/<method>/<cell>.json` and `results.csv`.
+    Writes `evaluate/<method>/<cell>.json` and `results.csv`. Who was asked the same is not asked
+    again.
 
     Raises:
-      ValueError: no questions, a run that is not finished.
+      ValueError: no questions, no run that is finished, or runs of another model.
     """
     start = time.perf_counter()
     mmlu = _questions(config)
     base = load_sharded(config.encoder.weights, config.lora.dtype, config.mesh.fsdp)
-    asked = [BASE_CELL, *cells_of(config)]
-    unfinished = [
-        cell.name for cell in asked[1:] if "result" not in facts_of(_run_folder(workdir, cell))
-    ]
-    if unfinished:
-        raise checks.InputError(
-            f"evaluate: {len(unfinished)} of {len(asked) - 1} runs are not finished, first "
-            f"{unfinished[0]}; run the stage 'finetune' first."
-        )
-    echo(f"evaluate: {len(asked)} models on {mmlu.name}")
-    for number, cell in enumerate(asked, start=1):
-        of_run = base.fingerprint
-        if cell != BASE_CELL:
-            of_run = facts_of(_run_folder(workdir, cell))["inputs"]
-        asks = {"mmlu": mmlu.fingerprint, **dataclasses.asdict(config.evaluation), "run": of_run}
-        asks["version"] = dlc_jax.__version__
-        inputs = artefacts.json_hash(asks)
+    runs = {BASE_CELL: base.fingerprint, **_finished(config, workdir, base)}
+    if num_missing := len(cells_of(config)) + 1 - len(runs):
+        echo(f"evaluate: note: {num_missing} runs are not finished, and not asked")
+    echo(f"evaluate: {len(runs)} models on {mmlu.name}")
+    settings = [config.evaluation.num_shots, config.evaluation.limit]
+    asked = artefacts.json_hash(
+        [dlc_jax.__version__, mmlu.fingerprint, base.fingerprint, *settings]
+    )
+    for number, (cell, run) in enumerate(runs.items(), start=1):
         path = evaluation_file(workdir, cell)
-        if artefacts.read_json(path).get("inputs") == inputs:
+        known = artefacts.read_json(path)
+        if (known.get("asked"), known.get("run")) == (asked, run):
             continue
         model = base
         if cell != BASE_CELL:
             model = load_adapter(base, _run_folder(workdir, cell) / ADAPTER)
         found = _measured(config, model, mmlu)
-        artefacts.write_json(path, {"inputs": inputs, "run": of_run, **found})
-        accuracy = found["result"]["test_accuracy"]
-        said = f"{accuracy:.2f} % of {found['num_questions']} questions"
-        if num_cut := found["num_truncated"]:
-            said += f" ({num_cut} prompts cut at their beginning)"
-        echo(f"evaluate: {number}/{len(asked)} {cell.name}: {said}")
+        artefacts.write_json(path, {"asked": asked, "run": run, **found})
+        echo(f"evaluate: {number}/{len(runs)} {cell.name}: {_said(found)}")
     write_results(workdir)
     seconds = time.perf_counter() - start
     made_with = {"evaluation": config.to_dict()["evaluation"], "mmlu": mmlu.fingerprint}
-    paths = [Path(artefacts.RESULTS)]
-    provenance.record(
-        workdir, "evaluate", artefacts.json_hash(made_with), paths, seconds, {}, made_with
-    )
+    inputs, paths = artefacts.json_hash([asked, list(runs.values())]), [Path(artefacts.RESULTS)]
+    provenance.record(workdir, "evaluate", inputs, paths, seconds, {}, made_with)
     echo(f"files: {workdir}/ ({artefacts.RESULTS}, {artefacts.EVALUATE}/)")
 
 
-def _run_folder(workdir: Path, cell: Any) -> Path:
+def _finished(config: Config, workdir: Path, base: LanguageModel) -> dict[Cell, str]:
+    """Returns the inputs of every finished run; ValueError if they are of another model."""
+    trained = provenance.stage_record(workdir, "finetune")
+    if trained is not None and trained["settings"]["encoder_fingerprint"] != base.fingerprint:
+        raise checks.InputError(
+            f"evaluate: the runs in {workdir} are not of {base.name} in "
+            f"{base.architecture.dtype}; expected encoder.weights and lora.dtype as in the stage "
+            f"'finetune', {trained['settings']['encoder']['weights']} in "
+            f"{trained['settings']['lora']['dtype']}."
+        )
+    facts = {cell: facts_of(_run_folder(workdir, cell)) for cell in cells_of(config)}
+    found = {cell: known["inputs"] for cell, known in facts.items() if "result" in known}
+    if not found:
+        raise checks.InputError(
+            f"evaluate: none of {len(facts)} runs is finished; run the stage 'finetune' first."
+        )
+    return found
+
+
+def _run_folder(workdir: Path, cell: Cell) -> Path:
     return workdir / artefacts.FINETUNE / cell.name
+
+
+def _said(found: dict[str, Any]) -> str:
+    said = f"{found['result']['test_accuracy']:.2f} % of {found['num_questions']} questions"
+    if num_cut := found["num_truncated"]:
+        said += f" ({num_cut} prompts cut at their beginning)"
+    return said
 
 
 def _measured(config: Config, model: LanguageModel, mmlu: Mmlu) -> dict[str, Any]:

@@ -74,7 +74,12 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
         with _report_of_these_results(workdir):
             failures = _use_scores(config, resolved.to_dict(), workdir, load, echo)
     if "report" in config.stages:
-        _report(config, workdir, echo)
+        try:
+            _report(config, workdir, echo)
+        except checks.InputError as error:
+            if not failures:
+                raise
+            echo(f"report: {error}")
     if failures:
         raise checks.InputError(f"{len(failures)} runs failed: {'; '.join(failures)}")
 
@@ -104,8 +109,12 @@ def _use_scores(
     check_scores_are_whole(workdir)
     samples = artefacts.read_scores(workdir)
     if "score" not in config.stages:  # the rest of the file still describes the scores
-        scored = ("seed", "dataset", "encoder", "cache", "probe", "record")
-        mine = {key: value for key, value in settings.items() if key not in scored}
+        others = {"seed", "dataset", "encoder", "cache", "probe", "record", "mesh"}
+        if "finetune" not in config.stages:
+            others |= {"finetune", "lora"}
+        if "evaluate" not in config.stages:
+            others |= {"evaluation"}
+        mine = {key: value for key, value in settings.items() if key not in others}
         found = artefacts.read_json(workdir / artefacts.CONFIG)
         if "finetune" in config.stages and "dataset" in found:
             mine["dataset"] = found["dataset"] | {"test": config.dataset.test}
@@ -131,7 +140,7 @@ def _use_scores(
             failures = run_finetune_instructions(config, workdir, known, echo)
         else:
             failures = _finetune(config, workdir, known, load, echo)
-    if "evaluate" in config.stages and not failures:
+    if "evaluate" in config.stages:
         run_evaluate(config, workdir, echo)
     return failures
 

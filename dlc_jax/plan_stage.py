@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,12 @@ import jax
 
 from dlc_jax import checks
 from dlc_jax.config import Config
-from dlc_jax.distributed.memory import (
+from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.encoders.huggingface import read_config
+from dlc_jax.encoders.language_model import longest_sequence, model_folder
+from dlc_jax.encoders.paper_models import PAPER_MODELS
+from dlc_jax.planning.memory import (
     Finetuning,
     Job,
     MemoryPlan,
@@ -21,16 +25,10 @@ from dlc_jax.distributed.memory import (
     first_that_fits,
     halves,
 )
-from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.decoder import DecoderConfig
-from dlc_jax.encoders.huggingface import read_config
-from dlc_jax.encoders.language_model import model_folder
-from dlc_jax.encoders.paper_models import PAPER_MODELS
 from dlc_jax.reports.table import markdown
 
 _GIB = 1 << 30
 _USABLE = 0.9  # of a device; the rest goes to the driver, libraries and fragmentation
-_USUAL_LENGTH = 2048  # tokens, as `LanguageModel.max_length`
 _MOST_DEVICES = 256
 
 
@@ -63,6 +61,8 @@ def run_plan(config: Config, echo: Callable[[str], None]) -> None:
         for machine, job, plan in zip(machines, jobs, plans, strict=True):
             if not _fits(plan, machine):
                 echo(f"{stage}, {machine.name}: does not fit; {_ways_out(job, machine)}")
+    if config.mesh.fsdp > jax.device_count():
+        echo(f"mesh.fsdp: {config.mesh.fsdp}, but {jax.device_count()} devices are here")
     echo("(parts that are never there at the same time are not added up)")
 
 
@@ -76,7 +76,7 @@ def model_sizes(weights: str) -> DecoderConfig:
     """
     if weights in PAPER_MODELS and not Path(weights).is_dir():
         return PAPER_MODELS[weights]
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights)
+    is_hub_id = checks.is_hub_id(weights)
     if weights.startswith("demo:") or Path(weights).expanduser().is_dir() or not is_hub_id:
         return read_config(model_folder(weights))
     import huggingface_hub  # only when a hub id is used: the import costs half a second
@@ -103,22 +103,15 @@ def scoring(config: Config, sizes: DecoderConfig, num_devices: int) -> Scoring:
         probe.masking,
         probe.num_probes,
         probe.tokens_per_batch,
-        _max_length(config, sizes),
+        longest_sequence(sizes, config.encoder.weights, config.encoder.max_length),
         num_devices,
     )
 
 
 def finetuning(config: Config, sizes: DecoderConfig, num_devices: int) -> Finetuning:
     """Returns what the stage `finetune` does."""
-    return Finetuning(sizes, config.lora, _max_length(config, sizes), num_devices)
-
-
-def _max_length(config: Config, sizes: DecoderConfig) -> int:
-    asked = config.encoder.max_length
-    if asked is None:
-        return min(_USUAL_LENGTH, sizes.max_length)
-    checks.at_most(f"encoder.max_length, of {config.encoder.weights}", asked, sizes.max_length)
-    return asked
+    max_length = longest_sequence(sizes, config.encoder.weights, config.encoder.max_length)
+    return Finetuning(sizes, config.lora, max_length, num_devices)
 
 
 def _this_machine(num_devices: int) -> Machine:

@@ -74,6 +74,10 @@ class Tuner(Protocol):
         """Runs, or goes on where a stopped run ended; returns what `said` takes."""
         ...
 
+    def complete(self, folder: RunFolder, /) -> None:
+        """Brings what a finished run left to what is asked for now."""
+        ...
+
     def said(self, result: Any, /) -> str:
         """Returns what to tell of a run's end."""
         ...
@@ -163,6 +167,7 @@ class _Sweep(NamedTuple):
         if folder.is_finished(inputs):
             if not self.config.training.keep_weights:
                 folder.drop_weights()  # a kill may have come between result and deletion
+            self.tuner.complete(folder)
             return None
         found = folder.facts().get("inputs", inputs)
         if found != inputs:

@@ -51,14 +51,14 @@ def what_is_finished(config: Config, workdir: Path) -> str:
 def write_results(workdir: Path) -> list[dict[str, Any]]:
     """Writes `results.csv` from every finished run in the work directory, in a fixed order."""
     rows: list[dict[str, Any]] = []
+    base = artefacts.read_json(evaluation_file(workdir, BASE_CELL))
     for path in (workdir / artefacts.FINETUNE).glob("*/*"):
         facts = facts_of(path)
         if "result" in facts and "cell" in facts:
-            measured = evaluation_of(workdir, Cell(**facts["cell"]), facts["inputs"])
+            measured = _measured(workdir, Cell(**facts["cell"]), facts["inputs"], base.get("asked"))
             rows.append({**facts["cell"], **facts["result"], **measured})
-    base = artefacts.read_json(evaluation_file(workdir, BASE_CELL)).get("result")
-    if base is not None:
-        rows.append({**BASE_CELL._asdict(), "num_kept": 0, "seconds": 0.0, **base})
+    if base:
+        rows.append({**BASE_CELL._asdict(), "num_kept": 0, "seconds": 0.0, **base["result"]})
     rows.sort(
         key=lambda row: (
             row["method"] != BASE,
@@ -90,8 +90,12 @@ def evaluation_file(workdir: Path, cell: Cell) -> Path:
     return workdir / artefacts.EVALUATE / f"{cell.name}.json"
 
 
-def evaluation_of(workdir: Path, cell: Cell, run_inputs: str) -> dict[str, Any]:
-    """Returns what was measured of this very run; nothing where that is of another one."""
+def _measured(workdir: Path, cell: Cell, run_inputs: str, asked: str | None) -> dict[str, Any]:
+    """Returns what was measured of this very run; nothing where that, or what was asked, differs.
+
+    Accuracies on other questions, or with other examples, are not to stand beside the base model's.
+    """
     found = artefacts.read_json(evaluation_file(workdir, cell))
-    result: dict[str, Any] = found["result"] if found.get("run") == run_inputs else {}
+    is_it = found.get("run") == run_inputs and found.get("asked") == asked
+    result: dict[str, Any] = found["result"] if found and is_it else {}
     return result

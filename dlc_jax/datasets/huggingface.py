@@ -43,7 +43,7 @@ def open_hf(where: str) -> list[Table]:
     for split in splits.split("+"):
         if folder.is_dir():
             tables += _local(source, folder, split)
-        elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place):
+        elif checks.is_hub_id(place):
             tables += open_parquet(_download(source, place, split))
         else:
             raise checks.InputError(

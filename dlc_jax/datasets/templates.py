@@ -120,7 +120,10 @@ def _chat(rows: Rows, tokenizer: Any) -> Texts:
         ]
     prompts, responses = render(conversations, rows, tokenizer)
     # not the texts: a sample has the same id whichever model reads it
-    identities = tuple(json.dumps(messages) for messages in conversations)
+    identities = tuple(
+        json.dumps([[message["role"], message["content"]] for message in messages])
+        for messages in conversations
+    )
     return Texts(prompts, responses, True, identities)
 
 

@@ -117,6 +117,7 @@ def _only(wanted: Callable[[str], bool], params: Params) -> Params:
 
 def joined(params: Params, adapter: Params) -> Params:
     """Returns the parameters of a decoder with an adapter; both are nested alike."""
+    assert not adapter.keys() & {k for k, v in params.items() if not isinstance(v, dict)}
     inner = {
         name: joined(part, adapter[name]) if isinstance(part, dict) and name in adapter else part
         for name, part in params.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,24 @@ DECODER = "decoder"  # as `encoder.name`
 _USUAL_LENGTH = 2048  # tokens
 _SAMPLE = "demo:tiny-llama"
 # not consolidated.safetensors: the same weights once more, in Mistral's own layout
-_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model")
+_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja")
+
+
+def longest_sequence(config: DecoderConfig, name: str, asked: int | None) -> int:
+    """Returns how many tokens of a sequence a model is to see.
+
+    Args:
+      config: Of the model.
+      name: Of it, for messages.
+      asked: None: 2048, or the model's limit if it is lower.
+    Raises:
+      ValueError: it is over the model's limit.
+    """
+    if asked is None:
+        return min(_USUAL_LENGTH, config.max_length)
+    checks.at_least("max_length", asked, 2)
+    checks.at_most(f"max_length, of {name}", asked, config.max_length)
+    return asked
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,12 +64,28 @@ class LanguageModel:
         return self.architecture.config
 
     def with_adapter(self, adapter: Adapter, weights: Params) -> LanguageModel:
-        """Returns the model with low-rank changes; `weights` as `Architecture.abstract_adapter`."""
+        """Returns the model with low-rank changes.
+
+        Args:
+          adapter: Which and how large.
+          weights: Of them, nested as `Architecture.abstract_adapter` is.
+        Raises:
+          ValueError: it has an adapter.
+        """
+        self.check_has_no_adapter()
         return dataclasses.replace(
             self,
             params=joined(self.params, weights),
             architecture=self.architecture.with_adapter(adapter),
         )
+
+    def check_has_no_adapter(self) -> None:
+        """Raises ValueError if it has one: a second would have to be added to it first."""
+        if self.architecture.adapter is not None:
+            raise checks.InputError(
+                f"{self.name}: has an adapter, expected a model without one; write_merged gives a "
+                "model that another can be added to."
+            )
 
     module_order = None  # decides in official mode only, which language models have none of
 
@@ -64,12 +96,7 @@ class LanguageModel:
 
     def max_length(self, asked: int | None = None) -> int:
         """Returns the longest sequence in tokens; ValueError if it is over the model's limit."""
-        limit = self.config.max_length
-        if asked is None:
-            return min(_USUAL_LENGTH, limit)
-        checks.at_least("max_length", asked, 2)
-        checks.at_most(f"max_length, of {self.name}", asked, limit)
-        return asked
+        return longest_sequence(self.config, self.name, asked)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -135,7 +162,7 @@ def model_folder(weights: str) -> Path:
     folder = Path(weights).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights):
+    if not checks.is_hub_id(weights):
         raise checks.InputError(
             f"weights: no folder {weights!r}, and that is no hub id (owner/name) either."
         )

@@ -154,7 +154,7 @@ def _locate(weights: str) -> tuple[Path, Path | None]:
         return path / _CHECKPOINT, path / _CONFIG
     if path.is_file():
         return path, path.parent / _CONFIG
-    if weights.endswith(".safetensors") or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights):
+    if weights.endswith(".safetensors") or not checks.is_hub_id(weights):
         raise checks.InputError(
             f"encoder.weights: no file or folder {weights!r}, and that is no hub id "
             "(owner/name) either."

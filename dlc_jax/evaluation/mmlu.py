@@ -10,7 +10,7 @@ import numpy as np
 from dlc_jax import checks
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.evaluation.likelihoods import Pair, continuation_log_likelihoods
-from dlc_jax.evaluation.mmlu_questions import DEV, LETTERS, SUBJECTS, Mmlu
+from dlc_jax.evaluation.mmlu_questions import LETTERS, SUBJECTS, Mmlu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def evaluate_mmlu(
     if limit is not None:
         checks.integer("limit", limit)
         checks.at_least("limit", limit, 1)
-    _check_shots(mmlu, num_shots)
+    mmlu.check_shots(num_shots)
     asked = [(s, question) for s in mmlu.subjects for question in s.questions[:limit]]
     prompts = [subject.prompt(question, num_shots) for subject, question in asked]
     found = continuation_log_likelihoods(
@@ -80,16 +80,6 @@ def evaluate_mmlu(
         num_questions=len(asked),
         num_truncated=int((found.num_cut.reshape(-1, len(LETTERS)) > 0).any(axis=1).sum()),
     )
-
-
-def _check_shots(mmlu: Mmlu, num_shots: int) -> None:
-    for subject in mmlu.subjects:
-        found = "no such file" if subject.shots is None else f"{len(subject.shots)} rows"
-        if num_shots > len(subject.shots or ()):
-            raise checks.InputError(
-                f"{mmlu.name}, {DEV.format(subject.name)}: found {found}, expected at least "
-                f"{num_shots} rows, for num_shots {num_shots}."
-            )
 
 
 def _pairs(prompts: list[str], tokenizer: Any) -> list[Pair]:

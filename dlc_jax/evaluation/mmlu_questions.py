@@ -43,7 +43,7 @@ LETTERS = "ABCD"
 _COLUMNS = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
 _ANSWERS = {written: i for i, letter in enumerate(LETTERS) for written in (str(i), letter)}
 _SAMPLE = "instructions_sample/mmlu"
-DEV, _TEST = "dev/{}_dev.csv", "test/{}_test.csv"
+_DEV, _TEST = "dev/{}_dev.csv", "test/{}_test.csv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,16 @@ class Mmlu:
     subjects: tuple[Subject, ...]
     name: str
 
+    def check_shots(self, num_shots: int) -> None:
+        """Raises ValueError where a subject has fewer solved questions."""
+        for subject in self.subjects:
+            found = "no such file" if subject.shots is None else f"{len(subject.shots)} rows"
+            if num_shots > len(subject.shots or ()):
+                raise checks.InputError(
+                    f"{self.name}, {_DEV.format(subject.name)}: found {found}, expected at least "
+                    f"{num_shots} rows, for num_shots {num_shots}."
+                )
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every subject, question, choice and answer."""
@@ -129,7 +139,7 @@ def load_mmlu(source: str) -> Mmlu:
 
 
 def _subject(folder: Path, name: str) -> Subject:
-    test, dev = folder / _TEST.format(name), folder / DEV.format(name)
+    test, dev = folder / _TEST.format(name), folder / _DEV.format(name)
     checks.one_of(f"subject of {test}", name, sorted(SUBJECTS))
     return Subject(name, _questions(test), _questions(dev) if dev.exists() else None)
 

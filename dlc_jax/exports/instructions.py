@@ -15,10 +15,17 @@ from dlc_jax.datasets.instructions import Instructions
 
 
 def write_rows_jsonl(data: Instructions, path: Path) -> None:
-    """Writes a line per row, as the source has it."""
+    """Writes a line per row, as the source has it; ValueError for what JSON has no form of."""
     with artefacts.atomic(path) as file:
         for row in data.rows:
-            file.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
+            file.write(f"{json.dumps(row, ensure_ascii=False, default=_plain)}\n".encode())
+
+
+def _plain(value: Any) -> str:
+    """Dates as text, which is all that JSON has for them."""
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise checks.InputError(f"{type(value).__name__} is not JSON; expected form parquet for it.")
 
 
 def write_rows_parquet(data: Instructions, path: Path) -> None:

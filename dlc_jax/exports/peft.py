@@ -41,18 +41,28 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "layers_to_transform": (None,),
     "layer_replication": (None,),
+    # others change the model's own weights as well
+    "init_lora_weights": (True, False, "gaussian", None),
+    "alora_invocation_tokens": (None,),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
 }
 
 
-def write_adapter(model: LanguageModel, folder: Path) -> None:
+def write_adapter(model: LanguageModel, folder: str | Path) -> None:
     """Writes the adapter of a model, as `PeftModel.from_pretrained` loads it.
 
     Args:
       model: With an adapter.
       folder: Made or replaced, whole or not at all.
+    Raises:
+      ValueError: the model has no adapter.
     """
     adapter = model.architecture.adapter
-    assert adapter is not None
+    if adapter is None:
+        raise checks.InputError(f"{model.name}: has no adapter; finetune_lora gives one.")
     weights = by_path(model.architecture.abstract_adapter())
     leaves = by_path(model.params)
     names = _adapter_names(model, weights)
@@ -69,7 +79,7 @@ def write_adapter(model: LanguageModel, folder: Path) -> None:
         "target_modules": list(adapter.targets),
         "task_type": "CAUSAL_LM",
     }
-    with artefacts.atomic_folder(folder) as place:
+    with artefacts.atomic_folder(Path(folder).expanduser()) as place:
         save_file(tensors, place / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         (place / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -77,6 +87,9 @@ def write_adapter(model: LanguageModel, folder: Path) -> None:
 def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     """Returns the model with the adapter of a PEFT folder.
 
+    Args:
+      model: Without an adapter.
+      folder: With `adapter_model.safetensors` and `adapter_config.json`.
     Raises:
       ValueError: no adapter there, one that does more than LoRA on projections of the blocks, or
         weights that do not fit exactly.
@@ -138,7 +151,7 @@ def _adapter_names(model: LanguageModel, weights: Mapping[str, Any]) -> dict[str
     return names
 
 
-def write_merged(model: LanguageModel, folder: Path) -> None:
+def write_merged(model: LanguageModel, folder: str | Path) -> None:
     """Writes the model with its adapter added to the weights, as a Hugging Face folder.
 
     Configuration, tokenizer and other small files are copied from the model's own folder.
@@ -147,7 +160,7 @@ def write_merged(model: LanguageModel, folder: Path) -> None:
       model: With an adapter or without one.
       folder: Made or replaced, whole or not at all.
     """
-    with artefacts.atomic_folder(folder) as place:
+    with artefacts.atomic_folder(Path(folder).expanduser()) as place:
         for pattern in _BESIDES:
             for file in model.folder.glob(pattern):
                 if file.is_file() and not file.name.endswith(".safetensors.index.json"):

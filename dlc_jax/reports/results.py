@@ -109,7 +109,7 @@ class Row(NamedTuple):
 
 
 def read_results(path: Path) -> list[Result]:
-    """Reads `results.csv`.
+    """Reads `results.csv`, without rows of runs whose accuracy was not measured.
 
     Raises:
       ValueError: it is not there, has no rows, or is not such a table.
@@ -120,13 +120,11 @@ def read_results(path: Path) -> list[Result]:
         table = csv.DictReader(file)
         if missing := [name for name in _NEEDED if name not in (table.fieldnames or ())]:
             raise checks.InputError(f"{path}: has no column {', '.join(missing)}.")
-        results = []
+        results, num_without = [], 0
         for row in table:
-            if row["test_accuracy"] == "":
-                raise checks.InputError(
-                    f"{path}, line {table.line_num}: has no test_accuracy; run the stage "
-                    "'evaluate' first."
-                )
+            if row["test_accuracy"] == "":  # of instructions, until the stage evaluate
+                num_without += 1
+                continue
             try:
                 split: float | str | None = row["split"] or None
                 if split not in (None, AUTO):
@@ -136,6 +134,10 @@ def read_results(path: Path) -> list[Result]:
                 results.append(result._replace(test_loss=float(row.get("test_loss") or "nan")))
             except (TypeError, ValueError) as error:
                 raise checks.InputError(f"{path}, line {table.line_num}: {error}.") from error
+    if not results and num_without:
+        raise checks.InputError(
+            f"{path}: no run has a test_accuracy; run the stage 'evaluate' first."
+        )
     if not results:
         raise checks.InputError(f"{path}: has no rows; every run failed or none was finished.")
     return results

@@ -123,6 +123,10 @@ class Finetuner:
         return RunFolder(path)
 
     @staticmethod
+    def complete(folder: RunFolder) -> None:
+        """Nothing is left to do for a finished run."""
+
+    @staticmethod
     def said(result: RunResult) -> str:
         """Returns what to tell of a run's end."""
         absent = result.absent_classes

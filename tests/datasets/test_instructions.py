@@ -1,6 +1,7 @@
 """Rows to prompts and responses, and rows that are refused."""
 
 import csv
+import datetime
 import json
 
 import huggingface_hub
@@ -11,7 +12,8 @@ import pytest
 from conftest import ROOT, require_shared
 
 import dlc_jax as dlc
-from dlc_jax.datasets.instructions import instructions
+from dlc_jax.datasets.instructions import instructions, load_instructions
+from dlc_jax.exports.instructions import write_rows_jsonl
 
 PLAIN = {"instruction": "Name a river.", "input": "", "output": "The Nile."}
 WITH_INPUT = {"instruction": "Translate.", "input": "Fluss", "output": "river"}
@@ -194,6 +196,14 @@ def test_tables_with_two_columns_of_a_name_are_refused(tmp_path):
     for source in (f"parquet:{tmp_path}", f"hf:{tmp_path}/train"):
         with pytest.raises(ValueError, match="different names, found prompt, prompt"):
             dlc.load_instructions(source)
+
+
+def test_dates_of_a_table_are_text_in_lines(tmp_path):
+    rows = [{"prompt": "a", "response": "b", "when": datetime.date(2024, 2, 1)}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    data = load_instructions(f"parquet:{tmp_path}/rows.parquet")
+    write_rows_jsonl(data, tmp_path / "rows.jsonl")
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["when"] == "2024-02-01"
 
 
 def test_sources_that_are_not_there():

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from dlc_jax.distributed import load_sharded, on_every_device, over_devices
-from dlc_jax.distributed.memory import Finetuning, Scoring
 from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.exports.peft import write_merged
 from dlc_jax.masking import prunable_paths
 from dlc_jax.masking.thresholds import Thresholds
+from dlc_jax.planning.memory import Finetuning, Scoring
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.responses import _probe_losses, probe_responses, response_losses
 from dlc_jax.training.lora.batches import Rows
@@ -22,7 +23,7 @@ from dlc_jax.training.lora.tuner import LoraTuner, initial_adapter
 from dlc_jax.types import by_path
 
 NUM_PROBES, ROWS, LENGTH = 4, 8, 128
-LORA = {"optimiser": "adamw", "learning_rate": 1e-2, "warmup_steps": 0, "dtype": "float32"}
+LORA = {"optimiser": "adamw", "learning_rate": 0.5, "warmup_steps": 0, "dtype": "float32"}
 
 
 def main(folder: str, out: str) -> None:
@@ -37,8 +38,9 @@ def main(folder: str, out: str) -> None:
             "probes": probe_responses(
                 model, data, num_probes=NUM_PROBES, tokens_per_batch=512
             ).losses.tolist(),
-            "lora": _one_step(model, data),
+            **_two_steps(model, data),
         }
+    write_merged(many, Path(out).parent / "merged")
     Path(out).write_text(json.dumps(found))
 
 
@@ -60,15 +62,20 @@ def _held(params) -> list[int]:
     return list(held.values())
 
 
-def _one_step(model: LanguageModel, data: Tokenised) -> list[float]:
+def _two_steps(model: LanguageModel, data: Tokenised) -> dict[str, list[float]]:
+    """Returns how every fifth value of A and of B moved; SGD, since it goes by size, not sign."""
     # few matrices, for the time that compiling takes
     fast = {"targets": ("q_proj", "down_proj"), "rematerialise": False}
-    settings = LoraConfig(epochs=1, batch_size=13, rows_at_once=5, **fast, **LORA)
-    result = LoraTuner(model, data, settings).run(np.arange(13), seed=0)
-    leaves = by_path(result.model.params)
-    change = [np.asarray(leaf).ravel() for path, leaf in leaves.items() if "lora" in path]
-    assert any(value.any() for value in change)
-    return np.concatenate(change)[::97].tolist()
+    settings = LoraConfig(
+        epochs=2, batch_size=13, rows_at_once=5, **{**LORA, **fast, "optimiser": "sgd"}
+    )
+    tuner = LoraTuner(model, data, settings)
+    leaves = by_path(tuner.run(np.arange(13), seed=0).model.params)
+    moved: dict[str, list[float]] = {"lora_a": [], "lora_b": []}
+    for path, start in by_path(initial_adapter(tuner._architecture, 0)).items():
+        change = (np.asarray(leaves[path]) - start).ravel()[::5]
+        moved[path.rpartition("/")[2]] += change.tolist()
+    return moved
 
 
 def _planned(model: LanguageModel) -> dict[str, dict[str, int]]:

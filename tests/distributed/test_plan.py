@@ -11,10 +11,10 @@ from conftest import ROOT
 
 from dlc_jax import checks, plan_stage
 from dlc_jax.config import Config, default_config
-from dlc_jax.distributed.liveness import peak_bytes
-from dlc_jax.distributed.memory import Finetuning, Scoring, weight_bytes
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.paper_models import PAPER_MODELS
+from dlc_jax.planning.liveness import peak_bytes
+from dlc_jax.planning.memory import Finetuning, Scoring, weight_bytes
 from dlc_jax.training.lora.settings import LoraConfig
 
 GIB = 1 << 30

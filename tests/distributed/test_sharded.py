@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import dlc_jax
 from dlc_jax.distributed import load_sharded, partition
-from dlc_jax.distributed.memory import weight_bytes
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.huggingface import read_config, torch_names
+from dlc_jax.planning.memory import weight_bytes
 from dlc_jax.types import by_path
 
 EIGHT = "--xla_force_host_platform_device_count=8"
@@ -65,7 +65,7 @@ def found(folder, tmp_path_factory):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return json.loads(out.read_text()) | {"merged": out.parent / "merged"}
 
 
 def test_every_device_holds_what_the_plan_says(folder, found):
@@ -74,7 +74,22 @@ def test_every_device_holds_what_the_plan_says(folder, found):
     assert found["held"][0] < found["weights"] / 7.9
 
 
-@pytest.mark.parametrize("what", ["losses", "probes", "lora"])
+@pytest.mark.parametrize("what", ["lora_a", "lora_b"])
+def test_eight_devices_move_an_adapter_as_one_does(found, what):
+    one, many = (np.array(found[name][what]) for name in ("one", "many"))
+    assert np.linalg.norm(one) > 0
+    assert np.linalg.norm(many - one) <= 1e-4 * np.linalg.norm(one)
+
+
+def test_a_model_over_eight_devices_is_written_whole(folder, found):
+    written = load_file(found["merged"] / "model.safetensors")
+    expected = load_file(folder / "model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(written[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("what", ["losses", "probes"])
 def test_eight_devices_give_what_one_gives(found, what):
     one, many = (np.array(found[name][what]) for name in ("one", "many"))
     np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)

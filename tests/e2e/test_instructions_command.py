@@ -211,7 +211,6 @@ def test_adapters_are_trained_and_asked(place, tmp_path):
         "--config.stages=score,select,finetune,evaluate,report",
         f"--config.dataset.test=jsonl:{place}/rows.jsonl",
         f"--config.evaluation.mmlu=mmlu:{tmp_path}/mmlu",
-        "--config.lora.merge=True",
         *LORA,
     )
     said = run(place, work, *arguments)
@@ -235,9 +234,6 @@ def test_adapters_are_trained_and_asked(place, tmp_path):
         run_folder = work / "finetune" / folder
         tuned = dlc.load_adapter(model, run_folder / "adapter")
         assert test_loss(tuned) == pytest.approx(losses[name], abs=1e-5)
-        merged = dlc.load_language_model(str(run_folder / "merged"), dtype="float32")
-        assert test_loss(merged) == pytest.approx(losses[name], abs=1e-4)
-        merged.tokenizer("it has one")
         asked = dlc.evaluate_mmlu(tuned, mmlu)
         assert float(rows[name]["test_accuracy"]) == pytest.approx(asked.accuracy)
         assert float(rows[name]["humanities"]) == pytest.approx(asked.by_group["humanities"])
@@ -248,9 +244,25 @@ def test_adapters_are_trained_and_asked(place, tmp_path):
     assert "3 of the 3 runs asked for are finished" in table
     assert f"{losses['full']:.4f}" in table
 
-    again = run(place, work, *arguments)
+    again = run(place, work, *arguments, "--config.lora.merge=True")
     assert "3 runs were finished before, not run again" in again
     assert "of 8 questions" not in again
+    merged = dlc.load_language_model(
+        str(work / "finetune/random/keep_0.50-seed_0/merged"), dtype="float32"
+    )
+    assert test_loss(merged) == pytest.approx(losses["random"], abs=1e-4)
+    merged.tokenizer("it has one")
+
+    # accuracies with other examples in the prompt do not stand beside each other
+    ask = ("--config.stages=evaluate", f"--config.evaluation.mmlu=mmlu:{tmp_path}/mmlu", *LORA)
+    some = ("--config.selection.methods=random", "--config.evaluation.num_shots=3")
+    run(place, work, *ask, *some)
+    with open(work / "results.csv", newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert [name for name in rows if not rows[name]["test_accuracy"]] == ["flexrand"]
+    said = run(place, work, *ask, "--config.lora.dtype=bfloat16", code=2)
+    assert "expected encoder.weights and lora.dtype as in the stage 'finetune'" in said
+
     changed = run(place, work, *arguments, "--config.lora.epochs=1", "--config.lora.rank=2")
     assert "3 runs of other settings or scores moved to superseded/" in changed
     with open(work / "results.csv", newline="") as file:
@@ -263,9 +275,13 @@ def test_stages_that_miss_something_say_what(place, tmp_path):
     assert "evaluation.mmlu: missing" in said
     write_mmlu(tmp_path / "mmlu")
     mmlu = f"--config.evaluation.mmlu=mmlu:{tmp_path}/mmlu"
+    all_of_it = "--config.stages=score,select,finetune,evaluate"
+    six = "--config.evaluation.num_shots=6"
+    said = run(place, tmp_path / "other", all_of_it, mmlu, six, code=2)
+    assert "anatomy_dev.csv: found 5 rows, expected at least 6" in said
     run(place, tmp_path / "work", "--config.stages=score,select", *LORA)
     said = run(place, tmp_path / "work", "--config.stages=evaluate", mmlu, *LORA, code=2)
-    assert "3 of 3 runs are not finished, first full/keep_1.00-seed_0" in said
+    assert "none of 3 runs is finished" in said
     said = run(
         place,
         tmp_path / "other",
@@ -277,4 +293,4 @@ def test_stages_that_miss_something_say_what(place, tmp_path):
     assert not (tmp_path / "other" / "scores").exists()
     run(place, tmp_path / "work", "--config.stages=finetune", *LORA)
     said = run(place, tmp_path / "work", "--config.stages=report", *LORA, code=2)
-    assert "has no test_accuracy; run the stage 'evaluate' first" in said
+    assert "no run has a test_accuracy; run the stage 'evaluate' first" in said

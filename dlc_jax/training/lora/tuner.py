@@ -7,12 +7,10 @@ import dataclasses
 import functools
 import hashlib
 import time
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int64
@@ -21,7 +19,6 @@ from tqdm import tqdm
 import dlc_jax
 from dlc_jax import artefacts, checks
 from dlc_jax.distributed import on_every_device, over_devices, whole_rows
-from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.exports.peft import (
     ADAPTER_WEIGHTS,
@@ -32,13 +29,13 @@ from dlc_jax.exports.peft import (
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.responses import response_losses
 from dlc_jax.selection.kept import kept_rows
-from dlc_jax.training.batches import epoch_order
 from dlc_jax.training.checkpoints import Checkpoints
 from dlc_jax.training.folder import METRICS, RunFolder
 from dlc_jax.training.lora.batches import num_counted, rows_of_step
-from dlc_jax.training.lora.settings import LoraConfig, learning_rates
-from dlc_jax.training.lora.step import LoraState, Optimiser, Sums, add_rows, take_step
-from dlc_jax.types import Params, Selection, path_name
+from dlc_jax.training.lora.progress import Plan, Progress, initial_adapter
+from dlc_jax.training.lora.settings import LoraConfig
+from dlc_jax.training.lora.step import Optimiser, Sums, add_rows, take_step
+from dlc_jax.types import Selection
 
 ADAPTER, MERGED = "adapter", "merged"
 
@@ -67,7 +64,11 @@ class LoraResult:
 class LoraTuner:
     """Runs on subsets of one data set that share programs, weights and the test set.
 
-    Args: see `finetune_lora`.
+    Args:
+      model, data, test, progress: See `finetune_lora`.
+      settings: How to train.
+      max_length: Longest row in tokens; None: the model's limit.
+      tokens_per_batch: Rows times padded length of a program call that tests.
     Raises:
       ValueError: see `finetune_lora`.
     """
@@ -80,12 +81,17 @@ class LoraTuner:
         *,
         test: Tokenised | None = None,
         max_length: int | None = None,
+        tokens_per_batch: int = 8192,
         progress: bool = False,
     ):
         settings.check()
+        model.check_has_no_adapter()
         self._model, self._data, self._test, self._settings = model, data, test, settings
         self._max_length = max_length or model.config.max_length
-        self._progress = progress
+        self._tokens_per_batch, self._progress = tokens_per_batch, progress
+        for name, some in (("data", data), ("test", test)):
+            if some is not None:
+                _check_lengths(name, some, self._max_length)
         self._architecture = dataclasses.replace(
             model.architecture.with_adapter(settings.adapter), rematerialise=settings.rematerialise
         )
@@ -130,10 +136,14 @@ class LoraTuner:
         loss = "" if result.test_loss is None else f"test loss {result.test_loss:.4f}, "
         return f"{loss}{result.num_kept} samples, {result.seconds:.1f} s"
 
-    @staticmethod
-    def folder(path: Path) -> RunFolder:
+    def folder(self, path: Path) -> RunFolder:
         """Returns where a run is kept."""
         return RunFolder(path, (METRICS, f"{ADAPTER}/{ADAPTER_WEIGHTS}"))
+
+    def complete(self, folder: RunFolder) -> None:
+        """Writes what a finished run was not asked for when it ran: the merged model."""
+        if self._settings.merge and not (folder.path / MERGED / "config.json").is_file():
+            write_merged(load_adapter(self._model, folder.path / ADAPTER), folder.path / MERGED)
 
     def run(
         self,
@@ -153,8 +163,8 @@ class LoraTuner:
         checks.seed(seed)
         if folder is not None and folder.is_finished(self.inputs(positions, seed)):
             return self._finished(folder)
-        plan = _Plan.of(self._settings, positions, seed)
-        progress = _Progress.start(initial_adapter(self._architecture, seed), self._optimiser)
+        plan = Plan.of(self._settings, positions, seed)
+        progress = Progress.start(initial_adapter(self._architecture, seed), self._optimiser)
         progress = progress._replace(state=on_every_device(self._model.params, progress.state))
         with contextlib.ExitStack() as stack:
             checkpoints = None
@@ -162,7 +172,7 @@ class LoraTuner:
                 stack.enter_context(artefacts.locked(folder.path))
                 folder.claim(self.inputs(positions, seed), facts or {})
                 checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
-                progress = _Progress.of(checkpoints.restore(progress.state)) or progress
+                progress = Progress.of(checkpoints.restore(progress.state)) or progress
             progress = self._train(plan, progress, folder, checkpoints)
             if checkpoints is not None:
                 checkpoints.wait()
@@ -173,11 +183,11 @@ class LoraTuner:
 
     def _train(
         self,
-        plan: _Plan,
-        progress: _Progress,
+        plan: Plan,
+        progress: Progress,
         folder: RunFolder | None,
         checkpoints: Checkpoints | None,
-    ) -> _Progress:
+    ) -> Progress:
         num_steps = len(plan.rates)
         bar = tqdm(
             total=num_steps,
@@ -201,7 +211,7 @@ class LoraTuner:
                 bar.update()
         return progress
 
-    def _step(self, plan: _Plan, progress: _Progress, step: int) -> _Progress:
+    def _step(self, plan: Plan, progress: Progress, step: int) -> Progress:
         start = time.perf_counter()
         state, some = progress.state, plan.positions_of(step)
         params, settings = self._model.params, self._settings
@@ -231,16 +241,19 @@ class LoraTuner:
         num_read = sum(len(self._data.tokens[i]) for i in some)
         return progress.after(state, loss, num_tokens, num_read, time.perf_counter() - start)
 
-    def _result(self, progress: _Progress, num_kept: int) -> LoraResult:
+    def _result(self, progress: Progress, num_kept: int) -> LoraResult:
         model = self._model.with_adapter(self._settings.adapter, progress.state.adapter)
         test_loss = None
         if self._test is not None:
-            losses = response_losses(model, self._test).astype(np.float64)
+            losses = response_losses(
+                model, self._test, tokens_per_batch=self._tokens_per_batch
+            ).astype(np.float64)
             test_loss = float(np.average(losses, weights=self._test.num_response))
         return LoraResult(model, num_kept, test_loss, progress.history, progress.elapsed_s)
 
     def _finished(self, folder: RunFolder) -> LoraResult:
         summary = folder.facts()["result"]
+        self.complete(folder)
         model = load_adapter(self._model, folder.path / ADAPTER)
         return LoraResult(model=model, history=folder.read_metrics(), **summary)
 
@@ -259,107 +272,14 @@ class LoraTuner:
         )
 
 
-class _Plan(NamedTuple):
-    """Which samples every step sees, and at what rate."""
-
-    positions: Int64[np.ndarray, " k"]
-    seed: int
-    batch_size: int
-    steps_per_epoch: int
-    rates: list[float]
-
-    @classmethod
-    def of(cls, settings: LoraConfig, positions: Int64[np.ndarray, " k"], seed: int) -> _Plan:
-        per_epoch = -(-len(positions) // settings.batch_size)
-        num_steps = per_epoch * settings.epochs
-        rates = learning_rates(num_steps, settings.learning_rate, settings.warmup_steps)
-        return cls(positions, seed, settings.batch_size, per_epoch, rates)
-
-    def positions_of(self, step: int) -> Int64[np.ndarray, " b"]:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.positions, self.seed, epoch + 1)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
-
-
-class _Progress(NamedTuple):
-    """A run after some of its steps.
-
-    Attributes:
-      state: Where it stands.
-      history: A line per finished epoch.
-      open: What is added up of the epoch that is not: its steps and theirs since.
-    """
-
-    state: LoraState
-    history: list[dict[str, Any]]
-    open: dict[str, float]
-
-    @classmethod
-    def start(cls, adapter: Params, optimiser: Optimiser) -> _Progress:
-        adapter = jax.tree.map(jnp.asarray, adapter)
-        return cls(LoraState(adapter, optimiser.at(0.0).init(adapter)), [], _NOTHING)
-
-    @classmethod
-    def of(cls, saved: tuple[Any, list[dict[str, Any]]] | None) -> _Progress | None:
-        """Returns what a checkpoint holds."""
-        return None if saved is None else cls(saved[0], saved[1][:-1], saved[1][-1])
-
-    @property
-    def told(self) -> list[dict[str, Any]]:
-        """For a checkpoint: the lines, and last what is open."""
-        return [*self.history, self.open]
-
-    @property
-    def step(self) -> int:
-        """How many are done."""
-        return int((self.history[-1]["step"] if self.history else 0) + self.open["num_steps"])
-
-    @property
-    def elapsed_s(self) -> float:
-        return (self.history[-1]["elapsed_s"] if self.history else 0.0) + self.open["elapsed_s"]
-
-    def after(
-        self, state: LoraState, loss: float, num_tokens: int, num_read: int, seconds: float
-    ) -> _Progress:
-        more = {
-            "num_steps": 1,
-            "loss": loss,
-            "num_tokens": num_tokens,
-            "num_read": num_read,
-            "elapsed_s": seconds,
-        }
-        return self._replace(state=state, open={k: self.open[k] + v for k, v in more.items()})
-
-    def epoch_ended(self, plan: _Plan, step: int) -> _Progress:
-        line = {
-            "epoch": len(self.history) + 1,
-            "step": step + 1,
-            "learning_rate": plan.rates[step],
-            "train_loss": self.open["loss"] / self.open["num_tokens"],
-            "tokens_per_s": round(self.open["num_read"] / self.open["elapsed_s"], 1),
-            "elapsed_s": round(self.elapsed_s, 3),
-        }
-        return self._replace(history=[*self.history, line], open=_NOTHING)
-
-
-_NOTHING = dict.fromkeys(("num_steps", "loss", "num_tokens", "num_read", "elapsed_s"), 0.0)
-
-
-def initial_adapter(architecture: Architecture, seed: int) -> Params:
-    """Returns an adapter that changes nothing yet, as PEFT starts it.
-
-    lora_a is uniform within 1 / sqrt(inputs), lora_b zero; (seed, path) decide every draw.
-    """
-
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = path_name(path)
-        if name.endswith("lora_b"):
-            return np.zeros(leaf.shape, np.float32)
-        bound = leaf.shape[0] ** -0.5
-        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        return generator.uniform(-bound, bound, leaf.shape).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, architecture.abstract_adapter())
+def _check_lengths(name: str, data: Tokenised, max_length: int) -> None:
+    lengths = np.array([len(row) for row in data.tokens])
+    longest = int(lengths.argmax())
+    if lengths[longest] > max_length:
+        raise checks.InputError(
+            f"{name}: sample {data.ids[longest]!s} has {lengths[longest]} tokens, expected at most "
+            f"{max_length}; tokenise with max_length={max_length}."
+        )
 
 
 def _fingerprint(data: Tokenised) -> str:

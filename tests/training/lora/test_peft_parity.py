@@ -139,7 +139,9 @@ def torch_steps(model, data, settings, order, rates):
         ("Gemma2", "sgd", 1e-2, False),
     ],
 )
-def test_twenty_steps_are_those_of_peft(folders, tmp_path, family, optimiser, rate, packing):
+def test_twenty_steps_are_those_of_peft(
+    folders, tmp_path, monkeypatch, family, optimiser, rate, packing
+):
     """A and B move as PEFT moves them, and the adapter as PEFT loads it changes the logits."""
     import peft
     import torch
@@ -191,7 +193,9 @@ def test_twenty_steps_are_those_of_peft(folders, tmp_path, family, optimiser, ra
     scale = np.abs(after).max()
     assert np.abs(logits - after).max() <= 1e-4 * scale
     assert np.abs(after - before).max() >= 100 * 1e-4 * scale
+    monkeypatch.setattr("dlc_jax.exports.peft._SHARD_BYTES", 20_000)
     write_merged(whole, tmp_path / "merged")
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 2
     merged = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", attn_implementation="eager"
     )
@@ -238,6 +242,8 @@ def test_adapters_of_peft_are_read(folders, tmp_path):
 
 def test_adapters_that_do_more_or_do_not_fit_are_refused(folders, tmp_path):
     model = dlc.load_language_model(str(folders["Llama"]), dtype="float32")
+    with pytest.raises(ValueError, match="has no adapter; finetune_lora gives one"):
+        write_adapter(model, tmp_path / "none")
     with pytest.raises(ValueError, match=r"adapter_config\.json: not there"):
         load_adapter(model, tmp_path)
     adapter = Adapter(2, 4.0, ("v_proj",))
@@ -245,6 +251,8 @@ def test_adapters_that_do_more_or_do_not_fit_are_refused(folders, tmp_path):
         adapter, initial_adapter(model.architecture.with_adapter(adapter), 0)
     )
     write_adapter(whole, tmp_path / "a")
+    with pytest.raises(ValueError, match="has an adapter, expected a model without one"):
+        load_adapter(whole, str(tmp_path / "a"))
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
 
     def refused(says, **changes):
@@ -253,6 +261,7 @@ def test_adapters_that_do_more_or_do_not_fit_are_refused(folders, tmp_path):
             load_adapter(model, tmp_path / "a")
 
     refused("use_dora True; expected False", use_dora=True)
+    refused("init_lora_weights 'pissa'; expected True", init_lora_weights="pissa")
     refused("target_modules: unknown value 'lm_head'", target_modules=["lm_head"])
     refused("expected a list of names", target_modules="all-linear")
     refused(r"2 tensors are missing|4 tensors are missing", target_modules=["v_proj", "q_proj"])

@@ -167,6 +167,19 @@ def test_mistakes_are_named(model, options, says):
         dlc.finetune_lora(model, DATA, **{**OPTIONS, **options})
 
 
+def test_what_is_too_long_or_has_an_adapter_is_refused(model):
+    long = Tokenised(
+        (np.zeros(70, np.int32),), np.array([3], np.int32), np.zeros(1, bool), np.array(["long"])
+    )
+    with pytest.raises(ValueError, match="sample long has 70 tokens, expected at most 64"):
+        dlc.finetune_lora(model, long, **OPTIONS)
+    with pytest.raises(ValueError, match="test: sample long has 70 tokens"):
+        dlc.finetune_lora(model, DATA, test=long, **OPTIONS)
+    tuned = dlc.finetune_lora(model, DATA, [0], **OPTIONS).model
+    with pytest.raises(ValueError, match="has an adapter, expected a model without one"):
+        dlc.finetune_lora(tuned, DATA, **OPTIONS)
+
+
 def test_a_folder_tells_what_was_run(model, tmp_path):
     dlc.finetune_lora(model, DATA, [1, 2], folder=tmp_path, **OPTIONS)
     facts = json.loads((tmp_path / "run.json").read_text())

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dlc_jax.distributed.liveness import peak_bytes
 from dlc_jax.distributed.sharding import partition
 from dlc_jax.encoders.architecture import Architecture, joined
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import thresholds
+from dlc_jax.planning.liveness import peak_bytes
 from dlc_jax.preprocess.tokens import bucket_length
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Optimiser

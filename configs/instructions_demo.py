@@ -4,7 +4,7 @@ python -m dlc_jax.main --config=configs/instructions_demo.py
 
 Scores by 4 probes, selects, fine-tunes adapters with AdamW (at the paper's rate a few steps move
 nothing), measures the loss of 100 other responses and asks 5-shot MMLU questions. The model has
-3 million weights and writes words, not sense: accuracies are those of guessing. Expected: ten
+3 million weights and writes words, not sense: accuracies are those of guessing. Expected: six
 minutes on two cores; runs/instructions_demo/report/results.md.
 """
 
@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.lora.warmup_steps = 5
     config.lora.dtype = "float32"
     config.lora.rematerialise = False
-    config.lora.epochs = 2
+    config.lora.epochs = 1
     config.evaluation.mmlu = "demo:mmlu"
+    config.evaluation.limit = 10
     return config

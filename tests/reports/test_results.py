@@ -104,10 +104,28 @@ def test_the_figure_has_a_line_and_a_band_per_method():
 def test_results_are_read_back(tmp_path):
     path = tmp_path / "results.csv"
     path.write_text(HEADER + "full,1.0,,1,750,80.5,3.2\nflexrand,0.3,0.5,2,225,61.25,1.0\n")
-    assert read_results(path) == [
-        Result("full", 1.0, None, 1, 80.5),
-        Result("flexrand", 0.3, 0.5, 2, 61.25),
+    expected = [Result("full", 1.0, None, 1, 80.5), Result("flexrand", 0.3, 0.5, 2, 61.25)]
+    assert list(map(repr, read_results(path))) == list(map(repr, expected))  # NaN is not NaN
+
+
+def test_losses_of_instructions_are_shown(tmp_path):
+    """Runs that were not asked yet are left out; of none that was, the stage to run is named."""
+    path = tmp_path / "results.csv"
+    header = HEADER.strip() + ",test_loss\n"
+    lines = [
+        "base,0.0,,0,0,25.0,0.0,",
+        "full,1.0,,1,750,,3.2,4.5",
+        "random,0.3,,1,225,30.0,1.0,4.75",
     ]
+    path.write_text(header + "\n".join(lines) + "\n")
+    results = read_results(path)
+    assert [result.method for result in results] == ["base", "random"]
+    table = results_table(summarise(results))
+    assert "test loss" in table
+    assert "4.7500" in table
+    path.write_text(header + lines[1] + "\n")
+    with pytest.raises(ValueError, match="no run has a test_accuracy; run the stage 'evaluate'"):
+        read_results(path)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ python -m dlc_jax.main --config=configs/instructions_demo.py
 
 Scores by 4 probes, selects, fine-tunes adapters with AdamW (at the paper's rate a few steps move
 nothing), measures the loss of 100 other responses and asks 5-shot MMLU questions. The model has
-3 million weights and writes words, not sense: accuracies are those of guessing. Expected: six
+3 million weights and writes words, not sense: accuracies are those of guessing. Expected: five
 minutes on two cores; runs/instructions_demo/report/results.md.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -194,7 +193,4 @@ def _measured(config: Config, model: LanguageModel, mmlu: Mmlu) -> dict[str, Any
 
 def _questions(config: Config) -> Mmlu:
     assert config.evaluation.mmlu is not None  # checked with the configuration
-    return _load_mmlu(config.evaluation.mmlu)
-
-
-_load_mmlu = functools.cache(load_mmlu)
+    return load_mmlu(config.evaluation.mmlu)

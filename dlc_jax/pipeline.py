@@ -127,8 +127,7 @@ def _use_scores(
     if "select" in config.stages:
         shown = run_select(config, workdir, known, echo)
     if "score" in config.stages or "select" in config.stages:
-        picture = READABLE if config.is_of_instructions else artefacts.PICTURE
-        _summarise(workdir, samples, shown, picture, echo)
+        _summarise(workdir, samples, shown, config.is_of_instructions, echo)
     if "export" in config.stages:
         if config.is_of_instructions:
             run_exports_instructions(config, workdir, known, echo)
@@ -212,7 +211,7 @@ def _summarise(
     workdir: Path,
     samples: ScoredSamples,
     shown: Selection | None,
-    picture: str,
+    is_of_instructions: bool,
     echo: Callable[[str], None],
 ) -> None:
     indices = None
@@ -235,7 +234,7 @@ def _summarise(
     known = artefacts.read_json(workdir / artefacts.PROVENANCE)
     skipped = known.get("dataset", {}).get("skipped", {})
     if skipped:
-        kind = "" if picture == READABLE else "unreadable "
+        kind = "" if is_of_instructions else "unreadable "
         echo(f"{kind}samples left out: {len(skipped)}, listed in {artefacts.PROVENANCE}")
     stages = known.get("stages", {})
     parts = ("score", "features", "training", "tune", "select")
@@ -244,4 +243,5 @@ def _summarise(
         "seconds, when last run: "
         + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     )
+    picture = READABLE if is_of_instructions else artefacts.PICTURE
     echo(f"files: {workdir}/ ({artefacts.SCORES}, {picture}, selections/)")

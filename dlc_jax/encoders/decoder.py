@@ -157,11 +157,12 @@ class Attention(nnx.Module):
             first = 0 if self.window is None else max(0, start + 1 - self.window)
             seen = slice(first, asking.stop)
             mask = _visible(segments, self.window, asking, seen)
-            arguments = (q[:, asking], k[:, seen], v[:, seen], mask, self.scale)
+            arrays = (q[:, asking], k[:, seen], v[:, seen])
             if self.cap is None:
-                parts.append(_plain_attention(*arguments))
+                mixed = jax.nn.dot_product_attention(*arrays, mask=mask, scale=self.scale)
             else:
-                parts.append(_capped_attention(*arguments, self.cap))
+                mixed = _capped_attention(*arrays, mask, self.scale, self.cap)
+            parts.append(mixed)
         return jnp.concatenate(parts, axis=1)
 
 
@@ -310,16 +311,6 @@ def _visible(
     near = back >= 0 if window is None else (back >= 0) & (back < window)
     same = segments[:, None, asking, None] == segments[:, None, None, seen]
     return near[None, None] & same
-
-
-def _plain_attention(
-    q: Float[Array, "b q k h"],
-    k: Float[Array, "b s g h"],
-    v: Float[Array, "b s g h"],
-    mask: Bool[Array, "b 1 q s"],
-    scale: float,
-) -> Float[Array, "b q k h"]:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
 
 
 def _capped_attention(

@@ -8,6 +8,8 @@ Sources: Jiang et al. 2023, arXiv 2310.06825; Grattafiori et al. 2024, arXiv 240
 
 from __future__ import annotations
 
+import dataclasses
+
 from dlc_jax.encoders.decoder import DecoderConfig
 
 _MISTRAL_7B = DecoderConfig(
@@ -31,27 +33,7 @@ _MISTRAL_7B = DecoderConfig(
     scale_embedding=False,
     tied=False,
 )
-_LLAMA3_8B = DecoderConfig(
-    vocab_size=128256,
-    width=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_width=14336,
-    windows=(None,) * 32,
-    max_length=8192,
-    norm_epsilon=1e-5,
-    rope_theta=5e5,
-    rope_scaling=None,
-    attention_scale=128**-0.5,
-    attention_cap=None,
-    final_cap=None,
-    activation="silu",
-    sandwich=False,
-    offset_norm=False,
-    scale_embedding=False,
-    tied=False,
-)
+_LLAMA3_8B = dataclasses.replace(_MISTRAL_7B, vocab_size=128256, max_length=8192, rope_theta=5e5)
 _GEMMA2_9B = DecoderConfig(
     vocab_size=256000,
     width=3584,

@@ -177,27 +177,27 @@ def _stamp_dtype(path: Path, dtype: str) -> None:
 
 def _write_shards(model: LanguageModel, place: Path) -> None:
     """Writes one file, or several with an index, never more than one in memory."""
-    shards = list(_shards(model))
+    leaves = by_path(model.params)
+    shards = list(_shards(leaves))
     weight_map: dict[str, str] = {}
     for number, paths in enumerate(shards, start=1):
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         names = torch_names(model.config, dict.fromkeys(paths))
-        tensors = {names[path]: _merged(model, path) for path in paths}
+        tensors = {names[path]: _merged(model, leaves, path) for path in paths}
         save_file(tensors, place / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
-        leaves = by_path(model.params)
         size = sum(leaves[path].nbytes for paths in shards for path in paths)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _shards(model: LanguageModel) -> Iterator[list[str]]:
+def _shards(leaves: Mapping[str, jax.Array]) -> Iterator[list[str]]:
     some: list[str] = []
     num_bytes = 0
-    for path, leaf in by_path(model.params).items():
+    for path, leaf in leaves.items():
         if path.rpartition("/")[2] in _MATRICES:
             continue
         if some and num_bytes + leaf.nbytes > _SHARD_BYTES:
@@ -208,9 +208,9 @@ def _shards(model: LanguageModel) -> Iterator[list[str]]:
     yield some
 
 
-def _merged(model: LanguageModel, path: str) -> jax.Array:
+def _merged(model: LanguageModel, leaves: Mapping[str, jax.Array], path: str) -> jax.Array:
     """Returns a tensor as torch has it, [out, in]; the change is added in float32."""
-    leaves, dtype = by_path(model.params), DTYPES[model.architecture.dtype]
+    dtype = DTYPES[model.architecture.dtype]
     value = jnp.asarray(np.asarray(leaves[path]))
     layer = path.removesuffix("/kernel")
     if (lora_a := leaves.get(f"{layer}/lora_a")) is not None:

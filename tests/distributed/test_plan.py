@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from dlc_jax import checks, plan_stage
+from dlc_jax import checks, plan_stage, presets
 from dlc_jax.config import Config, default_config
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.paper_models import PAPER_MODELS
@@ -55,6 +55,10 @@ def test_they_fit_one_large_device(name):
     # many short rows have many logits, each over a quarter of a million tokens
     tokens = 4096 if name == "google/gemma-2-9b" else 8192
     assert scoring(config, 1, tokens).plan().num_bytes < 0.9 * 80 * GIB
+
+
+def test_every_model_that_configurations_name_has_its_sizes_here():
+    assert set(presets.LANGUAGE_MODELS.values()) == set(PAPER_MODELS)
 
 
 def test_the_setting_to_turn():

@@ -1,4 +1,4 @@
-"""Instructions by the command, in its own process: score, select, export."""
+"""Instructions by the command, in its own process, beside a torchvision that is broken."""
 
 import csv
 import json
@@ -63,11 +63,10 @@ def place(timm, tmp_path_factory):
         max_position_embeddings=512,
     )
     transformers.MistralForCausalLM(config).save_pretrained(folder / "model")
-    # a torchvision that does not fit torch stops transformers; the command needs neither
-    (folder / "path").mkdir()
-    (folder / "path" / "sitecustomize.py").write_text(
-        "import sys; sys.modules['torchvision'] = None"
-    )
+    # one that was built for another torch stops transformers unless it is hidden
+    broken = folder / "path" / "torchvision"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms')")
     return folder
 
 

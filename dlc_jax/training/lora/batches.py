@@ -25,12 +25,6 @@ class Rows(NamedTuple):
     counts: Bool[np.ndarray, "b t"]
 
 
-def num_counted(data: Tokenised, positions: Int64[np.ndarray, " k"]) -> int:
-    """Returns how many tokens of these samples the loss counts."""
-    lengths = np.array([len(data.tokens[i]) for i in positions])
-    return int((lengths - np.maximum(data.num_prompt[positions], 1)).sum())
-
-
 def rows_of_step(
     data: Tokenised,
     positions: Int64[np.ndarray, " k"],

@@ -89,7 +89,8 @@ def add_rows(
     return Sums(jax.tree.map(jnp.add, sums.gradients, gradients), sums.loss + loss)
 
 
-@functools.partial(jax.jit, static_argnames="optimiser", donate_argnames="state")
+# the state is not donated: a checkpoint of it may still be on its way to disk
+@functools.partial(jax.jit, static_argnames="optimiser")
 def take_step(
     optimiser: Optimiser,
     state: LoraState,

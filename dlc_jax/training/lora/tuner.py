@@ -31,7 +31,7 @@ from dlc_jax.probes.responses import response_losses
 from dlc_jax.selection.kept import kept_rows
 from dlc_jax.training.checkpoints import Checkpoints
 from dlc_jax.training.folder import METRICS, RunFolder
-from dlc_jax.training.lora.batches import num_counted, rows_of_step
+from dlc_jax.training.lora.batches import rows_of_step
 from dlc_jax.training.lora.progress import Plan, Progress, initial_adapter
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Optimiser, Sums, add_rows, take_step
@@ -220,10 +220,11 @@ class LoraTuner:
         batches = rows_of_step(
             self._data, some, rows_at_once, self._max_length, packing=settings.packing
         )
+        num_tokens = 0
         for rows in batches:
+            num_tokens += int(rows.counts.sum())
             rows = over_devices(params, rows)
             sums = add_rows(self._architecture, params, state.adapter, rows, sums)
-        num_tokens = num_counted(self._data, some)
         loss = float(sums.loss)
         if not np.isfinite(loss):
             raise checks.InputError(

@@ -12,7 +12,7 @@ from dlc_jax.encoders.decoder import Decoder, DecoderConfig
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.training.lora import tuner as loop
-from dlc_jax.training.lora.batches import num_counted, rows_of_step
+from dlc_jax.training.lora.batches import rows_of_step
 from dlc_jax.types import by_path
 
 CONFIG = DecoderConfig(
@@ -133,7 +133,8 @@ def test_rows_hold_every_token_once(packing, rows_at_once):
         counts = [False] * num_prompt + [True] * (length - num_prompt)
         expected.append((DATA.tokens[i].tolist(), counts))
     assert sorted(found) == sorted(expected)
-    assert sum(int(some.counts.sum()) for some in rows) == num_counted(DATA, positions)
+    num_response = sum(len(DATA.tokens[i]) - max(int(DATA.num_prompt[i]), 1) for i in positions)
+    assert sum(int(some.counts.sum()) for some in rows) == num_response
     if packing and rows_at_once == 1:
         assert len(rows) < len(positions)
 

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 from dlc_jax.checks import InputError
 from dlc_jax.datasets import array_dataset, load_dataset, stratified_split
 from dlc_jax.datasets.instructions import Instructions, load_instructions
+from dlc_jax.distributed import make_mesh
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
@@ -69,6 +70,7 @@ __all__ = [
     "load_instructions",
     "load_language_model",
     "load_mmlu",
+    "make_mesh",
     "measure_responses",
     "probe",
     "probe_responses",

@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, and what was expected."""
 
 
+class SharedError(InputError):
+    """A mistake that all processes of a run meet at the same place, so that they can go on."""
+
+
 def first_line(error: BaseException) -> str:
     """Returns the error's kind and the first line of its text, which may be empty."""
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

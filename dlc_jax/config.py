@@ -13,10 +13,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
 from dlc_jax import checks
 from dlc_jax.datasets.instructions import TEMPLATES
+from dlc_jax.distributed import make_mesh
 from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
 from dlc_jax.encoders.language_model import DECODER
 from dlc_jax.evaluation.settings import EvaluationConfig
@@ -127,12 +129,21 @@ class ProbeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The devices of a run."""
+    """The devices of a run, over all processes; the three multiply to their number."""
 
+    data: int = setting(-1, "parts of the samples; -1: all devices that are left")
+    probe: int = setting(1, "parts of the masked networks")
     fsdp: int = setting(1, "devices that the weights of a language model are spread over")
 
     def check(self) -> None:
+        if self.data != -1:
+            checks.at_least("mesh.data", self.data, 1)
+        checks.at_least("mesh.probe", self.probe, 1)
         checks.at_least("mesh.fsdp", self.fsdp, 1)
+
+    def make(self) -> Mesh:
+        """Returns the mesh; ValueError unless it has as many devices as are there."""
+        return make_mesh(self.data, self.probe, self.fsdp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,11 +259,6 @@ class Config:
     def _check_kind(self) -> None:
         """Raises ValueError where something asked for is not there for this kind of data."""
         if not self.is_of_instructions:
-            if "plan" in self.stages:
-                raise checks.InputError(
-                    f"stages: 'plan' is for language models only, for now (encoder.name "
-                    f"{DECODER!r}); got encoder.name {self.encoder.name!r}."
-                )
             if self.mesh.fsdp > 1:
                 raise checks.InputError(
                     f"mesh.fsdp: {self.mesh.fsdp}; expected 1: it spreads the weights of a "
@@ -264,6 +270,11 @@ class Config:
                     f"encoder.name {DECODER!r} with it."
                 )
             return
+        if self.mesh.probe > 1:
+            raise checks.InputError(
+                f"mesh.probe: {self.mesh.probe}; expected 1: the masked copies of a language model "
+                "are not divided among devices; its weights are, by mesh.fsdp."
+            )
         if self.mode != "default":
             raise checks.InputError("mode: of instructions there is no 'official' code.")
         need = self.need

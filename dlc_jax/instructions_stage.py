@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import dlc_jax
 from dlc_jax import artefacts, checks, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions, load_instructions
-from dlc_jax.distributed import load_sharded
-from dlc_jax.encoders.language_model import LanguageModel, load_tokenizer
+from dlc_jax.distributed import Team, processes, said_of
+from dlc_jax.distributed.processes import on_first, told_by_first
+from dlc_jax.encoders.language_model import (
+    LanguageModel,
+    load_language_model,
+    load_tokenizer,
+)
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.responses import measure_responses, probe_responses
 from dlc_jax.scores import SCORES, column_name, score
 from dlc_jax.selection_inputs import SelectionInputs
-from dlc_jax.types import ResponseLosses
+from dlc_jax.types import ProbeLosses, ResponseLosses
 
 READABLE = "scores/easiest_hardest.md"
 
@@ -43,7 +50,10 @@ def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], 
     """
     start = time.perf_counter()
     data = load_configured_instructions(config, config.dataset.train)
-    model = load_sharded(config.encoder.weights, config.probe.dtype, config.mesh.fsdp)
+    mesh = config.mesh.make()
+    model = load_language_model(
+        config.encoder.weights, dtype=config.probe.dtype, mesh=Team.of(mesh).mesh
+    )
     max_length = model.max_length(config.encoder.max_length)
     made_with = {
         "seed": config.seed,
@@ -55,43 +65,56 @@ def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], 
     inputs = artefacts.json_hash(
         [dlc_jax.__version__, made_with, data.fingerprint, model.fingerprint]
     )
-    if provenance.is_done(workdir, "score", inputs):
+    if told_by_first(lambda: provenance.is_done(workdir, "score", inputs)):
         echo("score: unchanged, not run again")
         return
     if config.dataset.category is not None:
         data.categories(config.dataset.category)  # a mistake there should not cost a pass first
-    echo(f"score: {len(data)} instructions, {model.name} on {jax.default_backend()}")
+    echo(f"score: {len(data)} instructions, {model.name} on {said_of(mesh)}")
     tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=config.dataset.on_corrupt)
     _tell_of_cuts(tokens, max_length, echo)
     kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
-    samples = _scored(config, workdir, model, kept, tokens, echo)
-    with artefacts.atomic(workdir / READABLE, "w") as file:
-        file.write(reports.easiest_hardest_text(kept, samples.scores["dlc"]))
-    facts = {
-        "dataset": {
-            "source": data.name,
-            "fingerprint": data.fingerprint,
-            "num_samples": len(data),
-            "num_truncated": int(tokens.truncated.sum()),
-            "skipped": tokens.skipped,
-        },
-        "encoder": {"name": model.name, "fingerprint": model.fingerprint},
-    }
-    paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(READABLE)]
-    seconds = time.perf_counter() - start
-    provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
+    probes, responses = _measured(config, workdir, model, kept, tokens, mesh)
+    processes.wait_for_all()  # what comes goes when it is done, and all read it until here
+
+    def keep() -> None:
+        samples = _write(config, workdir, kept, probes, responses, echo)
+        with artefacts.atomic(workdir / READABLE, "w") as file:
+            file.write(reports.easiest_hardest_text(kept, samples.scores["dlc"]))
+        facts = {
+            "dataset": {
+                "source": data.name,
+                "fingerprint": data.fingerprint,
+                "num_samples": len(data),
+                "num_truncated": int(tokens.truncated.sum()),
+                "skipped": tokens.skipped,
+            },
+            "encoder": {"name": model.name, "fingerprint": model.fingerprint},
+        }
+        paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(READABLE)]
+        seconds = time.perf_counter() - start
+        provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
+        shutil.rmtree(workdir / artefacts.SHARDS, ignore_errors=True)  # finished
+
+    on_first(keep)
 
 
-def _scored(
+def _measured(
     config: Config,
     workdir: Path,
     model: LanguageModel,
     data: Instructions,
     tokens: Tokenised,
-    echo: Callable[[str], None],
-) -> ScoredSamples:
-    """Measures and writes losses and scores."""
+    mesh: Mesh,
+) -> tuple[ProbeLosses, ResponseLosses]:
+    """Measures losses, in all processes."""
     probe = config.probe
+    how: dict[str, Any] = {
+        "tokens_per_batch": probe.tokens_per_batch,
+        "folder": workdir / artefacts.SHARDS,
+        "mesh": mesh,
+        "progress": processes.is_first(),
+    }
     probes = probe_responses(
         model,
         tokens,
@@ -101,18 +124,22 @@ def _scored(
         placement=probe.placement,
         max_sparsity=probe.max_sparsity,
         masking=probe.masking,
-        tokens_per_batch=probe.tokens_per_batch,
         seed=config.seed,
-        progress=True,
+        **how,
     )
-    responses = measure_responses(
-        model,
-        data,
-        max_length=config.encoder.max_length,
-        tokens=tokens,
-        tokens_per_batch=probe.tokens_per_batch,
-        progress=True,
-    )
+    max_length = config.encoder.max_length
+    return probes, measure_responses(model, data, max_length=max_length, tokens=tokens, **how)
+
+
+def _write(
+    config: Config,
+    workdir: Path,
+    data: Instructions,
+    probes: ProbeLosses,
+    responses: ResponseLosses,
+    echo: Callable[[str], None],
+) -> ScoredSamples:
+    """Writes losses and scores."""
     labels, class_names = probes.labels, probes.class_names
     if config.dataset.category is not None:
         labels, class_names = data.categories(config.dataset.category)

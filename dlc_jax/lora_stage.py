@@ -12,10 +12,12 @@ import jax
 import dlc_jax
 from dlc_jax import artefacts, checks, provenance
 from dlc_jax.config import Config
-from dlc_jax.distributed import load_sharded
+from dlc_jax.distributed import processes
+from dlc_jax.distributed.processes import on_first, told_by_first
 from dlc_jax.encoders.huggingface import read_config
 from dlc_jax.encoders.language_model import (
     LanguageModel,
+    load_language_model,
     load_tokenizer,
     longest_sequence,
     model_folder,
@@ -51,7 +53,7 @@ def check_before_scoring(config: Config) -> None:
 
 
 def run_finetune_instructions(
-    config: Config, workdir: Path, known: SelectionInputs, echo: Callable[[str], None]
+    config: Config, workdir: Path, known: SelectionInputs | None, echo: Callable[[str], None]
 ) -> list[str]:
     """Trains an adapter on every selected cell and on the whole set.
 
@@ -63,9 +65,10 @@ def run_finetune_instructions(
       ValueError: see `run_sweep`.
     """
     data = load_configured_instructions(config, config.dataset.train)
-    model = load_sharded(config.encoder.weights, config.lora.dtype, config.mesh.fsdp)
+    model = _load_model(config)
     max_length = model.max_length(config.encoder.max_length)
-    _forget_other_base(workdir, model)
+    fingerprint = model.fingerprint  # of all processes, where they share the weights
+    on_first(lambda: _forget_other_base(workdir, fingerprint))
 
     def tokenised(source: str) -> Tokenised:
         some = data
@@ -83,10 +86,12 @@ def run_finetune_instructions(
             test=None if test is None else tokenised(test),
             max_length=max_length,
             tokens_per_batch=config.probe.tokens_per_batch,
-            progress=True,
+            progress=processes.is_first(),
         )
 
     end = run_sweep(config, workdir, known, data, make_tuner, echo)
+    if known is None:
+        return end.failures
     settings = config.to_dict()
     made_with = {key: settings[key] for key in ("dataset", "encoder", "lora")}
     made_with |= {"encoder_fingerprint": model.fingerprint}
@@ -97,10 +102,16 @@ def run_finetune_instructions(
     return end.failures
 
 
-def _forget_other_base(workdir: Path, model: LanguageModel) -> None:
+def _load_model(config: Config) -> LanguageModel:
+    """Loads the model over all devices of all processes."""
+    weights, dtype = config.encoder.weights, config.lora.dtype
+    return load_language_model(weights, dtype=dtype, mesh=config.mesh.make())
+
+
+def _forget_other_base(workdir: Path, fingerprint: str) -> None:
     """Deletes what was measured of another model before it was fine-tuned."""
     path = evaluation_file(workdir, BASE_CELL)
-    if artefacts.read_json(path).get("run") != model.fingerprint:
+    if artefacts.read_json(path).get("run") != fingerprint:
         path.unlink(missing_ok=True)
 
 
@@ -115,32 +126,58 @@ def run_evaluate(config: Config, workdir: Path, echo: Callable[[str], None]) -> 
     """
     start = time.perf_counter()
     mmlu = _questions(config)
-    base = load_sharded(config.encoder.weights, config.lora.dtype, config.mesh.fsdp)
-    runs = {BASE_CELL: base.fingerprint, **_finished(config, workdir, base)}
+    base = _load_model(config)
+    fingerprint = base.fingerprint
+
+    def finished() -> list[Any]:
+        return [[*cell, run] for cell, run in _finished(config, workdir, base).items()]
+
+    found = {Cell(*cell): run for *cell, run in told_by_first(finished)}
+    runs = {BASE_CELL: fingerprint, **found}
     if num_missing := len(cells_of(config)) + 1 - len(runs):
         echo(f"evaluate: note: {num_missing} runs are not finished, and not asked")
     echo(f"evaluate: {len(runs)} models on {mmlu.name}")
     settings = [config.evaluation.num_shots, config.evaluation.limit]
-    asked = artefacts.json_hash(
-        [dlc_jax.__version__, mmlu.fingerprint, base.fingerprint, *settings]
-    )
+    asked = artefacts.json_hash([dlc_jax.__version__, mmlu.fingerprint, fingerprint, *settings])
     for number, (cell, run) in enumerate(runs.items(), start=1):
-        path = evaluation_file(workdir, cell)
-        known = artefacts.read_json(path)
-        if (known.get("asked"), known.get("run")) == (asked, run):
-            continue
-        model = base
-        if cell != BASE_CELL:
-            model = load_adapter(base, _run_folder(workdir, cell) / ADAPTER)
-        found = _measured(config, model, mmlu)
-        artefacts.write_json(path, {"asked": asked, "run": run, **found})
-        echo(f"evaluate: {number}/{len(runs)} {cell.name}: {_said(found)}")
-    write_results(workdir)
-    seconds = time.perf_counter() - start
-    made_with = {"evaluation": config.to_dict()["evaluation"], "mmlu": mmlu.fingerprint}
-    inputs, paths = artefacts.json_hash([asked, list(runs.values())]), [Path(artefacts.RESULTS)]
-    provenance.record(workdir, "evaluate", inputs, paths, seconds, {}, made_with)
+        said = _evaluate(config, workdir, base, mmlu, cell, {"asked": asked, "run": run})
+        if said is not None:
+            echo(f"evaluate: {number}/{len(runs)} {cell.name}: {said}")
+
+    def keep() -> None:
+        write_results(workdir)
+        seconds = time.perf_counter() - start
+        made_with = {"evaluation": config.to_dict()["evaluation"], "mmlu": mmlu.fingerprint}
+        inputs, paths = artefacts.json_hash([asked, list(runs.values())]), [Path(artefacts.RESULTS)]
+        provenance.record(workdir, "evaluate", inputs, paths, seconds, {}, made_with)
+
+    on_first(keep)
     echo(f"files: {workdir}/ ({artefacts.RESULTS}, {artefacts.EVALUATE}/)")
+
+
+def _evaluate(
+    config: Config,
+    workdir: Path,
+    base: LanguageModel,
+    mmlu: Mmlu,
+    cell: Cell,
+    asked: dict[str, str],
+) -> str | None:
+    """Asks the model of a cell; returns what to say of it, None if it was asked the same before."""
+    path = evaluation_file(workdir, cell)
+
+    def was_asked() -> bool:
+        known = artefacts.read_json(path)
+        return all(known.get(name) == value for name, value in asked.items())
+
+    if told_by_first(was_asked):
+        return None
+    model = base
+    if cell != BASE_CELL:
+        model = load_adapter(base, _run_folder(workdir, cell) / ADAPTER)
+    found = _measured(config, model, mmlu)
+    on_first(lambda: artefacts.write_json(path, {**asked, **found}))
+    return _said(found)
 
 
 def _finished(config: Config, workdir: Path, base: LanguageModel) -> dict[Cell, str]:
@@ -180,7 +217,7 @@ def _measured(config: Config, model: LanguageModel, mmlu: Mmlu) -> dict[str, Any
         num_shots=config.evaluation.num_shots,
         limit=config.evaluation.limit,
         tokens_per_batch=config.probe.tokens_per_batch,
-        progress=True,
+        progress=processes.is_first(),
     )
     return {
         "result": {"test_accuracy": found.accuracy, **found.by_group},

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -28,12 +29,22 @@ from ml_collections import config_flags
 
 from dlc_jax import checks, pipeline, presets
 from dlc_jax.config import Config, describe, known_keys
+from dlc_jax.distributed import processes, stopping
+from dlc_jax.distributed.watch import await_verdict, end, watched
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, required.")
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
     "Where artefacts go; default runs/<name of the configuration file>[-<what follows its colon>].",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of the first of several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of this run; see launch/README.md.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0.")
+_HEARTBEAT_S = flags.DEFINE_integer(
+    "heartbeat_s", 30, "Seconds without a sign of life after which a process counts as dead."
 )
 _INPUT_ERROR = f"{checks.InputError.__module__}.{checks.InputError.__name__}: "
 __doc__ += f"\nKeys, defaults and meaning:\n{describe()}\n"
@@ -53,12 +64,46 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when it is imported, which is later
     absl_logging.set_verbosity(absl_logging.FATAL)
     try:
-        pipeline.run(Config.of(_CONFIG.value), workdir)
-    except (checks.InputError, OSError) as error:
+        place = processes.find_place(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if place is not None:
+            processes.start(place, heartbeat_s=_HEARTBEAT_S.value)
+        config = Config.of(_CONFIG.value)
+    except checks.InputError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where this one ended", file=sys.stderr)
-        sys.exit(130)
+    code, said = _run(config, workdir)
+    if code:
+        end(code, said)
+
+
+def _run(config: Config, workdir: Path) -> tuple[int, str]:
+    """Returns the exit code, and what other processes say of this one's end."""
+    with watched(), stopping.on_sigterm():
+        try:
+            pipeline.run(config, workdir)
+            processes.wait_for_all()
+            return 0, ""
+        except processes.SaidByFirst as error:
+            return 2, f"failed: {error}"
+        except (checks.InputError, OSError) as error:
+            _say(f"error: {' '.join(str(error).split())}")
+            return 2, f"failed: {error}"
+        except stopping.Stopped:
+            _say("stopped by SIGTERM; the same command goes on where this one ended")
+            return processes.RESTART, "was stopped by SIGTERM"
+        except KeyboardInterrupt:
+            _say("stopped; the same command goes on where this one ended")
+            return 130, "was stopped by the user"
+        except Exception:
+            if processes.count() == 1:
+                raise
+            traceback.print_exc()
+            await_verdict()
+            return 1, "failed with an exception; see what it printed"
+
+
+def _say(message: str) -> None:
+    prefix = "" if processes.is_first() else f"process {processes.index()}: "
+    print(f"{prefix}{message}", file=sys.stderr, flush=True)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -78,8 +123,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    said = f"error: {' '.join(message.split())}"
+    _say(said)
+    end(2, f"failed: {message}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from dlc_jax import artefacts, checks, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets import load_dataset
+from dlc_jax.distributed import processes
+from dlc_jax.distributed.processes import on_first
 from dlc_jax.export_stage import run_exports
 from dlc_jax.instructions_stage import (
     READABLE,
@@ -37,11 +40,39 @@ from dlc_jax.sweep import run_sweep
 from dlc_jax.sweep_results import what_is_finished
 from dlc_jax.training import Finetuner, class_ids_by_name
 from dlc_jax.tune_stage import run_tune
-from dlc_jax.types import Selection
+from dlc_jax.types import Dataset, Selection
+
+
+class _Sources:
+    """Data sets by source, loaded once: stages share them, and their fingerprints."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Dataset] = {}
+        self._shared: set[str] = set()
+
+    def __call__(self, source: str) -> Dataset:
+        if source not in self._found:
+            self._found[source] = load_dataset(source)
+        return self._found[source]
+
+    def together(self, source: str) -> Dataset:
+        """The same in all processes at once: each reads its part of the samples for the print."""
+        dataset = self(source)
+        if source not in self._shared:
+            mine = processes.share(range(dataset.num_blocks))
+            digests = processes.everyones(dataset.digests(mine))
+            dataset.__dict__["fingerprint"] = dataset.fingerprint_of(
+                list(itertools.chain(*digests))
+            )
+            self._shared.add(source)
+        return dataset
 
 
 def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> None:
     """Runs `config.stages` and leaves their artefacts in the work directory.
+
+    All processes of a run call this. The first one tells the user, and writes; the others take part
+    in scoring and training.
 
     Args:
       config: Checked configuration.
@@ -50,38 +81,52 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
     Raises:
       ValueError: anything wrong with the work directory, data, encoder or configuration.
     """
+    if not processes.is_first():
+        echo = _say_nothing
     if "plan" in config.stages:
-        run_plan(config, echo)
+        on_first(lambda: run_plan(config, echo))
         if config.stages == ("plan",):
             return
         rest = tuple(stage for stage in config.stages if stage != "plan")
         config = dataclasses.replace(config, stages=rest)
-    artefacts.prepare_workdir(workdir)
-    load = functools.cache(load_dataset)  # stages share data sets, and their fingerprints
+    if {"score", "finetune", "evaluate"} & set(config.stages):
+        config.mesh.make()
+    on_first(lambda: artefacts.prepare_workdir(workdir))
+    load = _Sources()
     # a mistake in what comes later should not cost a scoring pass first
     if config.is_of_instructions:
         check_before_scoring(config)
     elif "finetune" in config.stages:
-        class_ids_by_name(load(_test_source(config)), load(config.dataset.train))
+        class_ids_by_name(load.together(_test_source(config)), load.together(config.dataset.train))
     resolved = config
     if "score" in config.stages:
         if config.is_of_instructions:
             run_score_instructions(config, workdir, echo)
         else:
-            resolved = run_score(config, workdir, load, echo)
+            resolved = run_score(config, workdir, load.together, echo)
     failures = []
     if config.stages != ("report",):
         with _report_of_these_results(workdir):
             failures = _use_scores(config, resolved.to_dict(), workdir, load, echo)
     if "report" in config.stages:
-        try:
-            _report(config, workdir, echo)
-        except checks.InputError as error:
-            if not failures:
-                raise
-            echo(f"report: {error}")
+        on_first(lambda: _report_if_it_can(config, workdir, bool(failures), echo))
     if failures:
-        raise checks.InputError(f"{len(failures)} runs failed: {'; '.join(failures)}")
+        raise checks.SharedError(f"{len(failures)} runs failed: {'; '.join(failures)}")
+
+
+def _say_nothing(line: str) -> None:
+    """Takes the lines of processes other than the first."""
+
+
+def _report_if_it_can(
+    config: Config, workdir: Path, failed: bool, echo: Callable[[str], None]
+) -> None:
+    try:
+        _report(config, workdir, echo)
+    except checks.InputError as error:
+        if not failed:
+            raise
+        echo(f"report: {error}")
 
 
 @contextlib.contextmanager
@@ -91,7 +136,8 @@ def _report_of_these_results(workdir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if artefacts.read_bytes(workdir / artefacts.RESULTS) != before:
+        changed = artefacts.read_bytes(workdir / artefacts.RESULTS) != before
+        if changed and processes.is_first():
             shutil.rmtree(workdir / artefacts.REPORT, ignore_errors=True)
 
 
@@ -99,13 +145,33 @@ def _use_scores(
     config: Config,
     settings: dict[str, Any],
     workdir: Path,
-    load: Load,
+    load: _Sources,
     echo: Callable[[str], None],
 ) -> list[str]:
     """Runs what starts from scores on disk; returns a line for every run that failed.
 
     What scoring resolved is for `config.json`: another encoder may be fine-tuned than was scored.
     """
+    known = on_first(lambda: _until_exports(config, settings, workdir, load, echo))
+    failures = []
+    if "finetune" in config.stages:
+        if config.is_of_instructions:
+            failures = run_finetune_instructions(config, workdir, known, echo)
+        else:
+            failures = _finetune(config, workdir, known, load.together, echo)
+    if "evaluate" in config.stages:
+        run_evaluate(config, workdir, echo)
+    return failures
+
+
+def _until_exports(
+    config: Config,
+    settings: dict[str, Any],
+    workdir: Path,
+    load: Load,
+    echo: Callable[[str], None],
+) -> SelectionInputs:
+    """Runs what one process does: tunes, selects, tells of it and exports."""
     check_scores_are_whole(workdir)
     samples = artefacts.read_scores(workdir)
     if "score" not in config.stages:  # the rest of the file still describes the scores
@@ -133,15 +199,7 @@ def _use_scores(
             run_exports_instructions(config, workdir, known, echo)
         else:
             run_exports(config, workdir, known, load(config.dataset.train), echo)
-    failures = []
-    if "finetune" in config.stages:
-        if config.is_of_instructions:
-            failures = run_finetune_instructions(config, workdir, known, echo)
-        else:
-            failures = _finetune(config, workdir, known, load, echo)
-    if "evaluate" in config.stages:
-        run_evaluate(config, workdir, echo)
-    return failures
+    return known
 
 
 def _test_source(config: Config) -> str:
@@ -152,7 +210,7 @@ def _test_source(config: Config) -> str:
 def _finetune(
     config: Config,
     workdir: Path,
-    known: SelectionInputs,
+    known: SelectionInputs | None,
     load: Load,
     echo: Callable[[str], None],
 ) -> list[str]:
@@ -169,9 +227,12 @@ def _finetune(
         mode=config.mode,
         on_corrupt=config.dataset.on_corrupt,
         cache=config.cache,
-        progress=True,
+        mesh=config.mesh.make(),
+        progress=processes.is_first(),
     )
     end = run_sweep(config, workdir, known, dataset, make_tuner, echo)
+    if known is None:
+        return end.failures
     settings = config.to_dict()
     made_with = {key: settings[key] for key in ("mode", "dataset", "encoder", "finetune")}
     made_with |= {"encoder_fingerprint": encoder.for_mode(config.mode).fingerprint}

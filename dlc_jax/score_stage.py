@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jax
 import numpy as np
 
 import dlc_jax
 from dlc_jax import artefacts, checks, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
+from dlc_jax.distributed import processes, said_of
+from dlc_jax.distributed.processes import on_first, told_by_first
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.probes import features, probe
 from dlc_jax.scores import SCORES, column_name, score
@@ -103,12 +104,15 @@ def _measure_dlc(
 ) -> None:
     start = time.perf_counter()
     inputs = _dlc_inputs(config, made_of)
-    if provenance.is_done(workdir, "score", inputs) or _remade(workdir, inputs, dataset):
+    if told_by_first(
+        lambda: provenance.is_done(workdir, "score", inputs) or _remade(workdir, inputs, dataset)
+    ):
         echo("score: unchanged, not run again")
         return
+    mesh = config.mesh.make()
     echo(
         f"score: {len(dataset)} samples of {dataset.num_classes} classes, "
-        f"{encoder.name} on {jax.default_backend()}"
+        f"{encoder.name} on {said_of(mesh)}"
     )
     if config.cache.max_gib and not config.cache.takes(len(dataset), config.encoder.image_size):
         echo(
@@ -122,28 +126,34 @@ def _measure_dlc(
         on_corrupt=config.dataset.on_corrupt,
         cache=config.cache,
         folder=workdir / artefacts.SHARDS,
+        mesh=mesh,
         seed=config.seed,
         mode=config.mode,
-        progress=True,
+        progress=processes.is_first(),
         **_probe_settings(config),
     )
+    processes.wait_for_all()  # what comes goes when it is done, and all read it until here
     echo(f"score: {len(probes.sparsity)} probes up to sparsity {probes.sparsity[-1]:.2f}")
     if config.probe.placement == "grid" and probes.sparsity[-1] < _SHORT_PATH:
         echo(
             "score: note: the path stops early, where losses are nearly the unmasked network's; "
             "--config.probe.placement=midpoint spreads the probes over all of it"
         )
-    _write_dlc(workdir, dataset, probes)
-    paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(artefacts.PICTURE)]
-    facts = {
-        "dataset": _dataset_facts(dataset, probes),
-        "encoder": _encoder_facts(encoder, config.encoder.weights),
-    }
-    made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "encoder", "probe")}
-    made_with["made_of"] = made_of
-    seconds = time.perf_counter() - start
-    provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
-    shutil.rmtree(workdir / artefacts.SHARDS, ignore_errors=True)  # finished
+
+    def keep() -> None:
+        _write_dlc(workdir, dataset, probes)
+        paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(artefacts.PICTURE)]
+        facts = {
+            "dataset": _dataset_facts(dataset, probes),
+            "encoder": _encoder_facts(encoder, config.encoder.weights),
+        }
+        made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "encoder", "probe")}
+        made_with["made_of"] = made_of
+        seconds = time.perf_counter() - start
+        provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
+        shutil.rmtree(workdir / artefacts.SHARDS, ignore_errors=True)  # finished
+
+    on_first(keep)
 
 
 def _remade(workdir: Path, inputs: str, dataset: Dataset) -> bool:
@@ -192,7 +202,7 @@ def _measure_features(
     start = time.perf_counter()
     made_with = {"dtype": config.probe.dtype, "made_of": made_of}
     inputs = artefacts.json_hash([dlc_jax.__version__, made_with])
-    if provenance.is_done(workdir, "features", inputs):
+    if told_by_first(lambda: provenance.is_done(workdir, "features", inputs)):
         echo("features: unchanged, not measured again")
         return
     found = features(
@@ -204,13 +214,22 @@ def _measure_features(
         mode=config.mode,
         on_corrupt=config.dataset.on_corrupt,
         cache=config.cache,
-        progress=True,
+        folder=workdir / artefacts.SHARDS,
+        mesh=config.mesh.make(),
+        progress=processes.is_first(),
     )
-    with artefacts.atomic(workdir / artefacts.FEATURES) as file:
-        np.savez(file, allow_pickle=False, features=found, ids=artefacts.read_scores(workdir).ids)
-    seconds = time.perf_counter() - start
-    paths = [Path(artefacts.FEATURES)]
-    provenance.record(workdir, "features", inputs, paths, seconds, {}, made_with)
+    processes.wait_for_all()
+
+    def keep() -> None:
+        ids = artefacts.read_scores(workdir).ids
+        with artefacts.atomic(workdir / artefacts.FEATURES) as file:
+            np.savez(file, allow_pickle=False, features=found, ids=ids)
+        seconds = time.perf_counter() - start
+        paths = [Path(artefacts.FEATURES)]
+        provenance.record(workdir, "features", inputs, paths, seconds, {}, made_with)
+        shutil.rmtree(workdir / artefacts.SHARDS, ignore_errors=True)
+
+    on_first(keep)
     echo(f"features: {found.shape[1]} of each sample")
 
 
@@ -233,8 +252,39 @@ def _record(
         mode=config.mode,
         on_corrupt=config.dataset.on_corrupt,
         cache=config.cache,
-        progress=True,
+        mesh=config.mesh.make(),
+        progress=processes.is_first(),
     )
+    folder = workdir / artefacts.TRAINING
+    on_first(lambda: _prepare_record(workdir, recorder, echo))
+    record = recorder.run(folder)
+
+    def keep() -> None:
+        assert record is not None  # the first process has it
+        samples = artefacts.read_scores(workdir)
+        if not np.array_equal(samples.ids, record.ids):
+            raise checks.InputError(
+                f"{folder}: records other samples than {artefacts.SCORES} has; run the stage "
+                "'score' in another work directory."
+            )
+        made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "finetune", "record")}
+        made_with["made_of"] = made_of
+        paths = [Path(artefacts.TRAINING) / "record.npz"]
+        seconds = record.seconds
+        provenance.record(workdir, "training", recorder.inputs, paths, seconds, {}, made_with)
+        columns = {
+            column_name(name, variant): score(record, method=name, variant=variant)
+            for name, method in SCORES.items()
+            if method.of == "training"
+            for variant in method.variants
+        }
+        _write_columns(workdir, {"dlc": samples.scores["dlc"]} | columns)
+
+    on_first(keep)
+
+
+def _prepare_record(workdir: Path, recorder: Recorder, echo: Callable[[str], None]) -> None:
+    """Sets a record of other settings aside, and tells what will be done."""
     folder, samples = workdir / artefacts.TRAINING, artefacts.read_scores(workdir)
     found = RunFolder(folder).facts().get("inputs", recorder.inputs)
     if found != recorder.inputs:
@@ -248,26 +298,9 @@ def _record(
         echo("training record: unchanged, not made again")
     else:
         echo(
-            f"training record: {config.finetune.epochs} epochs on everything, and "
+            f"training record: {recorder.num_epochs} epochs on everything, and "
             f"{recorder.early_epoch} in {len(recorder.seeds) - 1} more runs"
         )
-    record = recorder.run(folder)
-    if not np.array_equal(samples.ids, record.ids):
-        raise checks.InputError(
-            f"{workdir / artefacts.TRAINING}: records other samples than {artefacts.SCORES} has; "
-            "run the stage 'score' in another work directory."
-        )
-    made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "finetune", "record")}
-    made_with["made_of"] = made_of
-    paths = [Path(artefacts.TRAINING) / "record.npz"]
-    provenance.record(workdir, "training", recorder.inputs, paths, record.seconds, {}, made_with)
-    columns = {
-        column_name(name, variant): score(record, method=name, variant=variant)
-        for name, method in SCORES.items()
-        if method.of == "training"
-        for variant in method.variants
-    }
-    _write_columns(workdir, {"dlc": samples.scores["dlc"]} | columns)
 
 
 def _write_columns(workdir: Path, columns: dict[str, np.ndarray]) -> None:

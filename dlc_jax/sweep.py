@@ -11,13 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Int64
 
 from dlc_jax import artefacts, checks, provenance
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
+from dlc_jax.distributed import processes, said_of, stopping
+from dlc_jax.distributed.processes import on_first, told_by_first
 from dlc_jax.selection import Cell
 from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.sweep_results import FULL, cells_of, facts_of, write_results
@@ -86,7 +88,7 @@ class Tuner(Protocol):
 def run_sweep(
     config: Config,
     workdir: Path,
-    known: SelectionInputs,
+    known: SelectionInputs | None,
     dataset: Dataset | Instructions,
     make_tuner: Callable[[], Tuner],
     echo: Callable[[str], None],
@@ -96,7 +98,7 @@ def run_sweep(
     Args:
       config: Checked configuration.
       workdir: Where scores and selections are.
-      known: What was scored, and what the methods go by.
+      known: What was scored, and what the methods go by; None in processes other than the first.
       dataset: What to train on.
       make_tuner: Of what trains on it; called once nothing else can go wrong.
       echo: Takes each line meant for the user.
@@ -104,20 +106,23 @@ def run_sweep(
       ValueError: what no run can do without: data that are not those that were scored, a test set
         that does not fit, a work directory that is in use; or every run failed.
     """
-    provenance.check_is_what_was_scored(workdir, dataset)
-    with artefacts.locked(workdir / artefacts.FINETUNE):
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: provenance.check_is_what_was_scored(workdir, dataset))
+        on_first(lambda: stack.enter_context(artefacts.locked(workdir / artefacts.FINETUNE)))
         tuner = make_tuner()
         sweep = _Sweep(config, workdir, known, tuner)
-        sweep.make_room(echo)
-        write_results(workdir)  # a table of runs set aside would be taken for this sweep's
+        on_first(lambda: sweep.make_room(echo))
+        # a table of runs set aside would be taken for this sweep's
+        on_first(lambda: write_results(workdir))
         cells = cells_of(config)
-        echo(f"finetune: {len(cells)} runs on {jax.default_backend()}")
+        echo(f"finetune: {len(cells)} runs on {said_of(config.mesh.make())}")
         for note in tuner.notes:
             echo(f"finetune: {note}")
         failures = sweep.run_all(cells, echo)
     if len(failures) == len(cells):
-        raise checks.InputError(f"all {len(cells)} runs failed, first {failures[0]}")
-    return SweepEnd(failures, sum(row["seconds"] for row in write_results(workdir)))
+        raise checks.SharedError(f"all {len(cells)} runs failed, first {failures[0]}")
+    seconds = told_by_first(lambda: float(sum(row["seconds"] for row in write_results(workdir))))
+    return SweepEnd(failures, seconds)
 
 
 class _Sweep(NamedTuple):
@@ -125,12 +130,13 @@ class _Sweep(NamedTuple):
 
     config: Config
     workdir: Path
-    known: SelectionInputs
+    known: SelectionInputs | None
     tuner: Tuner
 
     @property
     def shared(self) -> str:
         """SHA-256 of all that its runs have in common."""
+        assert self.known is not None
         return artefacts.json_hash([self.tuner.fingerprint, self.known.samples.fingerprint])
 
     def folder(self, cell: Cell) -> RunFolder:
@@ -145,8 +151,10 @@ class _Sweep(NamedTuple):
             try:
                 said = self.run(cell)
                 if said is not None:
-                    write_results(self.workdir)
+                    on_first(lambda: write_results(self.workdir))
             except Exception as error:  # whatever it is, the other runs go on
+                if processes.count() > 1 and not isinstance(error, checks.SharedError):
+                    raise  # unless other processes know nothing of it, and wait for this one
                 reason = _reason(error, self.folder(cell))
                 failures.append(f"{cell.name}: {reason}")
                 echo(f"{place}: failed: {reason}")
@@ -161,6 +169,33 @@ class _Sweep(NamedTuple):
 
     def run(self, cell: Cell) -> str | None:
         """Returns what to say of the run; None if it was finished before."""
+        stopping.check()
+        positions = self._positions_to_train(cell)
+        if positions is None:
+            return None
+        if not processes.is_first():
+            return self.tuner.said(self.tuner.run(positions, cell.seed, None, None))
+        settings = dataclasses.asdict(self.config.training)
+        facts = {"shared": self.shared, "cell": cell._asdict(), "settings": settings}
+        result = self.tuner.run(positions, cell.seed, self.folder(cell), facts)
+        return self.tuner.said(result)
+
+    def _positions_to_train(self, cell: Cell) -> Int64[np.ndarray, " k"] | None:
+        """Returns what the run trains on, in all processes; None if it was finished before."""
+        found: list[np.ndarray | None] = [None]
+
+        def look() -> int | None:
+            found[0] = self._unfinished(cell)
+            return None if found[0] is None else len(found[0])
+
+        num = told_by_first(look)
+        if num is None or processes.count() == 1:
+            return found[0]
+        mine = np.zeros(num, np.int32) if found[0] is None else found[0].astype(np.int32)
+        return np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.int64)
+
+    def _unfinished(self, cell: Cell) -> Int64[np.ndarray, " k"] | None:
+        """Returns what the run trains on, with its folder made ready; None if it is finished."""
         folder = self.folder(cell)
         positions = self.tuner.positions(self._kept(cell))
         inputs = self.tuner.inputs(positions, cell.seed)
@@ -172,12 +207,10 @@ class _Sweep(NamedTuple):
         found = folder.facts().get("inputs", inputs)
         if found != inputs:
             _move_over(folder.path, _aside(self.workdir, found))
-        settings = dataclasses.asdict(self.config.training)
-        facts = {"shared": self.shared, "cell": cell._asdict(), "settings": settings}
-        result = self.tuner.run(positions, cell.seed, folder, facts)
-        return self.tuner.said(result)
+        return positions
 
     def _kept(self, cell: Cell) -> Selection:
+        assert self.known is not None
         samples, mode = self.known.samples, self.config.mode
         if cell.method != FULL:
             return self.known.read(cell)
@@ -208,6 +241,8 @@ def _reason(error: Exception, folder: RunFolder) -> str:
     if isinstance(error, (checks.InputError, OSError)):
         return str(error)
     reason = checks.first_line(error)
+    if not processes.is_first():
+        return reason
     with contextlib.suppress(OSError):  # a full disk must not end the sweep
         with artefacts.atomic(folder.path / ERROR, "w") as file:
             file.writelines(traceback.format_exception(error))

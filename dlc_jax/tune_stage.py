@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import dlc_jax
 from dlc_jax import artefacts, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
+from dlc_jax.distributed import make_mesh
 from dlc_jax.score_stage import Load, load_configured
 from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
 from dlc_jax.types import Choice, Gap, Tried, Tuning
@@ -66,6 +68,7 @@ def run_tune(
             min_per_class=config.selection.min_per_class,
             settings=config.linear_probe,
             seed=config.seed,
+            mesh=make_mesh(devices=jax.local_devices()),
             progress=True,
         )
         if trials is not None:
@@ -106,6 +109,7 @@ def _finetune_trials(
         image_size=config.encoder.image_size,
         mode=config.mode,
         cache=config.cache,
+        mesh=make_mesh(devices=jax.local_devices()),
         folder=workdir / _TRIALS,
     )
 

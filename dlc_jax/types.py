@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -19,6 +20,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64, Integer
 
 from dlc_jax import checks
+
+_DIGESTED = 1024  # samples that one digest is of
 
 
 @runtime_checkable
@@ -124,13 +127,30 @@ class Dataset:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every id, label, image and class name: equal content, equal fingerprint."""
-        digest = hashlib.sha256(repr(self.class_names).encode())
+        return self.fingerprint_of(self.digests(range(self.num_blocks)))
+
+    @property
+    def num_blocks(self) -> int:
+        """How many digests the fingerprint is made of."""
+        return -(-len(self) // _DIGESTED)
+
+    def fingerprint_of(self, digests: Sequence[str]) -> str:
+        """Returns the fingerprint, made of the digests of all blocks."""
+        return hashlib.sha256("".join([repr(self.class_names), *digests]).encode()).hexdigest()
+
+    def digests(self, blocks: Sequence[int]) -> list[str]:
+        """Returns the SHA-256 of blocks of samples, which are read for it."""
+        found = []
         with ThreadPoolExecutor() as pool:
-            for start in range(0, len(self), 1024):  # a task each: not a million at a time
-                some = range(start, min(start + 1024, len(self)))
-                for row in pool.map(self._row_digest, some):
+            for block in blocks:
+                start = block * _DIGESTED
+                digest = hashlib.sha256()
+                for row in pool.map(
+                    self._row_digest, range(start, min(start + _DIGESTED, len(self)))
+                ):
                     digest.update(row)
-        return digest.hexdigest()
+                found.append(digest.hexdigest())
+        return found
 
     def _row_digest(self, position: int) -> bytes:
         head = f"{self.ids[position]}\0{self.labels[position]}\0"

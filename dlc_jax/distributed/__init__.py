@@ -1,20 +1,47 @@
-"""Models over several devices."""
+"""Many devices and processes: where things lie, who does what, and how a run ends."""
 
-from dlc_jax.distributed.mesh import load_sharded, make_mesh
+from dlc_jax.distributed.mesh import DATA, FSDP, PROBE, Team, make_mesh, one_device, said_of
 from dlc_jax.distributed.sharding import (
+    by_rows,
+    fetch,
+    filled_up,
+    from_first,
+    from_rows_here,
+    mesh_of,
     on_every_device,
     over_devices,
     partition,
+    place,
+    place_rows,
+    replicated,
+    rows_here,
     sharding_of,
+    whole_on,
     whole_rows,
 )
 
 __all__ = [
-    "load_sharded",
+    "DATA",
+    "FSDP",
+    "PROBE",
+    "Team",
+    "by_rows",
+    "fetch",
+    "filled_up",
+    "from_first",
+    "from_rows_here",
     "make_mesh",
+    "mesh_of",
     "on_every_device",
+    "one_device",
     "over_devices",
     "partition",
+    "place",
+    "place_rows",
+    "replicated",
+    "rows_here",
+    "said_of",
     "sharding_of",
+    "whole_on",
     "whole_rows",
 ]

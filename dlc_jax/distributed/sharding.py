@@ -8,18 +8,19 @@ Source: Zhao et al. 2023, arXiv 2304.11277, for the scheme.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dlc_jax.distributed.mesh import AXES, FSDP
 from dlc_jax.types import Params
-
-FSDP = "fsdp"  # name of the axis that weights are spread over
 
 # Path of a parameter -> whether it is spread; the first full match counts. Norms are a thousandth
 # of the weights. An adapter is a few hundred: its gradients are summed over devices anyway, and a
@@ -50,14 +51,24 @@ def partition(path: str, shape: Sequence[int], num_devices: int) -> PartitionSpe
 
 
 def sharding_of(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Returns what `load_language_model` takes: path and shape of a parameter -> where it lies."""
+    """Returns path and shape of a parameter of a decoder -> where it lies."""
     return lambda path, shape: NamedSharding(mesh, partition(path, shape, mesh.shape[FSDP]))
 
 
+def mesh_of(params: Params) -> Mesh | None:
+    """Returns the mesh that parameters were spread over; None: they are on one device."""
+    for leaf in jax.tree.leaves(params):
+        where = getattr(leaf, "sharding", None)
+        if isinstance(where, NamedSharding) and FSDP in where.mesh.axis_names:
+            assert isinstance(where.mesh, Mesh)
+            return where.mesh
+    return None
+
+
 def whole_rows(params: Params, num_rows: int) -> int:
-    """Returns the next number of rows that can be spread as the parameters are."""
-    mesh = _mesh_of(params)
-    num_devices = 1 if mesh is None else mesh.shape[FSDP]
+    """Returns the next number of rows that can be spread over all devices of the parameters."""
+    mesh = mesh_of(params)
+    num_devices = 1 if mesh is None else mesh.size
     return -(-num_rows // num_devices) * num_devices
 
 
@@ -66,32 +77,111 @@ def over_devices(params: Params, rows: Tree) -> Tree:
 
     Args:
       params: Of the program that is fed. Where they are on one device, so are the rows.
-      rows: Host arrays [b ...]. Rows are added, as the first one, until their number divides: a
-        device that repeats a row costs no more than one that waits.
+      rows: Host arrays [b ...], the same in every process. Rows are added, as the first one, until
+        their number divides: a device that repeats a row costs no more than one that waits.
     """
-    mesh = _mesh_of(params)
+    mesh = mesh_of(params)
     if mesh is None:
         return jax.tree.map(jnp.asarray, rows)
-    where = NamedSharding(mesh, PartitionSpec(FSDP))
+    where = by_rows(mesh)
 
-    def place(array: np.ndarray) -> jax.Array:
-        missing = whole_rows(params, len(array)) - len(array)
-        return jax.device_put(np.concatenate([array, np.repeat(array[:1], missing, 0)]), where)
+    def one(array: np.ndarray) -> jax.Array:
+        return place(filled_up(array, whole_rows(params, len(array))), where)
 
-    return jax.tree.map(place, rows)
+    return jax.tree.map(one, rows)
+
+
+def filled_up(array: np.ndarray, num_rows: int) -> np.ndarray:
+    """Returns an array of that many rows, the first one repeated at the end."""
+    return np.concatenate([array, np.repeat(array[:1], num_rows - len(array), 0)])
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """Returns where the rows of samples lie: divided among all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def whole_on(mesh: Mesh) -> NamedSharding:
+    """Returns where that lies which every device holds."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place(array: Any, where: jax.sharding.Sharding | None) -> jax.Array:
+    """Returns a host array, the same in every process, on devices; None: on the default one."""
+    if where is None or where.is_fully_addressable:
+        return jax.device_put(array, where)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def on_every_device(params: Params, tree: Tree) -> Tree:
     """Returns arrays as each device of the parameters holds them all."""
-    mesh = _mesh_of(params)
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    mesh = mesh_of(params)
+    return tree if mesh is None else replicated(mesh, tree)
 
 
-def _mesh_of(params: Params) -> Mesh | None:
-    """Returns the mesh that parameters were spread over; None: they are on one device."""
-    for leaf in jax.tree.leaves(params):
-        where = leaf.sharding
-        if isinstance(where, NamedSharding) and FSDP in where.mesh.axis_names:
-            assert isinstance(where.mesh, Mesh)
-            return where.mesh
-    return None
+def place_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """Returns rows, the same in every process, divided among all devices; see `over_devices`."""
+    num_rows = -(-len(rows) // mesh.size) * mesh.size
+    return place(filled_up(rows, num_rows), by_rows(mesh))
+
+
+def rows_here(mesh: Mesh, num_rows: int) -> range:
+    """Returns which of the rows that are divided among all devices lie on this process's."""
+    is_mine = [device.process_index == jax.process_index() for device in mesh.devices.flat]
+    each = num_rows // mesh.size
+    first = is_mine.index(True)
+    return range(first * each, (first + sum(is_mine)) * each)
+
+
+def from_rows_here(mesh: Mesh, rows: np.ndarray, num_rows: int) -> jax.Array:
+    """Returns rows divided among all devices, of which each process gives its own.
+
+    Args:
+      mesh: The devices.
+      rows: Those of `rows_here`.
+      num_rows: Of all processes, a multiple of the number of devices.
+    """
+    return jax.make_array_from_process_local_data(by_rows(mesh), rows, (num_rows, *rows.shape[1:]))
+
+
+def from_first(mesh: Mesh, tree: Tree) -> Tree:
+    """Returns the first process's arrays, as each device of the mesh holds them all.
+
+    Args:
+      mesh: The devices.
+      tree: Host arrays; those of other processes decide shapes and types alone.
+    """
+    if mesh.is_multi_process:
+        tree = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+    return replicated(mesh, tree)
+
+
+def replicated(mesh: Mesh, tree: Tree) -> Tree:
+    """Returns arrays, the same in every process, as each device of the mesh holds them all."""
+    return jax.tree.map(lambda leaf: place(leaf, whole_on(mesh)), tree)
+
+
+def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
+    """Returns an array on the host.
+
+    Where this process's devices do not have all of it, the rest comes from other processes, and all
+    of them have to call this.
+    """
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    parts = {str(shard.index): shard for shard in array.addressable_shards}
+    if sum(shard.data.size for shard in parts.values()) == array.size:
+        whole = np.empty(array.shape, array.dtype)
+        for shard in parts.values():
+            whole[shard.index] = shard.data
+        return whole
+    where = array.sharding
+    assert isinstance(where, NamedSharding)
+    assert isinstance(where.mesh, Mesh)
+    return np.asarray(_everywhere(whole_on(where.mesh))(array))
+
+
+@functools.cache
+def _everywhere(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=where)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dlc_jax import checks
+from dlc_jax.distributed import place
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import ACTIVATIONS, DecoderConfig, RopeScaling
 from dlc_jax.encoders.transformers_library import transformers_library
@@ -172,7 +173,7 @@ def read_params(
             if not np.isfinite(value.astype(np.float32)).all():
                 not_finite.append(name)
             where = None if sharding_of is None else sharding_of(path, leaf.shape)
-            params[path] = jax.device_put(value.astype(leaf.dtype), where)
+            params[path] = place(value.astype(leaf.dtype), where)
     problems = {
         "tensors of another shape": misshaped,
         "tensors with NaN or infinity": not_finite,

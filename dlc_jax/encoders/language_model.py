@@ -9,9 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from jax.sharding import Mesh
 
 from dlc_jax import checks
+from dlc_jax.distributed import fetch, sharding_of
 from dlc_jax.encoders.architecture import DTYPES, Architecture, joined
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.huggingface import read_config, read_params
@@ -109,7 +110,7 @@ class LanguageModel:
         digest = hashlib.sha256(repr(self.architecture).encode())
         for path, leaf in by_path(self.params).items():
             digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
-            digest.update(np.asarray(leaf).tobytes())
+            digest.update(fetch(leaf).tobytes())
         return digest.hexdigest()
 
 
@@ -117,7 +118,7 @@ def load_language_model(
     weights: str,
     *,
     dtype: str = "bfloat16",
-    sharding_of: Any = None,
+    mesh: Mesh | None = None,
 ) -> LanguageModel:
     """Loads a Llama, Mistral or Gemma 2 model.
 
@@ -125,7 +126,8 @@ def load_language_model(
       weights: A folder in Hugging Face format, a hub id such as `mistralai/Mistral-7B-v0.3`, or
         `demo:tiny-llama`, the bundled one.
       dtype: `bfloat16`, `float16` or `float32`.
-      sharding_of: See `huggingface.read_params`.
+      mesh: Devices, from `make_mesh`; the weights are spread over its axis `fsdp`. None: the
+        default device.
     Raises:
       ValueError: nothing there, the hub cannot be reached, another architecture, or weights that do
         not fit exactly.
@@ -133,7 +135,8 @@ def load_language_model(
     checks.one_of("dtype", dtype, DTYPES)
     folder = model_folder(weights)
     architecture = Architecture(read_config(folder), dtype)
-    params = read_params(folder, architecture, sharding_of)
+    where = None if mesh is None or mesh.size == 1 else sharding_of(mesh)
+    params = read_params(folder, architecture, where)
     return LanguageModel(params, architecture, folder, weights)
 
 

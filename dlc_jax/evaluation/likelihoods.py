@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, Int64
 from tqdm import tqdm
 
 from dlc_jax import checks
-from dlc_jax.distributed import over_devices
+from dlc_jax.distributed import fetch, on_every_device, over_devices
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.preprocess.tokens import TokenBatch, Tokenised, bucket_length, token_batches
@@ -95,7 +95,7 @@ def continuation_log_likelihoods(
                 model.params,
                 *_arrays(model.params, batch, judged, chosen, width),
             )
-            logs[chosen], is_likeliest[chosen] = (np.asarray(x)[: len(chosen)] for x in found)
+            logs[chosen], is_likeliest[chosen] = (fetch(x)[: len(chosen)] for x in found)
             bar.update(len(batch.positions))
     sums = np.bincount(judged.pairs, logs, minlength=len(pairs)).astype(np.float32)
     misses = np.bincount(judged.pairs[~is_likeliest], minlength=len(pairs))
@@ -178,19 +178,14 @@ def _arrays(
     judged: _Places,
     chosen: Int64[np.ndarray, " r"],
     width: int,
-) -> tuple[Array, ...]:
+) -> tuple[Array | np.ndarray, ...]:
     """Returns what `_judged` takes of a batch, judgements repeated up to `width`."""
     within = np.zeros(batch.positions.max() + 1, np.int64)
     within[batch.positions] = np.arange(len(batch.positions))
     filled = np.resize(chosen, width)
     tokens, num_tokens = over_devices(params, (batch.tokens, batch.num_tokens))
-    return (
-        jnp.asarray(tokens),
-        jnp.asarray(num_tokens),
-        jnp.asarray(within[judged.rows[filled]], jnp.int32),
-        jnp.asarray(judged.places[filled], jnp.int32),
-        jnp.asarray(judged.targets[filled], jnp.int32),
-    )
+    others = (within[judged.rows[filled]], judged.places[filled], judged.targets[filled])
+    return tokens, num_tokens, *on_every_device(params, tuple(x.astype(np.int32) for x in others))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from safetensors.flax import save_file
 
 from dlc_jax import artefacts, checks
+from dlc_jax.distributed import fetch, on_every_device
 from dlc_jax.encoders.architecture import DTYPES
 from dlc_jax.encoders.huggingface import torch_names
 from dlc_jax.encoders.language_model import LanguageModel
@@ -66,7 +66,7 @@ def write_adapter(model: LanguageModel, folder: str | Path) -> None:
     weights = by_path(model.architecture.abstract_adapter())
     leaves = by_path(model.params)
     names = _adapter_names(model, weights)
-    tensors = {names[path]: jnp.asarray(leaves[path].T) for path in weights}
+    tensors = {names[path]: jnp.asarray(fetch(leaves[path]).T) for path in weights}
     config = {
         "base_model_name_or_path": model.name,
         "bias": "none",
@@ -122,7 +122,7 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
                 )
             found[place] = tensor
     weights = jax.tree_util.tree_map_with_path(lambda place, _: found[path_name(place)], shapes)
-    return model.with_adapter(adapter, weights)
+    return model.with_adapter(adapter, on_every_device(model.params, weights))
 
 
 def _adapter_of(config: Mapping[str, Any], path: Path) -> Adapter:
@@ -211,10 +211,11 @@ def _shards(leaves: Mapping[str, jax.Array]) -> Iterator[list[str]]:
 def _merged(model: LanguageModel, leaves: Mapping[str, jax.Array], path: str) -> jax.Array:
     """Returns a tensor as torch has it, [out, in]; the change is added in float32."""
     dtype = DTYPES[model.architecture.dtype]
-    value = jnp.asarray(np.asarray(leaves[path]))
+    value = jnp.asarray(fetch(leaves[path]))
     layer = path.removesuffix("/kernel")
-    if (lora_a := leaves.get(f"{layer}/lora_a")) is not None:
+    if f"{layer}/lora_a" in leaves:
         assert model.architecture.adapter is not None
-        change = lora_a @ leaves[f"{layer}/lora_b"] * model.architecture.adapter.scale
+        lora_a, lora_b = (jnp.asarray(fetch(leaves[f"{layer}/{name}"])) for name in _MATRICES)
+        change = lora_a @ lora_b * model.architecture.adapter.scale
         value = value.astype(jnp.float32) + change
     return jnp.asarray(value.T if path.endswith("kernel") else value, dtype)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
+from dlc_jax.distributed import fetch
+
 HALF = 16  # bits
 _LOWER = (1 << HALF) - 1
 KeyOf = Callable[[jax.Array], jax.Array]  # weights or importances -> integers in their order
@@ -59,13 +61,13 @@ def _cutoffs(
     key_of: KeyOf,
 ) -> Int32[np.ndarray, "m leaves"]:
     """Returns where the ties begin that are kept, `num_tied` of them going."""
-    equal = np.stack([np.asarray(_equal_counts(leaf, keys, key_of)) for leaf in leaves], axis=1)
+    equal = np.stack([fetch(_equal_counts(leaf, keys, key_of)) for leaf in leaves], axis=1)
     before = np.cumsum(equal, axis=1, dtype=np.int64) - equal
     left = np.clip(num_tied[:, None] - before, 0, equal)  # ties that go from each leaf
     cutoffs = np.where(left == equal, [leaf.size for leaf in leaves], 0)
     cutoffs[left == 0] = 0
     for k, place in zip(*np.nonzero((left > 0) & (left < equal)), strict=True):
-        cutoffs[k, place] = _position(leaves[place], keys[k], left[k, place], key_of)
+        cutoffs[k, place] = fetch(_position(leaves[place], keys[k], left[k, place], key_of))
     return cutoffs.astype(np.int32)
 
 
@@ -96,4 +98,4 @@ def _position(leaf: jax.Array, key: jax.Array, nth: jax.Array, key_of: KeyOf) ->
 
 def _total(counts: Iterable[jax.Array]) -> Int[np.ndarray, " bins"]:
     """Sums counts of leaves, one after the other, in 64 bits, which a few of billions need."""
-    return functools.reduce(np.add, (np.asarray(count, np.int64) for count in counts))
+    return functools.reduce(np.add, (fetch(count).astype(np.int64) for count in counts))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int, Real
 
+from dlc_jax.distributed import fetch
 from dlc_jax.masking.counting import keys_and_cutoffs
 from dlc_jax.masking.importance import Importance
 from dlc_jax.types import Params, by_path, path_name
@@ -59,9 +60,9 @@ def exact_thresholds(
         return Thresholds(keys if importance is None else keys.view(matters[0].dtype), cutoff)
     flat = np.concatenate(
         [
-            (np.asarray(leaves[path], np.float32).view(np.int32) & _ALL_BUT_SIGN).ravel()
+            (np.asarray(fetch(leaves[path]), np.float32).view(np.int32) & _ALL_BUT_SIGN).ravel()
             if importance is None
-            else importance[path].ravel()
+            else fetch(importance[path]).ravel()
             for path in prunable
         ]
     )

@@ -38,7 +38,7 @@ def _peak(jaxpr: Any) -> int:
     for place, equation in enumerate(jaxpr.eqns):
         made = {var: _num_bytes(var, equation.primitive.name) for var in equation.outvars}
         # what it computes inside holds its results at the end
-        inside = max(map(_peak, _inner(equation.params)), default=0)
+        inside = max(map(_peak, inner_programs(equation.params)), default=0)
         peak = max(peak, sum(alive.values()) + max(inside, sum(made.values())))
         alive |= {var: size for var, size in made.items() if last_use.get(var, place) > place}
         for var in equation.invars:
@@ -47,7 +47,7 @@ def _peak(jaxpr: Any) -> int:
     return peak
 
 
-def _inner(value: Any) -> Iterator[Any]:
+def inner_programs(value: Any) -> Iterator[Any]:
     """Yields the programs in an operation's parameters."""
     if isinstance(value, core.ClosedJaxpr):
         yield value.jaxpr
@@ -55,10 +55,10 @@ def _inner(value: Any) -> Iterator[Any]:
         yield value
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _inner(part)
+            yield from inner_programs(part)
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from _inner(part)
+            yield from inner_programs(part)
 
 
 def _num_bytes(var: Any, operation: str) -> int:

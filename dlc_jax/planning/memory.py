@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,8 @@ class Scoring:
       dtype: Of its weights and activations.
       masking, num_probes, tokens_per_batch: See `probe_responses`.
       max_length: Longest sequence in tokens.
-      fsdp: Number of devices.
+      fsdp: Devices that weights are spread over.
+      groups: Of so many devices that share the rows of a call.
     """
 
     config: DecoderConfig
@@ -79,6 +80,11 @@ class Scoring:
     tokens_per_batch: int
     max_length: int
     fsdp: int
+    groups: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return self.fsdp * self.groups
 
     def plan(self) -> MemoryPlan:
         """Returns the plan for the lengths of batches that take most."""
@@ -87,7 +93,7 @@ class Scoring:
 
     def _plan(self, length: int) -> MemoryPlan:
         whole = Architecture(self.config, self.dtype)
-        num_rows = -(-max(1, self.tokens_per_batch // length) // self.fsdp)
+        num_rows = -(-max(1, self.tokens_per_batch // length) // self.num_devices)
         leaves = by_path(whole.abstract_params())
         prunable = [leaf for path, leaf in leaves.items() if LanguageModel.is_prunable(path)]
         num_prunable = sum(leaf.size for leaf in prunable)
@@ -118,24 +124,30 @@ class Finetuning:
       config: Of the model.
       lora: Settings.
       max_length: Longest sequence in tokens.
-      fsdp: Number of devices.
+      fsdp: Devices that weights are spread over.
+      groups: Of so many devices that share the rows of a call.
     """
 
     config: DecoderConfig
     lora: LoraConfig
     max_length: int
     fsdp: int
+    groups: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return self.fsdp * self.groups
 
     def plan(self) -> MemoryPlan:
         """Returns the plan for batches as long as can be."""
         lora, depth = self.lora, self.config.depth
         whole = Architecture(self.config, lora.dtype, lora.adapter, lora.rematerialise)
-        num_rows = -(-lora.rows_at_once // self.fsdp)
+        num_rows = -(-lora.rows_at_once // self.num_devices)
         of_block = _with_depth(whole, 1).abstract_adapter()
-        adapter = _size(of_block) * depth
-        optimiser = _size(jax.eval_shape(Optimiser.of(lora).at(0.0).init, of_block)) * depth
+        adapter = tree_bytes(of_block) * depth
+        optimiser = tree_bytes(jax.eval_shape(Optimiser.of(lora).at(0.0).init, of_block)) * depth
         kept, block = _gradient(whole, num_rows, self.max_length)
-        kept = max(0, kept - _size(of_block)) * depth
+        kept = max(0, kept - tree_bytes(of_block)) * depth
         # without rematerialisation, the gradient uses the gathered weights again
         num_gathered = 2 if lora.rematerialise else depth
         parts = [
@@ -156,7 +168,13 @@ class Finetuning:
         return MemoryPlan(tuple(part for part in parts if part.num_bytes))
 
 
-Job = Scoring | Finetuning
+@runtime_checkable
+class Job(Protocol):
+    """What takes memory of devices."""
+
+    def plan(self) -> MemoryPlan:
+        """Returns how much."""
+        ...
 
 
 def weight_bytes(architecture: Architecture, fsdp: int) -> int:
@@ -166,6 +184,11 @@ def weight_bytes(architecture: Architecture, fsdp: int) -> int:
         is_spread = any(axis is not None for axis in partition(path, leaf.shape, fsdp))
         total += leaf.size * leaf.dtype.itemsize // (fsdp if is_spread else 1)
     return total
+
+
+def tree_bytes(tree: Any) -> int:
+    """Returns the bytes of all arrays in a tree, from their shapes and types."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def first_that_fits(jobs: Iterable[tuple[str, Job]], limit: int) -> str | None:
@@ -199,7 +222,7 @@ def _all_rows(architecture: Architecture, num_rows: int, length: int, fsdp: int)
     Before, and after what is summed up over devices.
     """
     hidden = _hidden(architecture, num_rows * fsdp, length)
-    return Part("first and last layer of all rows", 0 if fsdp == 1 else 2 * _size(hidden))
+    return Part("first and last layer of all rows", 0 if fsdp == 1 else 2 * tree_bytes(hidden))
 
 
 @functools.lru_cache
@@ -259,7 +282,3 @@ def _hidden(architecture: Architecture, num_rows: int, length: int) -> jax.Shape
 
 def _tokens(num_rows: int, length: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((num_rows, length), jnp.int32)
-
-
-def _size(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -88,33 +88,35 @@ class ImageCache:
     def crops(
         self,
         dataset: Dataset,
+        part: range,
         image_size: int,
         decode_all: Callable[[], Iterable[np.ndarray | str]],
     ) -> CachedCrops | None:
-        """Returns the data set's crops, decoded now unless they are there already.
+        """Returns a data set's crops, decoded now unless they are there already.
 
         Args:
           dataset: What they are of.
+          part: Positions in it.
           image_size: Side of the crops in pixels.
-          decode_all: Gives every crop, or why it cannot be had, in order.
+          decode_all: Gives every crop of the part, or why it cannot be had, in order.
         Returns:
           The crops, or None if there is no room for them.
         Raises:
           ValueError: the folder cannot be written to, or its disk is full.
         """
-        if not self.takes(len(dataset), image_size):
+        if not self.takes(len(part), image_size):
             return None
-        entry = self.path / _key(dataset, image_size)
+        entry = self.path / _key(dataset, image_size, part)
         try:
             artefacts.clear_leftovers(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             with _alone(entry.with_suffix(".lock")):  # another run may be decoding the same
-                found = _opened(entry, len(dataset), image_size)
+                found = _opened(entry, len(part), image_size)
                 if found is None:
                     shutil.rmtree(entry, ignore_errors=True)  # damaged
-                    if not self._write(entry, len(dataset), image_size, decode_all):
+                    if not self._write(entry, len(part), image_size, decode_all):
                         return None
-                    found = _opened(entry, len(dataset), image_size)
+                    found = _opened(entry, len(part), image_size)
         except OSError as error:
             raise checks.InputError(
                 f"cache.folder: {self.path} cannot be used: {error.strerror or error}; expected a "
@@ -179,14 +181,15 @@ class ImageCache:
         return excess <= 0
 
 
-def _key(dataset: Dataset, image_size: int) -> str:
-    return artefacts.json_hash(
-        {
-            "dataset": dataset.fingerprint,
-            "transform": f"resize {round(image_size * 256 / 224)}, centre crop {image_size}",
-            "decoder": [PIL.__version__, features.version("jpg")],
-        }
-    )[:32]
+def _key(dataset: Dataset, image_size: int, part: range | None = None) -> str:
+    of: dict[str, Any] = {
+        "dataset": dataset.fingerprint,
+        "transform": f"resize {round(image_size * 256 / 224)}, centre crop {image_size}",
+        "decoder": [PIL.__version__, features.version("jpg")],
+    }
+    if part not in (None, range(len(dataset))):
+        of["part"] = [part.start, part.stop]
+    return artefacts.json_hash(of)[:32]
 
 
 def _opened(entry: Path, num_images: int, image_size: int) -> CachedCrops | None:

@@ -72,14 +72,14 @@ class Reader(Generic[Item]):
 
 
 class _CachedReader(Reader[np.ndarray]):
-    """Evaluation crops that the cache has."""
+    """Evaluation crops that the cache has, from the position `first` on."""
 
-    def __init__(self, dataset: Dataset, cached: CachedCrops):
-        self.dataset, self.cached = dataset, cached
+    def __init__(self, dataset: Dataset, cached: CachedCrops, first: int = 0):
+        self.dataset, self.cached, self._first = dataset, cached, first
 
     def read(self, positions: Int64[np.ndarray, " k"]) -> Iterator[np.ndarray | str]:
-        for position in positions.tolist():
-            yield self.cached.problems.get(position) or self.cached.pixels[position]
+        for place in (positions - self._first).tolist():
+            yield self.cached.problems.get(place) or self.cached.pixels[place]
 
 
 def unreadable(dataset: Dataset, why: str) -> checks.InputError:
@@ -93,6 +93,7 @@ def evaluation_crops(
     *,
     on_corrupt: str = "error",
     cache: ImageCache | None = None,
+    part: range | None = None,
     progress: bool = False,
 ) -> Reader[np.ndarray]:
     """Returns a reader of uint8 [s, s, 3]: the evaluation transform of every image.
@@ -103,23 +104,25 @@ def evaluation_crops(
       on_corrupt: Whether filling the cache stops at an unreadable image (`error`) or not (`skip`).
       cache: Where decoded crops are kept. Without one, or if they do not fit, images are decoded
         whenever they are read.
+      part: Positions that will be asked for; None: all.
       progress: Whether to show a bar while the cache is filled.
     Raises:
       ValueError: naming the sample, if one cannot be read while the cache is filled.
     """
     reader = Reader(dataset, lambda image, _: resize_and_crop(image, image_size))
-    if cache is None:
+    part = range(len(dataset)) if part is None else part
+    if cache is None or not part:
         return reader
 
     def everything() -> Iterator[np.ndarray | str]:
-        crops = reader.read(np.arange(len(dataset)))
-        for crop in shown(crops, "decode", len(dataset), progress):
+        crops = reader.read(np.asarray(part))
+        for crop in shown(crops, "decode", len(part), progress):
             if isinstance(crop, str) and on_corrupt == "error":  # now, not after all the others
                 raise unreadable(dataset, crop)
             yield crop
 
-    cached = cache.crops(dataset, image_size, everything)
-    return reader if cached is None else _CachedReader(dataset, cached)
+    cached = cache.crops(dataset, part, image_size, everything)
+    return reader if cached is None else _CachedReader(dataset, cached, part.start)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,14 @@ class Tokenised:
             tokens=tuple(row[:num] for row, num in pairs),
             truncated=self.truncated | np.array([len(row) > num for row, num in pairs]),
         )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all tokens, in order, and where responses begin."""
+        digest = hashlib.sha256(self.num_prompt.tobytes())
+        for row in self.tokens:
+            digest.update(len(row).to_bytes(8, "little") + row.tobytes())
+        return digest.hexdigest()
 
     @property
     def num_response(self) -> Int64[np.ndarray, " n"]:
@@ -147,6 +156,36 @@ def bucket_length(length: int, max_length: int) -> int:
     return min(-(-length // step) * step, max_length)
 
 
+class BatchPlan(NamedTuple):
+    """Which samples a batch holds, before it is made.
+
+    Attributes:
+      positions: Of the samples.
+      num_rows: At least as many.
+      length: Of every row, in tokens.
+    """
+
+    positions: Int64[np.ndarray, " r"]
+    num_rows: int
+    length: int
+
+
+def plan_batches(
+    data: Tokenised, tokens_per_batch: int, max_length: int | None = None
+) -> Iterator[BatchPlan]:
+    """Yields the batches of `token_batches`, not made yet."""
+    lengths = np.array([len(row) for row in data.tokens])
+    longest = int(lengths.max()) if max_length is None else max_length
+    buckets = np.array([bucket_length(int(length), longest) for length in lengths])
+    for length in np.unique(buckets):
+        members = np.flatnonzero(buckets == length)
+        members = members[np.argsort(lengths[members], kind="stable")]
+        num_batches = -(-len(members) // max(1, tokens_per_batch // int(length)))
+        num_rows = -(-len(members) // num_batches)  # even, so that few rows are repeated
+        for start in range(0, len(members), num_rows):
+            yield BatchPlan(members[start : start + num_rows], num_rows, int(length))
+
+
 def token_batches(
     data: Tokenised, tokens_per_batch: int, max_length: int | None = None
 ) -> Iterator[TokenBatch]:
@@ -159,21 +198,13 @@ def token_batches(
       tokens_per_batch: Rows times padded length, at most, unless one row is longer.
       max_length: Longest bucket; None: that of the longest sample.
     """
-    lengths = np.array([len(row) for row in data.tokens])
-    longest = int(lengths.max()) if max_length is None else max_length
-    buckets = np.array([bucket_length(int(length), longest) for length in lengths])
-    for length in np.unique(buckets):
-        members = np.flatnonzero(buckets == length)
-        members = members[np.argsort(lengths[members], kind="stable")]
-        num_batches = -(-len(members) // max(1, tokens_per_batch // int(length)))
-        num_rows = -(-len(members) // num_batches)  # even, so that few rows are repeated
-        for start in range(0, len(members), num_rows):
-            yield _batch(data, members[start : start + num_rows], num_rows, int(length))
+    for plan in plan_batches(data, tokens_per_batch, max_length):
+        yield make_batch(data, plan)
 
 
-def _batch(
-    data: Tokenised, positions: Int64[np.ndarray, " r"], num_rows: int, length: int
-) -> TokenBatch:
+def make_batch(data: Tokenised, plan: BatchPlan) -> TokenBatch:
+    """Returns a batch that was planned."""
+    positions, num_rows, length = plan
     filled: Sequence[int] = [*positions, *[positions[0]] * (num_rows - len(positions))]
     tokens = np.zeros((num_rows, length), np.int32)
     for row, position in enumerate(filled):

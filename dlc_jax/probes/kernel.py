@@ -9,15 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 
 from dlc_jax import checks
+from dlc_jax.distributed import DATA, PROBE
 from dlc_jax.encoders import Encoder, normalise, pool
 from dlc_jax.masking import Importance, Thresholds, masked
 from dlc_jax.probes.prototypes import prototype_loss
 from dlc_jax.types import Params
 
 DTYPES = ("float32", "bfloat16")
+_WHOLE = P()
 
 
 class Forward(NamedTuple):
@@ -85,28 +89,64 @@ def features_of_batch(
     return forward(params, images)
 
 
-@functools.partial(jax.jit, static_argnames=("forward", "prunable", "chunk"))
-def losses_of_batch(
+@functools.partial(jax.jit, static_argnames=("forward", "mesh"))
+def features_of_batches(
+    forward: Forward, mesh: Mesh, params: Params, images: UInt8[Array, "k b s s 3"]
+) -> Float[Array, "k b d"]:
+    """Returns the unmasked features of k batches, one for each part of the mesh's data axis."""
+
+    def of_one(params: Params, images: UInt8[Array, "1 b s s 3"]) -> Float[Array, "1 b d"]:
+        return forward(params, images[0])[None]
+
+    on_all = jax.shard_map(
+        of_one, mesh=mesh, in_specs=(_WHOLE, P(DATA)), out_specs=P(DATA), check_vma=False
+    )
+    return on_all(params, images)
+
+
+@functools.partial(jax.jit, static_argnames=("forward", "prunable", "chunk", "mesh"))
+def losses_of_batches(
     forward: Forward,
     prunable: tuple[str, ...],
     chunk: int,
+    mesh: Mesh,
     params: Params,
     importance: Importance,
     thresholds: Thresholds,
     prototypes: Float[Array, "c d"],
-    images: UInt8[Array, "b s s 3"],
-    labels: Int[Array, " b"],
-) -> Float[Array, "m b"]:
-    """Returns the losses of a batch under every probe, in one program.
+    images: UInt8[Array, "k b s s 3"],
+    labels: Int[Array, "k b"],
+) -> Float[Array, "k m b"]:
+    """Returns the losses of k batches under every probe, in one program.
 
-    The probes are mapped over, `chunk` of them side by side (1: one after another, which holds
-    one masked copy of the weights at a time). m must be a multiple of `chunk`.
+    Each part of the mesh's data axis takes one whole batch and each part of its probe axis some of
+    the probes: every device computes what one device alone would compute of them, so that the
+    number of devices does not show in the losses, and no device waits for another. There the probes
+    are mapped over, `chunk` of them side by side (1: one after another, which holds one masked copy
+    of the weights at a time). m must be a multiple of `chunk` times the probe axis.
     """
 
-    def one_probe(threshold: Thresholds) -> Float[Array, " b"]:
-        features = forward(masked(params, prunable, importance, threshold), images)
-        return prototype_loss(features, labels, prototypes)
+    def on_one_device(
+        params: Params,
+        importance: Importance,
+        thresholds: Thresholds,
+        prototypes: Float[Array, "c d"],
+        images: UInt8[Array, "1 b s s 3"],
+        labels: Int[Array, "1 b"],
+    ) -> Float[Array, "1 p b"]:
+        def one_probe(threshold: Thresholds) -> Float[Array, " b"]:
+            features = forward(masked(params, prunable, importance, threshold), images[0])
+            return prototype_loss(features, labels[0], prototypes)
 
-    if chunk == 1:  # a batch of one would still turn convolutions into grouped ones
-        return jax.lax.map(one_probe, thresholds)
-    return jax.lax.map(one_probe, thresholds, batch_size=chunk)
+        # a batch of one would still turn convolutions into grouped ones
+        size = None if chunk == 1 else chunk
+        return jax.lax.map(one_probe, thresholds, batch_size=size)[None]
+
+    on_all = jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(_WHOLE, _WHOLE, P(PROBE), _WHOLE, P(DATA), P(DATA)),
+        out_specs=P(DATA, PROBE),
+        check_vma=False,
+    )
+    return on_all(params, importance, thresholds, prototypes, images, labels)

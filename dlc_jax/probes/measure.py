@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt8
-from PIL import Image
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float32, Int32, Shaped, UInt8
 
 import dlc_jax
 from dlc_jax import artefacts, checks
+from dlc_jax.distributed import DATA, FSDP, PROBE, Team, replicated
 from dlc_jax.encoders import Encoder
-from dlc_jax.masking import MASKINGS, Thresholds, check_path, path_counts
+from dlc_jax.masking import MASKINGS, Importance, Thresholds, check_path, path_counts
 from dlc_jax.preprocess import (
     ON_CORRUPT,
     ImageCache,
@@ -24,13 +24,19 @@ from dlc_jax.preprocess import (
     Reader,
     evaluation_crops,
     filled,
-    in_batches,
-    shown,
 )
-from dlc_jax.probes.kernel import DTYPES, Forward, features_of_batch, losses_of_batch
-from dlc_jax.probes.passes import Unfinished, measure_losses, measure_prototypes, one_ahead
+from dlc_jax.probes.kernel import DTYPES, Forward, features_of_batches, losses_of_batches
+from dlc_jax.probes.parts import Parts
+from dlc_jax.probes.passes import (
+    Batch,
+    Layout,
+    Pass,
+    measure_features,
+    measure_losses,
+    measure_prototypes,
+)
 from dlc_jax.probes.path import LearningPath, learning_path
-from dlc_jax.types import Dataset, ProbeLosses
+from dlc_jax.types import Dataset, Params, ProbeLosses
 
 # What `schedule=None` means in each mode.
 SCHEDULE_OF_MODE = {"default": "linear", "official": "geometric"}
@@ -46,6 +52,8 @@ def features(
     mode: str = "default",
     on_corrupt: str = "error",
     cache: ImageCache | None = None,
+    folder: str | Path | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Float32[np.ndarray, "n d"]:
     """Returns the unmasked encoder's pooled features of every sample, not normalised.
@@ -59,17 +67,21 @@ def features(
     checks.one_of("dataset.on_corrupt", on_corrupt, ON_CORRUPT)
     encoder = encoder.for_mode(mode)
     encoder.check_image_size(image_size)
+    decisive = ["features", image_size, batch_size, dtype, on_corrupt, mode]
+    parts = _parts(folder, encoder, dataset, decisive)
+    layout = Layout.of(len(dataset), batch_size)
+    team = layout.few_rows(_team(mesh, parts), batch_size)
     reader = evaluation_crops(
-        dataset, image_size, on_corrupt=on_corrupt, cache=cache, progress=progress
+        dataset,
+        image_size,
+        on_corrupt=on_corrupt,
+        cache=cache,
+        part=layout.samples_of(team),
+        progress=progress,
     )
-    skipped: dict[int, str] | None = {} if on_corrupt == "skip" else None
-    items = reader.readable(np.arange(len(dataset)), skipped)
-    batches = in_batches(shown(items, "features", len(dataset), progress), batch_size)
-    features_of = _features_of(encoder, dtype, min(batch_size, len(dataset)))
-    started = ((features_of(pixels), len(where)) for where, pixels in batches)
-    parts = [values[:real] for values, real in one_ahead(started)]
-    checks.some_readable(dataset.name, len(parts), len(dataset))
-    return np.concatenate(parts)
+    program = _Program.on(team, encoder, dtype, min(batch_size, len(dataset)))
+    work = Pass(reader, layout, team, batch_size, progress)
+    return measure_features(work, program.features_of, on_corrupt=on_corrupt, parts=parts)
 
 
 def probe(
@@ -90,6 +102,7 @@ def probe(
     on_corrupt: str = "error",
     cache: ImageCache | None = None,
     folder: str | Path | None = None,
+    mesh: Mesh | None = None,
     seed: int = 0,
     mode: str = "default",
     progress: bool = False,
@@ -110,7 +123,7 @@ def probe(
       max_sparsity: Cuts the path there, in (0, 1].
       masking: `l1`, magnitude, or `random`.
       image_size: Side of the images in pixels.
-      batch_size: Samples per program call; changes speed and memory, not the losses.
+      batch_size: Samples per program call and device; changes speed and memory, not the losses.
       chunk: Most probes side by side, or `auto`; changes speed and memory, not the losses.
       dtype: What the network computes in, `float32` or `bfloat16`; distances are float32.
       augment: Whether each probe sees a fresh random crop and flip, as in the released code.
@@ -118,7 +131,11 @@ def probe(
       cache: Where decoded images are kept, for later runs too; without one every image is decoded
         twice. Not used with `augment`.
       folder: Where what is finished is kept until all of it is, so that the same call goes on from
-        there if it was stopped; yours to remove afterwards. None: nowhere.
+        there if it was stopped, with other devices too; yours to remove afterwards. Processes of
+        `jax.distributed` that are given the same mesh and folder share the work, and all return
+        all of it. None: nowhere.
+      mesh: Devices, from `make_mesh`: batches are divided among its axis `data`, probes among
+        `probe`; changes speed, not the losses. None: the default device.
       seed: Seed of random masking and of `augment`.
       mode: `default`, or `official` for the released code's schedule, normalisation, ViT pooling
         and order among equally small weights.
@@ -151,42 +168,35 @@ def probe(
         max_sparsity=max_sparsity,
     )
     checks.prototypes_can_differ(dataset.name, dataset.labels, dataset.class_names)
-    unfinished = Unfinished(None)
-    if folder is not None:
-        decisive = [schedule, step, num_probes, placement, max_sparsity, masking, image_size]
-        decisive += [batch_size, chunk, dtype, augment, on_corrupt, seed, mode]
-        unfinished = _unfinished(Path(folder), encoder, dataset, decisive)
+    decisive = [schedule, step, num_probes, placement, max_sparsity, masking, image_size]
+    decisive += [batch_size, chunk, dtype, augment, on_corrupt, seed, mode]
+    parts = _parts(folder, encoder, dataset, decisive)
+    layout = Layout.of(len(dataset), batch_size)
+    team = layout.few_rows(_team(mesh, parts), batch_size)
     path = learning_path(encoder, counts, masking, seed, mode)
-    program = _Program(encoder, dtype, path, dataset.labels, resolve_chunk(chunk, len(path)))
     crops = RandomCrops(dataset, image_size, seed) if augment else None
     if crops is None:
         pixels = evaluation_crops(
-            dataset, image_size, on_corrupt=on_corrupt, cache=cache, progress=progress
+            dataset,
+            image_size,
+            on_corrupt=on_corrupt,
+            cache=cache,
+            part=layout.samples_of(team),
+            progress=progress,
         )
     else:
         pixels = Reader(dataset, lambda image, position: crops.crop(image, position, draw=0))
-    found = measure_prototypes(
-        pixels,
-        program.features_of(min(batch_size, len(dataset))),
-        batch_size=batch_size,
-        on_corrupt=on_corrupt,
-        unfinished=unfinished,
-        progress=progress,
-    )
-    rest = functools.partial(
-        measure_losses,
-        positions=found.positions,
-        num_probes=len(path),
-        batch_size=batch_size,
-        unfinished=unfinished,
-        progress=progress,
-    )
-    size = min(batch_size, len(found.positions))
-    if crops is None:
-        losses = rest(pixels, program.losses_of(found.means, size))
-    else:
-        originals = Reader(dataset, lambda image, _: image)
-        losses = rest(originals, program.losses_under_crops(crops, found.means, size))
+    program = _Program.on(team, encoder, dtype, min(batch_size, len(dataset)))
+    work = Pass(pixels, layout, team, batch_size, progress)
+    found = measure_prototypes(work, program.features_of, on_corrupt=on_corrupt, parts=parts)
+    masks = _Masks.on(team, path, resolve_chunk(chunk, len(path)), crops is not None)
+    losses_of = functools.partial(program.losses_of, masks, found.means, dataset.labels)
+    if crops is not None:
+        work = work._replace(reader=Reader(dataset, lambda image, _: image))
+        losses_of = functools.partial(
+            program.losses_under_crops, masks, found.means, dataset.labels, crops
+        )
+    losses = measure_losses(work, losses_of, found.positions, num_probes=len(path), parts=parts)
     ids = dataset.ids if not found.skipped else dataset.ids[found.positions]
     checks.losses_are_finite(losses, ids)
     return ProbeLosses(
@@ -200,14 +210,41 @@ def probe(
     )
 
 
-def _unfinished(
-    folder: Path, encoder: Encoder, dataset: Dataset, decisive: list[Any]
-) -> Unfinished:
-    """Returns the sub-folder for what this encoder, data set, program and machine give."""
+def _parts(
+    folder: str | Path | None, encoder: Encoder, dataset: Dataset, decisive: list[Any]
+) -> Parts:
+    """Returns where that is kept which this encoder, data set, program and machine give."""
+    if folder is None:
+        return Parts()
     device = jax.devices()[0]
     machine = (jax.__version__, device.platform, device.device_kind)
     inputs = (dlc_jax.__version__, machine, encoder.fingerprint, dataset.fingerprint, decisive)
-    return Unfinished(folder / artefacts.json_hash(inputs)[:16])
+    return Parts(Path(folder) / artefacts.json_hash(inputs)[:16])
+
+
+def _team(mesh: Mesh | None, parts: Parts) -> Team:
+    """Returns who does which part.
+
+    Raises:
+      ValueError: a mesh that these programs cannot use, or processes without a folder to share.
+    """
+    team = Team.alone() if mesh is None else Team.of(mesh)
+    if team.mesh.shape[FSDP] > 1:
+        raise checks.InputError(
+            f"mesh.fsdp: {team.mesh.shape[FSDP]}; expected 1: it spreads the weights of a language "
+            "model."
+        )
+    if team.mesh.is_multi_process:
+        raise checks.InputError(
+            f"mesh.probe: {team.mesh.shape[PROBE]} parts of the probes are more than the devices "
+            "of a process; expected a divisor of their number, so that no two processes read the "
+            "same images."
+        )
+    if team.num_teams > 1 and parts.folder is None:
+        raise checks.InputError(
+            "folder: missing; processes that share the work need one that all of them see."
+        )
+    return team
 
 
 def resolve_chunk(chunk: int | str, num_probes: int) -> int:
@@ -226,68 +263,113 @@ def resolve_chunk(chunk: int | str, num_probes: int) -> int:
     return min(range(most, most // 2, -1), key=lambda c: -num_probes % c)
 
 
-class _Program(NamedTuple):
-    """The two compiled programs with everything that their calls share."""
+class _Masks(NamedTuple):
+    """The masked networks, on the devices that compute them.
 
-    encoder: Encoder
-    dtype: str
-    path: LearningPath
-    labels: Int32[np.ndarray, " n"]
+    Attributes:
+      prunable: Paths of the leaves that are masked.
+      importance: Of their weights.
+      thresholds: Of every probe; or of one at a time, where each sees another crop.
+      chunk: Probes side by side.
+    """
+
+    prunable: tuple[str, ...]
+    importance: Importance
+    thresholds: list[Thresholds]
     chunk: int
 
-    def features_of(self, batch_size: int) -> Callable[[list[np.ndarray]], jax.Array]:
-        """Returns what gives the unmasked features of a batch of pixels."""
-        return _features_of(self.encoder, self.dtype, batch_size)
-
-    def losses_of(
-        self, prototypes: Float32[np.ndarray, "c d"], batch_size: int
-    ) -> Callable[[list[np.ndarray], np.ndarray], jax.Array]:
-        """Returns what gives the losses of a batch of pixels under every probe, in one call."""
-        thresholds = self.path.padded_to(self.chunk)
-        run = functools.partial(self._losses, thresholds, self.chunk, prototypes, batch_size)
-        return lambda pixels, where: run(np.stack(pixels), where)
-
-    def losses_under_crops(
-        self, crops: RandomCrops, prototypes: Float32[np.ndarray, "c d"], batch_size: int
-    ) -> Callable[[list[Image.Image], np.ndarray], jax.Array]:
-        """Returns the same for decoded images, of which every probe sees another crop."""
-
-        def losses_of(images: list[Image.Image], where: np.ndarray) -> jax.Array:
-            rows = []
-            for k in range(len(self.path)):
-                pixels = crops.cut(images, where, draw=k + 1)
-                one = self.path.probe(k)
-                rows.append(self._losses(one, 1, prototypes, batch_size, pixels, where))
-            return jnp.concatenate(rows)
-
-        return losses_of
-
-    def _losses(
-        self,
-        thresholds: Thresholds,
-        chunk: int,
-        prototypes: Float32[np.ndarray, "c d"],
-        batch_size: int,
-        pixels: UInt8[np.ndarray, "k s s 3"],
-        where: Int64[np.ndarray, " k"],
-    ) -> jax.Array:
-        return losses_of_batch(
-            Forward.of(self.encoder, self.dtype),
-            self.path.prunable,
+    @classmethod
+    def on(cls, team: Team, path: LearningPath, chunk: int, one_by_one: bool) -> _Masks:
+        spread = NamedSharding(team.mesh, PartitionSpec(PROBE))
+        num_parts = team.mesh.shape[PROBE]
+        chunk = min(chunk, -(-len(path) // num_parts))
+        thresholds = [path.padded_to(chunk * num_parts)]
+        if one_by_one:
+            thresholds, chunk = [path.repeated(k, num_parts) for k in range(len(path))], 1
+        return cls(
+            path.prunable,
+            replicated(team.mesh, path.importance),
+            [jax.device_put(some, spread) for some in thresholds],
             chunk,
-            self.encoder.params,
-            self.path.importance,
-            thresholds,
-            prototypes,
-            filled(pixels, batch_size),
-            filled(self.labels[where], batch_size),
         )
 
 
-def _features_of(
-    encoder: Encoder, dtype: str, batch_size: int
-) -> Callable[[list[np.ndarray]], jax.Array]:
-    forward = Forward.of(encoder, dtype)
-    return lambda pixels: features_of_batch(
-        forward, encoder.params, filled(np.stack(pixels), batch_size)
-    )
+class _Program(NamedTuple):
+    """The two compiled programs with everything that their calls share.
+
+    Attributes:
+      forward: The network.
+      team: Whose devices run it.
+      params: Weights, on all of these.
+      batch_size: Images per device and call.
+    """
+
+    forward: Forward
+    team: Team
+    params: Params
+    batch_size: int
+
+    @classmethod
+    def on(cls, team: Team, encoder: Encoder, dtype: str, batch_size: int) -> _Program:
+        params = replicated(team.mesh, encoder.params)
+        return cls(Forward.of(encoder, dtype), team, params, batch_size)
+
+    def features_of(self, batches: list[Batch]) -> jax.Array:
+        """Starts on the unmasked features of some batches: [k, b, d]."""
+        pixels = self._side_by_side([np.stack(batch.items) for batch in batches])
+        return features_of_batches(self.forward, self.team.mesh, self.params, pixels)
+
+    def losses_of(
+        self,
+        masks: _Masks,
+        prototypes: Float32[np.ndarray, "c d"],
+        labels: Int32[np.ndarray, " n"],
+        batches: list[Batch],
+    ) -> jax.Array:
+        """Starts on the losses of some batches under every probe: [k, m, b]."""
+        pixels = [np.stack(batch.items) for batch in batches]
+        return self._losses(masks, masks.thresholds[0], prototypes, labels, batches, pixels)
+
+    def losses_under_crops(
+        self,
+        masks: _Masks,
+        prototypes: Float32[np.ndarray, "c d"],
+        labels: Int32[np.ndarray, " n"],
+        crops: RandomCrops,
+        batches: list[Batch],
+    ) -> jax.Array:
+        """The same for decoded images, of which every probe sees another crop."""
+        rows = []
+        for k, threshold in enumerate(masks.thresholds):
+            pixels = [crops.cut(batch.items, batch.positions, draw=k + 1) for batch in batches]
+            losses = self._losses(masks, threshold, prototypes, labels, batches, pixels)
+            rows.append(losses[:, :1])  # every part of the probe axis has computed the same
+        return jnp.concatenate(rows, axis=1)
+
+    def _losses(
+        self,
+        masks: _Masks,
+        thresholds: Thresholds,
+        prototypes: Float32[np.ndarray, "c d"],
+        labels: Int32[np.ndarray, " n"],
+        batches: list[Batch],
+        pixels: list[UInt8[np.ndarray, "_ s s 3"]],
+    ) -> jax.Array:
+        return losses_of_batches(
+            self.forward,
+            masks.prunable,
+            masks.chunk,
+            self.team.mesh,
+            self.params,
+            masks.importance,
+            thresholds,
+            prototypes,
+            self._side_by_side(pixels),
+            self._side_by_side([labels[batch.positions] for batch in batches]),
+        )
+
+    def _side_by_side(self, rows: list[Shaped[np.ndarray, "_ ..."]]) -> jax.Array:
+        """Returns one batch for every part of the data axis; missing ones repeat the first."""
+        full = [filled(some, self.batch_size) for some in rows]
+        full += full[:1] * (self.team.mesh.shape[DATA] - len(full))
+        return jax.device_put(np.stack(full), NamedSharding(self.team.mesh, PartitionSpec(DATA)))

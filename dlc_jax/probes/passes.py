@@ -1,50 +1,116 @@
-"""The two passes over the images: class prototypes first, then the losses under every probe.
+"""The passes over the images: class prototypes first, then the losses under every probe.
 
-Both take images as they come and keep none, and leave what they have behind every few thousand
-images, so that a run that was stopped goes on from there to the same bits.
+Samples are dealt out in shards, which number and batch size alone decide, and batches never reach
+over the end of one. So whoever computes a shard, in whatever company, gets the same bits: a run
+that was stopped goes on from the shards that it left behind, also with other devices or another
+number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Int64
 from tqdm import tqdm
 
-from dlc_jax import artefacts, checks
-from dlc_jax.preprocess import Reader, in_batches, shown
+from dlc_jax import checks
+from dlc_jax.distributed import Team
+from dlc_jax.preprocess import Reader, in_batches
+from dlc_jax.probes.parts import Parts
 from dlc_jax.probes.prototypes import ClassSums
 
 _SHARD = 2048  # images, or one batch where that is larger
+_FEWEST_SHARDS, _MOST_SHARDS = 64, 4096  # enough to deal out, and not too many files
+_MOST_BLOCKS = 256  # of shards: class sums are larger than losses
 Item = TypeVar("Item")
 Tag = TypeVar("Tag")
 
 
-class Unfinished(NamedTuple):
-    """Where the finished parts of an unfinished run are kept; nowhere if the folder is None."""
+class Layout(NamedTuple):
+    """How samples are dealt out.
 
-    folder: Path | None
+    Attributes:
+      shards: Ranges of positions; losses are kept shard by shard.
+      blocks: Ranges of shards; class sums are kept block by block.
+    """
 
-    def read(self, name: str) -> dict[str, np.ndarray]:
-        """Returns the arrays of a part; none if it is not there or cannot be read."""
-        if self.folder is None:
-            return {}
-        try:
-            with np.load(self.folder / f"{name}.npz", allow_pickle=False) as file:
-                return {key: file[key] for key in file.files}
-        except Exception:  # whatever a damaged file makes NumPy and zipfile raise
-            return {}
+    shards: list[range]
+    blocks: list[range]
 
-    def write(self, name: str, **arrays: np.ndarray) -> None:
-        """Keeps a part, whole or not at all."""
-        if self.folder is not None:
-            with artefacts.atomic(self.folder / f"{name}.npz") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+    @classmethod
+    def of(cls, num_samples: int, batch_size: int) -> Layout:
+        num_batches = -(-num_samples // batch_size)
+        most = max(_SHARD // batch_size, -(-num_batches // _MOST_SHARDS), 1)
+        size = min(-(-num_batches // _FEWEST_SHARDS), most) * batch_size
+        shards = _ranges(num_samples, size)
+        return cls(shards, _ranges(len(shards), -(-len(shards) // _MOST_BLOCKS)))
+
+    def few_rows(self, team: Team, batch_size: int) -> Team:
+        """Returns the team on no more parts of the data axis than it has batches."""
+        return team.of_rows(-(-len(self.samples_of(team)) // batch_size))
+
+    def blocks_of(self, team: Team) -> range:
+        """Returns the blocks that a team does."""
+        return team.share(len(self.blocks))
+
+    def shards_of(self, team: Team) -> range:
+        """Returns the shards that a team does, in both passes."""
+        mine = self.blocks_of(team)
+        return range(
+            self.blocks[mine.start].start if mine else 0,
+            self.blocks[mine.stop - 1].stop if mine else 0,
+        )
+
+    def samples_of(self, team: Team) -> range:
+        """Returns the positions that a team reads."""
+        mine = self.shards_of(team)
+        return range(
+            self.shards[mine.start].start if mine else 0,
+            self.shards[mine.stop - 1].stop if mine else 0,
+        )
+
+
+def _ranges(num_items: int, size: int) -> list[range]:
+    return [range(start, min(start + size, num_items)) for start in range(0, num_items, size)]
+
+
+class Pass(NamedTuple):
+    """What a pass over the images needs.
+
+    Attributes:
+      reader: Gives what the program takes.
+      layout: Of the samples.
+      team: Who does which part.
+      batch_size: Images per batch and device.
+      progress: Whether to show a bar.
+    """
+
+    reader: Reader[Any]
+    layout: Layout
+    team: Team
+    batch_size: int
+    progress: bool
+
+
+class Batch(NamedTuple):
+    """Readable samples of one shard.
+
+    Attributes:
+      shard: Its number.
+      positions: [r] in the data set.
+      items: What the reader gave.
+    """
+
+    shard: int
+    positions: Int64[np.ndarray, " r"]
+    items: list[Any]
+
+
+Program = Callable[[list[Batch]], jax.Array]  # -> [k ...], one row for each of k batches
 
 
 class Prototypes(NamedTuple):
@@ -62,120 +128,194 @@ class Prototypes(NamedTuple):
 
 
 def measure_prototypes(
-    reader: Reader[np.ndarray],
-    features_of: Callable[[list[np.ndarray]], jax.Array],
-    *,
-    batch_size: int,
-    on_corrupt: str,
-    unfinished: Unfinished,
-    progress: bool,
+    work: Pass, features_of: Program, *, on_corrupt: str, parts: Parts
 ) -> Prototypes:
     """Returns the class means of the unmasked features, and which samples could be read.
 
     Args:
-      reader: Gives pixels.
-      features_of: Starts the program on a batch.
-      batch_size: Images per batch.
+      work: What to do.
+      features_of: Starts the program on a batch for every part of the data axis: [k, b, d].
       on_corrupt: `error` or `skip`.
-      unfinished: Where the sums are kept until the pass has ended.
-      progress: Whether to show a bar.
+      parts: Where the sums of each block are kept.
     Raises:
       ValueError: an unreadable sample, or a class that has no readable one.
     """
-    dataset = reader.dataset
-    found = unfinished.read("prototypes")
-    done = int(found.get("done", 0))
-    sums = ClassSums(dataset.num_classes, found.get("sums"), found.get("counts"))
-    skipped = dict(zip(found.get("skipped", []), found.get("why", []), strict=True))
-    skipped = {int(position): str(why) for position, why in skipped.items()}
-    saved = done
-    items = reader.readable(
-        np.arange(done, len(dataset)), skipped if on_corrupt == "skip" else None
-    )
-    bar = shown(items, "prototypes", len(dataset) - done, progress)
-    batches = in_batches(bar, batch_size)
-    for values, where in one_ahead((features_of(pixels), where) for where, pixels in batches):
-        sums.add(values[: len(where)], dataset.labels[where])
-        done = int(where[-1]) + 1
-        if done - saved >= _SHARD:
-            saved = done
-            _keep(unfinished, sums, done, skipped)
-    readable = np.setdiff1d(np.arange(len(dataset)), list(skipped))
+    dataset, layout = work.reader.dataset, work.layout
+    names = [f"prototypes-{number:04}" for number in range(len(layout.blocks))]
+    missing = [number for number in layout.blocks_of(work.team) if not parts.has(names[number])]
+    shards = [shard for number in missing for shard in layout.blocks[number]]
+    skipped: dict[int, str] | None = {} if on_corrupt == "skip" else None
+    done = _shards_done(work, shards, skipped, features_of, "prototypes")
+    for number in missing:
+        sums = ClassSums(dataset.num_classes)
+        for _, positions, values in islice(done, len(layout.blocks[number])):
+            for where, features in zip(positions, values, strict=True):
+                sums.add(features, dataset.labels[where])
+        lost = _between(skipped, layout, layout.blocks[number])
+        parts.write(names[number], **sums.arrays(), **_texts(lost))
+    parts.wait_for_all(names)
+    total, lost = ClassSums(dataset.num_classes), {}
+    for name in names:
+        found = parts.take(name)
+        total.add_arrays(found)
+        lost |= dict(zip(found["skipped"].tolist(), found["why"].tolist(), strict=True))
+    readable = np.setdiff1d(np.arange(len(dataset)), list(lost))
     checks.some_readable(dataset.name, len(readable), len(dataset))
-    why = " (skipped samples do not count)" if skipped else ""
+    why = " (skipped samples do not count)" if lost else ""
     checks.prototypes_can_differ(dataset.name, dataset.labels[readable], dataset.class_names, why)
-    if saved < len(dataset):
-        _keep(unfinished, sums, len(dataset), skipped)
-    return Prototypes(sums.means(), readable, skipped)
-
-
-def _keep(unfinished: Unfinished, sums: ClassSums, done: int, skipped: dict[int, str]) -> None:
-    unfinished.write(
-        "prototypes",
-        done=np.array(done),
-        sums=sums.sums,
-        counts=sums.counts,
-        skipped=np.array(list(skipped), np.int64),
-        why=np.array(list(skipped.values()), np.str_),
-    )
+    return Prototypes(total.means(), readable, lost)
 
 
 def measure_losses(
-    reader: Reader[Item],
-    losses_of: Callable[[list[Item], Int64[np.ndarray, " k"]], jax.Array],
+    work: Pass,
+    losses_of: Program,
     positions: Int64[np.ndarray, " n"],
     *,
     num_probes: int,
-    batch_size: int,
-    unfinished: Unfinished,
-    progress: bool,
+    parts: Parts,
 ) -> Float32[np.ndarray, "m n"]:
     """Returns the losses of these samples, all readable, under every probe.
 
     Args:
-      reader: Gives what `losses_of` takes.
-      losses_of: Starts the program on a batch; its rows and columns may be more than asked for.
+      work: What to do.
+      losses_of: Starts the program on a batch for every part of the data axis: [k, m, b]; its rows
+        may be more than asked for.
       positions: In the data set.
       num_probes: m.
-      batch_size: Images per batch.
-      unfinished: Where the losses of each shard are kept until the pass has ended.
-      progress: Whether to show a bar.
+      parts: Where the losses of each shard are kept.
     Raises:
       ValueError: a sample that cannot be read any more.
     """
-    size = batch_size * max(_SHARD // batch_size, 1)
-    shards = [positions[start : start + size] for start in range(0, len(positions), size)]
-    names = [f"losses-{number:06}" for number in range(len(shards))]
-    losses = np.empty((num_probes, len(positions)), np.float32)
-    missing = []
-    for number, name in enumerate(names):
-        part = unfinished.read(name).get("losses")
-        if part is None:
-            missing.append(number)
-        else:
-            losses[:, number * size : number * size + part.shape[1]] = part
-    # one reader for all of them: images are decoded on while a shard is finished and kept
-    items = reader.readable(
-        np.concatenate([np.empty(0, np.int64), *(shards[i] for i in missing)]), None
-    )
-    bar = tqdm(
-        total=num_probes * sum(len(shards[number]) for number in missing),
-        desc=f"{num_probes} probes",
-        unit="img x probe",
-        unit_scale=True,
-        disable=None if progress else True,
-    )
-    with bar:
-        for number in missing:
-            batches = in_batches(islice(items, len(shards[number])), batch_size)
-            started = ((losses_of(some, where), len(where)) for where, some in batches)
-            start = number * size
-            for values, real in one_ahead(started):
-                losses[:, start : start + real] = values[:num_probes, :real]
-                start += real
-                bar.update(num_probes * real)
-            unfinished.write(names[number], losses=losses[:, number * size : start])
+    layout = work.layout
+    names = [f"losses-{number:06}" for number in range(len(layout.shards))]
+    missing = [number for number in layout.shards_of(work.team) if not parts.has(names[number])]
+    what = f"{num_probes} probes"
+    work = work._replace(reader=_Only(work.reader, positions))
+    for number, _, values in _shards_done(work, missing, None, losses_of, what, num_probes):
+        found = [rows[:num_probes] for rows in values]
+        parts.write(names[number], losses=_joined(found, (num_probes, 0), axis=1))
+    parts.wait_for_all(names)
+    losses, start = np.empty((num_probes, len(positions)), np.float32), 0
+    for name in names:
+        part = parts.take(name)["losses"]
+        losses[:, start : start + part.shape[1]] = part
+        start += part.shape[1]
+    assert start == len(positions)
     return losses
+
+
+def measure_features(
+    work: Pass, features_of: Program, *, on_corrupt: str, parts: Parts
+) -> Float32[np.ndarray, "n d"]:
+    """Returns the features of every readable sample.
+
+    Args: see `measure_prototypes`.
+    Raises:
+      ValueError: an unreadable sample, or no readable one.
+    """
+    dataset, layout = work.reader.dataset, work.layout
+    names = [f"features-{number:06}" for number in range(len(layout.shards))]
+    missing = [number for number in layout.shards_of(work.team) if not parts.has(names[number])]
+    skipped: dict[int, str] | None = {} if on_corrupt == "skip" else None
+    for number, _, values in _shards_done(work, missing, skipped, features_of, "features"):
+        parts.write(names[number], features=_joined(values, (0, 0), axis=0))
+    parts.wait_for_all(names)
+    found = [part for name in names if len(part := parts.take(name)["features"])]
+    checks.some_readable(dataset.name, len(found), len(dataset))
+    return np.concatenate(found)
+
+
+class _Only(Reader[Item]):
+    """A reader of the samples that are known to be readable; the others are not asked for."""
+
+    def __init__(self, reader: Reader[Item], positions: Int64[np.ndarray, " n"]):
+        self.dataset, self._reader = reader.dataset, reader
+        self._is_known = np.zeros(len(reader.dataset), bool)
+        self._is_known[positions] = True
+
+    def read(self, positions: Int64[np.ndarray, " k"]) -> Iterator[Item | str]:
+        return self._reader.read(positions)
+
+    def readable(
+        self, positions: Int64[np.ndarray, " k"], skipped: dict[int, str] | None
+    ) -> Iterator[tuple[int, Item]]:
+        return self._reader.readable(positions[self._is_known[positions]], skipped)
+
+
+Done = tuple[int, list[np.ndarray], list[np.ndarray]]  # shard, positions and values by batch
+
+
+def _shards_done(
+    work: Pass,
+    shards: Sequence[int],
+    skipped: dict[int, str] | None,
+    program: Program,
+    what: str,
+    num_probes: int | None = None,
+) -> Iterator[Done]:
+    """Yields every shard with the positions and values of its batches, as they are finished.
+
+    Values are features [r, d], or losses [m, r] where `num_probes` is given.
+    """
+    ranges = [work.layout.shards[number] for number in shards]
+    positions = np.concatenate([np.empty(0, np.int64), *map(np.asarray, ranges)]).astype(np.int64)
+    # one reader for all of them: images are decoded on while a shard is finished and kept
+    items = work.reader.readable(positions, skipped)
+    batches = _batches(items, work.layout, shards, work.batch_size)
+    at_once = work.team.mesh.shape["data"]
+    groups = iter(lambda: list(islice(batches, at_once)), [])
+    bar = tqdm(
+        total=len(positions) * (num_probes or 1),
+        desc=what,
+        unit="img x probe" if num_probes else "img",
+        unit_scale=bool(num_probes),
+        disable=None if work.progress else True,
+        leave=bool(num_probes),
+    )
+    waiting = list(shards)
+    done: Done = (-1, [], [])
+    with bar:
+        for values, group in one_ahead((program(group), group) for group in groups):
+            for batch, of_batch in zip(group, values, strict=False):
+                while waiting and waiting[0] != batch.shard:
+                    yield done if done[0] == waiting[0] else (waiting[0], [], [])
+                    waiting.pop(0)
+                if done[0] != batch.shard:
+                    done = (batch.shard, [], [])
+                num = len(batch.positions)
+                done[1].append(batch.positions)
+                done[2].append(of_batch[:num] if num_probes is None else of_batch[:, :num])
+                bar.update(num * (num_probes or 1))
+        for number in waiting:
+            yield done if done[0] == number else (number, [], [])
+
+
+def _batches(
+    items: Iterator[tuple[int, Item]], layout: Layout, shards: Sequence[int], batch_size: int
+) -> Iterator[Batch]:
+    """Yields batches of which none reaches over the end of a shard."""
+    stops = np.array([layout.shards[number].stop for number in shards])
+    for place, some in groupby(
+        items, lambda item: int(np.searchsorted(stops, item[0], side="right"))
+    ):
+        for where, values in in_batches(some, batch_size):
+            yield Batch(shards[place], where, values)
+
+
+def _joined(parts: list[np.ndarray], shape: tuple[int, ...], axis: int) -> np.ndarray:
+    return np.concatenate(parts, axis) if parts else np.empty(shape, np.float32)
+
+
+def _between(skipped: dict[int, str] | None, layout: Layout, block: range) -> dict[int, str]:
+    start, stop = layout.shards[block.start].start, layout.shards[block.stop - 1].stop
+    return {i: why for i, why in sorted((skipped or {}).items()) if start <= i < stop}
+
+
+def _texts(skipped: dict[int, str]) -> dict[str, np.ndarray]:
+    return {
+        "skipped": np.array(list(skipped), np.int64),
+        "why": np.array(list(skipped.values()), np.str_),
+    }
 
 
 def one_ahead(started: Iterable[tuple[jax.Array, Tag]]) -> Iterator[tuple[np.ndarray, Tag]]:

@@ -42,14 +42,14 @@ class LearningPath(NamedTuple):
         return len(self.sparsity)
 
     def padded_to(self, chunk: int) -> Thresholds:
-        """Returns thresholds of a multiple of `chunk` probes, the last ones repeated."""
+        """Returns thresholds of a multiple of `chunk` probes, the last one repeated."""
         num = len(self)
         places = np.minimum(np.arange(-(-num // chunk) * chunk), num - 1)
-        return jax.device_put(Thresholds(*(part[places] for part in self.thresholds)))
+        return Thresholds(*(part[places] for part in self.thresholds))
 
-    def probe(self, k: int) -> Thresholds:
-        """Returns the threshold of probe k alone."""
-        return Thresholds(*(part[k : k + 1] for part in self.thresholds))
+    def repeated(self, k: int, times: int) -> Thresholds:
+        """Returns the threshold of probe k alone, so many times."""
+        return Thresholds(*(part[[k] * times] for part in self.thresholds))
 
 
 def learning_path(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,18 +19,11 @@ class ClassSums:
 
     Args:
       num_classes: c.
-      sums: [c, d] to start from; None: nothing.
-      counts: [c] likewise.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        sums: Float64[np.ndarray, "c d"] | None = None,
-        counts: Int64[np.ndarray, " c"] | None = None,
-    ):
-        self.sums = np.zeros((num_classes, 0)) if sums is None else sums
-        self.counts = np.zeros(num_classes, np.int64) if counts is None else counts
+    def __init__(self, num_classes: int):
+        self.sums: Float64[np.ndarray, "c d"] = np.zeros((num_classes, 0))
+        self.counts: Int64[np.ndarray, " c"] = np.zeros(num_classes, np.int64)
 
     def add(self, features: Float[np.ndarray, "b d"], labels: Int[np.ndarray, " b"]) -> None:
         """Adds samples, labels in [0, c)."""
@@ -36,6 +31,19 @@ class ClassSums:
             self.sums = np.zeros((len(self.counts), features.shape[1]))
         np.add.at(self.sums, labels, features)
         self.counts += np.bincount(labels, minlength=len(self.counts))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the sums of the classes that have samples, to be kept."""
+        there = np.flatnonzero(self.counts)
+        return {"classes": there, "sums": self.sums[there], "counts": self.counts[there]}
+
+    def add_arrays(self, other: Mapping[str, np.ndarray]) -> None:
+        """Adds what `arrays` gave of other samples."""
+        there = other["classes"]
+        if len(there) and not self.sums.size:
+            self.sums = np.zeros((len(self.counts), other["sums"].shape[1]))
+        self.sums[there] += other["sums"]
+        self.counts[there] += other["counts"]
 
     def means(self) -> Float32[np.ndarray, "c d"]:
         """Returns the mean feature of each class; NaN for a class without samples."""

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 from tqdm import tqdm
 
-from dlc_jax import checks
+import dlc_jax
+from dlc_jax import artefacts, checks
 from dlc_jax.datasets.instructions import Instructions
-from dlc_jax.distributed import over_devices
+from dlc_jax.distributed import (
+    DATA,
+    Team,
+    fetch,
+    filled_up,
+    mesh_of,
+    on_every_device,
+    over_devices,
+    processes,
+    whole_rows,
+)
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import (
@@ -22,9 +38,19 @@ from dlc_jax.masking import (
 )
 from dlc_jax.masking.importance import Importance
 from dlc_jax.masking.thresholds import Thresholds, masked
-from dlc_jax.preprocess.tokens import TokenBatch, Tokenised, token_batches, tokenise
+from dlc_jax.preprocess.tokens import (
+    BatchPlan,
+    Tokenised,
+    make_batch,
+    plan_batches,
+    tokenise,
+)
+from dlc_jax.probes.parts import Parts
 from dlc_jax.probes.path import learning_path
 from dlc_jax.types import Params, ProbeLosses, ResponseLosses
+
+_FEWEST_PARTS, _MOST_BATCHES, _MOST_PARTS = 64, 16, 4096  # see `_Work._size`
+Rows = tuple[Array, ...]  # tokens [b, t], num_tokens [b], num_prompt [b]
 
 
 def response_losses(
@@ -32,6 +58,8 @@ def response_losses(
     data: Tokenised,
     *,
     tokens_per_batch: int = 8192,
+    folder: str | Path | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Float32[np.ndarray, " n"]:
     """Measures the mean cross-entropy of each response given its prompt.
@@ -39,17 +67,23 @@ def response_losses(
     Args:
       model: From `load_language_model`.
       data: From `tokenise`.
-      tokens_per_batch: Rows times padded length of a program call; changes speed and memory.
+      tokens_per_batch: Rows times padded length of a program call, for each part of the axis `data`
+        of the model's mesh; changes speed and memory.
+      folder: Where what is finished is kept until all of it is; see `probe`. None: nowhere.
+      mesh: Of all processes, where several share the work, each with a model on its own part of it
+        (`Team.of(mesh).mesh`); None: this process does all of it.
       progress: Whether to show a bar.
     Returns:
       In nats per token of the response; the prompt's tokens do not count.
+    Raises:
+      ValueError: processes without a folder to share.
     """
 
-    def of_batch(batch: TokenBatch) -> Array:
-        arrays = over_devices(model.params, batch[1:])
-        return _losses(model.architecture, model.params, *arrays)[None]
+    def of_rows(rows: Rows) -> Array:
+        return _losses(model.architecture, model.params, *rows)[None]
 
-    return _measured(data, of_batch, 1, tokens_per_batch, progress)[0]
+    work = _Work.of(model, data, tokens_per_batch, ["losses"], folder, mesh)
+    return work.measured(of_rows, 1, progress)[0]
 
 
 def measure_responses(
@@ -60,6 +94,8 @@ def measure_responses(
     tokens: Tokenised | None = None,
     tokens_per_batch: int = 8192,
     on_corrupt: str = "error",
+    folder: str | Path | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> ResponseLosses:
     """Measures responses with and without their prompts, for scores that are compared with DLC.
@@ -73,13 +109,18 @@ def measure_responses(
       data: From `load_instructions`.
       max_length, on_corrupt: As for `tokenise`; None: 2048, or the model's limit if it is lower.
       tokens: What `tokenise` gives of these data with the same arguments, where that was done.
-      tokens_per_batch, progress: As for `response_losses`.
+      tokens_per_batch, folder, mesh, progress: As for `response_losses`.
     Raises:
       ValueError: see `tokenise`.
     """
     max_length = model.max_length(max_length)
     measured = functools.partial(
-        response_losses, model, tokens_per_batch=tokens_per_batch, progress=progress
+        response_losses,
+        model,
+        tokens_per_batch=tokens_per_batch,
+        folder=folder,
+        mesh=mesh,
+        progress=progress,
     )
     if tokens is None:
         tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
@@ -116,6 +157,8 @@ def probe_responses(
     max_sparsity: float = 1.0,
     masking: str = "l1",
     tokens_per_batch: int = 8192,
+    folder: str | Path | None = None,
+    mesh: Mesh | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> ProbeLosses:
@@ -124,7 +167,7 @@ def probe_responses(
     Args:
       model, data: As for `response_losses`.
       schedule, step, num_probes, placement, max_sparsity, masking, seed: As for `probe`.
-      tokens_per_batch, progress: As for `response_losses`.
+      tokens_per_batch, folder, mesh, progress: As for `response_losses`.
     Returns:
       Losses [m, n] in nats, higher is harder. All samples are one class, without a prototype.
     Raises:
@@ -143,15 +186,16 @@ def probe_responses(
         max_sparsity=max_sparsity,
     )
     path = learning_path(model, counts, masking, seed, "default")
-    thresholds = jax.device_put(path.thresholds)
+    thresholds = on_every_device(model.params, path.thresholds)
 
-    def of_batch(batch: TokenBatch) -> Array:
-        arrays = over_devices(model.params, batch[1:])
+    def of_rows(rows: Rows) -> Array:
         return _probe_losses(
-            model.architecture, path.prunable, model.params, path.importance, thresholds, *arrays
+            model.architecture, path.prunable, model.params, path.importance, thresholds, *rows
         )
 
-    losses = _measured(data, of_batch, len(path), tokens_per_batch, progress)
+    decisive = [schedule, step, num_probes, placement, max_sparsity, masking, seed]
+    work = _Work.of(model, data, tokens_per_batch, decisive, folder, mesh)
+    losses = work.measured(of_rows, len(path), progress)
     checks.losses_are_finite(losses, data.ids)
     return ProbeLosses(
         losses=losses,
@@ -164,18 +208,108 @@ def probe_responses(
     )
 
 
-def _measured(
-    data: Tokenised, of_batch, num_rows: int, tokens_per_batch: int, progress: bool
-) -> Float32[np.ndarray, "m n"]:
-    checks.at_least("tokens_per_batch", tokens_per_batch, 1)
-    found = np.empty((num_rows, len(data)), np.float32)
-    with tqdm(
-        total=len(data), desc="losses", unit="row", disable=None if progress else True
-    ) as bar:
-        for batch in token_batches(data, tokens_per_batch):
-            found[:, batch.positions] = np.asarray(of_batch(batch))[:, : len(batch.positions)]
-            bar.update(len(batch.positions))
-    return found
+class _Work(NamedTuple):
+    """Batches dealt out among processes, in parts that are kept as they are finished.
+
+    Attributes:
+      model, data: Which.
+      plans: All batches.
+      parts: Where losses are kept, a number of neighbouring batches at a time.
+      team: Who does which part.
+    """
+
+    model: LanguageModel
+    data: Tokenised
+    plans: list[BatchPlan]
+    parts: Parts
+    team: Team
+
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        data: Tokenised,
+        tokens_per_batch: int,
+        decisive: list[Any],
+        folder: str | Path | None,
+        mesh: Mesh | None,
+    ) -> _Work:
+        checks.at_least("tokens_per_batch", tokens_per_batch, 1)
+        plans = list(plan_batches(data, tokens_per_batch))
+        team = Team.alone(mesh_of(model.params)) if mesh is None else Team.of(mesh)
+        if team.num_teams > 1 and folder is None:
+            raise checks.InputError(
+                "folder: missing; processes that share the work need one that all of them see."
+            )
+        if folder is None:
+            return cls(model, data, plans, Parts(), team)
+        device = jax.devices()[0]
+        machine = (jax.__version__, device.platform, device.device_kind)
+        inputs: list[Any] = [dlc_jax.__version__, machine, model.fingerprint, data.fingerprint]
+        inputs += [tokens_per_batch, *decisive]
+        parts = Parts(Path(folder) / artefacts.json_hash(inputs)[:16], writes=_writes(team))
+        return cls(model, data, plans, parts, team)
+
+    def measured(
+        self, of_rows: Callable[[Rows], Array], num_rows: int, progress: bool
+    ) -> Float32[np.ndarray, "m n"]:
+        """Returns the losses of all samples."""
+        names = [f"batches-{number:06}" for number in range(-(-len(self.plans) // self._size))]
+        mine = range(self.team.number, len(names), self.team.num_teams)  # the long ones come last
+        with tqdm(
+            total=sum(len(plan.positions) for k in mine for plan in self._plans_of(k)),
+            desc="losses",
+            unit="row",
+            disable=None if progress else True,
+        ) as bar:
+            for number in mine:
+                plans = self._plans_of(number)
+                if not self.parts.has(names[number]):
+                    found = self._losses_of(plans, of_rows)
+                    self.parts.write(names[number], losses=np.concatenate(found, axis=1))
+                bar.update(sum(len(plan.positions) for plan in plans))
+        self.parts.wait_for_all(names)
+        losses = np.empty((num_rows, len(self.data)), np.float32)
+        for number, name in enumerate(names):
+            positions = np.concatenate([plan.positions for plan in self._plans_of(number)])
+            losses[:, positions] = self.parts.take(name)["losses"]
+        return losses
+
+    @property
+    def _size(self) -> int:
+        """How many batches are kept together: enough to deal out, and not too many files."""
+        num = len(self.plans)
+        return max(min(-(-num // _FEWEST_PARTS), _MOST_BATCHES), -(-num // _MOST_PARTS))
+
+    def _plans_of(self, number: int) -> list[BatchPlan]:
+        return self.plans[number * self._size : (number + 1) * self._size]
+
+    def _losses_of(
+        self, plans: list[BatchPlan], of_rows: Callable[[Rows], Array]
+    ) -> list[Float32[np.ndarray, "m r"]]:
+        """Returns the losses of every batch; those of one shape go side by side."""
+        mesh = mesh_of(self.model.params)
+        at_once = 1 if mesh is None else mesh.shape[DATA]
+        found = []
+        for shape, some in groupby(plans, lambda plan: (plan.num_rows, plan.length)):
+            num_rows = whole_rows(self.model.params, shape[0] * at_once) // at_once
+            for group in iter(lambda: list(islice(some, at_once)), []):  # noqa: B023
+                batches = [make_batch(self.data, plan)[1:] for plan in group]
+                batches += batches[:1] * (at_once - len(batches))
+                rows: Any = tuple(
+                    np.concatenate([filled_up(array, num_rows) for array in arrays])
+                    for arrays in zip(*batches, strict=True)
+                )
+                losses = fetch(of_rows(over_devices(self.model.params, rows)))
+                for place, plan in enumerate(group):
+                    start = place * num_rows
+                    found.append(losses[:, start : start + len(plan.positions)])
+        return found
+
+
+def _writes(team: Team) -> bool:
+    """Whether this process writes what its team has measured."""
+    return not team.mesh.is_multi_process or processes.is_first()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

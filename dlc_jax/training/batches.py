@@ -26,10 +26,10 @@ class Batch(NamedTuple):
 
     @classmethod
     def padded(
-        cls, inputs: Shaped[np.ndarray, "k ..."], labels: Int32[np.ndarray, " k"], batch_size: int
+        cls, inputs: Shaped[np.ndarray, "k ..."], labels: Int32[np.ndarray, " k"], num_rows: int
     ) -> Batch:
-        real = (np.arange(batch_size) < len(labels)).astype(np.float32)
-        return cls(filled(inputs, batch_size), filled(labels, batch_size), real)
+        real = (np.arange(num_rows) < len(labels)).astype(np.float32)
+        return cls(filled(inputs, num_rows), filled(labels, num_rows), real)
 
 
 @runtime_checkable
@@ -111,6 +111,9 @@ def training_batches(
     batch_size: int,
     seed: int,
     epoch: int,
+    num_rows: int | None = None,
+    rows: range | None = None,
+    first: int = 0,
 ) -> Iterator[Batch]:
     """Yields the batches of an epoch; (seed, epoch) decide order and augmentation.
 
@@ -120,12 +123,23 @@ def training_batches(
       labels: Of the whole data set.
       batch_size: Samples per batch; the last one may hold fewer real ones.
       seed, epoch: The only source of randomness.
+      num_rows: That a batch is filled up to; None: `batch_size`.
+      rows: Of these, the ones to make; None: all.
+      first: Batches to leave out at the beginning.
     """
     order = epoch_order(positions, seed, epoch)
+    num_rows = num_rows or batch_size
 
     def batch(number: int) -> Batch:
-        where = order[number * batch_size : (number + 1) * batch_size]
-        return Batch.padded(inputs(where, epoch), labels[where], batch_size)
+        start = (first + number) * batch_size
+        where = order[start : start + batch_size]
+        if rows is None or len(rows) == num_rows:
+            return Batch.padded(inputs(where, epoch), labels[where], num_rows)
+        mine = np.asarray(rows)
+        places, again = np.unique(mine % len(where), return_inverse=True)
+        some = where[places]
+        real = (mine < len(where)).astype(np.float32)
+        return Batch(inputs(some, epoch)[again], labels[some][again], real)
 
     num_batches = -(-len(order) // batch_size)
-    yield from in_order(batch, num_batches, num_ahead=_STEPS_AHEAD)
+    yield from in_order(batch, num_batches - first, num_ahead=_STEPS_AHEAD)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from dlc_jax import checks
+from dlc_jax.distributed import processes
 
 _STATE, _HISTORY = "state", "history"
 _AFTER_WRITE = "The last whole one is untouched; the same command goes on from it."
@@ -24,8 +26,20 @@ class Checkpoints:
 
         self._ocp = ocp
         self._folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+        # one process keeps all of it, and the others do not know: Orbax should not wait for them
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=processes.index(),
+            active_processes={processes.index()},
+            barrier_sync_key_prefix=f"alone_{processes.index()}",
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1,
+            cleanup_tmp_directories=True,
+            create=False,
+            **({"multiprocessing_options": alone} if processes.count() > 1 else {}),
+        )
         with self._clear_errors("open"):
+            folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -41,6 +55,8 @@ class Checkpoints:
 
     def save(self, number: int, state: Any, history: list[dict[str, Any]]) -> None:
         """Starts writing a state, a pytree of arrays; earlier ones go once it is whole."""
+        if processes.count() > 1:  # every process has all of it
+            state = jax.tree.map(np.asarray, state)
         with self._clear_errors("write"):
             self._manager.save(
                 number,
@@ -53,7 +69,11 @@ class Checkpoints:
             )
 
     def restore(self, like: Any) -> tuple[Any, list[dict[str, Any]]] | None:
-        """Returns the last whole state and what led to it; None if there is none."""
+        """Returns the last whole state and what led to it; None if there is none.
+
+        Args:
+          like: Arrays of the same structure, shapes and types, that lie where it goes.
+        """
         epoch = self._manager.latest_step()
         if epoch is None:
             return None

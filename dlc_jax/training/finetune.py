@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dlc_jax import checks
 from dlc_jax.encoders import Encoder
@@ -41,6 +42,7 @@ def finetune(
     on_corrupt: str = "error",
     cache: ImageCache | None = None,
     folder: str | Path | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> RunResult:
     """Trains the encoder with a new linear head on the kept samples, as PyTorch would.
@@ -71,6 +73,8 @@ def finetune(
       cache: Where the decoded test images are kept, for later runs too.
       folder: Where metrics.jsonl, per_class_accuracy.csv, run.json and checkpoint/ go; a run that
         was stopped goes on from its last whole checkpoint there. None: nowhere.
+      mesh: Devices, from `make_mesh`, that every batch is divided among; loss and batch norm are
+        of the whole batch. None: the default device.
       progress: Whether to show bars on the terminal.
     Returns:
       Accuracies in percent, the history of all epochs, and the weights.
@@ -112,6 +116,7 @@ def finetune(
         mode=mode,
         on_corrupt=on_corrupt,
         cache=cache,
+        mesh=mesh,
         progress=progress,
     )
     return finetuner.run(positions, seed, RunFolder(Path(folder)) if folder is not None else None)

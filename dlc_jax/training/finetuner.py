@@ -5,17 +5,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, Int64, Integer
 from tqdm import tqdm
 
 import dlc_jax
 from dlc_jax import artefacts, checks
+from dlc_jax.distributed import (
+    from_first,
+    from_rows_here,
+    one_device,
+    processes,
+    rows_here,
+    stopping,
+)
+from dlc_jax.distributed.processes import told_by_first
 from dlc_jax.encoders import Encoder
 from dlc_jax.preprocess import ImageCache
 from dlc_jax.probes.kernel import features_of_batch
@@ -27,7 +38,7 @@ from dlc_jax.training.data import RunData
 from dlc_jax.training.folder import RunFolder
 from dlc_jax.training.metrics import EpochMetrics
 from dlc_jax.training.optimiser import learning_rates
-from dlc_jax.training.progress import Observer, Progress, observed
+from dlc_jax.training.progress import Observer, Open, Progress, observed
 from dlc_jax.training.settings import FinetuneConfig
 from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.types import Dataset, RunResult, Selection
@@ -52,9 +63,11 @@ class Finetuner:
         mode: str = "default",
         on_corrupt: str = "error",
         cache: ImageCache | None = None,
+        mesh: Mesh | None = None,
         progress: bool = False,
     ):
         settings.check()
+        self._mesh = mesh or one_device()
         self._encoder = encoder.for_mode(mode)
         self._encoder.check_image_size(image_size)
         self._dataset, self._test, self._settings = dataset, test, settings
@@ -163,24 +176,27 @@ class Finetuner:
           facts: What `run.json` also says.
           observer: Told of every epoch; its time counts as the epoch's.
           stop_after: Epochs to end after, on the schedule of all; None: all.
+
+        On a mesh of several processes all of them call this, and the first alone gives a folder.
         """
         checks.seed(seed)
         self._check_last_batch(len(positions))
-        progress = Progress(self._first_state(seed), [])
         with contextlib.ExitStack() as stack:
             checkpoints = None
             if folder is not None:
                 stack.enter_context(artefacts.locked(folder.path))
                 folder.claim(self.inputs(positions, seed, stop_after), facts or {})
                 checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
-                progress = Progress(*(checkpoints.restore(progress.state) or progress))
+            progress = self._start(seed, checkpoints)
             last = self._settings.epochs if stop_after is None else stop_after
             for epoch in range(len(progress.history) + 1, last + 1):
-                progress = self._epoch(progress, positions, seed, epoch)
+                progress = self._epoch(progress, positions, seed, epoch, checkpoints)
                 if observer is not None:
                     progress = observed(progress, observer)
                 if folder is not None and checkpoints is not None:
-                    checkpoints.save(epoch, progress.state, progress.history)
+                    checkpoints.save(
+                        epoch * self._num_steps(positions), progress.state, progress.told
+                    )
                     folder.write_metrics(progress.history)
             if checkpoints is not None:
                 checkpoints.wait()
@@ -193,38 +209,64 @@ class Finetuner:
                 folder.finish(result, names, num_test, keep)
         return result
 
+    def _start(self, seed: int, checkpoints: Checkpoints | None) -> Progress:
+        """Returns where a run begins, in all processes: new, or where the first one left it."""
+        progress = Progress(self._first_state(seed), [])
+        if checkpoints is not None and (saved := checkpoints.restore(progress.state)) is not None:
+            progress = Progress.of(*saved)
+        if self._mesh.is_multi_process:
+            told = told_by_first(lambda: progress.told)
+            progress = Progress.of(progress.state, told)
+        return progress._replace(state=from_first(self._mesh, progress.state))
+
+    def _num_steps(self, positions: Int64[np.ndarray, " k"]) -> int:
+        """Returns how many an epoch has."""
+        return -(-len(positions) // self._settings.batch_size)
+
     def _epoch(
-        self, progress: Progress, positions: Int64[np.ndarray, " k"], seed: int, epoch: int
+        self,
+        progress: Progress,
+        positions: Int64[np.ndarray, " k"],
+        seed: int,
+        epoch: int,
+        checkpoints: Checkpoints | None,
     ) -> Progress:
         start = time.perf_counter()
-        batch_size = self._settings.batch_size
-        num_steps = -(-len(positions) // batch_size)
-        totals = EpochMetrics(self._rates[epoch - 1], (epoch - 1) * num_steps)
+        num_steps = self._num_steps(positions)
+        before = progress.open or Open(0, 0.0, "", 0.0)
+        totals = EpochMetrics(
+            self._rates[epoch - 1],
+            (epoch - 1) * num_steps + before.num_steps,
+            before.loss,
+            [before.correct_array],
+        )
         state = progress.state
         rate = jnp.float32(totals.learning_rate)
-        batches = training_batches(
-            self._data.training_inputs(positions, seed),
-            positions,
-            self._dataset.labels,
-            batch_size=batch_size,
-            seed=seed,
-            epoch=epoch,
-        )
+        batches = self._batches(positions, seed, epoch, before.num_steps)
         bar = tqdm(
             batches,
             f"epoch {epoch}/{self._settings.epochs}",
             num_steps,
+            initial=before.num_steps,
             unit="step",
             leave=False,
             disable=None if self._progress else True,
         )
-        for batch in bar:
-            state, metrics = train_step(self._network, self._sgd, state, *batch, rate)
-            totals.add(metrics, int(batch.real.sum()))
+        # what is kept nowhere need not be brought to an end
+        may_stop = checkpoints is not None or self._mesh.is_multi_process
+        with stopping.at_steps() if may_stop else contextlib.nullcontext() as stop:
+            for step, (batch, num_real) in enumerate(bar, start=before.num_steps + 1):
+                state, metrics = train_step(self._network, self._sgd, state, *batch, rate)
+                totals.add(metrics, num_real)
+                if stop is not None and step < num_steps and stop.is_due():
+                    seconds = before.elapsed_s + time.perf_counter() - start
+                    open_ = totals.left_at(step, seconds)
+                    left = progress._replace(state=state, open=open_)
+                    self._leave(left, (epoch - 1) * num_steps + step, checkpoints)
         totals.finish(state)
         correct = np.zeros(len(self._dataset), bool)
         correct[epoch_order(positions, seed, epoch)] = np.concatenate(totals.correct)
-        seconds = time.perf_counter() - start
+        seconds = before.elapsed_s + time.perf_counter() - start
         line = {
             "epoch": epoch,
             "learning_rate": totals.learning_rate,
@@ -238,6 +280,35 @@ class Finetuner:
         if self._test_set is not None and every and epoch % every == 0 and not is_last:
             line["test_accuracy"] = self._accuracy(self._predictions(state))
         return Progress(state, [*progress.history, line], correct[positions])
+
+    def _leave(self, left: Progress, number: int, checkpoints: Checkpoints | None) -> NoReturn:
+        """Keeps a run that has to stop, and stops."""
+        if checkpoints is not None:
+            checkpoints.save(number, left.state, left.told)
+            checkpoints.wait()
+        processes.wait_for_all()  # or the end of another process would end the writing one
+        raise stopping.Stopped
+
+    def _batches(
+        self, positions: Int64[np.ndarray, " k"], seed: int, epoch: int, first: int
+    ) -> Iterator[tuple[tuple[jax.Array, ...], int]]:
+        """Yields batches on the devices, of which each process makes its rows, and their sizes."""
+        batch_size = self._settings.batch_size
+        num_rows = -(-batch_size // self._mesh.size) * self._mesh.size
+        made = training_batches(
+            self._data.training_inputs(positions, seed),
+            positions,
+            self._dataset.labels,
+            batch_size=batch_size,
+            seed=seed,
+            epoch=epoch,
+            num_rows=num_rows,
+            rows=rows_here(self._mesh, num_rows),
+            first=first,
+        )
+        for number, batch in enumerate(made, start=first):
+            on_devices = [from_rows_here(self._mesh, part, num_rows) for part in batch]
+            yield tuple(on_devices), min(batch_size, len(positions) - number * batch_size)
 
     def readable(self) -> tuple[Int64[np.ndarray, " k"], dict[str, str]]:
         """Returns the positions of samples that can be read, and of others the id: why."""

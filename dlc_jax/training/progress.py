@@ -11,12 +11,52 @@ from jaxtyping import Bool
 from dlc_jax.training.step import TrainState
 
 
+class Open(NamedTuple):
+    """The steps of an epoch that was left before its end.
+
+    Attributes:
+      num_steps: How many are done.
+      loss: Summed over their samples, in nats.
+      correct: Of each sample in the epoch's order, whether it was classified right: `0` or `1`.
+      elapsed_s: Time they took.
+    """
+
+    num_steps: int
+    loss: float
+    correct: str
+    elapsed_s: float
+
+    @property
+    def correct_array(self) -> Bool[np.ndarray, " r"]:
+        return np.frombuffer(self.correct.encode(), np.uint8) == ord("1")
+
+
 class Progress(NamedTuple):
-    """A run after some of its epochs."""
+    """A run after some of its epochs, and perhaps some steps of another.
+
+    Attributes:
+      state: Where it stands.
+      history: A line per finished epoch.
+      correct: In the last epoch, unless that was restored.
+      open: Steps after it; None: none.
+    """
 
     state: TrainState
     history: list[dict[str, Any]]
-    correct: Bool[np.ndarray, " k"] | None = None  # in the last epoch, unless that was restored
+    correct: Bool[np.ndarray, " k"] | None = None
+    open: Open | None = None
+
+    @classmethod
+    def of(cls, state: TrainState, told: list[dict[str, Any]]) -> Progress:
+        """Returns what a checkpoint holds."""
+        if told and "num_steps" in told[-1]:
+            return cls(state, told[:-1], open=Open(**told[-1]))
+        return cls(state, told)
+
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        """For a checkpoint: the lines, and last what is open."""
+        return self.history if self.open is None else [*self.history, self.open._asdict()]
 
     @property
     def elapsed_s(self) -> float:

@@ -95,4 +95,6 @@ def record_training(
         cache=cache,
         progress=progress,
     )
-    return recorder.run(Path(folder) if folder is not None else None)
+    record = recorder.run(Path(folder) if folder is not None else None)
+    assert record is not None  # one device: there is no other process to help
+    return record

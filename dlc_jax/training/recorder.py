@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Int64
 
 from dlc_jax import artefacts, checks
+from dlc_jax.distributed import one_device, processes
+from dlc_jax.distributed.processes import told_by_first
 from dlc_jax.encoders import Encoder
 from dlc_jax.preprocess import ON_CORRUPT, ImageCache
 from dlc_jax.training.finetuner import Finetuner
@@ -53,6 +56,7 @@ class Recorder:
         mode: str = "default",
         on_corrupt: str = "error",
         cache: ImageCache | None = None,
+        mesh: Mesh | None = None,
         progress: bool = False,
     ):
         record.check()
@@ -67,12 +71,14 @@ class Recorder:
             mode=mode,
             on_corrupt=on_corrupt,
             cache=cache,
+            mesh=mesh,
             progress=progress,
         )
         if settings.epochs == 0:
             raise checks.InputError("finetune.epochs: recording needs 1 or more, got 0.")
         checks.one_of("dataset.on_corrupt", on_corrupt, ON_CORRUPT)
         self._dataset, self._settings, self._on_corrupt = dataset, settings, on_corrupt
+        self._mesh = mesh or one_device()
         self.early_epoch = max(1, round(record.early_fraction * settings.epochs))
         num_runs = record.num_runs or _RUNS_OF_MODE[mode]
         checks.seed(seed)
@@ -91,19 +97,33 @@ class Recorder:
             }
         )
 
-    def run(self, folder: Path | None = None) -> TrainingRecord:
+    @property
+    def num_epochs(self) -> int:
+        """Of the first run."""
+        return int(self._settings.epochs)
+
+    def run(self, folder: Path | None = None) -> TrainingRecord | None:
         """Trains and records, or goes on where a stopped call in `folder` ended.
 
         Args:
           folder: Where the record and its runs are kept; None: nowhere.
+        Returns:
+          The record; None in processes that help the first one with it.
         """
         if folder is None:
             return self._record(None)
+        if self._helps:
+            if not told_by_first(lambda: False):
+                self._runs(None)
+            return None
         with artefacts.locked(folder):
             artefacts.clear_leftovers(folder)
             # other settings of the record are not told by the inputs of its first run
             RunFolder(folder).claim(self.inputs, {})
             record = _read(folder / RECORD)
+            if self._mesh.is_multi_process:
+                is_there = record is not None
+                told_by_first(lambda: is_there)
             if record is None:
                 record = self._record(folder)
                 _write(folder / RECORD, record)
@@ -112,7 +132,34 @@ class Recorder:
                 shutil.rmtree(_run_path(folder, seed) / _SEEN, ignore_errors=True)
         return record
 
+    @property
+    def _helps(self) -> bool:
+        """Whether this process trains with another, which keeps the record."""
+        return self._mesh.is_multi_process and not processes.is_first()
+
     def _record(self, folder: Path | None) -> TrainingRecord:
+        positions, skipped, runs, seconds = self._runs(folder)
+        epochs = range(1, self._settings.epochs + 1)
+        early = f"epoch_{self.early_epoch}"
+        return TrainingRecord(
+            correct=np.stack([runs[0].get(f"correct_{epoch}") for epoch in epochs]),
+            logits=runs[0].get(f"epoch_{self._settings.epochs}_logits"),
+            early_logits=np.stack([seen.get(f"{early}_logits") for seen in runs]),
+            early_squared_norms=np.stack([seen.get(f"{early}_squared_norms") for seen in runs]),
+            early_epoch=self.early_epoch,
+            batch_size=int(self._settings.batch_size),
+            labels=self._dataset.labels[positions],
+            ids=self._dataset.ids[positions],
+            class_names=self._dataset.class_names,
+            seconds=seconds,
+            num_epochs=int(self._settings.epochs) + (len(runs) - 1) * self.early_epoch,
+            skipped=skipped,
+        )
+
+    def _runs(
+        self, folder: Path | None
+    ) -> tuple[Int64[np.ndarray, " n"], dict[str, str], list[_Seen], float]:
+        """Returns the positions, samples that are left out, what each run showed, and seconds."""
         start = time.perf_counter()
         positions = np.arange(len(self._dataset))
         skipped: dict[str, str] = {}
@@ -134,22 +181,7 @@ class Recorder:
             )
             seconds += result.seconds
             runs.append(seen)
-        epochs = range(1, self._settings.epochs + 1)
-        early = f"epoch_{self.early_epoch}"
-        return TrainingRecord(
-            correct=np.stack([runs[0].get(f"correct_{epoch}") for epoch in epochs]),
-            logits=runs[0].get(f"epoch_{self._settings.epochs}_logits"),
-            early_logits=np.stack([seen.get(f"{early}_logits") for seen in runs]),
-            early_squared_norms=np.stack([seen.get(f"{early}_squared_norms") for seen in runs]),
-            early_epoch=self.early_epoch,
-            batch_size=int(self._settings.batch_size),
-            labels=self._dataset.labels[positions],
-            ids=self._dataset.ids[positions],
-            class_names=self._dataset.class_names,
-            seconds=seconds,
-            num_epochs=int(self._settings.epochs) + (len(runs) - 1) * self.early_epoch,
-            skipped=skipped,
-        )
+        return positions, skipped, runs, seconds
 
 
 class _Seen(NamedTuple):

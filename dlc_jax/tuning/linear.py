@@ -10,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Int64, Integer
 
 from dlc_jax import checks
+from dlc_jax.distributed import by_rows, one_device, place, replicated, whole_on
 from dlc_jax.probes.kernel import precision_of
 from dlc_jax.training.batches import epoch_order
 from dlc_jax.training.optimiser import learning_rates, torch_sgd
@@ -97,6 +99,7 @@ def linear_probes(
     settings: LinearProbeConfig | None = None,
     head: str = "mean",
     mode: str = "default",
+    mesh: Mesh | None = None,
 ) -> LinearProbes:
     """Trains a linear head on each kept subset, and tests all of them.
 
@@ -109,6 +112,8 @@ def linear_probes(
       settings: Optimiser and schedule; None: the defaults.
       head: How heads start, `mean` or `cls`: see `Encoder`.
       mode: `default`, or `official` for the released code's decay (Q6).
+      mesh: Devices of this process, from `make_mesh`; the heads are divided among them, which
+        changes nothing but the time. None: the default device.
     Returns:
       Which validation samples each head gets right, and the heads.
     Raises:
@@ -128,21 +133,25 @@ def linear_probes(
     subsets, seeds = _subsets(kept, seeds, np.asarray(labels))
     num_classes = 1 + max(int(labels.max()), int(val_labels.max()))
     rates = learning_rates(settings.epochs, settings.learning_rate, settings.milestones, mode)
+    mesh = mesh or one_device()
     data = _Data(
-        jnp.asarray(features, jnp.float32),
-        jnp.asarray(labels, jnp.int32),
-        jnp.asarray(val_features, jnp.float32),
-        jnp.asarray(val_labels, jnp.int32),
+        np.asarray(features, np.float32),
+        np.asarray(labels, np.int32),
+        np.asarray(val_features, np.float32),
+        np.asarray(val_labels, np.int32),
     )
+    data = replicated(mesh, data)
     most = max(len(subset) for subset in subsets)
     num_steps = -(-most // settings.batch_size)
     parts = []
-    for places in _groups(len(subsets), features.shape[1], num_classes, num_steps, settings):
+    for places in _groups(
+        len(subsets), features.shape[1], num_classes, num_steps, settings, mesh.size
+    ):
         starts = [
             initial_head(features.shape[1], num_classes, head, seeds[place]) for place in places
         ]
         some = _Cells([subsets[place] for place in places], [seeds[place] for place in places])
-        parts.append(_train(data, some, starts, rates, num_steps, settings))
+        parts.append(_train(mesh, data, some, starts, rates, num_steps, settings))
     heads = {
         name: np.concatenate([part[name] for _, part in parts])[: len(subsets)]
         for name in ("kernel", "bias")
@@ -155,10 +164,10 @@ def linear_probes(
 class _Data(NamedTuple):
     """What all heads see, on the device."""
 
-    features: Float[Array, "n d"]
-    labels: Int[Array, " n"]
-    val_features: Float[Array, "v d"]
-    val_labels: Int[Array, " v"]
+    features: Float[Array | np.ndarray, "n d"]
+    labels: Int[Array | np.ndarray, " n"]
+    val_features: Float[Array | np.ndarray, "v d"]
+    val_labels: Int[Array | np.ndarray, " v"]
 
 
 class _Cells(NamedTuple):
@@ -206,7 +215,12 @@ def _subsets(
 
 
 def _groups(
-    num_heads: int, num_features: int, num_classes: int, num_steps: int, settings: LinearProbeConfig
+    num_heads: int,
+    num_features: int,
+    num_classes: int,
+    num_steps: int,
+    settings: LinearProbeConfig,
+    num_devices: int,
 ) -> Iterator[list[int]]:
     """Yields the places of heads that are trained in one call.
 
@@ -214,14 +228,15 @@ def _groups(
     """
     # kernel, momentum and gradient, new and old; and the order of an epoch
     each = 6 * 4 * (num_features + 1) * num_classes + 4 * num_steps * settings.batch_size
-    at_most = max(int(settings.memory_mib * _MIB / each), 1)
+    at_most = max(int(settings.memory_mib * _MIB / each), 1) * num_devices
     num_groups = -(-num_heads // at_most)
-    size = -(-num_heads // num_groups)
+    size = -(-num_heads // (num_groups * num_devices)) * num_devices
     for start in range(0, num_heads, size):
         yield [min(place, num_heads - 1) for place in range(start, start + size)]
 
 
 def _train(
+    mesh: Mesh,
     data: _Data,
     cells: _Cells,
     starts: list[dict[str, np.ndarray]],
@@ -231,13 +246,15 @@ def _train(
 ) -> tuple[Bool[np.ndarray, "k v"], dict[str, Float32[np.ndarray, "k ..."]]]:
     """Returns what the heads get right, and the heads."""
     sgd = Sgd(settings.momentum, settings.weight_decay, settings.nesterov)
-    trained = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *starts)
+    trained = jax.tree.map(lambda *leaves: place(np.stack(leaves), by_rows(mesh)), *starts)
     heads = _Heads(trained, jax.vmap(torch_sgd(0.0, **sgd._asdict()).init)(trained))
-    num_kept = jnp.asarray([len(subset) for subset in cells.subsets], jnp.int32)
+    sizes = np.array([len(subset) for subset in cells.subsets], np.int32)
+    num_kept = place(sizes, by_rows(mesh))
     length = num_steps * settings.batch_size
     for epoch, rate in enumerate(rates, start=1):
-        order = cells.orders(epoch, length)
+        order = place(cells.orders(epoch, length), by_rows(mesh))
         heads = train_epoch(
+            mesh,
             sgd,
             settings.batch_size,
             settings.chunk,
@@ -253,14 +270,15 @@ def _train(
             "linear_probe: heads have weights that are not finite, at learning rate "
             f"{settings.learning_rate:g}; try a smaller linear_probe.learning_rate."
         )
-    correct = _is_correct(heads.trained, data.val_features, data.val_labels)
+    correct = _is_correct(mesh, heads.trained, data.val_features, data.val_labels)
     return np.asarray(correct), jax.tree.map(np.asarray, heads.trained)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("sgd", "batch_size", "chunk"), donate_argnames=("heads",)
+    jax.jit, static_argnames=("mesh", "sgd", "batch_size", "chunk"), donate_argnames=("heads",)
 )
 def train_epoch(
+    mesh: Mesh,
     sgd: Sgd,
     batch_size: int,
     chunk: int,
@@ -274,6 +292,7 @@ def train_epoch(
     """Takes all steps of an epoch of every head.
 
     Args:
+      mesh: Devices that the heads are divided among.
       sgd, batch_size: Of every head.
       chunk: Heads mapped side by side; 1: one after another.
       heads: k of them, where they stand.
@@ -283,7 +302,11 @@ def train_epoch(
       features, labels: What positions point into.
     """
 
-    def epoch_of_one(head: _Heads, order: Int[Array, " s"], num_kept: Int[Array, ""]) -> _Heads:
+    def epoch_of_one(
+        data: tuple[Array, ...], head: _Heads, order: Int[Array, " s"], num_kept: Int[Array, ""]
+    ) -> _Heads:
+        features, labels = data
+
         def step(number: Int[Array, ""], head: _Heads) -> _Heads:
             start = number * batch_size
             where = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
@@ -292,12 +315,36 @@ def train_epoch(
 
         return jax.lax.fori_loop(0, -(-num_kept // batch_size), step, head)
 
+    return _over_heads(mesh, epoch_of_one, (features, labels), (heads, order, num_kept), chunk)
+
+
+def _over_heads(
+    mesh: Mesh, compute: Callable, data: tuple[Array, ...], cells: tuple, chunk: int = 1
+) -> Any:
+    """Maps over heads, each device over its own.
+
+    Args:
+      mesh: Devices.
+      compute: Takes the data, and what each cell has of one head.
+      data: All of it on every device.
+      cells: Arrays of one row per head.
+      chunk: Heads side by side.
+    """
+
+    def on_one_device(data: tuple[Array, ...], cells: tuple) -> Any:
+        size = chunk if chunk > 1 else None
+        return jax.lax.map(lambda cell: compute(data, *cell), cells, batch_size=size)
+
+    by_heads, whole = by_rows(mesh).spec, whole_on(mesh).spec
     with precision_of("float32"):
-        return jax.lax.map(
-            lambda cell: epoch_of_one(*cell),
-            (heads, order, num_kept),
-            batch_size=chunk if chunk > 1 else None,
+        on_all = jax.shard_map(
+            on_one_device,
+            mesh=mesh,
+            in_specs=(whole, by_heads),
+            out_specs=by_heads,
+            check_vma=False,
         )
+        return on_all(data, cells)
 
 
 def _step(
@@ -318,14 +365,17 @@ def _step(
     return _Heads(optax.apply_updates(head.trained, updates), state)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("mesh",))
 def _is_correct(
-    heads: dict[str, Any], features: Float[Array, "v d"], labels: Int[Array, " v"]
+    mesh: Mesh,
+    heads: dict[str, Any],
+    features: Float[Array, "v d"],
+    labels: Int[Array, " v"],
 ) -> Bool[Array, "k v"]:
     """Returns whether each head's highest logit is the label's."""
 
-    def one(head: dict[str, Any]) -> Bool[Array, " v"]:
+    def of_one(data: tuple[Array, ...], head: dict[str, Any]) -> Bool[Array, " v"]:
+        features, labels = data
         return (features @ head["kernel"] + head["bias"]).argmax(axis=1) == labels
 
-    with precision_of("float32"):
-        return jax.lax.map(one, heads)
+    return _over_heads(mesh, of_one, (features, labels), (heads,))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Int32, Int64
 
 from dlc_jax import artefacts, checks
@@ -53,7 +54,7 @@ class LinearTrials:
       features: [n, d] of the whole training set.
       labels: [n] class ids.
       settings: How the heads are trained.
-      mode: See `linear_probes`.
+      mode, mesh: See `linear_probes`.
     """
 
     name = "linear_probe"
@@ -64,10 +65,11 @@ class LinearTrials:
         labels: np.ndarray,
         settings: LinearProbeConfig | None = None,
         mode: str = "default",
+        mesh: Mesh | None = None,
     ):
         checks.features_fit_labels("features", features, labels)
         self._features, self._labels = features, labels
-        self._settings, self._mode = settings, mode
+        self._settings, self._mode, self._mesh = settings, mode, mesh
 
     def __call__(
         self, trials: Sequence[Trial], held_out: Int64[np.ndarray, " v"], /
@@ -81,6 +83,7 @@ class LinearTrials:
             seeds=[trial.seed for trial in trials],
             settings=self._settings,
             mode=self._mode,
+            mesh=self._mesh,
         ).correct
 
 
@@ -91,6 +94,7 @@ class FinetuneTrials:
       encoder, dataset: As for `finetune`.
       settings: How to fine-tune.
       image_size, mode, cache: As for `finetune`.
+      mesh: Devices of this process, from `make_mesh`; None: the default one.
       folder: Where the outcome of every trial is kept, so that none is run twice; None: nowhere.
     Attributes:
       earlier_seconds: What trials took whose outcome was found there.
@@ -107,12 +111,13 @@ class FinetuneTrials:
         image_size: int = 224,
         mode: str = "default",
         cache: ImageCache | None = None,
+        mesh: Mesh | None = None,
         folder: Path | None = None,
     ):
         self._encoder, self._dataset = encoder, dataset
         self._settings = settings or FinetuneConfig()
         self._image_size, self._mode, self._cache = image_size, mode, cache
-        self._folder, self.earlier_seconds = folder, 0.0
+        self._folder, self._mesh, self.earlier_seconds = folder, mesh, 0.0
         self._counted: set[Path] = set()  # outcomes whose seconds are known
 
     @functools.cached_property
@@ -129,6 +134,7 @@ class FinetuneTrials:
             image_size=self._image_size,
             mode=self._mode,
             cache=self._cache,
+            mesh=self._mesh,
         )
 
     @property

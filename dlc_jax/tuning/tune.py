@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int64, Integer
 from tqdm import tqdm
 
@@ -63,6 +64,7 @@ def tune(
     min_per_class: int = 0,
     settings: LinearProbeConfig | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Tuning:
     """Compares ways of choosing on held-out fifths of the training data; test data have no part.
@@ -88,6 +90,7 @@ def tune(
       min_per_class: As in `select`.
       settings: How linear heads are trained, from a start as after pooling; None: the defaults.
       seed: Of parts and draws.
+      mesh: Devices of this process that linear heads are divided among; None: the default one.
       progress: Whether to show a bar.
     Returns:
       Accuracies and gaps of everything that was tried, and a choice per keep fraction.
@@ -117,7 +120,7 @@ def tune(
             raise checks.InputError(
                 "tune: linear heads need features=dlc.features(...); trials=... trains otherwise."
             )
-        trials = LinearTrials(features, labels, settings)
+        trials = LinearTrials(features, labels, settings, mesh=mesh)
     cells = _cells(keep_fractions, methods, splits)
 
     def kept(cell: _Cell, fit: Int64[np.ndarray, " k"], draw: int) -> Int64[np.ndarray, " _"]:

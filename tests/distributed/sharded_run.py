@@ -8,8 +8,8 @@ import conftest  # noqa: F401  checks annotations at run time
 import jax
 import numpy as np
 
-from dlc_jax.distributed import load_sharded, on_every_device, over_devices
-from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.distributed import make_mesh, on_every_device, over_devices
+from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.exports.peft import write_merged
 from dlc_jax.masking import prunable_paths
 from dlc_jax.masking.thresholds import Thresholds
@@ -27,7 +27,8 @@ LORA = {"optimiser": "adamw", "learning_rate": 0.5, "warmup_steps": 0, "dtype": 
 
 
 def main(folder: str, out: str) -> None:
-    one, many = (load_sharded(folder, "float32", fsdp) for fsdp in (1, 8))
+    mesh = make_mesh(fsdp=8)
+    one, many = (load_language_model(folder, dtype="float32", mesh=on) for on in (None, mesh))
     found = {"weights": _size(many.params), "held": _held(many.params)}
     found |= {"planned": _planned(many)}
     found |= {"compiled": _compiled(many)}

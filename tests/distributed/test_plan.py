@@ -1,4 +1,4 @@
-"""The stage `plan`, and the plans of the paper's models, from shapes alone."""
+"""The stage `plan` of instructions, and the plans of the paper's models, from shapes alone."""
 
 import json
 import subprocess
@@ -13,7 +13,10 @@ from dlc_jax import checks, plan_stage, presets
 from dlc_jax.config import Config, default_config
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.paper_models import PAPER_MODELS
+from dlc_jax.planning import instruction_plan
+from dlc_jax.planning.knobs import ways_out
 from dlc_jax.planning.liveness import peak_bytes
+from dlc_jax.planning.machine import Machine
 from dlc_jax.planning.memory import Finetuning, Scoring, weight_bytes
 from dlc_jax.training.lora.settings import LoraConfig
 
@@ -62,19 +65,17 @@ def test_every_model_that_configurations_name_has_its_sizes_here():
 
 
 def test_the_setting_to_turn():
-    machine = plan_stage.Machine("1 x 24 GiB", 1, 24 * GIB)
+    machine = Machine("1 x 24 GiB", 1, 24 * GIB)
     large = Scoring(**{**vars(scoring(GEMMA, 1)), "tokens_per_batch": 131_072})
-    assert (
-        plan_stage._ways_out(large, machine) == "try probe.tokens_per_batch=32768, or mesh.fsdp=2"
-    )
-    machine = plan_stage.Machine("1 x 80 GiB", 1, 80 * GIB)
+    assert ways_out(large, machine) == "try probe.tokens_per_batch=32768, or mesh.fsdp=2"
+    machine = Machine("1 x 80 GiB", 1, 80 * GIB)
     kept = Finetuning(MISTRAL, LoraConfig(rematerialise=False), 2048, 1)
-    assert "try lora.rematerialise=True, or" in plan_stage._ways_out(kept, machine)
+    assert "try lora.rematerialise=True, or" in ways_out(kept, machine)
 
 
 def test_weights_that_fit_nowhere():
-    machine = plan_stage.Machine("1 x 1 GiB", 1, GIB // 16)
-    said = plan_stage._ways_out(scoring(MISTRAL, 1), machine)
+    machine = Machine("1 x 1 GiB", 1, GIB // 16)
+    said = ways_out(scoring(MISTRAL, 1), machine)
     assert said.startswith("no single setting helps")
 
 
@@ -102,16 +103,64 @@ def run(*arguments, tmp_path):
 
 def test_the_command(tmp_path):
     done = run("--config=configs/instructions.py", "--config.stages=('plan',)", tmp_path=tmp_path)
-    assert done.returncode == 0, done.stderr
     assert "mistralai/Mistral-7B-v0.3, 7,248,023,552 parameters" in done.stdout
-    rows = {
-        row.split("|")[1].strip(): row.split("|")[2:-1]
-        for row in done.stdout.splitlines()
-        if row.startswith("| ")
-    }
-    assert [cell.strip() for cell in rows["weights"]] == ["13.50", "13.50", "1.69"]
-    assert [cell.strip() for cell in rows["fits"]][1:] == ["yes", "yes"]
+    tables = {"score": {}, "finetune": {}}
+    for row in done.stdout.splitlines():
+        if row.startswith(("score: ", "finetune: ")):
+            table = tables[row.partition(":")[0]]
+        if row.startswith("| "):
+            name, *cells = (cell.strip() for cell in row.split("|")[1:-1])
+            table[name] = cells
+    for table in tables.values():
+        assert table["weights"] == ["13.50", "13.50", "1.69"]
+        assert table["fits"][1:] == ["yes", "yes"]
+    fits = [table["fits"][0] == "yes" for table in tables.values()]  # this machine's memory decides
+    assert done.returncode == (0 if all(fits) else 2), done.stderr
+    assert ("finetune takes" in done.stderr) == (not fits[1])
+    assert "no passes and no time, since there are no data: jsonl:train.jsonl" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def told(config) -> str:
+    lines: list[str] = []
+    plan_stage.run_plan(Config.of(config), lines.append)
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def sample_config():
+    config = default_config()
+    config.stages = ("plan",)
+    config.dataset.train, config.dataset.test = "demo:dolly/train", "demo:dolly/test"
+    config.encoder.name, config.encoder.weights = "decoder", "demo:tiny-llama"
+    config.encoder.max_length, config.probe.num_probes = 512, 4
+    config.selection.keep_fractions, config.lora.dtype = (0.5,), "float32"
+    return config
+
+
+def test_passes_time_and_break_even(sample_config):
+    text = told(sample_config)
+    assert "| score    | losses of 4 probes              | 4      | 1,600 " in text
+    assert "| score    | losses with and without prompts | 2      | 800 " in text
+    # three epochs of everything and of a half
+    assert "| finetune | LoRA, 2 runs                    | 6      | 1,800 " in text
+    assert "tests, 100 instructions         | 2      | 200 " in text
+    assert "within a factor of 2" in text
+    assert "\n| 0.50 " in text
+
+
+def test_only_this_machine_is_refused(sample_config, monkeypatch):
+    config = sample_config
+    config.dataset.train = "jsonl:nowhere.jsonl"
+    config.stages = ("plan", "score")
+    small = Machine("1 x small", 1, 90 << 20)
+    monkeypatch.setattr(instruction_plan, "REFERENCES", (small,))
+    assert "score, 1 x small: does not fit; try probe.tokens_per_batch=4096" in told(config)
+    monkeypatch.setattr(instruction_plan, "this_machine", lambda num: small)
+    with pytest.raises(checks.InputError, match=r"score takes .* try probe.tokens_per_batch=4096"):
+        told(config)
+    config.probe.tokens_per_batch = 4096
+    told(config)
 
 
 def test_a_folder_needs_its_sizes_only(tmp_path):
@@ -121,14 +170,3 @@ def test_a_folder_needs_its_sizes_only(tmp_path):
     assert plan_stage.model_sizes(str(tmp_path)).depth == 6
     with pytest.raises(checks.InputError, match="no folder 'nowhere'"):
         plan_stage.model_sizes("nowhere")
-
-
-def test_images_have_no_plan_yet():
-    config = default_config()
-    config.stages = ("plan",)
-    config.encoder.weights = "demo:resnet18"
-    with pytest.raises(checks.InputError, match="'plan' is for language models only, for now"):
-        Config.of(config)
-    config.stages, config.mesh.fsdp = ("select",), 8
-    with pytest.raises(checks.InputError, match=r"mesh\.fsdp: 8; expected 1"):
-        Config.of(config)

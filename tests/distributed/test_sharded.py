@@ -11,7 +11,7 @@ from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 import dlc_jax
-from dlc_jax.distributed import load_sharded, partition
+from dlc_jax.distributed import make_mesh, partition
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.huggingface import read_config, torch_names
 from dlc_jax.planning.memory import weight_bytes
@@ -131,6 +131,8 @@ def test_where_parameters_lie(path, shape, expected):
     assert tuple(partition(path, shape, 8)) == expected
 
 
-def test_more_devices_than_there_are(folder):
-    with pytest.raises(dlc_jax.checks.InputError, match=r"64 devices are asked for, 1 "):
-        load_sharded(str(folder), "float32", 64)
+def test_a_product_that_is_not_the_number_of_devices():
+    with pytest.raises(dlc_jax.checks.InputError, match=r"64 devices, 1 of kind cpu are there"):
+        make_mesh(fsdp=64)
+    with pytest.raises(dlc_jax.checks.InputError, match=r"mesh.data 3 x .* is 3 devices, 1 "):
+        make_mesh(data=3)

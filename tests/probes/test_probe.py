@@ -9,9 +9,10 @@ from conftest import narrow, random_images, subset
 from flax import nnx
 
 import dlc_jax as dlc
+from dlc_jax.distributed import one_device
 from dlc_jax.masking import Thresholds, exact_thresholds, masked, path_counts, prunable_paths
 from dlc_jax.probes import resolve_chunk
-from dlc_jax.probes.kernel import Forward, losses_of_batch
+from dlc_jax.probes.kernel import Forward, losses_of_batches
 from dlc_jax.probes.path import learning_path
 
 
@@ -119,16 +120,17 @@ def memory_of_program(encoder: dlc.Encoder, num_probes: int):
     prunable = prunable_paths(encoder.params, encoder.is_prunable)
     counts = path_counts(694_736, num_probes=num_probes).chosen
     thresholds = exact_thresholds(encoder.params, prunable, None, counts)
-    lowered = losses_of_batch.lower(
+    lowered = losses_of_batches.lower(
         Forward.of(encoder, "float32"),
         prunable,
         1,
+        one_device(),
         encoder.params,
         None,
         jax.device_put(thresholds),
         jnp.zeros((15, 128)),
-        jnp.zeros((16, 64, 64, 3), jnp.uint8),
-        jnp.zeros(16, jnp.int32),
+        jnp.zeros((1, 16, 64, 64, 3), jnp.uint8),
+        jnp.zeros((1, 16), jnp.int32),
     )
     return lowered.compile().memory_analysis()
 

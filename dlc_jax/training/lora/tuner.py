@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,24 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int64
 from tqdm import tqdm
 
 import dlc_jax
 from dlc_jax import artefacts, checks
-from dlc_jax.distributed import on_every_device, over_devices, whole_rows
+from dlc_jax.distributed import (
+    Team,
+    fetch,
+    from_first,
+    mesh_of,
+    on_every_device,
+    over_devices,
+    processes,
+    stopping,
+    whole_rows,
+)
+from dlc_jax.distributed.processes import told_by_first
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.exports.peft import (
     ADAPTER_WEIGHTS,
@@ -96,6 +107,12 @@ class LoraTuner:
             model.architecture.with_adapter(settings.adapter), rematerialise=settings.rematerialise
         )
         self._optimiser = Optimiser.of(settings)
+        mesh = self._mesh
+        if settings.merge and mesh is not None and Team.of(mesh).mesh.is_multi_process:
+            raise checks.InputError(
+                "lora.merge: True, but no process has all weights; expected mesh.fsdp to divide "
+                "the number of devices of a process, or write_merged later, on one machine."
+            )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -105,8 +122,8 @@ class LoraTuner:
                 "version": dlc_jax.__version__,
                 "settings": self._settings.decisive,
                 "model": self._model.fingerprint,
-                "data": _fingerprint(self._data),
-                "test": None if self._test is None else _fingerprint(self._test),
+                "data": self._data.fingerprint,
+                "test": None if self._test is None else self._test.fingerprint,
             }
         )
 
@@ -164,22 +181,40 @@ class LoraTuner:
         if folder is not None and folder.is_finished(self.inputs(positions, seed)):
             return self._finished(folder)
         plan = Plan.of(self._settings, positions, seed)
-        progress = Progress.start(initial_adapter(self._architecture, seed), self._optimiser)
-        progress = progress._replace(state=on_every_device(self._model.params, progress.state))
         with contextlib.ExitStack() as stack:
             checkpoints = None
             if folder is not None:
                 stack.enter_context(artefacts.locked(folder.path))
                 folder.claim(self.inputs(positions, seed), facts or {})
                 checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
-                progress = Progress.of(checkpoints.restore(progress.state)) or progress
+            progress = self._start(seed, checkpoints)
             progress = self._train(plan, progress, folder, checkpoints)
             if checkpoints is not None:
                 checkpoints.wait()
             result = self._result(progress, len(positions))
-            if folder is not None:
-                self._write(result, folder)
+            self._write(result, folder)
         return result
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether several processes train together."""
+        return self._mesh is not None and self._mesh.is_multi_process
+
+    @property
+    def _mesh(self) -> Mesh | None:
+        return mesh_of(self._model.params)
+
+    def _start(self, seed: int, checkpoints: Checkpoints | None) -> Progress:
+        """Returns where a run begins, in all processes: new, or where the first one left it."""
+        progress = Progress.start(initial_adapter(self._architecture, seed), self._optimiser)
+        if checkpoints is not None:
+            progress = Progress.of(checkpoints.restore(progress.state)) or progress
+        if (mesh := self._mesh) is None:
+            return progress
+        if mesh.is_multi_process:
+            told = told_by_first(lambda: progress.told)
+            progress = progress._replace(history=told[:-1], open=told[-1])
+        return progress._replace(state=from_first(mesh, progress.state))
 
     def _train(
         self,
@@ -197,18 +232,25 @@ class LoraTuner:
             leave=False,
             disable=None if self._progress else True,
         )
-        with bar:
+        may_stop = checkpoints is not None or self._is_shared
+        with bar, stopping.at_steps() if may_stop else contextlib.nullcontext() as stop:
             for step in range(progress.step, num_steps):
                 progress = self._step(plan, progress, step)
                 ends = (step + 1) % plan.steps_per_epoch == 0
                 if ends:
                     progress = progress.epoch_ended(plan, step)
+                leaves = stop is not None and stop.is_due()
                 if checkpoints is not None and folder is not None:
-                    if ends or (step + 1) % self._settings.checkpoint_steps == 0:
+                    if ends or leaves or (step + 1) % self._settings.checkpoint_steps == 0:
                         checkpoints.save(step + 1, progress.state, progress.told)
                     if ends:
                         folder.write_metrics(progress.history)
                 bar.update()
+                if leaves:
+                    if checkpoints is not None:
+                        checkpoints.wait()
+                    processes.wait_for_all()  # or the end of another would end the writing one
+                    raise stopping.Stopped
         return progress
 
     def _step(self, plan: Plan, progress: Progress, step: int) -> Progress:
@@ -225,9 +267,9 @@ class LoraTuner:
             num_tokens += int(rows.counts.sum())
             rows = over_devices(params, rows)
             sums = add_rows(self._architecture, params, state.adapter, rows, sums)
-        loss = float(sums.loss)
+        loss = float(fetch(sums.loss))
         if not np.isfinite(loss):
-            raise checks.InputError(
+            raise checks.SharedError(
                 f"fine-tuning gave a loss ({loss}) that is not finite, at step {step + 1}, "
                 f"learning rate {plan.rates[step]:g}; try a smaller lora.learning_rate, such as a "
                 "tenth of it."
@@ -258,7 +300,9 @@ class LoraTuner:
         model = load_adapter(self._model, folder.path / ADAPTER)
         return LoraResult(model=model, history=folder.read_metrics(), **summary)
 
-    def _write(self, result: LoraResult, folder: RunFolder) -> None:
+    def _write(self, result: LoraResult, folder: RunFolder | None) -> None:
+        if folder is None:
+            return
         write_adapter(result.model, folder.path / ADAPTER)
         if self._settings.merge:
             write_merged(result.model, folder.path / MERGED)
@@ -281,11 +325,3 @@ def _check_lengths(name: str, data: Tokenised, max_length: int) -> None:
             f"{name}: sample {data.ids[longest]!s} has {lengths[longest]} tokens, expected at most "
             f"{max_length}; tokenise with max_length={max_length}."
         )
-
-
-def _fingerprint(data: Tokenised) -> str:
-    """SHA-256 over all tokens, in order, and where responses begin."""
-    digest = hashlib.sha256(data.num_prompt.tobytes())
-    for row in data.tokens:
-        digest.update(len(row).to_bytes(8, "little") + row.tobytes())
-    return digest.hexdigest()

@@ -1,0 +1,246 @@
+"""The processes of a run: how they find each other, and what the first one tells the others.
+
+Without `start` there is one process, and everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+# JAX offers no public way to the store that its processes share
+from jax._src.distributed import global_state
+
+from dlc_jax import checks
+
+RESTART = 75  # exit code (EX_TEMPFAIL) that asks a scheduler to start the same command again
+_PREFIX = "dlc_jax"
+_POLL_MS = 1000  # a signal's Python handler runs between two polls
+_SLURM_PORTS = range(20_000, 50_000)
+_numbers = itertools.count()  # of messages; all processes pass the same ones in the same order
+_heartbeat_s = 0
+Value = TypeVar("Value")
+
+
+class Place(NamedTuple):
+    """Where a process stands.
+
+    Attributes:
+      coordinator: host:port of the first process.
+      num_processes: How many there are.
+      process_id: Which this one is, from 0.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+
+
+class SaidByFirst(checks.SharedError):
+    """What went wrong in the first process, which tells the user."""
+
+
+def find_place(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> Place | None:
+    """Returns this process's place, of what is given, the environment or Slurm; None: it is alone.
+
+    Args:
+      coordinator, num_processes, process_id: See `Place`; None: JAX_COORDINATOR_ADDRESS,
+        JAX_NUM_PROCESSES and JAX_PROCESS_ID, or those of the Slurm step.
+    Raises:
+      ValueError: some are missing, or do not fit together.
+    """
+    given: dict[str, Any] = {
+        "coordinator_address": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": _number("JAX_NUM_PROCESSES", num_processes),
+        "process_id": _number("JAX_PROCESS_ID", process_id),
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return _place_in_slurm()
+    if given["num_processes"] == 1:
+        return None
+    if missing:
+        raise checks.InputError(
+            f"--{missing[0]}: missing; expected coordinator_address, num_processes and process_id "
+            "together, as options or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID."
+        )
+    assert isinstance(given["coordinator_address"], str)
+    place = Place(
+        given["coordinator_address"], int(given["num_processes"]), int(given["process_id"])
+    )
+    if not re.fullmatch(r".+:[0-9]+", place.coordinator):
+        raise checks.InputError(
+            f"--coordinator_address: expected host:port, got {place.coordinator!r}."
+        )
+    checks.at_least("--num_processes", place.num_processes, 1)
+    if not 0 <= place.process_id < place.num_processes:
+        raise checks.InputError(
+            f"--process_id: expected 0 to {place.num_processes - 1}, got {place.process_id}."
+        )
+    return place
+
+
+def _number(name: str, given: int | None) -> int | None:
+    text = os.environ.get(name)
+    if given is not None or text is None:
+        return given
+    if not re.fullmatch(r"[0-9]+", text):
+        raise checks.InputError(f"{name}: expected a number, got {text!r}.")
+    return int(text)
+
+
+def _place_in_slurm() -> Place | None:
+    """Returns the task's place in a step of several tasks, as started by `srun`."""
+    num_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if num_tasks == 1:
+        return None
+    nodes = os.environ["SLURM_STEP_NODELIST"]  # such as a[07-09,12],b3
+    first = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
+    assert first is not None
+    host = first[1] + (first[2] or "")
+    job = int(os.environ["SLURM_JOB_ID"])
+    port = _SLURM_PORTS[job % len(_SLURM_PORTS)]
+    return Place(f"{host}:{port}", num_tasks, int(os.environ["SLURM_PROCID"]))
+
+
+def start(place: Place, *, heartbeat_s: int, timeout_s: int = 300) -> None:
+    """Joins the others; has to come before anything is computed.
+
+    Args:
+      place: Of this process.
+      heartbeat_s: Seconds without a sign of life after which a process counts as dead.
+      timeout_s: Seconds to wait for all to come.
+    """
+    global _heartbeat_s
+    _heartbeat_s = heartbeat_s
+    # SIGTERM is ours: see `stopping`
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.num_processes,
+        place.process_id,
+        cluster_detection_method="deactivate",
+        initialization_timeout=timeout_s,
+        heartbeat_timeout_seconds=heartbeat_s,
+    )
+
+
+def heartbeat_s() -> int:
+    """Returns after how many seconds without a sign of life a process counts as dead."""
+    return _heartbeat_s
+
+
+def index() -> int:
+    """Returns which process this is, from 0."""
+    return int(global_state.process_id or 0) if count() > 1 else 0
+
+
+def count() -> int:
+    """Returns how many processes there are."""
+    return int(global_state.num_processes or 1) if global_state.client is not None else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that tells the user, and writes."""
+    return index() == 0
+
+
+def on_first(compute: Callable[[], Value]) -> Value | None:
+    """Computes in the first process alone, while the others wait; they get None.
+
+    Raises:
+      ValueError: in all processes, if it or OSError is raised in the first.
+    """
+    if count() == 1:
+        return compute()
+    key, value = f"{_PREFIX}/said/{next(_numbers)}", None
+    if is_first():
+        value = _told(key, compute, lambda _: None)
+    else:
+        _heard(key)
+    return value
+
+
+def told_by_first(compute: Callable[[], Value]) -> Value:
+    """Computes in the first process alone, and returns the value in all.
+
+    Args:
+      compute: Gives what JSON can hold; lists, not tuples.
+    Raises:
+      ValueError: in all processes, if it or OSError is raised in the first.
+    """
+    if count() == 1:
+        return compute()
+    key = f"{_PREFIX}/said/{next(_numbers)}"
+    if is_first():
+        return _told(key, compute, lambda value: value)
+    value: Value = _heard(key)
+    return value
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have come here."""
+    everyones(None)
+
+
+def everyones(value: Any) -> list[Any]:
+    """Returns what each process passes, by process; all wait for all.
+
+    Args:
+      value: What JSON can hold.
+    """
+    if count() == 1:
+        return [value]
+    folder = f"{_PREFIX}/all/{next(_numbers)}"
+    client().key_value_set(f"{folder}/{index()}", json.dumps(value))
+    return [json.loads(_waited_for(f"{folder}/{number}")) for number in range(count())]
+
+
+def share(items: Sequence[Value]) -> Sequence[Value]:
+    """Returns the part of the items that this process does: as many as the others, neighbours."""
+    bounds = [len(items) * number // count() for number in range(count() + 1)]
+    return items[bounds[index()] : bounds[index() + 1]]
+
+
+def client() -> Any:
+    """Returns JAX's way to the store that processes share."""
+    return global_state.client
+
+
+def _told(key: str, compute: Callable[[], Value], tell: Callable[[Value], Any]) -> Value:
+    try:
+        value = compute()
+    except (checks.InputError, OSError) as error:
+        client().key_value_set(key, json.dumps({"error": str(error)}))
+        raise checks.SharedError(str(error)) from error
+    client().key_value_set(key, json.dumps({"value": tell(value)}))
+    return value
+
+
+def _heard(key: str) -> Any:
+    message = json.loads(_waited_for(key))
+    if "error" in message:
+        raise SaidByFirst(message["error"])
+    return message["value"]
+
+
+def _waited_for(key: str) -> str:
+    """Returns a value of the store as soon as it is there, however long that takes.
+
+    That processes which die meanwhile do not make this wait for ever is the watch's business.
+    """
+    while True:
+        try:
+            value: str = client().blocking_key_value_get(key, _POLL_MS)
+            return value
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise

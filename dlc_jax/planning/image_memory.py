@@ -1,0 +1,195 @@
+"""What scoring and fine-tuning an image encoder take on every device, from shapes alone.
+
+Tests compare it with what XLA says of compiled programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dlc_jax.distributed import one_device
+from dlc_jax.encoders import Encoder
+from dlc_jax.masking import Thresholds, prunable_paths
+from dlc_jax.planning.liveness import peak_bytes
+from dlc_jax.planning.machine import is_processor
+from dlc_jax.planning.memory import MemoryPlan, Part, tree_bytes
+from dlc_jax.probes.kernel import Forward, features_of_batch, losses_of_batches
+from dlc_jax.training import FinetuneConfig
+from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
+from dlc_jax.types import Params, by_path
+
+_BATCHES = 2  # on a device: one is computed while the next one comes
+Shape: Any = jax.ShapeDtypeStruct  # also where arrays are expected
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageScoring:
+    """How images are scored on one device.
+
+    Attributes:
+      encoder: With what its mode decides filled in.
+      image_size: In pixels.
+      num_classes: c.
+      num_probes: Of this device.
+      chunk: Probes side by side.
+      dtype: See `probe`.
+      holds_importance: Whether the importance of weights is an array of its own; otherwise it is
+        their magnitude, which XLA computes once, ahead of the loop over probes.
+      batch_size: Images per batch.
+    """
+
+    encoder: Encoder
+    image_size: int
+    num_classes: int
+    num_probes: int
+    chunk: int
+    dtype: str
+    holds_importance: bool
+    batch_size: int
+
+    def plan(self) -> MemoryPlan:
+        """Returns the plan."""
+        arguments = self.arguments()
+        params, _, thresholds, prototypes, images, _ = arguments
+        pruned = sum(leaf.size * leaf.dtype.itemsize for leaf in self._prunable().values())
+        masked = self.chunk * pruned
+        peak = peak_bytes(self.program(), *arguments)
+        losses = 4 * self.num_probes * self.batch_size
+        parts = [
+            Part("weights", tree_bytes(params)),
+            Part("importance of weights", 4 * sum(w.size for w in self._prunable().values())),
+            Part("masked weights", masked),
+            Part("masked weights in another layout", masked),
+            Part("activations", max(0, peak - masked)),
+            Part("images, as they come and normalised", self._image_bytes(images)),
+            Part("thresholds, prototypes, losses", tree_bytes((thresholds, prototypes)) + losses),
+        ]
+        return MemoryPlan(tuple(part for part in parts if part.num_bytes))
+
+    def program(self) -> Any:
+        """Returns the function of `arguments` that scores a batch."""
+        forward = Forward.of(self.encoder, _kept_in(self.dtype))
+        prunable = prunable_of(self.encoder)
+        return functools.partial(losses_of_batches, forward, prunable, self.chunk, one_device())
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Returns shapes and types of what `program` takes."""
+        prunable = self._prunable()
+        importance = None
+        if self.holds_importance:
+            importance = {path: Shape(leaf.shape, jnp.float32) for path, leaf in prunable.items()}
+        num_padded = -(-self.num_probes // self.chunk) * self.chunk
+        value = Shape((num_padded,), jnp.float32 if self.holds_importance else jnp.int32)
+        images = images_of(self.batch_size, self.image_size)
+        return (
+            shapes(self.encoder.params),
+            importance,
+            Thresholds(value, Shape((num_padded, len(prunable)), jnp.int32)),
+            Shape((self.num_classes, num_features(self.encoder, self.image_size)), jnp.float32),
+            Shape((1, *images.shape), images.dtype),
+            Shape((1, self.batch_size), jnp.int32),
+        )
+
+    def _prunable(self) -> dict[str, Any]:
+        leaves = by_path(self.encoder.params)
+        return {path: leaves[path] for path in prunable_of(self.encoder)}
+
+    def _image_bytes(self, images: jax.ShapeDtypeStruct) -> int:
+        return images.size * (_BATCHES + jnp.dtype(_kept_in(self.dtype)).itemsize)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageFinetuning:
+    """How an image encoder is fine-tuned.
+
+    Attributes:
+      encoder, image_size, num_classes: See `ImageScoring`.
+      settings: How.
+      num_devices: That a batch is divided among.
+    """
+
+    encoder: Encoder
+    image_size: int
+    num_classes: int
+    settings: FinetuneConfig
+    num_devices: int
+
+    def plan(self) -> MemoryPlan:
+        """Returns the plan."""
+        arguments = self.arguments()
+        state, inputs = arguments[:2]
+        trained = tree_bytes(state.trained)
+        # the state after a step, and gradients, are there beside the state before
+        after = tree_bytes(state) + trained
+        peak = peak_bytes(self.program(), *arguments)
+        frozen = tree_bytes(shapes(self.encoder.params)) if self.settings.linear_probe else 0
+        parts = [
+            Part("encoder, not trained", frozen),
+            Part("weights", trained + tree_bytes(state.statistics)),
+            Part("optimiser", tree_bytes(state.optimiser)),
+            Part("both after a step, and gradients", after),
+            Part("weights in another layout", 0 if self.settings.linear_probe else trained),
+            Part("activations", max(0, peak - after)),
+            Part("batches, as they come", _BATCHES * tree_bytes(inputs)),
+        ]
+        return MemoryPlan(tuple(part for part in parts if part.num_bytes))
+
+    def program(self) -> Any:
+        """Returns the function of `arguments` that takes a step."""
+        network = Network.linear_probe()
+        if not self.settings.linear_probe:
+            network = Network.of(self.encoder, _kept_in(self.settings.dtype))
+        return functools.partial(train_step, network, self._sgd)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Returns shapes and types of what `program` takes on one device."""
+        num_rows = -(-self.settings.batch_size // self.num_devices)
+        width = num_features(self.encoder, self.image_size)
+        head = shapes(initial_head(width, self.num_classes, self.encoder.head, seed=0))
+        if self.settings.linear_probe:
+            inputs = Shape((num_rows, width), jnp.float32)
+            start = functools.partial(TrainState.start, {}, frozenset())
+        else:
+            inputs = images_of(num_rows, self.image_size)
+            start = functools.partial(
+                TrainState.start, self.encoder.params, self.encoder.statistics
+            )
+        state = jax.eval_shape(lambda head: start(head, self._sgd), head)
+        labels, real = Shape((num_rows,), jnp.int32), Shape((num_rows,), jnp.float32)
+        return state, inputs, labels, real, Shape((), jnp.float32)
+
+    @property
+    def _sgd(self) -> Sgd:
+        settings = self.settings
+        return Sgd(settings.momentum, settings.weight_decay, settings.nesterov)
+
+
+def prunable_of(encoder: Encoder) -> tuple[str, ...]:
+    """Returns the paths of what probes mask."""
+    return prunable_paths(encoder.params, encoder.is_prunable)
+
+
+def num_features(encoder: Encoder, image_size: int) -> int:
+    """Returns d."""
+    forward = functools.partial(features_of_batch, Forward.of(encoder, "float32"))
+    return jax.eval_shape(forward, shapes(encoder.params), images_of(1, image_size)).shape[1]
+
+
+def images_of(num: int, image_size: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape and type of so many images."""
+    return Shape((num, image_size, image_size, 3), jnp.uint8)
+
+
+def shapes(params: Params) -> Params:
+    """Returns shapes and types of arrays."""
+    return jax.tree.map(lambda leaf: Shape(leaf.shape, leaf.dtype), params)
+
+
+def _kept_in(dtype: str) -> str:
+    """XLA computes bfloat16 in float32 on processors, and keeps the values so."""
+    return "float32" if is_processor() else dtype

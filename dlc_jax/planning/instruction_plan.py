@@ -1,0 +1,135 @@
+"""The plan of a run that prunes instructions."""
+
+from __future__ import annotations
+
+import jax
+
+from dlc_jax.config import Config
+from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.encoders.language_model import longest_sequence
+from dlc_jax.planning import tables
+from dlc_jax.planning.instruction_work import InstructionWork
+from dlc_jax.planning.machine import (
+    Machine,
+    Mesh,
+    is_processor,
+    resident_bytes,
+    this_machine,
+)
+from dlc_jax.planning.memory import Finetuning, Job, Part, Scoring, tree_bytes
+from dlc_jax.planning.outlook import Speeds, paybacks
+from dlc_jax.planning.sections import (
+    Echo,
+    tell_devices,
+    tell_host,
+    tell_payback,
+    tell_time,
+)
+from dlc_jax.planning.speed import block_speed
+from dlc_jax.planning.work import num_kept, planned_stages
+
+_GIB = 1 << 30
+REFERENCES = (Machine("1 x 80 GiB", 1, 80 * _GIB), Machine("8 x 24 GiB", 8, 24 * _GIB))
+_TOKEN = 4  # bytes
+
+
+def plan_devices(config: Config, sizes: DecoderConfig, mesh: Mesh, echo: Echo) -> list[str]:
+    """Prints what a model takes of devices, here and elsewhere; returns what does not fit here."""
+    leaves = jax.tree.leaves(Architecture(sizes, config.probe.dtype).abstract_params())
+    num = sum(leaf.size for leaf in leaves)
+    echo(f"plan: {config.encoder.weights}, {num:,} parameters; memory of every device")
+    machines = (this_machine(mesh.num_devices), *REFERENCES)
+    meshes = (mesh, *(Mesh(1, 1, machine.num_devices) for machine in REFERENCES))
+    problems = []
+    for stage in planned_stages(config):
+        make_job = scoring if stage == "score" else finetuning
+        jobs = [make_job(config, sizes, some) for some in meshes]
+        problems += tell_devices(stage, _said(jobs[0]), machines, jobs, echo)
+    echo("(parts that are never there at the same time are not added up)")
+    return problems
+
+
+def scoring(config: Config, sizes: DecoderConfig, mesh: Mesh) -> Scoring:
+    """Returns what the stage `score` does; every part of the data axis has batches of its own."""
+    probe = config.probe
+    return Scoring(
+        sizes,
+        probe.dtype,
+        probe.masking,
+        probe.num_probes,
+        probe.tokens_per_batch,
+        longest_sequence(sizes, config.encoder.weights, config.encoder.max_length),
+        mesh.fsdp,
+        mesh.probe,
+    )
+
+
+def finetuning(config: Config, sizes: DecoderConfig, mesh: Mesh) -> Finetuning:
+    """Returns what the stage `finetune` does."""
+    max_length = longest_sequence(sizes, config.encoder.weights, config.encoder.max_length)
+    return Finetuning(sizes, config.lora, max_length, mesh.fsdp, mesh.data * mesh.probe)
+
+
+def _said(job: Job) -> str:
+    if isinstance(job, Scoring):
+        return (
+            f"{job.num_probes} probes in {job.dtype}, {job.tokens_per_batch} tokens per batch, "
+            f"{job.max_length} per sequence"
+        )
+    assert isinstance(job, Finetuning)
+    lora = job.lora
+    again = "computed again" if lora.rematerialise else "kept"
+    return (
+        f"LoRA of rank {lora.rank} in {lora.dtype}, {lora.rows_at_once} rows of {job.max_length} "
+        f"tokens at once, activations {again}"
+    )
+
+
+def plan_work(work: InstructionWork, echo: Echo) -> list[str]:
+    """Prints passes, memory of hosts, time and break-even; returns what does not fit."""
+    tasks, lengths = work.tasks(), work.lengths
+    echo(
+        f"\n{work.num_samples:,} instructions of {lengths.whole} tokens, padding included "
+        f"({lengths.said})\n\n{tables.work_table(tasks)}\n"
+    )
+    problems = _tell_host(work, echo)
+    config = work.config
+    tokens = config.probe.tokens_per_batch
+    speed = block_speed(work.sizes, config.probe.dtype, tokens, lengths.whole)
+    echo(f"measured: {speed.said}")
+    speeds = Speeds.of(work.mesh, speed.flops_per_s)
+    seconds = [speeds.seconds(task) for task in tasks]
+    tell_time(tasks, seconds, echo)
+    pruning = sum(s for s, task in zip(seconds, tasks, strict=True) if task.stage == "score")
+    if pruning:
+        n, epochs, fractions = work.num_samples, config.lora.epochs, config.selection.keep_fractions
+        each = speeds.training_seconds(work.training_flops / work.mesh.num_devices, 0.0)
+        kept = [num_kept(work.counts, fraction) for fraction in fractions]
+        rows = paybacks(fractions, kept, n, epochs, pruning, each)
+        tell_payback(rows, epochs, pruning, n * epochs * each, echo)
+    return problems
+
+
+def _tell_host(work: InstructionWork, echo: Echo) -> list[str]:
+    config, n = work.config, work.num_samples
+    jobs: dict[str, Job] = {
+        "score": scoring(config, work.sizes, work.mesh),
+        "finetune": finetuning(config, work.sizes, work.mesh),
+    }
+    lora = Architecture(work.sizes, config.lora.dtype, config.lora.adapter)
+    held = {
+        "score": Part("losses", 4 * n * config.probe.num_probes),
+        "finetune": Part("checkpoint on its way to disk", 2 * tree_bytes(lora.abstract_adapter())),
+    }
+    stages = {}
+    for stage in planned_stages(config):
+        on_devices = jobs[stage].plan().num_bytes * jax.local_device_count() * is_processor()
+        stages[stage] = [
+            Part("programs, libraries, instructions", resident_bytes()),
+            Part("tokens", _TOKEN * n * work.lengths.whole),
+            held[stage],
+            Part("what devices hold", on_devices),
+        ]
+    fewer = "try fewer instructions, or a host with more memory"
+    return tell_host(stages, dict.fromkeys(stages, lambda _: fewer), echo)

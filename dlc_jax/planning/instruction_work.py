@@ -1,0 +1,175 @@
+"""What scoring instructions and fine-tuning on them compute, by the shapes of programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int64
+
+from dlc_jax.config import Config
+from dlc_jax.datasets.instructions import Instructions
+from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.planning.flops import count_flops
+from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.work import Task, kept_by_run, planned_stages
+from dlc_jax.preprocess.tokens import bucket_length, tokenise
+from dlc_jax.training.lora.batches import Rows
+from dlc_jax.training.lora.step import Sums, add_rows
+
+_MOST_READ = 256  # samples whose length is looked at
+_CHARACTERS = 4  # of a token, where there is no tokenizer
+_UNMASKED_PASSES = 2  # for the other scores: responses with and without their prompts
+
+
+class Lengths(NamedTuple):
+    """Of rows, on average, padding included.
+
+    Attributes:
+      whole: Tokens of prompt and response.
+      alone: Of the response.
+      said: How they are known.
+    """
+
+    whole: int
+    alone: int
+    said: str
+
+    @classmethod
+    def of(cls, data: Instructions, tokenizer: Any, max_length: int) -> Lengths:
+        """Looks at some samples.
+
+        Args:
+          data: Instructions.
+          tokenizer: None: lengths are taken from the number of characters.
+          max_length: Longest row.
+        """
+        num = min(len(data), _MOST_READ)
+        some = data.subset(np.arange(num) * len(data) // num)
+        if tokenizer is None:
+            pairs = zip(some.prompts, some.responses, strict=True)
+            lengths = [(len(p) + len(r), len(r)) for p, r in pairs]
+            whole, alone = np.maximum(np.array(lengths) // _CHARACTERS, 2).T
+            said = f"{_CHARACTERS} characters a token, since there is no tokenizer here"
+        else:
+            tokens = tokenise(some, tokenizer, max_length, on_corrupt="skip")
+            whole, alone = np.array([len(row) for row in tokens.tokens]), tokens.num_response
+            said = "tokenised"
+        padded = [
+            round(float(np.mean([bucket_length(int(n), max_length) for n in found])))
+            for found in (whole, alone)
+        ]
+        return cls(padded[0], padded[1], f"{num} of {len(data)} samples, {said}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InstructionWork:
+    """All that a run does with instructions.
+
+    Attributes:
+      config: Of the run.
+      sizes: Of the model.
+      mesh: Devices that are planned for.
+      num_samples, num_test: Instructions.
+      lengths: Of their rows.
+    """
+
+    config: Config
+    sizes: DecoderConfig
+    mesh: Mesh
+    num_samples: int
+    num_test: int
+    lengths: Lengths
+
+    def tasks(self) -> list[Task]:
+        """Returns the parts of the run in their order, those of the stages that are planned."""
+        n, m = self.num_samples, self.config.probe.num_probes
+        whole, alone = (
+            self.forward_flops(self.lengths.whole),
+            self.forward_flops(self.lengths.alone),
+        )
+        kept = kept_by_run(self.config, self.counts)
+        name = f"LoRA, {len(kept)} runs"
+        training = self._task("finetune", name, sum(kept), self.training_flops)
+        training = _times(training, self.config.lora.epochs)
+        tasks = [
+            self._task("score", f"losses of {m} probes", n, whole, m),
+            self._task("score", "losses with and without prompts", n, whole + alone)._replace(
+                passes=_UNMASKED_PASSES, num_samples=_UNMASKED_PASSES * n
+            ),
+            training._replace(passes=len(kept) * self.config.lora.epochs),
+        ]
+        if self.num_test:
+            name = f"tests, {self.num_test} instructions"
+            tasks.append(self._task("finetune", name, self.num_test, whole, len(kept)))
+        return [task for task in tasks if task.stage in planned_stages(self.config)]
+
+    def _task(self, stage: str, name: str, num: int, flops: int, passes: int = 1) -> Task:
+        total = passes * num * flops
+        return Task(stage, name, passes, passes * num, total, -(-total // self.mesh.num_devices))
+
+    def forward_flops(self, length: int) -> int:
+        """Of one row in a batch of its like, with the logits of all its tokens."""
+        num_rows = max(1, self.config.probe.tokens_per_batch // length)
+        tokens = jax.ShapeDtypeStruct((num_rows, length), jnp.int32)
+
+        def forward(architecture: Architecture) -> int:
+            def losses(params: Any, tokens: jax.Array) -> jax.Array:
+                hidden = architecture.hidden(params, tokens, tokens)
+                return architecture.cross_entropies(params, hidden, tokens)
+
+            return count_flops(losses, architecture.abstract_params(), tokens)
+
+        whole = Architecture(self.sizes, self.config.probe.dtype)
+        return self._over_depth(forward, whole) // num_rows
+
+    @functools.cached_property
+    def training_flops(self) -> int:
+        """Of one row in a step."""
+        lora = self.config.lora
+        tokens = jax.ShapeDtypeStruct((lora.rows_at_once, self.lengths.whole), jnp.int32)
+
+        def gradients(architecture: Architecture) -> int:
+            def added(params: Any, adapter: Any, tokens: jax.Array, sums: Any) -> Any:
+                some: Any = (tokens, tokens, tokens > 0)
+                rows = Rows(*some)
+                return add_rows(architecture, params, adapter, rows, sums)
+
+            adapter = architecture.abstract_adapter()
+            frozen = dataclasses.replace(architecture, adapter=None).abstract_params()
+            return count_flops(added, frozen, adapter, tokens, jax.eval_shape(Sums.zero, adapter))
+
+        whole = Architecture(self.sizes, lora.dtype, lora.adapter, lora.rematerialise)
+        return self._over_depth(gradients, whole) // lora.rows_at_once
+
+    def _over_depth(self, count: Callable[[Architecture], int], whole: Architecture) -> int:
+        """Adds up blocks, each counted once for every attention window there is."""
+
+        @functools.cache
+        def of(*windows: int | None) -> int:
+            config = dataclasses.replace(self.sizes, windows=windows)
+            return count(dataclasses.replace(whole, config=config))
+
+        windows = self.sizes.windows
+        first = windows[0]
+        rest = 2 * of(first) - of(first, first)  # what is not in blocks
+        return rest + sum(of(window) - rest for window in windows)
+
+    @property
+    def counts(self) -> Int64[np.ndarray, " c"]:
+        """Samples of each class; they are one, as far as a plan goes."""
+        return np.array([self.num_samples])
+
+
+def _times(task: Task, number: int) -> Task:
+    return task._replace(
+        num_samples=task.num_samples * number,
+        flops=task.flops * number,
+        device_flops=task.device_flops * number,
+    )

@@ -1,0 +1,100 @@
+"""From operations and measured speeds to seconds, and when pruning has paid for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from dlc_jax.planning.machine import Mesh, is_processor
+from dlc_jax.planning.work import Task
+
+FACTOR = 2.0  # that a prediction may be off by, either way
+
+
+class Speeds(NamedTuple):
+    """What was measured here, as it is on the devices and hosts that are planned for.
+
+    Attributes:
+      flops_per_s: Of one device, while all others work too.
+      decode_seconds, crop_seconds: Of an image, all hosts together.
+      one_after_the_other: Whether device and host take turns, being the same processor.
+    """
+
+    flops_per_s: float
+    decode_seconds: float
+    crop_seconds: float
+    one_after_the_other: bool
+
+    @classmethod
+    def of(
+        cls, mesh: Mesh, flops_per_s: float, decode_seconds: float = 0.0, crop_seconds: float = 0.0
+    ) -> Speeds:
+        """Returns the speeds of a mesh, measured on one device and on one host."""
+        if is_processor():  # its devices share its cores
+            flops_per_s /= min(mesh.num_devices, jax.local_device_count())
+        hosts = mesh.num_hosts
+        return cls(flops_per_s, decode_seconds / hosts, crop_seconds / hosts, is_processor())
+
+    def seconds(self, task: Task) -> float:
+        """Returns the expected seconds of a task."""
+        return self._both(
+            task.device_flops / self.flops_per_s,
+            task.decodes * self.decode_seconds + task.crops * self.crop_seconds,
+        )
+
+    def training_seconds(self, flops: float, num_crops: float = 1.0) -> float:
+        """Returns the seconds of one sample in an epoch.
+
+        Args:
+          flops: That a device computes of it.
+          num_crops: That are cut of it.
+        """
+        return self._both(flops / self.flops_per_s, num_crops * self.crop_seconds)
+
+    def _both(self, device: float, host: float) -> float:
+        return device + host if self.one_after_the_other else max(device, host)
+
+
+class Payback(NamedTuple):
+    """What pruning saves at a keep fraction.
+
+    Attributes:
+      keep_fraction: Kept.
+      saved_seconds: By one fine-tuning run, against one on everything.
+      epochs: Of one run, after which the time of pruning is won back.
+      runs: Of all their epochs, after which it is.
+    """
+
+    keep_fraction: float
+    saved_seconds: float
+    epochs: float
+    runs: float
+
+
+def paybacks(
+    keep_fractions: Sequence[float],
+    kept: Sequence[int],
+    num_samples: int,
+    epochs: int,
+    pruning_seconds: float,
+    sample_seconds: float,
+) -> list[Payback]:
+    """Returns when pruning has paid for itself.
+
+    Args:
+      keep_fractions, kept: Fractions and numbers of samples kept.
+      num_samples: n.
+      epochs: Of a fine-tuning run.
+      pruning_seconds: Of all that it takes to know what to keep.
+      sample_seconds: Of one sample in an epoch.
+    """
+    found = []
+    for keep_fraction, num in zip(keep_fractions, kept, strict=True):
+        each = (num_samples - num) * sample_seconds  # saved by an epoch
+        never = float("inf")
+        won_back = pruning_seconds / each if each else never
+        runs = won_back / epochs if epochs else never
+        found.append(Payback(keep_fraction, each * epochs, won_back, runs))
+    return found

@@ -1,0 +1,89 @@
+"""Parts of a plan that images and instructions share; each returns what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dlc_jax.planning import tables
+from dlc_jax.planning.knobs import fits, ways_out
+from dlc_jax.planning.machine import USABLE, Machine, host_memory
+from dlc_jax.planning.memory import Job, Part
+from dlc_jax.planning.outlook import Payback
+from dlc_jax.planning.work import Task
+
+_SHARE = f"{USABLE:.0%}".replace("%", " %")
+Echo = Callable[[str], None]
+
+
+def tell_devices(
+    stage: str, said: str, machines: Sequence[Machine], jobs: Sequence[Job], echo: Echo
+) -> list[str]:
+    """Prints what a stage takes of devices.
+
+    Args:
+      stage, said: Which, and with which settings.
+      machines: This one first, whose misfit counts; of others it is only told.
+      jobs: On each of them.
+      echo: Takes each line meant for the user.
+    """
+    plans = [job.plan() for job in jobs]
+    echo(f"\n{stage}: {said}\n\n{tables.device_table(machines, plans)}\n")
+    problems = []
+    for machine, job, plan in zip(machines, jobs, plans, strict=True):
+        if fits(job, machine):
+            continue
+        ways = ways_out(job, machine)
+        echo(f"{stage}, {machine.name}: does not fit; {ways}")
+        if machine is machines[0]:
+            problems.append(
+                f"{stage} takes {tables.gib(plan.num_bytes)} of every device, {machine.name} has "
+                f"{tables.gib(machine.limit)} to plan with ({_SHARE}); {ways}"
+            )
+    return problems
+
+
+def tell_host(
+    stages: dict[str, list[Part]], ways: dict[str, Callable[[int], str]], echo: Echo
+) -> list[str]:
+    """Prints what a process takes of its host.
+
+    Args:
+      stages: Parts of memory by stage.
+      ways: By stage, the bytes that are too many -> which setting to turn.
+      echo: See `tell_devices`.
+    """
+    limit = int(USABLE * host_memory())
+    echo(f"\n{tables.host_table(stages, limit)}\n")
+    problems = []
+    for stage, parts in stages.items():
+        total = sum(part.num_bytes for part in parts)
+        if total > limit:
+            problems.append(
+                f"{stage} takes {tables.gib(total)} of a process's host, which has "
+                f"{tables.gib(limit)} to plan with ({_SHARE}); {ways[stage](total - limit)}"
+            )
+    return problems
+
+
+def tell_time(tasks: Sequence[Task], seconds: Sequence[float], echo: Echo) -> None:
+    """Prints how long every part is expected to take."""
+    echo(f"\n{tables.time_table(tasks, seconds)}\n")
+    echo("(without compiling, and as fast as in the seconds measured: within a factor of 2)")
+
+
+def tell_payback(
+    paybacks: Sequence[Payback], epochs: int, pruning: float, full: float, echo: Echo
+) -> None:
+    """Prints after how much fine-tuning pruning has paid for itself.
+
+    Args:
+      paybacks: By keep fraction.
+      epochs: Of a run.
+      pruning: Seconds of pruning.
+      full: Seconds of a run on everything.
+      echo: See `tell_devices`.
+    """
+    echo(
+        f"\nbreak-even: pruning takes {tables.duration(pruning)}, a run on everything "
+        f"({epochs} epochs) {tables.duration(full)}\n\n{tables.payback_table(paybacks, epochs)}\n"
+    )

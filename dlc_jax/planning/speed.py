@@ -1,0 +1,189 @@
+"""How fast this machine is, from about two seconds of real work on made-up data."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from dlc_jax import checks
+from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.planning.flops import count_flops
+from dlc_jax.planning.image_memory import ImageScoring
+from dlc_jax.planning.machine import is_processor
+from dlc_jax.preprocess import RandomCrops, decode, in_order, resize_and_crop
+from dlc_jax.types import Dataset, file_of
+
+_SECONDS, _DECODING_SECONDS = 2.0, 1.0
+_CALL = 5e10, 2e13  # operations of a call that a processor, or another device, does in a second
+_MOST_IMAGES, _MOST_CROPS = 512, 64  # looked at
+_SMALL_VOCABULARY = 256
+
+
+class Speed(NamedTuple):
+    """Of one device.
+
+    Attributes:
+      flops_per_s: Operations, as `count_flops` counts them.
+      said: What was measured.
+    """
+
+    flops_per_s: float
+    said: str
+
+
+def scoring_speed(job: ImageScoring) -> Speed:
+    """Runs the program that scores, on noise, with fewer probes and images where they are slow."""
+    most = _CALL[not is_processor()]
+    least = dataclasses.replace(job, num_probes=1, chunk=1, batch_size=1)
+    each = count_flops(least.program(), *least.arguments())
+    chunk = max(1, min(job.chunk, int(most // each)))
+    num_probes = min(job.num_probes, chunk if 2 * chunk * each > most else 2 * chunk)
+    num_images = max(1, min(job.batch_size, int(most // (num_probes * each))))
+    small = dataclasses.replace(
+        job, num_probes=num_probes, chunk=chunk, batch_size=num_images, holds_importance=False
+    )
+    _, _, thresholds, prototypes, images, labels = small.arguments()
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), (thresholds, prototypes))
+    pixels = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
+    arguments = (job.encoder.params, None, *zeros, pixels, np.zeros(labels.shape, np.int32))
+    program = small.program()
+    seconds, compiling = _seconds(program, jax.device_put(arguments))
+    rate = count_flops(program, *small.arguments()) / seconds
+    return Speed(
+        rate, _said(f"{num_images} images x {num_probes} probes", seconds, rate, compiling)
+    )
+
+
+def block_speed(config: DecoderConfig, dtype: str, num_tokens: int, length: int) -> Speed:
+    """Runs one block of a language model, weights of zeros, on rows of this length.
+
+    Args:
+      config: Of the model.
+      dtype: Of weights and activations.
+      num_tokens: Of a batch, at most.
+      length: Of a row.
+    """
+    one = dataclasses.replace(
+        config, windows=config.windows[:1], vocab_size=_SMALL_VOCABULARY, tied=True
+    )
+    architecture = Architecture(one, dtype)
+    length = min(length, num_tokens)
+    row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    each = count_flops(architecture.hidden, architecture.abstract_params(), row, row)
+    most = _CALL[not is_processor()]
+    if each > most:  # a large model on a processor: a few tokens have to do
+        length = max(1, int(length * most / each))
+        row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        each = count_flops(architecture.hidden, architecture.abstract_params(), row, row)
+    num_rows = max(1, min(num_tokens // length, int(most // each)))
+    params = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), architecture.abstract_params()
+    )
+    tokens = jnp.ones((num_rows, length), jnp.int32)
+    seconds, compiling = _seconds(jax.jit(architecture.hidden), (params, tokens, tokens))
+    rate, what = num_rows * each / seconds, f"one block, {num_rows} rows of {length} tokens"
+    return Speed(rate, _said(what, seconds, rate, compiling))
+
+
+def _said(what: str, seconds: float, rate: float, compiling: float) -> str:
+    return (
+        f"{what}: {seconds:.3g} s on one device, {rate / 1e9:.4g} GFLOP/s (compiled in "
+        f"{compiling:.1f} s, not counted)"
+    )
+
+
+def _seconds(program: Callable, arguments: Any) -> tuple[float, float]:
+    """Returns the seconds of a call, and of the first one, which compiles, without it."""
+    start = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    first = time.perf_counter() - start
+    start, num_calls = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < _SECONDS or not num_calls:
+        jax.block_until_ready(program(*arguments))
+        num_calls += 1
+    each = elapsed / num_calls
+    return each, max(0.0, first - each)
+
+
+class Decoding(NamedTuple):
+    """Of images of the data set, on all cores of one host.
+
+    Attributes:
+      seconds: For an image: read, decoded, resized and cropped.
+      crop_seconds: For a random crop of a decoded image.
+      pixels: Of an image, on average.
+      num_bytes: Of an image as it is stored, on average.
+      num_read: Images looked at.
+      num_unreadable: Of these.
+    """
+
+    seconds: float
+    crop_seconds: float
+    pixels: float
+    num_bytes: float
+    num_read: int
+    num_unreadable: int
+
+
+def decoding_speed(dataset: Dataset, image_size: int) -> Decoding:
+    """Decodes some images for a second, and cuts random crops of them.
+
+    Raises:
+      ValueError: none of them can be read.
+    """
+    num = min(len(dataset), _MOST_IMAGES)
+    positions = np.arange(num)
+    if file_of(dataset.images, 0) is not None:  # else neighbours lie in the same row group
+        positions = positions * len(dataset) // num
+
+    def one(place: int) -> tuple[int, Any] | str:
+        try:
+            sample = dataset[int(positions[place])]
+            image = decode(sample.image, sample.id)
+            resize_and_crop(image, image_size)
+        except (checks.InputError, OSError) as error:
+            return str(error)
+        encoded = sample.image
+        return encoded.nbytes if isinstance(encoded, np.ndarray) else len(encoded), image
+
+    list(in_order(lambda place: place, 1))  # starts its threads, imports what it needs
+    found, seconds = _for_a_while(one, num)
+    read = [image for image in found if not isinstance(image, str)]
+    checks.some_readable(dataset.name, len(read), len(found))
+    return Decoding(
+        seconds,
+        _crop_seconds(RandomCrops(dataset, image_size, seed=0), [image for _, image in read]),
+        float(np.mean([image.width * image.height for _, image in read])),
+        float(np.mean([num_bytes for num_bytes, _ in read])),
+        len(found),
+        len(found) - len(read),
+    )
+
+
+def _crop_seconds(crops: RandomCrops, images: list[Image.Image]) -> float:
+    """Returns the seconds of a random crop, all cores at work."""
+    num = min(len(images), _MOST_CROPS)
+    start = time.perf_counter()
+    for position, image in enumerate(images[:num]):
+        crops.crop(image, position, draw=0)
+    return (time.perf_counter() - start) / num / (os.cpu_count() or 1)
+
+
+def _for_a_while(compute: Callable[[int], Any], num: int) -> tuple[list[Any], float]:
+    """Returns results, and the seconds that each took."""
+    found = []
+    start = time.perf_counter()
+    for result in in_order(compute, num):
+        found.append(result)
+        if time.perf_counter() - start > _DECODING_SECONDS:
+            break
+    return found, (time.perf_counter() - start) / len(found)

@@ -1,0 +1,91 @@
+"""Operations of language models, from the shapes of their programs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dlc_jax as dlc
+from dlc_jax.config import Config, default_config
+from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.huggingface import read_config
+from dlc_jax.encoders.language_model import load_tokenizer, model_folder
+from dlc_jax.encoders.paper_models import PAPER_MODELS
+from dlc_jax.planning.flops import count_flops
+from dlc_jax.planning.instruction_work import InstructionWork, Lengths
+from dlc_jax.planning.machine import Mesh
+from dlc_jax.preprocess.tokens import bucket_length, tokenise
+
+LENGTH = 512
+ONE = Mesh(1, 1, 1)
+
+
+def made(sizes, mesh=ONE, **probe) -> InstructionWork:
+    config = default_config()
+    config.stages = ("plan",)
+    config.encoder.name, config.encoder.weights = "decoder", "made in the test"
+    config.probe.update(probe)
+    config.selection.keep_fractions = (0.25,)
+    return InstructionWork(Config.of(config), sizes, mesh, 100, 10, Lengths(LENGTH, 128, ""))
+
+
+def matrices(sizes) -> int:
+    """Returns the weights that tokens are multiplied with: all but the embedding and norms."""
+    leaves = Architecture(sizes, "bfloat16").abstract_params()
+    num = sum(leaf.size for leaf in jax.tree.leaves(leaves) if leaf.ndim == 2)
+    return num if sizes.tied else num - sizes.vocab_size * sizes.width
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_two_for_each_weight_and_token_and_some_attention(name):
+    sizes = PAPER_MODELS[name]
+    work = made(sizes, dtype="bfloat16")
+    products = 2 * matrices(sizes) * LENGTH
+    attention = 4 * LENGTH**2 * sizes.num_heads * sizes.head_dim * sizes.depth  # at most
+    assert products < work.forward_flops(LENGTH) <= 1.001 * products + attention
+    # forward, forward again, and back to activations alone: the weights are frozen
+    assert 2.7 < work.training_flops / work.forward_flops(LENGTH) < 3.1
+
+
+def test_blocks_are_added_up():
+    sizes = PAPER_MODELS["google/gemma-2-9b"]  # every other block has a window
+    work = made(sizes)
+    some = made(type(sizes)(**{**vars(sizes), "windows": sizes.windows[:3]}))
+    architecture = Architecture(some.sizes, "float32")
+    tokens = jax.ShapeDtypeStruct((16, LENGTH), jnp.int32)  # 8,192 of a batch
+
+    def losses(params, tokens):
+        hidden = architecture.hidden(params, tokens, tokens)
+        return architecture.cross_entropies(params, hidden, tokens)
+
+    of_batch = count_flops(losses, architecture.abstract_params(), tokens)
+    assert some.forward_flops(LENGTH) == of_batch // 16
+    assert some.forward_flops(LENGTH) < work.forward_flops(LENGTH)
+
+
+def test_passes_and_devices():
+    sizes = read_config(model_folder("demo:tiny-llama"))
+    one, four = (
+        {task.name: task for task in made(sizes, mesh, num_probes=8).tasks()}
+        for mesh in (Mesh(1, 1, 1), Mesh(2, 1, 2))
+    )
+    losses = one["losses of 8 probes"]
+    assert (losses.passes, losses.num_samples) == (8, 800)
+    assert losses.flops == losses.device_flops == 800 * made(sizes).forward_flops(LENGTH)
+    assert four["losses of 8 probes"].device_flops == losses.flops // 4
+    runs = one["LoRA, 2 runs"]
+    assert (runs.passes, runs.num_samples) == (6, 3 * 125)
+    assert one["tests, 10 instructions"].num_samples == 20
+
+
+def test_lengths_of_rows():
+    data = dlc.load_instructions("demo:dolly/train")
+    tokenizer = load_tokenizer("demo:tiny-llama")
+    lengths = Lengths.of(data.subset(np.arange(50)), tokenizer, 512)
+    rows = tokenise(data.subset(np.arange(50)), tokenizer, 512, on_corrupt="skip").tokens
+    padded = np.mean([bucket_length(len(row), 512) for row in rows])
+    assert lengths.whole == round(padded)
+    assert lengths.alone < lengths.whole
+    guessed = Lengths.of(data, None, 512)
+    assert "4 characters a token" in guessed.said
+    assert 0.3 < guessed.whole / lengths.whole < 3

@@ -72,13 +72,13 @@ def _of_instructions(config: Config, mesh: Mesh, echo: Callable[[str], None]) ->
         num_test = 0 if test is None else len(load_configured_instructions(config, test))
     except checks.InputError as error:  # a model can be planned for before there are data
         echo(f"note: no passes and no time, since there are no data: {error}")
-        return problems
+        return list(problems.values())
     weights = config.encoder.weights
     tokenizer = load_tokenizer(weights) if _is_local(weights) else None
     max_length = longest_sequence(sizes, weights, config.encoder.max_length)
     lengths = Lengths.of(data, tokenizer, max_length)
     work = InstructionWork(config, sizes, mesh, len(data), num_test, lengths)
-    return problems + plan_work(work, echo)
+    return list((problems | plan_work(work, echo)).values())
 
 
 def model_sizes(weights: str) -> DecoderConfig:

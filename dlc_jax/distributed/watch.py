@@ -105,12 +105,15 @@ class _Watch:
                 _leave(said["code"])
 
     def _guard(self) -> None:
-        """Ends this process where the store does not answer and another one is silent."""
+        """Ends this process where the store does not answer and another one is silent.
+
+        JAX finds the dead some time between a third of its limit and the whole.
+        """
         limit = processes.heartbeat_s()
         while not self.ended.wait(_EVERY_S):
             _outlive_abort()  # compilers bring handlers of their own
             waited = time.monotonic() - self._called
-            if waited > 3 * _EVERY_S and (silent := self._silent_for(limit - 3 * _EVERY_S)):
+            if waited > 3 * _EVERY_S and (silent := self._silent_for(limit / 3)):
                 _give_up(silent)
             if waited > limit + _EVERY_S:
                 _give_up([0])  # it has the store

@@ -27,7 +27,7 @@ def scoring_parts(work: ImageWork) -> list[Part]:
     num_losses = probe.num_probes * len(dataset)
     image = 3 * work.config.encoder.image_size**2
     threads = (os.cpu_count() or 1) + 1
-    waiting = _AHEAD_PER_THREAD * threads + 2 * jax.local_device_count() * probe.batch_size
+    waiting = _AHEAD_PER_THREAD * threads + 2 * jax.local_device_count() * work.scoring().batch_size
     weights = sum(leaf.size for leaf in jax.tree.leaves(work.encoder.params))
     return [
         *_always(work),

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dlc_jax.planning import tables
 from dlc_jax.planning.host import Disk, cache_disk, finetuning_parts, scoring_parts
 from dlc_jax.planning.image_work import ImageWork
-from dlc_jax.planning.knobs import fits
-from dlc_jax.planning.machine import this_machine
+from dlc_jax.planning.knobs import fits, ways_on_processor
+from dlc_jax.planning.machine import is_processor, this_machine
 from dlc_jax.planning.memory import Job
 from dlc_jax.planning.outlook import Speeds, paybacks
 from dlc_jax.planning.sections import (
@@ -27,21 +27,23 @@ _GIB = 1 << 30
 def plan_images(work: ImageWork, decoding: Decoding, echo: Echo) -> list[str]:
     """Prints the plan; returns what does not fit."""
     echo(f"\n{tables.work_table(work.tasks())}\n")
-    problems = _tell_bytes(work, decoding, echo)
+    no_room = _tell_bytes(work, decoding, echo)
+    problems: dict[str, str] = {}
     machine = this_machine(work.mesh.num_devices)
     stages = planned_stages(work.config)
     jobs: dict[str, Job] = {"score": work.scoring(), "finetune": work.finetuning()}
     said = {"score": _of_scoring(work), "finetune": _of_finetuning(work)}
     for stage in stages:
-        problems += tell_devices(stage, said[stage], [machine], [jobs[stage]], echo)
+        problems |= tell_devices(stage, said[stage], [machine], [jobs[stage]], echo)
     parts: dict[str, Callable] = {"score": scoring_parts, "finetune": finetuning_parts}
     ways = {"score": _fewer_losses(work), "finetune": _fewer_images(work)}
-    problems += tell_host({stage: parts[stage](work) for stage in stages}, ways, echo)
+    # of a processor the host's memory is the device's, and what else is there counts as well
+    problems |= tell_host({stage: parts[stage](work) for stage in stages}, ways, echo)
     if fits(work.scoring(), machine):
         _tell_time(work, decoding, echo)
     else:
         echo("time: not measured, since scoring does not fit")
-    return problems
+    return [*problems.values(), *no_room]
 
 
 def _of_scoring(work: ImageWork) -> str:
@@ -126,6 +128,8 @@ def _fewer_losses(work: ImageWork) -> Callable[[int], str]:
         left = probe.num_probes - -(-excess // (6 * n))
         if left >= 1:
             return f"try probe.num_probes={left} with probe.placement=midpoint"
+        if is_processor():
+            return ways_on_processor(work.scoring(), excess)
         return "no single setting helps; score parts of the data set"
 
     return way
@@ -137,7 +141,9 @@ def _fewer_images(work: ImageWork) -> Callable[[int], str]:
         settings = work.config.finetune
         if settings.augment and not settings.linear_probe and left >= 0:
             return f"try finetune.image_memory_gib={int(left * 1e4) / 1e4:g}"
-        return "try finetune.batch_size, or more memory"
+        if is_processor():
+            return ways_on_processor(work.finetuning(), excess)
+        return "try finetune.image_memory_gib=0, or a host with more memory"
 
     return way
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 
 from dlc_jax.config import Config
@@ -10,6 +12,7 @@ from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.language_model import longest_sequence
 from dlc_jax.planning import tables
 from dlc_jax.planning.instruction_work import InstructionWork
+from dlc_jax.planning.knobs import ways_on_processor
 from dlc_jax.planning.machine import (
     Machine,
     Mesh,
@@ -34,18 +37,18 @@ REFERENCES = (Machine("1 x 80 GiB", 1, 80 * _GIB), Machine("8 x 24 GiB", 8, 24 *
 _TOKEN = 4  # bytes
 
 
-def plan_devices(config: Config, sizes: DecoderConfig, mesh: Mesh, echo: Echo) -> list[str]:
+def plan_devices(config: Config, sizes: DecoderConfig, mesh: Mesh, echo: Echo) -> dict[str, str]:
     """Prints what a model takes of devices, here and elsewhere; returns what does not fit here."""
     leaves = jax.tree.leaves(Architecture(sizes, config.probe.dtype).abstract_params())
     num = sum(leaf.size for leaf in leaves)
     echo(f"plan: {config.encoder.weights}, {num:,} parameters; memory of every device")
     machines = (this_machine(mesh.num_devices), *REFERENCES)
     meshes = (mesh, *(Mesh(1, 1, machine.num_devices) for machine in REFERENCES))
-    problems = []
+    problems: dict[str, str] = {}
     for stage in planned_stages(config):
         make_job = scoring if stage == "score" else finetuning
         jobs = [make_job(config, sizes, some) for some in meshes]
-        problems += tell_devices(stage, _said(jobs[0]), machines, jobs, echo)
+        problems |= tell_devices(stage, _said(jobs[0]), machines, jobs, echo)
     echo("(parts that are never there at the same time are not added up)")
     return problems
 
@@ -86,7 +89,7 @@ def _said(job: Job) -> str:
     )
 
 
-def plan_work(work: InstructionWork, echo: Echo) -> list[str]:
+def plan_work(work: InstructionWork, echo: Echo) -> dict[str, str]:
     """Prints passes, memory of hosts, time and break-even; returns what does not fit."""
     tasks, lengths = work.tasks(), work.lengths
     echo(
@@ -111,7 +114,7 @@ def plan_work(work: InstructionWork, echo: Echo) -> list[str]:
     return problems
 
 
-def _tell_host(work: InstructionWork, echo: Echo) -> list[str]:
+def _tell_host(work: InstructionWork, echo: Echo) -> dict[str, str]:
     config, n = work.config, work.num_samples
     jobs: dict[str, Job] = {
         "score": scoring(config, work.sizes, work.mesh),
@@ -131,5 +134,13 @@ def _tell_host(work: InstructionWork, echo: Echo) -> list[str]:
             held[stage],
             Part("what devices hold", on_devices),
         ]
-    fewer = "try fewer instructions, or a host with more memory"
-    return tell_host(stages, dict.fromkeys(stages, lambda _: fewer), echo)
+    return tell_host(stages, {stage: _fewer(jobs[stage]) for stage in stages}, echo)
+
+
+def _fewer(job: Job) -> Callable[[int], str]:
+    def way(excess: int) -> str:
+        if is_processor():
+            return ways_on_processor(job, excess)
+        return "try fewer instructions, or a host with more memory"
+
+    return way

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from dlc_jax.planning.image_memory import ImageFinetuning, ImageScoring
-from dlc_jax.planning.machine import Machine, is_processor
+from dlc_jax.planning.machine import USABLE, Machine, is_processor
 from dlc_jax.planning.memory import Finetuning, Job, Scoring, first_that_fits, halves
 
 _MOST_DEVICES = 256
@@ -26,6 +28,13 @@ def ways_out(job: Job, machine: Machine) -> str:
     if not ways:
         return f"no single setting helps, up to {_MOST_DEVICES} devices; change several"
     return f"try {', or '.join(ways)}"
+
+
+def ways_on_processor(job: Job, excess: int) -> str:
+    """Returns the settings with which a processor's devices take so much less of their host."""
+    count = jax.local_device_count()
+    left = job.plan().num_bytes - -(-excess // count)
+    return ways_out(job, Machine("", count, int(left / USABLE)))
 
 
 Knob = list[tuple[str, Job]]  # a setting with its values, in the order to try

@@ -1,4 +1,4 @@
-"""Parts of a plan that images and instructions share; each returns what does not fit."""
+"""Parts of a plan that images and instructions share; they return what does not fit, by stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Echo = Callable[[str], None]
 
 def tell_devices(
     stage: str, said: str, machines: Sequence[Machine], jobs: Sequence[Job], echo: Echo
-) -> list[str]:
+) -> dict[str, str]:
     """Prints what a stage takes of devices.
 
     Args:
@@ -28,14 +28,14 @@ def tell_devices(
     """
     plans = [job.plan() for job in jobs]
     echo(f"\n{stage}: {said}\n\n{tables.device_table(machines, plans)}\n")
-    problems = []
+    problems = {}
     for machine, job, plan in zip(machines, jobs, plans, strict=True):
         if fits(job, machine):
             continue
         ways = ways_out(job, machine)
         echo(f"{stage}, {machine.name}: does not fit; {ways}")
         if machine is machines[0]:
-            problems.append(
+            problems[stage] = (
                 f"{stage} takes {tables.gib(plan.num_bytes)} of every device, {machine.name} has "
                 f"{tables.gib(machine.limit)} to plan with ({_SHARE}); {ways}"
             )
@@ -44,7 +44,7 @@ def tell_devices(
 
 def tell_host(
     stages: dict[str, list[Part]], ways: dict[str, Callable[[int], str]], echo: Echo
-) -> list[str]:
+) -> dict[str, str]:
     """Prints what a process takes of its host.
 
     Args:
@@ -54,11 +54,11 @@ def tell_host(
     """
     limit = int(USABLE * host_memory())
     echo(f"\n{tables.host_table(stages, limit)}\n")
-    problems = []
+    problems = {}
     for stage, parts in stages.items():
         total = sum(part.num_bytes for part in parts)
         if total > limit:
-            problems.append(
+            problems[stage] = (
                 f"{stage} takes {tables.gib(total)} of a process's host, which has "
                 f"{tables.gib(limit)} to plan with ({_SHARE}); {ways[stage](total - limit)}"
             )

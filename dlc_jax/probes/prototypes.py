@@ -29,7 +29,8 @@ class ClassSums:
         """Adds samples, labels in [0, c)."""
         if not self.sums.size:
             self.sums = np.zeros((len(self.counts), features.shape[1]))
-        np.add.at(self.sums, labels, features)
+        for label, row in zip(labels.tolist(), features, strict=True):  # np.add.at: 15 to 40 times
+            self.sums[label] += row
         self.counts += np.bincount(labels, minlength=len(self.counts))
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import dlc_jax as dlc
 from dlc_jax import checks
 from dlc_jax.config import Config, default_config
 from dlc_jax.plan_stage import run_plan
-from dlc_jax.planning import host, image_plan, sections
+from dlc_jax.planning import host, image_plan, machine, sections
 from dlc_jax.planning.image_work import ImageWork
 from dlc_jax.planning.machine import Machine, Mesh
 from dlc_jax.planning.outlook import Speeds
@@ -48,8 +48,8 @@ def measured(monkeypatch):
 
 
 def with_devices_of(monkeypatch, num_bytes: int) -> None:
-    machine = Machine("1 x small", 1, num_bytes)
-    monkeypatch.setattr(image_plan, "this_machine", lambda num_devices: machine)
+    small = Machine("1 x small", 1, num_bytes)
+    monkeypatch.setattr(image_plan, "this_machine", lambda num_devices: small)
 
 
 def refused(config: Config) -> tuple[str, dict[str, str]]:
@@ -154,6 +154,17 @@ def test_losses_that_do_not_fit_a_host(measured, monkeypatch):
     error, settings = refused(config)
     assert "score takes" in error
     assert settings["probe.num_probes"] == "40"
+
+
+def test_a_processors_memory_is_its_hosts(measured, monkeypatch):
+    monkeypatch.setattr(host, "resident_bytes", lambda: 0)
+    for module in (machine, sections):
+        monkeypatch.setattr(module, "host_memory", lambda: int(40 * MIB / 0.9))
+    error, settings = refused(configured(("plan", "score")))
+    assert error.count("score takes") == 1  # the stricter of both
+    assert "of a process's host" in error
+    value = int(settings["probe.batch_size"])
+    assert "does not fit" not in told(configured(("plan", "score"), probe__batch_size=value))
 
 
 def test_a_full_disk_is_refused(measured, monkeypatch):

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
-import os
-import platform
-import re
-import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlc_jax import checks
+
+# used as parts of this module
+from dlc_jax.whole_files import atomic as atomic
+from dlc_jax.whole_files import atomic_folder as atomic_folder
+from dlc_jax.whole_files import clear_leftovers as clear_leftovers
+from dlc_jax.whole_files import is_mirrored as is_mirrored
+from dlc_jax.whole_files import locked as locked
+from dlc_jax.whole_files import move as move
+from dlc_jax.whole_files import pull as pull
+from dlc_jax.whole_files import push as push
+from dlc_jax.whole_files import remove as remove
 
 CONFIG = "config.json"
 PROVENANCE = "provenance.json"
@@ -37,9 +42,6 @@ REPORT = "report"
 FINETUNE = "finetune"
 EVALUATE = "evaluate"
 EXPORTS = "exports"
-# Temporary files tell whose they are, so that a later run on the same host can clear those of a
-# killed one and leaves everything else alone.
-_OWNER, _TEMPORARY = f".dlc_jax-{platform.node()}-", ".tmp"
 _ROWS = 8192  # written and read at a time, so that memory does not grow with the data set
 _FOLDERS = (
     "",
@@ -96,69 +98,6 @@ class ScoredSamples:
         return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Opens a temporary file that becomes `path` when the block ends, and vanishes if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}{_OWNER}{os.getpid()}{_TEMPORARY}"
-    try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        # a full disk says so without naming a file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Gives a new folder that becomes `path` when the block ends, and vanishes if it fails."""
-    temporary = path.parent / f".{path.name}{_OWNER}{os.getpid()}{_TEMPORARY}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it; a process that ends lets go.
-
-    Raises:
-      ValueError: another process is in there, or the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise checks.InputError(f"{folder}: cannot be used: {error.strerror or error}.") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise checks.InputError(
-                f"{folder}: another process is fine-tuning there; wait, or use another folder."
-            ) from error
-        except OSError:
-            pass  # a file system that has no locks
-        yield
-    finally:
-        os.close(handle)
-
-
 def prepare_workdir(workdir: Path) -> None:
     """Makes the work directory, and clears temporary files of runs that were killed.
 
@@ -166,39 +105,16 @@ def prepare_workdir(workdir: Path) -> None:
       ValueError: it cannot be written to.
     """
     try:
+        pull(workdir)
         with atomic(workdir / ".writable") as file:
             file.write(b"")
-        (workdir / ".writable").unlink()
+        remove(workdir / ".writable")
     except OSError as error:
         raise checks.InputError(
             f"--workdir: cannot write to {workdir}: {error.strerror or error}."
         ) from error
     for folders in _FOLDERS:
         clear_leftovers(workdir, folders)
-
-
-def clear_leftovers(root: Path, folders: str = "") -> None:
-    """Removes temporary files of processes of this host that are no more; `folders` may be a glob.
-
-    Everything else stays.
-    """
-    for leftover in root.glob(f"{folders}/.*{_OWNER}*{_TEMPORARY}".lstrip("/")):
-        owner = leftover.name.removesuffix(_TEMPORARY).rpartition("-")[2]
-        if re.fullmatch(r"[0-9]{1,9}", owner) and not _is_running(int(owner)):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -56,6 +56,16 @@ def run_exports(
     echo(f"files: {workdir / artefacts.EXPORTS}/")
 
 
+def check_takes_forms(config: Config, workdir: Path) -> None:
+    """Raises for a form that the work directory cannot hold: that should not cost a pass first."""
+    makes_links = "export" in config.stages and "image_links" in config.export.forms
+    if makes_links and artefacts.is_mirrored(workdir):
+        raise checks.InputError(
+            "export.forms: a bucket cannot hold image_links; expected image_folder, or a --workdir "
+            "that is no bucket."
+        )
+
+
 def _released_paths(config: Config, workdir: Path) -> dict[tuple[Cell, str], Path]:
     """Returns where every cell and part goes; the names are of the scores that are there.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +93,7 @@ def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], 
         paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(READABLE)]
         seconds = time.perf_counter() - start
         provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
-        shutil.rmtree(workdir / artefacts.SHARDS, ignore_errors=True)  # finished
+        artefacts.remove(workdir / artefacts.SHARDS)  # finished
 
     on_first(keep)
 

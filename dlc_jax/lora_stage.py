@@ -112,7 +112,7 @@ def _forget_other_base(workdir: Path, fingerprint: str) -> None:
     """Deletes what was measured of another model before it was fine-tuned."""
     path = evaluation_file(workdir, BASE_CELL)
     if artefacts.read_json(path).get("run") != fingerprint:
-        path.unlink(missing_ok=True)
+        artefacts.remove(path)
 
 
 def run_evaluate(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
@@ -174,7 +174,9 @@ def _evaluate(
         return None
     model = base
     if cell != BASE_CELL:
-        model = load_adapter(base, _run_folder(workdir, cell) / ADAPTER)
+        adapter = _run_folder(workdir, cell) / ADAPTER
+        artefacts.pull(adapter)
+        model = load_adapter(base, adapter)
     found = _measured(config, model, mmlu)
     on_first(lambda: artefacts.write_json(path, {**asked, **found}))
     return _said(found)

@@ -20,23 +20,24 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from dlc_jax import checks, pipeline, presets
+from dlc_jax import bucket, checks, pipeline, presets
 from dlc_jax.config import Config, describe, known_keys
 from dlc_jax.distributed import processes, stopping
 from dlc_jax.distributed.watch import await_verdict, end, watched
+from dlc_jax.object_store import Unreachable
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, required.")
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Where artefacts go; default runs/<name of the configuration file>[-<what follows its colon>].",
+    "Where artefacts go: a folder, s3://BUCKET/NAME or gs://BUCKET/NAME; default runs/<name of "
+    "the configuration file>[-<what follows its colon>].",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of the first of several processes."
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     if _CONFIG.value is None:
         _fail("--config is required, e.g. --config=configs/demo.py")
     name = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = Path(_WORKDIR.value or Path("runs") / presets.run_name(name)).expanduser()
+    workdir = _WORKDIR.value or f"runs/{presets.run_name(name)}"
     # absl shows jax's notes on backends that are not there, every retry of a download, and each
     # step of every checkpoint
     logging.getLogger("jax").setLevel(logging.WARNING)
@@ -68,18 +69,19 @@ def main(argv: Sequence[str]) -> None:
         if place is not None:
             processes.start(place, heartbeat_s=_HEARTBEAT_S.value)
         config = Config.of(_CONFIG.value)
-    except checks.InputError as error:
+    except (checks.InputError, OSError) as error:
         _fail(str(error))
     code, said = _run(config, workdir)
     if code:
         end(code, said)
 
 
-def _run(config: Config, workdir: Path) -> tuple[int, str]:
+def _run(config: Config, workdir: str) -> tuple[int, str]:
     """Returns the exit code, and what other processes say of this one's end."""
     with watched(), stopping.on_sigterm():
         try:
-            pipeline.run(config, workdir)
+            with bucket.work_in(workdir) as (folder, echo):
+                pipeline.run(config, folder, echo)
             processes.wait_for_all()
             return 0, ""
         except processes.SaidByFirst as error:
@@ -87,6 +89,9 @@ def _run(config: Config, workdir: Path) -> tuple[int, str]:
         except (checks.InputError, OSError) as error:
             _say(f"error: {' '.join(str(error).split())}")
             return 2, f"failed: {error}"
+        except Unreachable as error:
+            _say(f"stopped: {error} The same command goes on from what is there.")
+            return processes.RESTART, "cannot reach the bucket"
         except stopping.Stopped:
             _say("stopped by SIGTERM; the same command goes on where this one ended")
             return processes.RESTART, "was stopped by SIGTERM"

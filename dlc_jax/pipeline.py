@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from dlc_jax.config import Config
 from dlc_jax.datasets import load_dataset
 from dlc_jax.distributed import processes
 from dlc_jax.distributed.processes import on_first
-from dlc_jax.export_stage import run_exports
+from dlc_jax.export_stage import check_takes_forms, run_exports
 from dlc_jax.instructions_stage import (
     READABLE,
     run_exports_instructions,
@@ -91,6 +90,7 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
         config = dataclasses.replace(config, stages=rest)
     if {"score", "finetune", "evaluate"} & set(config.stages):
         config.mesh.make()
+    on_first(lambda: check_takes_forms(config, workdir))
     on_first(lambda: artefacts.prepare_workdir(workdir))
     load = _Sources()
     # a mistake in what comes later should not cost a scoring pass first
@@ -138,7 +138,7 @@ def _report_of_these_results(workdir: Path) -> Iterator[None]:
     finally:
         changed = artefacts.read_bytes(workdir / artefacts.RESULTS) != before
         if changed and processes.is_first():
-            shutil.rmtree(workdir / artefacts.REPORT, ignore_errors=True)
+            artefacts.remove(workdir / artefacts.REPORT)
 
 
 def _use_scores(

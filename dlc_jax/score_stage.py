@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -151,7 +149,7 @@ def _measure_dlc(
         made_with["made_of"] = made_of
         seconds = time.perf_counter() - start
         provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
-        shutil.rmtree(workdir / artefacts.SHARDS, ignore_errors=True)  # finished
+        artefacts.remove(workdir / artefacts.SHARDS)  # finished
 
     on_first(keep)
 
@@ -227,7 +225,7 @@ def _measure_features(
         seconds = time.perf_counter() - start
         paths = [Path(artefacts.FEATURES)]
         provenance.record(workdir, "features", inputs, paths, seconds, {}, made_with)
-        shutil.rmtree(workdir / artefacts.SHARDS, ignore_errors=True)
+        artefacts.remove(workdir / artefacts.SHARDS)
 
     on_first(keep)
     echo(f"features: {found.shape[1]} of each sample")
@@ -289,11 +287,10 @@ def _prepare_record(workdir: Path, recorder: Recorder, echo: Callable[[str], Non
     found = RunFolder(folder).facts().get("inputs", recorder.inputs)
     if found != recorder.inputs:
         aside = workdir / "superseded" / f"training-{found[:12]}"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
+        artefacts.remove(aside)
         provenance.forget(workdir, "training")
         _write_columns(workdir, {"dlc": samples.scores["dlc"]})  # the others are of that record
-        os.replace(folder, aside)
+        artefacts.move(folder, aside)
     if provenance.is_done(workdir, "training", recorder.inputs):
         echo("training record: unchanged, not made again")
     else:

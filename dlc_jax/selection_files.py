@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -153,9 +152,8 @@ def set_superseded_aside(
                 continue
             folder += f"-{artefacts.json_hash(how)[:6]}"
         target = workdir / "superseded" / folder / manifest.parent.name
-        target.mkdir(parents=True, exist_ok=True)
         for path in (manifest.with_suffix(".npy"), manifest):
             if path.exists():
-                os.replace(path, target / path.name)
+                artefacts.move(path, target / path.name)
         moved += 1
     return moved

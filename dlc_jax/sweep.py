@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import shutil
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -257,6 +255,5 @@ def _aside(workdir: Path, name: str) -> Path:
 def _move_over(run: Path, to: Path) -> None:
     """Moves a run; an older one of the same settings and cell makes place."""
     target = to / run.parent.name / run.name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(run, target)
+    artefacts.remove(target)
+    artefacts.move(run, target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ def run_tune(
         _write(workdir, tuning)
         paths = [Path(name) for name in (_FILE, _TABLE, _FIGURE)]
         provenance.record(workdir, "tune", inputs, paths, tuning.seconds, {}, made_with)
-        shutil.rmtree(workdir / _TRIALS, ignore_errors=True)  # finished
+        artefacts.remove(workdir / _TRIALS)  # finished
     curve = keep_curve(tuning, tolerance=config.tuning.tolerance)
     table = reports.tuning_table(tuning, curve)
     with artefacts.atomic(workdir / _REPORT, "w") as file:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dlc_jax as dlc
-from dlc_jax import artefacts, selection_files
+from dlc_jax import artefacts, selection_files, whole_files
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.selection import Cell
 
@@ -39,7 +39,7 @@ def test_leftovers_of_dead_runs_are_cleared_and_nothing_else(tmp_path):
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
     )
-    owner, temporary = artefacts._OWNER, artefacts._TEMPORARY
+    owner, temporary = whole_files._OWNER, whole_files._TEMPORARY
     (tmp_path / "scores").mkdir()
     (tmp_path / "photos").mkdir()
     gone = tmp_path / "scores" / f".losses.npz{owner}{int(dead.stdout)}{temporary}"

@@ -148,6 +148,11 @@ def count() -> int:
     return int(global_state.num_processes or 1) if global_state.client is not None else 1
 
 
+def coordinator() -> str:
+    """Returns host:port of the first process's store."""
+    return str(global_state.coordinator_address)
+
+
 def is_first() -> bool:
     """Whether this is the process that tells the user, and writes."""
     return index() == 0

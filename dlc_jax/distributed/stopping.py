@@ -18,6 +18,7 @@ from dlc_jax.distributed import processes
 _STEPS_LATE = 2  # so that no step waits for the answer of the one before
 _asked = False
 _is_deferred = False
+_pending: collections.deque[jax.Array] = collections.deque()  # answers that nobody waits for yet
 
 
 class Stopped(BaseException):
@@ -52,31 +53,27 @@ def check() -> None:
         raise Stopped
 
 
-class StepStop:
-    """Answers after every step whether to stop: at the same step in all processes."""
-
-    def __init__(self) -> None:
-        self._pending: collections.deque[jax.Array] = collections.deque()
-
-    def is_due(self) -> bool:
-        """Whether any process was asked to stop. All processes have to ask at the same steps."""
-        if processes.count() == 1:
-            return _asked
-        self._pending.append(_any(_asked))
-        if len(self._pending) <= _STEPS_LATE:
-            return False
-        return bool(self._pending.popleft())
-
-
 @contextlib.contextmanager
-def at_steps() -> Iterator[StepStop]:
-    """Puts `Stopped` off, in here: the loop asks after every step, saves, and raises it itself."""
+def at_steps() -> Iterator[None]:
+    """Puts `Stopped` off, in here: a loop asks `is_due` after every step, saves, and raises it."""
     global _is_deferred
+    _pending.clear()
     _is_deferred = True
     try:
-        yield StepStop()
+        yield
     finally:
         _is_deferred = False
+
+
+def is_due() -> bool:
+    """Whether to stop after this step, within `at_steps`.
+
+    All processes have to ask at the same steps, and get the same answer if any was asked to stop.
+    """
+    if not _is_deferred or processes.count() == 1:
+        return _is_deferred and _asked
+    _pending.append(_any(_asked))
+    return len(_pending) > _STEPS_LATE and bool(_pending.popleft())
 
 
 def _any(value: bool) -> jax.Array:

@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -107,21 +108,32 @@ class _Watch:
     def _guard(self) -> None:
         """Ends this process where the store does not answer and another one is silent.
 
-        JAX finds the dead some time between a third of its limit and the whole.
+        JAX finds the dead some time between a third of its limit and the whole, and the first
+        process, which has the store, at once.
         """
-        limit = processes.heartbeat_s()
         while not self.ended.wait(_EVERY_S):
             _outlive_abort()  # compilers bring handlers of their own
-            waited = time.monotonic() - self._called
-            if waited > 3 * _EVERY_S and (silent := self._silent_for(limit / 3)):
+            if time.monotonic() - self._called < 3 * _EVERY_S:
+                continue
+            if silent := self._silent_for(processes.heartbeat_s() / 3):
                 _give_up(silent)
-            if waited > limit + _EVERY_S:
-                _give_up([0])  # it has the store
+            if not _answers(processes.coordinator()):
+                _give_up([0])
 
     def _silent_for(self, seconds: float) -> list[int]:
         """Returns the processes that were silent so much longer than this one."""
         mine = self._beats.get(processes.index(), ("", 0.0))[1]
         return sorted(who for who, (_, when) in self._beats.items() if when < mine - seconds)
+
+
+def _answers(address: str) -> bool:
+    """Whether anybody listens there."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_EVERY_S):
+            return True
+    except OSError:
+        return False
 
 
 def _give_up(dead: list[int]) -> NoReturn:

@@ -178,14 +178,15 @@ def _arrays(
     judged: _Places,
     chosen: Int64[np.ndarray, " r"],
     width: int,
-) -> tuple[Array | np.ndarray, ...]:
+) -> tuple[Array, ...]:
     """Returns what `_judged` takes of a batch, judgements repeated up to `width`."""
     within = np.zeros(batch.positions.max() + 1, np.int64)
     within[batch.positions] = np.arange(len(batch.positions))
     filled = np.resize(chosen, width)
     tokens, num_tokens = over_devices(params, (batch.tokens, batch.num_tokens))
     others = (within[judged.rows[filled]], judged.places[filled], judged.targets[filled])
-    return tokens, num_tokens, *on_every_device(params, tuple(x.astype(np.int32) for x in others))
+    places = tuple(jnp.asarray(some, jnp.int32) for some in others)
+    return jnp.asarray(tokens), jnp.asarray(num_tokens), *on_every_device(params, places)
 
 
 @functools.partial(jax.jit, static_argnums=0)

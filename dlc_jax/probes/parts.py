@@ -22,6 +22,7 @@ class Parts:
     def __init__(self, folder: Path | None = None, *, writes: bool = True):
         self.folder, self._writes = folder, writes
         self._in_memory: dict[str, dict[str, np.ndarray]] = {}
+        self._pull()
 
     def has(self, name: str) -> bool:
         """Whether a part is there, whole."""
@@ -46,6 +47,7 @@ class Parts:
         if self.folder is None or processes.count() == 1:
             return
         processes.wait_for_all()
+        self._pull()
         missing = [name for name in names if not self._path(name).is_file()]
         if missing:
             raise checks.InputError(
@@ -62,6 +64,11 @@ class Parts:
                 f"{self._path(name)}: cannot be read any more; the same call computes it again."
             )
         return found
+
+    def _pull(self) -> None:
+        """Brings what others wrote, where processes do not share a file system."""
+        if self.folder is not None:
+            artefacts.pull(self.folder)
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlc_jax import checks
+from dlc_jax import artefacts, checks
 from dlc_jax.distributed import processes
 
 _STATE, _HISTORY = "state", "history"
@@ -41,6 +41,7 @@ class Checkpoints:
         with self._clear_errors("open"):
             folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._pushed = set(self._manager.all_steps())
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -55,6 +56,7 @@ class Checkpoints:
 
     def save(self, number: int, state: Any, history: list[dict[str, Any]]) -> None:
         """Starts writing a state, a pytree of arrays; earlier ones go once it is whole."""
+        self.wait()  # Orbax would as well
         if processes.count() > 1:  # every process has all of it
             state = jax.tree.map(np.asarray, state)
         with self._clear_errors("write"):
@@ -96,6 +98,20 @@ class Checkpoints:
         """Returns when everything is on disk."""
         with self._clear_errors("write"):
             self._manager.wait_until_finished()
+        self._push()
+
+    def _push(self) -> None:
+        """Gives the last state to those who do not share the folder, and then takes earlier ones.
+
+        In between they have two, each whole.
+        """
+        last = self._manager.latest_step()
+        if last is None or last in self._pushed or not (self._folder / str(last)).is_dir():
+            return
+        artefacts.push(self._folder / str(last))
+        for earlier in self._pushed:
+            artefacts.remove(self._folder / str(earlier))
+        self._pushed = {last}
 
     @contextlib.contextmanager
     def _clear_errors(self, what: str):

@@ -44,6 +44,14 @@ from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_
 from dlc_jax.types import Dataset, RunResult, Selection
 
 
+class _Left(Exception):
+    """An epoch was left before its end."""
+
+    def __init__(self, progress: Progress):
+        super().__init__("stopped")
+        self.progress = progress
+
+
 class Finetuner:
     """Runs on subsets of one data set that share programs, decoded images and the test set.
 
@@ -187,16 +195,20 @@ class Finetuner:
                 stack.enter_context(artefacts.locked(folder.path))
                 folder.claim(self.inputs(positions, seed, stop_after), facts or {})
                 checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
-            progress = self._start(seed, checkpoints)
+            # what is kept nowhere need not be brought to an end
+            if folder is not None or self._mesh.is_multi_process:
+                stack.enter_context(stopping.at_steps())
+            progress = self._start(seed, folder, checkpoints)
             last = self._settings.epochs if stop_after is None else stop_after
             for epoch in range(len(progress.history) + 1, last + 1):
-                progress = self._epoch(progress, positions, seed, epoch, checkpoints)
+                try:
+                    progress = self._epoch(progress, positions, seed, epoch)
+                except _Left as left:
+                    self._leave(left.progress, folder)
                 if observer is not None:
                     progress = observed(progress, observer)
                 if folder is not None and checkpoints is not None:
-                    checkpoints.save(
-                        epoch * self._num_steps(positions), progress.state, progress.told
-                    )
+                    checkpoints.save(epoch, progress.state, progress.told)
                     folder.write_metrics(progress.history)
             if checkpoints is not None:
                 checkpoints.wait()
@@ -209,11 +221,18 @@ class Finetuner:
                 folder.finish(result, names, num_test, keep)
         return result
 
-    def _start(self, seed: int, checkpoints: Checkpoints | None) -> Progress:
+    def _start(
+        self, seed: int, folder: RunFolder | None, checkpoints: Checkpoints | None
+    ) -> Progress:
         """Returns where a run begins, in all processes: new, or where the first one left it."""
-        progress = Progress(self._first_state(seed), [])
-        if checkpoints is not None and (saved := checkpoints.restore(progress.state)) is not None:
+        new = progress = Progress(self._first_state(seed), [])
+        if checkpoints is not None and (saved := checkpoints.restore(new.state)) is not None:
             progress = Progress.of(*saved)
+        if folder is not None and folder.stopped.is_dir():
+            with Checkpoints(folder.stopped) as stopped:
+                saved = stopped.restore(new.state)
+            if saved is not None and len(Progress.of(*saved).history) >= len(progress.history):
+                progress = Progress.of(*saved)
         if self._mesh.is_multi_process:
             told = told_by_first(lambda: progress.told)
             progress = Progress.of(progress.state, told)
@@ -229,7 +248,6 @@ class Finetuner:
         positions: Int64[np.ndarray, " k"],
         seed: int,
         epoch: int,
-        checkpoints: Checkpoints | None,
     ) -> Progress:
         start = time.perf_counter()
         num_steps = self._num_steps(positions)
@@ -252,17 +270,12 @@ class Finetuner:
             leave=False,
             disable=None if self._progress else True,
         )
-        # what is kept nowhere need not be brought to an end
-        may_stop = checkpoints is not None or self._mesh.is_multi_process
-        with stopping.at_steps() if may_stop else contextlib.nullcontext() as stop:
-            for step, (batch, num_real) in enumerate(bar, start=before.num_steps + 1):
-                state, metrics = train_step(self._network, self._sgd, state, *batch, rate)
-                totals.add(metrics, num_real)
-                if stop is not None and step < num_steps and stop.is_due():
-                    seconds = before.elapsed_s + time.perf_counter() - start
-                    open_ = totals.left_at(step, seconds)
-                    left = progress._replace(state=state, open=open_)
-                    self._leave(left, (epoch - 1) * num_steps + step, checkpoints)
+        for step, (batch, num_real) in enumerate(bar, start=before.num_steps + 1):
+            state, metrics = train_step(self._network, self._sgd, state, *batch, rate)
+            totals.add(metrics, num_real)
+            if step < num_steps and stopping.is_due():
+                seconds = before.elapsed_s + time.perf_counter() - start
+                raise _Left(progress._replace(state=state, open=totals.left_at(step, seconds)))
         totals.finish(state)
         correct = np.zeros(len(self._dataset), bool)
         correct[epoch_order(positions, seed, epoch)] = np.concatenate(totals.correct)
@@ -281,11 +294,12 @@ class Finetuner:
             line["test_accuracy"] = self._accuracy(self._predictions(state))
         return Progress(state, [*progress.history, line], correct[positions])
 
-    def _leave(self, left: Progress, number: int, checkpoints: Checkpoints | None) -> NoReturn:
-        """Keeps a run that has to stop, and stops."""
-        if checkpoints is not None:
-            checkpoints.save(number, left.state, left.told)
-            checkpoints.wait()
+    def _leave(self, left: Progress, folder: RunFolder | None) -> NoReturn:
+        """Keeps a run that has to stop within an epoch, and stops."""
+        if folder is not None and left.open is not None:
+            artefacts.remove(folder.stopped)  # of an earlier stop
+            with Checkpoints(folder.stopped) as stopped:
+                stopped.save(left.open.num_steps, left.state, left.told)
         processes.wait_for_all()  # or the end of another process would end the writing one
         raise stopping.Stopped
 
@@ -383,7 +397,7 @@ class Finetuner:
         images = jax.ShapeDtypeStruct((1, self._image_size, self._image_size, 3), np.float32)
         shape = jax.eval_shape(encoder.apply, encoder.params, images).shape
         if encoder.statistics and self._settings.epochs and shape[1:3] == (1, 1):
-            raise checks.InputError(
+            raise checks.SharedError(
                 f"finetune.batch_size: {size} leaves a last batch of one of {num_kept} samples, "
                 f"and at {self._image_size} px the last map is 1 x 1, so that batch norm would see "
                 "a single value; expected another batch size, or a larger image size."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from dlc_jax.types import RunResult
 METRICS = "metrics.jsonl"
 PER_CLASS = "per_class_accuracy.csv"
 RUN = "run.json"
-CHECKPOINT = "checkpoint"
+CHECKPOINT, STOPPED = "checkpoint", "stopped"
 ERROR = "error.txt"
 
 
@@ -37,6 +36,11 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         return self.path / CHECKPOINT
+
+    @property
+    def stopped(self) -> Path:
+        """The checkpoint of a run that was stopped within an epoch."""
+        return self.path / STOPPED
 
     def facts(self) -> dict[str, Any]:
         """Returns run.json, {} before the run has started."""
@@ -109,10 +113,11 @@ class RunFolder:
     def conclude(self, summary: dict[str, Any], keep_weights: bool) -> None:
         """Writes that the run is finished, and how, once everything else is on disk."""
         artefacts.write_json(self.path / RUN, {**self._claimed, "result": summary})
-        (self.path / ERROR).unlink(missing_ok=True)
+        artefacts.remove(self.path / ERROR)
+        artefacts.remove(self.stopped)
         if not keep_weights:
             self.drop_weights()
 
     def drop_weights(self) -> None:
         """Deletes the checkpoint of a finished run; killed halfway, the next call goes on."""
-        shutil.rmtree(self.checkpoint, ignore_errors=True)
+        artefacts.remove(self.checkpoint)

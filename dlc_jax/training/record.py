@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dlc_jax import checks
 from dlc_jax.encoders import Encoder
@@ -37,6 +38,7 @@ def record_training(
     on_corrupt: str = "error",
     cache: ImageCache | None = None,
     folder: str | Path | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> TrainingRecord:
     """Fine-tunes on the whole data set and records what `score` makes training-based scores of.
@@ -59,6 +61,7 @@ def record_training(
       folder: Where the record is kept; a call that was stopped goes on from the last whole
         checkpoint there, and a finished one is read. It holds record.npz, and of each run
         seed_<seed>/metrics.jsonl. None: nowhere.
+      mesh: Devices of this process, as for `finetune`.
       progress: Whether to show bars on the terminal.
     Raises:
       ValueError: a folder that holds another record, is in use or cannot be written to; an
@@ -93,8 +96,9 @@ def record_training(
         mode=mode,
         on_corrupt=on_corrupt,
         cache=cache,
+        mesh=mesh,
         progress=progress,
     )
     record = recorder.run(Path(folder) if folder is not None else None)
-    assert record is not None  # one device: there is no other process to help
+    assert record is not None  # there is no other process to help
     return record

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -129,7 +128,7 @@ class Recorder:
                 _write(folder / RECORD, record)
             for seed in self.seeds:  # also if killed after the record was written
                 RunFolder(_run_path(folder, seed)).drop_weights()
-                shutil.rmtree(_run_path(folder, seed) / _SEEN, ignore_errors=True)
+                artefacts.remove(_run_path(folder, seed) / _SEEN)
         return record
 
     @property

@@ -253,6 +253,8 @@ def _train(
     length = num_steps * settings.batch_size
     for epoch, rate in enumerate(rates, start=1):
         order = place(cells.orders(epoch, length), by_rows(mesh))
+        # XLA may say the same place in other words, for which jit would compile again
+        heads = jax.device_put(heads, by_rows(mesh))
         heads = train_epoch(
             mesh,
             sgd,

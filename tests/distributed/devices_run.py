@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 
 import conftest
 import jax
@@ -22,17 +23,20 @@ MESHES = {  # data, probe
     "probe 4": (2, 4),
     "probe 8": (1, 8),
 }
+FEW = ("eight", "probe 4")  # of them, for fewer samples than devices
 BATCH, NUM_STEPS = 32, 20
 
 
 def main(out: str) -> None:
     sample = dlc.load_dataset("demo:caltech15/train")
     encoder = dlc.load_encoder("resnet18", weights="demo:resnet18")
+    odd = conftest.subset(sample, np.arange(0, 750, 12)[:61])
     found = {
-        "odd": _losses(encoder, conftest.subset(sample, np.arange(0, 750, 12)[:61])),
-        "few": _losses(encoder, _three(sample)),
+        "odd": _losses(encoder, odd, MESHES),
+        "few": _losses(encoder, _three(sample), FEW),
+        "others": _other_losses(encoder, odd),
         "linear": _heads(),
-        "features": _features(encoder, conftest.subset(sample, np.arange(0, 750, 12)[:61])),
+        "features": _features(encoder, odd),
         "finetune": _finetuned(encoder, conftest.subset(sample, np.arange(0, 640))),
     }
     with open(out, "w") as file:
@@ -49,16 +53,23 @@ def mesh_of(data: int, probe: int = 1) -> Mesh:
     return dlc.make_mesh(data, probe, devices=jax.devices()[: data * probe])
 
 
-def _losses(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, list]:
+def _losses(encoder: dlc.Encoder, dataset: dlc.Dataset, meshes: Iterable[str]) -> dict[str, list]:
     options = {"image_size": 32, "num_probes": 5, "batch_size": 8}
     found = {"one": dlc.probe(encoder, dataset, **options)}
-    for name, axes in MESHES.items():
-        found[name] = dlc.probe(encoder, dataset, **options, mesh=mesh_of(*axes))
+    for name in meshes:
+        found[name] = dlc.probe(encoder, dataset, **options, mesh=mesh_of(*MESHES[name]))
+    return {name: probes.losses.tolist() for name, probes in found.items()}
+
+
+def _other_losses(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, list]:
+    """Probes side by side, and fresh crops."""
+    found = {}
+    options = {"image_size": 32, "num_probes": 5, "batch_size": 8}
     found["chunks"] = dlc.probe(encoder, dataset, **options, chunk=2)
     found["chunks on two"] = dlc.probe(encoder, dataset, **options, chunk=2, mesh=mesh_of(1, 2))
-    few = options | {"num_probes": 2, "augment": True}
-    found["crops"] = dlc.probe(encoder, dataset, **few)
-    found["crops on four"] = dlc.probe(encoder, dataset, **few, mesh=mesh_of(2, 2))
+    options |= {"num_probes": 2, "augment": True}
+    found["crops"] = dlc.probe(encoder, dataset, **options)
+    found["crops on four"] = dlc.probe(encoder, dataset, **options, mesh=mesh_of(2, 2))
     return {name: probes.losses.tolist() for name, probes in found.items()}
 
 
@@ -94,7 +105,7 @@ def _finetuned(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, dict]:
     )
 
     def run(mesh: Mesh | None) -> dict[str, np.ndarray]:
-        tuner = Finetuner(encoder, dataset, None, settings, image_size=64, mesh=mesh)
+        tuner = Finetuner(encoder, dataset, None, settings, image_size=48, mesh=mesh)
         weights = tuner.run(np.arange(BATCH * NUM_STEPS), seed=0).weights
         return {path: np.asarray(leaf) for path, leaf in by_path(weights).items()}
 

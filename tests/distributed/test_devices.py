@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from devices_run import MESHES
+from devices_run import FEW, MESHES
 
 import dlc_jax as dlc
 
@@ -31,8 +31,9 @@ def found(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("data", ["odd", "few"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("data", "mesh"), [*(("odd", mesh) for mesh in MESHES), *(("few", mesh) for mesh in FEW)]
+)
 def test_losses_are_bit_for_bit_those_of_one_device(found, data, mesh):
     one = np.array(found[data]["one"])
     assert one.shape == (5, 61 if data == "odd" else 3)
@@ -40,12 +41,11 @@ def test_losses_are_bit_for_bit_those_of_one_device(found, data, mesh):
     np.testing.assert_array_equal(np.array(found[data][mesh]), one)
 
 
-@pytest.mark.parametrize("data", ["odd", "few"])
-def test_probes_side_by_side_and_fresh_crops_too(found, data):
-    losses = {name: np.array(values) for name, values in found[data].items()}
+def test_probes_side_by_side_and_fresh_crops_too(found):
+    losses = {name: np.array(values) for name, values in found["others"].items()}
     np.testing.assert_allclose(losses["chunks on two"], losses["chunks"], atol=2e-6)
     np.testing.assert_array_equal(losses["crops on four"], losses["crops"])
-    assert np.abs(losses["crops"] - losses["one"][:2]).max() > 1e-4
+    assert np.abs(losses["crops"] - np.array(found["odd"]["one"])[:2]).max() > 1e-4
 
 
 def test_features_and_linear_heads_are_those_of_one_device(found):
@@ -62,7 +62,7 @@ def test_batch_norm_is_of_the_whole_batch(found):
         assert len(found["finetune"]["two"][kind]) >= 40
 
 
-def test_fsdp_is_not_for_images(sample_encoder, small_sample):
+def test_a_mesh_of_one_device(sample_encoder, small_sample):
     mesh = dlc.make_mesh(fsdp=1)
     assert dict(mesh.shape) == {"data": 1, "probe": 1, "fsdp": 1}
     probes = dlc.probe(sample_encoder, small_sample, image_size=32, num_probes=2, mesh=mesh)

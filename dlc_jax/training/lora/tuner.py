@@ -233,13 +233,13 @@ class LoraTuner:
             disable=None if self._progress else True,
         )
         may_stop = checkpoints is not None or self._is_shared
-        with bar, stopping.at_steps() if may_stop else contextlib.nullcontext() as stop:
+        with bar, stopping.at_steps() if may_stop else contextlib.nullcontext():
             for step in range(progress.step, num_steps):
                 progress = self._step(plan, progress, step)
                 ends = (step + 1) % plan.steps_per_epoch == 0
                 if ends:
                     progress = progress.epoch_ended(plan, step)
-                leaves = stop is not None and stop.is_due()
+                leaves = stopping.is_due()
                 if checkpoints is not None and folder is not None:
                     if ends or leaves or (step + 1) % self._settings.checkpoint_steps == 0:
                         checkpoints.save(step + 1, progress.state, progress.told)

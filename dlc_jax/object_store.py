@@ -1,0 +1,230 @@
+"""Objects below one place of a bucket, through fsspec: listed, fetched, put, copied and deleted.
+
+An object is put whole or not at all. fsspec's file systems try again what fails in passing; where
+the bucket was reached before, this goes on trying for as long as `_PATIENCE_S`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dlc_jax import checks
+
+EXTRA = "pip install 'dlc_jax[bucket]'"
+_OF_EXTRA = ("s3", "s3a", "gs", "gcs")
+_PATIENCE_S = 120.0
+_LONGEST_WAIT_S = 15.0
+_AT_ONCE = 16
+# What tells one version of an object from another: the first of these that a file system gives.
+_VERSIONS = ("ETag", "etag", "mtime", "LastModified", "updated", "created")
+# Classes of errors that may pass, of Python, aiohttp, requests, botocore and google.auth; by name,
+# as nobody has all of these packages.
+_PASSING = {
+    "ConnectionError",
+    "TimeoutError",
+    "Timeout",
+    "TransportError",
+    "HTTPClientError",
+    "ClientConnectionError",
+    "ClientPayloadError",
+}
+_PASSING_ERRNO = {errno.EBUSY, errno.EREMOTEIO, errno.EINTR}
+_OWN_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+Value = TypeVar("Value")
+
+
+class Unreachable(BaseException):
+    """The bucket is not there any more. No `Exception`: nothing on the way should go on after it.
+
+    What is in the bucket is whole, so the same command can go on from there.
+    """
+
+
+class ObjectStore:
+    """What lies below a URL such as `s3://bucket/runs/demo`, by the name below it.
+
+    Args:
+      url: Of a folder in a bucket.
+    Raises:
+      ValueError: not such a URL, or its protocol needs a package that is not there.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        try:
+            import fsspec
+
+            # others may write there, so that nothing may be remembered
+            self._files, self._root = fsspec.core.url_to_fs(
+                self.url, use_listings_cache=False, skip_instance_cache=True
+            )
+        except ImportError as error:
+            protocol = url.partition("://")[0]
+            install = f"{EXTRA} ({error})" if protocol in _OF_EXTRA else str(error)
+            raise checks.InputError(
+                f"--workdir: {protocol}:// needs a package that is not installed: {install}."
+            ) from error
+        except Exception as error:  # of credentials, for one
+            raise checks.InputError(f"--workdir: {url}: {checks.first_line(error)}.") from error
+        if "/" not in self._root.strip("/"):
+            raise checks.InputError(
+                f"--workdir: expected a folder in a bucket, such as {self.url}/runs/demo, got "
+                f"{url!r}."
+            )
+        self._was_reached = False
+
+    def list(self, name: str = "") -> dict[str, str]:
+        """Returns the objects called so or below it, and their versions."""
+
+        def look() -> dict[str, Any]:
+            try:
+                found: dict[str, Any] = self._files.find(self._path(name), detail=True)
+                return found
+            except FileNotFoundError as error:
+                raise checks.InputError(f"{self.url}: there is no such bucket.") from error
+
+        start = len(self._root.rstrip("/")) + 1
+        found = self._patiently("be listed", look)
+        return {
+            path[start:]: _version(info)
+            for path, info in found.items()
+            if info["type"] == "file" and not path.endswith("/")
+        }
+
+    def version(self, name: str) -> str:
+        """Returns that of an object."""
+        return _version(
+            self._patiently("be looked at", lambda: self._files.info(self._path(name)), name)
+        )
+
+    def read(self, name: str) -> bytes:
+        """Returns an object's content."""
+        content: bytes = self._patiently(
+            "be read", lambda: self._files.cat_file(self._path(name)), name
+        )
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Puts an object with this content."""
+
+        def one(name: str) -> None:
+            self._files.pipe_file(self._path(name), content)
+
+        self._each("be written", one, [name])
+
+    def fetch(self, places: Iterable[tuple[str, Path]]) -> None:
+        """Fetches objects to files."""
+
+        def one(place: tuple[str, Path]) -> None:
+            self._files.get_file(self._path(place[0]), str(place[1]))
+
+        self._each("be read", one, places)
+
+    def put(self, places: Iterable[tuple[str, Path]]) -> None:
+        """Puts files as objects."""
+
+        def one(place: tuple[str, Path]) -> None:
+            self._files.put_file(str(place[1]), self._path(place[0]))
+
+        self._each("be written", one, places)
+
+    def copy(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Copies objects, each from its first to its second name."""
+
+        def one(pair: tuple[str, str]) -> None:
+            self._files.cp_file(self._path(pair[0]), self._path(pair[1]))
+
+        self._each("be written", one, pairs)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Deletes objects, if they are there."""
+
+        def one(name: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(self._path(name))
+
+        self._each("be deleted", one, names)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+    def _each(self, what: str, do: Callable[[Any], None], items: Iterable[Any]) -> None:
+        """Does it with every item, several at once, and again with those that failed.
+
+        Nothing is on its way any more when this ends, also if a signal ends it.
+        """
+        left = dict.fromkeys(items)
+
+        def some() -> None:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                futures = {pool.submit(do, item): item for item in left}
+                try:
+                    for future in as_completed(futures):
+                        future.result()
+                        del left[futures[future]]
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+
+        self._patiently(what, some)
+
+    def _patiently(self, what: str, do: Callable[[], Value], name: str = "") -> Value:
+        """Does it, again and again while it fails in passing and the bucket was reached before."""
+        place = f"{self.url}/{name}".rstrip("/")
+        until = time.monotonic() + (_PATIENCE_S if self._was_reached else 0.0)
+        wait_s = 1.0
+        while True:
+            try:
+                value = do()
+                self._was_reached = True
+                return value
+            except checks.InputError:
+                raise
+            except Exception as error:
+                if _is_of_own_disk(error):
+                    raise
+                said = f"{place}: cannot {what}: {_reason(error)}."
+                if not _may_pass(error) or not self._was_reached:
+                    raise checks.InputError(said) from error
+                if time.monotonic() > until:
+                    raise Unreachable(said) from error
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+def _version(info: dict[str, Any]) -> str:
+    return next((f"{name} {info[name]}" for name in _VERSIONS if info.get(name)), "")
+
+
+def _may_pass(error: BaseException) -> bool:
+    code = getattr(error, "code", None)  # of gcsfs, a number or text
+    if str(code) in ("408", "429") or str(code).startswith("5"):
+        return True
+    if isinstance(error, OSError) and error.errno in _PASSING_ERRNO:
+        return True
+    return bool(_PASSING & {kind.__name__ for kind in type(error).__mro__})
+
+
+def _is_of_own_disk(error: BaseException) -> bool:
+    """Whether it is about the local copy: a full disk, or a file that cannot be opened."""
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in _OWN_DISK or (
+        error.filename is not None and os.path.isabs(error.filename)
+    )
+
+
+def _reason(error: BaseException) -> str:
+    said = checks.first_line(error).rstrip(".")
+    is_refused = isinstance(error, PermissionError) or str(getattr(error, "code", "")) == "401"
+    if is_refused or re.search("CredentialsError|Forbidden", said):
+        said += " (expected the credentials that the cloud's own tools use, with access to it)"
+    return said

@@ -1,0 +1,194 @@
+"""Files and folders that are whole or not there at all, and what keeps others like them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Protocol, runtime_checkable
+
+from dlc_jax import checks
+
+# Temporary files tell whose they are, so that a later run on the same host can clear those of a
+# killed one and leaves everything else alone.
+_OWNER, _TEMPORARY = f".dlc_jax-{platform.node()}-", ".tmp"
+
+
+@runtime_checkable
+class Mirror(Protocol):
+    """Keeps something else, such as a bucket, like a work directory."""
+
+    def covers(self, path: Path, /) -> bool:
+        """Whether it is about this path."""
+        ...
+
+    def pull(self, path: Path, /) -> None:
+        """Makes a file or folder as it is there."""
+        ...
+
+    def push(self, path: Path, /) -> None:
+        """Makes it as the file or folder is here."""
+        ...
+
+    def remove(self, path: Path, /) -> None:
+        """Removes there what was removed here."""
+        ...
+
+    def move(self, source: Path, target: Path, /) -> None:
+        """Moves there what was moved here."""
+        ...
+
+
+_mirror: Mirror | None = None  # none for a work directory that is nowhere else
+
+
+@contextlib.contextmanager
+def mirrored_by(mirror: Mirror) -> Iterator[None]:
+    """Tells the mirror of all that is written, removed and moved in here."""
+    global _mirror
+    _mirror = mirror
+    try:
+        yield
+    finally:
+        _mirror = None
+
+
+def is_mirrored(path: Path) -> bool:
+    """Whether what is written there goes elsewhere as well."""
+    return _mirror_of(path) is not None
+
+
+def _mirror_of(path: Path) -> Mirror | None:
+    return _mirror if _mirror is not None and _mirror.covers(path) else None
+
+
+def pull(path: Path) -> None:
+    """Makes a file or folder as other processes left it, where they do not share this one."""
+    if mirror := _mirror_of(path):
+        mirror.pull(path)
+
+
+def push(path: Path) -> None:
+    """Gives a file or folder, whole by now, to whoever does not share this one."""
+    if mirror := _mirror_of(path):
+        mirror.push(path)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    if mirror := _mirror_of(path):
+        mirror.remove(path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Moves a file, or a folder to where none is."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
+    if mirror := _mirror_of(target):
+        mirror.move(source, target)
+
+
+@contextlib.contextmanager
+def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Opens a temporary file that becomes `path` when the block ends, and vanishes if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}{_OWNER}{os.getpid()}{_TEMPORARY}"
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # a full disk says so without naming a file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    push(path)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Gives a new folder that becomes `path` when the block ends, and vanishes if it fails."""
+    temporary = path.parent / f".{path.name}{_OWNER}{os.getpid()}{_TEMPORARY}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    push(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, doing: str = "fine-tuning") -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it; a process that ends lets go.
+
+    Args:
+      folder: Which.
+      doing: What is done there, for others that come.
+    Raises:
+      ValueError: another process is in there, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise checks.InputError(f"{folder}: cannot be used: {error.strerror or error}.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise checks.InputError(
+                f"{folder}: another process is {doing} there; wait, or use another folder."
+            ) from error
+        except OSError:
+            pass  # a file system that has no locks
+        yield
+    finally:
+        os.close(handle)
+
+
+def clear_leftovers(root: Path, folders: str = "") -> None:
+    """Removes temporary files of processes of this host that are no more; `folders` may be a glob.
+
+    Everything else stays.
+    """
+    for leftover in root.glob(f"{folders}/.*{_OWNER}*{_TEMPORARY}".lstrip("/")):
+        owner = leftover.name.removesuffix(_TEMPORARY).rpartition("-")[2]
+        if re.fullmatch(r"[0-9]{1,9}", owner) and not _is_running(int(owner)):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it is, or is in, what becomes a file or folder when it is whole."""
+    return any(_OWNER in part and part.endswith(_TEMPORARY) for part in path.parts)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

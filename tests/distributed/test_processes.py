@@ -1,0 +1,240 @@
+"""Real processes over loopback: what they find is what one finds, whoever dies on the way."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import dlc_jax as dlc
+from dlc_jax.distributed import processes
+
+SCORE = [
+    "--config=configs/demo.py",
+    "--config.encoder.image_size=32",
+    "--config.probe.batch_size=8",
+    "--config.probe.num_probes=4",
+    "--config.selection.splits=0.5,",
+    "--heartbeat_s=10",
+]
+SELECT = [
+    "--config.selection.methods=flexrand,herding",  # herding goes by features
+    "--config.selection.keep_fractions=0.3,0.6",
+]
+SWEEP = [
+    "--config.stages=score,select,finetune",
+    "--config.selection.methods=flexrand",
+    "--config.selection.keep_fractions=0.5,",
+    "--config.selection.seeds=1,",
+    "--config.finetune.epochs=3",
+    "--config.finetune.batch_size=9",
+    "--config.finetune.learning_rate=0.01",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, list[str]]:
+    """Arguments for 61 samples, and for three."""
+    sample = dlc.load_dataset("demo:caltech15/train")
+    found = {}
+    for name, positions in (("odd", range(0, 732, 12)), ("few", (0, 1, 70))):
+        root = tmp_path_factory.mktemp(name)
+        for position in positions:
+            path = root / str(sample.ids[position])
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(sample[position].image)
+        found[name] = [f"--config.dataset.train=folder:{root}"]
+    found["odd"].append("--config.dataset.test=" + found["odd"][0].partition("=")[2])
+    return found
+
+
+def start(num: int, workdir: Path, arguments: list[str], num_devices: int = 1):
+    """Starts processes that find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for number in range(num):
+        env = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(num),
+            "JAX_PROCESS_ID": str(number),
+        }
+        command = [sys.executable, "-m", "dlc_jax.main", f"--workdir={workdir}", *arguments]
+        pipe = subprocess.PIPE
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+        )
+    return started
+
+
+def ended(started) -> tuple[list[int], list[str]]:
+    """Returns exit codes, and what was written to stderr."""
+    said = [process.communicate(timeout=240)[1] for process in started]
+    return [process.returncode for process in started], said
+
+
+def run(num: int, workdir: Path, arguments: list[str], num_devices: int = 1) -> None:
+    codes, said = ended(start(num, workdir, arguments, num_devices))
+    assert codes == [0] * num, "\n".join(text[-2000:] for text in said)
+
+
+def check_same(workdir: Path, expected: Path) -> None:
+    """Everything that scoring and selection leave is bit for bit the same."""
+    for name in ("losses", "features"):
+        if not (expected / f"scores/{name}.npz").exists():
+            continue
+        with (
+            np.load(workdir / f"scores/{name}.npz") as a,
+            np.load(expected / f"scores/{name}.npz") as b,
+        ):
+            assert set(a.files) == set(b.files)
+            for key in a.files:
+                np.testing.assert_array_equal(a[key], b[key])
+    kept = sorted(path.relative_to(expected) for path in expected.glob("selections/**/*.npy"))
+    assert kept
+    for path in kept:
+        np.testing.assert_array_equal(np.load(workdir / path), np.load(expected / path))
+    assert not list(workdir.glob("unfinished/*"))
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory) -> dict[str, Path]:
+    """What one process finds."""
+    found = {}
+    for name, where in data.items():
+        found[name] = tmp_path_factory.mktemp("alone") / name
+        run(1, found[name], [*SCORE, *SELECT, *where])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num", "num_devices", "name"), [(2, 1, "odd"), (4, 1, "odd"), (4, 1, "few"), (2, 2, "odd")]
+)
+def test_several_processes_find_what_one_finds(data, alone, tmp_path, num, num_devices, name):
+    run(num, tmp_path, [*SCORE, *SELECT, *data[name]], num_devices)
+    check_same(tmp_path, alone[name])
+
+
+def wait_for_parts(workdir: Path, num: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(workdir.glob("unfinished/*/losses-*.npz"))) < num:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("rank", "num_after"), [(1, 3), (0, 1)])
+def test_killed_in_scoring_the_others_name_it_and_any_number_goes_on(
+    data, alone, tmp_path, rank, num_after
+):
+    slow = [*SCORE, *SELECT, *data["odd"]]
+    started = start(2, tmp_path, slow)
+    wait_for_parts(tmp_path, 1)
+    started[rank].kill()
+    killed = time.monotonic()
+    codes, said = ended(started)
+    if codes != [0, 0]:  # else it was too late
+        assert time.monotonic() - killed < 60
+        assert codes[1 - rank] == processes.RESTART, said[1 - rank][-2000:]
+        assert f"process {rank} died" in said[1 - rank]
+    run(num_after, tmp_path, slow)
+    check_same(tmp_path, alone["odd"])
+
+
+def test_a_sweep_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_path):
+    arguments = [*SCORE, *SWEEP, *data["odd"]]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(2, whole, arguments)
+    started = start(2, stopped, arguments)
+    deadline = time.monotonic() + 120
+    while not list(stopped.glob("finetune/*/*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+    codes, said = ended(started)
+    assert codes in ([processes.RESTART] * 2, [0, 0]), said
+    run(2, stopped, arguments)
+    check_same(stopped, whole)
+    rows = [
+        [row.split(",")[:6] for row in (folder / "results.csv").read_text().splitlines()]
+        for folder in (whole, stopped)
+    ]
+    assert rows[0] == rows[1]
+    tables = sorted(path.relative_to(whole) for path in whole.glob("finetune/*/*/per_class*.csv"))
+    assert len(tables) == 2
+    for table in tables:
+        assert (whole / table).read_text() == (stopped / table).read_text()
+
+
+def test_a_mistake_ends_all_with_one_line(data, tmp_path):
+    codes, said = ended(start(2, tmp_path, [*SCORE, *data["odd"], "--config.mesh.probe=2"]))
+    assert codes == [2, 2]
+    assert "error: mesh.probe: 2 parts" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"JAX_NUM_PROCESSES": "1"}, None),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "3",
+                "SLURM_STEP_NODELIST": "gpu[07-09,12],b3",
+                "SLURM_JOB_ID": "30005",
+                "SLURM_PROCID": "2",
+            },
+            ("gpu07:20005", 3, 2),
+        ),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_NODELIST": "a1,a2",
+                "SLURM_JOB_ID": "7",
+                "SLURM_PROCID": "0",
+            },
+            ("a1:20007", 2, 0),
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "h:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "1",
+                "SLURM_STEP_NUM_TASKS": "9",
+            },
+            ("h:1", 2, 1),
+        ),
+    ],
+)
+def test_where_a_process_stands(monkeypatch, environment, expected):
+    for name in list(os.environ):
+        if name.startswith(("JAX_COORD", "JAX_NUM", "JAX_PROCESS_ID", "SLURM_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes.find_place() == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("h:1", 2, None), "--process_id: missing"),
+        ((None, 2, 0), "--coordinator_address: missing"),
+        (("h", 2, 0), "expected host:port, got 'h'"),
+        (("h:1", 2, 2), "--process_id: expected 0 to 1, got 2"),
+    ],
+)
+def test_a_place_that_is_none(given, says):
+    with pytest.raises(dlc.InputError, match=says):
+        processes.find_place(*given)

@@ -71,18 +71,19 @@ def work_in(
         return
     store, home = ObjectStore(workdir), _home(workdir)
 
-    def said(line: str) -> str:
-        return line.replace(str(home / _FILES), store.url).replace(str(home), store.url)
-
-    try:
-        with contextlib.ExitStack() as stack:
+    files = home / _FILES
+    with contextlib.ExitStack() as stack:
+        try:
             stack.enter_context(whole_files.locked(home, "running"))
-            stack.enter_context(_only_for_now(home))
-            stack.enter_context(whole_files.mirrored_by(Bucket(store, home)))
-            yield home / _FILES, lambda line: say(said(line))
-    except checks.InputError as error:
-        error.args = (said(str(error)),)
-        raise
+        except checks.InputError as error:
+            raise checks.InputError(f"{store.url}: its local copy {error}") from error
+        stack.enter_context(_only_for_now(home))
+        stack.enter_context(whole_files.mirrored_by(Bucket(store, home)))
+        try:
+            yield files, lambda line: say(line.replace(str(files), store.url))
+        except checks.InputError as error:
+            error.args = (str(error).replace(str(files), store.url),)
+            raise
 
 
 @contextlib.contextmanager
@@ -143,8 +144,8 @@ class Bucket:
         exported = set(_below(stale, _NOT_FETCHED))
         for known in exported:
             self._note(known, Held(found[known]))
-        self._fetch({known: found[known] for known in sorted(stale - exported)})
         _remove_empty_folders(path)
+        self._fetch({known: found[known] for known in sorted(stale - exported)})
 
     def push(self, path: Path) -> None:
         """Puts a file or folder in place of what is there."""
@@ -215,7 +216,13 @@ class Bucket:
         temporary = {name: path.with_name(path.name + _FETCHED) for name, path in places.items()}
         for path in places.values():
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._store.fetch(temporary.items())
+        try:
+            self._store.fetch(temporary.items())
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            # a full disk says so without naming a file
+            raise OSError(error.errno, error.strerror, str(self._files)) from error
         for name, path in places.items():
             os.replace(temporary[name], path)
             self._note(name, self._held(name, versions[name]))

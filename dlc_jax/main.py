@@ -71,6 +71,9 @@ def main(argv: Sequence[str]) -> None:
         config = Config.of(_CONFIG.value)
     except (checks.InputError, OSError) as error:
         _fail(str(error))
+    except processes.NotAllCame as error:
+        _say(f"stopped: {error}")
+        end(processes.RESTART, str(error))
     code, said = _run(config, workdir)
     if code:
         end(code, said)

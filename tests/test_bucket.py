@@ -382,12 +382,14 @@ def test_what_is_done_in_the_folder_is_done_in_the_bucket(url, tmp_path, monkeyp
         write_folder(folder / "d", x="1", y="2")
         write_folder(folder / "d", x="3")  # takes the place of the other
         artefacts.move(folder / "d", folder / "aside" / "d")
+        write(folder / "g", "5")
+        artefacts.move(folder / "g", folder / "aside" / "g")
         write_folder(folder / "e", x="4")
         write(folder / "f*", "gone")
         artefacts.remove(folder / "e")
         artefacts.remove(folder / "f*")
         artefacts.remove(folder / "never")
-        assert names(url) == local_names(folder) == ["a/b.csv", "aside/d/in/x", "c"]
+        assert names(url) == local_names(folder) == ["a/b.csv", "aside/d/in/x", "aside/g", "c"]
     assert ObjectStore(url).read("a/b.csv") == b"new"
     assert ObjectStore(url).read("aside/d/in/x") == b"3"
 
@@ -507,7 +509,7 @@ def test_one_run_at_a_time(url, tmp_path, monkeypatch):
         opened(url, tmp_path, monkeypatch),
     ):
         pass
-    assert str(error.value).startswith(f"{url}: ")
+    assert str(error.value).startswith(f"{url}: its local copy {tmp_path}")
 
 
 def test_messages_name_the_bucket(url, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ import itertools
 import json
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,6 +42,10 @@ class Place(NamedTuple):
     coordinator: str
     num_processes: int
     process_id: int
+
+
+class NotAllCame(Exception):
+    """The processes of a run did not find each other in time; trying again may help."""
 
 
 class SaidByFirst(checks.SharedError):
@@ -118,24 +124,51 @@ def start(place: Place, *, heartbeat_s: int, timeout_s: int = 300) -> None:
       place: Of this process.
       heartbeat_s: Seconds without a sign of life after which a process counts as dead.
       timeout_s: Seconds to wait for all to come.
+    Raises:
+      NotAllCame: not all did.
     """
     global _heartbeat_s
     _heartbeat_s = heartbeat_s
     # SIGTERM is ours: see `stopping`
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        place.coordinator,
-        place.num_processes,
-        place.process_id,
-        cluster_detection_method="deactivate",
-        initialization_timeout=timeout_s,
-        heartbeat_timeout_seconds=heartbeat_s,
-    )
+    deadline = time.monotonic() + timeout_s
+    # JAX aborts the process where it finds nobody there
+    while place.process_id and not answers(place.coordinator):
+        if time.monotonic() > deadline:
+            raise NotAllCame(
+                f"process {place.process_id} of {place.num_processes}: nobody answered at "
+                f"{place.coordinator} for {timeout_s} s, where process 0 should be."
+            )
+        time.sleep(0.2)
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.num_processes,
+            place.process_id,
+            cluster_detection_method="deactivate",
+            initialization_timeout=timeout_s,
+            heartbeat_timeout_seconds=heartbeat_s,
+        )
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        raise NotAllCame(
+            f"process {place.process_id} of {place.num_processes}: not all came together at "
+            f"{place.coordinator} within {timeout_s} s: {checks.first_line(error)}"
+        ) from error
 
 
 def heartbeat_s() -> int:
     """Returns after how many seconds without a sign of life a process counts as dead."""
     return _heartbeat_s
+
+
+def answers(address: str) -> bool:
+    """Whether anybody listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=1):
+            return True
+    except OSError:
+        return False
 
 
 def index() -> int:

@@ -11,7 +11,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -117,23 +116,13 @@ class _Watch:
                 continue
             if silent := self._silent_for(processes.heartbeat_s() / 3):
                 _give_up(silent)
-            if not _answers(processes.coordinator()):
+            if not processes.answers(processes.coordinator()):
                 _give_up([0])
 
     def _silent_for(self, seconds: float) -> list[int]:
         """Returns the processes that were silent so much longer than this one."""
         mine = self._beats.get(processes.index(), ("", 0.0))[1]
         return sorted(who for who, (_, when) in self._beats.items() if when < mine - seconds)
-
-
-def _answers(address: str) -> bool:
-    """Whether anybody listens there."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=_EVERY_S):
-            return True
-    except OSError:
-        return False
 
 
 def _give_up(dead: list[int]) -> NoReturn:

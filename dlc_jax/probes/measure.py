@@ -4,39 +4,37 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float32, Int32, Shaped, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Float32
 
 import dlc_jax
 from dlc_jax import artefacts, checks
-from dlc_jax.distributed import DATA, FSDP, PROBE, Team, replicated
+from dlc_jax.distributed import FSDP, PROBE, Team
 from dlc_jax.encoders import Encoder
-from dlc_jax.masking import MASKINGS, Importance, Thresholds, check_path, path_counts
+from dlc_jax.masking import MASKINGS, check_path, path_counts
 from dlc_jax.preprocess import (
     ON_CORRUPT,
     ImageCache,
     RandomCrops,
     Reader,
     evaluation_crops,
-    filled,
 )
-from dlc_jax.probes.kernel import DTYPES, Forward, features_of_batches, losses_of_batches
+from dlc_jax.probes.kernel import DTYPES
 from dlc_jax.probes.parts import Parts
 from dlc_jax.probes.passes import (
-    Batch,
     Layout,
     Pass,
     measure_features,
     measure_losses,
     measure_prototypes,
 )
-from dlc_jax.probes.path import LearningPath, learning_path
-from dlc_jax.types import Dataset, Params, ProbeLosses
+from dlc_jax.probes.path import learning_path
+from dlc_jax.probes.program import Masks, Program
+from dlc_jax.types import Dataset, ProbeLosses
 
 # What `schedule=None` means in each mode.
 SCHEDULE_OF_MODE = {"default": "linear", "official": "geometric"}
@@ -79,7 +77,7 @@ def features(
         part=layout.samples_of(team),
         progress=progress,
     )
-    program = _Program.on(team, encoder, dtype, min(batch_size, len(dataset)))
+    program = Program.on(team, encoder, dtype, min(batch_size, len(dataset)))
     work = Pass(reader, layout, team, batch_size, progress)
     return measure_features(work, program.features_of, on_corrupt=on_corrupt, parts=parts)
 
@@ -186,10 +184,10 @@ def probe(
         )
     else:
         pixels = Reader(dataset, lambda image, position: crops.crop(image, position, draw=0))
-    program = _Program.on(team, encoder, dtype, min(batch_size, len(dataset)))
+    program = Program.on(team, encoder, dtype, min(batch_size, len(dataset)))
     work = Pass(pixels, layout, team, batch_size, progress)
     found = measure_prototypes(work, program.features_of, on_corrupt=on_corrupt, parts=parts)
-    masks = _Masks.on(team, path, resolve_chunk(chunk, len(path)), crops is not None)
+    masks = Masks.on(team, path, resolve_chunk(chunk, len(path)), crops is not None)
     losses_of = functools.partial(program.losses_of, masks, found.means, dataset.labels)
     if crops is not None:
         work = work._replace(reader=Reader(dataset, lambda image, _: image))
@@ -261,115 +259,3 @@ def resolve_chunk(chunk: int | str, num_probes: int) -> int:
         raise checks.InputError(f"probe.chunk: expected 'auto' or an integer >= 1, got {chunk!r}.")
     most = min(chunk, num_probes)
     return min(range(most, most // 2, -1), key=lambda c: -num_probes % c)
-
-
-class _Masks(NamedTuple):
-    """The masked networks, on the devices that compute them.
-
-    Attributes:
-      prunable: Paths of the leaves that are masked.
-      importance: Of their weights.
-      thresholds: Of every probe; or of one at a time, where each sees another crop.
-      chunk: Probes side by side.
-    """
-
-    prunable: tuple[str, ...]
-    importance: Importance
-    thresholds: list[Thresholds]
-    chunk: int
-
-    @classmethod
-    def on(cls, team: Team, path: LearningPath, chunk: int, one_by_one: bool) -> _Masks:
-        spread = NamedSharding(team.mesh, PartitionSpec(PROBE))
-        num_parts = team.mesh.shape[PROBE]
-        chunk = min(chunk, -(-len(path) // num_parts))
-        thresholds = [path.padded_to(chunk * num_parts)]
-        if one_by_one:
-            thresholds, chunk = [path.repeated(k, num_parts) for k in range(len(path))], 1
-        return cls(
-            path.prunable,
-            replicated(team.mesh, path.importance),
-            [jax.device_put(some, spread) for some in thresholds],
-            chunk,
-        )
-
-
-class _Program(NamedTuple):
-    """The two compiled programs with everything that their calls share.
-
-    Attributes:
-      forward: The network.
-      team: Whose devices run it.
-      params: Weights, on all of these.
-      batch_size: Images per device and call.
-    """
-
-    forward: Forward
-    team: Team
-    params: Params
-    batch_size: int
-
-    @classmethod
-    def on(cls, team: Team, encoder: Encoder, dtype: str, batch_size: int) -> _Program:
-        params = replicated(team.mesh, encoder.params)
-        return cls(Forward.of(encoder, dtype), team, params, batch_size)
-
-    def features_of(self, batches: list[Batch]) -> jax.Array:
-        """Starts on the unmasked features of some batches: [k, b, d]."""
-        pixels = self._side_by_side([np.stack(batch.items) for batch in batches])
-        return features_of_batches(self.forward, self.team.mesh, self.params, pixels)
-
-    def losses_of(
-        self,
-        masks: _Masks,
-        prototypes: Float32[np.ndarray, "c d"],
-        labels: Int32[np.ndarray, " n"],
-        batches: list[Batch],
-    ) -> jax.Array:
-        """Starts on the losses of some batches under every probe: [k, m, b]."""
-        pixels = [np.stack(batch.items) for batch in batches]
-        return self._losses(masks, masks.thresholds[0], prototypes, labels, batches, pixels)
-
-    def losses_under_crops(
-        self,
-        masks: _Masks,
-        prototypes: Float32[np.ndarray, "c d"],
-        labels: Int32[np.ndarray, " n"],
-        crops: RandomCrops,
-        batches: list[Batch],
-    ) -> jax.Array:
-        """The same for decoded images, of which every probe sees another crop."""
-        rows = []
-        for k, threshold in enumerate(masks.thresholds):
-            pixels = [crops.cut(batch.items, batch.positions, draw=k + 1) for batch in batches]
-            losses = self._losses(masks, threshold, prototypes, labels, batches, pixels)
-            rows.append(losses[:, :1])  # every part of the probe axis has computed the same
-        return jnp.concatenate(rows, axis=1)
-
-    def _losses(
-        self,
-        masks: _Masks,
-        thresholds: Thresholds,
-        prototypes: Float32[np.ndarray, "c d"],
-        labels: Int32[np.ndarray, " n"],
-        batches: list[Batch],
-        pixels: list[UInt8[np.ndarray, "_ s s 3"]],
-    ) -> jax.Array:
-        return losses_of_batches(
-            self.forward,
-            masks.prunable,
-            masks.chunk,
-            self.team.mesh,
-            self.params,
-            masks.importance,
-            thresholds,
-            prototypes,
-            self._side_by_side(pixels),
-            self._side_by_side([labels[batch.positions] for batch in batches]),
-        )
-
-    def _side_by_side(self, rows: list[Shaped[np.ndarray, "_ ..."]]) -> jax.Array:
-        """Returns one batch for every part of the data axis; missing ones repeat the first."""
-        full = [filled(some, self.batch_size) for some in rows]
-        full += full[:1] * (self.team.mesh.shape[DATA] - len(full))
-        return jax.device_put(np.stack(full), NamedSharding(self.team.mesh, PartitionSpec(DATA)))

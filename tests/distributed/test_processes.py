@@ -238,3 +238,9 @@ def test_where_a_process_stands(monkeypatch, environment, expected):
 def test_a_place_that_is_none(given, says):
     with pytest.raises(dlc.InputError, match=says):
         processes.find_place(*given)
+
+
+def test_a_first_process_that_never_comes():
+    place = processes.Place("127.0.0.1:1", 2, 1)
+    with pytest.raises(processes.NotAllCame, match=r"nobody answered at 127\.0\.0\.1:1 for 1 s"):
+        processes.start(place, heartbeat_s=10, timeout_s=1)

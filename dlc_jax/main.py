@@ -66,23 +66,21 @@ def main(argv: Sequence[str]) -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     try:
         place = processes.find_place(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        if place is not None:
-            processes.start(place, heartbeat_s=_HEARTBEAT_S.value)
-        config = Config.of(_CONFIG.value)
-    except (checks.InputError, OSError) as error:
+    except checks.InputError as error:
         _fail(str(error))
-    except processes.NotAllCame as error:
-        _say(f"stopped: {error}")
-        end(processes.RESTART, str(error))
-    code, said = _run(config, workdir)
+    with watched(place is not None):
+        code, said = _run(place, workdir)
     if code:
         end(code, said)
 
 
-def _run(config: Config, workdir: str) -> tuple[int, str]:
+def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
     """Returns the exit code, and what other processes say of this one's end."""
-    with watched(), stopping.on_sigterm():
+    with stopping.on_sigterm():
         try:
+            if place is not None:
+                processes.start(place, heartbeat_s=_HEARTBEAT_S.value)
+            config = Config.of(_CONFIG.value)
             with bucket.work_in(workdir) as (folder, echo):
                 pipeline.run(config, folder, echo)
             processes.wait_for_all()
@@ -92,6 +90,9 @@ def _run(config: Config, workdir: str) -> tuple[int, str]:
         except (checks.InputError, OSError) as error:
             _say(f"error: {' '.join(str(error).split())}")
             return 2, f"failed: {error}"
+        except processes.NotAllCame as error:
+            _say(f"stopped: {error}")
+            return processes.RESTART, "did not find the others"
         except Unreachable as error:
             _say(f"stopped: {error} The same command goes on from what is there.")
             return processes.RESTART, "cannot reach the bucket"

@@ -26,7 +26,7 @@ _PREFIX = "dlc_jax"
 _POLL_MS = 1000  # a signal's Python handler runs between two polls
 _SLURM_PORTS = range(20_000, 50_000)
 _numbers = itertools.count()  # of messages; all processes pass the same ones in the same order
-_heartbeat_s = 0
+_heartbeat_s, _coordinator = 0, ""
 Value = TypeVar("Value")
 
 
@@ -127,8 +127,8 @@ def start(place: Place, *, heartbeat_s: int, timeout_s: int = 300) -> None:
     Raises:
       NotAllCame: not all did.
     """
-    global _heartbeat_s
-    _heartbeat_s = heartbeat_s
+    global _heartbeat_s, _coordinator
+    _heartbeat_s, _coordinator = heartbeat_s, place.coordinator
     # SIGTERM is ours: see `stopping`
     jax.config.update("jax_enable_preemption_service", False)
     deadline = time.monotonic() + timeout_s
@@ -182,8 +182,8 @@ def count() -> int:
 
 
 def coordinator() -> str:
-    """Returns host:port of the first process's store."""
-    return str(global_state.coordinator_address)
+    """Returns host:port of the first process's store, also before all have found each other."""
+    return _coordinator
 
 
 def is_first() -> bool:

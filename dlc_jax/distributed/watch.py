@@ -10,11 +10,13 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from dlc_jax.distributed import processes
@@ -22,16 +24,18 @@ from dlc_jax.distributed.processes import RESTART
 
 _EVERY_S = 1.0
 _BEATS, _ENDS = "dlc_jax/beat", "dlc_jax/end"
-_LATE_S = 5.0  # silent for longer than others when the store is lost
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
-    """Ends this process, in here, as soon as another one died or gave up."""
-    if processes.count() == 1:
+def watched(is_one_of_several: bool) -> Iterator[None]:
+    """Ends this process, in here, as soon as another one died or gave up.
+
+    Args:
+      is_one_of_several: Else nothing is done. They need not have found each other yet.
+    """
+    if not is_one_of_several:
         yield
         return
-    _outlive_abort()
     watch = _Watch()
     watch.start()
     try:
@@ -68,32 +72,33 @@ def end(code: int, message: str) -> NoReturn:
 class _Watch:
     """Gives signs of life, and looks for those of the others.
 
-    Two threads: where JAX has found a process dead it is about to abort this one, and calls to the
-    store may never return.
+    Two threads: where JAX has found a process dead, calls to the store may never return.
     """
 
     def __init__(self) -> None:
         self.ended = threading.Event()
         self._beats: dict[int, tuple[str, float]] = {}  # of each process: the last one, and when
-        self._called = time.monotonic()  # the store, last
 
     def start(self) -> None:
+        _outlive_abort()
         for look in (self._meet, self._guard):
             threading.Thread(target=look, daemon=True).start()
 
     def _meet(self) -> None:
         """Meets the others at the store, again and again."""
-        client, me, number = processes.client(), processes.index(), 0
+        number = 0
         while not self.ended.wait(_EVERY_S):
+            if processes.count() == 1:  # they have not found each other yet
+                continue
             number += 1
-            self._called = time.monotonic()
+            client, me = processes.client(), processes.index()
             try:
                 client.key_value_set(f"{_BEATS}/{me}", str(number), allow_overwrite=True)
                 beats = dict(client.key_value_dir_get(f"{_BEATS}/"))
                 ends = dict(client.key_value_dir_get(f"{_ENDS}/"))
             except Exception:  # there is no store any more
                 if not self.ended.is_set():
-                    _give_up(self._silent_for(_LATE_S) or [0])
+                    self._give_up()
                 return
             for key, beat in beats.items():
                 if self._beats.get(_process(key), ("", 0.0))[0] != beat:
@@ -105,30 +110,29 @@ class _Watch:
                 _leave(said["code"])
 
     def _guard(self) -> None:
-        """Ends this process where the store does not answer and another one is silent.
-
-        JAX finds the dead some time between a third of its limit and the whole, and the first
-        process, which has the store, at once.
-        """
+        """Ends this process before JAX does."""
         while not self.ended.wait(_EVERY_S):
             _outlive_abort()  # compilers bring handlers of their own
-            if time.monotonic() - self._called < 3 * _EVERY_S:
-                continue
-            if silent := self._silent_for(processes.heartbeat_s() / 3):
-                _give_up(silent)
-            if not processes.answers(processes.coordinator()):
-                _give_up([0])
+            if _is_aborting():
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Says who died, and ends this process."""
+        # JAX finds the dead some time between a third of its limit and the whole
+        silent = self._silent_for(processes.heartbeat_s() / 3)
+        if not silent and not processes.answers(processes.coordinator()):
+            silent = [0]  # it has the store
+        names = ", ".join(f"process {who}" for who in silent)
+        if not silent and processes.count() == 1:
+            names = "a process that this one did not know yet"
+        if names:  # else it is this process that crashes
+            _say(f"stopped: {names} died; the same command goes on where this one ended")
+            _exit(RESTART)
 
     def _silent_for(self, seconds: float) -> list[int]:
         """Returns the processes that were silent so much longer than this one."""
         mine = self._beats.get(processes.index(), ("", 0.0))[1]
         return sorted(who for who, (_, when) in self._beats.items() if when < mine - seconds)
-
-
-def _give_up(dead: list[int]) -> NoReturn:
-    names = ", ".join(f"process {who}" for who in dead)
-    _say(f"stopped: {names} died; the same command goes on where this one ended")
-    _exit(RESTART)
 
 
 def _leave(code: int) -> NoReturn:
@@ -151,6 +155,18 @@ def _outlive_abort() -> None:
     library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     library.signal.restype = ctypes.c_void_p
     library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
+
+
+def _is_aborting() -> bool:
+    """Whether a thread is in the handler of SIGABRT, which is blocked there and nothing else."""
+    abort, terminate = (1 << (number - 1) for number in (signal.SIGABRT, signal.SIGTERM))
+    for path in Path("/proc/self/task").glob("*/status"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            found = re.search(r"SigBlk:\s*([0-9a-f]+)", path.read_text())
+            blocked = int(found[1], 16) if found else 0
+            if blocked & abort and not blocked & terminate:
+                return True
+    return False
 
 
 def _say(message: str) -> None:

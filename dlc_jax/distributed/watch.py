@@ -123,7 +123,7 @@ class _Watch:
         if not silent and not processes.answers(processes.coordinator()):
             silent = [0]  # it has the store
         names = ", ".join(f"process {who}" for who in silent)
-        if not silent and processes.count() == 1:
+        if not silent and not self._beats:  # it has met nobody yet
             names = "a process that this one did not know yet"
         if names:  # else it is this process that crashes
             _say(f"stopped: {names} died; the same command goes on where this one ended")

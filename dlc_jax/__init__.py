@@ -22,7 +22,7 @@ from dlc_jax.exports import export
 from dlc_jax.exports.peft import load_adapter, write_adapter, write_merged
 from dlc_jax.preprocess import ImageCache
 from dlc_jax.preprocess.tokens import tokenise
-from dlc_jax.probes import features, probe
+from dlc_jax.probes import RankCertificate, certify, features, probe
 from dlc_jax.probes.responses import measure_responses, probe_responses, response_losses
 from dlc_jax.scores import score
 from dlc_jax.selection import select
@@ -50,6 +50,7 @@ __all__ = [
     "LanguageModel",
     "LinearProbeConfig",
     "ProbeLosses",
+    "RankCertificate",
     "ResponseLosses",
     "RunResult",
     "Sample",
@@ -57,6 +58,7 @@ __all__ = [
     "TrainingRecord",
     "Tuning",
     "array_dataset",
+    "certify",
     "evaluate_mmlu",
     "export",
     "features",

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from dlc_jax import checks
 from dlc_jax.datasets.instructions import TEMPLATES
-from dlc_jax.distributed import make_mesh
+from dlc_jax.distributed import cores_are_devices, make_mesh, one_device
 from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
 from dlc_jax.encoders.language_model import DECODER
 from dlc_jax.evaluation.settings import EvaluationConfig
@@ -29,6 +29,7 @@ from dlc_jax.masking import MASKINGS, PLACEMENTS, SCHEDULES, check_path
 from dlc_jax.preprocess import ON_CORRUPT, ImageCache
 from dlc_jax.probes import DTYPES, resolve_chunk
 from dlc_jax.probes.measure import SCHEDULE_OF_MODE
+from dlc_jax.probes.rounds import check_agreement
 from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO
 from dlc_jax.selection.settings import Need, SelectionConfig
@@ -101,7 +102,10 @@ class ProbeConfig:
     """The learning path: how the encoder is masked."""
 
     schedule: str | None = setting(None, f"{', '.join(SCHEDULES)}; None: by mode")
-    num_probes: int = setting(50, "masked networks; with placement grid the path's first steps")
+    num_probes: int | str = setting(
+        50, "masked networks; with placement grid the path's first steps; auto: as it takes"
+    )
+    agreement: float = setting(0.98, "auto: least Spearman correlation with the ranking by all")
     placement: str = setting("grid", f"{', '.join(PLACEMENTS)}: midpoint spreads num_probes")
     max_sparsity: float = setting(1.0, "cuts the path, in (0, 1]")
     step: float = setting(0.02, "share of weights zeroed per step")
@@ -120,6 +124,7 @@ class ProbeConfig:
             self.placement,
             self.max_sparsity,
         )
+        check_agreement(self.agreement)
         checks.one_of("probe.masking", self.masking, MASKINGS)
         checks.at_least("probe.batch_size", self.batch_size, 1)
         checks.at_least("probe.tokens_per_batch", self.tokens_per_batch, 1)
@@ -141,8 +146,15 @@ class MeshConfig:
         checks.at_least("mesh.probe", self.probe, 1)
         checks.at_least("mesh.fsdp", self.fsdp, 1)
 
-    def make(self) -> Mesh:
-        """Returns the mesh; ValueError unless it has as many devices as are there."""
+    def make(self, *, of_cores: bool = False) -> Mesh:
+        """Returns the mesh; ValueError unless it has as many devices as are there.
+
+        Args:
+          of_cores: Whether cores may be devices, where `use_all_cores` made them so and nothing
+            else is asked for; otherwise all cores are one. Of use where devices need not talk.
+        """
+        if cores_are_devices() and not of_cores and self == MeshConfig():
+            return one_device()
         return make_mesh(self.data, self.probe, self.fsdp)
 
 

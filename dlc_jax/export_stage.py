@@ -118,7 +118,7 @@ def _num_probes(workdir: Path) -> int:
 
 
 def _check_placement(probe: dict[str, Any]) -> None:
-    if probe["placement"] != "grid":
+    if probe["placement"] != "grid" or probe["num_probes"] == "auto":
         raise checks.InputError(
             f"probe.placement: the scores were made with {probe['placement']!r}, for which the "
             "released layout has no name; expected 'grid', the first probes of the path."

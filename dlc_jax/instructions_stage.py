@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from dlc_jax.encoders.language_model import (
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.responses import measure_responses, probe_responses
+from dlc_jax.score_stage import write_certificate
 from dlc_jax.scores import SCORES, column_name, score
 from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.types import ProbeLosses, ResponseLosses
@@ -91,6 +93,8 @@ def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], 
             "encoder": {"name": model.name, "fingerprint": model.fingerprint},
         }
         paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(READABLE)]
+        of_classes = dataclasses.replace(probes, labels=samples.labels)
+        paths += write_certificate(workdir, of_classes, config.seed, echo)
         seconds = time.perf_counter() - start
         provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
         artefacts.remove(workdir / artefacts.SHARDS)  # finished
@@ -122,6 +126,7 @@ def _measured(
         num_probes=probe.num_probes,
         placement=probe.placement,
         max_sparsity=probe.max_sparsity,
+        agreement=probe.agreement,
         masking=probe.masking,
         seed=config.seed,
         **how,

@@ -28,7 +28,7 @@ from ml_collections import config_flags
 
 from dlc_jax import bucket, checks, pipeline, presets
 from dlc_jax.config import Config, describe, known_keys
-from dlc_jax.distributed import processes, stopping
+from dlc_jax.distributed import processes, stopping, use_all_cores
 from dlc_jax.distributed.watch import await_verdict, end, watched
 from dlc_jax.object_store import Unreachable
 
@@ -78,7 +78,9 @@ def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
     """Returns the exit code, and what other processes say of this one's end."""
     with stopping.on_sigterm():
         try:
-            if place is not None:
+            if place is None:
+                use_all_cores()
+            else:
                 processes.start(place, heartbeat_s=_HEARTBEAT_S.value)
             config = Config.of(_CONFIG.value)
             with bucket.work_in(workdir) as (folder, echo):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from dlc_jax.encoders.huggingface import read_config
 from dlc_jax.encoders.language_model import load_tokenizer, longest_sequence, model_folder
 from dlc_jax.encoders.paper_models import PAPER_MODELS
 from dlc_jax.instructions_stage import load_configured_instructions
+from dlc_jax.masking import AUTO, path_counts
 from dlc_jax.planning.image_plan import plan_images
 from dlc_jax.planning.image_work import ImageWork
 from dlc_jax.planning.instruction_plan import plan_devices, plan_work
 from dlc_jax.planning.instruction_work import InstructionWork, Lengths
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.planning.speed import decoding_speed
+from dlc_jax.probes.measure import SCHEDULE_OF_MODE
 from dlc_jax.score_stage import load_configured
 from dlc_jax.training import class_ids_by_name
 
@@ -34,6 +37,9 @@ def run_plan(config: Config, echo: Callable[[str], None]) -> None:
         which setting to turn.
     """
     mesh = Mesh.of(config.mesh)
+    if config.probe.num_probes == AUTO:
+        config = _with_all_probes(config)
+        echo("plan: probe.num_probes=auto may stop at 5 probes; planned for all of the path")
     if config.is_of_instructions:
         problems = _of_instructions(config, mesh, echo)
     else:
@@ -42,6 +48,21 @@ def run_plan(config: Config, echo: Callable[[str], None]) -> None:
         echo(mesh.note)
     if problems:
         raise checks.InputError(f"plan: does not fit: {'; '.join(problems)}")
+
+
+def _with_all_probes(config: Config) -> Config:
+    probe = config.probe
+    schedule = probe.schedule or SCHEDULE_OF_MODE[config.mode]
+    num_weights = 10**9  # so many that rounding cuts no step off
+    counts = path_counts(
+        num_weights,
+        schedule=schedule,
+        step=probe.step,
+        num_probes=AUTO,
+        max_sparsity=probe.max_sparsity,
+    )
+    all_of_them = dataclasses.replace(probe, num_probes=len(counts.grid), placement="grid")
+    return dataclasses.replace(config, probe=all_of_them)
 
 
 def _of_images(config: Config, mesh: Mesh, echo: Callable[[str], None]) -> list[str]:

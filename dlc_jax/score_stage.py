@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from dlc_jax.config import Config
 from dlc_jax.distributed import processes, said_of
 from dlc_jax.distributed.processes import on_first, told_by_first
 from dlc_jax.encoders import Encoder, load_encoder
-from dlc_jax.probes import features, probe
+from dlc_jax.masking import AUTO
+from dlc_jax.probes import certify, features, probe
 from dlc_jax.scores import SCORES, column_name, score
 from dlc_jax.training import Recorder, RunFolder
 from dlc_jax.types import Dataset, ProbeLosses
@@ -107,7 +109,7 @@ def _measure_dlc(
     ):
         echo("score: unchanged, not run again")
         return
-    mesh = config.mesh.make()
+    mesh = config.mesh.make(of_cores=True)
     echo(
         f"score: {len(dataset)} samples of {dataset.num_classes} classes, "
         f"{encoder.name} on {said_of(mesh)}"
@@ -132,7 +134,8 @@ def _measure_dlc(
     )
     processes.wait_for_all()  # what comes goes when it is done, and all read it until here
     echo(f"score: {len(probes.sparsity)} probes up to sparsity {probes.sparsity[-1]:.2f}")
-    if config.probe.placement == "grid" and probes.sparsity[-1] < _SHORT_PATH:
+    is_grid = config.probe.placement == "grid" and config.probe.num_probes != AUTO
+    if is_grid and probes.sparsity[-1] < _SHORT_PATH:
         echo(
             "score: note: the path stops early, where losses are nearly the unmasked network's; "
             "--config.probe.placement=midpoint spreads the probes over all of it"
@@ -141,6 +144,7 @@ def _measure_dlc(
     def keep() -> None:
         _write_dlc(workdir, dataset, probes)
         paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(artefacts.PICTURE)]
+        paths += write_certificate(workdir, probes, config.seed, echo)
         facts = {
             "dataset": _dataset_facts(dataset, probes),
             "encoder": _encoder_facts(encoder, config.encoder.weights),
@@ -152,6 +156,20 @@ def _measure_dlc(
         artefacts.remove(workdir / artefacts.SHARDS)  # finished
 
     on_first(keep)
+
+
+def write_certificate(
+    workdir: Path, probes: ProbeLosses, seed: int, echo: Callable[[str], None]
+) -> list[Path]:
+    """Says how far the ranking can be trusted, and writes it; returns what was written."""
+    if len(probes.losses) < 2:
+        echo("score: note: one probe, whose ranking cannot be compared with that of more")
+        return []
+    found = certify(probes, seed=seed)
+    echo(f"score: {found}")
+    with artefacts.atomic(workdir / artefacts.CERTIFICATE, "w") as file:
+        json.dump(found.to_dict(), file, indent=2)
+    return [Path(artefacts.CERTIFICATE)]
 
 
 def _remade(workdir: Path, inputs: str, dataset: Dataset) -> bool:
@@ -213,7 +231,7 @@ def _measure_features(
         on_corrupt=config.dataset.on_corrupt,
         cache=config.cache,
         folder=workdir / artefacts.SHARDS,
-        mesh=config.mesh.make(),
+        mesh=config.mesh.make(of_cores=True),
         progress=processes.is_first(),
     )
     processes.wait_for_all()
@@ -310,6 +328,8 @@ def _write_columns(workdir: Path, columns: dict[str, np.ndarray]) -> None:
 
 def _dlc_inputs(config: Config, made_of: dict[str, Any]) -> str:
     settings = {k: v for k, v in _probe_settings(config).items() if k not in _SPEED_ONLY}
+    if config.probe.num_probes != AUTO:
+        del settings["agreement"]
     return artefacts.json_hash(
         {
             "version": dlc_jax.__version__,

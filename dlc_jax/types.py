@@ -178,6 +178,8 @@ class ProbeLosses:
       prototypes: [c, d] class means of the unmasked features.
       class_names: One name per class.
       skipped: Samples that could not be decoded and were left out (`on_corrupt="skip"`), id: why.
+      steps: [m] which steps of the path the probes are, from 0; None: not known.
+      num_steps: All that the path has.
     """
 
     losses: Float32[np.ndarray, "m n"]
@@ -187,6 +189,8 @@ class ProbeLosses:
     prototypes: Float32[np.ndarray, "c d"]
     class_names: tuple[str, ...]
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    steps: Int64[np.ndarray, " m"] | None = None
+    num_steps: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,6 +1,16 @@
 """Many devices and processes: where things lie, who does what, and how a run ends."""
 
-from dlc_jax.distributed.mesh import DATA, FSDP, PROBE, Team, make_mesh, one_device, said_of
+from dlc_jax.distributed.mesh import (
+    DATA,
+    FSDP,
+    PROBE,
+    Team,
+    cores_are_devices,
+    make_mesh,
+    one_device,
+    said_of,
+    use_all_cores,
+)
 from dlc_jax.distributed.sharding import (
     by_rows,
     fetch,
@@ -26,6 +36,7 @@ __all__ = [
     "PROBE",
     "Team",
     "by_rows",
+    "cores_are_devices",
     "fetch",
     "filled_up",
     "from_first",
@@ -42,6 +53,7 @@ __all__ = [
     "rows_here",
     "said_of",
     "sharding_of",
+    "use_all_cores",
     "whole_on",
     "whole_rows",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from dlc_jax import checks
 
 DATA, PROBE, FSDP = "data", "probe", "fsdp"
 AXES = (DATA, PROBE, FSDP)
+_FORCED = "xla_force_host_platform_device_count"
+_MOST_CORES = 8  # each device holds its own weights and batch
+_made_of_cores: list[bool] = []
 
 
 def make_mesh(
@@ -44,6 +48,25 @@ def make_mesh(
         )
     # not jax.make_mesh: its axes are of the kind where every operation has to name its sharding
     return Mesh(np.array(devices).reshape(-1, probe, fsdp), AXES)
+
+
+def use_all_cores() -> None:
+    """Makes a CPU device of every core, up to 8, before JAX has looked for devices.
+
+    A batch per core is scored faster than one batch by all cores (BUILD_NOTES, "A device per
+    core"). Nothing is changed where the number of CPU devices was chosen already, by
+    `JAX_NUM_CPU_DEVICES` or in `XLA_FLAGS`, and GPUs are used as before.
+    """
+    chosen = os.environ.get("JAX_NUM_CPU_DEVICES") or _FORCED in os.environ.get("XLA_FLAGS", "")
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if not chosen and not _made_of_cores:
+        jax.config.update("jax_num_cpu_devices", min(num_cores or 1, _MOST_CORES))
+        _made_of_cores.append(True)
+
+
+def cores_are_devices() -> bool:
+    """Whether the devices are the cores of one CPU, which no one has asked for."""
+    return bool(_made_of_cores) and jax.default_backend() == "cpu"
 
 
 def one_device() -> Mesh:

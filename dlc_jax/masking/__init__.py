@@ -1,11 +1,20 @@
 """Importance of weights, sparsity schedules, and exact masks that are never stored."""
 
 from dlc_jax.masking.importance import MASKINGS, Importance, prunable_paths, weight_importance
-from dlc_jax.masking.schedules import PLACEMENTS, SCHEDULES, PathCounts, check_path, path_counts
+from dlc_jax.masking.schedules import (
+    AUTO,
+    PLACEMENTS,
+    SCHEDULES,
+    PathCounts,
+    check_path,
+    path_counts,
+    refinements,
+)
 from dlc_jax.masking.thresholds import Thresholds, exact_thresholds, masked
 from dlc_jax.masking.torch_ties import removal_steps
 
 __all__ = [
+    "AUTO",
     "MASKINGS",
     "PLACEMENTS",
     "SCHEDULES",
@@ -17,6 +26,7 @@ __all__ = [
     "masked",
     "path_counts",
     "prunable_paths",
+    "refinements",
     "removal_steps",
     "weight_importance",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ from jaxtyping import Int64
 from dlc_jax import checks
 
 PLACEMENTS = ("grid", "midpoint")
+AUTO = "auto"  # as num_probes: as many as it takes
+_AUTO_FIRST, _AUTO_FACTOR = 5, 3  # midpoints of thirds are midpoints again
 _OFFICIAL_LENGTH = 50  # the paper's and the released code's number of probes
 
 
@@ -41,10 +43,20 @@ SCHEDULES: dict[str, Callable[[int, float, int], list[int]]] = {
 
 
 class PathCounts(NamedTuple):
-    """How many of the least important weights go, at every grid step and at the chosen ones."""
+    """How many of the least important weights go, at every step of the path.
+
+    Attributes:
+      grid: Numbers of weights.
+      steps: Which of these steps are probes, ascending.
+    """
 
     grid: Int64[np.ndarray, " steps"]
-    chosen: Int64[np.ndarray, " m"]
+    steps: Int64[np.ndarray, " m"]
+
+    @property
+    def chosen(self) -> Int64[np.ndarray, " m"]:
+        """How many weights each probe zeroes."""
+        return self.grid[self.steps]
 
 
 def path_counts(
@@ -52,7 +64,7 @@ def path_counts(
     *,
     schedule: str = "linear",
     step: float = 0.02,
-    num_probes: int = 50,
+    num_probes: int | str = 50,
     placement: str = "grid",
     max_sparsity: float = 1.0,
 ) -> PathCounts:
@@ -63,7 +75,7 @@ def path_counts(
       schedule: `linear` (paper) or `geometric` (released code).
       step: Share zeroed per step: of all weights (linear) or of the remaining ones (geometric).
       num_probes: With `grid`, the length of the path: its first `num_probes` steps. With
-        `midpoint`, how many probes stand for the whole path.
+        `midpoint`, how many probes stand for the whole path. `auto`: all steps of that.
       placement: `grid`, or `midpoint`: grid steps floor((j + 0.5) m / num_probes) of the m steps
         of the whole path (linear: all below full sparsity; geometric: 50).
       max_sparsity: Steps that zero a larger share are cut off the path.
@@ -72,29 +84,46 @@ def path_counts(
     Source: Jiang et al. 2025, section 3.
     """
     check_path(schedule, step, num_probes, placement, max_sparsity)
-    length = num_probes
-    if placement == "midpoint":
-        whole = math.ceil(round(1 / step, 9)) if schedule == "linear" else _OFFICIAL_LENGTH
-        length = max(whole, num_probes)
+    whole = math.ceil(round(1 / step, 9)) if schedule == "linear" else _OFFICIAL_LENGTH
+    asked = whole if num_probes == AUTO else int(num_probes)
+    length = asked if placement == "grid" else max(whole, asked)
     counts = np.asarray(SCHEDULES[schedule](num_weights, step, length), np.int64)
     counts = counts[(counts <= round(max_sparsity * num_weights)) & (counts < num_weights)]
-    if placement == "grid" or num_probes >= len(counts):
-        return PathCounts(counts, counts)
-    chosen = [int((j + 0.5) * len(counts) / num_probes) for j in range(num_probes)]
-    return PathCounts(counts, counts[chosen])
+    if placement == "grid" or asked >= len(counts):
+        return PathCounts(counts, np.arange(len(counts)))
+    return PathCounts(counts, _midpoints(len(counts), asked))
+
+
+def refinements(num_steps: int) -> Iterator[Int64[np.ndarray, " m"]]:
+    """Yields more and more steps of a path, each time those before among them; at last all.
+
+    5, 15, 45, ... midpoints: floor((j + 0.5) num_steps / m) of 3 m hold those of m.
+    """
+    num = _AUTO_FIRST
+    while num < num_steps:
+        yield _midpoints(num_steps, num)
+        num *= _AUTO_FACTOR
+    yield np.arange(num_steps)
+
+
+def _midpoints(num_steps: int, num: int) -> Int64[np.ndarray, " m"]:
+    return np.array([(2 * j + 1) * num_steps // (2 * num) for j in range(num)], np.int64)
 
 
 def check_path(
-    schedule: str, step: float, num_probes: int, placement: str, max_sparsity: float
+    schedule: str, step: float, num_probes: int | str, placement: str, max_sparsity: float
 ) -> None:
     """Raises ValueError unless these describe a path; names are those of the configuration."""
     checks.one_of("probe.schedule", schedule, SCHEDULES)
     checks.one_of("probe.placement", placement, PLACEMENTS)
     checks.at_least("probe.step", step, 0, exclusive=True)
     checks.at_most("probe.step", step, 1, exclusive=True)
-    checks.at_least("probe.num_probes", num_probes, 1)
     checks.at_least("probe.max_sparsity", max_sparsity, 0, exclusive=True)
     checks.at_most("probe.max_sparsity", max_sparsity, 1)
+    if isinstance(num_probes, str):
+        checks.one_of("probe.num_probes", num_probes, (AUTO,))
+        return
+    checks.at_least("probe.num_probes", num_probes, 1)
     longest = math.ceil(round(1 / step, 9))
     if schedule == "linear" and num_probes > longest:
         raise checks.InputError(

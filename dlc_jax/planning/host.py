@@ -12,7 +12,7 @@ import jax
 
 from dlc_jax.planning.image_memory import num_features
 from dlc_jax.planning.image_work import ImageWork
-from dlc_jax.planning.machine import is_processor, resident_bytes
+from dlc_jax.planning.machine import is_processor, num_here, resident_bytes
 from dlc_jax.planning.memory import Part, tree_bytes
 from dlc_jax.preprocess import ImageCache
 
@@ -24,10 +24,10 @@ _CHECKED = 2  # bytes for each loss while they are checked
 def scoring_parts(work: ImageWork) -> list[Part]:
     """Returns the memory of a process that scores; what the cache has is mapped, not held."""
     dataset, probe = work.dataset, work.config.probe
-    num_losses = probe.num_probes * len(dataset)
+    num_losses = int(probe.num_probes) * len(dataset)
     image = 3 * work.config.encoder.image_size**2
     threads = (os.cpu_count() or 1) + 1
-    waiting = _AHEAD_PER_THREAD * threads + 2 * jax.local_device_count() * work.scoring().batch_size
+    waiting = _AHEAD_PER_THREAD * threads + 2 * num_here(local=True) * work.scoring().batch_size
     weights = sum(leaf.size for leaf in jax.tree.leaves(work.encoder.params))
     return [
         *_always(work),
@@ -73,7 +73,7 @@ def _always(work: ImageWork) -> list[Part]:
 
 def _of_devices(num_bytes: int) -> list[Part]:
     """Devices that are processors have their memory here."""
-    return [Part("what devices hold", num_bytes * jax.local_device_count() * is_processor())]
+    return [Part("what devices hold", num_bytes * num_here(local=True) * is_processor())]
 
 
 class Disk(NamedTuple):

@@ -125,7 +125,7 @@ def _gib_for(num_bytes: int) -> str:
 def _fewer_losses(work: ImageWork) -> Callable[[int], str]:
     def way(excess: int) -> str:
         probe, n = work.config.probe, work.num_samples
-        left = probe.num_probes - -(-excess // (6 * n))
+        left = int(probe.num_probes) - -(-excess // (6 * n))
         if left >= 1:
             return f"try probe.num_probes={left} with probe.placement=midpoint"
         if is_processor():

@@ -114,7 +114,7 @@ class ImageWork:
         return [task for task in tasks if task.stage in planned_stages(self.config)]
 
     def _scoring(self) -> list[Task]:
-        n, m = self.num_samples, self.config.probe.num_probes
+        n, m = self.num_samples, int(self.config.probe.num_probes)
         rows = max(map(self._rows_of, self._teams))
         seen = functools.partial(self._seen, "score", rows=rows)
         tasks = []
@@ -236,7 +236,7 @@ class ImageWork:
 
     @property
     def _probes_each(self) -> int:
-        return -(-self.config.probe.num_probes // self.mesh.probe)
+        return -(-int(self.config.probe.num_probes) // self.mesh.probe)
 
     @functools.cached_property
     def _layout(self) -> Layout:

@@ -17,6 +17,7 @@ from dlc_jax.planning.machine import (
     Machine,
     Mesh,
     is_processor,
+    num_here,
     resident_bytes,
     this_machine,
 )
@@ -60,7 +61,7 @@ def scoring(config: Config, sizes: DecoderConfig, mesh: Mesh) -> Scoring:
         sizes,
         probe.dtype,
         probe.masking,
-        probe.num_probes,
+        int(probe.num_probes),
         probe.tokens_per_batch,
         longest_sequence(sizes, config.encoder.weights, config.encoder.max_length),
         mesh.fsdp,
@@ -122,12 +123,12 @@ def _tell_host(work: InstructionWork, echo: Echo) -> dict[str, str]:
     }
     lora = Architecture(work.sizes, config.lora.dtype, config.lora.adapter)
     held = {
-        "score": Part("losses", 4 * n * config.probe.num_probes),
+        "score": Part("losses", 4 * n * int(config.probe.num_probes)),
         "finetune": Part("checkpoint on its way to disk", 2 * tree_bytes(lora.abstract_adapter())),
     }
     stages = {}
     for stage in planned_stages(config):
-        on_devices = jobs[stage].plan().num_bytes * jax.local_device_count() * is_processor()
+        on_devices = jobs[stage].plan().num_bytes * num_here(local=True) * is_processor()
         stages[stage] = [
             Part("programs, libraries, instructions", resident_bytes()),
             Part("tokens", _TOKEN * n * work.lengths.whole),

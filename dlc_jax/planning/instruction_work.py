@@ -89,7 +89,7 @@ class InstructionWork:
 
     def tasks(self) -> list[Task]:
         """Returns the parts of the run in their order, those of the stages that are planned."""
-        n, m = self.num_samples, self.config.probe.num_probes
+        n, m = self.num_samples, int(self.config.probe.num_probes)
         whole, alone = (
             self.forward_flops(self.lengths.whole),
             self.forward_flops(self.lengths.alone),

@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from dlc_jax.planning.image_memory import ImageFinetuning, ImageScoring
-from dlc_jax.planning.machine import USABLE, Machine, is_processor
+from dlc_jax.planning.machine import USABLE, Machine, is_processor, num_here
 from dlc_jax.planning.memory import Finetuning, Job, Scoring, first_that_fits, halves
 
 _MOST_DEVICES = 256
@@ -32,7 +30,7 @@ def ways_out(job: Job, machine: Machine) -> str:
 
 def ways_on_processor(job: Job, excess: int) -> str:
     """Returns the settings with which a processor's devices take so much less of their host."""
-    count = jax.local_device_count()
+    count = num_here(local=True)
     left = job.plan().num_bytes - -(-excess // count)
     return ways_out(job, Machine("", count, int(left / USABLE)))
 

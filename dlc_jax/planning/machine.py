@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from dlc_jax.config import MeshConfig
+from dlc_jax.distributed import cores_are_devices
 
 USABLE = 0.9  # of memory; the rest goes to the driver, libraries and fragmentation
 _LIMIT_OF_GROUP = Path("/sys/fs/cgroup/memory.max")
@@ -45,7 +46,7 @@ class Mesh(NamedTuple):
     def of(cls, config: MeshConfig) -> Mesh:
         """Returns the mesh that is asked for, whether or not that many devices are here."""
         rest = config.probe * config.fsdp
-        data = max(1, jax.device_count() // rest) if config.data == -1 else config.data
+        data = max(1, num_here() // rest) if config.data == -1 else config.data
         return cls(data, config.probe, config.fsdp)
 
     @property
@@ -55,18 +56,25 @@ class Mesh(NamedTuple):
     @property
     def num_hosts(self) -> int:
         """Processes that many devices make, each with as many as this one has."""
-        return -(-self.num_devices // jax.local_device_count())
+        return -(-self.num_devices // num_here(local=True))
 
     @property
     def note(self) -> str | None:
         """What to tell if these are not the devices that are here."""
-        if self.num_devices == jax.device_count():
+        if self.num_devices == num_here():
             return None
         axes = " x ".join(f"mesh.{axis} {size}" for axis, size in self._asdict().items())
         return (
             f"note: planned for {axes} = {self.num_devices} devices of the kind that is here; "
-            f"{jax.device_count()} are here"
+            f"{num_here()} are here"
         )
+
+
+def num_here(*, local: bool = False) -> int:
+    """Returns the number of devices, of this process or of all; of CPU cores, one for all."""
+    if cores_are_devices():
+        return 1
+    return jax.local_device_count() if local else jax.device_count()
 
 
 def this_machine(num_devices: int) -> Machine:
@@ -76,7 +84,7 @@ def this_machine(num_devices: int) -> Machine:
     if "bytes_limit" in stats:
         bytes_each = stats["bytes_limit"]
     else:  # devices that are the host's processor share its memory
-        here = max(-(-num_devices // jax.process_count()), jax.local_device_count())
+        here = max(-(-num_devices // jax.process_count()), num_here(local=True))
         bytes_each = host_memory() // here
     return Machine(f"{num_devices} x {device.device_kind}", num_devices, bytes_each)
 

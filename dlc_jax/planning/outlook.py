@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-
-from dlc_jax.planning.machine import Mesh, is_processor
+from dlc_jax.planning.machine import Mesh, is_processor, num_here
 from dlc_jax.planning.work import Task
 
 FACTOR = 2.0  # that a prediction may be off by, either way
@@ -33,7 +31,7 @@ class Speeds(NamedTuple):
     ) -> Speeds:
         """Returns the speeds of a mesh, measured on one device and on one host."""
         if is_processor():  # its devices share its cores
-            flops_per_s /= min(mesh.num_devices, jax.local_device_count())
+            flops_per_s /= min(mesh.num_devices, num_here(local=True))
         hosts = mesh.num_hosts
         return cls(flops_per_s, decode_seconds / hosts, crop_seconds / hosts, is_processor())
 

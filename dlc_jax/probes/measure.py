@@ -15,7 +15,7 @@ import dlc_jax
 from dlc_jax import artefacts, checks
 from dlc_jax.distributed import FSDP, PROBE, Team
 from dlc_jax.encoders import Encoder
-from dlc_jax.masking import MASKINGS, check_path, path_counts
+from dlc_jax.masking import AUTO, MASKINGS, check_path, path_counts
 from dlc_jax.preprocess import (
     ON_CORRUPT,
     ImageCache,
@@ -32,8 +32,9 @@ from dlc_jax.probes.passes import (
     measure_losses,
     measure_prototypes,
 )
-from dlc_jax.probes.path import learning_path
+from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.probes.program import Masks, Program
+from dlc_jax.probes.rounds import check_agreement, until_it_ranks
 from dlc_jax.types import Dataset, ProbeLosses
 
 # What `schedule=None` means in each mode.
@@ -88,9 +89,10 @@ def probe(
     *,
     schedule: str | None = None,
     step: float = 0.02,
-    num_probes: int = 50,
+    num_probes: int | str = 50,
     placement: str = "grid",
     max_sparsity: float = 1.0,
+    agreement: float = 0.98,
     masking: str = "l1",
     image_size: int = 224,
     batch_size: int = 128,
@@ -116,9 +118,11 @@ def probe(
       dataset: From `load_dataset`, or your own `Dataset`.
       schedule: `linear` (paper) or `geometric` (released code); None lets `mode` decide.
       step: Share of weights zeroed per step: of all (linear) or of the remaining (geometric).
-      num_probes: m; with placement `grid`, the first m steps of the path.
+      num_probes: m; with placement `grid`, the first m steps of the path. `auto`: 5 midpoints of
+        the whole path, and three times as many as long as `certify` does not find them enough.
       placement: `grid`, or `midpoint` to spread `num_probes` over the whole path.
       max_sparsity: Cuts the path there, in (0, 1].
+      agreement: With `auto`: the lower end of Spearman's interval that is enough, in (0, 1].
       masking: `l1`, magnitude, or `random`.
       image_size: Side of the images in pixels.
       batch_size: Samples per program call and device; changes speed and memory, not the losses.
@@ -154,6 +158,7 @@ def probe(
     checks.at_least("probe.batch_size", batch_size, 1)
     checks.one_of("dataset.on_corrupt", on_corrupt, ON_CORRUPT)
     checks.seed(seed)
+    check_agreement(agreement)
     resolve_chunk(chunk, num_probes)
     encoder.check_image_size(image_size)
 
@@ -187,24 +192,38 @@ def probe(
     program = Program.on(team, encoder, dtype, min(batch_size, len(dataset)))
     work = Pass(pixels, layout, team, batch_size, progress)
     found = measure_prototypes(work, program.features_of, on_corrupt=on_corrupt, parts=parts)
-    masks = Masks.on(team, path, resolve_chunk(chunk, len(path)), crops is not None)
-    losses_of = functools.partial(program.losses_of, masks, found.means, dataset.labels)
     if crops is not None:
         work = work._replace(reader=Reader(dataset, lambda image, _: image))
-        losses_of = functools.partial(
-            program.losses_under_crops, masks, found.means, dataset.labels, crops
+
+    def losses_of(some: LearningPath) -> Float32[np.ndarray, "k n"]:
+        masks = Masks.on(team, some, resolve_chunk(chunk, len(some)), crops is not None)
+        started = functools.partial(program.losses_of, masks, found.means, dataset.labels)
+        if crops is not None:
+            started = functools.partial(
+                program.losses_under_crops, masks, found.means, dataset.labels, crops
+            )
+        name = "losses" if num_probes != AUTO else f"losses-{some.name}"
+        return measure_losses(
+            work, started, found.positions, num_probes=len(some), parts=parts, name=name
         )
-    losses = measure_losses(work, losses_of, found.positions, num_probes=len(path), parts=parts)
+
+    labels = dataset.labels[found.positions]
+    if num_probes == AUTO:
+        path, losses = until_it_ranks(path, losses_of, labels, agreement)
+    else:
+        losses = losses_of(path)
     ids = dataset.ids if not found.skipped else dataset.ids[found.positions]
     checks.losses_are_finite(losses, ids)
     return ProbeLosses(
         losses=losses,
         sparsity=path.sparsity,
-        labels=dataset.labels[found.positions],
+        labels=labels,
         ids=ids,
         prototypes=found.means,
         class_names=dataset.class_names,
         skipped={str(dataset.ids[position]): why for position, why in found.skipped.items()},
+        steps=path.steps,
+        num_steps=path.num_steps,
     )
 
 
@@ -245,7 +264,7 @@ def _team(mesh: Mesh | None, parts: Parts) -> Team:
     return team
 
 
-def resolve_chunk(chunk: int | str, num_probes: int) -> int:
+def resolve_chunk(chunk: int | str, num_probes: int | str) -> int:
     """Returns how many probes to map side by side: at most `chunk`, more than half of it.
 
     Within that range, the number that leaves the fewest places of the last chunk empty. `auto` is
@@ -257,5 +276,7 @@ def resolve_chunk(chunk: int | str, num_probes: int) -> int:
         return 1
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise checks.InputError(f"probe.chunk: expected 'auto' or an integer >= 1, got {chunk!r}.")
+    if isinstance(num_probes, str):
+        return chunk
     most = min(chunk, num_probes)
     return min(range(most, most // 2, -1), key=lambda c: -num_probes % c)

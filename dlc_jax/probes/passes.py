@@ -173,6 +173,7 @@ def measure_losses(
     *,
     num_probes: int,
     parts: Parts,
+    name: str = "losses",
 ) -> Float32[np.ndarray, "m n"]:
     """Returns the losses of these samples, all readable, under every probe.
 
@@ -183,11 +184,12 @@ def measure_losses(
       positions: In the data set.
       num_probes: m.
       parts: Where the losses of each shard are kept.
+      name: Of these parts.
     Raises:
       ValueError: a sample that cannot be read any more.
     """
     layout = work.layout
-    names = [f"losses-{number:06}" for number in range(len(layout.shards))]
+    names = [f"{name}-{number:06}" for number in range(len(layout.shards))]
     missing = [number for number in layout.shards_of(work.team) if not parts.has(names[number])]
     what = f"{num_probes} probes"
     work = work._replace(reader=_Only(work.reader, positions))

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
+from dlc_jax import artefacts
 from dlc_jax.encoders import Encoder
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import (
@@ -31,12 +32,16 @@ class LearningPath(NamedTuple):
       importance: Of their weights, on the device.
       thresholds: [m] of each probe.
       sparsity: [m] share of the prunable weights that each probe zeroes.
+      steps: [m] which steps of the whole path the probes are.
+      num_steps: All that it has.
     """
 
     prunable: tuple[str, ...]
     importance: Importance
     thresholds: Thresholds
     sparsity: Float32[np.ndarray, " m"]
+    steps: Int64[np.ndarray, " m"]
+    num_steps: int
 
     def __len__(self) -> int:
         return len(self.sparsity)
@@ -46,6 +51,24 @@ class LearningPath(NamedTuple):
         num = len(self)
         places = np.minimum(np.arange(-(-num // chunk) * chunk), num - 1)
         return Thresholds(*(part[places] for part in self.thresholds))
+
+    @property
+    def name(self) -> str:
+        """Of these probes among others of the path."""
+        return artefacts.json_hash(self.steps.tolist())[:8]
+
+    def only(self, steps: Int64[np.ndarray, " k"]) -> LearningPath:
+        """Returns the path with these of its steps as probes."""
+        rows = np.searchsorted(self.steps, steps)
+        thresholds = Thresholds(*(part[rows] for part in self.thresholds))
+        return LearningPath(
+            self.prunable,
+            self.importance,
+            thresholds,
+            self.sparsity[rows],
+            self.steps[rows],
+            self.num_steps,
+        )
 
     def repeated(self, k: int, times: int) -> Thresholds:
         """Returns the threshold of probe k alone, so many times."""
@@ -63,17 +86,23 @@ def learning_path(
     prunable = prunable_paths(encoder.params, encoder.is_prunable)
     leaves = by_path(encoder.params)
     num_weights = sum(leaves[path].size for path in prunable)
-    grid, chosen = counts(num_weights)
+    found = counts(num_weights)
     if mode == "official" and masking == "l1":
         in_order = prunable
         if encoder.module_order is not None:
             in_order = tuple(sorted(prunable, key=encoder.module_order))
-        importance = removal_steps(encoder.params, in_order, grid)
+        importance = removal_steps(encoder.params, in_order, found.grid)
     else:
         importance = weight_importance(encoder.params, prunable, masking, seed)
-    thresholds = exact_thresholds(encoder.params, prunable, importance, chosen)
-    sparsity = (chosen / num_weights).astype(np.float32)
-    return LearningPath(prunable, _beside(importance, leaves), thresholds, sparsity)
+    thresholds = exact_thresholds(encoder.params, prunable, importance, found.chosen)
+    return LearningPath(
+        prunable,
+        _beside(importance, leaves),
+        thresholds,
+        sparsity=(found.chosen / num_weights).astype(np.float32),
+        steps=found.steps,
+        num_steps=len(found.grid),
+    )
 
 
 def _beside(importance: Importance, leaves: Mapping[str, Any]) -> Importance:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Float32, Int32, Shaped, UInt8
+from jaxtyping import Float32, Int32, Int64, Shaped, UInt8
 
 from dlc_jax.distributed import DATA, PROBE, Team, replicated
 from dlc_jax.encoders import Encoder
@@ -28,12 +28,14 @@ class Masks(NamedTuple):
       importance: Of their weights.
       thresholds: Of every probe; or of one at a time, where each sees another crop.
       chunk: Probes side by side.
+      steps: [m] which steps of the path they are.
     """
 
     prunable: tuple[str, ...]
     importance: Importance
     thresholds: list[Thresholds]
     chunk: int
+    steps: Int64[np.ndarray, " m"]
 
     @classmethod
     def on(cls, team: Team, path: LearningPath, chunk: int, one_by_one: bool) -> Masks:
@@ -48,6 +50,7 @@ class Masks(NamedTuple):
             replicated(team.mesh, path.importance),
             [jax.device_put(some, spread) for some in thresholds],
             chunk,
+            path.steps,
         )
 
 
@@ -97,8 +100,8 @@ class Program(NamedTuple):
     ) -> jax.Array:
         """The same for decoded images, of which every probe sees another crop."""
         rows = []
-        for k, threshold in enumerate(masks.thresholds):
-            pixels = [crops.cut(batch.items, batch.positions, draw=k + 1) for batch in batches]
+        for step, threshold in zip(masks.steps.tolist(), masks.thresholds, strict=True):
+            pixels = [crops.cut(batch.items, batch.positions, draw=step + 1) for batch in batches]
             losses = self._losses(masks, threshold, prototypes, labels, batches, pixels)
             rows.append(losses[:, :1])  # every part of the probe axis has computed the same
         return jnp.concatenate(rows, axis=1)

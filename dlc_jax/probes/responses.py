@@ -32,6 +32,7 @@ from dlc_jax.distributed import (
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import (
+    AUTO,
     MASKINGS,
     check_path,
     path_counts,
@@ -46,7 +47,8 @@ from dlc_jax.preprocess.tokens import (
     tokenise,
 )
 from dlc_jax.probes.parts import Parts
-from dlc_jax.probes.path import learning_path
+from dlc_jax.probes.path import LearningPath, learning_path
+from dlc_jax.probes.rounds import check_agreement, until_it_ranks
 from dlc_jax.types import Params, ProbeLosses, ResponseLosses
 
 _FEWEST_PARTS, _MOST_BATCHES, _MOST_PARTS = 64, 16, 4096  # see `_Work._size`
@@ -152,9 +154,10 @@ def probe_responses(
     *,
     schedule: str = "linear",
     step: float = 0.02,
-    num_probes: int = 8,
+    num_probes: int | str = 8,
     placement: str = "midpoint",
     max_sparsity: float = 1.0,
+    agreement: float = 0.98,
     masking: str = "l1",
     tokens_per_batch: int = 8192,
     folder: str | Path | None = None,
@@ -166,7 +169,7 @@ def probe_responses(
 
     Args:
       model, data: As for `response_losses`.
-      schedule, step, num_probes, placement, max_sparsity, masking, seed: As for `probe`.
+      schedule, step, num_probes, placement, max_sparsity, agreement, masking, seed: As for `probe`.
       tokens_per_batch, folder, mesh, progress: As for `response_losses`.
     Returns:
       Losses [m, n] in nats, higher is harder. All samples are one class, without a prototype.
@@ -175,6 +178,7 @@ def probe_responses(
     Source: Jiang et al. 2025, section 3.
     """
     check_path(schedule, step, num_probes, placement, max_sparsity)
+    check_agreement(agreement)
     checks.one_of("probe.masking", masking, MASKINGS)
     checks.seed(seed)
     counts = functools.partial(
@@ -186,25 +190,36 @@ def probe_responses(
         max_sparsity=max_sparsity,
     )
     path = learning_path(model, counts, masking, seed, "default")
-    thresholds = on_every_device(model.params, path.thresholds)
-
-    def of_rows(rows: Rows) -> Array:
-        return _probe_losses(
-            model.architecture, path.prunable, model.params, path.importance, thresholds, *rows
-        )
-
     decisive = [schedule, step, num_probes, placement, max_sparsity, masking, seed]
     work = _Work.of(model, data, tokens_per_batch, decisive, folder, mesh)
-    losses = work.measured(of_rows, len(path), progress)
+    labels = np.zeros(len(data), np.int32)
+
+    def losses_of(some: LearningPath) -> Float32[np.ndarray, "k n"]:
+        thresholds = on_every_device(model.params, some.thresholds)
+
+        def of_rows(rows: Rows) -> Array:
+            return _probe_losses(
+                model.architecture, some.prunable, model.params, some.importance, thresholds, *rows
+            )
+
+        name = "batches" if num_probes != AUTO else f"batches-{some.name}"
+        return work.measured(of_rows, len(some), progress, name)
+
+    if num_probes == AUTO:
+        path, losses = until_it_ranks(path, losses_of, labels, agreement)
+    else:
+        losses = losses_of(path)
     checks.losses_are_finite(losses, data.ids)
     return ProbeLosses(
         losses=losses,
         sparsity=path.sparsity,
-        labels=np.zeros(len(data), np.int32),
+        labels=labels,
         ids=data.ids,
         prototypes=np.zeros((1, 0), np.float32),
         class_names=("all",),
         skipped=data.skipped,
+        steps=path.steps,
+        num_steps=path.num_steps,
     )
 
 
@@ -251,10 +266,14 @@ class _Work(NamedTuple):
         return cls(model, data, plans, parts, team)
 
     def measured(
-        self, of_rows: Callable[[Rows], Array], num_rows: int, progress: bool
+        self,
+        of_rows: Callable[[Rows], Array],
+        num_rows: int,
+        progress: bool,
+        name: str = "batches",
     ) -> Float32[np.ndarray, "m n"]:
-        """Returns the losses of all samples."""
-        names = [f"batches-{number:06}" for number in range(-(-len(self.plans) // self._size))]
+        """Returns the losses of all samples; parts are kept under this name."""
+        names = [f"{name}-{number:06}" for number in range(-(-len(self.plans) // self._size))]
         mine = range(self.team.number, len(names), self.team.num_teams)  # the long ones come last
         with tqdm(
             total=sum(len(plan.positions) for k in mine for plan in self._plans_of(k)),

@@ -38,12 +38,25 @@ def flexrand(group: Group, draw: Draw) -> Positions:
     assert draw.split is not None
     ranked = group.positions
     pool, num_easy, num_hard = budgets(len(ranked), draw.keep_fraction, draw.split)
-    easy = shuffled(ranked[:pool], draw.seed, draw.label, "easy")[:num_easy]
-    hard = shuffled(ranked[pool:], draw.seed, draw.label, "hard")[:num_hard]
-    return np.concatenate([easy, hard])
+    lots = Lots(ranked, draw, "flexrand")
+    return np.concatenate(
+        [lots.first(ranked[:pool], num_easy), lots.first(ranked[pool:], num_hard)]
+    )
 
 
-def shuffled(positions: Positions, seed: int, label: int, purpose: str) -> Positions:
-    """Returns the positions in an order that (seed, label, purpose) alone decides."""
-    generator = np.random.default_rng([seed, label, zlib.crc32(purpose.encode())])
-    return generator.permutation(positions)
+class Lots:
+    """A lot for every sample of a group, which (seed, label, purpose) and its place decide.
+
+    Its place among the group's samples in the data set, not its rank: where two scores differ a
+    little, what is drawn from one sample's pool differs only where that sample does.
+    """
+
+    def __init__(self, positions: Positions, draw: Draw, purpose: str):
+        generator = np.random.default_rng([draw.seed, draw.label, zlib.crc32(purpose.encode())])
+        self._positions = np.sort(positions)
+        self._lots = np.argsort(generator.permutation(len(positions)))
+
+    def first(self, pool: Positions, num: int) -> Positions:
+        """Returns the `num` samples of a pool whose lots are lowest."""
+        lots = self._lots[np.searchsorted(self._positions, pool)]
+        return pool[np.argsort(lots)[:num]]

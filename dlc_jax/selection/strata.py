@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from dlc_jax.selection.flexrand import shuffled
+from dlc_jax.selection.flexrand import Lots
 from dlc_jax.selection.group import Draw, Group, Positions, budget
 
 _SHARE_DROPPED = 0.1  # beta, of the hardest
@@ -26,9 +26,9 @@ def ccs(group: Group, draw: Draw) -> Positions:
     rest = group.positions[: num_samples - num_dropped]
     strata = _strata(group.scores[rest])
     sizes = np.bincount(strata, minlength=_NUM_STRATA)
+    lots = Lots(group.positions, draw, "ccs")
     kept = [
-        shuffled(rest[strata == k], draw.seed, draw.label, f"stratum {k}")[:num]
-        for k, num in enumerate(even_budgets(sizes, num_kept))
+        lots.first(rest[strata == k], num) for k, num in enumerate(even_budgets(sizes, num_kept))
     ]
     return np.concatenate(kept)
 

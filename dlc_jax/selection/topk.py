@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlc_jax.selection.flexrand import shuffled
+from dlc_jax.selection.flexrand import Lots
 from dlc_jax.selection.group import Draw, Group, Positions, budget
 
 
@@ -31,4 +31,4 @@ def most_uncertain(group: Group, draw: Draw) -> Positions:
 
 def random(group: Group, draw: Draw) -> Positions:
     """Returns samples drawn without replacement."""
-    return shuffled(group.positions, draw.seed, draw.label, "random")[: budget(group, draw)]
+    return Lots(group.positions, draw, "random").first(group.positions, budget(group, draw))

@@ -1,0 +1,351 @@
+"""How far the ranking by the probes used is from the ranking by more of them.
+
+Along the path the loss of a sample is a smooth curve with small wiggles. Centred within classes,
+the curves are taken for draws of one Gaussian process: fractional Brownian motion in a time that
+runs as fast as the losses of all samples move between neighbouring probes. Its Hurst exponent is
+the likeliest one given these losses. What the process says of the losses between the probes used
+gives the distribution of the mean over more probes, and draws from that the rankings it may lead
+to. Nothing is measured for it. Source: Mandelbrot and Van Ness 1968, doi 10.1137/1010093.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64, Int, Int64
+
+from dlc_jax import checks
+from dlc_jax.types import ProbeLosses
+
+KEEP_FRACTIONS = tuple(k / 10 for k in range(1, 10))
+_EXPONENTS = np.linspace(0.5, 0.95, 10)  # 0.5: increments do not depend on each other
+_EXPONENT = 0.75  # of two probes, which cannot tell; measured: 0.7 to 0.85
+_MISFIT = 0.5  # of the logarithm of deviations; measured, see BUILD_NOTES, "Certificate"
+_NUM_SAMPLES = 20_000  # of large sets, so many are looked at
+_FINER = 4  # of a whole path, the comparison is with so many times the probes
+
+
+class Interval(NamedTuple):
+    """An estimate, and where the truth lies with the probability `RankCertificate.level`."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RankCertificate:
+    """How a score from some probes is expected to agree with that from more.
+
+    Attributes:
+      num_probes: m, the probes used.
+      num_compared: Probes of the score it is compared with: all steps of the path, or, where all
+        were used, three more between any two.
+      level: Probability with which each interval holds the truth.
+      spearman: Rank correlation within classes, pooled over them; 1 is the same ranking.
+      easiest, hardest: Keep fraction -> share of the kept set of that method that both scores keep.
+        FlexRand's pools at split g agree as the easiest at keep fraction g do.
+    """
+
+    num_probes: int
+    num_compared: int
+    level: float
+    spearman: Interval
+    easiest: dict[float, Interval]
+    hardest: dict[float, Interval]
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns what JSON can hold; keep fractions as `0.30`."""
+        found = dataclasses.asdict(self) | {"spearman": self.spearman._asdict()}
+        for method in ("easiest", "hardest"):
+            of = getattr(self, method)
+            found[method] = {f"{share:.2f}": some._asdict() for share, some in of.items()}
+        return found
+
+    def __str__(self) -> str:
+        middle = min(self.easiest, key=lambda share: abs(share - 0.5))
+        return (
+            f"{self.num_probes} probes rank as {self.num_compared} would: Spearman "
+            f"{_said(self.spearman)}, of the {middle:.0%} easiest {_said(self.easiest[middle])} "
+            f"the same ({self.level:.0%} intervals)"
+        )
+
+
+def certify(
+    probes: ProbeLosses,
+    *,
+    keep_fractions: Sequence[float] = KEEP_FRACTIONS,
+    level: float = 0.95,
+    num_draws: int = 200,
+    seed: int = 0,
+) -> RankCertificate:
+    """Estimates how the ranking by these probes agrees with the ranking by more of the same path.
+
+    Args:
+      probes: From `probe` or `probe_responses`, of two probes or more.
+      keep_fractions: Of the kept sets that are compared, each in (0, 1).
+      level: Of the intervals, in (0, 1).
+      num_draws: Rankings drawn.
+      seed: Of the draws, and of the choice of samples where there are more than 20,000.
+    Raises:
+      ValueError: one probe, losses that do not say where on the path they are, or a value out of
+        range.
+    """
+    if probes.steps is None or probes.num_steps is None:
+        raise checks.InputError(
+            "rank certificate: these losses do not tell steps and num_steps, their places on the "
+            "path; expected what dlc.probe or dlc.probe_responses returns."
+        )
+    if len(probes.losses) < 2:
+        raise checks.InputError("rank certificate: needs two probes or more, got 1.")
+    checks.losses_are_finite(probes.losses, probes.ids)
+    for fraction in keep_fractions:
+        checks.at_least("keep_fractions", fraction, 0, exclusive=True)
+        checks.at_most("keep_fractions", fraction, 1, exclusive=True)
+    checks.at_least("level", level, 0, exclusive=True)
+    checks.at_most("level", level, 1, exclusive=True)
+    checks.at_least("num_draws", num_draws, 1)
+    return certify_losses(
+        probes.losses,
+        probes.labels,
+        probes.steps,
+        probes.num_steps,
+        keep_fractions=keep_fractions,
+        level=level,
+        num_draws=num_draws,
+        seed=seed,
+    )
+
+
+def certify_losses(
+    losses: Float[np.ndarray, "m n"],
+    labels: Int[np.ndarray, " n"],
+    steps: Int[np.ndarray, " m"],
+    num_steps: int,
+    *,
+    keep_fractions: Sequence[float] = KEEP_FRACTIONS,
+    level: float = 0.95,
+    num_draws: int = 200,
+    seed: int = 0,
+) -> RankCertificate:
+    """The same for losses of these steps of a path, finite, of two probes or more."""
+    generator = np.random.default_rng(seed)
+    chosen = _some_samples(labels, generator)
+    classes = _Classes.of_labels(labels[chosen])
+    curves = classes.centred(losses[:, chosen].astype(np.float64))
+    used = np.asarray(steps, np.float64)
+    finer = _FINER if len(used) == num_steps else 1
+    compared = np.arange((num_steps - 1) * finer + 1) / finer
+    expected, deviation = _mean_over(compared, used, curves)
+    scores = curves.mean(axis=0)
+    ranking = classes.ranks(scores)
+    # a volatility known from m - 1 gaps is uncertain itself, and no curve is quite such a motion
+    spread = np.hypot(1 / np.sqrt(2 * (len(used) - 1)), _MISFIT)
+    doubt = np.exp(generator.normal(size=num_draws) * spread)
+    rows = []
+    for factor in doubt:
+        between = scores + generator.uniform() * (expected - scores)
+        noise = generator.normal(size=len(expected))
+        drawn = classes.ranks(between + factor * deviation * noise)
+        rows.append(_agreement(classes, ranking, drawn, keep_fractions))
+    tail = (1 - level) / 2
+
+    def interval(values: Sequence[float]) -> Interval:
+        low, high = np.quantile(values, [tail, 1 - tail])
+        return Interval(float(np.median(values)), float(low), float(high))
+
+    return RankCertificate(
+        num_probes=len(used),
+        num_compared=len(compared),
+        level=level,
+        spearman=interval([row.spearman for row in rows]),
+        easiest={k: interval([row.easiest[k] for row in rows]) for k in keep_fractions},
+        hardest={k: interval([row.hardest[k] for row in rows]) for k in keep_fractions},
+    )
+
+
+class Agreement(NamedTuple):
+    """How two rankings agree.
+
+    Attributes:
+      spearman: Rank correlation within classes, pooled over them.
+      easiest, hardest: Keep fraction -> share of the samples kept by one that the other keeps too.
+    """
+
+    spearman: float
+    easiest: dict[float, float]
+    hardest: dict[float, float]
+
+
+def compare(
+    scores: Float[np.ndarray, " n"],
+    others: Float[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"],
+    keep_fractions: Sequence[float] = KEEP_FRACTIONS,
+) -> Agreement:
+    """Returns how two scores of the same samples agree, class by class."""
+    classes = _Classes.of_labels(labels)
+    return _agreement(classes, classes.ranks(scores), classes.ranks(others), keep_fractions)
+
+
+def _agreement(
+    classes: _Classes,
+    ranks: Int64[np.ndarray, " n"],
+    others: Int64[np.ndarray, " n"],
+    keep_fractions: Sequence[float],
+) -> Agreement:
+    easiest, hardest = {}, {}
+    for share in keep_fractions:
+        num = classes.counts(share)
+        easiest[share] = _shared(ranks < num, others < num)
+        rest = classes.sizes - num
+        hardest[share] = _shared(ranks >= rest, others >= rest)
+    return Agreement(classes.spearman(ranks, others), easiest, hardest)
+
+
+class _Classes(NamedTuple):
+    """Samples by class.
+
+    Attributes:
+      of: [n] class, from 0 without gaps.
+      starts: [n] how many samples the classes before a sample's have.
+      sizes: [n] of its own class.
+    """
+
+    of: Int64[np.ndarray, " n"]
+    starts: Int64[np.ndarray, " n"]
+    sizes: Int64[np.ndarray, " n"]
+
+    @classmethod
+    def of_labels(cls, labels: Int[np.ndarray, " n"]) -> _Classes:
+        of = np.unique(labels, return_inverse=True)[1]
+        sizes = np.bincount(of)
+        return cls(of, (np.cumsum(sizes) - sizes)[of], sizes[of])
+
+    def centred(self, rows: Float64[np.ndarray, "m n"]) -> Float64[np.ndarray, "m n"]:
+        """Returns rows without the means of classes, which do not rank within them."""
+        sizes = np.bincount(self.of)
+        return np.stack([row - (np.bincount(self.of, row) / sizes)[self.of] for row in rows])
+
+    def ranks(self, values: Float[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """Returns the rank of each sample in its class, from 0; equal values by position."""
+        ranks = np.empty(len(values), np.int64)
+        ranks[np.lexsort((values, self.of))] = np.arange(len(values))
+        return ranks - self.starts
+
+    def counts(self, share: float) -> Int64[np.ndarray, " n"]:
+        """Returns how many of its class are kept, for each sample; half to even."""
+        return np.round(self.sizes * share).astype(np.int64)
+
+    def spearman(self, ranks: Int64[np.ndarray, " n"], others: Int64[np.ndarray, " n"]) -> float:
+        """Returns the correlation of ranks within classes; 1 where no class has two samples."""
+        middle = (self.sizes - 1) / 2
+        squares = ((ranks - middle) ** 2).sum()
+        return float(((ranks - middle) * (others - middle)).sum() / squares) if squares else 1.0
+
+
+def _some_samples(
+    labels: Int[np.ndarray, " n"], generator: np.random.Generator
+) -> Int64[np.ndarray, " k"]:
+    """Returns all samples; of large sets those of some whole classes, so that cuts stay the same.
+
+    Classes are large enough alone where a random part of theirs is taken.
+    """
+    if len(labels) <= _NUM_SAMPLES:
+        return np.arange(len(labels))
+    sizes = np.bincount(labels)
+    order = generator.permutation(np.flatnonzero(sizes))
+    num = int(np.searchsorted(np.cumsum(sizes[order]), _NUM_SAMPLES)) + 1
+    chosen = np.flatnonzero(np.isin(labels, order[:num]))
+    if len(chosen) > 2 * _NUM_SAMPLES:
+        chosen = np.sort(generator.choice(chosen, _NUM_SAMPLES, replace=False))
+    return chosen
+
+
+def _mean_over(
+    compared: Float64[np.ndarray, " k"],
+    used: Float64[np.ndarray, " m"],
+    curves: Float64[np.ndarray, "m n"],
+) -> tuple[Float64[np.ndarray, " n"], float]:
+    """Returns the mean of each curve over other places than it was measured at.
+
+    Args:
+      compared: Places, in steps of the path.
+      used: Places where the curves were measured, ascending.
+      curves: Losses there.
+    Returns:
+      Its expectation, and the standard deviation that all curves have in common.
+    """
+    moved = np.diff(curves, axis=0)
+    squares = (moved**2).mean(axis=1)
+    if not squares.any():
+        return curves.mean(axis=0), 0.0
+    squares = np.maximum(squares, 1e-6 * squares.max())  # places of equal losses are no one place
+    exponent = _likeliest_exponent(used, moved, squares)
+    times = _times(compared, used, squares, exponent)
+    known = _times(used, used, squares, exponent)
+    # of what was gained since the first probe, which is known
+    inverse = np.linalg.inv(_covariance(known[1:], known[1:], exponent))
+    of_mean = _covariance(times, known[1:], exponent).mean(axis=0)
+    gain = of_mean @ inverse
+    variance = _covariance(times, times, exponent).mean() - gain @ of_mean
+    return curves[0] + gain @ (curves[1:] - curves[0]), float(np.sqrt(max(variance, 0)))
+
+
+def _likeliest_exponent(
+    used: Float64[np.ndarray, " m"],
+    moved: Float64[np.ndarray, "g n"],
+    squares: Float64[np.ndarray, " g"],
+) -> float:
+    """Returns the Hurst exponent under which these increments are most probable."""
+    if len(squares) < 2:
+        return _EXPONENT
+    sample = moved @ moved.T / moved.shape[1]
+
+    def surprise(exponent: float) -> float:
+        times = _times(used, used, squares, exponent)
+        whole = _covariance(times, times, exponent)
+        of_moves = np.diff(np.diff(whole, axis=0), axis=1)
+        return float(np.linalg.slogdet(of_moves)[1] + np.trace(np.linalg.solve(of_moves, sample)))
+
+    return min(map(float, _EXPONENTS), key=surprise)
+
+
+def _times(
+    places: Float64[np.ndarray, " k"],
+    used: Float64[np.ndarray, " m"],
+    squares: Float64[np.ndarray, " g"],
+    exponent: float,
+) -> Float64[np.ndarray, " k"]:
+    """Returns the process's time at places: 0 at the first one used, as fast as losses move."""
+    passed = squares ** (1 / (2 * exponent))
+    at_used = np.concatenate([[0.0], np.cumsum(passed)])
+    times = np.interp(places, used, at_used)
+    before, after = np.minimum(places - used[0], 0), np.maximum(places - used[-1], 0)
+    times += before * passed[0] / (used[1] - used[0])
+    return times + after * passed[-1] / (used[-1] - used[-2])
+
+
+def _covariance(
+    times: Float64[np.ndarray, " k"], others: Float64[np.ndarray, " l"], exponent: float
+) -> Float64[np.ndarray, "k l"]:
+    """Returns that of fractional Brownian motion which is 0 at time 0."""
+    twice = 2 * exponent
+    return 0.5 * (
+        np.abs(times)[:, None] ** twice
+        + np.abs(others) ** twice
+        - np.abs(times[:, None] - others) ** twice
+    )
+
+
+def _shared(kept: Bool[np.ndarray, " n"], others: Bool[np.ndarray, " n"]) -> float:
+    """Returns the share of the kept that the other keeps too; 1 where nothing is kept."""
+    num = kept.sum()
+    return float((kept & others).sum() / num) if num else 1.0
+
+
+def _said(found: Interval) -> str:
+    return f"{found.estimate:.3f} ({found.low:.3f} to {found.high:.3f})"

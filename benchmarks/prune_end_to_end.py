@@ -3,10 +3,10 @@
 python -m benchmarks.prune_end_to_end [--folder=DIR] [--num_images=200] [--repeat=1]
     [--encoders=resnet18,vit_small_patch16_224] [--by=dlc_jax 50,...] [--rounds=1] [--json=FILE]
 
-FOLDER has one sub-folder of images per class (the bundled photographs, enlarged, where none is
-given), and --repeat links every image so many times. Every contender is a process of its own; they
-take turns. Seconds are from listing the files to the indices, without the start of Python and its
-imports, which are in `process`.
+FOLDER has one sub-folder of images per class, or is another source (the bundled photographs,
+enlarged, where none is given), and --repeat links every image so many times. Every contender is a
+process of its own; they take turns. Seconds are from listing the files to the indices, without the
+start of Python and its imports, which are in `process`.
 
 released       as score-wot.py does it, written anew: torch.nn.utils.prune masks all convolutions
                and linear layers globally, 2 % of what is left each time; for the features and every
@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-_FOLDER = flags.DEFINE_string("folder", None, "Images, one sub-folder per class.")
+_FOLDER = flags.DEFINE_string("folder", None, "Images, one sub-folder per class, or parquet:...")
 _NUM = flags.DEFINE_integer("num_images", 200, "Of the folder, evenly over its classes.")
 _REPEAT = flags.DEFINE_integer("repeat", 1, "How often every image is there.")
 _ENCODERS = flags.DEFINE_list("encoders", ["resnet18", "vit_small_patch16_224"], "timm's names.")
@@ -83,6 +83,8 @@ def _linked_images(folder: Path) -> Path:
         from benchmarks.decode import enlarged_sample
 
         source = enlarged_sample(folder / "source")
+    elif ":" in _FOLDER.value:
+        source = _written(_FOLDER.value, folder / "source")
     else:
         source = Path(_FOLDER.value).resolve()
     classes = sorted(path for path in source.iterdir() if path.is_dir())
@@ -95,6 +97,18 @@ def _linked_images(folder: Path) -> Path:
             for path in files:
                 (target / f"{number:03}-{path.name}").symlink_to(path)
     return folder / "images"
+
+
+def _written(source: str, folder: Path) -> Path:
+    """Writes the encoded images of a source as files; returns their folder."""
+    import dlc_jax as dlc
+
+    dataset = dlc.load_dataset(source)
+    for position in range(len(dataset)):
+        of_class = folder / dataset.class_names[int(dataset.labels[position])]
+        of_class.mkdir(parents=True, exist_ok=True)
+        (of_class / f"{position:06}.jpg").write_bytes(dataset[position].image)
+    return folder
 
 
 def _all_of(

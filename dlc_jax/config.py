@@ -27,7 +27,7 @@ from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
 from dlc_jax.exports.released import PRETRAINS, check_name
 from dlc_jax.masking import MASKINGS, PLACEMENTS, SCHEDULES, check_path
 from dlc_jax.preprocess import ON_CORRUPT, ImageCache
-from dlc_jax.probes import DTYPES, resolve_chunk
+from dlc_jax.probes import DTYPES, resolve_batch_size, resolve_chunk
 from dlc_jax.probes.measure import SCHEDULE_OF_MODE
 from dlc_jax.probes.rounds import check_agreement
 from dlc_jax.scores import SCORES
@@ -110,7 +110,7 @@ class ProbeConfig:
     max_sparsity: float = setting(1.0, "cuts the path, in (0, 1]")
     step: float = setting(0.02, "share of weights zeroed per step")
     masking: str = setting("l1", ", ".join(MASKINGS))
-    batch_size: int = setting(128, "images per call of the probe program")
+    batch_size: int | str = setting("auto", "images per call of the probe program, or auto")
     tokens_per_batch: int = setting(8192, "tokens of instructions per call of it")
     chunk: str | int = setting("auto", "most probes side by side, or auto")
     dtype: str = setting("float32", f"of the network: {', '.join(DTYPES)}")
@@ -126,7 +126,8 @@ class ProbeConfig:
         )
         check_agreement(self.agreement)
         checks.one_of("probe.masking", self.masking, MASKINGS)
-        checks.at_least("probe.batch_size", self.batch_size, 1)
+        if self.batch_size != "auto":
+            resolve_batch_size(self.batch_size, 224)
         checks.at_least("probe.tokens_per_batch", self.tokens_per_batch, 1)
         resolve_chunk(self.chunk, self.num_probes)
         checks.one_of("probe.dtype", self.dtype, DTYPES)

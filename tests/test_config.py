@@ -102,7 +102,9 @@ def test_unknown_keys_and_wrong_types_name_the_key():
         Config.of(values)
     values = demo_values().to_dict()
     values["probe"]["num_probes"] = "ten"
-    with pytest.raises(ValueError, match=r"probe\.num_probes: expected int, got 'ten'"):
+    with pytest.raises(
+        ValueError, match=r"probe\.num_probes: expected 'auto' or an integer >= 1, got 'ten'"
+    ):
         Config.of(values)
     values["probe"] = 3
     with pytest.raises(ValueError, match="probe: expected a group"):

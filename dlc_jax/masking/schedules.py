@@ -121,7 +121,10 @@ def check_path(
     checks.at_least("probe.max_sparsity", max_sparsity, 0, exclusive=True)
     checks.at_most("probe.max_sparsity", max_sparsity, 1)
     if isinstance(num_probes, str):
-        checks.one_of("probe.num_probes", num_probes, (AUTO,))
+        if num_probes != AUTO:
+            raise checks.InputError(
+                f"probe.num_probes: expected {AUTO!r} or an integer >= 1, got {num_probes!r}."
+            )
         return
     checks.at_least("probe.num_probes", num_probes, 1)
     longest = math.ceil(round(1 / step, 9))

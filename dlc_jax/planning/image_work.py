@@ -21,7 +21,7 @@ from dlc_jax.planning.image_memory import (
 )
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.planning.work import Task, kept_by_run, planned_stages
-from dlc_jax.probes import resolve_chunk
+from dlc_jax.probes import resolve_batch_size, resolve_chunk
 from dlc_jax.probes.kernel import Forward, features_of_batch
 from dlc_jax.probes.passes import Layout
 from dlc_jax.selection import DEFAULT_SPLIT, has_split
@@ -89,7 +89,7 @@ class ImageWork:
             chunk=chunk,
             dtype=probe.dtype,
             holds_importance=probe.masking != "l1" or self.config.mode == "official",
-            batch_size=min(probe.batch_size, self.num_samples),
+            batch_size=min(self._batch_size, self.num_samples),
         )
 
     def finetuning(self) -> ImageFinetuning:
@@ -224,7 +224,7 @@ class ImageWork:
 
     def _rows_of(self, team: Team) -> int:
         """Returns what a device computes of a team's samples in a scoring pass."""
-        batch_size = self.config.probe.batch_size
+        batch_size = self._batch_size
         mine = self._layout.shards_of(team)
         num_batches = sum(-(-len(self._layout.shards[i]) // batch_size) for i in mine)
         each = max(1, self.mesh.data // len(self._teams))
@@ -235,12 +235,16 @@ class ImageWork:
         return self.config.encoder.image_size
 
     @property
+    def _batch_size(self) -> int:
+        return resolve_batch_size(self.config.probe.batch_size, self._size)
+
+    @property
     def _probes_each(self) -> int:
         return -(-int(self.config.probe.num_probes) // self.mesh.probe)
 
     @functools.cached_property
     def _layout(self) -> Layout:
-        return Layout.of(self.num_samples, self.config.probe.batch_size)
+        return Layout.of(self.num_samples, self._batch_size)
 
     @functools.cached_property
     def _teams(self) -> list[Team]:

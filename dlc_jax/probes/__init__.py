@@ -2,7 +2,7 @@
 
 from dlc_jax.probes.certificate import Interval, RankCertificate, certify
 from dlc_jax.probes.kernel import DTYPES
-from dlc_jax.probes.measure import features, probe, resolve_chunk
+from dlc_jax.probes.measure import features, probe, resolve_batch_size, resolve_chunk
 from dlc_jax.probes.prototypes import ClassSums, prototype_loss
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "features",
     "probe",
     "prototype_loss",
+    "resolve_batch_size",
     "resolve_chunk",
 ]

@@ -135,7 +135,9 @@ def losses_of_batches(
         labels: Int[Array, "1 b"],
     ) -> Float[Array, "1 p b"]:
         def one_probe(threshold: Thresholds) -> Float[Array, " b"]:
-            features = forward(masked(params, prunable, importance, threshold), images[0])
+            # keeps XLA from holding the magnitudes of all weights, computed ahead of the loop
+            frozen, threshold = jax.lax.optimization_barrier((params, threshold))
+            features = forward(masked(frozen, prunable, importance, threshold), images[0])
             return prototype_loss(features, labels[0], prototypes)
 
         # a batch of one would still turn convolutions into grouped ones

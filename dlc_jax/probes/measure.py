@@ -37,6 +37,8 @@ from dlc_jax.probes.program import Masks, Program
 from dlc_jax.probes.rounds import check_agreement, until_it_ranks
 from dlc_jax.types import Dataset, ProbeLosses
 
+_BATCH_SIZE = 128
+_PIXELS_IN_CACHE = 16 * 224**2
 # What `schedule=None` means in each mode.
 SCHEDULE_OF_MODE = {"default": "linear", "official": "geometric"}
 
@@ -46,7 +48,7 @@ def features(
     dataset: Dataset,
     *,
     image_size: int = 224,
-    batch_size: int = 128,
+    batch_size: int | str = AUTO,
     dtype: str = "float32",
     mode: str = "default",
     on_corrupt: str = "error",
@@ -62,7 +64,7 @@ def features(
       ValueError: see `probe`.
     """
     checks.one_of("probe.dtype", dtype, DTYPES)
-    checks.at_least("probe.batch_size", batch_size, 1)
+    batch_size = resolve_batch_size(batch_size, image_size)
     checks.one_of("dataset.on_corrupt", on_corrupt, ON_CORRUPT)
     encoder = encoder.for_mode(mode)
     encoder.check_image_size(image_size)
@@ -95,7 +97,7 @@ def probe(
     agreement: float = 0.98,
     masking: str = "l1",
     image_size: int = 224,
-    batch_size: int = 128,
+    batch_size: int | str = AUTO,
     chunk: int | str = "auto",
     dtype: str = "float32",
     augment: bool = False,
@@ -126,6 +128,7 @@ def probe(
       masking: `l1`, magnitude, or `random`.
       image_size: Side of the images in pixels.
       batch_size: Samples per program call and device; changes speed and memory, not the losses.
+        `auto`: 128, and on CPUs fewer of larger images (16 at 224 px), which stay in the cache.
       chunk: Most probes side by side, or `auto`; changes speed and memory, not the losses.
       dtype: What the network computes in, `float32` or `bfloat16`; distances are float32.
       augment: Whether each probe sees a fresh random crop and flip, as in the released code.
@@ -155,7 +158,7 @@ def probe(
     check_path(schedule, step, num_probes, placement, max_sparsity)
     checks.one_of("probe.masking", masking, MASKINGS)
     checks.one_of("probe.dtype", dtype, DTYPES)
-    checks.at_least("probe.batch_size", batch_size, 1)
+    batch_size = resolve_batch_size(batch_size, image_size)
     checks.one_of("dataset.on_corrupt", on_corrupt, ON_CORRUPT)
     checks.seed(seed)
     check_agreement(agreement)
@@ -262,6 +265,23 @@ def _team(mesh: Mesh | None, parts: Parts) -> Team:
             "folder: missing; processes that share the work need one that all of them see."
         )
     return team
+
+
+def resolve_batch_size(batch_size: int | str, image_size: int) -> int:
+    """Returns how many images a program call takes; see `probe`.
+
+    Source of `auto`: BUILD_NOTES, "A device per core".
+    """
+    if batch_size != AUTO:
+        if isinstance(batch_size, str):
+            raise checks.InputError(
+                f"probe.batch_size: expected {AUTO!r} or an integer >= 1, got {batch_size!r}."
+            )
+        checks.at_least("probe.batch_size", batch_size, 1)
+        return batch_size
+    if jax.default_backend() != "cpu":
+        return _BATCH_SIZE
+    return max(1, min(_BATCH_SIZE, _PIXELS_IN_CACHE // max(image_size, 1) ** 2))
 
 
 def resolve_chunk(chunk: int | str, num_probes: int | str) -> int:

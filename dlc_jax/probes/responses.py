@@ -343,7 +343,7 @@ def _probe_losses(
     num_prompt: Int[Array, " b"],
 ) -> Float32[Array, "m b"]:
     def one_probe(threshold: Thresholds) -> Float32[Array, " b"]:
-        # keeps XLA from computing the importance of all weights ahead of the loop: four bytes each
+        # as in `kernel`: the importance of all weights would be four bytes each
         frozen, threshold = jax.lax.optimization_barrier((params, threshold))
         copy = masked(frozen, prunable, importance, threshold)
         return _response_losses(architecture, copy, tokens, num_tokens, num_prompt)

@@ -269,7 +269,7 @@ def test_own_images_in_folders_with_one_unreadable_and_one_lonely(tmp_path, samp
     [
         ((), "--config is required"),
         (("--config=configs/demo.py", "demo"), "unexpected argument 'demo'"),
-        (("--config=configs/demo.py", "--config.probe.num_probes=abc"), "config.probe.num_probes"),
+        (("--config=configs/demo.py", "--config.probe.num_probes=abc"), "probe.num_probes"),
         (("--config=configs/demo.py", "--config.dataset.train=/tmp"), "Did you mean 'folder:/tmp'"),
         (("--config=configs/absent.py",), "configs/absent.py"),
         (("--config=configs/demo.py", "--config.prob.step=0.1"), "Did you mean 'probe.step'"),

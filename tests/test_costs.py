@@ -1,0 +1,149 @@
+"""What the programs cost, without timing anything: compilations, decoding, operations, memory.
+
+A number that grows here made every run slower or larger; one that falls may be written down anew.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import dlc_jax as dlc
+from dlc_jax.distributed import one_device
+from dlc_jax.encoders import ENCODERS, Encoder
+from dlc_jax.encoders.encoder import apply_module
+from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
+from dlc_jax.planning.flops import count_flops
+from dlc_jax.preprocess import load
+from dlc_jax.probes.kernel import Forward, features_of_batches, losses_of_batches
+from dlc_jax.training.batches import Batch
+from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
+from dlc_jax.types import by_path
+
+SLACK = 1.05
+
+
+@functools.cache
+def encoder_of(name):
+    if name == "sample":
+        return dlc.load_encoder("resnet18", "demo:resnet18")
+    architecture = ENCODERS[name]
+    graph, state = nnx.split(architecture.build({}))
+    return Encoder(
+        nnx.to_pure_dict(state),
+        functools.partial(apply_module, graph),
+        architecture.is_prunable,
+        name,
+        pooling="mean",
+    )
+
+
+def num_bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@functools.cache
+def probe_program(name, image_size, batch_size, num_probes):
+    encoder = encoder_of(name)
+    prunable = prunable_paths(encoder.params, encoder.is_prunable)
+    leaves = by_path(encoder.params)
+    num_weights = sum(leaves[path].size for path in prunable)
+    counts = path_counts(num_weights, num_probes=num_probes).chosen
+    thresholds = exact_thresholds(encoder.params, prunable, None, counts)
+    forward = Forward.of(encoder, "float32")
+    images = np.zeros((1, batch_size, image_size, image_size, 3), np.uint8)
+    labels = np.zeros((1, batch_size), np.int32)
+    of_one = functools.partial(lambda params, some: forward(params, some))
+    width = jax.eval_shape(of_one, encoder.params, images[0]).shape[1]
+    prototypes = np.ones((10, width), np.float32)
+    lowered = losses_of_batches.lower(
+        forward, prunable, 1, one_device(), encoder.params, None, thresholds, prototypes, images,
+        labels,
+    )  # fmt: skip
+    return lowered.compile(), count_flops(of_one, encoder.params, images[0])
+
+
+# encoder, pixels, images; bytes beside the arguments, measured with jaxlib 0.10.2
+CASES = [("sample", 64, 16, 9.87e6), ("vit_small_patch16_224", 224, 2, 183.2e6)]
+
+
+@pytest.mark.parametrize(("name", "image_size", "batch_size", "num_bytes"), CASES)
+def test_a_probe_costs_one_forward_pass(name, image_size, batch_size, num_bytes):
+    compiled, flops = probe_program(name, image_size, batch_size, 3)
+    # the body of the loop over probes is counted once; batch norm, masks and losses are little
+    assert flops <= compiled.cost_analysis()["flops"] <= 1.05 * flops
+
+
+@pytest.mark.parametrize(("name", "image_size", "batch_size", "num_bytes"), CASES)
+def test_memory_holds_one_masked_copy_whatever_the_number_of_probes(
+    name, image_size, batch_size, num_bytes
+):
+    few = probe_program(name, image_size, batch_size, 3)[0].memory_analysis()
+    assert few.temp_size_in_bytes <= SLACK * num_bytes
+    if name == "sample":
+        many = probe_program(name, image_size, batch_size, 12)[0].memory_analysis()
+        assert many.temp_size_in_bytes == few.temp_size_in_bytes
+
+
+def test_a_training_step_costs_three_forward_passes():
+    encoder = encoder_of("sample")
+    images = np.zeros((16, 64, 64, 3), np.uint8)
+    batch = Batch.padded(images, np.zeros(16, np.int32), 16)
+    head = initial_head(128, 15, "mean", 0)
+    sgd = Sgd(0.9, 1e-5, True)
+    state = TrainState.start(encoder.params, encoder.statistics, head, sgd)
+    compiled = train_step.lower(
+        Network.of(encoder, "float32"), sgd, state, *batch, np.float32(0.1)
+    ).compile()
+    forward = Forward.of(encoder, "float32")
+    flops = count_flops(lambda params, some: forward(params, some), encoder.params, images)
+    # the images have no gradient, which saves part of the first convolution's
+    assert 2.5 * flops <= compiled.cost_analysis()["flops"] <= 3.2 * flops
+    assert compiled.memory_analysis().temp_size_in_bytes <= SLACK * 11.74e6
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many images are decoded."""
+    numbers = []
+    plain = load.decode
+
+    def decode(*args, **kwargs):
+        numbers.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(load, "decode", decode)
+    return numbers
+
+
+def test_images_are_decoded_once_with_a_cache_and_twice_without(
+    sample_encoder, small_sample, counted, tmp_path
+):
+    options = {"image_size": 32, "batch_size": 16, "num_probes": 3}
+    dlc.probe(sample_encoder, small_sample, **options)
+    assert len(counted) == 2 * len(small_sample)
+    counted.clear()
+    cache = dlc.ImageCache(folder=str(tmp_path))
+    dlc.probe(sample_encoder, small_sample, cache=cache, **options)
+    assert len(counted) == len(small_sample)
+    counted.clear()
+    auto = options | {"num_probes": "auto", "agreement": 1.0, "step": 0.1}
+    dlc.probe(sample_encoder, small_sample, cache=cache, **auto)
+    dlc.features(sample_encoder, small_sample, image_size=32, cache=cache)
+    assert not counted
+
+
+def test_each_program_is_compiled_once(sample_encoder, small_sample):
+    options = {"image_size": 40, "batch_size": 16}  # the last batch is smaller
+    programs = (features_of_batches, losses_of_batches)
+    before = [program._cache_size() for program in programs]
+    dlc.probe(sample_encoder, small_sample, num_probes=3, **options)
+    dlc.probe(sample_encoder, small_sample, num_probes=3, masking="random", **options)
+    dlc.features(sample_encoder, small_sample, **options)
+    after = [program._cache_size() for program in programs]
+    # importances that are given are another argument
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 2]
+    dlc.probe(sample_encoder, small_sample, num_probes=3, schedule="geometric", **options)
+    assert [program._cache_size() for program in programs] == after

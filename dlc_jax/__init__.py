@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 from dlc_jax.checks import InputError
 from dlc_jax.datasets import array_dataset, load_dataset, stratified_split
 from dlc_jax.datasets.instructions import Instructions, load_instructions
-from dlc_jax.distributed import make_mesh
+from dlc_jax.distributed import make_mesh, use_all_cores
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
@@ -83,6 +83,7 @@ __all__ = [
     "stratified_split",
     "tokenise",
     "tune",
+    "use_all_cores",
     "write_adapter",
     "write_merged",
 ]

@@ -45,12 +45,14 @@ def run_select(
     if provenance.is_done(workdir, "select", inputs):
         echo("select: unchanged, not run again")
         return known.select(shown)
-    paths, selections, seconds_for = [], {}, provenance.pruning_seconds(workdir)
+    paths, seconds_for = [], provenance.pruning_seconds(workdir)
+    to_show: Selection | None = None  # the others would be 171 times the samples
     bare: set[float] = set()  # keep fractions already noted
     for cell, of_cell in zip(cells, how, strict=True):
         method, keep_fraction, *_ = cell
         before = time.perf_counter()
-        selected = selections[cell] = known.select(cell)
+        selected = known.select(cell)
+        to_show = selected if cell == shown else to_show
         selecting = time.perf_counter() - before
         earlier = provenance.seconds(workdir, known.stages(cell))
         seconds_for[cell.name] = round(selecting + earlier, 3)
@@ -69,7 +71,8 @@ def run_select(
     seconds = time.perf_counter() - start
     provenance.record(workdir, "select", inputs, paths, seconds, told, made_with)
     echo(f"select: {len(cells)} selections written")
-    return selections[shown]
+    assert to_show is not None
+    return to_show
 
 
 def _tell_of_another_mode(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:

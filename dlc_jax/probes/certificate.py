@@ -23,7 +23,7 @@ from dlc_jax.types import ProbeLosses
 KEEP_FRACTIONS = tuple(k / 10 for k in range(1, 10))
 _EXPONENTS = np.linspace(0.5, 0.95, 10)  # 0.5: increments do not depend on each other
 _EXPONENT = 0.75  # of two probes, which cannot tell; measured: 0.7 to 0.85
-_MISFIT = 0.5  # of the logarithm of deviations; measured, see BUILD_NOTES, "Certificate"
+_SMOOTHER = 0.5  # of the logarithm of deviations; measured, see BUILD_NOTES, "Certificate"
 _NUM_SAMPLES = 20_000  # of large sets, so many are looked at
 _FINER = 4  # of a whole path, the comparison is with so many times the probes
 
@@ -142,9 +142,11 @@ def certify_losses(
     expected, deviation = _mean_over(compared, used, curves)
     scores = curves.mean(axis=0)
     ranking = classes.ranks(scores)
-    # a volatility known from m - 1 gaps is uncertain itself, and no curve is quite such a motion
-    spread = np.hypot(1 / np.sqrt(2 * (len(used) - 1)), _MISFIT)
-    doubt = np.exp(generator.normal(size=num_draws) * spread)
+    # a volatility known from m - 1 gaps is uncertain itself; and rough curves are ruled out by what
+    # was measured, but smoother ones than such motions are not
+    known = 1 / np.sqrt(2 * (len(used) - 1))
+    doubt = generator.normal(size=num_draws)
+    doubt = np.exp(np.where(doubt > 0, known, np.hypot(known, _SMOOTHER)) * doubt)
     rows = []
     for factor in doubt:
         between = scores + generator.uniform() * (expected - scores)

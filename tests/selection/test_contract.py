@@ -149,3 +149,26 @@ def test_the_slip_keeps_the_least_uncertain_of_all_samples(samples):
             for name in ("published", "deepcore")
         ]
         np.testing.assert_array_equal(*per_class)
+
+
+def test_scores_that_differ_a_little_keep_nearly_the_same_samples():
+    """Lots go with samples, not with ranks: only what changes its pool changes."""
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 500).astype(np.int32)
+    scores = generator.normal(size=1000)
+    others = scores.copy()
+    ranked = np.argsort(scores[:500])
+    inside, across = ranked[[100, 101]], ranked[[249, 250]]
+    others[inside] = scores[inside[::-1]]  # two of one pool change places
+    for method in ("flexrand", "ccs"):
+        kept, again = (
+            dlc.select(some, labels, method=method, keep_fraction=0.3, seed=3).indices
+            for some in (scores, others)
+        )
+        np.testing.assert_array_equal(kept, again)
+    others[across] = scores[across[::-1]]  # and two change pools
+    kept, again = (
+        set(dlc.select(some, labels, keep_fraction=0.3, seed=3).indices.tolist())
+        for some in (scores, others)
+    )
+    assert len(kept ^ again) <= 4

@@ -146,6 +146,7 @@ def test_all_artefacts_are_in_the_bucket(scored, plain):
         [
             "config.json",
             "provenance.json",
+            "scores/certificate.json",
             "scores/easiest_hardest.png",
             "scores/losses.npz",
             "scores/scores.parquet",

@@ -157,6 +157,7 @@ def test_all_artefacts_are_in_the_bucket(scored, plain):
     assert_same_losses(scored, str(plain))
 
 
+@pytest.mark.slow
 def test_another_machine_finds_it_done(scored, tmp_path, server):
     before = len(server)
     out, _ = run(scored, tmp_path, *SCORE)
@@ -169,6 +170,7 @@ def test_another_machine_finds_it_done(scored, tmp_path, server):
     assert not any("GET /bucket/runs/scored/" in line for line in server[before:])
 
 
+@pytest.mark.slow
 def test_scoring_that_is_killed_goes_on_elsewhere(plain, tmp_path, server):
     url = "s3://bucket/runs/killed"
 
@@ -187,6 +189,7 @@ def test_scoring_that_is_killed_goes_on_elsewhere(plain, tmp_path, server):
     assert len(puts()) - len(set(puts())) <= 1
 
 
+@pytest.mark.slow
 def test_fine_tuning_that_is_killed_goes_on_elsewhere(plain, tmp_path, server):
     url = "s3://bucket/runs/tuned"
     folder = "finetune/random/keep_0.10-seed_1"
@@ -228,6 +231,7 @@ def checkpoints(asked: list[str]) -> set[str]:
     return {line.split("/checkpoint/")[1].split("/")[0] for line in lines}
 
 
+@pytest.mark.slow
 def test_processes_that_share_nothing_else(plain, tmp_path, server):
     url = "s3://bucket/runs/two"
     with socket.socket() as free:

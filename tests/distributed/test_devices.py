@@ -31,6 +31,7 @@ def found(tmp_path_factory):
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "mesh"), [*(("odd", mesh) for mesh in MESHES), *(("few", mesh) for mesh in FEW)]
 )
@@ -41,6 +42,7 @@ def test_losses_are_bit_for_bit_those_of_one_device(found, data, mesh):
     np.testing.assert_array_equal(np.array(found[data][mesh]), one)
 
 
+@pytest.mark.slow
 def test_probes_side_by_side_and_fresh_crops_too(found):
     losses = {name: np.array(values) for name, values in found["others"].items()}
     np.testing.assert_allclose(losses["chunks on two"], losses["chunks"], atol=2e-6)
@@ -48,11 +50,13 @@ def test_probes_side_by_side_and_fresh_crops_too(found):
     assert np.abs(losses["crops"] - np.array(found["odd"]["one"])[:2]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_features_and_linear_heads_are_those_of_one_device(found):
     np.testing.assert_array_equal(found["features"]["four"], found["features"]["one"])
     assert found["linear"]["four"] == found["linear"]["one"]
 
 
+@pytest.mark.slow
 def test_batch_norm_is_of_the_whole_batch(found):
     for kind, tolerance in (("updates", 1e-2), ("statistics", 1e-4)):
         worst = max(found["finetune"]["two"][kind].values())

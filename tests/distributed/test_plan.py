@@ -64,6 +64,7 @@ def test_every_model_that_configurations_name_has_its_sizes_here():
     assert set(presets.LANGUAGE_MODELS.values()) == set(PAPER_MODELS)
 
 
+@pytest.mark.slow
 def test_the_setting_to_turn():
     machine = Machine("1 x 24 GiB", 1, 24 * GIB)
     large = Scoring(**{**vars(scoring(GEMMA, 1)), "tokens_per_batch": 131_072})
@@ -138,6 +139,7 @@ def sample_config():
     return config
 
 
+@pytest.mark.slow
 def test_passes_time_and_break_even(sample_config):
     text = told(sample_config)
     assert "| score    | losses of 4 probes              | 4      | 1,600 " in text

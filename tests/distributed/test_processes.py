@@ -117,7 +117,13 @@ def alone(data, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("num", "num_devices", "name"), [(2, 1, "odd"), (4, 1, "odd"), (4, 1, "few"), (2, 2, "odd")]
+    ("num", "num_devices", "name"),
+    [
+        (2, 1, "odd"),
+        pytest.param(4, 1, "odd", marks=pytest.mark.slow),
+        pytest.param(4, 1, "few", marks=pytest.mark.slow),
+        pytest.param(2, 2, "odd", marks=pytest.mark.slow),
+    ],
 )
 def test_several_processes_find_what_one_finds(data, alone, tmp_path, num, num_devices, name):
     run(num, tmp_path, [*SCORE, *SELECT, *data[name]], num_devices)
@@ -131,7 +137,9 @@ def wait_for_parts(workdir: Path, num: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("rank", "num_after"), [(1, 3), (0, 1)])
+@pytest.mark.parametrize(
+    ("rank", "num_after"), [(0, 1), pytest.param(1, 3, marks=pytest.mark.slow)]
+)
 def test_killed_in_scoring_the_others_name_it_and_any_number_goes_on(
     data, alone, tmp_path, rank, num_after
 ):
@@ -149,6 +157,7 @@ def test_killed_in_scoring_the_others_name_it_and_any_number_goes_on(
     check_same(tmp_path, alone["odd"])
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_path):
     arguments = [*SCORE, *SWEEP, *data["odd"]]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -68,12 +68,14 @@ def found(folder, tmp_path_factory):
     return json.loads(out.read_text()) | {"merged": out.parent / "merged"}
 
 
+@pytest.mark.slow
 def test_every_device_holds_what_the_plan_says(folder, found):
     architecture = Architecture(read_config(folder), "float32")
     assert found["held"] == [weight_bytes(architecture, 8)] * 8
     assert found["held"][0] < found["weights"] / 7.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["lora_a", "lora_b"])
 def test_eight_devices_move_an_adapter_as_one_does(found, what):
     one, many = (np.array(found[name][what]) for name in ("one", "many"))
@@ -81,6 +83,7 @@ def test_eight_devices_move_an_adapter_as_one_does(found, what):
     assert np.linalg.norm(many - one) <= 1e-4 * np.linalg.norm(one)
 
 
+@pytest.mark.slow
 def test_a_model_over_eight_devices_is_written_whole(folder, found):
     written = load_file(found["merged"] / "model.safetensors")
     expected = load_file(folder / "model.safetensors")
@@ -89,6 +92,7 @@ def test_a_model_over_eight_devices_is_written_whole(folder, found):
         np.testing.assert_array_equal(written[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["losses", "probes"])
 def test_eight_devices_give_what_one_gives(found, what):
     one, many = (np.array(found[name][what]) for name in ("one", "many"))
@@ -96,6 +100,7 @@ def test_eight_devices_give_what_one_gives(found, what):
     assert np.abs(one).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["probe", "again", "kept"])
 def test_compiled_programs_take_less_than_planned(found, job):
     taken, planned = found["compiled"][job], found["planned"][job]["total"]
@@ -103,11 +108,13 @@ def test_compiled_programs_take_less_than_planned(found, job):
     assert taken <= planned <= 3 * taken
 
 
+@pytest.mark.slow
 def test_no_device_ever_has_all_weights(found):
     assert found["compiled"]["probe"] < found["weights"]
     assert found["compiled"]["again"] < found["weights"]
 
 
+@pytest.mark.slow
 def test_activations_that_are_kept_keep_gathered_weights(found):
     assert found["compiled"]["kept"] > found["weights"]
     assert found["planned"]["kept"]["gathered weights of 6 blocks"] > 0.9 * found["weights"]

@@ -128,6 +128,7 @@ def test_finished_stages_are_not_run_again(workdir):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_changed_inputs_and_damaged_files_run_again(workdir, tmp_path):
     subprocess.run(["cp", "-r", f"{workdir}/.", str(tmp_path)], check=True)
     losses = tmp_path / "scores" / "losses.npz"
@@ -142,6 +143,7 @@ def test_changed_inputs_and_damaged_files_run_again(workdir, tmp_path):
     assert np.load(losses)["losses"].shape == (2, 750)
 
 
+@pytest.mark.slow
 def test_selections_of_other_scores_are_set_aside(workdir, tmp_path):
     subprocess.run(["cp", "-r", f"{workdir}/.", str(tmp_path)], check=True)
     shutil.rmtree(tmp_path / "superseded", ignore_errors=True)
@@ -337,6 +339,7 @@ def test_help_lists_every_key():
     assert "configs/demo.py" in done.stdout
 
 
+@pytest.mark.slow
 def test_killed_while_scoring_leaves_whole_files_and_a_run_that_goes_on(workdir, tmp_path):
     arguments = (*FAST, f"--workdir={tmp_path}")
     process = subprocess.Popen(
@@ -354,6 +357,7 @@ def test_killed_while_scoring_leaves_whole_files_and_a_run_that_goes_on(workdir,
     assert not list(tmp_path.rglob(".*"))
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_nothing_is_half_written(workdir, tmp_path):
     """Killed while it writes some hundred selections; then finished by a second run."""
     subprocess.run(["cp", "-r", f"{workdir}/scores", str(tmp_path)], check=True)

@@ -117,6 +117,7 @@ def test_what_the_command_leaves_is_what_the_functions_give(place, tmp_path):
     assert "score: unchanged" in again
 
 
+@pytest.mark.slow
 def test_chat_templates_and_variants_of_scores_select(place, tmp_path):
     run(
         place,
@@ -202,6 +203,7 @@ LORA = (
 )
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_asked(place, tmp_path):
     """Score, select, fine-tune, evaluate and report in one go, and what the functions give."""
     write_mmlu(tmp_path / "mmlu")
@@ -270,6 +272,7 @@ def test_adapters_are_trained_and_asked(place, tmp_path):
     assert float(rows["full"]["test_loss"]) > losses["full"]
 
 
+@pytest.mark.slow
 def test_stages_that_miss_something_say_what(place, tmp_path):
     said = run(place, tmp_path, "--config.stages=evaluate", code=2)
     assert "evaluation.mmlu: missing" in said

@@ -97,6 +97,7 @@ def test_every_run_has_its_files_and_its_row(finished):
     assert float(found[0]["test_accuracy"]) > 40
 
 
+@pytest.mark.slow
 def test_a_run_is_what_the_api_gives(finished, sample, sample_encoder):
     folder, _ = finished
     kept = np.load(folder / "selections" / "random" / "keep_0.20-seed_2.npy")
@@ -133,6 +134,7 @@ def test_the_report_compares_with_random_in_numbers_and_words(finished):
     assert "</svg>" in (folder / "report" / "gap_to_random.svg").read_text()
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again_and_new_ones_are_added(finished, tmp_path):
     folder = copy(finished, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("finetune/*/*/run.json")}
@@ -148,6 +150,7 @@ def test_finished_runs_are_not_run_again_and_new_ones_are_added(finished, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_other_settings_set_runs_aside_and_take_them_back(finished, tmp_path):
     folder = copy(finished, tmp_path)
     short = (*SWEEP, f"--workdir={folder}", "--config.finetune.epochs=0")
@@ -160,6 +163,7 @@ def test_other_settings_set_runs_aside_and_take_them_back(finished, tmp_path):
     assert without_seconds(folder) == without_seconds(finished[0])
 
 
+@pytest.mark.slow
 def test_a_report_of_other_runs_does_not_stay(finished, tmp_path):
     folder = copy(finished, tmp_path)
     done = run(*SWEEP, f"--workdir={folder}", "--config.finetune.learning_rate=1e30", code=2)
@@ -183,6 +187,7 @@ def test_the_report_says_what_it_is_of(finished, tmp_path):
     assert "(the configuration says epochs 9)" in said
 
 
+@pytest.mark.slow
 def test_without_random_there_is_no_figure_but_a_hint(tmp_path):
     arguments = (*SWEEP[:-3], "--config.selection.keep_fractions=(0.1,)", f"--workdir={tmp_path}")
     small = ("--config.finetune.epochs=0", "--config.selection.seeds=(1,)")
@@ -212,6 +217,7 @@ def test_a_test_set_that_does_not_fit_is_told_before_scoring(tmp_path, sample):
         assert not (tmp_path / "run" / "scores").exists()
 
 
+@pytest.mark.slow
 def test_one_broken_cell_does_not_harm_the_others(finished, tmp_path):
     folder = copy(finished, tmp_path)
     shutil.rmtree(folder / "finetune" / "random")
@@ -276,6 +282,7 @@ def test_two_sweeps_in_one_work_directory_do_not_meet(finished, tmp_path):
     assert without_seconds(folder) == without_seconds(finished[0])
 
 
+@pytest.mark.slow
 def test_classes_that_are_not_kept_and_test_images_that_cannot_be_read_are_told(tmp_path, sample):
     for i in (*range(0, 9), *range(50, 59), 100, 101):
         for split in ("train", "test"):
@@ -318,6 +325,7 @@ def test_data_that_were_not_scored_are_refused(finished, tmp_path, sample):
     assert len(rows(folder)) == 10
 
 
+@pytest.mark.slow
 def test_scores_made_anew_set_runs_aside(finished, tmp_path):
     folder = copy(finished, tmp_path)
     only = (f"--workdir={folder}", "--config.stages=('score','select')")
@@ -347,6 +355,7 @@ def test_mistakes_end_in_one_clear_line(tmp_path, arguments, says):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_killed_ten_times_a_sweep_ends_as_if_undisturbed(finished, tmp_path):
     """kill -9 at random moments: of starting, training, saving, testing and writing results."""
     for name in ("scores", "selections", "config.json", "provenance.json"):

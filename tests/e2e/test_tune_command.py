@@ -171,6 +171,7 @@ def test_auto_is_what_tune_finds(finished, sample):
     assert "the full set is better by" in text
 
 
+@pytest.mark.slow
 def test_nothing_is_done_twice_and_one_more_method_asks_for_what_it_needs(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     again = run(tmp_path / "run")
@@ -216,6 +217,7 @@ def test_selecting_without_what_a_method_goes_by_says_so(finished, tmp_path):
     assert "scores: has no features of these scores; run the stage 'score'" in said
 
 
+@pytest.mark.slow
 def test_features_and_records_of_other_scores_are_not_taken(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     smaller = "--config.encoder.image_size=24"
@@ -285,6 +287,7 @@ def test_what_another_tuning_chose_is_not_exported(finished, tmp_path):
     assert "Run the stage 'select' again" in said
 
 
+@pytest.mark.slow
 def test_fewer_keep_fractions_are_not_tuned_again(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     fewer = "--config.selection.keep_fractions=0.2"

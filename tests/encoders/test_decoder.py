@@ -114,6 +114,7 @@ def test_logits_are_those_of_torch(torch_models, name, side):
     np.testing.assert_allclose(again, ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_attention_in_parts_is_the_same(torch_models, name, monkeypatch):
     """Queries go in parts, each with only the keys that it can see; several share a row."""

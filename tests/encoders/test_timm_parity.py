@@ -54,6 +54,7 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "narrowed", "image_size"),
     [

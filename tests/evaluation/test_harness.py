@@ -215,6 +215,7 @@ def test_every_kind_of_log_likelihood_is_that_of_lm_eval(place, options):
     assert_same(expected, evaluated(ours, tasks))
 
 
+@pytest.mark.slow
 def test_a_real_model_on_real_questions(timm):
     folder = require_shared("mmlu")
     theirs, ours = both(require_shared("lm/tiny-llama"))
@@ -226,6 +227,7 @@ def test_a_real_model_on_real_questions(timm):
     assert_same(expected, evaluated(ours, tasks, num_fewshot=5, limit=3))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_applied_as_by_lm_eval(place, tmp_path):
     import peft
     import torch
@@ -309,6 +311,7 @@ def test_generation_is_refused_with_what_is_supported(place):
         ours.generate_until([request])
 
 
+@pytest.mark.slow
 def test_the_command(place, tmp_path):
     """In its own process, over a task in a file."""
     task = text_tasks(place)[0]

@@ -223,6 +223,7 @@ def test_local_wants_a_number_of_processes(local, arguments):
     assert err.startswith("error: N must be a number of processes")
 
 
+@pytest.mark.slow
 def test_local_runs_the_bundled_sample(tmp_path):
     """Two processes end with the scores of one."""
     losses = []

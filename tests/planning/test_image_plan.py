@@ -105,6 +105,7 @@ def test_break_even_of_known_speeds(measured, monkeypatch):
     assert float(runs) == pytest.approx(pruning / saved / 50, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "setting", "num_bytes"),
     [("score", "probe.batch_size", 30 * MIB), ("finetune", "finetune.batch_size", 60 * MIB)],
@@ -127,6 +128,7 @@ def test_weights_that_fit_nowhere(measured, monkeypatch):
     assert not settings
 
 
+@pytest.mark.slow
 def test_images_that_do_not_fit_a_host(measured, monkeypatch):
     monkeypatch.setattr(host, "resident_bytes", lambda: 0)
     taken = sum(part.num_bytes for part in host.finetuning_parts(work_of(configured())))
@@ -222,6 +224,7 @@ def test_arrays_are_as_large_as_they_are():
     assert found.crop_seconds > 0
 
 
+@pytest.mark.slow
 def test_predicted_seconds_are_those_of_a_run(sample, sample_encoder):
     """Within a factor of three, of three tries: other work on the machine comes and goes."""
     config = configured(("plan", "score"), probe__num_probes=10, cache__max_gib=0.0)

@@ -94,6 +94,7 @@ def test_corrupt_images_stop_the_run_by_id(broken, sample_encoder):
         dlc.probe(sample_encoder, broken, image_size=64)
 
 
+@pytest.mark.slow
 def test_corrupt_images_are_skipped_and_listed_on_request(broken, small_sample, sample_encoder):
     options = {"image_size": 64, "num_probes": 2, "on_corrupt": "skip"}
     probes = dlc.probe(sample_encoder, broken, **options)

@@ -41,6 +41,7 @@ def held(losses, labels, num_probes, seed):
     return [low - 1e-9 <= value <= high + 1e-9 for (_, low, high), value in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [0.5, 0.7, 0.9])
 def test_intervals_hold_the_truth_on_curves_of_the_kind_that_is_assumed(exponent):
     found = [
@@ -52,6 +53,7 @@ def test_intervals_hold_the_truth_on_curves_of_the_kind_that_is_assumed(exponent
     assert np.mean(found, axis=0).min() >= 0.9
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_on_recorded_losses():
     folder = require_shared("golden")
     with np.load(folder / "resnet18-caltech15_outputs.npz") as file:
@@ -152,6 +154,7 @@ def test_refinements_are_nested_and_end_with_all(num_steps):
     assert [len(steps) for steps in found[:-1]] == [5 * 3**k for k in range(len(found) - 1)]
 
 
+@pytest.mark.slow
 def test_auto_measures_no_probe_twice_and_what_fixed_numbers_measure(
     sample_encoder, small_sample, monkeypatch
 ):

@@ -100,7 +100,8 @@ def test_shards_and_skipped_samples_change_nothing(sample_encoder, small_sample,
     np.testing.assert_array_equal(few.losses, one.losses)
     good = np.setdiff1d(np.arange(60), [5, 40])
     alone = dlc.probe(sample_encoder, subset(small_sample, good), **OPTIONS)
-    np.testing.assert_array_equal(few.prototypes, alone.prototypes)
+    # a sample's place in its batch can move the last bits of its features on some CPUs
+    np.testing.assert_allclose(few.prototypes, alone.prototypes, atol=2e-6)
     np.testing.assert_allclose(few.losses, alone.losses, atol=2e-6)
 
 

@@ -208,6 +208,7 @@ def test_random_masking_depends_on_the_seed(sample_encoder, small_sample):
     assert np.abs(losses[0][2] - losses[2][2]).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_ranks_nearly_the_same(sample_encoder, small_sample, reference):
     from scipy.stats import spearmanr
 
@@ -217,6 +218,7 @@ def test_bfloat16_ranks_nearly_the_same(sample_encoder, small_sample, reference)
     assert spearmanr(half.losses.mean(0), reference.losses.mean(0)).statistic > 0.99
 
 
+@pytest.mark.slow
 def test_augment_draws_fresh_crops_for_every_probe(sample_encoder, small_sample):
     options = {"image_size": 64, "num_probes": 3, "step": 1e-6, "augment": True}
     first = dlc.probe(sample_encoder, small_sample, **options)

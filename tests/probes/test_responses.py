@@ -102,6 +102,7 @@ def test_losses_under_every_probe_are_those_under_the_masks_of_torch(models):
     np.testing.assert_allclose(found.sparsity, [0.1, 0.3, 0.5, 0.7, 0.9], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_probes_of_the_grid_start_unmasked(models):
     found = probe_responses(models[0], DATA, num_probes=2, placement="grid")
     np.testing.assert_allclose(found.losses[0], response_losses(models[0], DATA), atol=1e-6)
@@ -129,6 +130,7 @@ def test_masks_of_a_real_model_zero_as_many_weights_as_they_should(timm):
         assert kept <= float(np.asarray(one.value).view(np.float32))
 
 
+@pytest.mark.slow
 def test_a_real_model_on_real_text(timm):
     import torch
     import transformers

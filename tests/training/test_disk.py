@@ -12,6 +12,7 @@ from dlc_jax.training import Finetuner
 FAST = {"image_size": 32, "epochs": 4, "batch_size": 16, "learning_rate": 0.05}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     sample_encoder, small_sample, tmp_path, monkeypatch

@@ -91,6 +91,7 @@ def test_max_pool_and_its_gradient_are_torchs(height, width, seed):
     np.testing.assert_allclose(gradient, theirs.grad.numpy().transpose(0, 2, 3, 1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_coarsely_and_keeps_float32_weights(sample_encoder):
     batch = Batch.padded(random_images(8, 64), np.arange(8, dtype=np.int32), 8)
     exact, metrics = one_step(sample_encoder, batch)

@@ -119,10 +119,15 @@ def train_ours(encoder, head, data, epochs=EPOCHS, **changes) -> tuple[TrainStat
 
 
 @pytest.mark.parametrize(
-    ("name", "make"), [("resnet18", pretrained_resnet), ("vit_small_patch16_224", small_vit)]
+    ("name", "make", "loss_tolerance"),
+    [
+        # on some CPUs a sign flips in a ReLU, also between float32 and float64 of torch
+        ("resnet18", pretrained_resnet, 1e-4),
+        ("vit_small_patch16_224", small_vit, 1e-5),
+    ],
 )
 def test_fifty_steps_move_every_tensor_as_torch_does(
-    timm, tmp_path, name, make, batches, two_blocks
+    timm, tmp_path, name, make, loss_tolerance, batches, two_blocks
 ):
     import torch
 
@@ -139,7 +144,7 @@ def test_fifty_steps_move_every_tensor_as_torch_does(
     weights = state.weights()
     after = by_path(weights["encoder"]) | by_path({"head": weights["head"]})
     assert after.keys() == expected.keys()
-    np.testing.assert_allclose(losses[:20], expected_losses[:20], atol=1e-5)
+    np.testing.assert_allclose(losses[:20], expected_losses[:20], atol=loss_tolerance)
     assert expected_losses[-1] < expected_losses[0]  # there was something to learn
     for path, start in before.items():
         update = expected[path] - start
@@ -148,6 +153,7 @@ def test_fifty_steps_move_every_tensor_as_torch_does(
         assert np.linalg.norm(error) <= 1e-2 * np.linalg.norm(update), path
 
 
+@pytest.mark.slow
 def test_what_the_comparison_would_catch(timm, tmp_path, batches):
     """Each of these slips moves some tensor by more than the tolerance."""
     encoder = encoder_of("resnet18", pretrained_resnet(timm), tmp_path)

@@ -66,6 +66,7 @@ def adapter_of(result):
     return {path: np.asarray(leaf) for path, leaf in leaves if "lora_" in path}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_one_that_was_not(model, tmp_path, monkeypatch):
     kept = np.arange(1, 20)
     whole = dlc.finetune_lora(model, DATA, kept, test=samples(5, 1), seed=4, **OPTIONS)

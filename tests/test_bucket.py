@@ -140,6 +140,7 @@ def scored(server, tmp_path_factory) -> str:
     return url
 
 
+@pytest.mark.slow
 def test_all_artefacts_are_in_the_bucket(scored, plain):
     found = names(scored)
     assert found == sorted(

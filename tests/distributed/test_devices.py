@@ -66,6 +66,7 @@ def test_batch_norm_is_of_the_whole_batch(found):
         assert len(found["finetune"]["two"][kind]) >= 40
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device(sample_encoder, small_sample):
     mesh = dlc.make_mesh(fsdp=1)
     assert dict(mesh.shape) == {"data": 1, "probe": 1, "fsdp": 1}

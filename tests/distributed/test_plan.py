@@ -102,6 +102,7 @@ def run(*arguments, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     done = run("--config=configs/instructions.py", "--config.stages=('plan',)", tmp_path=tmp_path)
     assert "mistralai/Mistral-7B-v0.3, 7,248,023,552 parameters" in done.stdout

@@ -83,6 +83,7 @@ def run(place, workdir, *arguments, code=0):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_what_the_command_leaves_is_what_the_functions_give(place, tmp_path):
     said = run(place, tmp_path)
     assert "24 instructions" in said

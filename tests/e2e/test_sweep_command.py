@@ -70,6 +70,7 @@ def weights(folder: Path, cell: str) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 def test_every_run_has_its_files_and_its_row(finished):
     folder, printed = finished
     header = (folder / "results.csv").read_text().splitlines()[0]
@@ -116,6 +117,7 @@ def test_a_run_is_what_the_api_gives(finished, sample, sample_encoder):
     assert result.num_kept == len(kept)
 
 
+@pytest.mark.slow
 def test_the_report_compares_with_random_in_numbers_and_words(finished):
     folder, printed = finished
     table = (folder / "report" / "results.md").read_text()
@@ -173,6 +175,7 @@ def test_a_report_of_other_runs_does_not_stay(finished, tmp_path):
     assert not (folder / "report").exists()
 
 
+@pytest.mark.slow
 def test_the_report_says_what_it_is_of(finished, tmp_path):
     folder = copy(finished, tmp_path)
     printed = finished[1]
@@ -244,6 +247,7 @@ def test_one_broken_cell_does_not_harm_the_others(finished, tmp_path):
     assert without_seconds(folder) == without_seconds(finished[0])
 
 
+@pytest.mark.slow
 def test_weights_are_dropped_on_request_and_the_api_reads_what_is_kept(
     finished, tmp_path, sample, sample_encoder
 ):
@@ -272,6 +276,7 @@ def test_weights_are_dropped_on_request_and_the_api_reads_what_is_kept(
     assert without_seconds(folder) == without_seconds(finished[0])
 
 
+@pytest.mark.slow
 def test_two_sweeps_in_one_work_directory_do_not_meet(finished, tmp_path):
     from dlc_jax import artefacts
 
@@ -313,6 +318,7 @@ def test_classes_that_are_not_kept_and_test_images_that_cannot_be_read_are_told(
     assert config["dataset"]["test"] == f"folder:{tmp_path}/test"
 
 
+@pytest.mark.slow
 def test_data_that_were_not_scored_are_refused(finished, tmp_path, sample):
     folder = copy(finished, tmp_path / "run")
     for i in range(0, 750, 25):

@@ -51,6 +51,7 @@ def finished(tmp_path_factory):
     return folder, run(folder)
 
 
+@pytest.mark.slow
 def test_every_method_selects_from_what_it_goes_by(finished, sample, sample_encoder):
     folder, _ = finished
     features = np.load(folder / "scores" / "features.npz", allow_pickle=False)
@@ -124,6 +125,7 @@ def test_every_method_selects_from_what_it_goes_by(finished, sample, sample_enco
         assert earlier - 0.01 <= found <= earlier + took["select"] + 0.01, method
 
 
+@pytest.mark.slow
 def test_auto_is_what_tune_finds(finished, sample):
     folder, said = finished
     table = pq.read_table(folder / "scores" / "scores.parquet")
@@ -210,6 +212,7 @@ def test_mistakes_end_in_one_clear_line(tmp_path, arguments, says):
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_selecting_without_what_a_method_goes_by_says_so(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "scores" / "features.npz").unlink()
@@ -229,6 +232,7 @@ def test_features_and_records_of_other_scores_are_not_taken(finished, tmp_path):
     assert "no column 'entropy'" in said
 
 
+@pytest.mark.slow
 def test_features_and_record_outlive_other_probes(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     before = (tmp_path / "run" / "scores" / "features.npz").stat().st_mtime_ns
@@ -240,6 +244,7 @@ def test_features_and_record_outlive_other_probes(finished, tmp_path):
     assert pq.read_table(tmp_path / "run" / "scores" / "scores.parquet").num_columns == 3 + 10
 
 
+@pytest.mark.slow
 def test_columns_go_with_the_record_they_are_of(finished, tmp_path):
     """Other training settings, and a process that dies before the new record is there."""
     shutil.copytree(finished[0], tmp_path / "run")
@@ -250,6 +255,7 @@ def test_columns_go_with_the_record_they_are_of(finished, tmp_path):
     assert "training" not in told["stages"]
 
 
+@pytest.mark.slow
 def test_damaged_features_are_not_taken(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     path = tmp_path / "run" / "scores" / "features.npz"
@@ -259,6 +265,7 @@ def test_damaged_features_are_not_taken(finished, tmp_path):
     assert "has no features of these scores" in said
 
 
+@pytest.mark.slow
 def test_another_tolerance_is_told_and_nothing_is_tuned_again(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     said = run(tmp_path / "run", "--config.tuning.tolerance=60", stages=("tune",))
@@ -269,6 +276,7 @@ def test_another_tolerance_is_told_and_nothing_is_tuned_again(finished, tmp_path
     assert text != (finished[0] / "tuning" / "tuning.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_another_tuning_chose_is_not_exported(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     export = ("--config.export.forms=json",)
@@ -301,6 +309,7 @@ def test_fewer_keep_fractions_are_not_tuned_again(finished, tmp_path):
     run(tmp_path / "run", export, methods=("auto",), stages=("export",))
 
 
+@pytest.mark.slow
 def test_a_table_half_changed_is_made_anew(finished, tmp_path):
     """A run killed while it added columns to the scores: the losses are still good."""
     shutil.copytree(finished[0], tmp_path / "run")

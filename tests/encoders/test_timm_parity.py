@@ -130,6 +130,7 @@ def test_normalisation_is_the_checkpoints_own(timm, tmp_path):
     assert (explicit.mean, explicit.pooling) == ((0, 0, 0), "cls")
 
 
+@pytest.mark.slow
 def test_vit_pooling(timm, tmp_path):
     """Mean over all tokens, class token, and the released code's single scalar."""
     import torch

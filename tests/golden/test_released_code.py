@@ -86,6 +86,7 @@ def test_images_are_the_recorded_ones(golden, sample):
     np.testing.assert_array_equal(sample.ids, inputs["ids"])
 
 
+@pytest.mark.slow
 def test_features_and_prototypes(encoder, sample, recorded, probes):
     features = dlc.features(encoder, sample, image_size=64, mode="official")
     for ours, theirs in (
@@ -95,6 +96,7 @@ def test_features_and_prototypes(encoder, sample, recorded, probes):
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
+@pytest.mark.slow
 def test_losses_scores_and_kept_sets_end_to_end(recorded, probes):
     theirs = recorded["losses"][PLACES]
     assert np.abs(probes.losses - theirs).max() <= 2e-6

@@ -30,6 +30,7 @@ def test_scoring_takes_less_than_planned(sample_encoder, batch_size, chunk, hold
     assert found <= planned <= 2.5 * found
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_less_than_planned(sample_encoder):
     settings = FinetuneConfig(batch_size=32)
     job = ImageFinetuning(sample_encoder.for_mode("default"), 64, 15, settings, num_devices=1)

@@ -184,6 +184,7 @@ def test_auto_measures_no_probe_twice_and_what_fixed_numbers_measure(
         dlc.probe(sample_encoder, small_sample, num_probes="auto", agreement=1.5)
 
 
+@pytest.mark.slow
 def test_auto_goes_on_where_it_was_stopped(sample_encoder, small_sample, tmp_path, monkeypatch):
     from dlc_jax.probes import rounds
 

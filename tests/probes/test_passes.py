@@ -105,6 +105,7 @@ def test_shards_and_skipped_samples_change_nothing(sample_encoder, small_sample,
     np.testing.assert_allclose(few.losses, alone.losses, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     """Ten times the images would take 59 MiB more if they were kept."""
     images = [encoded(pixels, "JPEG") for pixels in random_images(50, 72)]

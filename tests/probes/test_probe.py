@@ -65,10 +65,10 @@ def test_official_losses_are_those_of_torch(timm, sample_encoder, small_sample):
     "changes",
     [
         {"batch_size": 7},
-        {"batch_size": 1000},
+        pytest.param({"batch_size": 1000}, marks=pytest.mark.slow),
         {"chunk": 3},
-        {"chunk": 7},
-        {"chunk": 100},
+        pytest.param({"chunk": 7}, marks=pytest.mark.slow),
+        pytest.param({"chunk": 100}, marks=pytest.mark.slow),
         {"chunk": 4, "batch_size": 32},
     ],
 )
@@ -135,6 +135,7 @@ def memory_of_program(encoder: dlc.Encoder, num_probes: int):
     return lowered.compile().memory_analysis()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_probes(sample_encoder):
     few, many = (memory_of_program(sample_encoder, num) for num in (5, 50))
     # the thresholds (20 leaves) and the losses themselves, both a few bytes per probe

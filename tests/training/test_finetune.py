@@ -96,6 +96,7 @@ def test_the_order_is_a_permutation_that_seed_and_epoch_decide(small_sample):
     assert order(1, 1)[:4] == [5, 41, 9, 10]  # pinned: stored runs must be found again
 
 
+@pytest.mark.slow
 def test_runs_of_any_size_share_one_program(sample_encoder, small_sample):
     before = train_step._cache_size()
     for kept in (np.arange(60), np.arange(0, 60, 3), np.arange(5)):
@@ -331,6 +332,7 @@ def test_an_empty_selection_says_why(sample_encoder, small_sample):
             dlc.finetune(sample_encoder, small_sample, kept, **FAST)
 
 
+@pytest.mark.slow
 def test_a_last_batch_of_one_is_refused_where_batch_norm_sees_one_value(
     sample_encoder, small_sample
 ):

@@ -32,7 +32,7 @@ def one_step(encoder: dlc.Encoder, batch: Batch, dtype: str = "float32"):
     return train_step(Network.of(encoder, dtype), SGD, state, *batch, jnp.float32(0.1))
 
 
-@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_padding_changes_nothing(sample_encoder, size):
     images, labels = random_images(8, 64), np.arange(8, dtype=np.int32)
     short = Batch.padded(images[:size], labels[:size], 8)
@@ -74,6 +74,7 @@ def test_batch_norm_is_torchs_on_the_real_samples(real, side, padding, seed):
     np.testing.assert_allclose(ours.var[...], theirs.running_var.numpy(), rtol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**16))
 def test_max_pool_and_its_gradient_are_torchs(height, width, seed):

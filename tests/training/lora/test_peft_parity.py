@@ -133,10 +133,10 @@ def torch_steps(model, data, settings, order, rates):
     ("family", "optimiser", "rate", "packing"),
     [
         ("Llama", "sgd", 1e-2, False),
-        ("Llama", "sgd", 1e-2, True),
+        pytest.param("Llama", "sgd", 1e-2, True, marks=pytest.mark.slow),
         ("Llama", "adamw", 1e-2, False),
-        ("Mistral", "sgd", 1e-2, True),
-        ("Gemma2", "sgd", 1e-2, False),
+        pytest.param("Mistral", "sgd", 1e-2, True, marks=pytest.mark.slow),
+        pytest.param("Gemma2", "sgd", 1e-2, False, marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_are_those_of_peft(

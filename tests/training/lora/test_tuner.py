@@ -104,7 +104,12 @@ def test_a_stopped_run_ends_as_one_that_was_not(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"packing": True}, {"rows_at_once": 3}, {"rematerialise": False}]
+    "options",
+    [
+        {"packing": True},
+        pytest.param({"rows_at_once": 3}, marks=pytest.mark.slow),
+        pytest.param({"rematerialise": False}, marks=pytest.mark.slow),
+    ],
 )
 def test_what_saves_memory_or_time_changes_nothing(model, options):
     base = dlc.finetune_lora(model, DATA, **OPTIONS)

@@ -78,6 +78,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_command_tells_by_its_exit_code(troubled, tmp_path):
     done = command("--dataset=demo:caltech15/train", "--test=demo:caltech15/test")
     assert (done.returncode, done.stderr) == (0, "")

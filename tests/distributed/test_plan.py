@@ -74,6 +74,7 @@ def test_the_setting_to_turn():
     assert "try lora.rematerialise=True, or" in ways_out(kept, machine)
 
 
+@pytest.mark.slow
 def test_weights_that_fit_nowhere():
     machine = Machine("1 x 1 GiB", 1, GIB // 16)
     said = ways_out(scoring(MISTRAL, 1), machine)

@@ -141,6 +141,7 @@ def test_chat_templates_and_variants_of_scores_select(place, tmp_path):
     assert [json.loads(line) for line in lines] == [ROWS[i] for i in kept]
 
 
+@pytest.mark.slow
 def test_categories_are_classes_and_other_scores_select(place, tmp_path):
     run(
         place,

@@ -65,6 +65,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
     return {f"{row[0]} {row[1]}": row[2:] for row in rows if len(row) == 6}
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     done = subprocess.run(
         [

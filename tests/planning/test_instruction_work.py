@@ -36,6 +36,7 @@ def matrices(sizes) -> int:
     return num if sizes.tied else num - sizes.vocab_size * sizes.width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER_MODELS)
 def test_two_for_each_weight_and_token_and_some_attention(name):
     sizes = PAPER_MODELS[name]

@@ -130,6 +130,7 @@ def test_of_many_samples_some_are_looked_at():
     assert certify_losses(many[steps], np.tile(labels, 100), steps, 50) == found
 
 
+@pytest.mark.slow
 def test_what_cannot_be_certified_is_refused(sample_encoder, small_sample):
     probes = dlc.probe(sample_encoder, small_sample, image_size=32, num_probes=1)
     with pytest.raises(ValueError, match="two probes or more"):

@@ -69,7 +69,7 @@ def test_official_losses_are_those_of_torch(timm, sample_encoder, small_sample):
         {"chunk": 3},
         pytest.param({"chunk": 7}, marks=pytest.mark.slow),
         pytest.param({"chunk": 100}, marks=pytest.mark.slow),
-        {"chunk": 4, "batch_size": 32},
+        pytest.param({"chunk": 4, "batch_size": 32}, marks=pytest.mark.slow),
     ],
 )
 def test_batch_size_and_chunk_do_not_change_the_losses(

@@ -294,6 +294,7 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_remedy(
     assert not list((tmp_path / "checkpoint").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_one_step_that_ruins_the_weights_is_not_returned(sample_encoder, small_sample):
     """The loss of the only step is fine; what the step leaves is not."""
     arguments = {"learning_rate": 3e38, "weight_decay": 100.0, "milestones": (), "epochs": 1}
@@ -393,6 +394,7 @@ def test_a_linear_probe_on_disk_goes_on(sample_encoder, small_sample, tmp_path, 
     assert same_weights(resumed, undisturbed)
 
 
+@pytest.mark.slow
 def test_what_users_loops_hand_over(tmp_path):
     """NumPy's numbers; in a process without the run-time checks of annotations."""
     script = f"""

@@ -63,6 +63,7 @@ def head_record(sample_encoder, small_sample) -> TrainingRecord:
     return record_training(sample_encoder, small_sample, **HEAD)
 
 
+@pytest.mark.slow
 def test_a_recorded_run_is_the_run_of_finetune(sample_encoder, small_sample, results):
     record = record_training(sample_encoder, small_sample, **{**FAST, "num_runs": 2})
     assert [seed for seed, _ in results] == [3, 4]

@@ -11,10 +11,12 @@ def commands() -> list[str]:
     return re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)
 
 
-def test_ci_runs_exactly_the_test_command():
+def test_ci_runs_exactly_the_test_commands():
     tests = commands()[1]
     assert tests.endswith("pytest")
-    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+    slow = re.search(r"`(\.venv/bin/python -m pytest -m slow)`", README)[1]
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-2:] == [tests, slow]
 
 
 def test_first_command_is_the_bundled_sample():

@@ -1,4 +1,4 @@
-"""Run by a test in its own process with eight devices: a model over all of them, and over one."""
+"""Run by a test in its own process with eight devices: a model over all, four and one of them."""
 
 import json
 import sys
@@ -34,13 +34,9 @@ def main(folder: str, out: str) -> None:
     found |= {"compiled": _compiled(many)}
     data = _data(one.config.vocab_size)
     for name, model in (("one", one), ("many", many)):
-        found[name] = {
-            "losses": response_losses(model, data, tokens_per_batch=512).tolist(),
-            "probes": probe_responses(
-                model, data, num_probes=NUM_PROBES, tokens_per_batch=512
-            ).losses.tolist(),
-            **_two_steps(model, data),
-        }
+        found[name] = _losses(model, data) | _two_steps(model, data)
+    four = load_language_model(folder, dtype="float32", mesh=make_mesh(data=2, fsdp=4))
+    found["two times four"] = _losses(four, data)
     write_merged(many, Path(out).parent / "merged")
     Path(out).write_text(json.dumps(found))
 
@@ -52,6 +48,13 @@ def _data(vocab_size: int) -> Tokenised:
     num_prompt = (lengths // 2).astype(np.int32)
     ids = np.array([f"row {i}" for i in range(13)])
     return Tokenised(tokens, num_prompt, np.zeros(13, bool), ids)
+
+
+def _losses(model: LanguageModel, data: Tokenised) -> dict[str, list]:
+    """Returns those of the whole model, and under every probe."""
+    probes = probe_responses(model, data, num_probes=NUM_PROBES, tokens_per_batch=512)
+    losses = response_losses(model, data, tokens_per_batch=512)
+    return {"losses": losses.tolist(), "probes": probes.losses.tolist()}
 
 
 def _held(params) -> list[int]:

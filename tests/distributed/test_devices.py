@@ -13,6 +13,8 @@ from devices_run import FEW, MESHES
 
 import dlc_jax as dlc
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
@@ -31,7 +33,6 @@ def found(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "mesh"), [*(("odd", mesh) for mesh in MESHES), *(("few", mesh) for mesh in FEW)]
 )
@@ -42,7 +43,6 @@ def test_losses_are_bit_for_bit_those_of_one_device(found, data, mesh):
     np.testing.assert_array_equal(np.array(found[data][mesh]), one)
 
 
-@pytest.mark.slow
 def test_probes_side_by_side_and_fresh_crops_too(found):
     losses = {name: np.array(values) for name, values in found["others"].items()}
     np.testing.assert_allclose(losses["chunks on two"], losses["chunks"], atol=2e-6)
@@ -50,13 +50,11 @@ def test_probes_side_by_side_and_fresh_crops_too(found):
     assert np.abs(losses["crops"] - np.array(found["odd"]["one"])[:2]).max() > 1e-4
 
 
-@pytest.mark.slow
 def test_features_and_linear_heads_are_those_of_one_device(found):
     np.testing.assert_array_equal(found["features"]["four"], found["features"]["one"])
     assert found["linear"]["four"] == found["linear"]["one"]
 
 
-@pytest.mark.slow
 def test_batch_norm_is_of_the_whole_batch(found):
     for kind, tolerance in (("updates", 1e-2), ("statistics", 1e-4)):
         worst = max(found["finetune"]["two"][kind].values())
@@ -66,7 +64,6 @@ def test_batch_norm_is_of_the_whole_batch(found):
         assert len(found["finetune"]["two"][kind]) >= 40
 
 
-@pytest.mark.slow
 def test_a_mesh_of_one_device(sample_encoder, small_sample):
     mesh = dlc.make_mesh(fsdp=1)
     assert dict(mesh.shape) == {"data": 1, "probe": 1, "fsdp": 1}

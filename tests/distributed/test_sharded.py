@@ -94,8 +94,9 @@ def test_a_model_over_eight_devices_is_written_whole(folder, found):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["losses", "probes"])
-def test_eight_devices_give_what_one_gives(found, what):
-    one, many = (np.array(found[name][what]) for name in ("one", "many"))
+@pytest.mark.parametrize("sharded", ["many", "two times four"])
+def test_eight_devices_give_what_one_gives(found, sharded, what):
+    one, many = (np.array(found[name][what]) for name in ("one", sharded))
     np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)
     assert np.abs(one).max() > 1e-3
 

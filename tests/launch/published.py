@@ -1,9 +1,9 @@
 """Checks the launch files against their publishers' own packages; by hand, they are large.
 
-python3 -m venv /tmp/published
-/tmp/published/bin/pip install skypilot==0.14.1 kubernetes-validate==1.37.0 \
+python3 -m venv .venv/published
+.venv/published/bin/pip install skypilot==0.14.1 kubernetes-validate==1.37.0 \
     kubeflow-trainer-api==2.3.0 pyyaml
-/tmp/published/bin/python tests/launch/published.py
+.venv/published/bin/python tests/launch/published.py
 """
 
 from __future__ import annotations

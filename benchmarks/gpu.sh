@@ -44,7 +44,7 @@ part end_to_end 240 benchmarks.prune_end_to_end "${images[@]}" --num_images=752 
   --encoders=resnet18 --by='dlc_jax 50,dlc_jax auto,good torch,released'
 part precision 60 benchmarks.precision
 part llm_probes 60 benchmarks.llm_probes --paper=llama3-8b --depth=4 --length=1024 --rows=8
-part select 60 benchmarks.select --num=10000000 --cells=3
+part select 60 benchmarks.select
 part memory 60 benchmarks.memory
 
 "$python" - "$parts" "$out" <<'PYTHON'

@@ -51,30 +51,32 @@ _KEEP, _SPLIT, _STEP, _PROBES = 0.3, 0.5, 0.02, 50
 
 def main(_: list[str]) -> None:
     if _RUN.value:
-        start = time.perf_counter()
-        kept, seconds = _contend(_RUN.value)
-        print(json.dumps({"seconds": seconds, "kept": kept.tolist(), "at": start}))
+        print(json.dumps(_contend(_RUN.value)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         images = _linked_images(Path(folder))
-        print("| encoder | by | | seconds | process | times as fast as released |")
-        print("|---|---|---|---|---|---|", flush=True)
+        print("| encoder | by | | probes | seconds | process | times as fast as released |")
+        print("|---|---|---|---|---|---|---|", flush=True)
         for encoder in _ENCODERS.value:
             found = _all_of(encoder, images, Path(folder))
-            base = statistics.median(found.get(("released", "warm"), [(float("nan"),) * 2]))[0]
-            for (by, state), times in found.items():
-                seconds, process = np.median(times, axis=0)
-                rows.append(
-                    {"encoder": encoder, "by": by, "state": state, "seconds": [t[0] for t in times]}
-                )
+            base = _median(found.get(("released", "warm"), []), "seconds")
+            for (by, state), runs in found.items():
+                row = {"encoder": encoder, "by": by, "state": state}
+                row |= {name: [run[name] for run in runs] for name in runs[0]}
+                rows.append(row)
+                seconds = _median(runs, "seconds")
                 print(
-                    f"| {encoder} | {by} | {state} | {seconds:.1f} | {process:.1f} | "
-                    f"{base / seconds:.2f} |",
+                    f"| {encoder} | {by} | {state} | {_median(runs, 'num_probes'):g} | "
+                    f"{seconds:.1f} | {_median(runs, 'process'):.1f} | {base / seconds:.2f} |",
                     flush=True,
                 )
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(rows))
+
+
+def _median(runs: list[dict[str, float]], name: str) -> float:
+    return statistics.median([run[name] for run in runs] or [float("nan")])
 
 
 def _linked_images(folder: Path) -> Path:
@@ -113,8 +115,8 @@ def _written(source: str, folder: Path) -> Path:
 
 def _all_of(
     encoder: str, images: Path, folder: Path
-) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """Returns seconds, and those of the process, by contender and state."""
+) -> dict[tuple[str, str], list[dict[str, float]]]:
+    """Returns probes, seconds, and seconds of the process, by contender and state."""
     checkpoint = folder / f"{encoder}.safetensors"
     if not checkpoint.exists():
         from safetensors.torch import save_file
@@ -122,7 +124,7 @@ def _all_of(
         from benchmarks import peers
 
         save_file(peers.torch_model(encoder).cpu().state_dict(), checkpoint)
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for number in range(_ROUNDS.value):
         for by in _BY.value:
             # torch has nothing to find again; of the others the first time is the cold one
@@ -132,7 +134,7 @@ def _all_of(
     return found
 
 
-def _run(by: str, images: Path, checkpoint: Path, folder: Path) -> tuple[float, float]:
+def _run(by: str, images: Path, checkpoint: Path, folder: Path) -> dict[str, float]:
     own = folder / f"{checkpoint.stem}-{by.replace(' ', '-')}"
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": f"{own}/programs",
@@ -146,11 +148,11 @@ def _run(by: str, images: Path, checkpoint: Path, folder: Path) -> tuple[float, 
     start = time.perf_counter()
     done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     process = time.perf_counter() - start
-    return json.loads(done.stdout.splitlines()[-1])["seconds"], process
+    return json.loads(done.stdout.splitlines()[-1]) | {"process": process}
 
 
-def _contend(by: str) -> tuple[np.ndarray, float]:
-    """Returns the kept indices, and the seconds from listing the files to them."""
+def _contend(by: str) -> dict[str, float]:
+    """Returns the probes taken, and the seconds from listing the files to the kept indices."""
     name = Path(_CHECKPOINT.value).stem
     if by.startswith("dlc_jax"):
         import dlc_jax as dlc
@@ -171,8 +173,8 @@ def _contend(by: str) -> tuple[np.ndarray, float]:
             cache=dlc.ImageCache(),
             mesh=mesh,
         )
-        kept = dlc.select(dlc.score(probes), probes.labels, keep_fraction=_KEEP, split=_SPLIT)
-        return kept.indices, time.perf_counter() - start
+        dlc.select(dlc.score(probes), probes.labels, keep_fraction=_KEEP, split=_SPLIT)
+        return {"seconds": time.perf_counter() - start, "num_probes": len(probes.losses)}
     from benchmarks import peers
 
     peers.import_timm()
@@ -182,8 +184,8 @@ def _contend(by: str) -> tuple[np.ndarray, float]:
         losses, labels = _released(model)
     else:
         losses, labels = _good_torch(model)
-    kept_rows = _flexrand(losses.mean(axis=0), labels)
-    return kept_rows, time.perf_counter() - start
+    _flexrand(losses.mean(axis=0), labels)
+    return {"seconds": time.perf_counter() - start, "num_probes": len(losses)}
 
 
 def _flexrand(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

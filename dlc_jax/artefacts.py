@@ -76,6 +76,11 @@ class ScoredSamples:
         """SHA-256 over ids, class names, labels and DLC, which every work directory has."""
         return self.fingerprint_of({"dlc": self.scores["dlc"]})
 
+    @functools.cached_property
+    def by_id(self) -> np.ndarray:
+        """[n] rows in the order of their ids."""
+        return np.argsort(self.ids)
+
     def score(self, name: str) -> np.ndarray:
         """Returns a column of scores, [n].
 

@@ -41,8 +41,8 @@ def write_selection(
         "mode": selection.mode,
         "chosen": None if selection.chosen is None else selection.chosen._asdict(),
         "num_samples": len(kept),
-        "kept": _ids_summary(samples.ids[kept]),
-        "dropped": _ids_summary(samples.ids[~kept]),
+        "kept": _ids_summary(samples, kept),
+        "dropped": _ids_summary(samples, ~kept),
         "per_class": {
             name: {"samples": int(size), "kept": int(num)}
             for name, size, num in zip(
@@ -97,7 +97,9 @@ def read_selection(
                 f"{_short(value)}. Run the stage 'select' again."
             )
     ids = samples.ids[indices]
-    if _ids_summary(ids) != manifest.get("kept"):
+    kept = np.zeros(len(samples.ids), bool)
+    kept[indices] = True
+    if _ids_summary(samples, kept) != manifest.get("kept"):
         raise checks.InputError(
             f"{path}: its {len(ids)} positions are not the {manifest.get('kept', {}).get('count')} "
             "that its manifest was written for. Run the stage 'select' again."
@@ -114,10 +116,10 @@ def read_selection(
     )
 
 
-def _ids_summary(ids: np.ndarray) -> dict[str, Any]:
-    """Count, and SHA-256 of the sorted ids joined by newlines."""
-    text = "\n".join(sorted(ids.tolist()))
-    return {"count": len(ids), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+def _ids_summary(samples: ScoredSamples, some: np.ndarray) -> dict[str, Any]:
+    """Count, and SHA-256 of the sorted ids joined by newlines, of the samples that [n] marks."""
+    ids = samples.ids[samples.by_id[some[samples.by_id]]].tolist()
+    return {"count": len(ids), "sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest()}
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,7 @@ from dlc_jax import artefacts, checks, provenance, selection_files
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.scores import SCORES
-from dlc_jax.selection import AUTO, SELECTORS, Cell, select
+from dlc_jax.selection import AUTO, SELECTORS, Candidates, Cell
 from dlc_jax.training import read_record
 from dlc_jax.types import Selection, Tuning
 
@@ -38,6 +38,7 @@ class SelectionInputs:
         self.samples = samples
         self._config, self._workdir, self._tuning = config, workdir, tuning
         self._fingerprints: dict[str, str] = {}
+        self._candidates: dict[tuple[str, bool, bool], Candidates] = {}
 
     @functools.cached_property
     def features(self) -> np.ndarray:
@@ -116,17 +117,21 @@ class SelectionInputs:
         )
         by_probabilities = method != AUTO and SELECTORS[method].needs == "probabilities"
         how = self._config.selection.how(method)
-        return select(
-            self.samples.score(how.pop("score")),
-            self.samples.labels,
+        by = (how.pop("score"), by_features, by_probabilities)
+        if by not in self._candidates:
+            self._candidates[by] = Candidates(
+                self.samples.score(by[0]),
+                self.samples.labels,
+                features=self.features if by_features else None,
+                probabilities=self.probabilities if by_probabilities else None,
+            )
+        return self._candidates[by].select(
             method=method,
             keep_fraction=keep_fraction,
             split=split,
             seed=seed,
             mode=self._config.mode,
             tuning=self._tuning if tuned else None,
-            features=self.features if by_features else None,
-            probabilities=self.probabilities if by_probabilities else None,
             **how,
         )
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -154,6 +155,8 @@ def test_a_selection_made_another_way_is_not_read(tmp_path, samples, changes, sa
 def test_manifests_tell_kept_and_dropped(tmp_path, samples):
     import hashlib
 
+    shuffled = np.random.default_rng(0).permutation(samples.ids)
+    samples = dataclasses.replace(samples, ids=shuffled)
     write(tmp_path, samples, method="easiest")
     manifest = json.loads((tmp_path / "selections/easiest/keep_0.30-seed_0.json").read_text())
     ids = "\n".join(sorted(samples.ids[:6]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 
 from dlc_jax.selection.group import Draw, Group, Positions
@@ -36,27 +34,9 @@ def flexrand(group: Group, draw: Draw) -> Positions:
     Source: Jiang et al. 2025, section 4.
     """
     assert draw.split is not None
-    ranked = group.positions
-    pool, num_easy, num_hard = budgets(len(ranked), draw.keep_fraction, draw.split)
-    lots = Lots(ranked, draw, "flexrand")
-    return np.concatenate(
-        [lots.first(ranked[:pool], num_easy), lots.first(ranked[pool:], num_hard)]
-    )
-
-
-class Lots:
-    """A lot for every sample of a group, which (seed, label, purpose) and its place decide.
-
-    Its place among the group's samples in the data set, not its rank: where two scores differ a
-    little, what is drawn from one sample's pool differs only where that sample does.
-    """
-
-    def __init__(self, positions: Positions, draw: Draw, purpose: str):
-        generator = np.random.default_rng([draw.seed, draw.label, zlib.crc32(purpose.encode())])
-        self._positions = np.sort(positions)
-        self._lots = np.argsort(generator.permutation(len(positions)))
-
-    def first(self, pool: Positions, num: int) -> Positions:
-        """Returns the `num` samples of a pool whose lots are lowest."""
-        lots = self._lots[np.searchsorted(self._positions, pool)]
-        return pool[np.argsort(lots)[:num]]
+    num_samples = len(group.positions)
+    pool, num_easy, num_hard = budgets(num_samples, draw.keep_fraction, draw.split)
+    ranks = group.ranks_by_lot(draw, "flexrand")
+    is_easy = ranks < pool
+    easy, hard = np.flatnonzero(is_easy)[:num_easy], np.flatnonzero(~is_easy)[:num_hard]
+    return group.positions[ranks[np.concatenate([easy, hard])]]

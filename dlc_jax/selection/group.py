@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import zlib
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64, Integer, Shaped
 
 Positions: TypeAlias = Int64[np.ndarray, " _"]  # into the data set
 
 
-class Group(NamedTuple):
-    """The samples of one class, or of all of them.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """The samples of one class, or of all of them; made once, however often it is picked from.
 
     Attributes:
       positions: Where they are: easiest first for methods that need scores, else ascending.
@@ -23,6 +26,22 @@ class Group(NamedTuple):
     positions: Positions
     scores: Shaped[np.ndarray, " n"] | None = None
     rows: Float[np.ndarray, "n d"] | None = None
+    _ranks: dict[tuple[int, int, str], np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def ranks_by_lot(self, draw: Draw, purpose: str) -> Integer[np.ndarray, " _"]:
+        """Returns places in `positions`, in the order in which lots call them.
+
+        (seed, label, purpose) and the place of a sample among those of the group in the data set
+        decide its lot, not its rank: where two scores differ a little, what is drawn from one
+        sample's pool differs only where that sample does.
+        """
+        key = (draw.seed, draw.label, purpose)
+        if key not in self._ranks:
+            generator = np.random.default_rng([draw.seed, draw.label, zlib.crc32(purpose.encode())])
+            num = len(self.positions)
+            ranks = np.argsort(self.positions)[generator.permutation(num)]
+            self._ranks[key] = ranks.astype(np.min_scalar_type(num))
+        return self._ranks[key]
 
 
 class Draw(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from dlc_jax.selection.flexrand import Lots
 from dlc_jax.selection.group import Draw, Group, Positions, budget
 
 _SHARE_DROPPED = 0.1  # beta, of the hardest
@@ -26,11 +25,13 @@ def ccs(group: Group, draw: Draw) -> Positions:
     rest = group.positions[: num_samples - num_dropped]
     strata = _strata(group.scores[rest])
     sizes = np.bincount(strata, minlength=_NUM_STRATA)
-    lots = Lots(group.positions, draw, "ccs")
-    kept = [
-        lots.first(rest[strata == k], num) for k, num in enumerate(even_budgets(sizes, num_kept))
+    ranks = group.ranks_by_lot(draw, "ccs")
+    ranks = ranks[ranks < len(rest)]
+    by_lot = strata[ranks]
+    called = [
+        np.flatnonzero(by_lot == k)[:num] for k, num in enumerate(even_budgets(sizes, num_kept))
     ]
-    return np.concatenate(kept)
+    return rest[ranks[np.concatenate(called)]]
 
 
 def _strata(scores: Shaped[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:

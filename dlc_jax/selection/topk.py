@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dlc_jax.selection.flexrand import Lots
 from dlc_jax.selection.group import Draw, Group, Positions, budget
 
 
@@ -31,4 +30,4 @@ def most_uncertain(group: Group, draw: Draw) -> Positions:
 
 def random(group: Group, draw: Draw) -> Positions:
     """Returns samples drawn without replacement."""
-    return Lots(group.positions, draw, "random").first(group.positions, budget(group, draw))
+    return group.positions[group.ranks_by_lot(draw, "random")[: budget(group, draw)]]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from known_samples import DRAWN, VARIANTS, samples_of
 
 import dlc_jax as dlc
-from dlc_jax.selection import SELECTORS
+from dlc_jax.selection import SELECTORS, Candidates
 
 every_variant = pytest.mark.parametrize(("method", "variant"), VARIANTS)
 
@@ -149,6 +149,49 @@ def test_the_slip_keeps_the_least_uncertain_of_all_samples(samples):
             for name in ("published", "deepcore")
         ]
         np.testing.assert_array_equal(*per_class)
+
+
+@every_variant
+def test_candidates_give_what_select_gives_whatever_was_picked_before(samples, method, variant):
+    cells = [
+        {"keep_fraction": keep, "seed": seed, "per_class": per_class, "min_per_class": least}
+        for keep in (0.1, 0.6)
+        for seed in (0, 1)
+        for per_class, least in ((True, 0), (True, 9), (False, 0))
+    ]
+    candidates = Candidates(**samples)
+    others = [other for other in ("random", "hardest", "ccs") if other != method]
+    for cell in np.random.default_rng(0).permutation(cells):
+        for other in others:
+            candidates.select(method=other, **cell)
+        picked = candidates.select(method=method, variant=variant, **cell)
+        alone = dlc.select(**samples, method=method, variant=variant, **cell)
+        np.testing.assert_array_equal(picked.indices, alone.indices)
+        np.testing.assert_array_equal(picked.num_kept_per_class, alone.num_kept_per_class)
+
+
+def test_candidates_in_the_released_order_and_in_ours_do_not_mix():
+    labels = np.repeat([0, 1], 400).astype(np.int32)
+    scores = np.random.default_rng(1).integers(0, 5, 800).astype(np.float32)  # ties
+    candidates = Candidates(scores, labels)
+    for split in (0.3, 0.8):
+        for mode in ("official", "default", "official"):
+            cell = {"keep_fraction": 0.4, "split": split, "mode": mode, "seed": 2}
+            picked, alone = candidates.select(**cell), dlc.select(scores, labels, **cell)
+            np.testing.assert_array_equal(picked.indices, alone.indices)
+
+
+def test_candidates_are_sorted_once_for_all_cells_of_a_seed(samples, monkeypatch):
+    sorts = []
+    argsort = np.argsort
+    monkeypatch.setattr(np, "argsort", lambda *a, **k: sorts.append(1) or argsort(*a, **k))
+    monkeypatch.setattr(np, "sort", None)
+    candidates = Candidates(samples["scores"], samples["labels"])
+    for keep in (0.1, 0.5, 0.9):
+        for split in (0.2, 0.5, 0.7):
+            candidates.select(keep_fraction=keep, split=split)
+    # by class; and in each of the six classes by score, and back to where samples lie
+    assert len(sorts) == 1 + 6 * 2
 
 
 def test_scores_that_differ_a_little_keep_nearly_the_same_samples():

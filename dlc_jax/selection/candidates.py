@@ -1,0 +1,241 @@
+"""The samples that are picked from: checked, grouped and ranked once, whatever is picked."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from dlc_jax import checks
+from dlc_jax.selection import official
+from dlc_jax.selection.allocation import ALLOCATIONS
+from dlc_jax.selection.group import Draw, Group
+from dlc_jax.selection.methods import (
+    AUTO,
+    SELECTORS,
+    check_cell,
+    check_grouping,
+    check_min_per_class,
+    check_tunable,
+)
+from dlc_jax.types import (
+    Choice,
+    Selection,
+    Tuning,
+    features_fingerprint,
+    labels_fingerprint,
+    scores_fingerprint,
+)
+
+_SOURCES = {
+    "scores": "dlc.score(...)",
+    "features": "dlc.features(...)",
+    "probabilities": "dlc.record_training(...)",
+}
+_CHECKS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
+    "features": functools.partial(checks.features_fit_labels, "features"),
+    "probabilities": checks.probabilities_fit_labels,
+}
+
+
+class _Grouping(NamedTuple):
+    """What decides groups and the order in them."""
+
+    by: str  # `nothing`, `scores`, `features` or `probabilities`
+    per_class: bool
+    mode: str
+
+
+class Candidates:
+    """Samples to pick from; sorted once for as many cells as are asked for.
+
+    Args:
+      scores, labels, ids, features, probabilities: As for `dlc_jax.select`. They are looked at when
+        a cell first needs them, and must not change afterwards.
+    """
+
+    def __init__(
+        self,
+        scores: np.ndarray | None,
+        labels: np.ndarray,
+        *,
+        ids: np.ndarray | None = None,
+        features: np.ndarray | None = None,
+        probabilities: np.ndarray | None = None,
+    ):
+        given = {"scores": scores, "features": features, "probabilities": probabilities}
+        self._given = {k: None if v is None else np.asarray(v) for k, v in given.items()}
+        self._given_labels, self._given_ids = np.asarray(labels), ids
+        self._groups_by: dict[_Grouping, tuple[list[int], list[Group]]] = {}
+
+    def select(
+        self,
+        *,
+        method: str = "flexrand",
+        keep_fraction: float,
+        split: float | str | None = None,
+        seed: int = 0,
+        min_per_class: int = 0,
+        mode: str = "default",
+        variant: str = "published",
+        allocation: str = "proportional",
+        per_class: bool = True,
+        tuning: Tuning | None = None,
+    ) -> Selection:
+        """Picks the samples to keep in one cell; arguments and errors as for `dlc_jax.select`."""
+        split = check_cell(method, keep_fraction, split, seed, mode)
+        check_min_per_class(min_per_class, mode)
+        check_grouping(method, variant, allocation, per_class, min_per_class, mode)
+        if AUTO not in (method, split) and tuning is not None:
+            raise checks.InputError(
+                f"tuning: is for method or split {AUTO!r}, got method {method!r} and split "
+                f"{split!r}."
+            )
+        if AUTO in (method, split):
+            check_tunable(allocation, per_class)
+            choice = self._choice(method, keep_fraction, min_per_class, tuning)
+            selected = self.select(
+                method=choice.method,
+                keep_fraction=keep_fraction,
+                split=choice.split,
+                seed=seed,
+                min_per_class=min_per_class,
+            )
+            return dataclasses.replace(selected, method=method, split=split, chosen=choice)
+        assert not isinstance(split, str)  # it was `auto`
+        self._check_all_there(method, allocation)
+        names, groups = self._groups(_Grouping(SELECTORS[method].needs, per_class, mode))
+        members = [group.positions for group in groups]
+        if mode == "official" and split is not None:
+            kept = official.flexrand(members, keep_fraction, split, seed)
+        else:
+            fractions = [keep_fraction] * len(members)
+            if mode == "default" and per_class:
+                allocated = ALLOCATIONS[allocation]
+                fractions = allocated(members, self._scores, keep_fraction, min_per_class)
+            kept = [
+                group.positions
+                if fraction == 1
+                else SELECTORS[method].select(
+                    group, Draw(fraction, split, seed, name, per_class, variant)
+                )
+                for name, group, fraction in zip(names, groups, fractions, strict=True)
+            ]
+        is_kept = np.zeros(len(self._labels), bool)  # sorts as it is read
+        for positions in kept:
+            is_kept[positions] = True
+        indices = np.flatnonzero(is_kept).astype(np.int64)
+        return Selection(
+            indices=indices,
+            method=method,
+            keep_fraction=keep_fraction,
+            split=split,
+            seed=seed,
+            mode=mode,
+            min_per_class=min_per_class,
+            variant=variant,
+            allocation=allocation,
+            per_class=per_class,
+            num_kept_per_class=np.bincount(self._labels[indices], minlength=len(self._sizes)),
+            single_sample_classes=tuple(np.flatnonzero(self._sizes == 1).tolist()),
+            labels_fingerprint=self._labels_fingerprint,
+            ids=None if self._ids is None else self._ids[indices],
+        )
+
+    @functools.cached_property
+    def _labels(self) -> np.ndarray:
+        checks.class_ids(self._given_labels)
+        return self._given_labels
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.bincount(self._labels)
+
+    @functools.cached_property
+    def _labels_fingerprint(self) -> str:
+        return labels_fingerprint(self._labels)
+
+    @functools.cached_property
+    def _ids(self) -> np.ndarray | None:
+        ids, num = self._given_ids, len(self._given_labels)
+        if ids is not None and len(ids) != num:
+            raise checks.InputError(f"ids: expected one per label, got {len(ids)} for {num}.")
+        return None if ids is None else np.asarray(ids, np.str_)
+
+    @functools.cached_property
+    def _scores(self) -> np.ndarray | None:
+        if (scores := self._given["scores"]) is not None:
+            checks.scores_fit_labels(scores, self._labels)
+        return scores
+
+    def _check_all_there(self, method: str, allocation: str) -> None:
+        needs, score = SELECTORS[method].needs, SELECTORS[method].score
+        if needs in self._given and self._given[needs] is None:
+            source = _SOURCES[needs] if score is None else f"{score!r} of dlc.record_training(...)"
+            raise checks.InputError(f"{needs}: method {method!r} goes by them; see {source}.")
+        if allocation == "nucs" and self._given["scores"] is None:
+            raise checks.InputError(
+                f"scores: allocation 'nucs' goes by them; see {_SOURCES['scores']}."
+            )
+
+    def _groups(self, how: _Grouping) -> tuple[list[int], list[Group]]:
+        """Returns the labels there are (0 for all samples), and the samples of each."""
+        if how not in self._groups_by:
+            scores, rows = self._scores, self._rows(how.by)
+            labels = self._labels if how.per_class else np.zeros_like(self._labels)
+            by_label = np.argsort(labels, kind="stable")
+            present, starts = np.unique(labels[by_label], return_index=True)
+            members = np.split(by_label, starts[1:])
+            if how.by == "scores":
+                assert scores is not None
+                # the released code sorts with NumPy's default, which leaves ties in any order (Q9)
+                kind: Literal["quicksort", "stable"]
+                kind = "quicksort" if how.mode == "official" else "stable"
+                members = [some[np.argsort(scores[some], kind=kind)] for some in members]
+            self._groups_by[how] = (
+                present.tolist(),
+                [Group(positions, scores, rows) for positions in members],
+            )
+        return self._groups_by[how]
+
+    def _rows(self, needs: str) -> np.ndarray | None:
+        """Returns the features or probabilities if the method goes by them."""
+        if needs not in _CHECKS:
+            return None
+        rows = self._given[needs]
+        assert rows is not None
+        _CHECKS[needs](rows, self._labels)
+        return rows
+
+    def _choice(
+        self, method: str, keep_fraction: float, min_per_class: int, tuning: Tuning | None
+    ) -> Choice:
+        """Returns what `auto` stands for."""
+        scores, features = self._given["scores"], self._given["features"]
+        if tuning is None or scores is None:
+            raise checks.InputError(
+                "tuning: 'auto' needs scores and tuning=dlc.tune(scores, labels, features=...)."
+            )
+        found = scores_fingerprint(scores, self._given_labels)
+        if found != tuning.scores_fingerprint:
+            raise checks.InputError(
+                "tuning: was made from other scores or labels (their fingerprint is "
+                f"{tuning.scores_fingerprint[:12]}, not {found[:12]}); expected tune(...) of these."
+            )
+        if min_per_class != tuning.min_per_class:
+            raise checks.InputError(
+                f"min_per_class: tuned with {tuning.min_per_class}, got {min_per_class}."
+            )
+        choice = tuning.choice(keep_fraction, of="methods" if method == AUTO else "splits")
+        if (
+            features is not None
+            and SELECTORS[choice.method].needs == "features"
+            and features_fingerprint(features) != tuning.features_fingerprint
+        ):
+            raise checks.InputError(
+                "tuning: was made from other features; expected those given to tune(...)."
+            )
+        return choice

@@ -1,6 +1,6 @@
 """Random resized crops: on the host by PIL, as training does, against matmuls on the device.
 
-python benchmarks/augmentation.py
+python -m benchmarks.augmentation
 
 The device form takes uint8 images padded to one size, as a cache on the device would hold them. One
 table: images per second of both, of a training step, and the largest difference in pixel values.
@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app
 from PIL import Image
 
 import dlc_jax as dlc
@@ -92,7 +93,7 @@ def measure(encoder: Encoder, images: list[Image.Image], size: int, pool: Thread
     return (*rates, difference.max(), (difference > 1).mean())
 
 
-def main() -> None:
+def main(_: list[str]) -> None:
     dataset = dlc.load_dataset("demo:caltech15/train")
     small = [decode(dataset[i].image, dataset[i].id) for i in range(0, 750, 750 // BATCH)][:BATCH]
     large = [image.resize((image.width * 5, image.height * 5)) for image in small]
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main)

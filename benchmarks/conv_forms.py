@@ -1,6 +1,6 @@
 """Convolution on CPU: XLA's own against gathered patches times a matrix, by shape.
 
-python benchmarks/conv_forms.py [--batch_size=64]
+python -m benchmarks.conv_forms [--batch_size=64]
 
 Prints GFLOP/s of both forms and their ratio for the convolutions of ResNets. Behind the rule in
 dlc_jax/encoders/layers.py.

@@ -1,6 +1,6 @@
 """Images per second from JPEG files to evaluation crops, against torchvision's DataLoader.
 
-python benchmarks/decode.py [--folder=DIR] [--image_size=224]
+python -m benchmarks.decode [--folder=DIR] [--image_size=224]
 
 Both read the same folder of JPEGs (one sub-folder per class; photographs of the bundled sample,
 enlarged to 500 x 375 or so, where none is given), on all cores, and put batches of 128 together;
@@ -23,28 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from absl import app, flags
-from PIL import Image
 
 import dlc_jax as dlc
-from dlc_jax.preprocess import decode, evaluation_crops, in_batches
+from benchmarks.measuring import enlarged_sample
+from dlc_jax.preprocess import evaluation_crops, in_batches
 
 _FOLDER = flags.DEFINE_string("folder", None, "Images, one sub-folder per class.")
 _SIZE = flags.DEFINE_integer("image_size", 224, "Side of the crops.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds that count.")
 _BATCH = 128
-
-
-def enlarged_sample(root: Path) -> Path:
-    """Writes the bundled photographs as JPEGs whose shorter side is 375 pixels."""
-    sample = dlc.load_dataset("demo:caltech15/train")
-    for position in range(len(sample)):
-        image = decode(sample[position].image, "")
-        scale = 375 / min(image.size)
-        size = (round(image.width * scale), round(image.height * scale))
-        path = root / str(sample.ids[position])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
-    return root
 
 
 def ours(folder: Path, cache: dlc.ImageCache | None) -> Callable[[], int]:

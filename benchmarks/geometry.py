@@ -1,6 +1,6 @@
 """Seconds and memory of the selections by features and probabilities, of all samples and per class.
 
-python benchmarks/geometry.py [--num=100000] [--dim=512] [--classes=100] [--keep=0.1]
+python -m benchmarks.geometry [--num=100000] [--dim=512] [--classes=100] [--keep=0.1]
 
 Every row is measured in a process of its own, compilation included: the memory is the largest
 resident size above that before the selection, beside the size of the features themselves.

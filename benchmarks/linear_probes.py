@@ -1,6 +1,6 @@
 """Linear heads on 513 subsets in one program, against a Python loop of single runs.
 
-python benchmarks/linear_probes.py [--loop=54]
+python -m benchmarks.linear_probes [--loop=54]
 
 Nine keep fractions, 19 splits, three seeds on the features of the bundled sample. Each loop trains
 some of them one after the other, and is scaled up: `single` calls the same program with one subset,

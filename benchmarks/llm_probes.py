@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import peers
-from benchmarks.probe_kernel import measured, peak
+from benchmarks.measuring import measured, peak
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.language_model import LanguageModel

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks.probe_kernel import random_encoder
+from benchmarks.measuring import random_encoder
 from dlc_jax.distributed import one_device
 from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
 from dlc_jax.probes.kernel import Forward, losses_of_batches

@@ -1,6 +1,6 @@
 """Which method keeps the best samples? All methods, keep fractions, seeds, by linear probe.
 
-python benchmarks/methods.py --config=configs/demo_sweep.py --workdir=runs/methods \
+python -m benchmarks.methods --config=configs/demo_sweep.py --workdir=runs/methods \
     [--finetuned=runs/demo_sweep/results.csv] [--config.KEY=VALUE ...]
 
 Scores, trains and tunes in the work directory as `dlc_jax.main` does, unless that was done, then

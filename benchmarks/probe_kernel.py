@@ -10,23 +10,18 @@ the released code runs it, NCHW in float32. Needs the test extra.
 
 from __future__ import annotations
 
-import functools
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from flax import nnx
 
 from benchmarks import peers
+from benchmarks.measuring import measured, peak, random_encoder
 from dlc_jax.distributed import one_device
-from dlc_jax.encoders import ENCODERS, Encoder
-from dlc_jax.encoders.encoder import apply_module
+from dlc_jax.encoders import Encoder
 from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
 from dlc_jax.planning.flops import count_flops
 from dlc_jax.probes.kernel import Forward, losses_of_batches
@@ -44,19 +39,6 @@ _TORCH = flags.DEFINE_boolean("torch", True, "Whether torch takes part.")
 _JSON = flags.DEFINE_string("json", None, "Where the rows are written too.")
 
 NUM_CLASSES = 10
-
-
-def random_encoder(name: str) -> Encoder:
-    """Returns the architecture with its initial weights."""
-    architecture = ENCODERS[name]
-    graph, state = nnx.split(architecture.build({}))
-    return Encoder(
-        nnx.to_pure_dict(state),
-        functools.partial(apply_module, graph),
-        architecture.is_prunable,
-        name,
-        pooling="mean",
-    )
 
 
 def ours(encoder: Encoder, dtype: str, chunk: int, images: np.ndarray) -> Callable[[], None]:
@@ -103,34 +85,6 @@ def torchs(name: str, how: peers.Torch, images: np.ndarray) -> Callable[[], None
     return call
 
 
-def peak(dtype: str) -> float:
-    """Returns the FLOP/s of a square matrix product, the best of several."""
-    side = 8192 if jax.default_backend() != "cpu" else 2048
-    matrix = jnp.ones((side, side), dtype)
-    precision = "highest" if dtype == "float32" else "default"
-    product = jax.jit(lambda a: jnp.dot(a, a, precision=precision))
-    product(matrix).block_until_ready()
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        product(matrix).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
-
-
-def measured(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Returns the median seconds of calls that take turns; the first of each is not counted."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(_ROUNDS.value):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(some) for name, some in seconds.items()}
-
-
 def main(_: list[str]) -> None:
     size, batch_size = _SIZE.value, _BATCH.value
     shape = (batch_size, size, size, 3)
@@ -154,7 +108,7 @@ def main(_: list[str]) -> None:
             calls |= {how.name: torchs(name, how, images) for how in hows}
         forward = Forward.of(encoder, "float32")
         flops = count_flops(lambda p, i, f=forward: f(p, i), encoder.params, images[:1])
-        seconds = measured(calls)
+        seconds = measured(calls, _ROUNDS.value)
         for by, some in seconds.items():
             rate = batch_size * _PROBES.value / some
             dtype = "bfloat16" if "bfloat16" in by else "float32"

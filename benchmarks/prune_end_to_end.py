@@ -82,7 +82,7 @@ def _median(runs: list[dict[str, float]], name: str) -> float:
 def _linked_images(folder: Path) -> Path:
     """Returns a folder of as many images as asked for, evenly over the classes."""
     if _FOLDER.value is None:
-        from benchmarks.decode import enlarged_sample
+        from benchmarks.measuring import enlarged_sample
 
         source = enlarged_sample(folder / "source")
     elif ":" in _FOLDER.value:

@@ -1,6 +1,6 @@
 """Peak memory of scoring a streamed image folder, small and ten times larger; and killed runs.
 
-python benchmarks/streaming.py [--num=10000,100000] [--kills=3]
+python -m benchmarks.streaming [--num=10000,100000] [--kills=3]
 
 Makes folders of synthetic JPEGs, scores each with the cache off in a process of its own, and prints
 the largest resident memory. Then the first one again, killed at random moments and started anew

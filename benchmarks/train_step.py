@@ -1,6 +1,6 @@
 """A training step against PyTorch's, same network, batch and optimiser, in turns in one process.
 
-python benchmarks/train_step.py [--image_size=64] [--batch_size=64]
+python -m benchmarks.train_step [--image_size=64] [--batch_size=64]
 
 Needs the test extra. One table: images per second of torch (NCHW, and channels last) and the ratio
 of this package to the better of the two.

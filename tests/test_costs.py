@@ -77,6 +77,12 @@ def test_a_probe_costs_one_forward_pass(name, image_size, batch_size, num_bytes)
 
 
 @pytest.mark.parametrize(("name", "image_size", "batch_size", "num_bytes"), CASES)
+def test_ynnpack_does_not_compute_convolutions_or_matmuls(name, image_size, batch_size, num_bytes):
+    compiled, _ = probe_program(name, image_size, batch_size, 3)
+    assert "__ynn_fusion" not in compiled.as_text()
+
+
+@pytest.mark.parametrize(("name", "image_size", "batch_size", "num_bytes"), CASES)
 def test_memory_holds_one_masked_copy_whatever_the_number_of_probes(
     name, image_size, batch_size, num_bytes
 ):

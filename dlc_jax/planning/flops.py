@@ -11,9 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
-from dlc_jax.planning.liveness import inner_programs
+from dlc_jax.planning.liveness import inner_programs, traced
 
 
 def count_flops(function: Callable, *arguments: Any) -> int:
@@ -23,7 +21,7 @@ def count_flops(function: Callable, *arguments: Any) -> int:
       function: Is traced, not run.
       arguments: Arrays, or their shapes and types.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _count(traced(function, *arguments))
 
 
 def _count(jaxpr: Any) -> int:

@@ -18,7 +18,7 @@ from dlc_jax.masking import Thresholds, prunable_paths
 from dlc_jax.planning.liveness import peak_bytes
 from dlc_jax.planning.machine import is_processor
 from dlc_jax.planning.memory import MemoryPlan, Part, tree_bytes
-from dlc_jax.probes.kernel import Forward, features_of_batch, losses_of_batches
+from dlc_jax.probes.kernel import Forward, losses_of_batches
 from dlc_jax.training import FinetuneConfig
 from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.types import Params, by_path
@@ -176,7 +176,7 @@ def prunable_of(encoder: Encoder) -> tuple[str, ...]:
 
 def num_features(encoder: Encoder, image_size: int) -> int:
     """Returns d."""
-    forward = functools.partial(features_of_batch, Forward.of(encoder, "float32"))
+    forward = Forward.of(encoder, "float32").__call__
     return jax.eval_shape(forward, shapes(encoder.params), images_of(1, image_size)).shape[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,20 @@ def peak_bytes(function: Callable, *arguments: Any) -> int:
       function: Is traced, not run.
       arguments: Arrays, or their shapes and types.
     """
-    return _peak(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _peak(traced(function, *arguments))
+
+
+def traced(function: Callable, *arguments: Any) -> Any:
+    """Returns the jaxpr of a function, which is not run.
+
+    That of a jitted one, or of `functools.partial` of it, by its own means: one with compiler
+    options cannot be traced inside another function.
+    """
+    partial = functools.partial(function)  # of a partial, its function and all its arguments
+    if isinstance(partial.func, jax.stages.Wrapped):
+        program = partial.func.trace(*partial.args, *arguments, **partial.keywords)
+        return program.jaxpr.jaxpr
+    return jax.make_jaxpr(function)(*arguments).jaxpr
 
 
 def _peak(jaxpr: Any) -> int:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from dlc_jax import checks
 from dlc_jax.distributed import DATA, PROBE
 from dlc_jax.encoders import Encoder, normalise, pool
+from dlc_jax.encoders.layers import COMPILER_OPTIONS
 from dlc_jax.masking import Importance, Thresholds, masked
 from dlc_jax.probes.prototypes import prototype_loss
 from dlc_jax.types import Params
@@ -81,7 +82,7 @@ def pooled(output: Any, num_images: int, pooling: str) -> Float[Array, "b d"]:
     return pool(output.astype(jnp.float32), pooling)
 
 
-@functools.partial(jax.jit, static_argnames=("forward",))
+@functools.partial(jax.jit, static_argnames=("forward",), compiler_options=COMPILER_OPTIONS)
 def features_of_batch(
     forward: Forward, params: Params, images: UInt8[Array, "b s s 3"]
 ) -> Float[Array, "b d"]:
@@ -89,7 +90,7 @@ def features_of_batch(
     return forward(params, images)
 
 
-@functools.partial(jax.jit, static_argnames=("forward", "mesh"))
+@functools.partial(jax.jit, static_argnames=("forward", "mesh"), compiler_options=COMPILER_OPTIONS)
 def features_of_batches(
     forward: Forward, mesh: Mesh, params: Params, images: UInt8[Array, "k b s s 3"]
 ) -> Float[Array, "k b d"]:
@@ -104,7 +105,11 @@ def features_of_batches(
     return on_all(params, images)
 
 
-@functools.partial(jax.jit, static_argnames=("forward", "prunable", "chunk", "mesh"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("forward", "prunable", "chunk", "mesh"),
+    compiler_options=COMPILER_OPTIONS,
+)
 def losses_of_batches(
     forward: Forward,
     prunable: tuple[str, ...],

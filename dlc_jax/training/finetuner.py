@@ -87,6 +87,7 @@ class Finetuner:
         self._sgd = Sgd(settings.momentum, settings.weight_decay, settings.nesterov)
         whole = Network.of(self._encoder, settings.dtype)
         assert whole.forward is not None
+        self._forward = whole.forward
         self._network = Network.linear_probe() if settings.linear_probe else whole
         self._data = RunData(
             dataset,
@@ -406,7 +407,7 @@ class Finetuner:
     @functools.cached_property
     def _num_features(self) -> int:
         images = jax.ShapeDtypeStruct((1, self._image_size, self._image_size, 3), np.uint8)
-        return jax.eval_shape(self._data.to_features, images).shape[1]
+        return jax.eval_shape(self._forward.__call__, self._encoder.params, images).shape[1]
 
     def _predictions(self, state: TrainState) -> Int32[np.ndarray, " n"]:
         assert self._test_set is not None

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 _MAX_MATMUL_POSITIONS = 16
 
 # For the jit of programs that run an encoder. XLA:CPU gives convolutions and matmuls to YNNPACK,
-# which takes longer over them than XLA's own way (BUILD_NOTES, "encoders without YNNPACK"). jaxlib knows the
-# option from 0.9.0 on; what other platforms compile does not depend on it.
+# which takes longer over them than XLA's own way (BUILD_NOTES, "encoders without YNNPACK"). jaxlib
+# knows the option from 0.9.0 on; what other platforms compile does not depend on it.
 COMPILER_OPTIONS: dict[str, str | bool] | None = (
     {"xla_cpu_experimental_ynn_fusion_type": ""}  # of nothing
     if jaxlib.version.__version_info__ >= (0, 9)

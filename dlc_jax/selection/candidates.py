@@ -52,6 +52,8 @@ class _Grouping(NamedTuple):
 class Candidates:
     """Samples to pick from; sorted once for as many cells as are asked for.
 
+    Lots are kept as well, of every seed 1 to 4 bytes a sample.
+
     Args:
       scores, labels, ids, features, probabilities: As for `dlc_jax.select`. They are looked at when
         a cell first needs them, and must not change afterwards.

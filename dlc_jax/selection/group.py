@@ -26,7 +26,9 @@ class Group:
     positions: Positions
     scores: Shaped[np.ndarray, " n"] | None = None
     rows: Float[np.ndarray, "n d"] | None = None
-    _ranks: dict[tuple[int, int, str], np.ndarray] = dataclasses.field(default_factory=dict)
+    _ranks: dict[tuple[int, int, str], np.ndarray] = dataclasses.field(
+        default_factory=dict, init=False
+    )
 
     def ranks_by_lot(self, draw: Draw, purpose: str) -> Integer[np.ndarray, " _"]:
         """Returns places in `positions`, in the order in which lots call them.

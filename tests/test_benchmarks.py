@@ -1,7 +1,6 @@
 """Benchmarks start, and the one of the whole way from files to kept sets runs."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -13,19 +12,15 @@ PROGRAMS = sorted(
 )
 
 
-def run(*arguments: str) -> str:
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ, check=True, capture_output=True, text=True
-    ).stdout
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_it_starts_and_tells_how_it_is_called(name):
-    # of absl's programs --help ends with 1, of argparse's with 0
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run(name, "--help")  # absl's programs end with 1, argparse's with 0
     assert "Traceback" not in done.stderr
     assert name in done.stdout
 
@@ -33,14 +28,15 @@ def test_it_starts_and_tells_how_it_is_called(name):
 @pytest.mark.slow
 def test_files_to_kept_sets_by_the_released_procedure_and_ours(tmp_path):
     found = tmp_path / "rows.json"
-    run(
-        "benchmarks.prune_end_to_end",
+    done = run(
+        "prune_end_to_end",
         "--num_images=15",
         "--image_size=32",
         "--encoders=resnet18",
         "--by=released,dlc_jax 5",
         f"--json={found}",
     )
+    assert done.returncode == 0, done.stderr
     rows = json.loads(found.read_text())
     told = [(row["by"], row["state"], row["num_probes"]) for row in rows]
     assert told == [

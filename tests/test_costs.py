@@ -8,12 +8,10 @@ import functools
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 import dlc_jax as dlc
+from benchmarks.measuring import random_encoder
 from dlc_jax.distributed import one_device
-from dlc_jax.encoders import ENCODERS, Encoder
-from dlc_jax.encoders.encoder import apply_module
 from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
 from dlc_jax.planning.flops import count_flops
 from dlc_jax.preprocess import load
@@ -29,15 +27,7 @@ SLACK = 1.05
 def encoder_of(name):
     if name == "sample":
         return dlc.load_encoder("resnet18", "demo:resnet18")
-    architecture = ENCODERS[name]
-    graph, state = nnx.split(architecture.build({}))
-    return Encoder(
-        nnx.to_pure_dict(state),
-        functools.partial(apply_module, graph),
-        architecture.is_prunable,
-        name,
-        pooling="mean",
-    )
+    return random_encoder(name)
 
 
 def num_bytes(tree):

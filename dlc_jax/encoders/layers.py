@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 from flax import nnx
 from jaxtyping import Array, Float
 
 # Up to this many output positions (4 x 4) XLA's CPU convolution loses to one matmul over gathered
 # patches, at 2 x 2 by a factor of 98 (BUILD_NOTES, "Convolution on CPU").
 _MAX_MATMUL_POSITIONS = 16
-
-# For the jit of programs that run an encoder. XLA:CPU gives convolutions and matmuls to YNNPACK,
-# which takes longer over them than XLA's own way (BUILD_NOTES, "encoders without YNNPACK"). jaxlib
-# knows the option from 0.9.0 on; what other platforms compile does not depend on it.
-COMPILER_OPTIONS: dict[str, str | bool] | None = (
-    {"xla_cpu_experimental_ynn_fusion_type": ""}  # of nothing
-    if jaxlib.version.__version_info__ >= (0, 9)
-    else None
-)
 
 
 class Conv(nnx.Module):

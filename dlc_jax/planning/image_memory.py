@@ -18,7 +18,7 @@ from dlc_jax.masking import Thresholds, prunable_paths
 from dlc_jax.planning.liveness import peak_bytes
 from dlc_jax.planning.machine import is_processor
 from dlc_jax.planning.memory import MemoryPlan, Part, tree_bytes
-from dlc_jax.probes.kernel import Forward, losses_of_batches
+from dlc_jax.probes.kernel import Forward, features_of_batch, losses_of_batches
 from dlc_jax.training import FinetuneConfig
 from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.types import Params, by_path
@@ -176,8 +176,8 @@ def prunable_of(encoder: Encoder) -> tuple[str, ...]:
 
 def num_features(encoder: Encoder, image_size: int) -> int:
     """Returns d."""
-    forward = Forward.of(encoder, "float32").__call__
-    return jax.eval_shape(forward, shapes(encoder.params), images_of(1, image_size)).shape[1]
+    forward, images = Forward.of(encoder, "float32"), images_of(1, image_size)
+    return features_of_batch.eval_shape(forward, shapes(encoder.params), images).shape[1]
 
 
 def images_of(num: int, image_size: int) -> jax.ShapeDtypeStruct:

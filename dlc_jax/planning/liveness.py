@@ -30,8 +30,8 @@ def peak_bytes(function: Callable, *arguments: Any) -> int:
 def traced(function: Callable, *arguments: Any) -> Any:
     """Returns the jaxpr of a function, which is not run.
 
-    That of a jitted one, or of `functools.partial` of it, by its own means: one with compiler
-    options cannot be traced inside another function.
+    A jitted one, or `functools.partial` of it, by its own `trace`: JAX refuses to trace one with
+    compiler options inside another function.
     """
     partial = functools.partial(function)  # of a partial, its function and all its arguments
     if isinstance(partial.func, jax.stages.Wrapped):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
@@ -16,13 +17,21 @@ from jaxtyping import Array, Float, Int, UInt8
 from dlc_jax import checks
 from dlc_jax.distributed import DATA, PROBE
 from dlc_jax.encoders import Encoder, normalise, pool
-from dlc_jax.encoders.layers import COMPILER_OPTIONS
 from dlc_jax.masking import Importance, Thresholds, masked
 from dlc_jax.probes.prototypes import prototype_loss
 from dlc_jax.types import Params
 
 DTYPES = ("float32", "bfloat16")
 _WHOLE = P()
+
+# XLA:CPU gives convolutions and matmuls to YNNPACK, which takes longer over them than XLA's own way
+# (BUILD_NOTES, "encoders without YNNPACK"). jaxlib knows the option from 0.9.0 on; what other
+# platforms compile does not depend on it. JAX traces no program with options inside another.
+COMPILER_OPTIONS: dict[str, str | bool] | None = (
+    {"xla_cpu_experimental_ynn_fusion_type": ""}  # of nothing
+    if jaxlib.version.__version_info__ >= (0, 9)
+    else None
+)
 
 
 class Forward(NamedTuple):

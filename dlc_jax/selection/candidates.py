@@ -173,6 +173,16 @@ class Candidates:
             checks.scores_fit_labels(scores, self._labels)
         return scores
 
+    @functools.cached_property
+    def _scores_fingerprint(self) -> str:
+        assert self._given["scores"] is not None
+        return scores_fingerprint(self._given["scores"], self._given_labels)
+
+    @functools.cached_property
+    def _features_fingerprint(self) -> str:
+        assert self._given["features"] is not None
+        return features_fingerprint(self._given["features"])
+
     def _check_all_there(self, method: str, allocation: str) -> None:
         needs, score = SELECTORS[method].needs, SELECTORS[method].score
         if needs in self._given and self._given[needs] is None:
@@ -221,7 +231,7 @@ class Candidates:
             raise checks.InputError(
                 "tuning: 'auto' needs scores and tuning=dlc.tune(scores, labels, features=...)."
             )
-        found = scores_fingerprint(scores, self._given_labels)
+        found = self._scores_fingerprint
         if found != tuning.scores_fingerprint:
             raise checks.InputError(
                 "tuning: was made from other scores or labels (their fingerprint is "
@@ -235,7 +245,7 @@ class Candidates:
         if (
             features is not None
             and SELECTORS[choice.method].needs == "features"
-            and features_fingerprint(features) != tuning.features_fingerprint
+            and self._features_fingerprint != tuning.features_fingerprint
         ):
             raise checks.InputError(
                 "tuning: was made from other features; expected those given to tune(...)."

@@ -407,7 +407,7 @@ class Finetuner:
     @functools.cached_property
     def _num_features(self) -> int:
         images = jax.ShapeDtypeStruct((1, self._image_size, self._image_size, 3), np.uint8)
-        return jax.eval_shape(self._forward.__call__, self._encoder.params, images).shape[1]
+        return features_of_batch.eval_shape(self._forward, self._encoder.params, images).shape[1]
 
     def _predictions(self, state: TrainState) -> Int32[np.ndarray, " n"]:
         assert self._test_set is not None

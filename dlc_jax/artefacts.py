@@ -6,8 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dlc_jax import checks
+from dlc_jax import array_files, checks
+from dlc_jax.array_files import Expected
 
 # used as parts of this module
+from dlc_jax.json_files import check_shape
+from dlc_jax.json_files import read_json as read_json
 from dlc_jax.whole_files import atomic as atomic
 from dlc_jax.whole_files import atomic_folder as atomic_folder
 from dlc_jax.whole_files import clear_leftovers as clear_leftovers
@@ -43,6 +45,12 @@ REPORT = "report"
 FINETUNE = "finetune"
 EVALUATE = "evaluate"
 EXPORTS = "exports"
+_LOSSES = {
+    "losses": Expected("f", 2),
+    "sparsity": Expected("f", 1),
+    "labels": Expected("i", 1),
+    "ids": Expected("U", 1),
+}
 _ROWS = 8192  # written and read at a time, so that memory does not grow with the data set
 _FOLDERS = (
     "",
@@ -135,19 +143,6 @@ def read_bytes(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
 
 
-def read_json(path: Path) -> Any:
-    """Returns the file's value, {} if there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise checks.InputError(f"{path}: not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise checks.InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
-
-
 def json_hash(value: Any) -> str:
     """Returns the SHA-256 of a value's JSON, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
@@ -202,18 +197,35 @@ def read_scores(workdir: Path) -> ScoredSamples:
     try:
         with open(path, "rb") as file:  # given a name, Arrow would expand a ~ in it
             table = pq.ParquetFile(file)
-            class_names = tuple(json.loads(table.schema_arrow.metadata[b"class_names"]))
+            class_names = json.loads(table.schema_arrow.metadata[b"class_names"])
+            _check_columns(path, table.schema_arrow, class_names)
             wanted = [name for name in table.schema_arrow.names if name != "class_name"]
             parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
             for batch in table.iter_batches(_ROWS, columns=wanted, use_threads=False):
                 for name in wanted:
+                    if batch[name].null_count:
+                        raise ValueError(f"column {name} lacks values")
                     part = batch[name].to_numpy(zero_copy_only=False)
                     parts[name].append(part.astype(np.str_) if name == "id" else part.copy())
         columns = {name: np.concatenate(parts[name]) for name in wanted}
         ids, labels = columns.pop("id"), columns.pop("label")
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise checks.InputError(f"{path}: not a table of scores: {error!r}.") from error
-    return ScoredSamples(ids, labels, class_names, columns)
+    except checks.InputError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        shown = checks.first_line(error)
+        raise checks.InputError(f"{path}: not a table of scores: {shown}.") from error
+    checks.dataset_is_consistent(str(path), len(labels), labels, ids, class_names)
+    return ScoredSamples(ids, labels, tuple(class_names), columns)
+
+
+def _check_columns(path: Path, schema: pa.Schema, class_names: Any) -> None:
+    """Raises ValueError unless columns have the types that `write_scores` gives them."""
+    check_shape(class_names, [str], path, "class_names")
+    known = {"id": pa.string(), "label": pa.int32(), "class_name": pa.string()}
+    for name in dict.fromkeys([*known, "dlc", *schema.names]):
+        kind, expected = schema.field(name).type, known.get(name, pa.float32())
+        if kind != expected:
+            raise checks.InputError(f"{path}: column {name} is {kind}, expected {expected}.")
 
 
 def same_arrays(some: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> bool:
@@ -224,7 +236,7 @@ def same_arrays(some: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]
 
 
 def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np.ndarray:
-    """Reads what a stage left of every sample, [n, ...].
+    """Reads what a stage left of every sample, [n, d].
 
     Raises:
       ValueError: it is not there, cannot be read, or is of other samples.
@@ -234,16 +246,31 @@ def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np
         raise checks.InputError(
             f"{path}: not there; run the stage 'score' with the same selection.methods first."
         )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            array, ids = file[key], file["ids"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise checks.InputError(f"{path}: cannot be read: {checks.first_line(error)}.") from error
-    if not np.array_equal(ids, samples.ids):
+    arrays = array_files.read_npz(path, {key: Expected("f", 2), "ids": Expected("U", 1)})
+    if not np.array_equal(arrays["ids"], samples.ids) or len(arrays[key]) != len(samples.ids):
         raise checks.InputError(
             f"{path}: is of other samples than {SCORES}; run the stage 'score' again."
         )
-    return array
+    return arrays[key]
+
+
+def read_losses(workdir: Path) -> dict[str, np.ndarray]:
+    """Reads `scores/losses.npz`: losses [m, n], sparsity [m], labels [n] and ids [n].
+
+    Raises:
+      ValueError: it is not there, cannot be read, or its arrays do not fit each other.
+    """
+    path = workdir / LOSSES
+    arrays = array_files.read_npz(path, _LOSSES)
+    num_probes, num_samples = arrays["losses"].shape
+    for name, length in (("sparsity", num_probes), ("labels", num_samples), ("ids", num_samples)):
+        if len(arrays[name]) != length:
+            raise checks.InputError(
+                f"{path}: {name} has {len(arrays[name])} values, expected {length}, as losses "
+                f"{arrays['losses'].shape} have."
+            )
+    checks.losses_are_finite(arrays["losses"], arrays["ids"])
+    return arrays
 
 
 def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:
@@ -255,8 +282,12 @@ def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:
     return hashes
 
 
-def are_intact(workdir: Path, hashes: Mapping[str, str | None]) -> bool:
-    """Whether every file is there with the content it was written with."""
+def are_intact(
+    workdir: Path, hashes: Mapping[str, str | None], needed: Iterable[Path] = ()
+) -> bool:
+    """Whether every file, and those that are needed, are there with the content written."""
     paths = [Path(name) for name in hashes]
+    if not {path.as_posix() for path in needed} <= set(hashes):
+        return False
     present = all((workdir / path).is_file() for path in paths)
     return present and file_hashes(workdir, paths) == hashes

@@ -16,6 +16,11 @@ from dlc_jax.selection import AUTO, Cell
 from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.types import Dataset
 
+# What names in the released layout are made of.
+_SETTINGS = {
+    "encoder": {"name": str},
+    "probe": {"masking": str, "step": float, "placement": str, "num_probes": (int, str)},
+}
 _RELEASED_ROOTS = {"kept": "idxs", "dropped": "idxs-dropped"}  # for the released --idxs_dir
 
 
@@ -72,7 +77,7 @@ def _released_paths(config: Config, workdir: Path) -> dict[tuple[Cell, str], Pat
     Raises:
       ValueError: settings that the released layout has no name for.
     """
-    made_with = (provenance.stage_record(workdir, "score") or {}).get("settings")
+    made_with = provenance.settings_of(workdir, "score", _SETTINGS)
     if made_with is None:
         raise checks.InputError(
             f"{workdir / artefacts.PROVENANCE}: does not say with what the scores were made, which "
@@ -113,8 +118,7 @@ def _released_paths(config: Config, workdir: Path) -> dict[tuple[Cell, str], Pat
 
 def _num_probes(workdir: Path) -> int:
     """Returns how many there were: `probe.max_sparsity` may have cut the path short."""
-    with np.load(workdir / artefacts.LOSSES, allow_pickle=False) as arrays:
-        return len(arrays["sparsity"])
+    return len(artefacts.read_losses(workdir)["sparsity"])
 
 
 def _check_placement(probe: dict[str, Any]) -> None:

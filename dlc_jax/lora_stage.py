@@ -34,9 +34,17 @@ from dlc_jax.sweep_results import (
     cells_of,
     evaluation_file,
     facts_of,
+    read_evaluation,
     write_results,
 )
 from dlc_jax.training.lora.tuner import ADAPTER, LoraTuner
+
+# What the stage `finetune` says of the models it trained.
+_TRAINED = {
+    "encoder_fingerprint": str,
+    "encoder": {"weights": str},
+    "lora": {"dtype": str},
+}
 
 
 def check_before_scoring(config: Config) -> None:
@@ -111,7 +119,7 @@ def _load_model(config: Config) -> LanguageModel:
 def _forget_other_base(workdir: Path, fingerprint: str) -> None:
     """Deletes what was measured of another model before it was fine-tuned."""
     path = evaluation_file(workdir, BASE_CELL)
-    if artefacts.read_json(path).get("run") != fingerprint:
+    if read_evaluation(workdir, BASE_CELL).get("run") != fingerprint:
         artefacts.remove(path)
 
 
@@ -167,7 +175,7 @@ def _evaluate(
     path = evaluation_file(workdir, cell)
 
     def was_asked() -> bool:
-        known = artefacts.read_json(path)
+        known = read_evaluation(workdir, cell)
         return all(known.get(name) == value for name, value in asked.items())
 
     if told_by_first(was_asked):
@@ -178,21 +186,20 @@ def _evaluate(
         artefacts.pull(adapter)
         model = load_adapter(base, adapter)
     found = _measured(config, model, mmlu)
-    on_first(lambda: artefacts.write_json(path, {**asked, **found}))
+    on_first(lambda: artefacts.write_json(path, {"cell": cell._asdict(), **asked, **found}))
     return _said(found)
 
 
 def _finished(config: Config, workdir: Path, base: LanguageModel) -> dict[Cell, str]:
     """Returns the inputs of every finished run; ValueError if they are of another model."""
-    trained = provenance.stage_record(workdir, "finetune")
-    if trained is not None and trained["settings"]["encoder_fingerprint"] != base.fingerprint:
+    trained = provenance.settings_of(workdir, "finetune", _TRAINED)
+    if trained is not None and trained["encoder_fingerprint"] != base.fingerprint:
         raise checks.InputError(
             f"evaluate: the runs in {workdir} are not of {base.name} in "
             f"{base.architecture.dtype}; expected encoder.weights and lora.dtype as in the stage "
-            f"'finetune', {trained['settings']['encoder']['weights']} in "
-            f"{trained['settings']['lora']['dtype']}."
+            f"'finetune', {trained['encoder']['weights']} in {trained['lora']['dtype']}."
         )
-    facts = {cell: facts_of(_run_folder(workdir, cell)) for cell in cells_of(config)}
+    facts = {cell: facts_of(workdir, cell) for cell in cells_of(config)}
     found = {cell: known["inputs"] for cell, known in facts.items() if "result" in known}
     if not found:
         raise checks.InputError(

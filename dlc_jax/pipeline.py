@@ -181,7 +181,7 @@ def _until_exports(
         if "evaluate" not in config.stages:
             others |= {"evaluation"}
         mine = {key: value for key, value in settings.items() if key not in others}
-        found = artefacts.read_json(workdir / artefacts.CONFIG)
+        found = artefacts.read_json(workdir / artefacts.CONFIG, {"dataset?": dict})
         if "finetune" in config.stages and "dataset" in found:
             mine["dataset"] = found["dataset"] | {"test": config.dataset.test}
         settings |= found | mine
@@ -259,7 +259,8 @@ def _report(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
     if all(row.gap is None for row in rows):
         echo("report: no figure: there is no gap to random; add random to selection.methods")
         return
-    trained = (provenance.stage_record(workdir, "finetune") or {}).get("settings", config.to_dict())
+    shape = {"dataset": {"train": str}, "encoder": {"name": str}}
+    trained = provenance.settings_of(workdir, "finetune", shape) or config.to_dict()
     title = f"{trained['dataset']['train']}, {trained['encoder']['name']}"
     figure = reports.gap_to_random(rows, title)
     for kind in ("png", "svg"):
@@ -292,7 +293,7 @@ def _summarise(
     singles = [samples.class_names[j] for j in np.flatnonzero(sizes == 1)]
     if singles:
         echo(f"classes of one sample (in mode 'default' always kept): {', '.join(singles)}")
-    known = artefacts.read_json(workdir / artefacts.PROVENANCE)
+    known = provenance.read(workdir)
     skipped = known.get("dataset", {}).get("skipped", {})
     if skipped:
         kind = "" if is_of_instructions else "unreadable "

@@ -13,6 +13,7 @@ import jax
 import dlc_jax
 from dlc_jax import artefacts, checks
 from dlc_jax.datasets.instructions import Instructions
+from dlc_jax.json_files import BELOW, NAME, SHA256, Shape, check_shape, read_json
 from dlc_jax.types import Dataset
 
 _PACKAGES = (
@@ -30,20 +31,71 @@ _PACKAGES = (
 # What parts of the stage `score` leave, for messages.
 _MADE = {"features": "features", "training": "record of training"}
 
+# What later stages read of a stage; of others all that they say they left counts.
+_LEAVES = {
+    "score": (artefacts.LOSSES, artefacts.SCORES),
+    "features": (artefacts.FEATURES,),
+    "training": (f"{artefacts.TRAINING}/record.npz",),
+    "tune": (f"{artefacts.TUNING}/tuning.json",),
+}
+_STAGE = {
+    "inputs": str,
+    "settings": {"mode?": str, "made_of?": dict, "keep_fractions?": [float]},
+    "seconds": float,
+    "outputs": {BELOW: SHA256},
+}
+_PROVENANCE = {
+    "dataset?": {"source": str, "fingerprint": str, "skipped?": dict},
+    "encoder?": {"name": str, "fingerprint": str},
+    "pruning_seconds?": {NAME: float},
+    "stages?": {NAME: _STAGE},
+}
+
+
+def read(workdir: Path) -> dict[str, Any]:
+    """Returns `provenance.json`, {} if there is none; ValueError names what is damaged in it."""
+    found: dict[str, Any] = read_json(workdir / artefacts.PROVENANCE, _PROVENANCE)
+    return found
+
 
 def stage_record(workdir: Path, stage: str) -> dict[str, Any] | None:
     """Returns what the provenance says of a stage; None if it did not run."""
-    return artefacts.read_json(workdir / artefacts.PROVENANCE).get("stages", {}).get(stage)
+    record: dict[str, Any] | None = read(workdir).get("stages", {}).get(stage)
+    return record
 
 
-def is_done(workdir: Path, stage: str, inputs: str) -> bool:
-    """Whether the stage ran on the same inputs and its files are as it left them."""
+def settings_of(workdir: Path, stage: str, shape: Shape) -> dict[str, Any] | None:
+    """Returns what the provenance says a stage ran with; None if it did not run.
+
+    Raises:
+      ValueError: the settings do not have this shape.
+    """
     record = stage_record(workdir, stage)
-    return (
-        record is not None
-        and record["inputs"] == inputs
-        and artefacts.are_intact(workdir, record["outputs"])
-    )
+    if record is None:
+        return None
+    where = f"stages.{stage}.settings"
+    check_shape(record["settings"], shape, workdir / artefacts.PROVENANCE, where)
+    settings: dict[str, Any] = record["settings"]
+    return settings
+
+
+def is_intact(workdir: Path, stage: str, needed: Iterable[Path] = ()) -> bool:
+    """Whether the stage ran, and its files, with those that are needed, are as it left them."""
+    record = stage_record(workdir, stage)
+    needed = [*needed, *map(Path, _LEAVES.get(stage, ()))]
+    return record is not None and artefacts.are_intact(workdir, record["outputs"], needed)
+
+
+def is_done(workdir: Path, stage: str, inputs: str, needed: Iterable[Path] = ()) -> bool:
+    """Whether the stage ran on the same inputs and its files are as it left them.
+
+    Args:
+      workdir, stage: Of the record.
+      inputs: What decides what the stage leaves.
+      needed: Files that it must have left, besides those that all of its runs leave.
+    """
+    record = stage_record(workdir, stage)
+    return record is not None and record["inputs"] == inputs and is_intact(workdir, stage, needed)
 
 
 def record(
@@ -57,7 +109,7 @@ def record(
 ) -> None:
     """Adds what a stage did to the provenance, which is what makes the stage count as done."""
     path = workdir / artefacts.PROVENANCE
-    provenance = artefacts.read_json(path)
+    provenance = read(workdir)
     provenance.update(facts)
     provenance["versions"] = {
         "dlc_jax": dlc_jax.__version__,
@@ -84,7 +136,7 @@ def _made_of(record: dict[str, Any] | None) -> Any:
 def forget(workdir: Path, stage: str) -> None:
     """Takes a stage out of the provenance: what it left does not count any more."""
     path = workdir / artefacts.PROVENANCE
-    provenance = artefacts.read_json(path)
+    provenance = read(workdir)
     if provenance.get("stages", {}).pop(stage, None) is not None:
         artefacts.write_json(path, provenance)
 
@@ -92,8 +144,7 @@ def forget(workdir: Path, stage: str) -> None:
 def check_is_whole(workdir: Path, stage: str) -> None:
     """Raises unless the stage ran on what was scored, and its files are as it left them."""
     record, score = stage_record(workdir, stage), stage_record(workdir, "score")
-    is_theirs = record is not None and _made_of(record) == _made_of(score)
-    if record is None or not is_theirs or not artefacts.are_intact(workdir, record["outputs"]):
+    if _made_of(record) != _made_of(score) or not is_intact(workdir, stage):
         raise checks.InputError(
             f"{workdir}/scores: has no {_MADE[stage]} of these scores; run the stage 'score' with "
             "the same settings of selection and tuning first."
@@ -103,7 +154,7 @@ def check_is_whole(workdir: Path, stage: str) -> None:
 def refresh(workdir: Path, stage: str) -> None:
     """Takes note of a stage's files as they are now, after another stage added to them."""
     path = workdir / artefacts.PROVENANCE
-    provenance = artefacts.read_json(path)
+    provenance = read(workdir)
     outputs = provenance["stages"][stage]["outputs"]
     provenance["stages"][stage]["outputs"] = artefacts.file_hashes(
         workdir, [Path(name) for name in outputs]
@@ -113,20 +164,19 @@ def refresh(workdir: Path, stage: str) -> None:
 
 def pruning_seconds(workdir: Path) -> dict[str, float]:
     """Returns what it took to know what to keep, by the name of the cell, as `select` left it."""
-    told = artefacts.read_json(workdir / artefacts.PROVENANCE)
-    seconds: dict[str, float] = told.get("pruning_seconds", {})
+    seconds: dict[str, float] = read(workdir).get("pruning_seconds", {})
     return seconds
 
 
 def seconds(workdir: Path, stages: Iterable[str]) -> float:
     """Returns what these stages took when they last ran, 0 for those that never did."""
-    known = artefacts.read_json(workdir / artefacts.PROVENANCE).get("stages", {})
+    known = read(workdir).get("stages", {})
     return sum(known[stage]["seconds"] for stage in stages if stage in known)
 
 
 def check_is_what_was_scored(workdir: Path, dataset: Dataset | Instructions) -> None:
     """Raises unless the data set is the one that the scores in the work directory are of."""
-    scored = artefacts.read_json(workdir / artefacts.PROVENANCE).get("dataset", {})
+    scored = read(workdir).get("dataset", {})
     fingerprint = scored.get("fingerprint", dataset.fingerprint)
     if fingerprint != dataset.fingerprint:
         raise checks.InputError(

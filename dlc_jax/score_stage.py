@@ -86,8 +86,8 @@ def load_configured(config: Config) -> Encoder:
 
 def check_scores_are_whole(workdir: Path) -> None:
     """A run killed between two files of `scores/` leaves files that do not belong together."""
-    record = provenance.stage_record(workdir, "score")
-    if record is not None and not artefacts.are_intact(workdir, record["outputs"]):
+    ran = provenance.stage_record(workdir, "score") is not None
+    if ran and not provenance.is_intact(workdir, "score"):
         raise checks.InputError(
             f"{workdir}/scores: not as the stage 'score' left it (changed, or a run was stopped "
             "while it wrote); run that stage again."
@@ -177,14 +177,16 @@ def _remade(workdir: Path, inputs: str, dataset: Dataset) -> bool:
 
     A run killed while it added columns leaves a table that nobody vouches for.
     """
-    record = provenance.stage_record(workdir, "score") or {}
-    measured = {name: record.get("outputs", {}).get(name) for name in _MEASURED}
-    if record.get("inputs") != inputs or not artefacts.are_intact(workdir, measured):
+    record = provenance.stage_record(workdir, "score")
+    if record is None or record["inputs"] != inputs:
         return False
-    with np.load(workdir / artefacts.LOSSES, allow_pickle=False) as file:
-        samples = ScoredSamples(
-            file["ids"], file["labels"], dataset.class_names, {"dlc": score(file["losses"])}
-        )
+    others = {name: sha for name, sha in record["outputs"].items() if name != artefacts.SCORES}
+    is_recorded = len(others) < len(record["outputs"])
+    if not is_recorded or not artefacts.are_intact(workdir, others, map(Path, _MEASURED)):
+        return False
+    found = artefacts.read_losses(workdir)
+    scores = {"dlc": score(found["losses"])}
+    samples = ScoredSamples(found["ids"], found["labels"], dataset.class_names, scores)
     artefacts.write_scores(workdir, samples)
     provenance.refresh(workdir, "score")
     return True

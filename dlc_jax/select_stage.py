@@ -42,7 +42,8 @@ def run_select(
         echo(f"select: {num_aside} selections {others}")
     of_first = [cell for cell in cells if cell[0] == config.selection.methods[0]]
     shown = of_first[len(of_first) // 2]
-    if provenance.is_done(workdir, "select", inputs):
+    files = [file for cell in cells for file in selection_files.files_of(cell)]
+    if provenance.is_done(workdir, "select", inputs, files):
         echo("select: unchanged, not run again")
         return known.select(shown)
     paths, seconds_for = [], provenance.pruning_seconds(workdir)
@@ -76,7 +77,6 @@ def run_select(
 
 
 def _tell_of_another_mode(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
-    record = provenance.stage_record(workdir, "score") or {}
-    scored = record.get("settings", {}).get("mode", config.mode)
+    scored = (provenance.settings_of(workdir, "score", {}) or {}).get("mode", config.mode)
     if scored != config.mode:
         echo(f"select: note: in mode {config.mode!r}, from scores of mode {scored!r}")

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dlc_jax import artefacts, checks
+import dlc_jax
+from dlc_jax import array_files, artefacts, checks
 from dlc_jax.artefacts import ScoredSamples
+from dlc_jax.json_files import SHA256, read_json
 from dlc_jax.selection import Cell
 from dlc_jax.types import Choice, Selection, labels_fingerprint
+
+_WORD = re.compile(r"[\w.+-]{1,40}")
+CELL = {"method": str, "keep_fraction": float, "split": (float, str, None), "seed": int}
+_IDS = {"count": int, "sha256": SHA256}
+CHOICE = {"keep_fraction": float, "method": str, "split": (float, None), "why": str}
+_MANIFEST = CELL | {
+    "version?": _WORD,
+    "mode": _WORD,
+    "chosen": (CHOICE, None),
+    "num_samples": int,
+    "kept": _IDS,
+    "dropped": _IDS,
+    "how": dict,
+    "scores_fingerprint": SHA256,
+}
 
 
 def write_selection(
@@ -29,15 +47,13 @@ def write_selection(
       Both paths, below the work directory.
     """
     cell = Cell(selection.method, selection.keep_fraction, selection.split, selection.seed)
-    paths = [Path("selections") / f"{cell.name}{suffix}" for suffix in (".npy", ".json")]
+    paths = files_of(cell)
     kept = np.zeros(len(samples.ids), bool)
     kept[selection.indices] = True
     sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
     manifest = {
-        "method": selection.method,
-        "keep_fraction": selection.keep_fraction,
-        "split": selection.split,
-        "seed": selection.seed,
+        **cell._asdict(),
+        "version": dlc_jax.__version__,
         "mode": selection.mode,
         "chosen": None if selection.chosen is None else selection.chosen._asdict(),
         "num_samples": len(kept),
@@ -58,6 +74,11 @@ def write_selection(
     return paths
 
 
+def files_of(cell: Cell) -> list[Path]:
+    """Returns the files of a cell, kept positions and manifest, below the work directory."""
+    return [Path("selections") / f"{cell.name}{suffix}" for suffix in (".npy", ".json")]
+
+
 def read_selection(
     workdir: Path,
     samples: ScoredSamples,
@@ -76,44 +97,58 @@ def read_selection(
       scores_fingerprint: Of what the method goes by, as it is now.
       mode: `default` or `official`.
     Raises:
-      ValueError: it is not there, was made from other scores, in another mode or another way, or is
-        not what its manifest says.
+      ValueError: it is not there, is of another cell, was made by another version, from other
+        scores, in another mode or another way, or is not what its manifest says.
     """
-    path = workdir / "selections" / f"{cell.name}.npy"
-    manifest = artefacts.read_json(path.with_suffix(".json"))
+    path, described = (workdir / file for file in files_of(cell))
+    manifest = read_json(described, _MANIFEST)
     if not path.exists() or not manifest:
         raise checks.InputError(f"{path}: not there; run the stage 'select' for it first.")
-    try:
-        indices = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise checks.InputError(f"{path}: not an array of kept positions: {error}.") from error
-    checks.positions(str(path), indices, len(samples.ids))
-    expected = {"scores_fingerprint": scores_fingerprint, "mode": mode, **how}
-    found = {**manifest, **manifest.get("how", {})}
-    for name, value in expected.items():
+    if cell_of(manifest) != cell:
+        raise checks.InputError(
+            f"{described}: is of {cell_of(manifest).name}, expected {cell.name}. "
+            "Run the stage 'select' again."
+        )
+    here: dict[str, Any] = {"scores_fingerprint": scores_fingerprint, "mode": mode}
+    here |= {"version": dlc_jax.__version__, "num_samples": len(samples.ids)}
+    found = {**{name: manifest.get(name) for name in here}, **manifest["how"]}
+    for name, value in {**here, **how}.items():
         if found.get(name) != value:
             raise checks.InputError(
                 f"{path}: selected with {name} {_short(found.get(name))}, expected "
                 f"{_short(value)}. Run the stage 'select' again."
             )
-    ids = samples.ids[indices]
+    indices = array_files.read_npy(path)
+    checks.positions(str(path), indices, len(samples.ids))
     kept = np.zeros(len(samples.ids), bool)
     kept[indices] = True
-    if _ids_summary(samples, kept) != manifest.get("kept"):
-        raise checks.InputError(
-            f"{path}: its {len(ids)} positions are not the {manifest.get('kept', {}).get('count')} "
-            "that its manifest was written for. Run the stage 'select' again."
-        )
+    for part, some in (("kept", kept), ("dropped", ~kept)):
+        if _ids_summary(samples, some) != manifest[part]:
+            raise checks.InputError(
+                f"{path}: its {len(indices)} positions are not the {manifest['kept']['count']} "
+                "that its manifest was written for. Run the stage 'select' again."
+            )
+    indices, chosen = np.flatnonzero(kept), manifest["chosen"]
     return Selection(
-        indices=indices.astype(np.int64),
+        indices=indices,
         **cell._asdict(),
         mode=mode,
         **{name: value for name, value in how.items() if name not in ("score", "tuning")},
-        chosen=None if manifest.get("chosen") is None else Choice(**manifest["chosen"]),
+        chosen=None if chosen is None else choice_of(chosen),
         num_kept_per_class=np.bincount(samples.labels[indices], minlength=len(samples.class_names)),
         labels_fingerprint=labels_fingerprint(samples.labels),
-        ids=ids,
+        ids=samples.ids[indices],
     )
+
+
+def cell_of(facts: Mapping[str, Any]) -> Cell:
+    """Returns the cell that a manifest, or the start of a run, is of."""
+    return Cell(*(facts[name] for name in Cell._fields))
+
+
+def choice_of(facts: Mapping[str, Any]) -> Choice:
+    """Returns what `auto` stood for, as a manifest or a tuning has it."""
+    return Choice(*(facts[name] for name in Choice._fields))
 
 
 def _ids_summary(samples: ScoredSamples, some: np.ndarray) -> dict[str, Any]:
@@ -144,13 +179,15 @@ def set_superseded_aside(
     """
     moved = 0
     for manifest in sorted(workdir.glob("selections/*/*.json")):
-        facts = artefacts.read_json(manifest)
-        made_from = str(facts.get("scores_fingerprint", "unknown"))
+        facts = read_json(manifest, _MANIFEST)
+        made_from, version = facts["scores_fingerprint"], facts.get("version")
         expected = fingerprints.get(manifest.parent.name)
-        folder = f"{made_from[:12]}-{facts.get('mode')}"
-        if (made_from, facts.get("mode")) == (expected, mode):
-            how, cell = facts.get("how"), Cell(*(facts.get(name) for name in Cell._fields))
-            if how == how_of(cell):
+        folder = f"{made_from[:12]}-{facts['mode']}"
+        if version != dlc_jax.__version__:
+            folder += f"-{version}"
+        elif (made_from, facts["mode"]) == (expected, mode):
+            how, cell = facts["how"], cell_of(facts)
+            if manifest == workdir / files_of(cell)[1] and how == how_of(cell):
                 continue
             folder += f"-{artefacts.json_hash(how)[:6]}"
         target = workdir / "superseded" / folder / manifest.parent.name

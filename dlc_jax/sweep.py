@@ -20,7 +20,7 @@ from dlc_jax.distributed import processes, said_of, stopping
 from dlc_jax.distributed.processes import on_first, told_by_first
 from dlc_jax.selection import Cell
 from dlc_jax.selection_inputs import SelectionInputs
-from dlc_jax.sweep_results import FULL, cells_of, facts_of, write_results
+from dlc_jax.sweep_results import FULL, cells_of, facts_of, read_runs, write_results
 from dlc_jax.training import ERROR, RunFolder
 from dlc_jax.types import Dataset, Selection
 
@@ -194,7 +194,7 @@ class _Sweep(NamedTuple):
 
     def _unfinished(self, cell: Cell) -> Int64[np.ndarray, " k"] | None:
         """Returns what the run trains on, with its folder made ready; None if it is finished."""
-        folder = self.folder(cell)
+        folder, facts = self.folder(cell), facts_of(self.workdir, cell)
         positions = self.tuner.positions(self._kept(cell))
         inputs = self.tuner.inputs(positions, cell.seed)
         if folder.is_finished(inputs):
@@ -202,7 +202,7 @@ class _Sweep(NamedTuple):
                 folder.drop_weights()  # a kill may have come between result and deletion
             self.tuner.complete(folder)
             return None
-        found = folder.facts().get("inputs", inputs)
+        found = facts.get("inputs", inputs)
         if found != inputs:
             _move_over(folder.path, _aside(self.workdir, found))
         return positions
@@ -223,11 +223,14 @@ class _Sweep(NamedTuple):
     def make_room(self, echo: Callable[[str], None]) -> None:
         """Moves runs of other settings or scores to `superseded/`, and those of these back."""
         shared, num_moved = self.shared, 0
-        for path in sorted((self.workdir / artefacts.FINETUNE).glob("*/*")):
-            found = facts_of(path).get("shared", shared)
+        runs, unreadable = read_runs(self.workdir)
+        for name, facts in sorted(runs.items()):
+            found = facts.get("shared", shared)
             if found != shared:
-                _move_over(path, _aside(self.workdir, found))
+                _move_over(self.workdir / artefacts.FINETUNE / name, _aside(self.workdir, found))
                 num_moved += 1
+        for reason in unreadable.values():
+            echo(f"finetune: note: a run is left out of {artefacts.RESULTS}: {reason}")
         if num_moved:
             echo(f"finetune: {num_moved} runs of other settings or scores moved to superseded/")
         for path in sorted(_aside(self.workdir, shared).glob("*/*")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 from pathlib import Path
@@ -10,13 +9,25 @@ from typing import Any
 
 from dlc_jax import artefacts, checks
 from dlc_jax.config import Config
+from dlc_jax.json_files import NAME, SHA256, check_shape
 from dlc_jax.selection import Cell
+from dlc_jax.selection_files import CELL, cell_of
 from dlc_jax.training import RunFolder
+from dlc_jax.training.folder import RUN
 
 FULL, BASE = "full", "base"
 COLUMNS = ("method", "keep_fraction", "split", "seed", "num_kept", "test_accuracy", "seconds")
 # What instructions have besides: nats per response token, and accuracies on parts of MMLU.
 _MORE_COLUMNS = ("test_loss", "humanities", "social_sciences", "stem", "other")
+_RUN = {"shared?": SHA256, "cell?": CELL, "settings?": dict}
+_EVALUATION = {
+    "asked": str,
+    "run": str,
+    "cell?": CELL,
+    "result": {"test_accuracy": float, NAME: float},
+    "num_questions": int,
+    "num_truncated": int,
+}
 _SHOWN = ("epochs", "batch_size", "optimiser", "rank", "learning_rate", "linear_probe", "dtype")
 # What was not fine-tuned, to compare with.
 BASE_CELL = Cell(BASE, 0.0, None, 0)
@@ -30,13 +41,14 @@ def cells_of(config: Config) -> list[Cell]:
 
 def what_is_finished(config: Config, workdir: Path) -> str:
     """Returns how much of a sweep `results.csv` holds, and how its runs were trained."""
-    folders = [RunFolder(path) for path in (workdir / artefacts.FINETUNE).glob("*/*")]
-    known = {f"{f.path.parent.name}/{f.path.name}": facts_of(f.path) for f in folders}
+    known, unreadable = read_runs(workdir)
     finished = {name for name, facts in known.items() if "result" in facts}
     asked = {cell.name for cell in cells_of(config)}
     said = f"{len(asked & finished)} of the {len(asked)} runs asked for are finished"
     if others := len(finished - asked):
         said += f"; {others} others are in the table as well"
+    if unreadable:
+        said += f"; left out: {'; '.join(unreadable.values()).removesuffix('.')}"
     settings = next((known[name].get("settings") for name in sorted(finished)), None)
     if settings is None:
         return f"{said}."
@@ -51,12 +63,12 @@ def what_is_finished(config: Config, workdir: Path) -> str:
 def write_results(workdir: Path) -> list[dict[str, Any]]:
     """Writes `results.csv` from every finished run in the work directory, in a fixed order."""
     rows: list[dict[str, Any]] = []
-    base = artefacts.read_json(evaluation_file(workdir, BASE_CELL))
-    for path in (workdir / artefacts.FINETUNE).glob("*/*"):
-        facts = facts_of(path)
+    base = read_evaluation(workdir, BASE_CELL)
+    for facts in read_runs(workdir)[0].values():
         if "result" in facts and "cell" in facts:
-            measured = _measured(workdir, Cell(**facts["cell"]), facts["inputs"], base.get("asked"))
-            rows.append({**facts["cell"], **facts["result"], **measured})
+            cell = cell_of(facts["cell"])
+            measured = _measured(workdir, cell, facts["inputs"], base.get("asked"))
+            rows.append({**facts["result"], **cell._asdict(), **measured})
     if base:
         rows.append({**BASE_CELL._asdict(), "num_kept": 0, "seconds": 0.0, **base["result"]})
     rows.sort(
@@ -78,11 +90,39 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def facts_of(path: Path) -> dict[str, Any]:
-    """What `run.json` says; nothing if it cannot be read, which its own run has to tell."""
-    with contextlib.suppress(checks.InputError, OSError):
-        return RunFolder(path).facts()
-    return {}
+def facts_of(workdir: Path, cell: Cell) -> dict[str, Any]:
+    """Returns the `run.json` of a cell, {} before its run has started.
+
+    Raises:
+      ValueError: it is damaged, or of another cell.
+    """
+    folder = RunFolder(workdir / artefacts.FINETUNE / cell.name)
+    facts, path = folder.facts(), folder.path / RUN
+    check_shape(facts, _RUN, path)
+    _check_cell(facts, cell.name, path)
+    return facts
+
+
+def read_runs(workdir: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Returns `run.json` of every run by the name of its cell, and why others are unreadable."""
+    runs, unreadable = {}, {}
+    for path in (workdir / artefacts.FINETUNE).glob("*/*"):
+        name = f"{path.parent.name}/{path.name}"
+        try:
+            facts = RunFolder(path).facts()
+            check_shape(facts, _RUN, path / RUN)
+            _check_cell(facts, name, path / RUN)
+        except (checks.InputError, OSError) as error:
+            unreadable[name] = str(error)
+        else:
+            runs[name] = facts
+    return runs, unreadable
+
+
+def _check_cell(facts: dict[str, Any], name: str, path: Path) -> None:
+    """Raises ValueError if a file is of another cell than its place says."""
+    if "cell" in facts and (found := cell_of(facts["cell"]).name) != name:
+        raise checks.InputError(f"{path}: is of {found}, expected {name}. Delete it to run again.")
 
 
 def evaluation_file(workdir: Path, cell: Cell) -> Path:
@@ -90,12 +130,24 @@ def evaluation_file(workdir: Path, cell: Cell) -> Path:
     return workdir / artefacts.EVALUATE / f"{cell.name}.json"
 
 
+def read_evaluation(workdir: Path, cell: Cell) -> dict[str, Any]:
+    """Returns what the stage `evaluate` measured of a run, {} if it did not.
+
+    Raises:
+      ValueError: the file is damaged, or of another cell.
+    """
+    path = evaluation_file(workdir, cell)
+    found: dict[str, Any] = artefacts.read_json(path, _EVALUATION)
+    _check_cell(found, cell.name, path)
+    return found
+
+
 def _measured(workdir: Path, cell: Cell, run_inputs: str, asked: str | None) -> dict[str, Any]:
     """Returns what was measured of this very run; nothing where that, or what was asked, differs.
 
     Accuracies on other questions, or with other examples, are not to stand beside the base model's.
     """
-    found = artefacts.read_json(evaluation_file(workdir, cell))
+    found = read_evaluation(workdir, cell)
     is_it = found.get("run") == run_inputs and found.get("asked") == asked
     result: dict[str, Any] = found["result"] if found and is_it else {}
     return result

@@ -17,8 +17,9 @@ from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.distributed import make_mesh
 from dlc_jax.score_stage import Load, load_configured
+from dlc_jax.selection_files import CHOICE, choice_of
 from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
-from dlc_jax.types import Choice, Gap, Tried, Tuning
+from dlc_jax.types import Gap, Tried, Tuning
 
 _FILE = f"{artefacts.TUNING}/tuning.json"
 _TABLE = f"{artefacts.TUNING}/tuning.csv"
@@ -26,6 +27,21 @@ _REPORT = f"{artefacts.TUNING}/tuning.md"
 _FIGURE = f"{artefacts.TUNING}/curve.png"
 _TRIALS = f"{artefacts.TUNING}/trials"
 _GAPS = ("to_random", "to_full", "to_even")
+_TRIED = {"keep_fraction": float, "method": str, "split": (float, None), "accuracy": float}
+_GAP = [float, float, float]
+_TRIED |= {"to_random": _GAP, "to_full": _GAP, "to_even": (_GAP, None)}
+_TUNING = {
+    "tried": [_TRIED],
+    "methods": [CHOICE],
+    "splits": [CHOICE],
+    "full_accuracy": float,
+    "trained": str,
+    "num_repeats": int,
+    "min_per_class": int,
+    "scores_fingerprint": str,
+    "features_fingerprint": (str, None),
+    "seconds": float,
+}
 
 
 def run_tune(
@@ -52,7 +68,7 @@ def run_tune(
     )
     if provenance.is_done(workdir, "tune", inputs) and _covers(workdir, config):
         echo("tune: unchanged, not run again")
-        tuning = _from_json(artefacts.read_json(workdir / _FILE))
+        tuning = read_tuning(workdir)
     else:
         echo(f"tune: by {config.tuning.by}, {config.tuning.num_repeats} held-out fifths")
         tuning = tune(
@@ -86,10 +102,16 @@ def run_tune(
     return tuning
 
 
+def read_tuning(workdir: Path) -> Tuning:
+    """Reads `tuning/tuning.json`; ValueError where it is damaged."""
+    return _from_json(artefacts.read_json(workdir / _FILE, _TUNING))
+
+
 def _covers(workdir: Path, config: Config) -> bool:
     """Whether every keep fraction was tuned; each is tuned as if there were no others."""
-    record = provenance.stage_record(workdir, "tune") or {}
-    return set(config.selection.keep_fractions) <= set(record["settings"]["keep_fractions"])
+    known = provenance.settings_of(workdir, "tune", {"keep_fractions": [float]})
+    assert known is not None  # the stage ran
+    return set(config.selection.keep_fractions) <= set(known["keep_fractions"])
 
 
 def _finetune_trials(
@@ -136,11 +158,8 @@ def _to_json(tuning: Tuning) -> dict[str, Any]:
 def _from_json(values: dict[str, Any]) -> Tuning:
     def tried(row: dict[str, Any]) -> Tried:
         gaps = {name: None if row[name] is None else Gap(*row[name]) for name in _GAPS}
-        return Tried(**(row | gaps))
+        return Tried(*((row | gaps)[name] for name in Tried._fields))
 
-    rows = {
-        "tried": tuple(tried(row) for row in values["tried"]),
-        "methods": tuple(Choice(**choice) for choice in values["methods"]),
-        "splits": tuple(Choice(**choice) for choice in values["splits"]),
-    }
-    return Tuning(**(values | rows))
+    fields = {name: values[name] for name in _TUNING}
+    fields |= {name: tuple(map(choice_of, values[name])) for name in ("methods", "splits")}
+    return Tuning(**fields | {"tried": tuple(map(tried, values["tried"]))})

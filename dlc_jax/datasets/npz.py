@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from dlc_jax import checks
+from dlc_jax import array_files, checks
+from dlc_jax.array_files import Header
 from dlc_jax.datasets.arrays import array_dataset
 from dlc_jax.datasets.files import regular
 from dlc_jax.types import Dataset
 
 _IMAGES, _LABELS = ("images", "image", "x"), ("labels", "label", "y")
+_OPTIONAL = ("ids", "class_names")
 
 
 def load_npz(where: str) -> Dataset:
@@ -25,44 +29,78 @@ def load_npz(where: str) -> Dataset:
     """
     source = f"npz:{where}"
     try:
-        loaded = np.load(regular(Path(where).expanduser()), allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise ValueError("it holds one array, expected an archive of several")
-        with loaded as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # NumPy and zipfile raise anything, MemoryError for a false shape
+        path = regular(Path(where).expanduser())
+        with open(path, "rb") as file:
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:
+                raise ValueError("it holds one array, expected an archive of several")
+    except (OSError, ValueError) as error:
         raise checks.InputError(
             f"{source}: cannot be read as arrays: {checks.first_line(error)}."
         ) from error
-    images, labels = _pick(source, arrays, _IMAGES), _pick(source, arrays, _LABELS)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise checks.InputError(
-            f"{source}: images are {images.dtype} {images.shape}, expected uint8 [n, h, w, 3], "
-            "[n, h, w, 1] or [n, h, w]."
-        )
-    if labels.ndim != 1 or len(labels) != len(images):
-        raise checks.InputError(
-            f"{source}: labels have shape {labels.shape}, expected ({len(images)},)."
-        )
-    for name in ("ids", "class_names"):
-        if name in arrays and arrays[name].ndim != 1:
-            raise checks.InputError(
-                f"{source}: {name} have shape {arrays[name].shape}, expected one dimension."
-            )
-    names = arrays.get("class_names")
+    headers = array_files.npz_headers(path)
+    images, labels = _pick(source, headers, _IMAGES), _pick(source, headers, _LABELS)
+    names = [images, labels, *(name for name in _OPTIONAL if name in headers)]
+    _check_headers(source, headers, images, labels)
+    _check_memory(source, sum(headers[name].num_bytes for name in names))
+    arrays = array_files.load_npz(path, names)
+    texts = {name: _texts(source, name, arrays[name]) for name in names[2:]}
     return array_dataset(
-        images,
-        labels,
-        ids=arrays["ids"].tolist() if "ids" in arrays else None,
-        class_names=[str(name) for name in names] if names is not None else None,
+        arrays[images],
+        arrays[labels],
+        ids=texts.get("ids"),
+        class_names=texts.get("class_names"),
         name=source,
     )
 
 
-def _pick(source: str, arrays: dict[str, np.ndarray], usual: tuple[str, ...]) -> np.ndarray:
+def _check_headers(source: str, headers: Mapping[str, Header], images: str, labels: str) -> None:
+    """Raises ValueError for shapes and types that are no data set."""
+    shape, dtype = headers[images]
+    if dtype != np.uint8 or len(shape) not in (3, 4):
+        raise checks.InputError(
+            f"{source}: images are {dtype} {shape}, expected uint8 [n, h, w, 3], [n, h, w, 1] or "
+            "[n, h, w]."
+        )
+    if headers[labels].shape != shape[:1]:
+        raise checks.InputError(
+            f"{source}: labels have shape {headers[labels].shape}, expected {shape[:1]}."
+        )
+    for name in _OPTIONAL:
+        if name in headers and len(headers[name].shape) != 1:
+            raise checks.InputError(
+                f"{source}: {name} have shape {headers[name].shape}, expected one dimension."
+            )
+        if name in headers and headers[name].dtype.kind not in "USiu":
+            raise checks.InputError(
+                f"{source}: {name} are {headers[name].dtype}, expected text or integers."
+            )
+
+
+def _check_memory(source: str, num_bytes: int) -> None:
+    """Raises ValueError for more than the machine has: a small archive may unpack to anything."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > there:
+        raise checks.InputError(
+            f"{source}: its arrays take {num_bytes / 2**30:.3g} GiB of memory, expected at most "
+            f"the {there / 2**30:.3g} GiB that there are."
+        )
+
+
+def _texts(source: str, name: str, values: np.ndarray) -> list[str]:
+    """Returns names as text; bytes are ASCII."""
+    try:
+        return values.astype(np.str_).tolist()
+    except UnicodeDecodeError as error:
+        raise checks.InputError(
+            f"{source}: {name} are bytes that are not ASCII ({checks.first_line(error)}), expected "
+            "an array of text."
+        ) from error
+
+
+def _pick(source: str, headers: Mapping[str, Header], usual: tuple[str, ...]) -> str:
     for name in usual:
-        if name in arrays:
-            return arrays[name]
+        if name in headers:
+            return name
     raise checks.InputError(
-        f"{source}: no array named {' or '.join(usual)}, found {', '.join(arrays) or 'none'}."
+        f"{source}: no array named {' or '.join(usual)}, found {', '.join(headers) or 'none'}."
     )

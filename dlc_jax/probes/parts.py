@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc_jax import artefacts, checks
+from dlc_jax import array_files, artefacts, checks
 from dlc_jax.distributed import processes
 
 
@@ -79,7 +79,7 @@ class Parts:
         if self.folder is None:
             return self._in_memory.get(name, {})
         try:
-            with np.load(self._path(name), allow_pickle=False) as file:
-                return {key: file[key] for key in file.files}
-        except Exception:  # whatever a damaged file makes NumPy and zipfile raise
+            headers = array_files.npz_headers(self._path(name))
+            return array_files.load_npz(self._path(name), headers)
+        except checks.InputError:
             return {}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dlc_jax import artefacts, checks
+from dlc_jax.json_files import SHA256, parse_json
 from dlc_jax.types import RunResult
 
 METRICS = "metrics.jsonl"
@@ -17,6 +18,10 @@ PER_CLASS = "per_class_accuracy.csv"
 RUN = "run.json"
 CHECKPOINT, STOPPED = "checkpoint", "stopped"
 ERROR = "error.txt"
+_SHAPE = {
+    "inputs": SHA256,
+    "result?": {"num_kept": int, "seconds": float, "test_accuracy?": (float, None)},
+}
 
 
 class RunFolder:
@@ -43,8 +48,9 @@ class RunFolder:
         return self.path / STOPPED
 
     def facts(self) -> dict[str, Any]:
-        """Returns run.json, {} before the run has started."""
-        return artefacts.read_json(self.path / RUN)
+        """Returns run.json, {} before the run has started; ValueError if it is damaged."""
+        facts: dict[str, Any] = artefacts.read_json(self.path / RUN, _SHAPE)
+        return facts
 
     def is_finished(self, inputs: str) -> bool:
         """Whether a run of these inputs ended here, and its files are there."""
@@ -81,7 +87,8 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Returns what `write_metrics` wrote."""
-        return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+        path = self.path / METRICS
+        return [parse_json(line, dict, path) for line in path.read_text().splitlines()]
 
     def finish(
         self,

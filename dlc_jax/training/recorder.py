@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import time
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int64
 
-from dlc_jax import artefacts, checks
+from dlc_jax import array_files, artefacts, checks
+from dlc_jax.array_files import Expected
 from dlc_jax.distributed import one_device, processes
 from dlc_jax.distributed.processes import told_by_first
 from dlc_jax.encoders import Encoder
+from dlc_jax.json_files import NAME, parse_json
 from dlc_jax.preprocess import ON_CORRUPT, ImageCache
 from dlc_jax.training.finetuner import Finetuner
 from dlc_jax.training.folder import RunFolder
@@ -29,8 +29,22 @@ from dlc_jax.types import Dataset, TrainingRecord
 RECORD = "record.npz"
 _SEEN = "seen"
 _RUNS_OF_MODE = {"default": 3, "official": 10}  # what `num_runs=None` means
-_ARRAYS = ("correct", "logits", "early_logits", "early_squared_norms", "labels", "ids")
-_FACTS = ("early_epoch", "batch_size", "class_names", "seconds", "num_epochs", "skipped")
+_ARRAYS = {
+    "correct": Expected("b", 2),
+    "logits": Expected("f", 2),
+    "early_logits": Expected("f", 3),
+    "early_squared_norms": Expected("f", 2),
+    "labels": Expected("i", 1),
+    "ids": Expected("U", 1),
+}
+_FACTS = {
+    "early_epoch": int,
+    "batch_size": int,
+    "class_names": [str],
+    "seconds": float,
+    "num_epochs": int,
+    "skipped": {NAME: str},
+}
 
 
 class Recorder:
@@ -199,7 +213,7 @@ class _Seen(NamedTuple):
     def get(self, name: str) -> np.ndarray:
         if self.folder is None:
             return self.arrays[name]
-        return np.load(self.folder / f"{name}.npy", allow_pickle=False)
+        return array_files.read_npy(self.folder / f"{name}.npy")
 
 
 class _Watch(NamedTuple):
@@ -231,18 +245,37 @@ def _write(path: Path, record: TrainingRecord) -> None:
 
 def _read(path: Path) -> TrainingRecord | None:
     """Returns the record; None if there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in _ARRAYS}
-                facts: dict[str, Any] = json.loads(str(file["facts"]))
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise checks.InputError(
-                f"{path}: not a training record: {checks.first_line(error)}. Delete it to record "
-                "again."
-            ) from error
-        return TrainingRecord(**arrays, **{**facts, "class_names": tuple(facts["class_names"])})
-    return None
+    if not path.exists():
+        return None
+    try:
+        fields: dict[str, Any] = {
+            **array_files.read_npz(path, _ARRAYS | {"facts": Expected("U", 0)})
+        }
+        facts = parse_json(str(fields.pop("facts")), _FACTS, path)
+        fields |= {name: facts[name] for name in _FACTS}
+        record = TrainingRecord(**fields | {"class_names": tuple(facts["class_names"])})
+        _check_lengths(path, record)
+    except checks.InputError as error:
+        raise checks.InputError(
+            f"{path}: not a training record: {error} Delete it to record again."
+        ) from error
+    return record
+
+
+def _check_lengths(path: Path, record: TrainingRecord) -> None:
+    """Raises ValueError unless all arrays are of as many samples and classes."""
+    num_samples, num_classes = len(record.ids), len(record.class_names)
+    num_runs = len(record.early_logits)
+    for name, shape in (
+        ("correct", (len(record.correct), num_samples)),
+        ("logits", (num_samples, num_classes)),
+        ("early_logits", (num_runs, num_samples, num_classes)),
+        ("early_squared_norms", (num_runs, num_samples)),
+        ("labels", (num_samples,)),
+    ):
+        found = getattr(record, name).shape
+        if found != shape:
+            raise checks.InputError(f"{path}: {name} is {found}, expected {shape}.")
 
 
 def read_record(folder: Path, ids: np.ndarray) -> TrainingRecord:

@@ -12,13 +12,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int32, Int64
 
-from dlc_jax import artefacts, checks
+from dlc_jax import array_files, artefacts, checks
+from dlc_jax.array_files import Expected
 from dlc_jax.encoders import Encoder
 from dlc_jax.preprocess import ImageCache
 from dlc_jax.training import FinetuneConfig, Finetuner
 from dlc_jax.tuning.linear import LinearProbeConfig, linear_probes
 from dlc_jax.types import Dataset
 
+_OUTCOME = {
+    "predictions": Expected("i", 1),
+    "seconds": Expected("f", 0),
+    "inputs": Expected("U", 0),
+}
 TRIALS = ("linear_probe", "finetune")
 
 
@@ -149,15 +155,13 @@ class FinetuneTrials:
         return np.stack([self._predictions(trial)[held_out] == labels for trial in trials])
 
     def _predictions(self, trial: Trial) -> Int32[np.ndarray, " n"]:
-        path = None
+        path, inputs = None, ""
         if self._folder is not None:
             inputs = self._finetuner.inputs(trial.positions, trial.seed)
             path = self._folder / f"{inputs[:32]}.npz"
-            if path.exists():
-                with np.load(path, allow_pickle=False) as file:
-                    self.earlier_seconds += 0.0 if path in self._counted else float(file["seconds"])
-                    self._counted.add(path)
-                    return file["predictions"]
+            found = self._known(path, inputs)
+            if found is not None:
+                return found
         start = time.perf_counter()
         predictions = self._finetuner.run(trial.positions, trial.seed).predictions
         assert predictions is not None  # there is a test set
@@ -165,5 +169,20 @@ class FinetuneTrials:
             self._counted.add(path)
             with artefacts.atomic(path) as file:
                 seconds = np.array(time.perf_counter() - start)
-                np.savez(file, allow_pickle=False, predictions=predictions, seconds=seconds)
+                outcome = {"predictions": predictions, "seconds": seconds}
+                np.savez(file, allow_pickle=False, inputs=np.array(inputs), **outcome)
         return predictions
+
+    def _known(self, path: Path, inputs: str) -> Int32[np.ndarray, " n"] | None:
+        """Returns the predictions of this very trial; None where it has to be run."""
+        if not path.exists():
+            return None
+        try:
+            found = array_files.read_npz(path, _OUTCOME)
+        except checks.InputError:  # damaged, or as an earlier version wrote it
+            return None
+        if str(found["inputs"]) != inputs or len(found["predictions"]) != len(self._dataset):
+            return None
+        self.earlier_seconds += 0.0 if path in self._counted else float(found["seconds"])
+        self._counted.add(path)
+        return found["predictions"]

@@ -298,7 +298,13 @@ class LoraTuner:
         summary = folder.facts()["result"]
         self.complete(folder)
         model = load_adapter(self._model, folder.path / ADAPTER)
-        return LoraResult(model=model, history=folder.read_metrics(), **summary)
+        return LoraResult(
+            model=model,
+            num_kept=summary["num_kept"],
+            test_loss=summary.get("test_loss"),
+            history=folder.read_metrics(),
+            seconds=summary["seconds"],
+        )
 
     def _write(self, result: LoraResult, folder: RunFolder | None) -> None:
         if folder is None:

@@ -1,0 +1,152 @@
+"""JSON files, read back in the shape they were written in, or refused by file and field."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from dlc_jax import checks
+
+# What a value has to be:
+#   str, bool, int, float, dict, list, None   that kind; an integer of 64 bits is a number as well,
+#                                             and true is none
+#   (shape, ...)                              one of these
+#   [shape]                                   a list of such values
+#   [shape, shape, ...]                       a list of as many values
+#   {"name": shape, "name?": shape}           an object with these fields, perhaps others; `?` if
+#                                             the field may be missing
+#   {compiled pattern: shape}                 an object all of whose names match
+#   compiled pattern                          text that matches
+Shape: TypeAlias = Any
+
+_KINDS: dict[Any, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+    None: "null",
+}
+NAME = re.compile(r"(?s).*")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+# of a file below the work directory
+BELOW = re.compile(r"(?!/)(?!(.*/)?\.\.(/|$))[^\0\\]+")
+
+
+def read_json(path: Path, shape: Shape = dict) -> Any:
+    """Returns the file's value, {} if there is no such file.
+
+    Args:
+      path: Of the file.
+      shape: What the value has to be, see `Shape`.
+    Raises:
+      ValueError: the file is not valid JSON in UTF-8, names a key twice, or its value has another
+        shape.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise checks.InputError(
+            f"{path}: cannot be read: {error.strerror or error}; expected a JSON file."
+        ) from error
+    return parse_json(content, shape, path)
+
+
+def parse_json(content: bytes | str, shape: Shape, path: Path) -> Any:
+    """Returns the value of JSON that was read from a file; ValueError as for `read_json`."""
+    try:
+        text = content.decode() if isinstance(content, bytes) else content
+        value = json.loads(text, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise checks.InputError(f"{path}: not valid JSON: {checks.first_line(error)}.") from error
+    if not isinstance(value, dict):
+        raise checks.InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    check_shape(value, shape, path)
+    return value
+
+
+def check_shape(value: Any, shape: Shape, path: Path, field: str = "") -> None:
+    """Raises ValueError, naming file and field, unless the value has the shape."""
+    if not _fits(value, shape):
+        raise checks.InputError(
+            f"{path}: {field or 'its value'} is {_shown(value)}, expected {_expected(shape)}."
+        )
+    if isinstance(shape, list):
+        parts = shape * len(value) if len(shape) == 1 else shape
+        for number, (item, part) in enumerate(zip(value, parts, strict=True)):
+            check_shape(item, part, path, f"{field}[{number}]")
+    elif isinstance(shape, Mapping):
+        for name, part in shape.items():
+            if isinstance(name, re.Pattern):
+                _check_all(value, name, part, path, field)
+                continue
+            inner = f"{field}.{name.removesuffix('?')}".lstrip(".")
+            if name.removesuffix("?") in value:
+                check_shape(value[name.removesuffix("?")], part, path, inner)
+            elif not name.endswith("?"):
+                raise checks.InputError(f"{path}: {inner} is missing, expected {_expected(part)}.")
+    elif isinstance(shape, tuple):  # the first that fits on the outside is meant
+        check_shape(value, next(part for part in shape if _fits(value, part)), path, field)
+
+
+def _check_all(
+    value: dict[str, Any], pattern: re.Pattern, shape: Shape, path: Path, field: str
+) -> None:
+    for name, item in value.items():
+        if not pattern.fullmatch(name):
+            raise checks.InputError(
+                f"{path}: {field or 'its value'} has the name {name[:60]!r}, expected "
+                f"{_expected(pattern)}."
+            )
+        check_shape(item, shape, path, f"{field}.{name}".lstrip("."))
+
+
+def _fits(value: Any, shape: Shape) -> bool:
+    """Whether a value is of the right kind, whatever is in it."""
+    if isinstance(shape, tuple):
+        return any(_fits(value, part) for part in shape)
+    if isinstance(shape, re.Pattern):
+        return isinstance(value, str) and shape.fullmatch(value) is not None
+    if isinstance(shape, list):
+        return isinstance(value, list) and len(shape) in (1, len(value))
+    if isinstance(shape, Mapping):
+        return isinstance(value, dict)
+    if shape is None or isinstance(value, bool):
+        return value is None if shape is None else shape is bool
+    if shape in (int, float) and isinstance(value, int):
+        return abs(value) < 2**63
+    return isinstance(value, shape)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        parts = "values" if isinstance(value, list) else "fields"
+        return f"{_KINDS[type(value)]} of {len(value)} {parts}"
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _expected(shape: Shape) -> str:
+    if isinstance(shape, tuple):
+        return " or ".join(_expected(part) for part in shape)
+    if isinstance(shape, re.Pattern):
+        named = {SHA256: "a SHA-256", BELOW: "a path below the work directory"}
+        return named.get(shape, f"text like {shape.pattern}")
+    if isinstance(shape, list):
+        return _KINDS[list] + (f" of {len(shape)} values" if len(shape) > 1 else "")
+    return _KINDS[dict] if isinstance(shape, Mapping) else _KINDS[shape]
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:60]!r} is there twice")
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -345,6 +346,12 @@ class Config:
             return found | {"linear_probe": self.linear_probe.decisive}
         trained = {"finetune": self.finetune.decisive, "encoder": settings["encoder"]}
         return found | trained
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Settings of data and encoder, as JSON gives them back, for the record of their scores."""
+        settings = json.loads(json.dumps(self.to_dict()))
+        return {name: settings[name] for name in ("dataset", "encoder")}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested dictionaries of plain values."""

@@ -96,7 +96,8 @@ def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], 
         of_classes = dataclasses.replace(probes, labels=samples.labels)
         paths += write_certificate(workdir, of_classes, config.seed, echo)
         seconds = time.perf_counter() - start
-        provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
+        settings = made_with | {"asked": config.asked}
+        provenance.record(workdir, "score", inputs, paths, seconds, facts, settings)
         artefacts.remove(workdir / artefacts.SHARDS)  # finished
 
     on_first(keep)

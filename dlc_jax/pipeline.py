@@ -40,6 +40,7 @@ from dlc_jax.sweep_results import what_is_finished
 from dlc_jax.training import Finetuner, class_ids_by_name
 from dlc_jax.tune_stage import run_tune
 from dlc_jax.types import Dataset, Selection
+from dlc_jax.what_was_scored import check_names_what_was_scored
 
 
 class _Sources:
@@ -175,6 +176,7 @@ def _until_exports(
     check_scores_are_whole(workdir)
     samples = artefacts.read_scores(workdir)
     if "score" not in config.stages:  # the rest of the file still describes the scores
+        check_names_what_was_scored(config, workdir, load, echo)
         others = {"seed", "dataset", "encoder", "cache", "probe", "record", "mesh"}
         if "finetune" not in config.stages:
             others |= {"finetune", "lora"}

@@ -83,7 +83,9 @@ def is_intact(workdir: Path, stage: str, needed: Iterable[Path] = ()) -> bool:
     """Whether the stage ran, and its files, with those that are needed, are as it left them."""
     record = stage_record(workdir, stage)
     needed = [*needed, *map(Path, _LEAVES.get(stage, ()))]
-    return record is not None and artefacts.are_intact(workdir, record["outputs"], needed)
+    if record is None or not record["outputs"]:
+        return False
+    return artefacts.are_intact(workdir, record["outputs"], needed)
 
 
 def is_done(workdir: Path, stage: str, inputs: str, needed: Iterable[Path] = ()) -> bool:

@@ -26,7 +26,7 @@ from dlc_jax.types import Dataset, ProbeLosses
 
 Load: TypeAlias = Callable[[str], Dataset]  # by source
 # Settings that change speed and memory, but not what comes out.
-_SPEED_ONLY = ("batch_size", "chunk")
+SPEED_ONLY = ("batch_size", "chunk")
 _NOT_OF_IMAGES = ("tokens_per_batch",)
 _MEASURED = (artefacts.LOSSES, artefacts.PICTURE)  # what scores.parquet can be made of
 _SHORT_PATH = 0.5  # sparsity; both schedules of 50 probes go beyond it
@@ -64,7 +64,7 @@ def run_score(config: Config, workdir: Path, load: Load, echo: Callable[[str], N
         "mode": config.mode,
         "on_corrupt": config.dataset.on_corrupt,
     }
-    _measure_dlc(resolved, workdir, dataset, resolved_encoder, made_of, echo)
+    _measure_dlc(resolved, workdir, dataset, resolved_encoder, made_of, config.asked, echo)
     if config.need.features:
         _measure_features(config, workdir, dataset, resolved_encoder, made_of, echo)
     if config.need.training:
@@ -100,6 +100,7 @@ def _measure_dlc(
     dataset: Dataset,
     encoder: Encoder,
     made_of: dict[str, Any],
+    asked: dict[str, Any],
     echo: Callable[[str], None],
 ) -> None:
     start = time.perf_counter()
@@ -150,7 +151,7 @@ def _measure_dlc(
             "encoder": _encoder_facts(encoder, config.encoder.weights),
         }
         made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "encoder", "probe")}
-        made_with["made_of"] = made_of
+        made_with |= {"made_of": made_of, "asked": asked}
         seconds = time.perf_counter() - start
         provenance.record(workdir, "score", inputs, paths, seconds, facts, made_with)
         artefacts.remove(workdir / artefacts.SHARDS)  # finished
@@ -329,7 +330,7 @@ def _write_columns(workdir: Path, columns: dict[str, np.ndarray]) -> None:
 
 
 def _dlc_inputs(config: Config, made_of: dict[str, Any]) -> str:
-    settings = {k: v for k, v in _probe_settings(config).items() if k not in _SPEED_ONLY}
+    settings = {k: v for k, v in _probe_settings(config).items() if k not in SPEED_ONLY}
     if config.probe.num_probes != AUTO:
         del settings["agreement"]
     return artefacts.json_hash(

@@ -36,7 +36,8 @@ from dlc_jax.sweep_results import (
     facts_of,
     write_results,
 )
-from dlc_jax.training.lora.tuner import ADAPTER, LoraTuner
+from dlc_jax.training.folder import ADAPTER
+from dlc_jax.training.lora.tuner import LoraTuner
 
 
 def check_before_scoring(config: Config) -> None:

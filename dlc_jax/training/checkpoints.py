@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import logging
 import re
 import sys
 import time
@@ -89,15 +91,27 @@ class Checkpoints:
         """Returns when everything is on disk."""
         written, self._written = self._written, None
         if written is not None:
-            with self._clear_errors("write"):
-                written.result()
+            written.result()
 
     def _write(
         self, number: int, state: Any, history: list[dict[str, Any]], beside: list[str]
     ) -> None:
-        path = self._folder / str(number)
+        with _quiet():
+            failure = self._failure_of_write(number, state, history, beside)
+            if failure is not None:
+                gc.collect()  # what was under way, while nobody hears it complain
+                _clear(self._folder)
+        if failure is not None:
+            raise checks.InputError(f"{failure}. {self._after_failure()}")
+        for other in self._numbers() - {number}:
+            artefacts.remove(self._folder / str(other))
+
+    def _failure_of_write(
+        self, number: int, state: Any, history: list[dict[str, Any]], beside: list[str]
+    ) -> str | None:
+        """Writes a checkpoint; returns why that failed, without the error, which holds a lot."""
         try:
-            with artefacts.atomic_folder(path) as place:
+            with artefacts.atomic_folder(self._folder / str(number)) as place:
                 _write_state(place / _STATE, state)
                 artefacts.write_json(place / _HISTORY, {"epochs": history})
                 told = {
@@ -107,11 +121,15 @@ class Checkpoints:
                     "beside": artefacts.hashes_below(self._beside, beside),
                 }
                 artefacts.write_json(place / _CHECKSUMS, told)
-        except Exception:
-            _clear(self._folder)
-            raise
-        for other in self._numbers() - {number}:
-            artefacts.remove(self._folder / str(other))
+        except Exception as error:  # Orbax and TensorStore raise anything from OSError on
+            return f"{self._folder}: cannot write a checkpoint: {_reason(error)}"
+        return None
+
+    def _after_failure(self) -> str:
+        whole = [n for n in self._numbers() if self._damage(self._folder / str(n)) is None]
+        if not whole:
+            return "There is none yet; the same command starts this run again."
+        return f"The last whole one, {max(whole)}, is untouched; the same command goes on from it."
 
     def _numbers(self) -> set[int]:
         """Returns those of the checkpoints on disk."""
@@ -138,15 +156,10 @@ class Checkpoints:
     def _clear_errors(self, what: str):
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise anything from OSError on
-            after = "Delete the folder to start this run again."
-            if what == "write":
-                whole = [n for n in self._numbers() if self._damage(self._folder / str(n)) is None]
-                after = "There is none yet; the same command starts this run again."
-                if whole:
-                    after = f"Number {max(whole)} is whole; the same command goes on from it."
+        except Exception as error:
             raise checks.InputError(
-                f"{self._folder}: cannot {what} a checkpoint: {_reason(error)}. {after}"
+                f"{self._folder}: cannot {what} a checkpoint: {_reason(error)}. "
+                "Delete the folder to start this run again."
             ) from error
 
 
@@ -169,7 +182,6 @@ def _orbax() -> Iterator[Any]:
 def _write_state(path: Path, state: Any) -> None:
     import orbax.checkpoint as ocp
 
-    _silence_late_writes()
     with _orbax() as orbax:
         orbax.save(path.resolve(), args=ocp.args.StandardSave(state))
 
@@ -181,26 +193,40 @@ def _read_state(path: Path, shapes: Any) -> Any:
         return orbax.restore(path.resolve(), args=ocp.args.StandardRestore(shapes))
 
 
-def _silence_late_writes() -> None:
-    """Where one write fails, TensorStore prints a traceback for every other one under way."""
-    before = sys.unraisablehook
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps libraries from printing tracebacks, of which one write that fails has dozens.
 
-    def hook(found: sys.UnraisableHookArgs) -> None:
-        if found.object is not None or str(found.exc_value) != "Event loop is closed":
-            before(found)
+    Orbax and asyncio log them; TensorStore prints one for each other write that is under way.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
 
-    if before.__module__ != __name__:
+    def without_writes(found: sys.UnraisableHookArgs) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            hook(found)
+
+    try:
+        sys.unraisablehook = without_writes
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
         sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _clear(folder: Path) -> None:
     """Removes what a write that failed left, to which other writes under way may still add."""
-    for _ in range(20):
+    for _ in range(10):
         artefacts.clear_leftovers(folder, everyones=True)
         time.sleep(0.1)
 
 
 def _reason(error: Exception) -> str:
     """TensorStore hides what the system said between paths and a page of its own settings."""
+    if isinstance(error, checks.InputError):
+        return str(error).rstrip(".")
     said = re.search(r": ([^:\[\]]+) \[(?:tensorstore_spec|os_error_code)=", str(error))
     return said[1] if said else checks.first_line(error)[:300]

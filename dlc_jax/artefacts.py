@@ -24,6 +24,7 @@ from dlc_jax.whole_files import atomic as atomic
 from dlc_jax.whole_files import atomic_folder as atomic_folder
 from dlc_jax.whole_files import clear_leftovers as clear_leftovers
 from dlc_jax.whole_files import is_mirrored as is_mirrored
+from dlc_jax.whole_files import is_temporary as is_temporary
 from dlc_jax.whole_files import locked as locked
 from dlc_jax.whole_files import move as move
 from dlc_jax.whole_files import pull as pull
@@ -43,6 +44,7 @@ TUNING = "tuning"
 RESULTS = "results.csv"
 REPORT = "report"
 FINETUNE = "finetune"
+RUN = "run.json"
 EVALUATE = "evaluate"
 EXPORTS = "exports"
 _LOSSES = {
@@ -280,6 +282,51 @@ def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:
         with open(workdir / path, "rb") as file:
             hashes[path.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+def names_below(folder: Path | None) -> list[str]:
+    """Returns the files in a folder, at any depth; none if there is no folder."""
+    found = [] if folder is None else sorted(folder.rglob("*"))
+    names = [path.relative_to(folder) for path in found if folder and path.is_file()]
+    return [name.as_posix() for name in names if not is_temporary(name)]
+
+
+def hashes_below(folder: Path | None, names: list[str] | None = None) -> dict[str, str]:
+    """Returns the SHA-256 of the files in a folder, or of those of `names` that are there."""
+    found = names_below(folder)
+    chosen = [Path(name) for name in found if names is None or name in names]
+    return {} if folder is None else file_hashes(folder, chosen)
+
+
+def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """Returns a phrase for the first file whose SHA-256 is not the expected one, None for none."""
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} does not belong there"
+        if expected[name] != found[name]:
+            return f"{name} does not have the content that was written (SHA-256 differs)"
+    return None
+
+
+def check_is_as_recorded(folder: Path) -> None:
+    """Raises if `run.json` beside a folder records other files in it: those a finished run left.
+
+    Raises:
+      ValueError: a file is missing or has another content.
+    """
+    recorded = read_json(folder.parent / RUN).get("files", {})
+    files = {
+        name.removeprefix(f"{folder.name}/"): value
+        for name, value in recorded.items()
+        if name.startswith(f"{folder.name}/")
+    }
+    if damage := difference(files, hashes_below(folder, [*files])):
+        raise checks.InputError(
+            f"{folder}: {damage}; expected what the run recorded in {folder.parent / RUN}. Run the "
+            "stage 'finetune' again."
+        )
 
 
 def are_intact(

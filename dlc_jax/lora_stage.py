@@ -37,7 +37,8 @@ from dlc_jax.sweep_results import (
     read_evaluation,
     write_results,
 )
-from dlc_jax.training.lora.tuner import ADAPTER, LoraTuner
+from dlc_jax.training.folder import ADAPTER
+from dlc_jax.training.lora.tuner import LoraTuner
 
 # What the stage `finetune` says of the models it trained.
 _TRAINED = {

@@ -197,8 +197,9 @@ class _Sweep(NamedTuple):
         folder, facts = self.folder(cell), facts_of(self.workdir, cell)
         positions = self.tuner.positions(self._kept(cell))
         inputs = self.tuner.inputs(positions, cell.seed)
-        if folder.is_finished(inputs):
-            if not self.config.training.keep_weights:
+        keep_weights = self.config.training.keep_weights
+        if folder.is_finished(inputs, keep_weights):
+            if not keep_weights:
                 folder.drop_weights()  # a kill may have come between result and deletion
             self.tuner.complete(folder)
             return None

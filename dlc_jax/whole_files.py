@@ -16,7 +16,8 @@ from dlc_jax import checks
 
 # Temporary files tell whose they are, so that a later run on the same host can clear those of a
 # killed one and leaves everything else alone.
-_OWNER, _TEMPORARY = f".dlc_jax-{platform.node()}-", ".tmp"
+_PACKAGE, _TEMPORARY = ".dlc_jax-", ".tmp"
+_OWNER = f"{_PACKAGE}{platform.node()}-"
 
 
 @runtime_checkable
@@ -165,14 +166,16 @@ def locked(folder: Path, doing: str = "fine-tuning") -> Iterator[None]:
         os.close(handle)
 
 
-def clear_leftovers(root: Path, folders: str = "") -> None:
+def clear_leftovers(root: Path, folders: str = "", *, everyones: bool = False) -> None:
     """Removes temporary files of processes of this host that are no more; `folders` may be a glob.
 
-    Everything else stays.
+    Everything else stays, unless nobody else can be at work there and `everyones` are to go.
     """
-    for leftover in root.glob(f"{folders}/.*{_OWNER}*{_TEMPORARY}".lstrip("/")):
+    owners = _PACKAGE if everyones else _OWNER
+    for leftover in root.glob(f"{folders}/.*{owners}*{_TEMPORARY}".lstrip("/")):
         owner = leftover.name.removesuffix(_TEMPORARY).rpartition("-")[2]
-        if re.fullmatch(r"[0-9]{1,9}", owner) and not _is_running(int(owner)):
+        is_number = re.fullmatch(r"[0-9]{1,9}", owner)
+        if everyones or (is_number and not _is_running(int(owner))):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:

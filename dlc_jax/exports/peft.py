@@ -98,6 +98,7 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise checks.InputError(f"{path}: not there; expected a folder with a PEFT adapter.")
+    artefacts.check_is_as_recorded(folder)
     adapter = _adapter_of(artefacts.read_json(path), path)
     architecture = model.architecture.with_adapter(adapter)
     shapes = architecture.abstract_adapter()

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import logging
 import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,118 +19,214 @@ import numpy as np
 from dlc_jax import artefacts, checks
 from dlc_jax.distributed import processes
 
-_STATE, _HISTORY = "state", "history"
-_AFTER_WRITE = "The last whole one is untouched; the same command goes on from it."
-_AFTER_READ = "Delete the folder to start this run again."
+_STATE, _HISTORY, _CHECKSUMS = "state", "history.json", "checksums.json"
 
 
 class Checkpoints:
-    """The folder `checkpoint/` of a run; a context that ends with the last one on disk."""
+    """The folder `checkpoint/` of a run; a context that ends with the last one on disk.
 
-    def __init__(self, folder: Path):
-        import orbax.checkpoint as ocp  # half a second, which only fine-tuning to disk needs
+    A checkpoint is a folder named by its number: `state/` as Orbax writes it, `history.json`, and
+    `checksums.json` with the SHA-256 of every other file, and of those that the run keeps beside
+    its checkpoints. Only a checkpoint that agrees with its checksums is restored.
 
-        self._ocp = ocp
-        self._folder = folder
-        # one process keeps all of it, and the others do not know: Orbax should not wait for them
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=processes.index(),
-            active_processes={processes.index()},
-            barrier_sync_key_prefix=f"alone_{processes.index()}",
-        )
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=1,
-            cleanup_tmp_directories=True,
-            create=False,
-            **({"multiprocessing_options": alone} if processes.count() > 1 else {}),
-        )
+    Args:
+      folder: Made if need be.
+      inputs: Of the run; a checkpoint of other inputs is not restored.
+      beside: A folder of files that belong to the run's state and that it only ever adds to.
+      say: Takes a line for each checkpoint that cannot be used.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        inputs: str,
+        beside: Path | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        self._folder, self._inputs, self._beside, self._say = folder, inputs, beside, say
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._written: Future[None] | None = None
         with self._clear_errors("open"):
             folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
-        self._pushed = set(self._manager.all_steps())
+            artefacts.clear_leftovers(folder, everyones=True)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            self.wait()
-            self._manager.close()
-            return
-        with contextlib.suppress(Exception):  # the first error is the one to tell
-            self._manager.close()
+        try:
+            if error is None:  # else the first error is the one to tell
+                self.wait()
+        finally:
+            self._thread.shutdown()
 
     def save(self, number: int, state: Any, history: list[dict[str, Any]]) -> None:
         """Starts writing a state, a pytree of arrays; earlier ones go once it is whole."""
-        self.wait()  # Orbax would as well
+        self.wait()
         if processes.count() > 1:  # every process has all of it
             state = jax.tree.map(np.asarray, state)
-        with self._clear_errors("write"):
-            self._manager.save(
-                number,
-                args=self._ocp.args.Composite(
-                    **{
-                        _STATE: self._ocp.args.StandardSave(state),
-                        _HISTORY: self._ocp.args.JsonSave({"epochs": history}),
-                    }
-                ),
-            )
+        beside = artefacts.names_below(self._beside)  # before more is added
+        self._written = self._thread.submit(self._write, number, state, history, beside)
 
     def restore(self, like: Any) -> tuple[Any, list[dict[str, Any]]] | None:
-        """Returns the last whole state and what led to it; None if there is none.
+        """Returns the last good state and what led to it; None if there is none.
 
         Args:
           like: Arrays of the same structure, shapes and types, that lie where it goes.
         """
-        epoch = self._manager.latest_step()
-        if epoch is None:
-            return None
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
         )
         with self._clear_errors("read"):
-            found = self._manager.restore(
-                epoch,
-                args=self._ocp.args.Composite(
-                    **{
-                        _STATE: self._ocp.args.StandardRestore(shapes),
-                        _HISTORY: self._ocp.args.JsonRestore(),
-                    }
-                ),
-            )
-        return found[_STATE], found[_HISTORY]["epochs"]
+            for number in sorted(self._numbers(), reverse=True):
+                path = self._folder / str(number)
+                damage = self._damage(path)
+                if damage is None:
+                    history = artefacts.read_json(path / _HISTORY)["epochs"]
+                    return _read_state(path / _STATE, shapes), history
+                self._say(f"note: {path}: damaged, not used: {damage}")
+        return None
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        with self._clear_errors("write"):
-            self._manager.wait_until_finished()
-        self._push()
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
 
-    def _push(self) -> None:
-        """Gives the last state to those who do not share the folder, and then takes earlier ones.
+    def _write(
+        self, number: int, state: Any, history: list[dict[str, Any]], beside: list[str]
+    ) -> None:
+        with _quiet():
+            failure = self._failure_of_write(number, state, history, beside)
+            if failure is not None:
+                gc.collect()  # what was under way, while nobody hears it complain
+                _clear(self._folder)
+        if failure is not None:
+            raise checks.InputError(f"{failure}. {self._after_failure()}")
+        for other in self._numbers() - {number}:
+            artefacts.remove(self._folder / str(other))
 
-        In between they have two, each whole.
-        """
-        last = self._manager.latest_step()
-        if last is None or last in self._pushed or not (self._folder / str(last)).is_dir():
-            return
-        artefacts.push(self._folder / str(last))
-        for earlier in self._pushed:
-            artefacts.remove(self._folder / str(earlier))
-        self._pushed = {last}
+    def _failure_of_write(
+        self, number: int, state: Any, history: list[dict[str, Any]], beside: list[str]
+    ) -> str | None:
+        """Writes a checkpoint; returns why that failed, without the error, which holds a lot."""
+        try:
+            with artefacts.atomic_folder(self._folder / str(number)) as place:
+                _write_state(place / _STATE, state)
+                artefacts.write_json(place / _HISTORY, {"epochs": history})
+                told = {
+                    "inputs": self._inputs,
+                    "number": number,
+                    "files": artefacts.hashes_below(place),
+                    "beside": artefacts.hashes_below(self._beside, beside),
+                }
+                artefacts.write_json(place / _CHECKSUMS, told)
+        except Exception as error:  # Orbax and TensorStore raise anything from OSError on
+            return f"{self._folder}: cannot write a checkpoint: {_reason(error)}"
+        return None
+
+    def _after_failure(self) -> str:
+        whole = [n for n in self._numbers() if self._damage(self._folder / str(n)) is None]
+        if not whole:
+            return "There is none yet; the same command starts this run again."
+        return f"The last whole one, {max(whole)}, is untouched; the same command goes on from it."
+
+    def _numbers(self) -> set[int]:
+        """Returns those of the checkpoints on disk."""
+        names = [path.name for path in self._folder.glob("*")]
+        return {int(name) for name in names if re.fullmatch("0|[1-9][0-9]{,17}", name)}
+
+    def _damage(self, path: Path) -> str | None:
+        """Returns how a checkpoint differs from what was written; None if it does not."""
+        try:
+            told = artefacts.read_json(path / _CHECKSUMS)
+            number, inputs = told["number"], told["inputs"]
+            files, beside = dict(told["files"]), dict(told["beside"])
+        except (checks.InputError, KeyError, TypeError, ValueError):
+            return f"{_CHECKSUMS} is missing or cannot be read."
+        if (str(number), inputs) != (path.name, self._inputs):
+            return f"it is checkpoint {number} of a run with inputs {str(inputs)[:12]}."
+        found = artefacts.hashes_below(path)
+        del found[_CHECKSUMS]
+        # more is beside it if the run ended before the next checkpoint
+        found_beside = artefacts.hashes_below(self._beside, [*beside])
+        return artefacts.difference(files, found) or artefacts.difference(beside, found_beside)
 
     @contextlib.contextmanager
     def _clear_errors(self, what: str):
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise anything from OSError on
+        except Exception as error:
             raise checks.InputError(
                 f"{self._folder}: cannot {what} a checkpoint: {_reason(error)}. "
-                + (_AFTER_WRITE if what == "write" else _AFTER_READ)
+                "Delete the folder to start this run again."
             ) from error
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[Any]:
+    """Gives Orbax's checkpointer, which works in this process alone."""
+    import orbax.checkpoint as ocp  # half a second, which only fine-tuning to disk needs
+
+    # one process keeps all of it, and the others do not know: Orbax should not wait for them
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=processes.index(),
+        active_processes={processes.index()},
+        barrier_sync_key_prefix=f"alone_{processes.index()}",
+    )
+    options = {"multiprocessing_options": alone} if processes.count() > 1 else {}
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler(**options), **options) as orbax:
+        yield orbax
+
+
+def _write_state(path: Path, state: Any) -> None:
+    import orbax.checkpoint as ocp
+
+    with _orbax() as orbax:
+        orbax.save(path.resolve(), args=ocp.args.StandardSave(state))
+
+
+def _read_state(path: Path, shapes: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    with _orbax() as orbax:
+        return orbax.restore(path.resolve(), args=ocp.args.StandardRestore(shapes))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps libraries from printing tracebacks, of which one write that fails has dozens.
+
+    Orbax and asyncio log them; TensorStore prints one for each other write that is under way.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def without_writes(found: sys.UnraisableHookArgs) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            hook(found)
+
+    try:
+        sys.unraisablehook = without_writes
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a write that failed left, to which other writes under way may still add."""
+    for _ in range(10):
+        artefacts.clear_leftovers(folder, everyones=True)
+        time.sleep(0.1)
 
 
 def _reason(error: Exception) -> str:
     """TensorStore hides what the system said between paths and a page of its own settings."""
+    if isinstance(error, checks.InputError):
+        return str(error).rstrip(".")
     said = re.search(r": ([^:\[\]]+) \[(?:tensorstore_spec|os_error_code)=", str(error))
     return said[1] if said else checks.first_line(error)[:300]

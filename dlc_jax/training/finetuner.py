@@ -35,7 +35,7 @@ from dlc_jax.training import evaluation
 from dlc_jax.training.batches import epoch_order, training_batches
 from dlc_jax.training.checkpoints import Checkpoints
 from dlc_jax.training.data import RunData
-from dlc_jax.training.folder import RunFolder
+from dlc_jax.training.folder import STOPPED, RunFolder
 from dlc_jax.training.metrics import EpochMetrics
 from dlc_jax.training.optimiser import learning_rates
 from dlc_jax.training.progress import Observer, Open, Progress, observed
@@ -195,7 +195,7 @@ class Finetuner:
             if folder is not None:
                 stack.enter_context(artefacts.locked(folder.path))
                 folder.claim(self.inputs(positions, seed, stop_after), facts or {})
-                checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
+                checkpoints = stack.enter_context(folder.checkpoints())
             # what is kept nowhere need not be brought to an end
             if folder is not None or self._mesh.is_multi_process:
                 stack.enter_context(stopping.at_steps())
@@ -230,7 +230,7 @@ class Finetuner:
         if checkpoints is not None and (saved := checkpoints.restore(new.state)) is not None:
             progress = Progress.of(*saved)
         if folder is not None and folder.stopped.is_dir():
-            with Checkpoints(folder.stopped) as stopped:
+            with folder.checkpoints(STOPPED) as stopped:
                 saved = stopped.restore(new.state)
             if saved is not None and len(Progress.of(*saved).history) >= len(progress.history):
                 progress = Progress.of(*saved)
@@ -299,7 +299,7 @@ class Finetuner:
         """Keeps a run that has to stop within an epoch, and stops."""
         if folder is not None and left.open is not None:
             artefacts.remove(folder.stopped)  # of an earlier stop
-            with Checkpoints(folder.stopped) as stopped:
+            with folder.checkpoints(STOPPED) as stopped:
                 stopped.save(left.open.num_steps, left.state, left.told)
         processes.wait_for_all()  # or the end of another process would end the writing one
         raise stopping.Stopped

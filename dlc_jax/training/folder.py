@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import numpy as np
 
 from dlc_jax import artefacts, checks
 from dlc_jax.json_files import SHA256, parse_json
+from dlc_jax.training.checkpoints import Checkpoints
 from dlc_jax.types import RunResult
 
 METRICS = "metrics.jsonl"
 PER_CLASS = "per_class_accuracy.csv"
-RUN = "run.json"
+RUN = artefacts.RUN
 CHECKPOINT, STOPPED = "checkpoint", "stopped"
+ADAPTER, MERGED = "adapter", "merged"
+SEEN = "seen"  # what an observer keeps of every epoch
 ERROR = "error.txt"
 _SHAPE = {
     "inputs": SHA256,
@@ -27,36 +31,69 @@ _SHAPE = {
 class RunFolder:
     """The folder of one run: metrics.jsonl, per_class_accuracy.csv, checkpoint/ and run.json.
 
-    `run.json` tells what the run is of from its start on, and its result once it is finished.
+    `run.json` tells what the run is of from its start on, and once it is finished its result and
+    the SHA-256 of every file that it left.
 
     Args:
       path: Of the folder.
       needed: Files that a finished run has.
+      say: Takes a line for each file or checkpoint that is damaged.
     """
 
-    def __init__(self, path: Path, needed: tuple[str, ...] = (METRICS, PER_CLASS)):
-        self.path, self._needed = path, needed
+    def __init__(
+        self,
+        path: Path,
+        needed: tuple[str, ...] = (METRICS, PER_CLASS),
+        say: Callable[[str], None] = print,
+    ):
+        self.path, self._needed, self.say = path, needed, say
         self._claimed: dict[str, Any] = {}
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / CHECKPOINT
 
     @property
     def stopped(self) -> Path:
         """The checkpoint of a run that was stopped within an epoch."""
         return self.path / STOPPED
 
+    def checkpoints(self, name: str = CHECKPOINT) -> Checkpoints:
+        """Opens the checkpoints of the run that claimed this folder."""
+        inputs = self._claimed["inputs"]
+        return Checkpoints(self.path / name, inputs, self.path / SEEN, self.say)
+
     def facts(self) -> dict[str, Any]:
         """Returns run.json, {} before the run has started; ValueError if it is damaged."""
         facts: dict[str, Any] = artefacts.read_json(self.path / RUN, _SHAPE)
         return facts
 
-    def is_finished(self, inputs: str) -> bool:
-        """Whether a run of these inputs ended here, and its files are there."""
+    def is_finished(self, inputs: str, with_weights: bool = True) -> bool:
+        """Whether a run of these inputs ended here, and its files are as it left them.
+
+        A run whose files are not is named, and not finished from then on.
+
+        Args:
+          inputs: Of the run.
+          with_weights: Whether its checkpoint counts; else it is about to go.
+        """
         facts = self.facts()
-        whole = all((self.path / name).is_file() for name in self._needed)
-        return facts.get("inputs") == inputs and "result" in facts and whole
+        if facts.get("inputs") != inputs or "result" not in facts:
+            return False
+        if damage := self.damage(with_weights):
+            self.say(f"note: {self.path}: finished, but {damage}; the run is done again")
+            del facts["result"]
+            artefacts.write_json(self.path / RUN, facts)
+            return False
+        return True
+
+    def damage(self, with_weights: bool = True) -> str | None:
+        """Returns how the files of a finished run differ from those it left; None if not at all."""
+        files = self.facts().get("files")
+        if not isinstance(files, dict):
+            return f"{RUN} has no checksums of its files"
+        if not with_weights:
+            files = {name: value for name, value in files.items() if not _is_weights(name)}
+        missing = [name for name in self._needed if name not in files]
+        if missing:
+            return f"{RUN} has no checksum of {missing[0]}"
+        return artefacts.difference(files, artefacts.hashes_below(self.path, [*files]))
 
     def claim(self, inputs: str, facts: dict[str, Any]) -> None:
         """Says what this folder is of.
@@ -72,7 +109,8 @@ class RunFolder:
                 "folder, or the one of the same run."
             )
         self._claimed = {**self.facts(), "inputs": inputs, **facts}
-        self._claimed.pop("result", None)
+        for name in ("result", "files"):
+            self._claimed.pop(name, None)
         try:
             artefacts.write_json(self.path / RUN, self._claimed)
         except OSError as error:
@@ -119,12 +157,31 @@ class RunFolder:
 
     def conclude(self, summary: dict[str, Any], keep_weights: bool) -> None:
         """Writes that the run is finished, and how, once everything else is on disk."""
-        artefacts.write_json(self.path / RUN, {**self._claimed, "result": summary})
+        self._record({**self._claimed, "result": summary}, keep_weights)
         artefacts.remove(self.path / ERROR)
         artefacts.remove(self.stopped)
         if not keep_weights:
-            self.drop_weights()
+            artefacts.remove(self.path / CHECKPOINT)
+
+    def record_files(self) -> None:
+        """Records what was added to a finished run."""
+        self._record(self.facts(), keep_weights=True)
 
     def drop_weights(self) -> None:
         """Deletes the checkpoint of a finished run; killed halfway, the next call goes on."""
-        artefacts.remove(self.checkpoint)
+        facts = self.facts()
+        if any(_is_weights(name) for name in facts.get("files", {})):
+            self._record(facts, keep_weights=False)
+        artefacts.remove(self.path / CHECKPOINT)
+
+    def _record(self, facts: dict[str, Any], keep_weights: bool) -> None:
+        covered = (*self._needed, *(f"{name}/" for name in (CHECKPOINT, ADAPTER, MERGED)))
+        names = [name for name in artefacts.names_below(self.path) if name.startswith(covered)]
+        if not keep_weights:
+            names = [name for name in names if not _is_weights(name)]
+        files = artefacts.hashes_below(self.path, names)
+        artefacts.write_json(self.path / RUN, {**facts, "files": files})
+
+
+def _is_weights(name: str) -> bool:
+    return name.startswith(f"{CHECKPOINT}/")

@@ -21,13 +21,12 @@ from dlc_jax.encoders import Encoder
 from dlc_jax.json_files import NAME, parse_json
 from dlc_jax.preprocess import ON_CORRUPT, ImageCache
 from dlc_jax.training.finetuner import Finetuner
-from dlc_jax.training.folder import RunFolder
+from dlc_jax.training.folder import SEEN, RunFolder
 from dlc_jax.training.settings import FinetuneConfig, RecordConfig
 from dlc_jax.training.step import TrainState
 from dlc_jax.types import Dataset, TrainingRecord
 
 RECORD = "record.npz"
-_SEEN = "seen"
 _RUNS_OF_MODE = {"default": 3, "official": 10}  # what `num_runs=None` means
 _ARRAYS = {
     "correct": Expected("b", 2),
@@ -132,18 +131,32 @@ class Recorder:
         with artefacts.locked(folder):
             artefacts.clear_leftovers(folder)
             # other settings of the record are not told by the inputs of its first run
-            RunFolder(folder).claim(self.inputs, {})
-            record = _read(folder / RECORD)
+            run = RunFolder(folder, (RECORD,))
+            record = self._finished(run)
+            if record is None:
+                run.claim(self.inputs, {})
             if self._mesh.is_multi_process:
                 is_there = record is not None
                 told_by_first(lambda: is_there)
             if record is None:
                 record = self._record(folder)
                 _write(folder / RECORD, record)
+                run.conclude({"seconds": record.seconds}, keep_weights=True)
             for seed in self.seeds:  # also if killed after the record was written
                 RunFolder(_run_path(folder, seed)).drop_weights()
-                artefacts.remove(_run_path(folder, seed) / _SEEN)
+                artefacts.remove(_run_path(folder, seed) / SEEN)
         return record
+
+    def _finished(self, run: RunFolder) -> TrainingRecord | None:
+        """Returns the record if it is there; raises ValueError unless it is as it was written."""
+        path, facts = run.path / RECORD, run.facts()
+        if facts.get("inputs") != self.inputs or "result" not in facts or not path.exists():
+            return None
+        if damage := run.damage():
+            raise checks.InputError(
+                f"{path}: not a training record: {damage}. Delete it to record again."
+            )
+        return _read(path)
 
     @property
     def _helps(self) -> bool:
@@ -182,7 +195,7 @@ class Recorder:
         runs = []
         for seed in self.seeds:
             path = None if folder is None else _run_path(folder, seed)
-            seen = _Seen({}, None if path is None else path / _SEEN)
+            seen = _Seen({}, None if path is None else path / SEEN)
             last = self._settings.epochs if seed == self.seeds.start else self.early_epoch
             watch = _Watch(self._finetuner, positions, (self.early_epoch, last), seen)
             result = self._finetuner.run(

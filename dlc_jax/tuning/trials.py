@@ -179,9 +179,12 @@ class FinetuneTrials:
             return None
         try:
             found = array_files.read_npz(path, _OUTCOME)
-        except checks.InputError:  # damaged, or as an earlier version wrote it
-            return None
-        if str(found["inputs"]) != inputs or len(found["predictions"]) != len(self._dataset):
+            if str(found["inputs"]) != inputs or len(found["predictions"]) != len(self._dataset):
+                raise checks.InputError(
+                    f"of inputs {str(found['inputs'])[:12]}, expected {inputs[:12]}"
+                )
+        except checks.InputError as error:
+            print(f"note: {path}: damaged, the trial is run again: {error}")
             return None
         self.earlier_seconds += 0.0 if path in self._counted else float(found["seconds"])
         self._counted.add(path)

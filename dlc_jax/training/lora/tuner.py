@@ -32,6 +32,7 @@ from dlc_jax.distributed import (
 from dlc_jax.distributed.processes import told_by_first
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.exports.peft import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     load_adapter,
     write_adapter,
@@ -41,14 +42,12 @@ from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.responses import response_losses
 from dlc_jax.selection.kept import kept_rows
 from dlc_jax.training.checkpoints import Checkpoints
-from dlc_jax.training.folder import METRICS, RunFolder
+from dlc_jax.training.folder import ADAPTER, MERGED, METRICS, RunFolder
 from dlc_jax.training.lora.batches import rows_of_step
 from dlc_jax.training.lora.progress import Plan, Progress, initial_adapter
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Optimiser, Sums, add_rows, take_step
 from dlc_jax.types import Selection
-
-ADAPTER, MERGED = "adapter", "merged"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,12 +154,14 @@ class LoraTuner:
 
     def folder(self, path: Path) -> RunFolder:
         """Returns where a run is kept."""
-        return RunFolder(path, (METRICS, f"{ADAPTER}/{ADAPTER_WEIGHTS}"))
+        adapter = (f"{ADAPTER}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
+        return RunFolder(path, (METRICS, *adapter))
 
     def complete(self, folder: RunFolder) -> None:
         """Writes what a finished run was not asked for when it ran: the merged model."""
         if self._settings.merge and not (folder.path / MERGED / "config.json").is_file():
             write_merged(load_adapter(self._model, folder.path / ADAPTER), folder.path / MERGED)
+            folder.record_files()
 
     def run(
         self,
@@ -186,7 +187,7 @@ class LoraTuner:
             if folder is not None:
                 stack.enter_context(artefacts.locked(folder.path))
                 folder.claim(self.inputs(positions, seed), facts or {})
-                checkpoints = stack.enter_context(Checkpoints(folder.checkpoint))
+                checkpoints = stack.enter_context(folder.checkpoints())
             progress = self._start(seed, checkpoints)
             progress = self._train(plan, progress, folder, checkpoints)
             if checkpoints is not None:

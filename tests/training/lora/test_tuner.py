@@ -1,6 +1,7 @@
 """Runs of LoRA fine-tuning: stopped and resumed, on disk, and bad input."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -198,3 +199,33 @@ def test_a_folder_tells_what_was_run(model, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_adapter_is_named_and_made_again(model, tmp_path, capsys, name):
+    kept, options = np.arange(1, 9), {**OPTIONS, "epochs": 1, "folder": tmp_path / "run"}
+    whole = dlc.finetune_lora(model, DATA, kept, **options)
+    adapter = tmp_path / "run" / "adapter"
+    content = bytearray((adapter / name).read_bytes())
+    content[-20] ^= 1
+    (adapter / name).write_bytes(content)
+    with pytest.raises(dlc.InputError, match=f"{name} does not have the content that was written"):
+        dlc.load_adapter(model, adapter)
+    again = dlc.finetune_lora(model, DATA, kept, **options)
+    assert f"run: finished, but adapter/{name} does not have" in capsys.readouterr().out
+    for path, value in adapter_of(whole).items():
+        np.testing.assert_array_equal(adapter_of(again)[path], value, err_msg=path)
+    read = dlc.load_adapter(model, adapter)
+    np.testing.assert_array_equal([*by_path(read.params)], [*by_path(again.model.params)])
+
+
+def test_another_runs_adapter_is_not_this_ones(model, tmp_path):
+    options = {**OPTIONS, "epochs": 1}
+    for name, kept in (("a", np.arange(1, 9)), ("b", np.arange(9, 17))):
+        dlc.finetune_lora(model, DATA, kept, folder=tmp_path / name, **options)
+    shutil.rmtree(tmp_path / "a" / "adapter")
+    shutil.copytree(tmp_path / "b" / "adapter", tmp_path / "a" / "adapter")
+    with pytest.raises(
+        dlc.InputError, match=r"adapter_model.safetensors does not have the content"
+    ):
+        dlc.load_adapter(model, tmp_path / "a" / "adapter")

@@ -192,6 +192,7 @@ def run_exports_instructions(
     """
     data = load_configured_instructions(config, config.dataset.train)
     provenance.check_is_what_was_scored(workdir, data)
+    data = data.subset(np.flatnonzero(np.isin(data.ids, known.samples.ids)))  # others are neither
     cells = config.selection.cells()
     for cell in cells:
         kept = known.read(cell)

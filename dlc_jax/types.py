@@ -273,6 +273,7 @@ class Selection:
       chosen: What `auto` stood for; None where it was not asked for.
       labels_fingerprint: Of all labels it was selected from; None where that is not known.
       ids: Kept sample ids, in the order of `indices`; None where `select` was not given any.
+      scored_ids: [n] ids of all samples it was selected from, in their order; None likewise.
     """
 
     indices: Int64[np.ndarray, " kept"]
@@ -290,6 +291,7 @@ class Selection:
     chosen: Choice | None = None
     labels_fingerprint: str | None = None
     ids: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    scored_ids: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
 
 from dlc_jax import checks
 from dlc_jax.exports.image_folder import write_image_folder, write_image_links
 from dlc_jax.exports.lists import write_ids, write_jsonl, write_manifest, write_positions
-from dlc_jax.exports.part import Part
+from dlc_jax.exports.part import PARTS, Part, part_of, part_positions
 from dlc_jax.exports.tables import write_hub_folder, write_parquet
-from dlc_jax.selection import kept_positions
 from dlc_jax.types import Dataset, Selection
 
 __all__ = ["EXPORTS", "FORMS", "PARTS", "RELEASED", "export", "part_positions"]
-
-PARTS = ("kept", "dropped")
 
 
 class Export(NamedTuple):
@@ -59,15 +55,17 @@ def export(
     part: str = "kept",
     overwrite: bool = False,
 ) -> Path:
-    """Writes the kept or the dropped samples.
+    """Writes the kept or the dropped samples: both are parts of those that were scored.
 
     Args:
-      dataset: What `kept` was selected from.
-      kept: A `Selection`, or positions in the data set.
+      dataset: What `kept` was selected from. A selection made with `select(..., ids=...)` finds its
+        samples in any order of it, and leaves those alone that were not scored.
+      kept: A `Selection`, or positions in the data set, of which then all others are dropped.
       path: File or, for `image_folder`, `image_links` and `hf`, folder to write.
-      form: `npy`: positions in the data set, int64; `ids`: a line of text each; `jsonl`: id, label,
-        class_name and position; `json`: one manifest, of how they were selected, samples per class
-        and ids; `parquet`: images and labels in the Hugging Face convention;
+      form: `npy`: positions in the scored order, the rows of `scores.parquet`, int64; `ids`: a line
+        of text each; `jsonl`: id, label, class_name and that position; `json`: one manifest, of how
+        they were selected, samples per class and ids; `parquet`: images and labels in the Hugging
+        Face convention;
         `image_folder`: copies, one sub-folder per class; `image_links`: the same of symbolic links,
         for sources that are files; `hf`: a folder that `datasets` loads.
       part: `kept` or `dropped`.
@@ -76,7 +74,8 @@ def export(
       The path.
     Raises:
       ValueError: an unknown form or part, `kept` that does not fit the data set (see `finetune`),
-        nothing to write, something there already, a sample that cannot be read.
+        nothing to write, something there already, a sample that cannot be read, or dropped samples
+        of a selection that does not know which were scored.
     """
     path = Path(path).expanduser()
     if form == RELEASED:
@@ -86,32 +85,11 @@ def export(
             f"{', '.join(EXPORTS)}; exports.released.released_positions gives its positions."
         )
     checks.one_of("export form", form, EXPORTS)
-    positions = part_positions(dataset, kept, part, str(path))
+    written = part_of(dataset, kept, part, str(path))
     if not overwrite and os.path.lexists(path):
         raise checks.InputError(f"{path}: is there already; expected a new name, or overwrite.")
     try:
-        selection = kept if isinstance(kept, Selection) else None
-        EXPORTS[form].write(Part(part, dataset.subset(positions), positions, selection), path)
+        EXPORTS[form].write(written, path)
     except OSError as error:
         raise checks.InputError(f"{path}: cannot be written: {error}.") from error
     return path
-
-
-def part_positions(
-    dataset: Dataset, kept: Selection | np.ndarray | Sequence[int], part: str, where: str
-) -> Int64[np.ndarray, " k"]:
-    """Returns the positions of the kept or the dropped samples, ascending.
-
-    Args:
-      dataset, kept, part: See `export`.
-      where: For messages.
-    Raises:
-      ValueError: an unknown part, `kept` that does not fit the data set, or nothing is dropped.
-    """
-    checks.one_of("export part", part, PARTS)
-    positions = kept_positions(dataset, kept)
-    if part == "dropped":
-        positions = np.setdiff1d(np.arange(len(dataset)), positions)
-        if not len(positions):
-            raise checks.InputError(f"{where}: nothing is dropped, so there is nothing to write.")
-    return positions

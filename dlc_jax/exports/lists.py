@@ -12,9 +12,9 @@ from dlc_jax.exports.part import Part
 
 
 def write_positions(part: Part, path: Path) -> None:
-    """Writes positions in the whole data set, int64, ascending."""
+    """Writes positions in the scored order, int64, ascending."""
     with artefacts.atomic(path) as file:
-        np.save(file, part.positions)
+        np.save(file, part.rows)
 
 
 def write_ids(part: Part, path: Path) -> None:
@@ -28,11 +28,11 @@ def write_ids(part: Part, path: Path) -> None:
 
 
 def write_jsonl(part: Part, path: Path) -> None:
-    """Writes id, label, class_name and position of every sample."""
+    """Writes id, label, class_name and position in the scored order of every sample."""
     samples = part.samples
     with artefacts.atomic(path) as file:
         for name, label, position in zip(
-            samples.ids.tolist(), samples.labels.tolist(), part.positions.tolist(), strict=True
+            samples.ids.tolist(), samples.labels.tolist(), part.rows.tolist(), strict=True
         ):
             line = {"id": name, "label": label, "class_name": samples.class_names[label]}
             text = json.dumps({**line, "position": position}, ensure_ascii=False)

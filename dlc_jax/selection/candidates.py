@@ -145,6 +145,7 @@ class Candidates:
             single_sample_classes=tuple(np.flatnonzero(self._sizes == 1).tolist()),
             labels_fingerprint=self._labels_fingerprint,
             ids=None if self._ids is None else self._ids[indices],
+            scored_ids=self._ids,
         )
 
     @functools.cached_property

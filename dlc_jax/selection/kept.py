@@ -25,7 +25,7 @@ def kept_positions(
     _check_keeps_some(kept)
     if kept.ids is not None:
         checks.no_repetition("kept.ids", kept.ids)
-        positions = _places_of(dataset.name, dataset.ids, kept.ids)
+        positions = places_of(dataset.name, dataset.ids, kept.ids)
     else:
         positions = kept.indices
         made_from = kept.labels_fingerprint
@@ -67,7 +67,7 @@ def kept_rows(
         checks.positions("kept.indices", kept.indices, len(ids))
         return np.sort(kept.indices)
     checks.no_repetition("kept.ids", kept.ids)
-    return np.sort(_places_of(name, ids, kept.ids))
+    return np.sort(places_of(name, ids, kept.ids))
 
 
 def _given(
@@ -87,12 +87,24 @@ def _check_keeps_some(kept: Selection) -> None:
         )
 
 
-def _places_of(name: str, ids: np.ndarray, wanted: np.ndarray) -> Int64[np.ndarray, " k"]:
+def places_of(
+    name: str, ids: np.ndarray, wanted: np.ndarray, part: str = "kept"
+) -> Int64[np.ndarray, " k"]:
+    """Returns the positions of samples by their ids, in the order asked for.
+
+    Args:
+      name: Of the data set, for messages.
+      ids: [n] of the data set.
+      wanted: [k] some of them.
+      part: `kept` or `dropped`, for messages.
+    Raises:
+      ValueError: some are not there.
+    """
     places = {sample: position for position, sample in enumerate(ids.tolist())}
     unknown = [sample for sample in wanted.tolist() if sample not in places]
     if unknown:
         raise checks.InputError(
-            f"kept: {len(unknown)} of {len(wanted)} kept samples are not in {name}, first "
+            f"kept: {len(unknown)} of {len(wanted)} {part} samples are not in {name}, first "
             f"{unknown[0]!r}: the selection was made from another data set."
         )
     return np.array([places[sample] for sample in wanted.tolist()], np.int64)

@@ -17,6 +17,7 @@ _IMAGES, _LABELS = ("images", "image", "x"), ("labels", "label", "y")
 def load_npz(where: str) -> Dataset:
     """Loads `<file>.npz`: images uint8 [n, h, w, 3], [n, h, w, 1] or [n, h, w], labels [n].
 
+    Images of other numbers are for `Dataset.deep_images` to decide on when they are decoded.
     Optional arrays are `ids` [n] and `class_names` [c]. Pickled objects are refused. The arrays are
     held in memory; other sources are streamed.
 
@@ -35,7 +36,7 @@ def load_npz(where: str) -> Dataset:
             f"{source}: cannot be read as arrays: {checks.first_line(error)}."
         ) from error
     images, labels = _pick(source, arrays, _IMAGES), _pick(source, arrays, _LABELS)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+    if images.dtype.kind not in "uif" or images.ndim not in (3, 4):
         raise checks.InputError(
             f"{source}: images are {images.dtype} {images.shape}, expected uint8 [n, h, w, 3], "
             "[n, h, w, 1] or [n, h, w]."

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 # Of photographs and drawings. PIL would take others, too, and hand an EPS file to Ghostscript.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".gif", ".webp",
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm",
@@ -17,6 +17,7 @@ SUFFIXES = (
 )  # fmt: skip
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 NEEDS_HEIF = "HEIC and HEIF are read where pillow-heif is installed"
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _ALWAYS_8_BITS = (b"\xff\xd8", b"GIF8", b"RIFF", b"BM")  # JPEG, GIF, WebP, BMP
 
 
@@ -38,12 +39,20 @@ def suffixes() -> tuple[str, ...]:
 
 def opened(image: bytes) -> Image.Image:
     """Returns the image, not decoded yet; PIL's errors if the bytes are none."""
-    formats: tuple[str, ...] = _FORMATS
-    if image[4:8] == b"ftyp" and image[8:12] not in (b"avif", b"avis"):
+    formats = _FORMATS
+    if _is_heif(image):
         if not reads_heif():
-            raise ValueError(f"perhaps a HEIF image; {NEEDS_HEIF}")
-        formats = ("HEIF", "AVIF")  # some AVIF files name the general brand first
+            raise ValueError(f"a HEIF image; {NEEDS_HEIF}")
+        formats = ("HEIF",)
     return Image.open(io.BytesIO(image), formats=formats)
+
+
+def _is_heif(image: bytes) -> bool:
+    """Whether the file is of HEIF's brands and not of AVIF's, which Pillow reads itself."""
+    if image[4:8] != b"ftyp" or image[8:12] not in _HEIF_BRANDS:
+        return False
+    brands = image[8 : int.from_bytes(image[:4], "big")]
+    return b"avif" not in brands and b"avis" not in brands
 
 
 def bits_per_channel(image: Image.Image, content: bytes) -> int:

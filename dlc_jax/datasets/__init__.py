@@ -70,8 +70,9 @@ def load_dataset(source: str, *, deep_images: str = "error") -> Dataset:
     Returns:
       The data set. Integer labels that are not 0..c-1 are remapped and the table kept in
       `label_table`, as are those of classes that the source declares: without any that it has no
-      sample of, which are in `empty_classes`. Files that nobody reads are counted in `left_out`; ids are the path below the root (folder), the image's path or file name where
-      present and unique, and a hash of the content otherwise.
+      sample of, which are in `empty_classes`. Files that nobody reads are counted in `left_out`.
+      Ids are the path below the root (folder), the image's path or file name where present and
+      unique, and a hash of the content otherwise.
     Raises:
       ValueError: an unknown scheme, a missing file, a column that is not there, a sample without
         label or image, sub-folders that are splits, a split with an empty part.

@@ -10,9 +10,9 @@ from dlc_jax import checks
 from dlc_jax.image_files import opened
 
 CHOICES = (
-    "expected 8 bits a channel; choose dataset.deep_images=full_range (divided by the largest value "
-    "of their bits; floats lie in 0..1), min_max (of each image) or clip (what Pillow does: above "
-    "255 is 255)"
+    "expected 8 bits a channel; choose dataset.deep_images=full_range (divided by the largest "
+    "value of their bits; floats lie in 0..1), min_max (of each image) or clip (what Pillow does: "
+    "above 255 is 255)"
 )
 MID_GREY = 128
 

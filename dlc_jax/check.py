@@ -2,12 +2,13 @@
 
 python -m dlc_jax.check --dataset=folder:/data/flowers/train [--test=folder:/data/flowers/test]
 
-Prints a table; --json=FILE writes all of it. Exit code 0: nothing found; 1: something to look at;
-2: the source cannot be used at all.
+Prints a table, and names what cannot be read or has more than 8 bits a channel; --json=FILE writes
+all of it. Exit code 0: nothing found; 1: something to look at; 2: the source cannot be used at all.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,16 @@ from absl import app, flags
 from dlc_jax import artefacts, checks
 from dlc_jax.datasets import load_dataset
 from dlc_jax.datasets.guards import Findings, inspect
+from dlc_jax.types import DEEP_IMAGES
 
 _DATASET = flags.DEFINE_string("dataset", None, "Source to read, required.")
 _TEST = flags.DEFINE_string("test", None, "Source that must have no image in common with it.")
+_DEEP = flags.DEFINE_enum(
+    "deep_images",
+    "error",
+    DEEP_IMAGES,
+    "How more than 8 bits a channel become 8; error lists them.",
+)
 _MINIMUM = flags.DEFINE_integer("minimum", 5, "Classes of fewer readable images are told.")
 _JSON = flags.DEFINE_string("json", None, "File to write everything found to.")
 
@@ -29,8 +37,9 @@ def main(argv: Sequence[str]) -> None:
     try:
         if len(argv) > 1 or _DATASET.value is None:
             raise checks.InputError("--dataset is required, and nothing but flags is taken")
-        dataset = load_dataset(_DATASET.value)
-        test = load_dataset(_TEST.value) if _TEST.value is not None else None
+        load = functools.partial(load_dataset, deep_images=_DEEP.value)
+        dataset = load(_DATASET.value)
+        test = load(_TEST.value) if _TEST.value is not None else None
         found = inspect(dataset, test, minimum=_MINIMUM.value, progress=True)
         if _JSON.value is not None:
             artefacts.write_json(Path(_JSON.value).expanduser(), found.to_dict())
@@ -44,6 +53,10 @@ def main(argv: Sequence[str]) -> None:
 def _print(found: Findings) -> None:
     for name, number, first in found.rows():
         print(f"{name:<34} {number:>8}  {first}".rstrip())
+    for name, cases in found.to_name().items():
+        print(f"{name}:")
+        for case in cases:
+            print(f"  {case}")
     print("nothing found" if found.is_clean else "look at these before you prune")
 
 

@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, and what was expected."""
 
 
+class NeedsSetting(InputError):
+    """A sample that is whole, but that a setting has to decide on: never skipped as corrupt."""
+
+
 class SharedError(InputError):
     """A mistake that all processes of a run meet at the same place, so that they can go on."""
 
@@ -23,6 +27,16 @@ class SharedError(InputError):
 def first_line(error: BaseException) -> str:
     """Returns the error's kind and the first line of its text, which may be empty."""
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+_MOST_LISTED = 10
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Returns the names separated by commas; of more than ten, ten and how many more."""
+    every = [str(name) for name in names]
+    more = f" and {len(every) - _MOST_LISTED} more" if len(every) > _MOST_LISTED else ""
+    return ", ".join(every[:_MOST_LISTED]) + more
 
 
 _MOST_CLASSES = 10**7  # above it, labels are something else than class ids

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
 from dlc_jax import checks
+from dlc_jax.datasets import load_dataset
 from dlc_jax.datasets.instructions import TEMPLATES
 from dlc_jax.distributed import cores_are_devices, make_mesh, one_device
 from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
@@ -38,11 +39,12 @@ from dlc_jax.training import FinetuneConfig, RecordConfig
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.tuning import LinearProbeConfig
 from dlc_jax.tuning.settings import TuningConfig
-from dlc_jax.types import setting
+from dlc_jax.types import DEEP_IMAGES, Dataset, setting
 
 STAGES = ("plan", "score", "tune", "select", "export", "finetune", "report")
 INSTRUCTION_STAGES = ("plan", "score", "select", "export", "finetune", "evaluate", "report")
 _DEFAULT_STAGES = ("score", "select")
+DEEP_IMAGES_OF_MODE = {"default": "error", "official": "clip"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,9 @@ class DatasetConfig:
     train: str = setting("", "source to prune: folder:, parquet:, hf:, ...; jsonl: of instructions")
     test: str | None = setting(None, "source to test on; read by the stage finetune only")
     on_corrupt: str = setting("error", f"unreadable sample: {' or '.join(ON_CORRUPT)}")
+    deep_images: str | None = setting(
+        None, f"more than 8 bits a channel: {', '.join(DEEP_IMAGES)}; None: by mode"
+    )
     template: str | None = setting(
         None, f"of instructions: {', '.join(TEMPLATES)}; None: by their columns"
     )
@@ -63,8 +68,15 @@ class DatasetConfig:
                 "dataset.train: missing; give a source such as folder:/data/flowers."
             )
         checks.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)
+        if self.deep_images is not None:
+            checks.one_of("dataset.deep_images", self.deep_images, DEEP_IMAGES)
         if self.template is not None:
             checks.one_of("dataset.template", self.template, TEMPLATES)
+
+    def load(self, source: str) -> Dataset:
+        """Returns a data set of images, read as these settings say; see `load_dataset`."""
+        assert self.deep_images is not None  # resolved with the configuration
+        return load_dataset(source, deep_images=self.deep_images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,11 +235,13 @@ class Config:
         """
         config = _build(cls, dict(values), "")
         config.check()
-        if config.probe.schedule is not None:
-            return config
-        schedule = SCHEDULE_OF_MODE[config.mode]
-        probe = dataclasses.replace(config.probe, schedule=schedule)
-        return dataclasses.replace(config, probe=probe)
+        schedule = config.probe.schedule or SCHEDULE_OF_MODE[config.mode]
+        deep_images = config.dataset.deep_images or DEEP_IMAGES_OF_MODE[config.mode]
+        return dataclasses.replace(
+            config,
+            probe=dataclasses.replace(config.probe, schedule=schedule),
+            dataset=dataclasses.replace(config.dataset, deep_images=deep_images),
+        )
 
     def check(self) -> None:
         checks.mode(self.mode)

@@ -15,8 +15,8 @@ import numpy as np
 
 from dlc_jax import artefacts, checks, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
-from dlc_jax.config import Config
-from dlc_jax.datasets import load_dataset
+from dlc_jax.config import Config, DatasetConfig
+from dlc_jax.datasets.files import left_out_text
 from dlc_jax.distributed import processes
 from dlc_jax.distributed.processes import on_first
 from dlc_jax.export_stage import check_takes_forms, run_exports
@@ -31,7 +31,14 @@ from dlc_jax.lora_stage import (
     run_finetune_instructions,
 )
 from dlc_jax.plan_stage import run_plan
-from dlc_jax.score_stage import Load, check_scores_are_whole, load_configured, run_score
+from dlc_jax.score_stage import (
+    Load,
+    check_scores_are_whole,
+    dataset_facts,
+    load_configured,
+    mid_grey_note,
+    run_score,
+)
 from dlc_jax.select_stage import run_select
 from dlc_jax.selection import Cell
 from dlc_jax.selection_inputs import SelectionInputs
@@ -46,13 +53,19 @@ from dlc_jax.what_was_scored import check_names_what_was_scored
 class _Sources:
     """Data sets by source, loaded once: stages share them, and their fingerprints."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: DatasetConfig, echo: Callable[[str], None]) -> None:
+        self._settings, self._echo = settings, echo
         self._found: dict[str, Dataset] = {}
         self._shared: set[str] = set()
 
     def __call__(self, source: str) -> Dataset:
         if source not in self._found:
-            self._found[source] = load_dataset(source)
+            self._found[source] = dataset = self._settings.load(source)
+            if dataset.left_out:
+                self._echo(f"{source}: left out: {left_out_text(dataset.left_out)}")
+            if dataset.empty_classes:
+                names = checks.listed(map(repr, dataset.empty_classes))
+                self._echo(f"{source}: note: classes without samples, left out: {names}")
         return self._found[source]
 
     def together(self, source: str) -> Dataset:
@@ -93,7 +106,7 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
         config.mesh.make()
     on_first(lambda: check_takes_forms(config, workdir))
     on_first(lambda: artefacts.prepare_workdir(workdir))
-    load = _Sources()
+    load = _Sources(config.dataset, echo)
     # a mistake in what comes later should not cost a scoring pass first
     if config.is_of_instructions:
         check_before_scoring(config)
@@ -239,9 +252,12 @@ def _finetune(
     made_with = {key: settings[key] for key in ("mode", "dataset", "encoder", "finetune")}
     made_with |= {"encoder_fingerprint": encoder.for_mode(config.mode).fingerprint}
     made_with |= {"test_fingerprint": test.fingerprint}
+    if test.mid_grey:
+        echo(mid_grey_note("finetune", sorted(test.mid_grey)))
     inputs = artefacts.json_hash([made_with, settings["selection"], known.samples.fingerprint])
     paths = [Path(artefacts.RESULTS)]
-    provenance.record(workdir, "finetune", inputs, paths, end.seconds, {}, made_with)
+    facts = {"test_dataset": dataset_facts(test)}
+    provenance.record(workdir, "finetune", inputs, paths, end.seconds, facts, made_with)
     echo(f"files: {workdir}/ ({artefacts.RESULTS}, {artefacts.FINETUNE}/)")
     return end.failures
 

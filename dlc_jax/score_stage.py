@@ -134,6 +134,9 @@ def _measure_dlc(
         **_probe_settings(config),
     )
     processes.wait_for_all()  # what comes goes when it is done, and all read it until here
+    dataset.mid_grey.update(*processes.everyones(sorted(dataset.mid_grey)))
+    if dataset.mid_grey:
+        echo(mid_grey_note("score", sorted(dataset.mid_grey)))
     echo(f"score: {len(probes.sparsity)} probes up to sparsity {probes.sparsity[-1]:.2f}")
     is_grid = config.probe.placement == "grid" and config.probe.num_probes != AUTO
     if is_grid and probes.sparsity[-1] < _SHORT_PATH:
@@ -147,7 +150,7 @@ def _measure_dlc(
         paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(artefacts.PICTURE)]
         paths += write_certificate(workdir, probes, config.seed, echo)
         facts = {
-            "dataset": _dataset_facts(dataset, probes),
+            "dataset": _scored_facts(dataset, probes),
             "encoder": _encoder_facts(encoder, config.encoder.weights),
         }
         made_with = {key: config.to_dict()[key] for key in ("mode", "seed", "encoder", "probe")}
@@ -349,15 +352,33 @@ def _probe_settings(config: Config) -> dict[str, Any]:
     return {name: settings[name] for name in settings if name not in _NOT_OF_IMAGES}
 
 
-def _dataset_facts(dataset: Dataset, probes: ProbeLosses) -> dict[str, Any]:
-    sizes = np.bincount(probes.labels, minlength=dataset.num_classes)
+def mid_grey_note(stage: str, ids: list[str]) -> str:
+    """Returns the line about constant images, of which `min_max` can make nothing."""
+    return (
+        f"{stage}: note: {len(ids)} constant images are mid-grey by dataset.deep_images=min_max: "
+        f"{checks.listed(ids)}"
+    )
+
+
+def dataset_facts(dataset: Dataset) -> dict[str, Any]:
+    """Returns what the provenance says of a data set, whatever became of it."""
     return {
         "source": dataset.name,
         "fingerprint": dataset.fingerprint,
         "num_samples": len(dataset),
         "num_classes": dataset.num_classes,
-        "skipped": probes.skipped,
         "label_table": dataset.label_table,
+        "empty_classes": dataset.empty_classes,
+        "left_out": dataset.left_out,
+        "deep_images": dataset.deep_images,
+        "mid_grey": sorted(dataset.mid_grey),
+    }
+
+
+def _scored_facts(dataset: Dataset, probes: ProbeLosses) -> dict[str, Any]:
+    sizes = np.bincount(probes.labels, minlength=dataset.num_classes)
+    return dataset_facts(dataset) | {
+        "skipped": probes.skipped,
         "single_sample_classes": [dataset.class_names[j] for j in np.flatnonzero(sizes == 1)],
     }
 

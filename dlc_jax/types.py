@@ -20,7 +20,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64, Integer
 
 from dlc_jax import checks
+from dlc_jax.image_files import depth
 
+DEEP_IMAGES = ("error", "full_range", "min_max", "clip")
 _DIGESTED = 1024  # samples that one digest is of
 
 
@@ -60,7 +62,8 @@ class Sample(NamedTuple):
     """One labelled image.
 
     Attributes:
-      image: Encoded bytes, or uint8 [h, w, 3], [h, w, 1] or [h, w].
+      image: Encoded bytes, or uint8 [h, w, 3], [h, w, 1] or [h, w]; other numbers by
+        `Dataset.deep_images`.
       label: Class id in [0, c).
       id: Stable name of the sample, unique in its data set.
     """
@@ -81,8 +84,18 @@ class Dataset:
       class_names: One name per class, in label order.
       name: What the data set was loaded from, for messages.
       label_table: Original integer label -> class id, where the source's labels were not 0..c-1.
+      deep_images: How more than 8 bits a channel become 8. `error`: not at all, such an image is
+        refused; `full_range`: integers are divided by the largest value of their stored bits (of
+        signed ones, which must not be negative, the largest positive one), floats lie in 0..1;
+        `min_max`: the smallest value of an image becomes 0, the largest 255, over all channels, and
+        a constant image mid-grey; `clip`: as Pillow does, where 255 and more is white.
+      mid_grey: Ids of the constant images among those decoded so far, under `min_max`.
+      left_out: Suffix (lower case, with its dot) -> files beside the samples that nobody reads.
+      empty_classes: Names that the source declares and has no sample of; they are not in
+        `class_names`.
     Raises:
-      ValueError: lengths that differ, a label outside [0, c), or a duplicate id.
+      ValueError: lengths that differ, a label outside [0, c), a duplicate id, or another value of
+        `deep_images`.
     """
 
     images: ImageSource
@@ -91,8 +104,13 @@ class Dataset:
     class_names: tuple[str, ...]
     name: str = "arrays"
     label_table: dict[int, int] | None = None
+    deep_images: str = "error"
+    mid_grey: set[str] = dataclasses.field(default_factory=set, repr=False)
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    empty_classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        checks.one_of("deep_images", self.deep_images, DEEP_IMAGES)
         labels, ids = np.asarray(self.labels), np.asarray(self.ids, dtype=np.str_)
         checks.dataset_is_consistent(self.name, len(self.images), labels, ids, self.class_names)
         object.__setattr__(self, "labels", labels.astype(np.int32))
@@ -124,9 +142,32 @@ class Dataset:
             ids=self.ids[positions],
         )
 
+    def without_empty_classes(self) -> Dataset:
+        """Returns the data set without the classes that have no sample; the others move up.
+
+        `label_table` has the class ids that there were before, if there are such classes, and
+        `empty_classes` their names.
+        """
+        present = np.unique(self.labels)
+        if len(present) == self.num_classes:
+            return self
+        moved = {int(old): new for new, old in enumerate(present)}
+        table = self.label_table or {old: old for old in moved}
+        empty = [name for j, name in enumerate(self.class_names) if j not in moved]
+        return dataclasses.replace(
+            self,
+            labels=np.searchsorted(present, self.labels),
+            class_names=tuple(self.class_names[j] for j in moved),
+            label_table={key: moved[old] for key, old in table.items() if old in moved},
+            empty_classes=(*self.empty_classes, *empty),
+        )
+
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every id, label, image and class name: equal content, equal fingerprint."""
+        """SHA-256 over every id, label, image and class name: equal content, equal fingerprint.
+
+        So is `deep_images`, of images that it makes other pixels of.
+        """
         return self.fingerprint_of(self.digests(range(self.num_blocks)))
 
     @property
@@ -161,8 +202,11 @@ class Dataset:
             image = type(error).__name__.encode()
         if isinstance(image, np.ndarray):
             digest.update(repr(image.shape).encode())
-            image = image.tobytes()
-        digest.update(image)
+            if depth(image):  # the same bytes may be other numbers
+                digest.update(image.dtype.str.encode())
+        if self.deep_images != "error" and depth(image):
+            digest.update(self.deep_images.encode())
+        digest.update(image.tobytes() if isinstance(image, np.ndarray) else image)
         return digest.digest()
 
 

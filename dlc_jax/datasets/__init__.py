@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +44,7 @@ SOURCES: dict[str, Callable[[str], Dataset]] = {
 _WITH_OWN_PARTS = ("tfds", "hf", "split")
 
 
-def load_dataset(source: str) -> Dataset:
+def load_dataset(source: str, *, deep_images: str = "error") -> Dataset:
     """Loads labelled images; nothing is decoded yet.
 
     Args:
@@ -64,13 +65,17 @@ def load_dataset(source: str) -> Dataset:
           `split:60/20/20:train+validation:tfds:deep_weeds/train` or
           `split:80/0/20@7:test:folder:/data/x` (see `stratified_split`).
         Parts of any of them are joined by `+` in the last place: `folder:/data/x/train+val`.
+      deep_images: How more than 8 bits a channel become 8: `error`, `full_range`, `min_max` or
+        `clip`; see `Dataset`.
     Returns:
       The data set. Integer labels that are not 0..c-1 are remapped and the table kept in
-      `label_table`; ids are the path below the root (folder), the image's path or file name where
-      present and unique, and a hash of the content otherwise.
+      `label_table`, as are those of classes that the source declares: without any that it has no
+      sample of, which are in `empty_classes`. Files that nobody reads are counted in `left_out`.
+      Ids are the path below the root (folder), the image's path or file name where present and
+      unique, and a hash of the content otherwise.
     Raises:
       ValueError: an unknown scheme, a missing file, a column that is not there, a sample without
-        label or image, a class folder without images, a split with an empty part.
+        label or image, sub-folders that are splits, a split with an empty part.
     """
     scheme, colon, rest = str(source).partition(":")
     if not colon or not rest:
@@ -82,7 +87,11 @@ def load_dataset(source: str) -> Dataset:
     checks.one_of("dataset scheme", scheme, SOURCES)
     wheres = [rest] if scheme in _WITH_OWN_PARTS else part_sources(rest)
     parts = [SOURCES[scheme](where) for where in wheres]
-    if len(parts) == 1:
-        return parts[0]
-    names = [where.rpartition("/")[2] for where in wheres]
-    return concatenate(parts, names, f"{scheme}:{rest}")
+    dataset = parts[0]
+    if len(parts) > 1:
+        names = [where.rpartition("/")[2] for where in wheres]
+        dataset = concatenate(parts, names, f"{scheme}:{rest}")
+    dataset = dataset.without_empty_classes()
+    if dataset.deep_images == deep_images:
+        return dataset
+    return dataclasses.replace(dataset, deep_images=deep_images)

@@ -16,15 +16,19 @@ def array_dataset(
     ids: Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
     name: str = "arrays",
+    *,
+    deep_images: str = "error",
 ) -> Dataset:
     """Wraps images in memory.
 
     Args:
       images: Encoded bytes, or uint8 arrays [h, w, 3], [h, w, 1] or [h, w]; one array [n, ...] too.
+        Of other numbers `deep_images` decides.
       labels: [n] strings or integers.
       ids: [n] unique names; None takes a hash of the content.
       class_names: Name of label 0, 1, ...; None takes the labels themselves.
       name: For messages.
+      deep_images: How more than 8 bits a channel become 8, see `Dataset`.
     Raises:
       ValueError: lengths that differ, duplicate ids, a label without a class name.
     """
@@ -34,4 +38,6 @@ def array_dataset(
         unique = stable_ids([None] * len(images), images)
     else:
         unique = np.asarray(ids, dtype=np.str_)
-    return Dataset(images, encoded.ids, unique, encoded.class_names, name, encoded.table)
+    return Dataset(
+        images, encoded.ids, unique, encoded.class_names, name, encoded.table, deep_images
+    )

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import re
 import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from dlc_jax import checks
+from dlc_jax.image_files import HEIF_SUFFIXES, NEEDS_HEIF
+
+# What file managers, network storage and notebooks leave beside one's own files.
+_JUNK = {
+    "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "$recycle.bin",
+    "__macosx", "__pycache__", "lost+found", "system volume information",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+}  # fmt: skip
+# Of names that begin with a dot, these hold nobody's images; others are counted as left out.
+_HIDDEN_JUNK = re.compile(
+    r"\._.*|\.ds_store|\.thumbnails|\.ipynb_checkpoints|\.git.*|\.directory|\.nomedia|\.picasa\.ini"
+)
+_TRAIN_PARTS = ("train", "training", "trainval", "val", "valid", "validation", "dev")
+_TEST_PARTS = ("test", "testing", "eval")
+SPLITS = (*_TRAIN_PARTS, *_TEST_PARTS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,6 +52,45 @@ class Files:
         return self.root / str(self.names[position])
 
 
+def is_junk(name: str) -> bool:
+    """Whether a file or folder is none of the user's: `@eaDir`, `Thumbs.db`, `._x`, ..."""
+    return name.lower() in _JUNK or _HIDDEN_JUNK.fullmatch(name.lower()) is not None
+
+
+def suffix_of(name: str) -> str:
+    """Returns `.txt` for `notes.TXT`; `hidden` or `without suffix` where there is none."""
+    if name.startswith("."):
+        return "hidden"
+    return Path(name).suffix.lower() or "without suffix"
+
+
+def left_out_text(counts: Mapping[str, int]) -> str:
+    """Returns `3 .heic, 1 .txt` for suffixes and their counts, and what would read them."""
+    rows = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
+    more = f" and {len(rows) - 10} more suffixes" if len(rows) > 10 else ""
+    text = ", ".join(f"{count} {suffix}" for suffix, count in rows[:10]) + more
+    return f"{text} ({NEEDS_HEIF})" if set(counts) & set(HEIF_SUFFIXES) else text
+
+
+def _check_are_of_one_kind(scheme: str, where: str, names: list[str]) -> None:
+    """Raises if files of training and of test lie side by side, by what their names begin with."""
+    words = {word[0] for name in names if (word := re.match("[a-z]+(?![a-z])", name, re.I))}
+    parts = train_parts(words)
+    tests = sorted(word for word in words if word.lower() in _TEST_PARTS)
+    if parts and tests:
+        suffix = Path(names[0]).suffix
+        raise checks.InputError(
+            f"{scheme}:{where}: holds files of training ({', '.join(parts)}) and of test "
+            f"({', '.join(tests)}); give those of one, {scheme}:{where}/{parts[0]}*{suffix}."
+        )
+
+
+def train_parts(names: Iterable[str]) -> list[str]:
+    """Returns the names of splits that one may train on, training first."""
+    found = [name for name in names if name.lower() in _TRAIN_PARTS]
+    return sorted(found, key=lambda name: _TRAIN_PARTS.index(name.lower()))
+
+
 def regular(file: Path) -> Path:
     """Returns the file; OSError if it is a pipe or a device, of which reading might never end."""
     if not stat.S_ISREG(file.stat().st_mode):
@@ -53,7 +109,11 @@ def matching(scheme: str, where: str, suffix: str) -> list[Path]:
     path = Path(where).expanduser()
     try:
         if path.is_dir():
-            found = [file for file in path.iterdir() if file.name.lower().endswith(suffix)]
+            found = [
+                file
+                for file in path.iterdir()
+                if file.name.lower().endswith(suffix) and not is_junk(file.name)
+            ]
         elif path.exists():
             found = [path]
         else:
@@ -61,6 +121,8 @@ def matching(scheme: str, where: str, suffix: str) -> list[Path]:
         files = [regular(file) for file in sorted(found) if not file.is_dir()]
     except OSError as error:
         raise checks.InputError(f"{scheme}:{where}: cannot be read: {error}.") from error
+    if path.is_dir():
+        _check_are_of_one_kind(scheme, where, [file.name for file in files])
     if not files:
         raise checks.InputError(f"{scheme}:{where}: no such file, or no *{suffix} in it.")
     return files

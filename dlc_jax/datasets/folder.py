@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.datasets.files import Files
+from dlc_jax.datasets.files import SPLITS, Files, is_junk, suffix_of, train_parts
+from dlc_jax.datasets.labels import composed
+from dlc_jax.image_files import HEIF_SUFFIXES, NEEDS_HEIF, SUFFIXES, suffixes
 from dlc_jax.types import Dataset
 
-SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
-)  # fmt: skip
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+__all__ = ["SUFFIXES", "load_folder"]
 
 
 def load_folder(where: str) -> Dataset:
     """Loads `<root>/<class name>/**/<image>`; classes and images in sorted order, hidden ones not.
 
+    Classes go by their names in Unicode's composed form (NFC); two folders of one name are one
+    class. A folder without images is no class, and is listed.
+
     Raises:
-      ValueError: no such folder, no sub-folder, a class without an image, or a folder that may not
-        be read.
+      ValueError: no such folder, no image in a sub-folder, sub-folders that are splits, a class all
+        of whose images are HEIC that cannot be read here, or a folder that may not be read.
     """
     try:
         return _load(where, Path(where).expanduser())
@@ -33,29 +36,64 @@ def load_folder(where: str) -> Dataset:
 def _load(where: str, root: Path) -> Dataset:
     if not root.is_dir():
         raise checks.InputError(f"folder:{where}: no such folder.")
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
-    if not classes:
+    left_out: Counter[str] = Counter()
+    folders = []
+    for path in sorted(root.iterdir()):
+        if path.is_dir():
+            folders += [path.name] if path.name[0] != "." and not is_junk(path.name) else []
+        elif not is_junk(path.name):
+            left_out[suffix_of(path.name)] += 1
+    if not folders:
         raise checks.InputError(
             f"folder:{where}: expected one sub-folder of images per class, found none."
         )
-    if len(classes) > 1 and set(classes) <= _SPLITS:
-        raise checks.InputError(
-            f"folder:{where}: its sub-folders are splits ({', '.join(classes)}), not classes; give "
-            f"one, folder:{where}/{classes[-1]}, or several, folder:{where}/{'+'.join(classes)}."
-        )
-    names, labels = [], []
-    for label, name in enumerate(classes):
-        images = [f"{name}/{image}" for image in _images_below(root / name)]
-        if not images:
+    images = {}
+    for name in folders:
+        others: Counter[str] = Counter()
+        images[name] = [f"{name}/{image}" for image in _images_below(root / name, others)]
+        if not images[name] and set(others) & set(HEIF_SUFFIXES):
             raise checks.InputError(
-                f"folder:{where}: class {name!r} has no image (looked for {', '.join(SUFFIXES)}). "
-                "Add images or remove the folder."
+                f"folder:{where}: class {name!r} has no image that can be read, but "
+                f"{sum(others[suffix] for suffix in HEIF_SUFFIXES)} HEIC; {NEEDS_HEIF}."
             )
-        names += images
-        labels += [label] * len(images)
-    ids = np.asarray(names, dtype=np.str_)
+        left_out += others
+    _check_are_classes(where, images)
+    filled = [name for name in folders if images[name]]
+    class_of = {name: composed(name) for name in folders}
+    classes = tuple(sorted({class_of[name] for name in filled}))
+    places = {name: label for label, name in enumerate(classes)}
+    labels = [places[class_of[name]] for name in filled for _ in images[name]]
+    ids = np.asarray([image for name in filled for image in images[name]], dtype=np.str_)
     return Dataset(
-        Files(root, ids), np.asarray(labels, np.int32), ids, tuple(classes), f"folder:{where}"
+        Files(root, ids),
+        np.asarray(labels, np.int32),
+        ids,
+        classes,
+        f"folder:{where}",
+        left_out=dict(left_out),
+        empty_classes=tuple(sorted({*class_of.values()} - {*classes})),
+    )
+
+
+def _check_are_classes(where: str, images: dict[str, list[str]]) -> None:
+    """Raises if there is no image, or if the folders are splits with classes in them."""
+    filled = [name for name in images if images[name]]
+    if not filled:
+        raise checks.InputError(
+            f"folder:{where}: no image in its sub-folders {checks.listed(images)} (looked for "
+            f"{', '.join(suffixes())})."
+        )
+    is_nested = all(image.count("/") > 1 for name in filled for image in images[name])
+    if not all(name.lower() in SPLITS for name in filled) or (len(filled) == 1 and not is_nested):
+        return
+    parts = train_parts(filled)
+    hint = "give one of them that is for training"
+    if parts:
+        hint = f"give one, folder:{where}/{parts[0]}"
+    if len(parts) > 1:
+        hint += f", or what is for training, folder:{where}/{'+'.join(parts)}"
+    raise checks.InputError(
+        f"folder:{where}: its sub-folders are splits ({', '.join(filled)}), not classes; {hint}."
     )
 
 
@@ -63,19 +101,27 @@ def _refuse(error: OSError) -> None:
     raise error
 
 
-def _images_below(folder: Path) -> list[str]:
-    """Returns the images at any depth, relative to the folder, in the order of their paths."""
+def _images_below(folder: Path, others: Counter[str]) -> list[str]:
+    """Returns the images at any depth, relative to the folder, in the order of their paths.
+
+    Args:
+      folder: Of one class.
+      others: Takes the suffixes of files that are no images, and how often each occurs.
+    """
     found, seen = [], set()
+    readable = suffixes()
     for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         if os.path.realpath(parent) in seen:  # a link back up would never end
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+        folders[:] = sorted(name for name in folders if name[0] != "." and not is_junk(name))
         below = os.path.relpath(parent, folder)
-        found += [
-            name if below == "." else f"{below}/{name}"
-            for name in names
-            if name[0] != "." and name.lower().endswith(SUFFIXES)
-        ]
+        for name in names:
+            if is_junk(name):
+                continue
+            if name[0] == "." or not name.lower().endswith(readable):
+                others[suffix_of(name)] += 1
+            else:
+                found.append(name if below == "." else f"{below}/{name}")
     return sorted(found, key=lambda name: name.split("/"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import numbers
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -39,11 +40,16 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
         raise checks.InputError(
             f"{where}: {len(missing)} samples have no label, first at row {missing[0]}."
         )
-    if class_names is not None and len(set(class_names)) < len(class_names):
-        raise checks.InputError(
-            f"{where}: class names must be all different; found {list(class_names)}."
-        )
+    if class_names is not None:
+        class_names = [composed(name) for name in class_names]
+        repeated = [name for name, count in Counter(class_names).items() if count > 1]
+        if repeated:
+            raise checks.InputError(
+                f"{where}: class names must be all different; {checks.listed(map(repr, repeated))} "
+                f"occur more than once among {checks.listed(map(repr, class_names))}."
+            )
     if all(isinstance(value, str) for value in values):
+        values = [composed(value) for value in values]
         names = tuple(class_names or sorted(set(values)))
         unnamed = sorted(set(values) - set(names))
         if unnamed:
@@ -79,6 +85,11 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
         return Labels(ids.astype(np.int32), names, None)
     table = {int(value): index for index, value in enumerate(found)}
     return Labels(ids.astype(np.int32), names, table)
+
+
+def composed(name: str) -> str:
+    """Returns a class name in Unicode's composed form (NFC), in which equal names are equal."""
+    return unicodedata.normalize("NFC", name)
 
 
 def integers_or_text(values: Sequence) -> list:

@@ -21,6 +21,7 @@ _OPTIONAL = ("ids", "class_names")
 def load_npz(where: str) -> Dataset:
     """Loads `<file>.npz`: images uint8 [n, h, w, 3], [n, h, w, 1] or [n, h, w], labels [n].
 
+    Images of other numbers are for `Dataset.deep_images` to decide on when they are decoded.
     Optional arrays are `ids` [n] and `class_names` [c]. Pickled objects are refused. The arrays are
     held in memory; other sources are streamed.
 
@@ -56,7 +57,7 @@ def load_npz(where: str) -> Dataset:
 def _check_headers(source: str, headers: Mapping[str, Header], images: str, labels: str) -> None:
     """Raises ValueError for shapes and types that are no data set."""
     shape, dtype = headers[images]
-    if dtype != np.uint8 or len(shape) not in (3, 4):
+    if dtype.kind not in "uif" or len(shape) not in (3, 4):
         raise checks.InputError(
             f"{source}: images are {dtype} {shape}, expected uint8 [n, h, w, 3], [n, h, w, 1] or "
             "[n, h, w]."

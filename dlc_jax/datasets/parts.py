@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def concatenate(parts: Sequence[Dataset], names: Sequence[str], source: str) -> 
         class_names=class_names,
         name=source,
         label_table={key: places[str(key)] for key in tables} or None,
+        left_out=dict(sum((Counter(part.left_out) for part in parts), Counter())),
+        empty_classes=tuple(sorted({n for p in parts for n in p.empty_classes} - {*class_names})),
     )
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlc_jax import checks
-from dlc_jax.datasets.files import matching
-from dlc_jax.datasets.folder import SUFFIXES
+from dlc_jax.datasets.files import is_junk, matching
 from dlc_jax.datasets.labels import encode_labels, integers_or_text, stable_ids
+from dlc_jax.image_files import suffixes
 from dlc_jax.types import Dataset
 
 _LABEL_KEYS = ("label", "cls", "class", "class_name")
@@ -62,23 +63,31 @@ def load_tar(where: str) -> Dataset:
     names: list[str] = []
     images: list[_Member] = []
     values: list[Any] = []
+    readable, left_out = suffixes(), Counter[str]()
     for shard in matching("tar", where, ".tar"):
         for key, parts in _samples(source, shard).items():
-            image = next((member for kind, member in parts.items() if kind in SUFFIXES), None)
+            image = next((member for kind, member in parts.items() if kind in readable), None)
             if image is None:
                 raise checks.InputError(
                     f"{source}: {shard.name}: sample {key!r} has no image (found "
-                    f"{', '.join(parts)}; expected one of {', '.join(SUFFIXES)})."
+                    f"{', '.join(parts)}; expected one of {', '.join(readable)})."
                 )
             names.append(key)
             images.append(image)
             values.append(_label(source, shard, key, parts))
+            left_out.update(kind for kind in parts if kind not in (*readable, ".cls", ".json"))
     if not images:
         raise checks.InputError(f"{source}: holds no sample.")
     members = _Members(tuple(images))
     labels = encode_labels(integers_or_text(values), None, source)
     return Dataset(
-        members, labels.ids, stable_ids(names, members), labels.class_names, source, labels.table
+        members,
+        labels.ids,
+        stable_ids(names, members),
+        labels.class_names,
+        source,
+        labels.table,
+        left_out=dict(left_out),
     )
 
 
@@ -92,7 +101,7 @@ def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:
                     continue
                 folder, _, name = member.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")
-                if stem:
+                if stem and not any(map(is_junk, member.name.split("/"))):
                     key = f"{folder}/{stem}" if folder else stem
                     place = _Member(shard, member.offset_data, member.size)
                     samples.setdefault(key, {})[dot + suffix.lower()] = place

@@ -306,7 +306,8 @@ def _check_same_image(dataset: Dataset, index: int, path: Path) -> None:
         ) from error
     if not isinstance(sample.image, np.ndarray) and sample.image == content:
         return
-    held, found = decode(sample.image, sample.id), decode(content, str(path))
+    held = decode(sample.image, sample.id, dataset.deep_images)
+    found = decode(content, str(path), dataset.deep_images)
     if held.size != found.size or held.tobytes() != found.tobytes():
         sizes = " and ".join(f"{width} x {height}" for width, height in (found.size, held.size))
         raise checks.InputError(

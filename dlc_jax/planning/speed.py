@@ -148,8 +148,10 @@ def decoding_speed(dataset: Dataset, image_size: int) -> Decoding:
     def one(place: int) -> tuple[int, Any] | str:
         try:
             sample = dataset[int(positions[place])]
-            image = decode(sample.image, sample.id)
+            image = decode(sample.image, sample.id, dataset.deep_images)
             resize_and_crop(image, image_size)
+        except checks.NeedsSetting as error:
+            raise checks.NeedsSetting(f"{dataset.name}: {error}") from error
         except (checks.InputError, OSError) as error:
             return str(error)
         encoded = sample.image

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import warnings
 
@@ -11,28 +10,32 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dlc_jax import checks
-
-# Of photographs and drawings. PIL would take others, too, and hand an EPS file to Ghostscript.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
-
-
-def opened(image: bytes) -> Image.Image:
-    """Returns the image, not decoded yet; PIL's errors if the bytes are none."""
-    return Image.open(io.BytesIO(image), formats=_FORMATS)
+from dlc_jax.image_files import bits_per_channel, opened
+from dlc_jax.preprocess.deep import CHOICES, in_8_bits, largest_of, scaled
 
 
-def decode(image: bytes | np.ndarray, sample_id: str) -> Image.Image:
+def decode(image: bytes | np.ndarray, sample_id: str, deep_images: str = "error") -> Image.Image:
     """Returns the image as RGB, exactly as PIL's `convert("RGB")` gives it.
 
     EXIF orientation is not applied and alpha is dropped, as torchvision's loaders do.
 
+    Args:
+      image: Encoded bytes, or an array [h, w, 3], [h, w, 1] or [h, w].
+      sample_id: For messages.
+      deep_images: What becomes of more than 8 bits a channel, see `Dataset`.
     Raises:
+      NeedsSetting: naming the sample, if it is too deep for `deep_images`.
       ValueError: naming the sample, if it is not an image or is truncated.
     """
     try:
         if isinstance(image, np.ndarray):
-            return _from_array(image)
+            return _from_array(image, deep_images)
         with opened(image) as encoded:
+            bits = bits_per_channel(encoded, image)
+            if bits > 8 and deep_images == "error":
+                raise checks.NeedsSetting(f"has {bits} bits a channel, {CHOICES}")
+            if bits > 8 and deep_images != "clip":
+                return in_8_bits(encoded, image, bits, deep_images)
             if encoded.mode == "RGB":  # converting would copy it
                 encoded.load()
                 return encoded
@@ -40,6 +43,8 @@ def decode(image: bytes | np.ndarray, sample_id: str) -> Image.Image:
                 # PIL's advice on transparency in palettes; the conversion wanted ignores it
                 warnings.filterwarnings("ignore", message="Palette images with Transparency")
                 return encoded.convert("RGB")
+    except checks.NeedsSetting as error:
+        raise checks.NeedsSetting(f"sample {sample_id!r} {error}") from error
     except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
         said = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
         raise checks.InputError(
@@ -47,11 +52,21 @@ def decode(image: bytes | np.ndarray, sample_id: str) -> Image.Image:
         ) from error
 
 
-def _from_array(image: np.ndarray) -> Image.Image:
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
+def _from_array(image: np.ndarray, deep_images: str) -> Image.Image:
+    if image.dtype.kind not in "uif" or image.ndim not in (2, 3) or image.size == 0:
         raise ValueError(
             f"expected uint8 [h, w, 3], [h, w, 1] or [h, w], found {image.dtype} {image.shape}"
         )
+    if image.dtype != np.uint8:
+        if deep_images == "error":
+            raise checks.NeedsSetting(
+                f"is not a readable image of uint8 but numbers of {image.dtype}, {CHOICES}"
+            )
+        if deep_images == "clip":
+            image = np.clip(np.nan_to_num(image), 0, 255).astype(np.uint8)
+        else:
+            colours = image[..., :3] if image.ndim == 3 else image  # without alpha
+            image = scaled(colours, largest_of(image.dtype), deep_images)
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     return Image.fromarray(image).convert("RGB")

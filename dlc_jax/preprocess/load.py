@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dlc_jax import checks
 from dlc_jax.preprocess.cache import CachedCrops, ImageCache
 from dlc_jax.preprocess.decode import decode, resize_and_crop
+from dlc_jax.preprocess.deep import MID_GREY
 from dlc_jax.preprocess.threads import in_order
 from dlc_jax.types import Dataset
 
@@ -40,13 +41,17 @@ class Reader(Generic[Item]):
     def _one(self, position: int) -> Item | str:
         try:
             sample = self.dataset[position]
-            image = decode(sample.image, sample.id)
+            image = decode(sample.image, sample.id, self.dataset.deep_images)
+        except checks.NeedsSetting as error:
+            raise checks.NeedsSetting(f"{self.dataset.name}: {error}") from error
         except checks.InputError as error:
             return str(error)
         except (OSError, MemoryError) as error:  # a file that is gone, or that may not be read
             why = str(error) or type(error).__name__
             return f"sample {str(self.dataset.ids[position])!r} cannot be read: {why}"
         try:
+            if is_mid_grey(self.dataset, np.asarray(image)):
+                self.dataset.mid_grey.add(sample.id)
             return self._of_image(image, position)
         except (checks.InputError, MemoryError) as error:
             return f"sample {sample.id!r} cannot be used: {str(error) or type(error).__name__}"
@@ -79,7 +84,14 @@ class _CachedReader(Reader[np.ndarray]):
 
     def read(self, positions: Int64[np.ndarray, " k"]) -> Iterator[np.ndarray | str]:
         for place in (positions - self._first).tolist():
+            if is_mid_grey(self.dataset, self.cached.pixels[place]):
+                self.dataset.mid_grey.add(str(self.dataset.ids[place + self._first]))
             yield self.cached.problems.get(place) or self.cached.pixels[place]
+
+
+def is_mid_grey(dataset: Dataset, pixels: UInt8[np.ndarray, "h w 3"]) -> bool:
+    """Whether `min_max` found nothing to stretch: other images have a 0 and a 255."""
+    return dataset.deep_images == "min_max" and bool(np.all(pixels == MID_GREY))
 
 
 def unreadable(dataset: Dataset, why: str) -> checks.InputError:

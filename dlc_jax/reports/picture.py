@@ -55,4 +55,4 @@ def easiest_hardest(
 
 def _thumbnail(dataset: Dataset, position: int) -> Image.Image:
     sample = dataset[position]
-    return ImageOps.fit(decode(sample.image, sample.id), (_SIDE, _SIDE))
+    return ImageOps.fit(decode(sample.image, sample.id, dataset.deep_images), (_SIDE, _SIDE))

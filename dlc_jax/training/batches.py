@@ -70,7 +70,7 @@ class DecodedImages:
         except OSError as error:
             name = str(self._dataset.ids[position])
             raise checks.InputError(f"sample {name!r} cannot be read: {error}") from error
-        image = decode(sample.image, sample.id)
+        image = decode(sample.image, sample.id, self._dataset.deep_images)
         size = 4 * image.width * image.height  # PIL spends four bytes on a pixel
         with self._lock:
             if position not in self._kept and size <= self._bytes_left:

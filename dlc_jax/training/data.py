@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, Shaped, UInt8
 
 from dlc_jax import checks
+from dlc_jax.datasets.labels import composed
 from dlc_jax.preprocess import (
     ImageCache,
     RandomCrops,
@@ -150,18 +151,24 @@ class RunData:
 def class_ids_by_name(test: Dataset, dataset: Dataset) -> Int32[np.ndarray, " n"]:
     """Returns the test labels as the training set numbers its classes.
 
-    By name, since a split that lacks a class numbers the others differently.
+    By name, since a split that lacks a class numbers the others differently; however Unicode writes
+    it. Classes without test samples do not matter.
 
     Raises:
       ValueError: a class that training does not know.
     """
-    places = {name: label for label, name in enumerate(dataset.class_names)}
-    unknown = [name for name in test.class_names if name not in places]
+    places = {composed(name): label for label, name in enumerate(dataset.class_names)}
+    test = test.without_empty_classes()
+    unknown = [name for name in test.class_names if composed(name) not in places]
     if unknown:
         raise checks.InputError(
             f"dataset.test: {test.name} has classes that {dataset.name} has not: "
-            f"{', '.join(repr(name) for name in unknown[:10])}; expected only "
-            f"{', '.join(repr(name) for name in dataset.class_names[:10])}"
-            f"{', ...' * (len(places) > 10)}."
+            f"{checks.listed(map(_told_apart, unknown))}; expected only "
+            f"{checks.listed(map(_told_apart, dataset.class_names))}."
         )
-    return np.array([places[name] for name in test.class_names], np.int32)[test.labels]
+    return np.array([places[composed(name)] for name in test.class_names], np.int32)[test.labels]
+
+
+def _told_apart(name: str) -> str:
+    """Returns a class name, and its code points too where others may look the same."""
+    return repr(name) if name.isascii() else f"{name!r} ({name!a})"

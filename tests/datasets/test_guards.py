@@ -30,7 +30,7 @@ def troubled(sample):
 
 def test_each_kind_of_trouble_is_found_and_named(troubled):
     found = inspect(*troubled, minimum=6)
-    assert found.num_samples == 23
+    assert (found.num_samples, found.num_test_samples) == (20, 3)
     assert list(found.unreadable) == ["s03"]
     assert "truncated" in found.unreadable["s03"]
     assert found.duplicates == [["s04", "s05"], ["s06", "s16"], ["test:t1", "test:t2"]]
@@ -41,6 +41,10 @@ def test_each_kind_of_trouble_is_found_and_named(troubled):
     assert found.imbalance == pytest.approx(5 / 14)
     assert not found.is_clean
     rows = {name: (number, first) for name, number, first in found.rows()}
+    assert rows["samples"] == (20, "")
+    assert rows["samples of the test set"] == (3, "")
+    assert rows["repeated content (groups)"] == (2, "s04 = s05")
+    assert rows["repeated content (groups), test set"] == (1, "test:t1 = test:t2")
     assert rows["in training and test (groups)"] == (1, "s00 = test:t0")
     assert rows["label imbalance"] == (0, "")
 

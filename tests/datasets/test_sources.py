@@ -104,9 +104,7 @@ def test_folder(tmp_path):
     assert dataset.ids.tolist() == ["a/0.jpg", "a/x/1.png", "b/2.PNG"]
     assert dataset.labels.tolist() == [0, 0, 1]
     assert dataset[2].image == FILES[0]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="class 'empty' has no image"):
-        dlc.load_dataset(f"folder:{tmp_path}")
+    assert dataset.left_out == {".txt": 1}
 
 
 def test_a_folder_of_splits_is_not_taken_for_classes(tmp_path):

@@ -208,10 +208,10 @@ def test_two_processes_at_once_decode_once(tmp_path, few):
         from dlc_jax.preprocess import load, load_images
         decoded = []
         plain = load.decode
-        def slow(image, name):
+        def slow(image, name, deep_images):
             decoded.append(name)
             time.sleep(0.02)
-            return plain(image, name)
+            return plain(image, name, deep_images)
         load.decode = slow
         dataset = dlc.load_dataset("folder:{tmp_path}/images")
         loaded = load_images(dataset, 32, cache=dlc.ImageCache({str(tmp_path / "cache")!r}))

@@ -141,7 +141,7 @@ def read_json(path: Path) -> Any:
         return {}
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise checks.InputError(f"{path}: not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise checks.InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")

@@ -25,6 +25,12 @@ def first_line(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
+def shortened(names: Sequence[str]) -> str:
+    """Returns the first ten names, and how many more there are."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(map(str, names[:10])) + more
+
+
 _MOST_CLASSES = 10**7  # above it, labels are something else than class ids
 MODES = ("default", "official")
 

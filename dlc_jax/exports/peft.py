@@ -165,14 +165,16 @@ def write_merged(model: LanguageModel, folder: str | Path) -> None:
             for file in model.folder.glob(pattern):
                 if file.is_file() and not file.name.endswith(".safetensors.index.json"):
                     shutil.copyfile(file, place / file.name)
-        _stamp_dtype(place / "config.json", model.architecture.dtype)
+        _stamp(place / "config.json", model)
         _write_shards(model, place)
 
 
-def _stamp_dtype(path: Path, dtype: str) -> None:
-    config = json.loads(path.read_text())
+def _stamp(path: Path, model: LanguageModel) -> None:
+    """Makes `config.json` say how the weights are written."""
+    config = artefacts.read_json(path)
     config.pop("torch_dtype", None)  # as older versions called it
-    path.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+    written = {"dtype": model.architecture.dtype, "tie_word_embeddings": model.config.tied}
+    path.write_text(json.dumps({**config, **written}, indent=2) + "\n")
 
 
 def _write_shards(model: LanguageModel, place: Path) -> None:

@@ -238,12 +238,14 @@ def read_params(
         for path, leaf in expected.items():
             name = names[path]
             value = read_tensor(shards[tensors[name].file], name)
+            with np.errstate(over="ignore"):  # what float16 cannot hold is told below
+                value = value.astype(leaf.dtype)
             if not np.isfinite(value.astype(np.float32)).all():
                 not_finite.append(name)
             value = value.T if path.endswith("kernel") else value  # torch's [out, in]
             where = None if sharding_of is None else sharding_of(path, leaf.shape)
-            params[path] = place(value.astype(leaf.dtype), where)
-    _refuse(folder, {"tensors with NaN or infinity": not_finite})
+            params[path] = place(value, where)
+    _refuse(folder, {f"tensors with NaN or infinity in {architecture.dtype}": not_finite})
     return jax.tree_util.tree_map_with_path(lambda path, _: params[path_name(path)], shapes)
 
 

@@ -41,7 +41,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         the index says, tensors that are not floating-point, such as those of a quantised model.
     """
     if (folder / _WHOLE).is_file():
-        return _headers(folder / _WHOLE)
+        return headers(folder / _WHOLE)
     index = folder / _INDEX
     if not index.is_file():
         raise checks.InputError(f"{folder}: neither {_WHOLE} nor {_INDEX} is there.")
@@ -56,25 +56,26 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise checks.InputError(f"{folder}: shards that {_INDEX} names are missing: {shown}.")
     found: dict[str, StoredTensor] = {}
     for shard in shards:
-        headers = _headers(folder / shard)
+        there = headers(folder / shard)
         listed = {name for name, file in table.items() if file == shard}
-        if wrong := sorted(listed ^ headers.keys()):
+        if wrong := sorted(listed ^ there.keys()):
             raise checks.InputError(
                 f"{folder / shard}: does not hold what {_INDEX} says; they disagree about "
                 f"{checks.shortened(wrong)}."
             )
-        found |= headers
+        found |= there
     return found
 
 
-def _headers(path: Path) -> dict[str, StoredTensor]:
+def headers(path: Path) -> dict[str, StoredTensor]:
+    """Reads names and shapes of a file's tensors; ValueError where one is not floating-point."""
     with opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         for name, some in slices.items():
             if some.get_dtype() not in _FLOATS:
                 raise checks.InputError(
-                    f"{path}: {name} is {some.get_dtype()}; expected {', '.join(_FLOATS)}, the "
-                    "weights of a model that is not quantised."
+                    f"{path}: {name} is {some.get_dtype()}; expected {', '.join(_FLOATS)}, that "
+                    "is, weights that are not quantised."
                 )
         return {name: StoredTensor(path, tuple(s.get_shape())) for name, s in slices.items()}
 

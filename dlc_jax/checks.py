@@ -109,7 +109,8 @@ def integer(name: str, value: Any) -> None:
 def at_least(name: str, value: float, minimum: float, *, exclusive: bool = False) -> None:
     """Raises unless value >= minimum (> if exclusive) and finite."""
     number(name, value)
-    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+    is_finite = isinstance(value, numbers.Integral) or math.isfinite(value)
+    if not is_finite or value < minimum or (exclusive and value == minimum):
         sign = ">" if exclusive else ">="
         raise InputError(f"{name}: must be {sign} {minimum}, got {value!r}.")
 

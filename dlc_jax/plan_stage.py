@@ -9,7 +9,7 @@ from pathlib import Path
 from dlc_jax import checks
 from dlc_jax.config import Config
 from dlc_jax.encoders.decoder import DecoderConfig
-from dlc_jax.encoders.huggingface import read_config
+from dlc_jax.encoders.huggingface import read_config, read_config_alone
 from dlc_jax.encoders.language_model import load_tokenizer, longest_sequence, model_folder
 from dlc_jax.encoders.paper_models import PAPER_MODELS
 from dlc_jax.instructions_stage import load_configured_instructions
@@ -116,7 +116,8 @@ def model_sizes(weights: str) -> DecoderConfig:
     import huggingface_hub  # only when a hub id is used: the import costs half a second
 
     try:
-        return read_config(Path(huggingface_hub.hf_hub_download(weights, "config.json")).parent)
+        config = Path(huggingface_hub.hf_hub_download(weights, "config.json"))
+        return read_config_alone(config.parent)
     except checks.InputError:
         raise
     except Exception as error:  # its errors for no network, no such id and no access vary

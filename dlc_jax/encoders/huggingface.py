@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,23 +12,41 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlc_jax import checks
+from dlc_jax import artefacts, checks
 from dlc_jax.distributed import place
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import ACTIVATIONS, DecoderConfig, RopeScaling
+from dlc_jax.encoders.stored_tensors import (
+    StoredTensor,
+    are_equal,
+    has_weights,
+    num_blocks,
+    read_tensor,
+    stored_tensors,
+)
 from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.encoders.weights import opened
 from dlc_jax.types import Params, by_path, path_name
 
 FAMILIES = ("llama", "mistral", "gemma2")
-_INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_MOST_BLOCKS, _LARGEST_SIZE = 256, 2**24  # published models have 126 blocks at most
+# Sizes in `config.json`; those that may be missing or null have a default.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 # Path here -> name in a checkpoint; the first full match counts.
 _NAMES = (
-    (r"embedding/embedding", "model.embed_tokens.weight"),
+    (r"embedding/embedding", _EMBEDDING),
     (r"norm/scale", "model.norm.weight"),
-    (r"head/kernel", "lm_head.weight"),
+    (r"head/kernel", _HEAD),
     (r"blocks/(\d+)/attn/(\w+)/kernel", r"model.layers.\1.self_attn.\2.weight"),
     (r"blocks/(\d+)/mlp/(\w+)/kernel", r"model.layers.\1.mlp.\2.weight"),
     (r"blocks/(\d+)/attn_norm/scale", r"model.layers.\1.input_layernorm.weight"),
@@ -41,31 +59,82 @@ _SANDWICH_NORMS = (
     (r"blocks/(\d+)/mlp_norm/scale", r"model.layers.\1.pre_feedforward_layernorm.weight"),
     (r"blocks/(\d+)/mlp_norm_after/scale", r"model.layers.\1.post_feedforward_layernorm.weight"),
 )
-# What old checkpoints hold besides weights, and a head that repeats a tied embedding.
-_IGNORED = (r".*rotary_emb\.inv_freq",)
-_TIED_HEAD = "lm_head.weight"
+_IGNORED = (r".*rotary_emb\.inv_freq",)  # what old checkpoints hold besides weights
 
 
 def read_config(folder: Path) -> DecoderConfig:
-    """Reads `config.json` of a model folder.
+    """Reads `config.json` of a model folder, and from its weights whether the head is tied.
+
+    As in transformers, a stored head that differs from a tied embedding is a head of its own.
 
     Raises:
-      ValueError: no such file, or a model this decoder does not compute exactly: another family,
-        another activation or rotary scaling, biases, attention in both directions.
+      ValueError: see `read_config_alone`; weights with another number of blocks.
+    """
+    config = read_config_alone(folder)
+    if not has_weights(folder):
+        return config
+    tensors = stored_tensors(folder)
+    if (found := num_blocks(tensors)) != config.depth:
+        raise checks.InputError(
+            f"{folder}: config.json has num_hidden_layers {config.depth}, the weights have {found}."
+        )
+    if config.tied and {_EMBEDDING, _HEAD} <= tensors.keys():
+        return dataclasses.replace(config, tied=are_equal(tensors, (_EMBEDDING, _HEAD)))
+    return config
+
+
+def read_config_alone(folder: Path) -> DecoderConfig:
+    """Reads `config.json` of a model folder that may have no weights.
+
+    Raises:
+      ValueError: no such file, sizes that are out of range, quantised weights, or a model this
+        decoder does not compute exactly: another family, another activation or rotary scaling,
+        biases, attention in both directions.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise checks.InputError(f"{path}: not there; expected a Hugging Face model folder.")
+    raw = artefacts.read_json(path)
+    checks.one_of(f"{path}: model_type", raw.get("model_type"), FAMILIES)
+    _check_loadable(folder, path, raw)
+    _check_sizes(path, raw)
     try:
-        family = json.loads(path.read_text()).get("model_type")
-        if family not in FAMILIES:
-            expected = ", ".join(FAMILIES)
-            raise checks.InputError(f"{path}: model_type {family!r}; expected {expected}.")
-        return decoder_config(transformers_library().AutoConfig.from_pretrained(folder), str(path))
+        library = transformers_library()
+        config = library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return decoder_config(config, str(path))
     except checks.InputError:
         raise
     except Exception as error:  # what transformers refuses, it refuses in many ways
         raise checks.InputError(f"{path}: {checks.first_line(error)}") from error
+
+
+def _check_loadable(folder: Path, path: Path, raw: Mapping[str, Any]) -> None:
+    """Raises ValueError where transformers would load something else than the plain weights."""
+    if (quantised := raw.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise checks.InputError(
+            f"{path}: quantization_config: the weights are quantised ({method}); expected those of "
+            "a model that is not."
+        )
+    if (weights := raw.get("transformers_weights")) is not None:
+        raise checks.InputError(
+            f"{path}: transformers_weights {weights!r}; expected weights under their usual names."
+        )
+    if (folder / "adapter_config.json").exists():
+        raise checks.InputError(
+            f"{folder}: holds an adapter (adapter_config.json) beside a model; expected a folder "
+            "for each, or a model with the adapter merged into its weights."
+        )
+
+
+def _check_sizes(path: Path, raw: Mapping[str, Any]) -> None:
+    """Raises ValueError for a size that would take all memory as soon as it is used."""
+    for name in _SIZES:
+        if (size := raw.get(name)) is not None:
+            checks.integer(f"{path}: {name}", size)
+            checks.at_least(f"{path}: {name}", size, 1)
+            largest = _MOST_BLOCKS if name == "num_hidden_layers" else _LARGEST_SIZE
+            checks.at_most(f"{path}: {name}", size, largest)
 
 
 def decoder_config(config: Any, source: str = "config") -> DecoderConfig:
@@ -156,44 +225,57 @@ def read_params(
         a tensor, another shape, NaN or infinite values.
     """
     config, shapes = architecture.config, architecture.abstract_params()
-    expected = by_path(shapes)
+    expected, tensors = by_path(shapes), stored_tensors(folder)
     names = torch_names(config, expected)
-    files = _files_of_tensors(folder)
-    _check_names(folder, config, names, files)
+    if config.tied and _EMBEDDING not in tensors:  # then transformers uses the head for both
+        names = {path: _HEAD if name == _EMBEDDING else name for path, name in names.items()}
+    _check_tensors(folder, config, {names[path]: leaf for path, leaf in expected.items()}, tensors)
     params: dict[str, jax.Array] = {}
-    misshaped, not_finite = [], []
+    not_finite = []
     with contextlib.ExitStack() as stack:
-        shards = {path: stack.enter_context(opened(path)) for path in sorted(set(files.values()))}
+        paths = sorted({tensor.file for tensor in tensors.values()})
+        shards = {path: stack.enter_context(opened(path)) for path in paths}
         for path, leaf in expected.items():
             name = names[path]
-            value = _tensor(shards[files[name]], name, is_kernel=path.endswith("kernel"))
-            if value.shape != leaf.shape:
-                misshaped.append(f"{name} {value.shape}, not {leaf.shape}")
-                continue
+            value = read_tensor(shards[tensors[name].file], name)
+            with np.errstate(over="ignore"):  # what float16 cannot hold is told below
+                value = value.astype(leaf.dtype)
             if not np.isfinite(value.astype(np.float32)).all():
                 not_finite.append(name)
+            value = value.T if path.endswith("kernel") else value  # torch's [out, in]
             where = None if sharding_of is None else sharding_of(path, leaf.shape)
-            params[path] = place(value.astype(leaf.dtype), where)
-    problems = {
-        "tensors of another shape": misshaped,
-        "tensors with NaN or infinity": not_finite,
-    }
-    _refuse(folder, problems)
+            params[path] = place(value, where)
+    _refuse(folder, {f"tensors with NaN or infinity in {architecture.dtype}": not_finite})
     return jax.tree_util.tree_map_with_path(lambda path, _: params[path_name(path)], shapes)
 
 
-def _check_names(
-    folder: Path, config: DecoderConfig, names: Mapping[str, str], files: Mapping[str, Path]
+def _check_tensors(
+    folder: Path,
+    config: DecoderConfig,
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    tensors: Mapping[str, StoredTensor],
 ) -> None:
-    """Raises ValueError unless every parameter has a tensor, and every tensor a parameter."""
-    ignored = [*_IGNORED, re.escape(_TIED_HEAD)] if config.tied else _IGNORED
+    """Raises ValueError unless every parameter has a tensor of its shape, and nothing is left."""
+    ignored = [*_IGNORED, re.escape(_HEAD)] if config.tied else _IGNORED
     unused = [
         name
-        for name in sorted(files.keys() - names.values())
+        for name in sorted(tensors.keys() - expected.keys())
         if not any(re.fullmatch(pattern, name) for pattern in ignored)
     ]
-    missing = [name for name in names.values() if name not in files]
-    _refuse(folder, {"tensors without a place": unused, "tensors that are missing": missing})
+    missing = [name for name in expected if name not in tensors]
+    misshaped = []
+    for name in expected.keys() & tensors.keys():
+        shape, wanted = tensors[name].shape, expected[name].shape
+        if name != _EMBEDDING and not (config.tied and name == _HEAD):
+            wanted = wanted[::-1]  # torch's [out, in]
+        if shape != wanted:
+            misshaped.append(f"{name} {shape}, not {wanted}")
+    problems = {
+        "tensors without a place": unused,
+        "tensors that are missing": missing,
+        "tensors of another shape": sorted(misshaped),
+    }
+    _refuse(folder, problems)
 
 
 def torch_names(config: DecoderConfig, paths: Mapping[str, Any]) -> dict[str, str]:
@@ -210,36 +292,8 @@ def torch_names(config: DecoderConfig, paths: Mapping[str, Any]) -> dict[str, st
     return found
 
 
-def _files_of_tensors(folder: Path) -> dict[str, Path]:
-    """Returns the file of each tensor."""
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            table = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise checks.InputError(f"{index}: not an index of tensors: {error!r}.") from error
-        if lost := sorted({name for name in table.values() if not (folder / name).is_file()}):
-            raise checks.InputError(f"{folder}: shards that {_INDEX} names are missing: {lost}.")
-        return {name: folder / file for name, file in table.items()}
-    whole = folder / _WHOLE
-    if not whole.is_file():
-        raise checks.InputError(f"{folder}: neither {_WHOLE} nor {_INDEX} is there.")
-    with opened(whole) as file:
-        return dict.fromkeys(file.keys(), whole)
-
-
-def _tensor(file: Any, name: str, *, is_kernel: bool) -> np.ndarray:
-    """Reads one tensor to the host; torch's [out, in] -> [in, out]."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        value = np.asarray(file.get_tensor(name))
-    return value.T if is_kernel else value
-
-
 def _refuse(folder: Path, problems: Mapping[str, list[str]]) -> None:
     """Raises ValueError with everything that is wrong, if anything is."""
-    shown = {
-        what: ", ".join(which[:10]) + (f" and {len(which) - 10} more" if len(which) > 10 else "")
-        for what, which in problems.items()
-    }
-    if found := "; ".join(f"{what}: {which}" for what, which in shown.items() if which):
+    shown = {what: checks.listed(which) for what, which in problems.items() if which}
+    if found := "; ".join(f"{what}: {which}" for what, which in shown.items()):
         raise checks.InputError(f"{folder}: {found}.")

@@ -151,7 +151,7 @@ def load_tokenizer(weights: str) -> Any:
 
 def _tokenizer_in(folder: Path) -> Any:
     try:
-        return transformers_library().AutoTokenizer.from_pretrained(folder)
+        return transformers_library().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what it refuses, it refuses in many ways
         raise checks.InputError(
             f"{folder}: has no tokenizer that can be read: {checks.first_line(error)}"

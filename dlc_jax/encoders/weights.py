@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dlc_jax import checks
+from dlc_jax.datasets.files import regular
 from dlc_jax.types import Params, by_path, path_name
 
 _CHECKPOINT = "model.safetensors"
@@ -61,7 +62,7 @@ def opened(path: Path) -> Iterator[Any]:
     """Opens a safetensors file; ValueError where it, or a tensor in it, cannot be read."""
     try:
         # framework="flax" because NumPy's reader has no bfloat16
-        with safe_open(path, framework="flax") as file:
+        with safe_open(regular(path), framework="flax") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise checks.InputError(f"{path}: not a readable safetensors file: {error}.") from error

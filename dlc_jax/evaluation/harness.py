@@ -72,7 +72,7 @@ class JaxLM(TemplateLM):
         self.tokenizer = model.tokenizer
         if add_bos_token is not None:  # some tokenizers have to be told when they are made
             self.tokenizer = transformers_library().AutoTokenizer.from_pretrained(
-                model.folder, add_bos_token=add_bos_token
+                model.folder, add_bos_token=add_bos_token, trust_remote_code=False
             )
         self.max_length = longest_input(model, max_length)
         self.add_bos_token = add_bos_token

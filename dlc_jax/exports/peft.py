@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors.flax import save_file
 
 from dlc_jax import artefacts, checks
@@ -18,6 +19,7 @@ from dlc_jax.encoders.architecture import DTYPES
 from dlc_jax.encoders.huggingface import torch_names
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.projection import TARGETS, Adapter
+from dlc_jax.encoders.stored_tensors import headers
 from dlc_jax.encoders.weights import opened
 from dlc_jax.types import by_path, path_name
 
@@ -26,6 +28,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _MATRICES = {"lora_a": "lora_A", "lora_b": "lora_B"}
 _SHARD_BYTES = 5 * 10**9
+_LARGEST = 2**20  # rank or alpha; either is a few hundred at most
 # What a model folder holds besides weights; the tokenizer's files differ from model to model.
 _BESIDES = ("*.json", "*.model", "*.jinja", "tokenizer*")
 # Settings of PEFT that change what an adapter computes, and the values this decoder computes.
@@ -45,6 +48,7 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", None),
     "alora_invocation_tokens": (None,),
     "use_bdlora": (None, False),
+    "use_qalora": (None, False),
     "arrow_config": (None,),
     "kasa_config": (None,),
     "monteclora_config": (None,),
@@ -58,7 +62,7 @@ def write_adapter(model: LanguageModel, folder: str | Path) -> None:
       model: With an adapter.
       folder: Made or replaced, whole or not at all.
     Raises:
-      ValueError: the model has no adapter.
+      ValueError: the model has no adapter, or one with NaN or infinite values.
     """
     adapter = model.architecture.adapter
     if adapter is None:
@@ -67,6 +71,8 @@ def write_adapter(model: LanguageModel, folder: str | Path) -> None:
     leaves = by_path(model.params)
     names = _adapter_names(model, weights)
     tensors = {names[path]: jnp.asarray(fetch(leaves[path]).T) for path in weights}
+    for name, tensor in tensors.items():
+        _check_finite(f"{model.name}: the adapter's {name}", tensor)
     config = {
         "base_model_name_or_path": model.name,
         "bias": "none",
@@ -91,8 +97,8 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
       model: Without an adapter.
       folder: With `adapter_model.safetensors` and `adapter_config.json`.
     Raises:
-      ValueError: no adapter there, one that does more than LoRA on projections of the blocks, or
-        weights that do not fit exactly.
+      ValueError: no adapter there, one that does more than LoRA on projections of the blocks,
+        settings that are out of range, or weights that do not fit exactly or are not finite.
     """
     folder = Path(folder).expanduser()
     path = folder / ADAPTER_CONFIG
@@ -100,30 +106,41 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
         raise checks.InputError(f"{path}: not there; expected a folder with a PEFT adapter.")
     artefacts.check_is_as_recorded(folder)
     adapter = _adapter_of(artefacts.read_json(path), path)
-    architecture = model.architecture.with_adapter(adapter)
-    shapes = architecture.abstract_adapter()
-    expected = by_path(shapes)
-    names = _adapter_names(model, expected)
+    shapes = model.architecture.with_adapter(adapter).abstract_adapter()
+    names = _adapter_names(model, by_path(shapes))
     found: dict[str, jax.Array] = {}
+    _check_tensors(model, folder / ADAPTER_WEIGHTS, names, by_path(shapes))
     with opened(folder / ADAPTER_WEIGHTS) as file:
-        there = set(file.keys())
-        if there != set(names.values()):
-            extra, lost = sorted(there - {*names.values()}), sorted({*names.values()} - there)
-            raise checks.InputError(
-                f"{folder / ADAPTER_WEIGHTS}: does not fit {model.name}: {len(lost)} tensors are "
-                f"missing ({', '.join(lost[:3])}), {len(extra)} have no place "
-                f"({', '.join(extra[:3])})."
-            )
         for place, name in names.items():
-            tensor = jnp.asarray(file.get_tensor(name), jnp.float32).T
-            if tensor.shape != expected[place].shape:
-                raise checks.InputError(
-                    f"{folder / ADAPTER_WEIGHTS}: {name} is {tensor.T.shape}, expected "
-                    f"{expected[place].shape[::-1]}."
-                )
-            found[place] = tensor
+            found[place] = jnp.asarray(file.get_tensor(name), jnp.float32).T
+            _check_finite(f"{folder / ADAPTER_WEIGHTS}: {name}", found[place])
     weights = jax.tree_util.tree_map_with_path(lambda place, _: found[path_name(place)], shapes)
     return model.with_adapter(adapter, on_every_device(model.params, weights))
+
+
+def _check_finite(name: str, tensor: jax.Array | np.ndarray) -> None:
+    if not np.isfinite(np.asarray(tensor)).all():
+        raise checks.InputError(f"{name} has NaN or infinite values; expected finite ones.")
+
+
+def _check_tensors(
+    model: LanguageModel,
+    file: Path,
+    names: Mapping[str, str],
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
+    """Raises ValueError unless the file has exactly these tensors in these shapes."""
+    tensors = headers(file)
+    extra, lost = sorted(tensors.keys() - {*names.values()}), sorted({*names.values()} - {*tensors})
+    if extra or lost:
+        raise checks.InputError(
+            f"{file}: does not fit {model.name}: {len(lost)} tensors are missing "
+            f"({', '.join(lost[:3])}), {len(extra)} have no place ({', '.join(extra[:3])})."
+        )
+    for place, name in names.items():
+        shape, wanted = tensors[name].shape, expected[place].shape[::-1]
+        if shape != wanted:
+            raise checks.InputError(f"{file}: {name} is {shape}, expected {wanted}.")
 
 
 def _adapter_of(config: Mapping[str, Any], path: Path) -> Adapter:
@@ -134,11 +151,18 @@ def _adapter_of(config: Mapping[str, Any], path: Path) -> Adapter:
         rank, alpha, targets = (config[key] for key in ("r", "lora_alpha", "target_modules"))
     except KeyError as error:
         raise checks.InputError(f"{path}: has no {error}.") from error
-    if not isinstance(targets, list):
+    checks.integer(f"{path}: r", rank)
+    checks.number(f"{path}: lora_alpha", alpha)
+    for key, value in (("r", rank), ("lora_alpha", alpha)):
+        checks.at_least(f"{path}: {key}", value, 0, exclusive=True)
+        checks.at_most(f"{path}: {key}", value, _LARGEST)
+    if not isinstance(targets, list) or not targets:
         raise checks.InputError(f"{path}: target_modules {targets!r}; expected a list of names.")
     for target in targets:
         checks.one_of(f"{path}: target_modules", target, TARGETS)
-    return Adapter(int(rank), float(alpha), tuple(sorted(targets, key=TARGETS.index)))
+    if repeated := sorted({target for target in targets if targets.count(target) > 1}):
+        raise checks.InputError(f"{path}: target_modules: {', '.join(repeated)} occur twice.")
+    return Adapter(rank, float(alpha), tuple(sorted(targets, key=TARGETS.index)))
 
 
 def _adapter_names(model: LanguageModel, weights: Mapping[str, Any]) -> dict[str, str]:
@@ -166,14 +190,16 @@ def write_merged(model: LanguageModel, folder: str | Path) -> None:
             for file in model.folder.glob(pattern):
                 if file.is_file() and not file.name.endswith(".safetensors.index.json"):
                     shutil.copyfile(file, place / file.name)
-        _stamp_dtype(place / "config.json", model.architecture.dtype)
+        _stamp(place / "config.json", model)
         _write_shards(model, place)
 
 
-def _stamp_dtype(path: Path, dtype: str) -> None:
-    config = json.loads(path.read_text())
+def _stamp(path: Path, model: LanguageModel) -> None:
+    """Makes `config.json` say how the weights are written."""
+    config = artefacts.read_json(path)
     config.pop("torch_dtype", None)  # as older versions called it
-    path.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+    written = {"dtype": model.architecture.dtype, "tie_word_embeddings": model.config.tied}
+    path.write_text(json.dumps({**config, **written}, indent=2) + "\n")
 
 
 def _write_shards(model: LanguageModel, place: Path) -> None:

@@ -1,7 +1,11 @@
 """LoRA fine-tuning against PEFT and torch, step by step; adapters and merged models on disk."""
 
+import dataclasses
 import json
+import os
+import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -266,3 +270,129 @@ def test_adapters_that_do_more_or_do_not_fit_are_refused(folders, tmp_path):
     refused("expected a list of names", target_modules="all-linear")
     refused(r"2 tensors are missing|4 tensors are missing", target_modules=["v_proj", "q_proj"])
     refused(r"v_proj\.lora_A\.weight is \(2, 32\), expected \(3, 32\)", r=3)
+
+
+@pytest.fixture(scope="module")
+def adapted(folders, tmp_path_factory):
+    """A model, and the folder of an adapter for it."""
+    model = dlc.load_language_model(str(folders["Llama"]), dtype="float32")
+    adapter = Adapter(2, 4.0, ("q_proj", "v_proj"))
+    start = initial_adapter(model.architecture.with_adapter(adapter), 0)
+    folder = tmp_path_factory.mktemp("adapter") / "a"
+    write_adapter(model.with_adapter(adapter, start), folder)
+    return model, folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("r", 0, "r: must be > 0, got 0"),
+        ("r", -1, "r: must be > 0, got -1"),
+        ("r", "eight", "r: expected an integer, got 'eight'"),
+        ("r", None, "r: expected an integer, got None"),
+        ("r", [8], r"r: expected an integer, got \[8\]"),
+        ("r", float("inf"), "r: expected an integer, got inf"),
+        ("r", 8.7, "r: expected an integer, got 8.7"),
+        ("r", True, "r: expected an integer, got True"),
+        pytest.param("r", 10**400, "r: must be <= 1048576, got 1000", id="r-huge"),
+        ("lora_alpha", float("nan"), "lora_alpha: must be > 0, got nan"),
+        ("lora_alpha", float("inf"), "lora_alpha: must be > 0, got inf"),
+        ("lora_alpha", -float("inf"), "lora_alpha: must be > 0, got -inf"),
+        ("lora_alpha", "16", "lora_alpha: expected a number, got '16'"),
+        ("lora_alpha", None, "lora_alpha: expected a number, got None"),
+        ("lora_alpha", 0, "lora_alpha: must be > 0, got 0"),
+        pytest.param("lora_alpha", 10**400, "lora_alpha: must be <= 1048576", id="alpha-huge"),
+        ("target_modules", ["q_proj", "v_proj", "q_proj"], "target_modules: q_proj occur twice"),
+        ("target_modules", [], r"target_modules \[\]; expected a list of names"),
+        ("target_modules", None, "target_modules None; expected a list of names"),
+        ("target_modules", [["q_proj"]], "target_modules: unknown value"),
+        ("target_modules", ["q_proj", 8], "target_modules: unknown value 8"),
+    ],
+)
+def test_adapter_settings_that_are_none_are_refused_by_key(adapted, tmp_path, key, value, says):
+    model, folder = adapted
+    shutil.copytree(folder, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=f"adapter_config.json: {says}"):
+        load_adapter(model, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[" * 100_000, "not valid JSON"),
+        ('{"r": ' * 100_000, "not valid JSON"),
+        ("[8]", "expected a JSON object, found list"),
+        ("\ud800", "not valid JSON"),
+        ("{}", "has no 'r'"),
+    ],
+)
+def test_adapter_settings_that_are_no_object_are_refused(adapted, tmp_path, content, says):
+    model, folder = adapted
+    shutil.copytree(folder, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=f"adapter_config.json: {says}"):
+        load_adapter(model, tmp_path / "a")
+
+
+def damaged(tensor, how):
+    import torch
+
+    if how in ("nan", "inf"):
+        tensor = tensor.clone()
+        tensor[-1, -1] = float(how)
+    if how == "too large":
+        tensor = tensor.double() + 1e300
+    if how == "integers":
+        tensor = torch.ones_like(tensor, dtype=torch.int32)
+    return tensor[:, :-1].contiguous() if how == "shape" else tensor
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("nan", "has NaN or infinite values"),
+        ("inf", "has NaN or infinite values"),
+        ("too large", "has NaN or infinite values"),
+        ("integers", "is I32; expected F64, F32, F16, BF16"),
+        ("shape", r"is \(16, 1\), expected \(16, 2\)"),
+    ],
+)
+def test_adapter_weights_that_are_none_are_refused_by_tensor(adapted, tmp_path, how, says):
+    from safetensors.torch import load_file, save_file
+
+    model, folder = adapted
+    shutil.copytree(folder, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    save_file(tensors | {name: damaged(tensors[name], how)}, path)
+    with pytest.raises(ValueError, match=f"adapter_model.safetensors: {name} {says}"):
+        load_adapter(model, tmp_path / "a")
+    tensors.pop(name)
+    save_file(tensors | {"other": tensors.popitem()[1]}, path)
+    with pytest.raises(ValueError, match=r"2 tensors are missing \(.*, 1 have no place \(other\)"):
+        load_adapter(model, tmp_path / "a")
+
+
+def test_an_adapter_file_that_is_not_regular_is_refused(adapted, tmp_path):
+    model, folder = adapted
+    shutil.copytree(folder, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    path.unlink()
+    with pytest.raises(ValueError, match="adapter_model.safetensors: not a readable"):
+        load_adapter(model, tmp_path / "a")
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="adapter_model.safetensors: not a regular file"):
+        load_adapter(model, tmp_path / "a")
+
+
+def test_an_adapter_that_is_not_finite_is_not_written(adapted, tmp_path):
+    model, folder = adapted
+    whole = load_adapter(model, folder)
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, whole.params)
+    with pytest.raises(ValueError, match="the adapter's .*lora_.* has NaN or infinite values"):
+        write_adapter(dataclasses.replace(whole, params=broken), tmp_path / "b")
+    assert not (tmp_path / "b").exists()

@@ -148,9 +148,7 @@ def test_official_ties_are_torchs(sample_encoder, network, step, num_probes):
         convs[path] = torch.nn.Conv2d(1, 1, 1)
         convs[path].weight = torch.nn.Parameter(torch.from_numpy(weight.copy()))
     num_weights = sum(leaves[path].size for path in prunable)
-    counts = path_counts(
-        num_weights, schedule="geometric", step=step, num_probes=num_probes
-    ).chosen
+    counts = path_counts(num_weights, schedule="geometric", step=step, num_probes=num_probes).chosen
     theirs = torch_masks_of_path(convs, counts, prune.L1Unstructured)
     importance = removal_steps(params, prunable, counts)
     ours = masks_of_path(params, prunable, importance, counts)

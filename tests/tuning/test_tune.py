@@ -141,6 +141,14 @@ def test_a_gap_is_computed_as_it_says():
     assert gap(other, one, held_out).mean == pytest.approx(-found.mean)
 
 
+def test_a_difference_that_never_varies_is_not_beyond_noise():
+    """Every sample right in 4 of 4 repeats against 3 of 4: no noise is seen, none can be ruled out."""
+    always = Outcomes(np.full(3, 4), np.full(4, 1.0))
+    mostly = Outcomes(np.full(3, 3), np.full(4, 0.75))
+    assert gap(always, mostly, np.full(3, 4)) == Gap(25.0, 0.0, 1.0)
+    assert gap(mostly, always, np.full(3, 4)) == Gap(-25.0, 0.0, 1.0)
+
+
 @pytest.mark.parametrize("true_gap", [0.0, 0.05])
 def test_intervals_of_gaps_hold_the_truth_often_enough(true_gap):
     """Samples and repeats both vary; 95 % intervals of 400 simulated tunings."""

@@ -1,6 +1,6 @@
 """Seconds and memory of selecting from many samples.
 
-python -m benchmarks.select [--num=10000000] [--num_classes=1000] [--json=FILE]
+python -m benchmarks.select [--num=10000000] [--num_classes=1000] [--ids] [--json=FILE]
 
 Scores are random; FlexRand at nine keep fractions and 19 splits, in memory: what is sorted once
 for all cells, the cells, and one cell by itself. The plain loop is NumPy as one would write it:
@@ -22,6 +22,7 @@ from dlc_jax.selection import Candidates
 
 _NUM = flags.DEFINE_integer("num", 10_000_000, "Samples.")
 _CLASSES = flags.DEFINE_integer("num_classes", 1000, "Classes.")
+_IDS = flags.DEFINE_bool("ids", False, "Whether draws follow ids.")
 _JSON = flags.DEFINE_string("json", None, "Where the result is written too.")
 _ALL = [(keep / 10, split / 20) for split in range(1, 20) for keep in range(1, 10)]
 
@@ -44,16 +45,17 @@ def main(_: list[str]) -> None:
     generator = np.random.default_rng(0)
     scores = generator.random(_NUM.value, np.float32)
     labels = generator.integers(0, _CLASSES.value, _NUM.value).astype(np.int32)
+    ids = np.arange(_NUM.value).astype("U32") if _IDS.value else None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ends = [time.perf_counter()]
-    candidates = Candidates(scores, labels)
+    candidates = Candidates(scores, labels, ids=ids)
     for keep, split in _ALL:
         candidates.select(keep_fraction=keep, split=split)
         ends.append(time.perf_counter())
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / _NUM.value
     seconds = np.diff(ends)
     start = time.perf_counter()
-    dlc.select(scores, labels, keep_fraction=_ALL[0][0], split=_ALL[0][1])
+    dlc.select(scores, labels, keep_fraction=_ALL[0][0], split=_ALL[0][1], ids=ids)
     alone = time.perf_counter() - start
     start = time.perf_counter()
     plain(scores, labels, *_ALL[0])

@@ -122,6 +122,7 @@ class SelectionInputs:
             self._candidates[by] = Candidates(
                 self.samples.score(by[0]),
                 self.samples.labels,
+                ids=self.samples.ids,
                 features=self.features if by_features else None,
                 probabilities=self.probabilities if by_probabilities else None,
             )

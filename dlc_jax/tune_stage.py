@@ -74,6 +74,7 @@ def run_tune(
         tuning = tune(
             arrays[score],
             samples.labels,
+            ids=samples.ids,
             features=arrays.get("features"),
             trials=trials,
             keep_fractions=config.selection.keep_fractions,

@@ -1,12 +1,16 @@
 """Which of several equally small weights torch zeroes first: for number-by-number comparisons.
 
-torch.nn.utils.prune asks torch.topk for the smallest weights, and topk runs C++'s nth_element
-(introselect) without looking at positions, so which of the tied weights go follows from how that
-algorithm happens to swap. One weight of 11 million moves a loss by up to 5e-6, more than everything
-else in which two correct float32 implementations differ; `mode="official"` therefore replays it.
+torch.nn.utils.prune asks torch.topk for the smallest weights. topk runs C++'s partial_sort (a heap)
+where it is asked for 1/64 of the weights or fewer, and nth_element (introselect) otherwise, neither
+of which looks at positions: which of the tied weights are zeroed follows from how those algorithms
+happen to move them. A single tied weight can move a loss by 2e-4 (a narrow ResNet-50; 5e-6 in a
+ResNet-18), far more than everything else in which two correct float32 implementations differ;
+`mode="official"` therefore replays both algorithms.
 """
 
 from __future__ import annotations
+
+import heapq
 
 import jax
 import numpy as np
@@ -15,13 +19,14 @@ from jaxtyping import Float, Int
 from dlc_jax.masking.importance import Importance
 from dlc_jax.types import Params, by_path
 
+_BLOCK = 1 << 14  # weights compared with the top of the heap at a time
+
 
 def removal_steps(params: Params, prunable: tuple[str, ...], counts: np.ndarray) -> Importance:
     """Returns, per weight, the step of the path at which torch zeroes it (m: never), int32.
 
     As importance it yields torch's masks: step k zeroes what has a step of k or less. Replays
-    torch's CPU build with GNU's C++ library; torch switches to a heap when a step takes less than
-    1/64 of what is left, and ties then go by position.
+    torch's CPU build with GNU's C++ library.
 
     Args:
       params: The encoder's parameters; kernels [h, w, in, out] or [in, out].
@@ -67,7 +72,7 @@ def _steps_of_flat(
 def smallest(values: Float[np.ndarray, " n"], k: int) -> Int[np.ndarray, " k"]:
     """Returns the positions of the k smallest values, those at a tie as torch.topk picks them."""
     if k * 64 <= len(values):
-        return np.argsort(values, kind="stable")[:k]
+        return _left_in_heap(values, k)
     values, order = values.copy(), np.arange(len(values))
     first, last, nth = 0, len(values), k - 1
     depth_limit = 2 * (len(values).bit_length() - 1)
@@ -75,9 +80,41 @@ def smallest(values: Float[np.ndarray, " n"], k: int) -> Int[np.ndarray, " k"]:
         depth_limit -= 1
         cut = _partition(values, order, first, last)
         first, last = (cut, last) if cut <= nth else (first, cut)
+    if last - first > 3:  # too many steps for nth_element, which then takes the heap
+        tail = _left_in_heap(values[first:last], k - first)
+        return np.concatenate([order[:first], order[first:last][tail]])
     tail = np.argsort(values[first:last], kind="stable")
     order[first:last] = order[first:last][tail]
     return order[:k]
+
+
+def _left_in_heap(values: Float[np.ndarray, " n"], k: int) -> Int[np.ndarray, " k"]:
+    """Returns the positions of the k smallest values, as C++'s partial_sort picks among equal ones.
+
+    The first k values form a heap, largest on top; each later value below the top replaces it.
+    Python's heapq moves elements as GNU's heap does, to the leaves and back up, and of equal
+    children it takes the same one, so that with the signs changed it drops the same elements.
+    """
+    tie = np.partition(values, k - 1)[k - 1]
+    tied: list[tuple[float, int]] = []  # objects in the heap are told apart by identity
+
+    def below(top: float, start: int, stop: int) -> list[float]:
+        part = values[start:stop]
+        places = np.flatnonzero(part < top)
+        negated = (-part[places].astype(np.float64)).tolist()
+        tied.extend(
+            (negated[i], start + int(places[i])) for i in np.flatnonzero(part[places] == tie)
+        )
+        return negated
+
+    heap = below(np.inf, 0, k)
+    heapq.heapify(heap)
+    for start in range(k, len(values), _BLOCK):
+        for value in below(-heap[0], start, start + _BLOCK):
+            heapq.heappushpop(heap, value)
+    left = {id(value) for value in heap if value == -tie}
+    ties = [position for value, position in tied if id(value) in left]
+    return np.concatenate([np.flatnonzero(values < tie), np.array(ties, np.int64)])
 
 
 def _partition(values: np.ndarray, order: np.ndarray, first: int, last: int) -> int:

@@ -16,6 +16,7 @@ from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO
 
 _CONFIDENCE = 0.95
+_ROUNDING = 1e-9  # points; differences of equal percentages differ by less
 _REFERENCES = ("base", "full", "random")
 _NEEDED = ("method", "keep_fraction", "split", "seed", "test_accuracy")
 
@@ -101,8 +102,9 @@ class Row(NamedTuple):
         if self.gap is None:
             return "" if self.label in _REFERENCES else "random was not run with these seeds"
         mean, half = self.gap.mean, self.gap.half_width
-        if math.isnan(half):
-            return f"{'above' if mean > 0 else 'not better than'} random (one seed, no interval)"
+        if not half > _ROUNDING:  # no noise was seen, which does not mean that there is none
+            why = "one seed" if math.isnan(half) else "all gaps equal"
+            return f"{'above' if mean > 0 else 'not better than'} random ({why}, no interval)"
         if mean - half > 0:
             return "better than random"
         return "not better than random" + (": worse" if mean + half < 0 else "")
@@ -112,7 +114,8 @@ def read_results(path: Path) -> list[Result]:
     """Reads `results.csv`, without rows of runs whose accuracy was not measured.
 
     Raises:
-      ValueError: it is not there, has no rows, or is not such a table.
+      ValueError: it is not there, has no rows, or is not such a table; a number that is out of
+        range, or a run that occurs twice.
     """
     if not path.is_file():
         raise checks.InputError(f"{path}: not there; run the stage 'finetune' first.")
@@ -120,20 +123,25 @@ def read_results(path: Path) -> list[Result]:
         table = csv.DictReader(file)
         if missing := [name for name in _NEEDED if name not in (table.fieldnames or ())]:
             raise checks.InputError(f"{path}: has no column {', '.join(missing)}.")
-        results, num_without = [], 0
+        results: list[Result] = []
+        runs, num_without = set(), 0
         for row in table:
             if row["test_accuracy"] == "":  # of instructions, until the stage evaluate
                 num_without += 1
                 continue
             try:
-                split: float | str | None = row["split"] or None
-                if split not in (None, AUTO):
-                    split = float(row["split"])
-                numbers = (float(row["keep_fraction"]), split, int(row["seed"]))
-                result = Result(row["method"], *numbers, float(row["test_accuracy"]))
-                results.append(result._replace(test_loss=float(row.get("test_loss") or "nan")))
+                results.append(_result(row))
             except (TypeError, ValueError) as error:
-                raise checks.InputError(f"{path}, line {table.line_num}: {error}.") from error
+                text = str(error).removesuffix(".")
+                raise checks.InputError(f"{path}, line {table.line_num}: {text}.") from error
+            run = results[-1][:4]
+            if run in runs:
+                shown = f"{results[-1].label}, keep fraction {run[1]:g}, seed {run[3]}"
+                raise checks.InputError(
+                    f"{path}, line {table.line_num}: the run {shown} is there twice; expected each "
+                    "run once."
+                )
+            runs.add(run)
     if not results and num_without:
         raise checks.InputError(
             f"{path}: no run has a test_accuracy; run the stage 'evaluate' first."
@@ -141,6 +149,28 @@ def read_results(path: Path) -> list[Result]:
     if not results:
         raise checks.InputError(f"{path}: has no rows; every run failed or none was finished.")
     return results
+
+
+def _result(row: dict[str, str]) -> Result:
+    """Reads a row; raises ValueError or TypeError for what cannot be."""
+    split: float | str | None = row["split"] or None
+    if split not in (None, AUTO):
+        split = float(row["split"])
+        checks.split(split)
+    keep_fraction, accuracy = float(row["keep_fraction"]), float(row["test_accuracy"])
+    for name, value, most in (
+        ("keep_fraction", keep_fraction, 1),
+        ("test_accuracy", accuracy, 100),  # percent
+    ):
+        checks.at_least(name, value, 0)
+        checks.at_most(name, value, most)
+    seed = int(row["seed"])
+    checks.seed(seed)
+    result = Result(row["method"], keep_fraction, split, seed, accuracy)
+    if row.get("test_loss"):
+        result = result._replace(test_loss=float(row["test_loss"]))
+        checks.at_least("test_loss", result.test_loss, 0)
+    return result
 
 
 def summarise(results: Sequence[Result]) -> list[Row]:
@@ -172,6 +202,8 @@ def results_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: -row.keep_fraction):
         gap = "" if row.gap is None else ("+" if row.gap.mean > 0 else "") + str(row.gap)
+        if row.gap is not None and row.gap.num_seeds < row.accuracy.num_seeds:
+            gap += f" ({row.gap.num_seeds} of {row.accuracy.num_seeds} seeds)"
         lines.append(
             (
                 f"{row.keep_fraction:g}",

@@ -7,6 +7,7 @@ import numpy as np
 from dlc_jax.selection.allocation import ALLOCATIONS
 from dlc_jax.selection.candidates import Candidates
 from dlc_jax.selection.kept import kept_positions
+from dlc_jax.selection.lots import id_keys, lots
 from dlc_jax.selection.methods import (
     AUTO,
     DEFAULT_SPLIT,
@@ -38,7 +39,9 @@ __all__ = [
     "check_text_split",
     "check_tunable",
     "has_split",
+    "id_keys",
     "kept_positions",
+    "lots",
     "select",
 ]
 
@@ -76,14 +79,15 @@ def select(
       keep_fraction: Fraction kept of each class, in (0, 1).
       split: FlexRand's gamma in (0, 1), the share of a class that counts as easy; default 0.5.
         `auto`: what `tuning` found best.
-      seed: Seed of the draw; the draw of a class depends on (seed, class) alone.
+      seed: Seed of the draw. The draw of a class depends on the seed and its samples only.
       min_per_class: Least samples kept of a class, all of a class that has no more; a class that
         this raises is selected from as at the keep fraction that gives as many. Not in `official`.
       mode: `default`: exactly round(n_j keep_fraction) of a class of n_j samples, and its only
         sample where n_j is 1. `official`: the released code's draws, rounding and order of ties,
         for splits 0.05 i and keep fractions i / 10.
-      ids: [n] sample ids; the selection then knows its samples by name, and `finetune` finds them
-        in any order or part of the data set.
+      ids: [n] different sample ids. Draws and ties then follow the ids, so that the same samples
+        in another order keep the same ids (not in `official`), and `finetune` finds the kept
+        samples in any order or part of the data set. None: draws and ties follow positions.
       features: [n, d] floating; what `features` returns, or your own.
       probabilities: [n, c] softmax outputs of a classifier; rows add up to 1.
       variant: `published`; `deepcore` copies that library's slip: `herding` takes the farthest
@@ -98,7 +102,7 @@ def select(
       Kept positions, ascending, with what made them.
     Raises:
       ValueError: unknown names, values out of range or off the official grid, an array that the
-        method needs missing, numbers that are not finite, lengths that differ.
+        method needs missing, numbers that are not finite, lengths that differ, repeated ids.
     Source: Jiang et al. 2025, section 4; of a method, where it is defined.
     """
     candidates = Candidates(scores, labels, ids=ids, features=features, probabilities=probabilities)

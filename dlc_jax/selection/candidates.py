@@ -13,6 +13,7 @@ from dlc_jax import checks
 from dlc_jax.selection import official
 from dlc_jax.selection.allocation import ALLOCATIONS
 from dlc_jax.selection.group import Draw, Group
+from dlc_jax.selection.lots import id_keys
 from dlc_jax.selection.methods import (
     AUTO,
     SELECTORS,
@@ -169,6 +170,22 @@ class Candidates:
         return None if ids is None else np.asarray(ids, np.str_)
 
     @functools.cached_property
+    def _keys(self) -> np.ndarray | None:
+        return None if self._ids is None else id_keys(self._ids)
+
+    @functools.cached_property
+    def _by_id(self) -> np.ndarray:
+        """[n] positions, in an order that only the ids decide."""
+        assert self._ids is not None
+        assert self._keys is not None
+        order = np.argsort(self._keys)
+        in_order = self._keys[order]
+        if np.any(in_order[1:] == in_order[:-1]):
+            checks.no_repetition("ids", self._ids)
+            order = np.lexsort((self._ids, self._keys))
+        return order
+
+    @functools.cached_property
     def _scores(self) -> np.ndarray | None:
         if (scores := self._given["scores"]) is not None:
             checks.scores_fit_labels(scores, self._labels)
@@ -199,7 +216,12 @@ class Candidates:
         if how not in self._groups_by:
             scores, rows = self._scores, self._rows(how.by)
             labels = self._labels if how.per_class else np.zeros_like(self._labels)
-            by_label = np.argsort(labels, kind="stable")
+            # the released code draws, and breaks ties, by position
+            keys = None if how.mode == "official" else self._keys
+            if keys is None:
+                by_label = np.argsort(labels, kind="stable")
+            else:
+                by_label = self._by_id[np.argsort(labels[self._by_id], kind="stable")]
             present, starts = np.unique(labels[by_label], return_index=True)
             members = np.split(by_label, starts[1:])
             if how.by == "scores":
@@ -210,7 +232,7 @@ class Candidates:
                 members = [some[np.argsort(scores[some], kind=kind)] for some in members]
             self._groups_by[how] = (
                 present.tolist(),
-                [Group(positions, scores, rows) for positions in members],
+                [Group(positions, scores, rows, keys) for positions in members],
             )
         return self._groups_by[how]
 

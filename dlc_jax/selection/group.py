@@ -7,7 +7,9 @@ import zlib
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int64, Integer, Shaped
+from jaxtyping import Float, Int64, Integer, Shaped, UInt64
+
+from dlc_jax.selection.lots import lots
 
 Positions: TypeAlias = Int64[np.ndarray, " _"]  # into the data set
 
@@ -17,15 +19,18 @@ class Group:
     """The samples of one class, or of all of them; made once, however often it is picked from.
 
     Attributes:
-      positions: Where they are: easiest first for methods that need scores, else ascending.
+      positions: Where they are: easiest first for methods that need scores. Ties, and all samples
+        where scores are not needed, are in the order of their keys, or of positions without keys.
       scores: [n] hardness of the whole data set, higher is harder; None if none was given.
       rows: [n, d] of the whole data set, never copied: the features or the probabilities, whichever
         the method needs; None if it needs neither.
+      keys: [n] of the ids of the whole data set, from `id_keys`; None where lots go by position.
     """
 
     positions: Positions
     scores: Shaped[np.ndarray, " n"] | None = None
     rows: Float[np.ndarray, "n d"] | None = None
+    keys: UInt64[np.ndarray, " n"] | None = None
     _ranks: dict[tuple[int, int, str], np.ndarray] = dataclasses.field(
         default_factory=dict, init=False
     )
@@ -33,15 +38,19 @@ class Group:
     def ranks_by_lot(self, draw: Draw, purpose: str) -> Integer[np.ndarray, " _"]:
         """Returns places in `positions`, in the order in which lots call them.
 
-        (seed, label, purpose) and the place of a sample among those of the group in the data set
-        decide its lot, not its rank: where two scores differ a little, what is drawn from one
-        sample's pool differs only where that sample does.
+        (seed, label, purpose) and the id of a sample decide its lot; without ids, its place among
+        those of the group in the data set does. Its rank does not: where two scores differ a
+        little, what is drawn from one sample's pool differs only where that sample does.
         """
         key = (draw.seed, draw.label, purpose)
         if key not in self._ranks:
-            generator = np.random.default_rng([draw.seed, draw.label, zlib.crc32(purpose.encode())])
+            seeds = [draw.seed, draw.label, zlib.crc32(purpose.encode())]
             num = len(self.positions)
-            ranks = np.argsort(self.positions)[generator.permutation(num)]
+            if self.keys is not None:
+                ranks = np.argsort(lots(self.keys[self.positions], seeds))
+            else:
+                generator = np.random.default_rng(seeds)
+                ranks = np.argsort(self.positions)[generator.permutation(num)]
             self._ranks[key] = ranks.astype(np.min_scalar_type(num))
         return self._ranks[key]
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Float64, Integer
 from dlc_jax.types import Gap
 
 _CONFIDENCE = 0.95
+_ROUNDING = 1e-24  # variance of equal differences of shares
 
 
 class Outcomes(NamedTuple):
@@ -47,7 +48,8 @@ def gap(one: Outcomes, other: Outcomes, num_held_out: Integer[np.ndarray, " n"])
       one, other: Of the same repeats.
       num_held_out: How often each sample was held out.
     Returns:
-      In percentage points; half the width of the 95 % interval is infinite for one repeat.
+      In percentage points; half the width of the 95 % interval is infinite for one repeat. The
+      p-value is 1 for one repeat, and where all differences are equal.
     """
     from scipy import stats  # a third of a second, which only tuning and reports need
 
@@ -58,8 +60,8 @@ def gap(one: Outcomes, other: Outcomes, num_held_out: Integer[np.ndarray, " n"])
     if len(repeats) < 2:
         return Gap(100 * mean, math.inf, 1.0)
     variance = _variance_of_mean(difference) + _variance_of_mean(repeats)
-    if variance == 0:  # the same difference throughout, mostly none
-        return Gap(100 * mean, 0.0, 0.0 if mean > 0 else 1.0)
+    if variance < _ROUNDING:  # the same difference throughout, which shows no noise to be beyond
+        return Gap(100 * mean, 0.0, 1.0)
     error, freedom = math.sqrt(variance), len(repeats) - 1
     quantile = float(stats.t.ppf((1 + _CONFIDENCE) / 2, freedom))
     return Gap(100 * mean, 100 * quantile * error, float(stats.t.sf(mean / error, freedom)))

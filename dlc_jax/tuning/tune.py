@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64, Integer, UInt64
 from tqdm import tqdm
 
 from dlc_jax import checks
-from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, select
+from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, Candidates, id_keys, lots
 from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
 from dlc_jax.tuning.linear import LinearProbeConfig
 from dlc_jax.tuning.trials import LinearTrials, Trial, Trials
@@ -55,6 +55,7 @@ def tune(
     scores: np.ndarray,
     labels: np.ndarray,
     *,
+    ids: np.ndarray | None = None,
     features: np.ndarray | None = None,
     trials: Trials | None = None,
     keep_fractions: Sequence[float] = KEEP_FRACTIONS,
@@ -80,6 +81,7 @@ def tune(
       scores: [n] hardness, higher is harder. They may come from all samples, since methods are
         compared on equal terms.
       labels: [n] class ids.
+      ids: [n] sample ids, which then decide what is held out and drawn; as in `select`.
       features: [n, d] of the frozen encoder, as from `features`; linear heads are trained on them.
       trials: What trains and tests instead of linear heads, such as `FinetuneTrials`.
       keep_fractions: What to tune for.
@@ -122,29 +124,19 @@ def tune(
             )
         trials = LinearTrials(features, labels, settings, mesh=mesh)
     cells = _cells(keep_fractions, methods, splits)
+    ids = None if ids is None else np.asarray(ids, np.str_)
 
-    def kept(cell: _Cell, fit: Int64[np.ndarray, " k"], draw: int) -> Int64[np.ndarray, " _"]:
-        if cell == _FULL:
-            return fit
-        chosen = select(
+    def kept(fit: Int64[np.ndarray, " k"], draw: int) -> list[Trial]:
+        candidates = Candidates(
             scores[fit],
             labels[fit],
-            method=cell.method,
-            keep_fraction=cell.keep_fraction,
-            split=cell.split,
-            seed=draw,
-            min_per_class=min_per_class,
+            ids=None if ids is None else ids[fit],
             features=None if features is None else features[fit],
         )
-        if len(chosen) == 0:
-            raise checks.InputError(
-                f"keep_fractions: {cell.keep_fraction:g} keeps no sample of four fifths of the "
-                "data (budgets are rounded in every class); expected larger ones, or "
-                "min_per_class=1."
-            )
-        return fit[chosen.indices]
+        return [Trial(fit[_chosen(candidates, cell, draw, min_per_class)], draw) for cell in cells]
 
-    found = _try_all(cells, kept, trials, labels, num_repeats, seed, progress)
+    keys = None if ids is None else id_keys(ids)
+    found = _try_all(cells, kept, trials, labels, keys, num_repeats, seed, progress)
     tried = _tried(cells, found)
     return Tuning(
         tried=tuple(tried),
@@ -190,6 +182,26 @@ def _cells(
     ]
 
 
+def _chosen(
+    candidates: Candidates, cell: _Cell, draw: int, min_per_class: int
+) -> Int64[np.ndarray, " _"] | slice:
+    if cell == _FULL:
+        return slice(None)
+    chosen = candidates.select(
+        method=cell.method,
+        keep_fraction=cell.keep_fraction,
+        split=cell.split,
+        seed=draw,
+        min_per_class=min_per_class,
+    )
+    if len(chosen) == 0:
+        raise checks.InputError(
+            f"keep_fractions: {cell.keep_fraction:g} keeps no sample of four fifths of the data "
+            "(budgets are rounded in every class); expected larger ones, or min_per_class=1."
+        )
+    return chosen.indices
+
+
 class _Found(NamedTuple):
     outcomes: dict[_Cell, Outcomes]
     num_held_out: Int64[np.ndarray, " n"]
@@ -197,9 +209,10 @@ class _Found(NamedTuple):
 
 def _try_all(
     cells: list[_Cell],
-    kept: Callable[[_Cell, np.ndarray, int], np.ndarray],
+    kept: Callable[[np.ndarray, int], list[Trial]],
     trials: Trials,
     labels: Integer[np.ndarray, " n"],
+    keys: UInt64[np.ndarray, " n"] | None,
     num_repeats: int,
     seed: int,
     progress: bool,
@@ -209,11 +222,10 @@ def _try_all(
     accuracy = np.zeros((len(cells), num_repeats))
     shown = tqdm(range(num_repeats), "tune", unit="split", disable=None if progress else True)
     for repeat in shown:
-        part = _parts(labels, seed, repeat // _NUM_PARTS)
+        part = _parts(labels, keys, seed, repeat // _NUM_PARTS)
         fit = np.flatnonzero(part != repeat % _NUM_PARTS)
         held_out = np.flatnonzero(part == repeat % _NUM_PARTS)
-        draw = seed + repeat
-        correct = trials([Trial(kept(cell, fit, draw), draw) for cell in cells], held_out)
+        correct = trials(kept(fit, seed + repeat), held_out)
         num_held_out[held_out] += 1
         num_right[:, held_out] += correct
         accuracy[:, repeat] = correct.mean(axis=1)
@@ -224,14 +236,22 @@ def _try_all(
     return _Found(outcomes, num_held_out)
 
 
-def _parts(labels: Integer[np.ndarray, " n"], seed: int, partition: int) -> Int64[np.ndarray, " n"]:
-    """Deals the samples of every class out to the parts, at random."""
+def _parts(
+    labels: Integer[np.ndarray, " n"],
+    keys: UInt64[np.ndarray, " n"] | None,
+    seed: int,
+    partition: int,
+) -> Int64[np.ndarray, " n"]:
+    """Deals the samples of every class out to the parts, by lot."""
     part = np.empty(len(labels), np.int64)
     dealt = 0  # runs on from class to class, so that small classes do not all go to the same part
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         draw = [seed, partition, int(label), zlib.crc32(b"held out")]
-        shuffled = np.random.default_rng(draw).permutation(members)
+        if keys is None:
+            shuffled = np.random.default_rng(draw).permutation(members)
+        else:
+            shuffled = members[np.argsort(lots(keys[members], draw))]
         part[shuffled] = (dealt + np.arange(len(members))) % _NUM_PARTS
         dealt += len(members)
     return part

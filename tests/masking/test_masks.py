@@ -118,9 +118,20 @@ def half_precision_vit() -> dict:
     return {"blocks": {0: block, 1: again}}
 
 
-@pytest.mark.parametrize("network", ["resnet", "vit"])
-def test_official_ties_are_torchs(sample_encoder, network):
-    """Half-precision weights: every threshold cuts through a group of equal weights."""
+@pytest.mark.parametrize(
+    ("network", "step", "num_probes"),
+    [
+        ("resnet", 0.02, 12),
+        ("resnet", 0.01, 5),
+        pytest.param("resnet", 0.01, 80, marks=pytest.mark.slow),
+        ("vit", 0.02, 12),
+    ],
+)
+def test_official_ties_are_torchs(sample_encoder, network, step, num_probes):
+    """Half-precision weights: every threshold cuts through a group of equal weights.
+
+    Below a step of 1/64 torch.topk chooses with a heap.
+    """
     import torch
     from torch.nn.utils import prune
 
@@ -137,7 +148,7 @@ def test_official_ties_are_torchs(sample_encoder, network):
         convs[path] = torch.nn.Conv2d(1, 1, 1)
         convs[path].weight = torch.nn.Parameter(torch.from_numpy(weight.copy()))
     num_weights = sum(leaves[path].size for path in prunable)
-    counts = path_counts(num_weights, schedule="geometric", num_probes=12).chosen
+    counts = path_counts(num_weights, schedule="geometric", step=step, num_probes=num_probes).chosen
     theirs = torch_masks_of_path(convs, counts, prune.L1Unstructured)
     importance = removal_steps(params, prunable, counts)
     ours = masks_of_path(params, prunable, importance, counts)
@@ -154,8 +165,8 @@ def test_official_ties_are_torchs(sample_encoder, network):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    num=st.integers(4, 3000),
-    share=st.floats(0.02, 0.98),
+    num=st.integers(4, 3000) | st.integers(20_000, 60_000),
+    share=st.floats(0.02, 0.98) | st.floats(0.0, 1 / 60),
     levels=st.sampled_from([2, 10, 300, 100_000]),
     seed=st.integers(0, 10**6),
 )
@@ -166,9 +177,28 @@ def test_smallest_picks_torchs_ties(num, share, levels, seed):
     k = max(int(num * share), 1)
     found = smallest(values, k)
     assert sorted(values[found]) == sorted(values)[:k]
-    if k * 64 > num:
-        expected = torch.topk(torch.from_numpy(values), k, largest=False).indices.numpy()
-        assert set(found) == set(expected)
+    expected = torch.topk(torch.from_numpy(values), k, largest=False).indices.numpy()
+    assert set(found) == set(expected)
+
+
+@pytest.mark.parametrize("num", [64, 200, 1000, 2000])
+def test_smallest_picks_torchs_ties_where_nth_element_gives_up(num, monkeypatch):
+    """Musser's sequence makes every pivot a bad one; nth_element then goes on with a heap."""
+    import torch
+
+    from dlc_jax.masking import torch_ties
+
+    half = num // 2
+    odd = [i if i % 2 else half + i - 1 for i in range(1, half + 1)]
+    values = np.array([*odd, *range(2, num + 1, 2)], np.float32) // 2
+    heaps = []
+    left_in_heap = torch_ties._left_in_heap
+    monkeypatch.setattr(
+        torch_ties, "_left_in_heap", lambda *of: heaps.append(of) or left_in_heap(*of)
+    )
+    expected = torch.topk(torch.from_numpy(values), num // 4, largest=False).indices.numpy()
+    assert set(smallest(values, num // 4)) == set(expected)
+    assert heaps  # the case this test is about
 
 
 @settings(deadline=None, max_examples=12)  # each example is a compilation

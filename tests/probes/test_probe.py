@@ -21,7 +21,9 @@ def reference(sample_encoder, small_sample):
     return dlc.probe(sample_encoder, small_sample, image_size=64, num_probes=7, batch_size=60)
 
 
-def released_procedure(timm, dataset: dlc.Dataset, num_probes: int) -> np.ndarray:
+def released_procedure(
+    timm, dataset: dlc.Dataset, num_probes: int, step: float = 0.02
+) -> np.ndarray:
     """Losses [m, n] computed with torch and timm on the bundled weights, step after step."""
     import torch
     from safetensors.torch import load_file
@@ -44,7 +46,7 @@ def released_procedure(timm, dataset: dlc.Dataset, num_probes: int) -> np.ndarra
     losses = []
     for k in range(num_probes):
         if k:
-            prune.global_unstructured(convs, prune.L1Unstructured, amount=0.02)
+            prune.global_unstructured(convs, prune.L1Unstructured, amount=step)
         with torch.no_grad():
             features = model.forward_features(images).mean((2, 3))
         if k == 0:
@@ -54,9 +56,13 @@ def released_procedure(timm, dataset: dlc.Dataset, num_probes: int) -> np.ndarra
     return torch.stack(losses).numpy()
 
 
-def test_official_losses_are_those_of_torch(timm, sample_encoder, small_sample):
-    theirs = released_procedure(timm, small_sample, 12)
-    ours = dlc.probe(sample_encoder, small_sample, image_size=64, num_probes=12, mode="official")
+@pytest.mark.parametrize(
+    ("step", "num_probes"), [(0.02, 12), pytest.param(0.01, 80, marks=pytest.mark.slow)]
+)
+def test_official_losses_are_those_of_torch(timm, sample_encoder, small_sample, step, num_probes):
+    theirs = released_procedure(timm, small_sample, num_probes, step)
+    path = {"step": step, "num_probes": num_probes, "mode": "official"}
+    ours = dlc.probe(sample_encoder, small_sample, image_size=64, **path)
     assert np.abs(ours.losses - theirs).max() <= 2e-6
     assert np.abs(theirs[0] - theirs[-1]).max() > 1e-4  # masks do change the losses
 

@@ -81,6 +81,28 @@ def test_seeds_without_a_partner_do_not_count():
     assert worse[1].verdict == "not better than random (one seed, no interval)"
 
 
+def test_a_gap_over_fewer_pairs_than_seeds_says_over_how_many():
+    rows = summarise(
+        [
+            *results("random", 0.5, [70.0, 71.0, 74.0]),
+            *results("easiest", 0.5, [75.0, 77.0, 99.0, 98.0], seeds=(1, 2, 7, 8)),
+            *results("hardest", 0.5, [75.0, 77.0], seeds=(1, 2)),
+        ]
+    )
+    lines = results_table(rows).splitlines()
+    assert "(2 of 4 seeds)" in next(line for line in lines if "easiest" in line)
+    assert sum("seeds)" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("gain", [0.1, 5.0, -5.0])
+def test_gaps_that_are_all_equal_are_not_better(gain):
+    """Also where the percentages are rounded, as 70.1 - 70 and 40.1 - 40 are."""
+    accuracies = np.array([70.0, 40.0, 1 / 3])
+    rows = summarise([*results("random", 0.5, accuracies), *results("x", 0.5, accuracies + gain)])
+    way = "above" if gain > 0 else "not better than"
+    assert rows[1].verdict == f"{way} random (all gaps equal, no interval)"
+
+
 def test_intervals_are_students():
     values = [1.0, 2.0, 4.0, 8.0]
     low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
@@ -136,6 +158,22 @@ def test_losses_of_instructions_are_shown(tmp_path):
         ("method,seed\nfull,1\n", "has no column keep_fraction, split, test_accuracy"),
         (HEADER + "full,1.0,,1,750,high,3.2\n", r"results.csv, line 2: could not convert .*'high'"),
         (HEADER + "full,1.0,,1\n", r"results.csv, line 2: "),
+        (HEADER + "full,1.0,,1,750,nan,3.2\n", r"line 2: test_accuracy: must be >= 0, got nan\.$"),
+        (HEADER + "full,1.0,,1,750,inf,3.2\n", r"line 2: test_accuracy: .* got inf"),
+        (HEADER + "full,1.0,,1,750,-1,3.2\n", r"line 2: test_accuracy: .* got -1"),
+        (HEADER + "full,1.0,,1,750,100.5,3.2\n", r"line 2: test_accuracy: must be <= 100, got 100"),
+        (HEADER + "random,nan,,1,750,50,3.2\n", r"line 2: keep_fraction: .* got nan"),
+        (HEADER + "random,30,,1,750,50,3.2\n", r"line 2: keep_fraction: must be <= 1, got 30"),
+        (HEADER + "flexrand,0.3,inf,1,750,50,3.2\n", r"line 2: split: .* got inf"),
+        (HEADER + "random,0.3,,-1,750,50,3.2\n", r"line 2: seed: .* got -1"),
+        (
+            HEADER + 2 * "flexrand,0.3,0.5,1,225,50,3.2\n",
+            r"line 3: the run flexrand \(split 0.5\), keep fraction 0.3, seed 1 is there twice",
+        ),
+        (
+            HEADER.strip() + ",test_loss\nfull,1.0,,1,750,50,3.2,nan\n",
+            r"line 2: test_loss: must be >= 0, got nan",
+        ),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path, text, says):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from known_samples import DRAWN, VARIANTS, samples_of
 
 import dlc_jax as dlc
-from dlc_jax.selection import SELECTORS, Candidates
+from dlc_jax.selection import SELECTORS, Candidates, id_keys, lots
 
 every_variant = pytest.mark.parametrize(("method", "variant"), VARIANTS)
 
@@ -83,6 +83,83 @@ def test_the_order_of_samples_does_not_matter(samples, method, variant, grouping
     choice = {"method": method, "variant": variant, "keep_fraction": 0.3, **grouping}
     kept, of_permuted = dlc.select(**samples, **choice), dlc.select(**permuted, **choice)
     np.testing.assert_array_equal(np.sort(order[of_permuted.indices]), kept.indices)
+
+
+def with_ties(samples, ids):
+    """Every sample twice, so that half of them are at a tie; the labels say nothing."""
+    doubled = {name: np.concatenate([some, some]) for name, some in samples.items()}
+    return doubled | {"ids": ids, "labels": np.tile(doubled["labels"][:300] // 3, 2)}
+
+
+@every_variant
+@pytest.mark.parametrize(
+    "grouping", [{}, {"per_class": False}, {"allocation": "nucs"}, {"min_per_class": 40}]
+)
+@settings(max_examples=2, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_with_ids_the_order_of_samples_decides_nothing(samples, method, variant, grouping, seed):
+    generator = np.random.default_rng(seed)
+    ids = np.array([f"a/{i:b}.png" for i in generator.permutation(600)])
+    ordered = with_ties(samples, ids)
+    order = generator.permutation(600)
+    permuted = {name: values[order] for name, values in ordered.items()}
+    choice = {"method": method, "variant": variant, "keep_fraction": 0.3, "seed": seed, **grouping}
+    kept, of_permuted = dlc.select(**ordered, **choice), dlc.select(**permuted, **choice)
+    assert set(of_permuted.ids) == set(kept.ids)
+    np.testing.assert_array_equal(ids[kept.indices], kept.ids)
+
+
+def test_a_lot_depends_on_nothing_but_the_id_and_the_draw():
+    """The numbers are pinned: they may depend on no machine and no hash seed."""
+    keys = id_keys(np.array(["a", "b", "é/\U0001f600.jpg", ""]))
+    assert keys.tolist() == [14797246191530490821, 2588574865761517994, 8478107208938115519, 0]
+    assert lots(keys, [1, 2, 3]).tolist() == [
+        9972613232386065414,
+        15018815989695309484,
+        548891169562159460,
+        11159451626722890781,
+    ]
+    wide = np.array(["b", "a", "x" * 999])
+    assert id_keys(wide)[:2].tolist() == keys[[1, 0]].tolist()
+    many = id_keys(np.arange(100_000).astype("U9"))
+    assert len(np.unique(many)) == 100_000
+
+
+def test_draws_by_id_are_even_and_differ_by_seed_and_class():
+    labels, ids = np.repeat([0, 1], 40), np.array([f"img_{i:04}.jpg" for i in range(80)])
+    scores = np.tile(np.arange(40.0), 2)
+    counts, together = np.zeros(80), 0
+    candidates = Candidates(scores, labels, ids=ids)
+    for seed in range(400):
+        kept = candidates.select(keep_fraction=0.3, split=0.5, seed=seed)
+        counts[kept.indices] += 1
+        together += len(np.intersect1d(kept.indices[:12], kept.indices[12:] - 40))
+    # 6 of 20 in each pool: 120 of 400 draws, standard deviation 9.2
+    assert np.all(np.abs(counts - 120) < 4.5 * 9.2)
+    # 3.6 of the 12 of a class are at the same place in the other; standard deviation 0.08
+    assert abs(together / 400 - 3.6) < 0.4
+
+
+def test_a_sample_more_changes_no_other_lot():
+    ids = np.array([f"{i}" for i in range(200)])
+    choice = {"method": "random", "keep_fraction": 0.5, "seed": 4}
+    kept = set(dlc.select(None, np.zeros(200, int), ids=ids, **choice).ids)
+    fewer = set(dlc.select(None, np.zeros(198, int), ids=ids[2:], **choice).ids)
+    assert len(kept ^ fewer) <= 3
+
+
+def test_official_draws_follow_positions_also_with_ids(samples):
+    ids = np.array([f"{i:b}" for i in range(300)])
+    for method in ("flexrand", "random", "easiest"):
+        choice = {"method": method, "keep_fraction": 0.3, "mode": "official", "seed": 2}
+        kept = dlc.select(samples["scores"], samples["labels"], **choice)
+        named = dlc.select(samples["scores"], samples["labels"], ids=ids, **choice)
+        np.testing.assert_array_equal(kept.indices, named.indices)
+
+
+def test_repeated_ids_are_refused():
+    with pytest.raises(dlc.InputError, match=r"^ids: 1 occur more than once, first a"):
+        dlc.select(np.zeros(3), np.zeros(3, int), ids=np.array(["a", "b", "a"]), keep_fraction=0.5)
 
 
 @every_variant

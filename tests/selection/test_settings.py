@@ -1,9 +1,14 @@
 """Which column of scores a method goes by, and variants that nothing has."""
 
+import numpy as np
 import pytest
 
-from dlc_jax.config import Config
+import dlc_jax as dlc
+from dlc_jax.artefacts import ScoredSamples
+from dlc_jax.config import Config, default_config
+from dlc_jax.selection import Cell
 from dlc_jax.selection.settings import SelectionConfig
+from dlc_jax.selection_inputs import SelectionInputs
 
 
 @pytest.mark.parametrize(
@@ -48,3 +53,24 @@ def test_the_score_of_instructions_is_refused_for_images():
     values["selection"] = {"score": "ifd", "variant": "superfiltering"}
     with pytest.raises(ValueError, match="'ifd' is of instructions"):
         Config.of(values)
+
+
+@pytest.mark.parametrize("mode", ["default", "official"])
+def test_the_command_selects_what_select_does_with_ids(tmp_path, mode):
+    config = default_config()
+    config.mode, config.dataset.train = mode, "demo:caltech15/train"
+    config.encoder.weights = "demo:resnet18"
+    methods = ("flexrand", "random", "easiest")
+    config.selection.methods = methods
+    generator = np.random.default_rng(0)
+    labels, scores = np.repeat([0, 1], 40), generator.integers(0, 9, 80).astype(np.float32)
+    ids = np.array([f"{i:b}" for i in generator.permutation(80)])
+    samples = ScoredSamples(ids, labels, ("a", "b"), {"dlc": scores})
+    known = SelectionInputs(Config.of(config), tmp_path, samples)
+    for method in methods:
+        split = 0.5 if method == "flexrand" else None
+        ours = known.select(Cell(method, 0.3, split, 2))
+        kept = dlc.select(
+            scores, labels, method=method, keep_fraction=0.3, seed=2, mode=mode, ids=ids
+        )
+        np.testing.assert_array_equal(ours.indices, kept.indices)

@@ -106,6 +106,25 @@ def test_every_sample_is_held_out_equally_often_and_never_trained_on():
     assert again.tried == found.tried
 
 
+def test_with_ids_the_order_of_samples_decides_nothing():
+    generator = np.random.default_rng(0)
+    labels, scores = np.repeat([0, 1, 2], [50, 23, 4]), generator.integers(0, 9, 77) / 9
+    ids, order = np.array([f"{i:b}" for i in range(77)]), generator.permutation(77)
+    kept = []
+    for rows in (np.arange(77), order):
+        watched = _Watched()
+        settings = {"keep_fractions": (0.5,), "num_repeats": 5, "methods": ("flexrand", "ccs")}
+        dlc.tune(scores[rows], labels[rows], ids=ids[rows], trials=watched, **settings)
+        trials = [trial for repeat in watched.kept for trial in repeat]
+        kept.append([set(ids[rows][trial.positions]) for trial in trials])
+    assert kept[0] == kept[1]
+    fit = np.sort(np.concatenate(watched.held_out[1:]))  # what the first repeat trains on
+    alone = dlc.select(
+        scores[order][fit], labels[order][fit], keep_fraction=0.5, split=0.5, ids=ids[order][fit]
+    )
+    assert set(alone.ids) in kept[1][:22]
+
+
 def test_a_gap_is_computed_as_it_says():
     """Three samples, four repeats; by hand."""
     one = Outcomes(np.array([4, 2, 0]), np.array([0.5, 0.75, 0.5, 0.75]))
@@ -120,6 +139,14 @@ def test_a_gap_is_computed_as_it_says():
     assert mean_accuracy(one, held_out) == pytest.approx(100 * (1 + 1 + 0) / 3)
     assert gap(one, one, held_out) == Gap(0.0, 0.0, 1.0)
     assert gap(other, one, held_out).mean == pytest.approx(-found.mean)
+
+
+def test_a_difference_that_never_varies_is_not_beyond_noise():
+    """Every sample right in 4 of 4 repeats against 3 of 4: no noise is seen, none can be ruled out."""
+    always = Outcomes(np.full(3, 4), np.full(4, 1.0))
+    mostly = Outcomes(np.full(3, 3), np.full(4, 0.75))
+    assert gap(always, mostly, np.full(3, 4)) == Gap(25.0, 0.0, 1.0)
+    assert gap(mostly, always, np.full(3, 4)) == Gap(-25.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("true_gap", [0.0, 0.05])

@@ -8,6 +8,7 @@ Prints a table; --json=FILE writes all of it. Exit code 0: nothing found; 1: som
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from dlc_jax.datasets.guards import Findings, inspect
 
 _DATASET = flags.DEFINE_string("dataset", None, "Source to read, required.")
 _TEST = flags.DEFINE_string("test", None, "Source that must have no image in common with it.")
+_IMAGE = flags.DEFINE_string("image_column", None, "Column of the images; else a usual name.")
+_LABEL = flags.DEFINE_string("label_column", None, "Column of the labels; else a usual name.")
 _MINIMUM = flags.DEFINE_integer("minimum", 5, "Classes of fewer readable images are told.")
 _JSON = flags.DEFINE_string("json", None, "File to write everything found to.")
 
@@ -29,8 +32,9 @@ def main(argv: Sequence[str]) -> None:
     try:
         if len(argv) > 1 or _DATASET.value is None:
             raise checks.InputError("--dataset is required, and nothing but flags is taken")
-        dataset = load_dataset(_DATASET.value)
-        test = load_dataset(_TEST.value) if _TEST.value is not None else None
+        load = functools.partial(load_dataset, image_column=_IMAGE.value, label_column=_LABEL.value)
+        dataset = load(_DATASET.value)
+        test = load(_TEST.value) if _TEST.value is not None else None
         found = inspect(dataset, test, minimum=_MINIMUM.value, progress=True)
         if _JSON.value is not None:
             artefacts.write_json(Path(_JSON.value).expanduser(), found.to_dict())

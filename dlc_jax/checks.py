@@ -25,6 +25,16 @@ def first_line(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
+_MOST_LISTED = 10
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Returns the names separated by commas; of more than ten, ten and how many more."""
+    every = [str(name) for name in names]
+    more = f" and {len(every) - _MOST_LISTED} more" if len(every) > _MOST_LISTED else ""
+    return ", ".join(every[:_MOST_LISTED]) + more
+
+
 _MOST_CLASSES = 10**7  # above it, labels are something else than class ids
 MODES = ("default", "official")
 

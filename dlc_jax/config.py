@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
 from dlc_jax import checks
+from dlc_jax.datasets import load_dataset
 from dlc_jax.datasets.instructions import TEMPLATES
 from dlc_jax.distributed import cores_are_devices, make_mesh, one_device
 from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
@@ -37,7 +38,7 @@ from dlc_jax.training import FinetuneConfig, RecordConfig
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.tuning import LinearProbeConfig
 from dlc_jax.tuning.settings import TuningConfig
-from dlc_jax.types import setting
+from dlc_jax.types import Dataset, setting
 
 STAGES = ("plan", "score", "tune", "select", "export", "finetune", "report")
 INSTRUCTION_STAGES = ("plan", "score", "select", "export", "finetune", "evaluate", "report")
@@ -51,6 +52,12 @@ class DatasetConfig:
     train: str = setting("", "source to prune: folder:, parquet:, hf:, ...; jsonl: of instructions")
     test: str | None = setting(None, "source to test on; read by the stage finetune only")
     on_corrupt: str = setting("error", f"unreadable sample: {' or '.join(ON_CORRUPT)}")
+    image_column: str | None = setting(
+        None, "column of the images (tar: a suffix); None: image or another usual name"
+    )
+    label_column: str | None = setting(
+        None, "column of the labels (tar: a JSON key); None: label or another usual name"
+    )
     template: str | None = setting(
         None, f"of instructions: {', '.join(TEMPLATES)}; None: by their columns"
     )
@@ -64,6 +71,10 @@ class DatasetConfig:
         checks.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)
         if self.template is not None:
             checks.one_of("dataset.template", self.template, TEMPLATES)
+
+    def load(self, source: str) -> Dataset:
+        """Returns a data set of images, read as these settings say; see `load_dataset`."""
+        return load_dataset(source, image_column=self.image_column, label_column=self.label_column)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +299,12 @@ class Config:
                 f"mesh.probe: {self.mesh.probe}; expected 1: the masked copies of a language model "
                 "are not divided among devices; its weights are, by mesh.fsdp."
             )
+        for key in ("image_column", "label_column"):
+            if getattr(self.dataset, key) is not None:
+                raise checks.InputError(
+                    f"dataset.{key}: instructions have no such column; expected None. Their "
+                    "classes come from dataset.category."
+                )
         if self.mode != "default":
             raise checks.InputError("mode: of instructions there is no 'official' code.")
         need = self.need

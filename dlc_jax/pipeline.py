@@ -15,8 +15,7 @@ import numpy as np
 
 from dlc_jax import artefacts, checks, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
-from dlc_jax.config import Config
-from dlc_jax.datasets import load_dataset
+from dlc_jax.config import Config, DatasetConfig
 from dlc_jax.distributed import processes
 from dlc_jax.distributed.processes import on_first
 from dlc_jax.export_stage import check_takes_forms, run_exports
@@ -45,13 +44,14 @@ from dlc_jax.types import Dataset, Selection
 class _Sources:
     """Data sets by source, loaded once: stages share them, and their fingerprints."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: DatasetConfig) -> None:
+        self._settings = settings
         self._found: dict[str, Dataset] = {}
         self._shared: set[str] = set()
 
     def __call__(self, source: str) -> Dataset:
         if source not in self._found:
-            self._found[source] = load_dataset(source)
+            self._found[source] = self._settings.load(source)
         return self._found[source]
 
     def together(self, source: str) -> Dataset:
@@ -92,7 +92,7 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
         config.mesh.make()
     on_first(lambda: check_takes_forms(config, workdir))
     on_first(lambda: artefacts.prepare_workdir(workdir))
-    load = _Sources()
+    load = _Sources(config.dataset)
     # a mistake in what comes later should not cost a scoring pass first
     if config.is_of_instructions:
         check_before_scoring(config)

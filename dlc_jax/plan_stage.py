@@ -8,7 +8,6 @@ from pathlib import Path
 
 from dlc_jax import checks
 from dlc_jax.config import Config
-from dlc_jax.datasets import load_dataset
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.huggingface import read_config
 from dlc_jax.encoders.language_model import load_tokenizer, longest_sequence, model_folder
@@ -67,11 +66,11 @@ def _with_all_probes(config: Config) -> Config:
 
 def _of_images(config: Config, mesh: Mesh, echo: Callable[[str], None]) -> list[str]:
     config.dataset.check()
-    dataset = load_dataset(config.dataset.train)
+    dataset = config.dataset.load(config.dataset.train)
     checks.prototypes_can_differ(dataset.name, dataset.labels, dataset.class_names)
     num_test = 0
     if config.dataset.test is not None:
-        num_test = len(class_ids_by_name(load_dataset(config.dataset.test), dataset))
+        num_test = len(class_ids_by_name(config.dataset.load(config.dataset.test), dataset))
     encoder = load_configured(config).for_mode(config.mode)
     size = config.encoder.image_size
     encoder.check_image_size(size)

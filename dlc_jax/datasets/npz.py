@@ -8,13 +8,14 @@ import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.datasets.arrays import array_dataset
+from dlc_jax.datasets.columns import USUAL, Columns, column
 from dlc_jax.datasets.files import regular
 from dlc_jax.types import Dataset
 
 _IMAGES, _LABELS = ("images", "image", "x"), ("labels", "label", "y")
 
 
-def load_npz(where: str) -> Dataset:
+def load_npz(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads `<file>.npz`: images uint8 [n, h, w, 3], [n, h, w, 1] or [n, h, w], labels [n].
 
     Optional arrays are `ids` [n] and `class_names` [c]. Pickled objects are refused. The arrays are
@@ -34,7 +35,9 @@ def load_npz(where: str) -> Dataset:
         raise checks.InputError(
             f"{source}: cannot be read as arrays: {checks.first_line(error)}."
         ) from error
-    images, labels = _pick(source, arrays, _IMAGES), _pick(source, arrays, _LABELS)
+    names = list(arrays)
+    images = arrays[column(source, "image", names, _IMAGES, columns.image, noun="array")]
+    labels = arrays[column(source, "label", names, _LABELS, columns.label, noun="array")]
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise checks.InputError(
             f"{source}: images are {images.dtype} {images.shape}, expected uint8 [n, h, w, 3], "
@@ -49,20 +52,11 @@ def load_npz(where: str) -> Dataset:
             raise checks.InputError(
                 f"{source}: {name} have shape {arrays[name].shape}, expected one dimension."
             )
-    names = arrays.get("class_names")
+    class_names = arrays.get("class_names")
     return array_dataset(
         images,
         labels,
         ids=arrays["ids"].tolist() if "ids" in arrays else None,
-        class_names=[str(name) for name in names] if names is not None else None,
+        class_names=[str(name) for name in class_names] if class_names is not None else None,
         name=source,
-    )
-
-
-def _pick(source: str, arrays: dict[str, np.ndarray], usual: tuple[str, ...]) -> np.ndarray:
-    for name in usual:
-        if name in arrays:
-            return arrays[name]
-    raise checks.InputError(
-        f"{source}: no array named {' or '.join(usual)}, found {', '.join(arrays) or 'none'}."
     )

@@ -18,6 +18,7 @@ from absl import app, flags
 from dlc_jax import artefacts, checks
 from dlc_jax.datasets import load_dataset
 from dlc_jax.datasets.guards import Findings, inspect
+from dlc_jax.escaping import show, visible
 
 _DATASET = flags.DEFINE_string("dataset", None, "Source to read, required.")
 _TEST = flags.DEFINE_string("test", None, "Source that must have no image in common with it.")
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         if _JSON.value is not None:
             artefacts.write_json(Path(_JSON.value).expanduser(), found.to_dict())
     except (checks.InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        show(f"error: {' '.join(str(error).split())}", to_stderr=True)
         sys.exit(2)
     _print(found)
     sys.exit(0 if found.is_clean else 1)
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _print(found: Findings) -> None:
     for name, number, first in found.rows():
-        print(f"{name:<34} {number:>8}  {first}".rstrip())
+        show(f"{name:<34} {number:>8}  {visible(first)}".rstrip())
     print("nothing found" if found.is_clean else "look at these before you prune")
 
 
@@ -55,7 +56,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(list(argv))
     except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        show(f"error: {' '.join(str(error).split())}", to_stderr=True)
         sys.exit(2)
 
 

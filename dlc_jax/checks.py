@@ -11,9 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from dlc_jax.escaping import visible
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, and what was expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))  # of data, too
 
 
 class SharedError(InputError):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dlc_jax import checks
+from dlc_jax.escaping import csv_text
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO
 
@@ -130,7 +131,7 @@ def read_results(path: Path) -> list[Result]:
                 if split not in (None, AUTO):
                     split = float(row["split"])
                 numbers = (float(row["keep_fraction"]), split, int(row["seed"]))
-                result = Result(row["method"], *numbers, float(row["test_accuracy"]))
+                result = Result(csv_text(row["method"]), *numbers, float(row["test_accuracy"]))
                 results.append(result._replace(test_loss=float(row.get("test_loss") or "nan")))
             except (TypeError, ValueError) as error:
                 raise checks.InputError(f"{path}, line {table.line_num}: {error}.") from error

@@ -10,7 +10,7 @@ import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
-from dlc_jax.datasets.files import Files, regular
+from dlc_jax.datasets.files import Files, posix_names, regular
 from dlc_jax.datasets.labels import encode_labels, integers_or_text, stable_ids
 from dlc_jax.types import Dataset
 
@@ -20,8 +20,8 @@ PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path")
 def load_csv(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads `<file>.csv`, or `.tsv` with tabs, with a header line, capitals in which do not matter.
 
-    Paths are relative to the table's folder, or absolute. Labels that are all integers (of at most
-    18 digits, written plainly) are class ids; others are names.
+    Paths are relative to the table's folder, or absolute; they may have backslashes. Labels that
+    are all integers (of at most 18 digits, written plainly) are class ids; others are names.
 
     Raises:
       ValueError: no such file, not UTF-8 text, no path or label column or several, a row
@@ -57,6 +57,7 @@ def load_csv(where: str, columns: Columns = USUAL) -> Dataset:
         names.append(name)
         values.append(label)
     encoded = encode_labels(integers_or_text(values), None, source)
+    names = posix_names(file.parent, names)
     images = Files(file.parent, np.asarray(names, np.str_))
     ids = stable_ids(names, images)
     return Dataset(images, encoded.ids, ids, encoded.class_names, source, encoded.table)

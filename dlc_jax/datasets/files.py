@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,17 @@ class Files:
     def file(self, position: int) -> Path:
         """Returns the file of an image."""
         return self.root / str(self.names[position])
+
+
+def posix_names(root: Path, names: Iterable[str]) -> list[str]:
+    """Returns paths with slashes where they have the backslashes of Windows.
+
+    One that names a file as it is, with a backslash in its name, stays.
+    """
+    return [
+        name if "\\" not in name or os.path.exists(root / name) else name.replace("\\", "/")
+        for name in names
+    ]
 
 
 def regular(file: Path) -> Path:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from dlc_jax import checks
 from dlc_jax.datasets import csv_file
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
-from dlc_jax.datasets.files import Files, matching
+from dlc_jax.datasets.files import Files, matching, posix_names
 from dlc_jax.datasets.labels import encode_labels, stable_ids
 from dlc_jax.datasets.parts import joined
 from dlc_jax.datasets.row_groups import ParquetTable, RecentGroups, Table
@@ -127,8 +127,7 @@ def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
     """Returns a table's images, and each one's path where there is one."""
     kind = table.schema.field(name).type
     if _is_text(kind):
-        paths = table.values(name)
-        return _files(table, name, paths), paths
+        return _files(table, name, table.values(name))
     where: tuple[str, ...] = (name,)
     path_column = None
     if pa.types.is_struct(kind):
@@ -146,7 +145,7 @@ def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
     missing, images = table.missing(*where), table.images(*where)
     paths = table.values(name, path_column) if path_column else [None] * len(images)
     if len(missing) == len(paths) and any(paths):
-        return _files(table, name, paths), paths
+        return _files(table, name, paths)
     if len(missing):
         row = int(missing[0])
         raise checks.InputError(
@@ -156,13 +155,19 @@ def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
     return images, paths
 
 
-def _files(table: Table, name: str, paths: list[str | None]) -> Files:
+def _files(
+    table: Table, name: str, paths: Sequence[str | None]
+) -> tuple[ImageSource, list[str | None]]:
+    names = []
     for row, path in enumerate(paths):
         if not path or "\0" in path:
             raise checks.InputError(
                 f"{table.file}: column {name}, row {row}: expected a path, found {path!r}."
             )
-    return Files(table.file.parent, np.asarray(paths, np.str_))
+        names.append(path)
+    root = table.file.parent
+    names = posix_names(root, names)
+    return Files(root, np.asarray(names, np.str_)), [*names]
 
 
 def _is_text(kind: pa.DataType) -> bool:

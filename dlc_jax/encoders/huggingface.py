@@ -57,7 +57,7 @@ def read_config(folder: Path) -> DecoderConfig:
     if not path.is_file():
         raise checks.InputError(f"{path}: not there; expected a Hugging Face model folder.")
     try:
-        family = json.loads(path.read_text()).get("model_type")
+        family = json.loads(path.read_bytes()).get("model_type")
         if family not in FAMILIES:
             expected = ", ".join(FAMILIES)
             raise checks.InputError(f"{path}: model_type {family!r}; expected {expected}.")
@@ -215,7 +215,7 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
     index = folder / _INDEX
     if index.is_file():
         try:
-            table = json.loads(index.read_text())["weight_map"]
+            table = json.loads(index.read_bytes())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             raise checks.InputError(f"{index}: not an index of tensors: {error!r}.") from error
         if lost := sorted({name for name in table.values() if not (folder / name).is_file()}):

@@ -170,7 +170,7 @@ def write_merged(model: LanguageModel, folder: str | Path) -> None:
 
 
 def _stamp_dtype(path: Path, dtype: str) -> None:
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_bytes())
     config.pop("torch_dtype", None)  # as older versions called it
     path.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
 

@@ -11,9 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from dlc_jax.escaping import visible
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, and what was expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))  # of data, too
 
 
 class NeedsSetting(InputError):
@@ -137,7 +142,10 @@ def normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> 
 def dataset_is_consistent(
     name: str, num_images: int, labels: np.ndarray, ids: np.ndarray, class_names: Sequence[str]
 ) -> None:
-    """Raises unless images, labels and ids agree in length, labels in range and ids unique text."""
+    """Raises unless images, labels and ids agree in length, labels in range and ids unique text.
+
+    Class names are text, too, and not empty.
+    """
     if not num_images == len(labels) == len(ids):
         raise InputError(
             f"{name}: {num_images} images, {len(labels)} labels and {len(ids)} ids; "
@@ -154,6 +162,12 @@ def dataset_is_consistent(
         raise InputError(
             f"{name}: sample {ids[worst]!s} has label {labels[worst]}; "
             f"expected 0..{len(class_names) - 1}, one per class name."
+        )
+    nameless = [j for j, class_name in enumerate(class_names) if not str(class_name).strip()]
+    for sample in np.flatnonzero(np.isin(labels, nameless))[:1]:
+        raise InputError(
+            f"{name}: sample {ids[sample]!s} has the class name "
+            f"{class_names[labels[sample]]!r}; expected one that is not empty."
         )
     for what, names in (("id", ids.tolist()), ("class name", [*map(str, class_names)])):
         try:

@@ -57,6 +57,12 @@ class DatasetConfig:
     deep_images: str | None = setting(
         None, f"more than 8 bits a channel: {', '.join(DEEP_IMAGES)}; None: by mode"
     )
+    image_column: str | None = setting(
+        None, "column of the images (tar: a suffix); None: image or another usual name"
+    )
+    label_column: str | None = setting(
+        None, "column of the labels (tar: a JSON key); None: label or another usual name"
+    )
     template: str | None = setting(
         None, f"of instructions: {', '.join(TEMPLATES)}; None: by their columns"
     )
@@ -76,7 +82,12 @@ class DatasetConfig:
     def load(self, source: str) -> Dataset:
         """Returns a data set of images, read as these settings say; see `load_dataset`."""
         assert self.deep_images is not None  # resolved with the configuration
-        return load_dataset(source, deep_images=self.deep_images)
+        return load_dataset(
+            source,
+            deep_images=self.deep_images,
+            image_column=self.image_column,
+            label_column=self.label_column,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,6 +314,12 @@ class Config:
                 f"mesh.probe: {self.mesh.probe}; expected 1: the masked copies of a language model "
                 "are not divided among devices; its weights are, by mesh.fsdp."
             )
+        for key in ("image_column", "label_column"):
+            if getattr(self.dataset, key) is not None:
+                raise checks.InputError(
+                    f"dataset.{key}: instructions have no such column; expected None. Their "
+                    "classes come from dataset.category."
+                )
         if self.mode != "default":
             raise checks.InputError("mode: of instructions there is no 'official' code.")
         need = self.need

@@ -62,7 +62,7 @@ def read_json(path: Path, shape: Shape = dict) -> Any:
 def parse_json(content: bytes | str, shape: Shape, path: Path) -> Any:
     """Returns the value of JSON that was read from a file; ValueError as for `read_json`."""
     try:
-        text = content.decode() if isinstance(content, bytes) else content
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(text, object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
         raise checks.InputError(f"{path}: not valid JSON: {checks.first_line(error)}.") from error

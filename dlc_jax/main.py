@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -30,6 +29,7 @@ from dlc_jax import bucket, checks, pipeline, presets
 from dlc_jax.config import Config, describe, known_keys
 from dlc_jax.distributed import processes, stopping, use_all_cores
 from dlc_jax.distributed.watch import await_verdict, end, watched
+from dlc_jax.escaping import show, visible
 from dlc_jax.object_store import Unreachable
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, required.")
@@ -83,7 +83,7 @@ def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
             else:
                 processes.start(place, heartbeat_s=_HEARTBEAT_S.value)
             config = Config.of(_CONFIG.value)
-            with bucket.work_in(workdir) as (folder, echo):
+            with bucket.work_in(workdir, show) as (folder, echo):
                 pipeline.run(config, folder, echo)
             processes.wait_for_all()
             return 0, ""
@@ -114,7 +114,7 @@ def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
 
 def _say(message: str) -> None:
     prefix = "" if processes.is_first() else f"process {processes.index()}: "
-    print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    show(prefix + visible(message), to_stderr=True)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from dlc_jax.config import Config, DatasetConfig
 from dlc_jax.datasets.files import left_out_text
 from dlc_jax.distributed import processes
 from dlc_jax.distributed.processes import on_first
+from dlc_jax.escaping import show, visible
 from dlc_jax.export_stage import check_takes_forms, run_exports
 from dlc_jax.instructions_stage import (
     READABLE,
@@ -81,7 +82,7 @@ class _Sources:
         return dataset
 
 
-def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> None:
+def run(config: Config, workdir: Path, echo: Callable[[str], None] = show) -> None:
     """Runs `config.stages` and leaves their artefacts in the work directory.
 
     All processes of a run call this. The first one tells the user, and writes; the others take part
@@ -310,7 +311,8 @@ def _summarise(
     sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
     singles = [samples.class_names[j] for j in np.flatnonzero(sizes == 1)]
     if singles:
-        echo(f"classes of one sample (in mode 'default' always kept): {', '.join(singles)}")
+        names = checks.listed(map(visible, singles))
+        echo(f"classes of one sample (in mode 'default' always kept): {names}")
     known = provenance.read(workdir)
     skipped = known.get("dataset", {}).get("skipped", {})
     if skipped:

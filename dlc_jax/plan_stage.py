@@ -12,6 +12,7 @@ from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.huggingface import read_config, read_config_alone
 from dlc_jax.encoders.language_model import load_tokenizer, longest_sequence, model_folder
 from dlc_jax.encoders.paper_models import PAPER_MODELS
+from dlc_jax.escaping import visible
 from dlc_jax.instructions_stage import load_configured_instructions
 from dlc_jax.masking import AUTO, path_counts
 from dlc_jax.planning.image_plan import plan_images
@@ -76,8 +77,8 @@ def _of_images(config: Config, mesh: Mesh, echo: Callable[[str], None]) -> list[
     encoder.check_image_size(size)
     decoding = decoding_speed(dataset, size)
     echo(
-        f"plan: {len(dataset):,} images of {dataset.num_classes} classes ({dataset.name}), "
-        f"{encoder.name} of {config.encoder.weights} at {size} px"
+        f"plan: {len(dataset):,} images of {dataset.num_classes} classes "
+        f"({visible(dataset.name)}), {encoder.name} of {config.encoder.weights} at {size} px"
     )
     work = ImageWork(config, encoder, dataset, mesh, num_test, decoding.pixels)
     return plan_images(work, decoding, echo)

@@ -18,6 +18,7 @@ from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import processes, said_of, stopping
 from dlc_jax.distributed.processes import on_first, told_by_first
+from dlc_jax.escaping import visible
 from dlc_jax.selection import Cell
 from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.sweep_results import FULL, cells_of, facts_of, read_runs, write_results
@@ -115,7 +116,7 @@ def run_sweep(
         cells = cells_of(config)
         echo(f"finetune: {len(cells)} runs on {said_of(config.mesh.make())}")
         for note in tuner.notes:
-            echo(f"finetune: {note}")
+            echo(visible(f"finetune: {note}"))
         failures = sweep.run_all(cells, echo)
     if len(failures) == len(cells):
         raise checks.SharedError(f"all {len(cells)} runs failed, first {failures[0]}")
@@ -155,12 +156,12 @@ class _Sweep(NamedTuple):
                     raise  # unless other processes know nothing of it, and wait for this one
                 reason = _reason(error, self.folder(cell))
                 failures.append(f"{cell.name}: {reason}")
-                echo(f"{place}: failed: {reason}")
+                echo(visible(f"{place}: failed: {reason}"))
                 continue
             if said is None:
                 num_done += 1
             else:
-                echo(f"{place}: {said}")
+                echo(visible(f"{place}: {said}"))
         if num_done:
             echo(f"finetune: {num_done} runs were finished before, not run again")
         return failures

@@ -9,6 +9,7 @@ from typing import Any
 
 from dlc_jax import artefacts, checks
 from dlc_jax.config import Config
+from dlc_jax.escaping import csv_cell
 from dlc_jax.json_files import NAME, SHA256, check_shape
 from dlc_jax.selection import Cell
 from dlc_jax.selection_files import CELL, cell_of
@@ -86,7 +87,7 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
         columns = [*COLUMNS, *(name for name in _MORE_COLUMNS if any(name in row for row in rows))]
         table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
-        table.writerows(rows)
+        table.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     return rows
 
 

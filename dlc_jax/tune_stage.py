@@ -16,6 +16,7 @@ from dlc_jax import artefacts, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.distributed import make_mesh
+from dlc_jax.escaping import csv_cell
 from dlc_jax.score_stage import Load, load_configured
 from dlc_jax.selection_files import CHOICE, choice_of
 from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
@@ -143,7 +144,8 @@ def _write(workdir: Path, tuning: Tuning) -> None:
         table.writerow(["keep_fraction", "method", "split", "accuracy", *gaps])
         for row in tuning.tried:
             numbers = [gap for name in _GAPS for gap in getattr(row, name) or ("", "", "")]
-            table.writerow([row.keep_fraction, row.method, row.split, row.accuracy, *numbers])
+            cells = [row.keep_fraction, csv_cell(row.method), row.split, row.accuracy, *numbers]
+            table.writerow(cells)
     with artefacts.atomic(workdir / _FIGURE) as file:
         reports.tuning_figure(tuning).savefig(file, format="png", dpi=150)
     artefacts.write_json(workdir / _FILE, _to_json(tuning))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 from dlc_jax import checks
 from dlc_jax.datasets.aircraft import load_aircraft
 from dlc_jax.datasets.arrays import array_dataset
+from dlc_jax.datasets.columns import Columns
 from dlc_jax.datasets.csv_file import load_csv
 from dlc_jax.datasets.folder import load_folder
 from dlc_jax.datasets.huggingface import load_hf
@@ -23,12 +25,14 @@ from dlc_jax.types import Dataset
 __all__ = ["SOURCES", "array_dataset", "load_dataset", "stratified_split"]
 
 
-def _load_split(where: str) -> Dataset:
-    return load_split(where, load_dataset)
+def _load_split(where: str, columns: Columns | None = None) -> Dataset:
+    given = {} if columns is None else dataclasses.asdict(columns)
+    names = {f"{key}_column": name for key, name in given.items()}
+    return load_split(where, functools.partial(load_dataset, **names))
 
 
-# scheme -> function of what follows the colon
-SOURCES: dict[str, Callable[[str], Dataset]] = {
+# scheme -> function of what follows the colon, and of the columns if they are given
+SOURCES: dict[str, Callable[..., Dataset]] = {
     "parquet": load_parquet,
     "folder": load_folder,
     "csv": load_csv,
@@ -41,10 +45,17 @@ SOURCES: dict[str, Callable[[str], Dataset]] = {
     "split": _load_split,
 }
 
+_WITHOUT_COLUMNS = ("folder", "fgvc_aircraft")
 _WITH_OWN_PARTS = ("tfds", "hf", "split")
 
 
-def load_dataset(source: str, *, deep_images: str = "error") -> Dataset:
+def load_dataset(
+    source: str,
+    *,
+    deep_images: str = "error",
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Dataset:
     """Loads labelled images; nothing is decoded yet.
 
     Args:
@@ -67,6 +78,9 @@ def load_dataset(source: str, *, deep_images: str = "error") -> Dataset:
         Parts of any of them are joined by `+` in the last place: `folder:/data/x/train+val`.
       deep_images: How more than 8 bits a channel become 8: `error`, `full_range`, `min_max` or
         `clip`; see `Dataset`.
+      image_column: Column of the images; in `npz:` an array, in `tfds:` a feature, in `tar:` a
+        suffix. None takes the usual names, `image` first, and those declared to hold images.
+      label_column: The same of the labels, `label` first; in `tar:` a key of the `.json`.
     Returns:
       The data set. Integer labels that are not 0..c-1 are remapped and the table kept in
       `label_table`, as are those of classes that the source declares: without any that it has no
@@ -74,8 +88,9 @@ def load_dataset(source: str, *, deep_images: str = "error") -> Dataset:
       Ids are the path below the root (folder), the image's path or file name where present and
       unique, and a hash of the content otherwise.
     Raises:
-      ValueError: an unknown scheme, a missing file, a column that is not there, a sample without
-        label or image, sub-folders that are splits, a split with an empty part.
+      ValueError: an unknown scheme, a missing file, a column that is not there or may be one of
+        several, a source without columns where one is given, a sample without label or image,
+        sub-folders that are splits, a split with an empty part.
     """
     scheme, colon, rest = str(source).partition(":")
     if not colon or not rest:
@@ -86,7 +101,14 @@ def load_dataset(source: str, *, deep_images: str = "error") -> Dataset:
         )
     checks.one_of("dataset scheme", scheme, SOURCES)
     wheres = [rest] if scheme in _WITH_OWN_PARTS else part_sources(rest)
-    parts = [SOURCES[scheme](where) for where in wheres]
+    columns = Columns(image_column, label_column)
+    given = () if columns == Columns() else (columns,)
+    if given and scheme in _WITHOUT_COLUMNS:
+        raise checks.InputError(
+            "dataset.image_column, dataset.label_column: "
+            f"{str(source)!r} has no columns; expected neither with it."
+        )
+    parts = [SOURCES[scheme](where, *given) for where in wheres]
     dataset = parts[0]
     if len(parts) > 1:
         names = [where.rpartition("/")[2] for where in wheres]

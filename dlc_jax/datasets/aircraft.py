@@ -46,7 +46,8 @@ def load_aircraft(where: str) -> Dataset:
 
 def _lines(source: str, file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in regular(file).read_text(encoding="utf-8").splitlines()]
+        text = regular(file).read_text(encoding="utf-8-sig")
+        lines = [line.strip() for line in text.splitlines()]
     except (OSError, ValueError) as error:
         raise checks.InputError(f"{source}: {file} cannot be read: {error}.") from error
     if not any(lines):

@@ -9,22 +9,23 @@ from pathlib import Path
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.datasets.files import Files, regular
+from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
+from dlc_jax.datasets.files import Files, posix_names, regular
 from dlc_jax.datasets.labels import encode_labels, integers_or_text, stable_ids
 from dlc_jax.types import Dataset
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path")
-LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
 
 
-def load_csv(where: str) -> Dataset:
+def load_csv(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads `<file>.csv`, or `.tsv` with tabs, with a header line, capitals in which do not matter.
 
-    Paths are relative to the table's folder, or absolute. Labels that are all integers (of at most
-    18 digits, written plainly) are class ids; others are names.
+    Paths are relative to the table's folder, or absolute; they may have backslashes. Labels that
+    are all integers (of at most 18 digits, written plainly) are class ids; others are names.
 
     Raises:
-      ValueError: no such file, not UTF-8 text, no path or label column, a row without either.
+      ValueError: no such file, not UTF-8 text, no path or label column or several, a row
+        without either.
     """
     source, file = f"csv:{where}", Path(where).expanduser()
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
@@ -41,8 +42,9 @@ def load_csv(where: str) -> Dataset:
     if len(rows) < 2:
         raise checks.InputError(f"{source}: expected a header and one or more rows, found fewer.")
     header = [name.strip() for name in rows[0]]
-    path_column = _column(source, header, "path", PATH_COLUMNS)
-    label_column = _column(source, header, "label", LABEL_COLUMNS)
+    path_name = column(source, "path", header, PATH_COLUMNS, columns.image)
+    label_name = column(source, "label", header, LABELS, columns.label)
+    path_column, label_column = header.index(path_name), header.index(label_name)
     names, values = [], []
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(header):
@@ -55,17 +57,7 @@ def load_csv(where: str) -> Dataset:
         names.append(name)
         values.append(label)
     encoded = encode_labels(integers_or_text(values), None, source)
+    names = posix_names(file.parent, names)
     images = Files(file.parent, np.asarray(names, np.str_))
     ids = stable_ids(names, images)
     return Dataset(images, encoded.ids, ids, encoded.class_names, source, encoded.table)
-
-
-def _column(source: str, header: list[str], what: str, usual: tuple[str, ...]) -> int:
-    lower = [name.lower() for name in header]
-    for name in usual:
-        if name in lower:
-            return lower.index(name)
-    raise checks.InputError(
-        f"{source}: no {what} column; expected one named {' or '.join(usual)}, "
-        f"found {', '.join(header)}."
-    )

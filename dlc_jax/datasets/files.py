@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
@@ -89,6 +90,17 @@ def train_parts(names: Iterable[str]) -> list[str]:
     """Returns the names of splits that one may train on, training first."""
     found = [name for name in names if name.lower() in _TRAIN_PARTS]
     return sorted(found, key=lambda name: _TRAIN_PARTS.index(name.lower()))
+
+
+def posix_names(root: Path, names: Iterable[str]) -> list[str]:
+    """Returns paths with slashes where they have the backslashes of Windows.
+
+    One that names a file as it is, with a backslash in its name, stays.
+    """
+    return [
+        name if "\\" not in name or os.path.exists(root / name) else name.replace("\\", "/")
+        for name in names
+    ]
 
 
 def regular(file: Path) -> Path:

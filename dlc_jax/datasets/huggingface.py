@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlc_jax import checks
+from dlc_jax.datasets.columns import USUAL, Columns
 from dlc_jax.datasets.parquet import from_tables, open_parquet
 from dlc_jax.datasets.row_groups import ArrowTable, Table
 from dlc_jax.types import Dataset
@@ -15,7 +16,7 @@ from dlc_jax.types import Dataset
 _CONVERTED = "refs/convert/parquet"
 
 
-def load_hf(where: str) -> Dataset:
+def load_hf(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads `<owner/name or folder>/<split>`; parts are joined by `+`, as in `train+validation`.
 
     A folder is what `datasets.save_to_disk` wrote, or a copy of a repository with its Parquet
@@ -24,7 +25,7 @@ def load_hf(where: str) -> Dataset:
     Raises:
       ValueError: see `open_hf`; no image or label column.
     """
-    return from_tables(f"hf:{where}", open_hf(where))
+    return from_tables(f"hf:{where}", open_hf(where), columns)
 
 
 def open_hf(where: str) -> list[Table]:

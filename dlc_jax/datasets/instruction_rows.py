@@ -75,6 +75,7 @@ def _lines(file: Path) -> list[Row]:
     with open(file, encoding="utf-8") as lines:
         try:
             for number, line in enumerate(lines, 1):
+                line = line.removeprefix("\ufeff")  # where files were joined, not only the first
                 if line.strip():
                     rows.append(_object(json.loads(line), f"{file}, line {number}"))
         except (ValueError, RecursionError) as error:
@@ -91,7 +92,7 @@ def _json(where: str) -> list[Row]:
 
 def _list(file: Path) -> list[Row]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise checks.InputError(f"{file}: not JSON: {checks.first_line(error)}.") from error
     if not isinstance(rows, list):

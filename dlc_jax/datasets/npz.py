@@ -11,6 +11,7 @@ import numpy as np
 from dlc_jax import array_files, checks
 from dlc_jax.array_files import Header
 from dlc_jax.datasets.arrays import array_dataset
+from dlc_jax.datasets.columns import USUAL, Columns, column
 from dlc_jax.datasets.files import regular
 from dlc_jax.types import Dataset
 
@@ -18,7 +19,7 @@ _IMAGES, _LABELS = ("images", "image", "x"), ("labels", "label", "y")
 _OPTIONAL = ("ids", "class_names")
 
 
-def load_npz(where: str) -> Dataset:
+def load_npz(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads `<file>.npz`: images uint8 [n, h, w, 3], [n, h, w, 1] or [n, h, w], labels [n].
 
     Images of other numbers are for `Dataset.deep_images` to decide on when they are decoded.
@@ -39,7 +40,8 @@ def load_npz(where: str) -> Dataset:
             f"{source}: cannot be read as arrays: {checks.first_line(error)}."
         ) from error
     headers = array_files.npz_headers(path)
-    images, labels = _pick(source, headers, _IMAGES), _pick(source, headers, _LABELS)
+    images = column(source, "image", list(headers), _IMAGES, columns.image, noun="array")
+    labels = column(source, "label", list(headers), _LABELS, columns.label, noun="array")
     names = [images, labels, *(name for name in _OPTIONAL if name in headers)]
     _check_headers(source, headers, images, labels)
     _check_memory(source, sum(headers[name].num_bytes for name in names))
@@ -96,12 +98,3 @@ def _texts(source: str, name: str, values: np.ndarray) -> list[str]:
             f"{source}: {name} are bytes that are not ASCII ({checks.first_line(error)}), expected "
             "an array of text."
         ) from error
-
-
-def _pick(source: str, headers: Mapping[str, Header], usual: tuple[str, ...]) -> str:
-    for name in usual:
-        if name in headers:
-            return name
-    raise checks.InputError(
-        f"{source}: no array named {' or '.join(usual)}, found {', '.join(headers) or 'none'}."
-    )

@@ -13,28 +13,26 @@ import pyarrow as pa
 
 from dlc_jax import checks
 from dlc_jax.datasets import csv_file
-from dlc_jax.datasets.files import Files, matching
+from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
+from dlc_jax.datasets.files import Files, matching, posix_names
 from dlc_jax.datasets.labels import encode_labels, stable_ids
 from dlc_jax.datasets.parts import joined
 from dlc_jax.datasets.row_groups import ParquetTable, RecentGroups, Table
 from dlc_jax.types import Dataset, ImageSource
 
 _IMAGE_COLUMNS = tuple(dict.fromkeys(("image", "img", *csv_file.PATH_COLUMNS)))
-_LABEL_COLUMNS = tuple(
-    dict.fromkeys(("label", "labels", "fine_label", "class", *csv_file.LABEL_COLUMNS))
-)
 _DEMOS = ("caltech15/train", "caltech15/test")
 
 
-def load_demo(where: str) -> Dataset:
+def load_demo(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads the bundled sample: 15 Caltech-101 classes, 50 train and 20 test images each."""
     checks.one_of("demo data set", where, _DEMOS)
     split = where.rpartition("/")[2]
     file = resources.files("dlc_jax.datasets") / "sample" / f"{split}.parquet"
-    return dataclasses.replace(load_parquet(str(file)), name=f"demo:{where}")
+    return dataclasses.replace(load_parquet(str(file), columns), name=f"demo:{where}")
 
 
-def load_parquet(where: str) -> Dataset:
+def load_parquet(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads one Parquet file, a folder of them or a glob, in sorted order.
 
     Images are encoded bytes, {bytes, path}, or paths as in `csv:`, relative to the Parquet file's
@@ -44,7 +42,8 @@ def load_parquet(where: str) -> Dataset:
     Raises:
       ValueError: nothing there, not Parquet, no image or label column, a row without image.
     """
-    return from_tables(f"parquet:{where}", open_parquet(matching("parquet", where, ".parquet")))
+    tables = open_parquet(matching("parquet", where, ".parquet"))
+    return from_tables(f"parquet:{where}", tables, columns)
 
 
 def open_parquet(files: Iterable[Path]) -> list[ParquetTable]:
@@ -53,25 +52,24 @@ def open_parquet(files: Iterable[Path]) -> list[ParquetTable]:
     return [ParquetTable.open(file, recent) for file in files]
 
 
-def from_tables(source: str, tables: Sequence[Table]) -> Dataset:
+def from_tables(source: str, tables: Sequence[Table], columns: Columns = USUAL) -> Dataset:
     """Returns the rows of all tables, which must have the same image and label columns.
 
     Raises:
-      ValueError: no image or label column, columns or class names that differ, a row without image.
+      ValueError: no image or label column or several, columns or class names that differ, a row
+        without image.
     """
-    features = _declared_features(tables[0].schema)
-    image = _column(source, tables[0], "image", _IMAGE_COLUMNS, features, "Image")
-    label = _column(source, tables[0], "label", _LABEL_COLUMNS, features, "ClassLabel")
+    image, label = _image_and_label(source, tables[0].schema, columns)
     class_names = _class_names(tables[0], label)
     values: list = []
     names: list[str | None] = []
     parts = []
     for table in tables:
-        for column in (image, label):
-            if table.schema.names.count(column) != 1:
+        for name in (image, label):
+            if table.schema.names.count(name) != 1:
                 raise checks.InputError(
                     f"{source}: its files differ in columns: {table.file} has "
-                    f"{', '.join(table.schema.names)}, expected one {column!r}."
+                    f"{checks.listed(table.schema.names)}, expected one {name!r}."
                 )
         if _class_names(table, label) != class_names:
             raise checks.InputError(
@@ -112,31 +110,25 @@ def _class_names(table: Table, label: str) -> list[str] | None:
     return names
 
 
-def _column(
-    source: str,
-    table: Table,
-    what: str,
-    usual: tuple[str, ...],
-    features: dict[str, dict],
-    feature_type: str,
-) -> str:
-    declared = [n for n, feature in features.items() if feature.get("_type") == feature_type]
-    for name in (*declared, *usual):
-        if name in table.schema.names:
-            return name
-    raise checks.InputError(
-        f"{source}: no {what} column; expected one named {' or '.join(usual)}, "
-        f"found {', '.join(table.schema.names)}."
+def _image_and_label(source: str, schema: pa.Schema, columns: Columns) -> tuple[str, str]:
+    features = _declared_features(schema)
+
+    def declared(kind: str) -> list[str]:
+        return [name for name, feature in features.items() if feature.get("_type") == kind]
+
+    names = schema.names
+    return (
+        column(source, "image", names, _IMAGE_COLUMNS, columns.image, declared=declared("Image")),
+        column(source, "label", names, LABELS, columns.label, declared=declared("ClassLabel")),
     )
 
 
-def _images(table: Table, column: str) -> tuple[ImageSource, list[str | None]]:
+def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
     """Returns a table's images, and each one's path where there is one."""
-    kind = table.schema.field(column).type
+    kind = table.schema.field(name).type
     if _is_text(kind):
-        paths = table.values(column)
-        return _files(table, column, paths), paths
-    where: tuple[str, ...] = (column,)
+        return _files(table, name, table.values(name))
+    where: tuple[str, ...] = (name,)
     path_column = None
     if pa.types.is_struct(kind):
         fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
@@ -144,16 +136,16 @@ def _images(table: Table, column: str) -> tuple[ImageSource, list[str | None]]:
             raise checks.InputError(
                 f"{table.file}: image column has fields {sorted(fields)}, expected bytes and path."
             )
-        where, kind = (column, "bytes"), fields["bytes"]
+        where, kind = (name, "bytes"), fields["bytes"]
         path_column = "path" if _is_text(fields.get("path", pa.null())) else None
     if not (_is_bytes(kind) or pa.types.is_null(kind)):
         raise checks.InputError(
             f"{table.file}: images are {kind}, expected encoded bytes, {{bytes, path}} or paths."
         )
     missing, images = table.missing(*where), table.images(*where)
-    paths = table.values(column, path_column) if path_column else [None] * len(images)
+    paths = table.values(name, path_column) if path_column else [None] * len(images)
     if len(missing) == len(paths) and any(paths):
-        return _files(table, column, paths), paths
+        return _files(table, name, paths)
     if len(missing):
         row = int(missing[0])
         raise checks.InputError(
@@ -163,13 +155,19 @@ def _images(table: Table, column: str) -> tuple[ImageSource, list[str | None]]:
     return images, paths
 
 
-def _files(table: Table, column: str, paths: list[str | None]) -> Files:
+def _files(
+    table: Table, name: str, paths: Sequence[str | None]
+) -> tuple[ImageSource, list[str | None]]:
+    names = []
     for row, path in enumerate(paths):
         if not path or "\0" in path:
             raise checks.InputError(
-                f"{table.file}: column {column}, row {row}: expected a path, found {path!r}."
+                f"{table.file}: column {name}, row {row}: expected a path, found {path!r}."
             )
-    return Files(table.file.parent, np.asarray(paths, np.str_))
+        names.append(path)
+    root = table.file.parent
+    names = posix_names(root, names)
+    return Files(root, np.asarray(names, np.str_)), [*names]
 
 
 def _is_text(kind: pa.DataType) -> bool:

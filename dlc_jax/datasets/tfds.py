@@ -6,7 +6,10 @@ import dataclasses
 import importlib.util
 from typing import Any
 
+import numpy as np
+
 from dlc_jax import checks
+from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
 from dlc_jax.datasets.labels import encode_labels, stable_ids
 from dlc_jax.types import Dataset
 
@@ -25,12 +28,12 @@ class _Records:
         return self.source[position][self.image]
 
 
-def load_tfds(where: str) -> Dataset:
+def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads `<name>/<split>`, with tfds's own split syntax (`dtd/train+validation`).
 
     Raises:
-      ValueError: an unknown name or split, no image or label feature, or data that are not
-        prepared and cannot be (preparing needs the `tfds` extra and network).
+      ValueError: an unknown name or split, no image or label feature or several, or data that are
+        not prepared and cannot be (preparing needs the `tfds` extra and network).
     """
     import tensorflow_datasets as tfds  # heavy, and only this source needs it
 
@@ -46,8 +49,12 @@ def load_tfds(where: str) -> Dataset:
     if not builder.is_prepared():
         _prepare(builder, where)
     features = builder.info.features
-    image = _feature(features, where, tfds.features.Image, "image")
-    label = _feature(features, where, tfds.features.ClassLabel, "label")
+    image = _feature(features, where, tfds.features.Image, "image", columns.image)
+    label = _feature(features, where, tfds.features.ClassLabel, "label", columns.label)
+    if not isinstance(features[image], tfds.features.Image):
+        raise checks.InputError(
+            f"tfds:{where}: feature {image!r} is {type(features[image]).__name__}, expected Image."
+        )
     try:
         source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
     except Exception as error:  # an unknown split, or files that are not array_record
@@ -61,9 +68,9 @@ def load_tfds(where: str) -> Dataset:
     values, names = [], []
     for position in range(len(source)):
         record = source[position]
-        values.append(int(record[label]))
+        values.append(_value(record[label]))
         names.append(_text(record[name_feature]) if name_feature else None)
-    labels = encode_labels(values, features[label].names, f"tfds:{where}")
+    labels = encode_labels(values, getattr(features[label], "names", None), f"tfds:{where}")
     ids = stable_ids(names, records)
     return Dataset(records, labels.ids, ids, labels.class_names, f"tfds:{where}", labels.table)
 
@@ -87,16 +94,19 @@ def _prepare(builder: Any, where: str) -> None:
         ) from error
 
 
-def _feature(features: Any, where: str, kind: type, usual: str) -> str:
-    names = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if usual in names:
-        return usual
-    if len(names) != 1:
-        raise checks.InputError(
-            f"tfds:{where}: expected one {usual} feature, found {names or 'none'} "
-            f"among {', '.join(features)}."
-        )
-    return names[0]
+def _feature(features: Any, where: str, kind: type, what: str, wanted: str | None) -> str:
+    declared = [name for name, feature in features.items() if isinstance(feature, kind)]
+    usual = LABELS if what == "label" else ("image",)
+    return column(
+        f"tfds:{where}", what, list(features), usual, wanted, declared=declared, noun="feature"
+    )
+
+
+def _value(label: Any) -> Any:
+    """Returns an integer or text as Python's."""
+    if isinstance(label, np.integer):
+        return int(label)
+    return label.decode() if isinstance(label, bytes) else label
 
 
 def _text(value: Any) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlc_jax import checks
+from dlc_jax.datasets.columns import USUAL, Columns, column
 from dlc_jax.datasets.files import is_junk, matching
 from dlc_jax.datasets.labels import encode_labels, integers_or_text, stable_ids
 from dlc_jax.image_files import suffixes
@@ -48,16 +49,17 @@ class _Members:
         return self.members[position].read()
 
 
-def load_tar(where: str) -> Dataset:
+def load_tar(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads one shard, a folder of them or a glob, in sorted order.
 
     A sample is the members that share a name up to the first dot: an image and its label, as
-    `.cls` (text) or in a `.json` (`label`, `cls`, `class` or `class_name`). Links, devices and
-    folders in a shard are passed over.
+    `.cls` (text) or in a `.json` (`label`, `cls`, `class` or `class_name`). Of `columns`, `image`
+    is the suffix of the images, `label` a key of the `.json`. Links, devices and folders in a shard
+    are passed over.
 
     Raises:
       ValueError: nothing there, not an uncompressed tar file, one that is damaged or cut short, a
-        sample without image or label.
+        sample without image or label, with several images, or with a member that occurs twice.
     """
     source = f"tar:{where}"
     names: list[str] = []
@@ -66,15 +68,10 @@ def load_tar(where: str) -> Dataset:
     readable, left_out = suffixes(), Counter[str]()
     for shard in matching("tar", where, ".tar"):
         for key, parts in _samples(source, shard).items():
-            image = next((member for kind, member in parts.items() if kind in readable), None)
-            if image is None:
-                raise checks.InputError(
-                    f"{source}: {shard.name}: sample {key!r} has no image (found "
-                    f"{', '.join(parts)}; expected one of {', '.join(readable)})."
-                )
+            place = f"{source}: {shard.name}: sample {key!r}"
             names.append(key)
-            images.append(image)
-            values.append(_label(source, shard, key, parts))
+            images.append(_image(place, parts, columns.image))
+            values.append(_label(place, parts, columns.label))
             left_out.update(kind for kind in parts if kind not in (*readable, ".cls", ".json"))
     if not images:
         raise checks.InputError(f"{source}: holds no sample.")
@@ -103,11 +100,18 @@ def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:
                 stem, dot, suffix = name.partition(".")
                 if stem and not any(map(is_junk, member.name.split("/"))):
                     key = f"{folder}/{stem}" if folder else stem
-                    place = _Member(shard, member.offset_data, member.size)
-                    samples.setdefault(key, {})[dot + suffix.lower()] = place
+                    parts = samples.setdefault(key, {})
+                    if dot + suffix.lower() in parts:
+                        raise checks.InputError(
+                            f"{source}: {shard.name}: sample {key!r} has more than one member "
+                            f"{dot + suffix.lower()!r} (again {member.name!r}); expected one."
+                        )
+                    parts[dot + suffix.lower()] = _Member(shard, member.offset_data, member.size)
             end = _Member(shard, file.offset, tarfile.BLOCKSIZE).read()
         if any(end):  # tarfile takes a damaged header for the end
             raise OSError(f"damaged or cut short at byte {file.offset}")
+    except checks.InputError:
+        raise
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise checks.InputError(
             f"{source}: {shard}: not a readable, uncompressed tar file: {checks.first_line(error)}."
@@ -115,19 +119,34 @@ def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:
     return samples
 
 
-def _label(source: str, shard: Path, key: str, parts: dict[str, _Member]) -> Any:
-    where = f"{source}: {shard.name}: sample {key!r}"
+def _image(where: str, parts: dict[str, _Member], wanted: str | None) -> _Member:
+    if wanted is not None:
+        suffix = f".{wanted.lower().removeprefix('.')}"
+        return parts[column(where, "image", list(parts), (), suffix, noun="member")]
+    found = [kind for kind in parts if kind in suffixes()]
+    if not found:
+        raise checks.InputError(
+            f"{where} has no image (found {checks.listed(parts)}; expected one of "
+            f"{', '.join(suffixes())})."
+        )
+    return parts[column(where, "image", found, (), declared=found, noun="member")]
+
+
+def _label(where: str, parts: dict[str, _Member], wanted: str | None) -> Any:
     try:
-        if ".cls" in parts:
-            return parts[".cls"].read().decode().strip()
+        if ".cls" in parts and wanted is None:
+            return parts[".cls"].read().decode("utf-8-sig").strip()
         if ".json" in parts:
             facts = json.loads(parts[".json"].read())
-            found = [facts[name] for name in _LABEL_KEYS if name in facts]
-            if found:
-                return found[0]
+            if isinstance(facts, dict) and (wanted or any(key in facts for key in _LABEL_KEYS)):
+                return facts[column(where, "label", list(facts), _LABEL_KEYS, wanted, noun="key")]
+    except checks.InputError:
+        raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise checks.InputError(f"{where}: label cannot be read: {error}.") from error
+    expected = (
+        f".json with {wanted!r}" if wanted else f".cls, or .json with {' or '.join(_LABEL_KEYS)}"
+    )
     raise checks.InputError(
-        f"{where} has no label; expected .cls, or .json with {' or '.join(_LABEL_KEYS)} "
-        f"(found {', '.join(parts)})."
+        f"{where} has no label; expected {expected} (found {checks.listed(parts)})."
     )

@@ -49,7 +49,7 @@ def read_checkpoint(weights: str) -> Checkpoint:
     config = {}
     if config_file is not None and config_file.is_file():
         try:
-            config = json.loads(config_file.read_text())
+            config = json.loads(config_file.read_bytes())
         except (ValueError, UnicodeDecodeError) as error:
             raise checks.InputError(f"{config_file}: not valid JSON: {error}.") from error
     with opened(tensors_file) as file:

@@ -208,7 +208,7 @@ _LAYOUTS: Mapping[str, Callable[[Path, str, str], Iterator[Entry]]] = {
 def _lines(file: Path, separator: str, expected: str) -> Iterator[tuple[str, str]]:
     """Gives both words of every line; none may be empty or lack one, or positions would shift."""
     try:
-        lines = regular(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = regular(file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
         raise checks.InputError(f"{file}: cannot be read, expected a list: {error}.") from error
     for number, line in enumerate(lines, start=1):

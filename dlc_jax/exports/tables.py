@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlc_jax import artefacts
+from dlc_jax.escaping import markdown_text
 from dlc_jax.exports.images import encoded
 from dlc_jax.exports.part import Part
 from dlc_jax.types import Dataset
@@ -36,7 +37,8 @@ def write_hub_folder(part: Part, path: Path) -> None:
             _write(part.samples, file)
         (root / "README.md").write_text(
             "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
-            f"    path: data/train-*\n---\n\n{len(part.samples)} samples of {part.samples.name}.\n"
+            f"    path: data/train-*\n---\n\n{len(part.samples)} samples of "
+            f"{markdown_text(part.samples.name)}.\n"
         )
 
 

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dlc_jax.reports.lettering import lettering, literal
 from dlc_jax.reports.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@literal
 def gap_to_random(rows: Sequence[Row], title: str) -> Figure:
     """Draws the mean gap of every method over seeds, in percentage points, with its 95 % interval.
 
@@ -33,11 +35,12 @@ def gap_to_random(rows: Sequence[Row], title: str) -> Figure:
             if row.label == label and row.gap is not None
         )
         keep, mean, half = np.array(mine).T
-        (line,) = axes.plot(keep, mean, marker="o", markersize=4, label=label)
+        (line,) = axes.plot(keep, mean, marker="o", markersize=4, label=lettering(label)[0])
         axes.fill_between(keep, mean - half, mean + half, color=line.get_color(), alpha=0.15)
     axes.set_xlabel("keep fraction")
     axes.set_ylabel("test accuracy minus random, points")
-    axes.set_title(title, fontsize="medium")
+    shown, font = lettering(title)
+    axes.set_title(shown, font=font, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure

@@ -6,10 +6,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dlc_jax.preprocess import decode
+from dlc_jax.reports.lettering import lettering
 from dlc_jax.types import Dataset
 
 _MAX_CLASSES = 20
 _SIDE, _GAP, _MARGIN, _HEADER, _NAME = 64, 4, 12, 30, 130
+_FONT_SIZE, _LONGEST = 12, 100
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
 
 
@@ -30,15 +32,13 @@ def easiest_hardest(
     height = _HEADER + len(shown) * (_SIDE + _GAP) + _MARGIN
     sheet = Image.new("RGB", (right + half + _MARGIN, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(13)
-    draw.text((_MARGIN + _NAME, 9), "easiest (lowest DLC first)", _INK, font)
-    draw.text((right, 9), "hardest (highest DLC last)", _INK, font)
+    _write(draw, (_MARGIN + _NAME, 9), "easiest (lowest DLC first)", half)
+    _write(draw, (right, 9), "hardest (highest DLC last)", half)
     labels = dataset.labels[positions]
     for row, label in enumerate(shown):
         top = _HEADER + row * (_SIDE + _GAP)
-        name = dataset.class_names[label]
-        name = name if len(name) <= 17 else name[:16] + "…"
-        draw.text((_MARGIN, top + _SIDE // 2 - 8), name, _INK, font)
+        place = (_MARGIN, top + _SIDE // 2 - 8)
+        _write(draw, place, dataset.class_names[label], _NAME - _GAP)
         members = np.flatnonzero(labels == label)
         order = members[np.argsort(scores[members], kind="stable")]
         num_left = min(num_each, -(-len(order) // 2))
@@ -51,6 +51,17 @@ def easiest_hardest(
                 _thumbnail(dataset, int(positions[member])), (right + column * (_SIDE + _GAP), top)
             )
     return sheet
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
+    """Draws the text, cut where it would be wider than this."""
+    shown, file = lettering(text[:_LONGEST])
+    font = ImageFont.truetype(file, _FONT_SIZE)
+    cut = shown
+    while len(cut) > 1 and font.getlength(cut) > width:
+        shown = shown[:-1]
+        cut = f"{shown}…"
+    draw.text(place, cut, _INK, font)
 
 
 def _thumbnail(dataset: Dataset, position: int) -> Image.Image:

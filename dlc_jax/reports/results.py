@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dlc_jax import checks
+from dlc_jax.escaping import csv_text
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO
 
@@ -166,7 +167,7 @@ def _result(row: dict[str, str]) -> Result:
         checks.at_most(name, value, most)
     seed = int(row["seed"])
     checks.seed(seed)
-    result = Result(row["method"], keep_fraction, split, seed, accuracy)
+    result = Result(csv_text(row["method"]), keep_fraction, split, seed, accuracy)
     if row.get("test_loss"):
         result = result._replace(test_loss=float(row["test_loss"]))
         checks.at_least("test_loss", result.test_loss, 0)

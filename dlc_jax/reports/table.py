@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from dlc_jax.escaping import markdown_text, visible
+
 _MAX_CLASSES = 50
 _MAX_ID = 36
 
@@ -38,11 +40,11 @@ def class_table(
         num_kept = str(int(is_kept[members].sum())) if kept is not None else "-"
         rows.append(
             (
-                " ".join(name.split()),
+                visible(name),
                 str(len(members)),
                 num_kept,
-                str(ids[easiest]),
-                str(ids[hardest]),
+                visible(str(ids[easiest])),
+                visible(str(ids[hardest])),
             )
         )
     num_kept = str(int(is_kept.sum())) if kept is not None else "-"
@@ -62,8 +64,8 @@ def class_table(
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table with columns of even width."""
-    lines = [header, *rows]
+    """Returns a Markdown table with columns of even width, which shows every cell as it is."""
+    lines = [header, *([markdown_text(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     shown = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"

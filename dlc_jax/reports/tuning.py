@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dlc_jax.reports.lettering import literal
 from dlc_jax.reports.table import markdown
 from dlc_jax.tuning import KeepCurve
 from dlc_jax.types import Choice, Tried, Tuning
@@ -72,6 +73,7 @@ def _how_much(curve: KeepCurve) -> str:
     )
 
 
+@literal
 def tuning_figure(tuning: Tuning) -> Figure:
     """Draws validation accuracy against the keep fraction, a line per way of choosing.
 

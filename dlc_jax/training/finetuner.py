@@ -130,7 +130,7 @@ class Finetuner:
         found = [f"test set {self._test.name}"]
         names = np.array(self._test.class_names)[self._test.labels]
         if len(untested := np.setdiff1d(self._dataset.class_names, names)):
-            found.append(f"note: no test image of {', '.join(untested)}")
+            found.append(f"note: no test image of {checks.listed(untested)}")
         if self.skipped_test:
             found.append(f"unreadable test samples left out: {len(self.skipped_test)}")
         return found
@@ -154,7 +154,8 @@ class Finetuner:
         absent = result.absent_classes
         return (
             f"test accuracy {result.test_accuracy:.2f} %, {result.num_kept} samples, "
-            f"{result.seconds:.1f} s" + (f", no sample of {', '.join(absent)}" if absent else "")
+            f"{result.seconds:.1f} s"
+            + (f", no sample of {checks.listed(absent)}" if absent else "")
         )
 
     def inputs(

@@ -1,8 +1,11 @@
 import numpy as np
+import pytest
 from conftest import random_images
 
 import dlc_jax as dlc
-from dlc_jax.reports import class_table, easiest_hardest
+from dlc_jax.datasets.instructions import instructions
+from dlc_jax.reports import class_table, easiest_hardest, easiest_hardest_text
+from dlc_jax.reports import lettering as lettering_module
 
 
 def test_table_names_extremes_and_counts_kept():
@@ -22,7 +25,7 @@ def test_table_stays_a_table_with_odd_names_and_many_classes():
     labels = np.arange(60)
     lines = class_table(names, labels, np.zeros(60), labels.astype(str), None).splitlines()
     assert len(lines) == 1 + 50 + 2
-    assert lines[1].startswith("line break")
+    assert lines[1].startswith("line\\nbreak")
     assert "10 more classes" in lines[-2]
     assert max(map(len, lines)) < 140
 
@@ -44,3 +47,58 @@ def test_picture_of_many_small_classes_is_cut():
     dataset = dlc.array_dataset(random_images(30, 8), np.arange(30))
     sheet = easiest_hardest(dataset, np.arange(30), np.zeros(30))
     assert sheet.height < 20 * 70 + 60
+
+
+def test_table_shows_what_does_not_show():
+    ids = np.array(["a\x1b[2J", "b\rc"])
+    table = class_table(("x\x9b",), np.array([0, 0]), np.array([0.0, 1.0]), ids, None)
+    assert table.splitlines()[1].split() == [r"x\x9b", "2", "-", r"a\x1b[2J", r"b\rc"]
+
+
+def test_instructions_are_shown_as_plain_text():
+    rows = [
+        {"id": "<b>\n# x", "prompt": "<script>\n![i](//e)", "response": "# h\x1b[2J\r\n> | `c`"},
+        {"id": "two", "prompt": "p", "response": "r"},
+    ]
+    data = instructions(rows)
+    shown = easiest_hardest_text(data, np.array([0.0, 1.0]))
+    assert "## &lt;b&gt;\\\\n# x: DLC 0.000\n" in shown
+    assert "> &lt;script&gt;\n> \\!\\[i\\](//e)\n" in shown
+    assert "> \\# h\\\\x1b\\[2J\n> &gt; \\| \\`c\\`\n" in shown
+    assert not set("\x1b\r<") & set(shown)
+
+
+def ink(text: str) -> np.ndarray:
+    """Where the name of the first class is drawn in the picture."""
+    dataset = dlc.array_dataset(random_images(2, 8), [0, 1], class_names=[text, "z"])
+    sheet = np.asarray(easiest_hardest(dataset, np.arange(2), np.zeros(2)))
+    return sheet[34:94, 12:140].min(axis=-1) < 128
+
+
+@pytest.mark.parametrize("pair", [("ö", "ô"), ("Ж", "Я"), ("ع", "م")])
+def test_names_of_other_scripts_are_drawn_and_differ(pair):
+    """A box for both would be the same."""
+    first, second = map(ink, pair)
+    assert first.any()
+    assert not np.array_equal(first, second)
+
+
+def test_characters_that_no_font_has_are_drawn_as_code_points(monkeypatch):
+    monkeypatch.setattr(lettering_module, "_system_fonts", lambda: iter(()))
+    text, font = lettering_module.lettering("x漢\x1b")
+    assert (text, font.name) == (r"x\u6f22\x1b", "DejaVuSans.ttf")
+    np.testing.assert_array_equal(ink("漢"), ink(r"\u6f22"))
+
+
+def test_a_font_of_the_system_that_has_all_characters_is_taken(monkeypatch):
+    full = lettering_module._basic_font()
+    poor = full.with_name("cmr10.ttf")
+    monkeypatch.setattr(lettering_module, "_basic_font", lambda: poor)
+    monkeypatch.setattr(lettering_module, "_system_fonts", lambda: iter([poor, full]))
+    assert lettering_module.lettering("Ж") == ("Ж", full)
+    assert lettering_module.lettering("A") == ("A", poor)
+
+
+def test_a_font_that_is_none_has_no_characters(tmp_path):
+    (tmp_path / "x.ttf").write_bytes(b"no font")
+    assert lettering_module._characters(tmp_path / "x.ttf") == frozenset()

@@ -182,3 +182,19 @@ def test_tables_that_cannot_be_read(tmp_path, text, says):
         path.write_text(text)
     with pytest.raises(ValueError, match=says):
         read_results(path)
+
+
+def test_text_in_figures_and_tables_is_no_formula_and_no_markup(tmp_path):
+    title = "csv:/data/$x_{/a$\x1b.csv, resnet18"
+    rows = [*SWEEP, *results("$\\x_{|<b>", 0.5, [60.0, 63.9, 62.0])]
+    figure = gap_to_random(summarise(rows), title)
+    figure.savefig(tmp_path / "x.png")
+    assert figure.axes[0].get_title() == title.replace("\x1b", "\\x1b")
+    table = results_table(summarise(rows)).splitlines()
+    assert any(r"| $\\x\_{\|&lt;b&gt; " in line for line in table)
+
+
+def test_methods_that_look_like_formulas_come_back(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text(HEADER + "'=1+1,0.3,0.5,2,225,61.25,1.0\n")
+    assert read_results(path)[0].method == "=1+1"

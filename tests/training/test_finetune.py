@@ -1,5 +1,6 @@
 """A fine-tuning run through the public function."""
 
+import csv
 import dataclasses
 import json
 import subprocess
@@ -12,9 +13,10 @@ import pytest
 from conftest import subset
 
 import dlc_jax as dlc
+from dlc_jax.escaping import csv_text
 from dlc_jax.preprocess import load_images
 from dlc_jax.probes.kernel import features_of_batch
-from dlc_jax.training import FinetuneConfig, Finetuner
+from dlc_jax.training import FinetuneConfig, Finetuner, RunFolder
 from dlc_jax.training.batches import training_batches
 from dlc_jax.training.data import RunData
 from dlc_jax.training.step import Network, initial_head, train_step
@@ -555,3 +557,15 @@ def test_subsets_of_a_data_set(small_sample):
     for bad in ([0, 60], [1, 1], []):
         with pytest.raises(ValueError, match="subset: "):
             small_sample.subset(np.array(bad, int))
+
+
+def test_class_names_that_look_like_formulas_are_none_in_the_table(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim("inputs", {})
+    accuracy = np.array([100.0, 0.0, 50.0])
+    result = dlc.RunResult(60.0, accuracy, None, 3, (), [], {}, 1.0)
+    folder.finish(result, ("=HYPERLINK(1)", "-3", "'@x"), np.array([1, 2, 2]), True)
+    with open(tmp_path / "per_class_accuracy.csv", newline="") as file:
+        names = [row["class_name"] for row in csv.DictReader(file)]
+    assert names == ["'=HYPERLINK(1)", "-3", "''@x"]
+    assert list(map(csv_text, names)) == ["=HYPERLINK(1)", "-3", "'@x"]

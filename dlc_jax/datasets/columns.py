@@ -1,0 +1,90 @@
+"""Which column of a table, array, feature or key holds the images, and which the labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from dlc_jax import checks
+
+LABELS = ("label", "labels", "fine_label", "class", "class_name", "category", "target")  # usual
+_SETTINGS = {
+    "image": "dataset.image_column",
+    "path": "dataset.image_column",
+    "label": "dataset.label_column",
+}
+_NO_LABELS = ("split", "subset", "partition", "fold")  # declared like labels, as by `datasets`
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The names asked for; None: the usual ones."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+USUAL = Columns()
+
+
+def column(
+    where: str,
+    what: str,
+    names: Sequence[str],
+    usual: Sequence[str],
+    wanted: str | None = None,
+    *,
+    declared: Iterable[str] = (),
+    noun: str = "column",
+) -> str:
+    """Returns the name of the column of images or labels; capitals do not matter.
+
+    In this order: the one asked for; the first usual name; the one of a usual name that is declared
+    to be of the type; the only one left that is declared or of a usual name. Where a type is
+    declared for images, columns without it are none.
+
+    Args:
+      where: For messages.
+      what: `image`, `path` (of an image) or `label`.
+      names: Of all columns.
+      usual: Usual names in lower case, the one that wins over all others first.
+      wanted: The name asked for, if any.
+      declared: Names of columns that are declared to hold images or class labels.
+      noun: What messages call a column.
+    Raises:
+      ValueError: no such column, or several that may be meant.
+    """
+    found = f"found {checks.listed(names) or 'none'}"
+    if wanted is not None:
+        same = [n for n in names if n == wanted] or _named(names, [wanted.lower()])
+        if not same:
+            raise checks.InputError(f"{where}: no {noun} {wanted!r} ({_SETTINGS[what]}); {found}.")
+        return _only(where, what, same, found, noun)
+    typed = [name for name in declared if name in names]
+    if what == "label":
+        typed = [name for name in typed if name.lower() not in _NO_LABELS]
+    pool = typed if what == "image" and typed else list(names)
+    for candidates in (
+        [name for name in pool if name in usual[:1]] or _named(pool, usual[:1]),
+        [name for name in _named(pool, usual) if name in typed],
+        [name for name in pool if name in typed or name.lower() in usual],
+    ):
+        if candidates:
+            return _only(where, what, candidates, found, noun)
+    raise checks.InputError(
+        f"{where}: no {what} {noun}; expected one named {' or '.join(usual)}, {found}. "
+        f"Another name is set by {_SETTINGS[what]}."
+    )
+
+
+def _named(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    return [name for name in names if name.lower() in wanted]
+
+
+def _only(where: str, what: str, names: Sequence[str], found: str, noun: str) -> str:
+    if len(names) > 1:
+        raise checks.InputError(
+            f"{where}: more than one {noun} may hold the {what}: {checks.listed(names)}; set "
+            f"{_SETTINGS[what]} to one of them ({found})."
+        )
+    return names[0]

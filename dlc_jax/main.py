@@ -47,6 +47,9 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0.")
 _HEARTBEAT_S = flags.DEFINE_integer(
     "heartbeat_s", 30, "Seconds without a sign of life after which a process counts as dead."
 )
+_START_TIMEOUT_S = flags.DEFINE_integer(
+    "start_timeout_s", 300, "Seconds to wait for all processes to start.", lower_bound=1
+)
 _INPUT_ERROR = f"{checks.InputError.__module__}.{checks.InputError.__name__}: "
 __doc__ += f"\nKeys, defaults and meaning:\n{describe()}\n"
 
@@ -81,7 +84,8 @@ def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
             if place is None:
                 use_all_cores()
             else:
-                processes.start(place, heartbeat_s=_HEARTBEAT_S.value)
+                seconds = {"heartbeat_s": _HEARTBEAT_S.value, "timeout_s": _START_TIMEOUT_S.value}
+                processes.start(place, **seconds)
             config = Config.of(_CONFIG.value)
             with bucket.work_in(workdir, show) as (folder, echo):
                 pipeline.run(config, folder, echo)

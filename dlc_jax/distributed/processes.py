@@ -10,6 +10,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -24,9 +25,12 @@ from dlc_jax import checks
 RESTART = 75  # exit code (EX_TEMPFAIL) that asks a scheduler to start the same command again
 _PREFIX = "dlc_jax"
 _POLL_MS = 1000  # a signal's Python handler runs between two polls
+_LATER_S = 60  # than here, JAX gives up waiting; it would print a stack trace
 _SLURM_PORTS = range(20_000, 50_000)
 _numbers = itertools.count()  # of messages; all processes pass the same ones in the same order
-_heartbeat_s, _coordinator = 0, ""
+_heartbeat_s = 0
+_place: Place | None = None  # of this process, from the start of `start` on
+_have_met = False  # JAX sets its client before it has connected, when it must not be used yet
 Value = TypeVar("Value")
 
 
@@ -127,12 +131,22 @@ def start(place: Place, *, heartbeat_s: int, timeout_s: int = 300) -> None:
     Raises:
       NotAllCame: not all did.
     """
-    global _heartbeat_s, _coordinator
-    _heartbeat_s, _coordinator = heartbeat_s, place.coordinator
+    global _heartbeat_s, _place, _have_met
+    _heartbeat_s, _place = heartbeat_s, place
     # SIGTERM is ours: see `stopping`
     jax.config.update("jax_enable_preemption_service", False)
+    try:
+        _find_first(place, timeout_s)
+        _meet(place, heartbeat_s, timeout_s)
+        _have_met = True
+    finally:
+        if not _have_met:
+            _place = None
+
+
+def _find_first(place: Place, timeout_s: int) -> None:
+    """Waits until the first process answers: JAX aborts the process where it finds nobody there."""
     deadline = time.monotonic() + timeout_s
-    # JAX aborts the process where it finds nobody there
     while place.process_id and not answers(place.coordinator):
         if time.monotonic() > deadline:
             raise NotAllCame(
@@ -140,20 +154,45 @@ def start(place: Place, *, heartbeat_s: int, timeout_s: int = 300) -> None:
                 f"{place.coordinator} for {timeout_s} s, where process 0 should be."
             )
         time.sleep(0.2)
-    try:
-        jax.distributed.initialize(
-            place.coordinator,
-            place.num_processes,
-            place.process_id,
-            cluster_detection_method="deactivate",
-            initialization_timeout=timeout_s,
-            heartbeat_timeout_seconds=heartbeat_s,
-        )
-    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise NotAllCame(
-            f"process {place.process_id} of {place.num_processes}: not all came together at "
-            f"{place.coordinator} within {timeout_s} s: {checks.first_line(error)}"
-        ) from error
+
+
+def _meet(place: Place, heartbeat_s: int, timeout_s: int) -> None:
+    """Connects all processes, in a thread: a signal would have to wait for the others."""
+    failed: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                place.coordinator,
+                place.num_processes,
+                place.process_id,
+                cluster_detection_method="deactivate",
+                initialization_timeout=timeout_s + _LATER_S,
+                heartbeat_timeout_seconds=heartbeat_s,
+            )
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    answered = began = time.monotonic()
+    while not failed and thread.is_alive() and time.monotonic() < began + timeout_s:
+        thread.join(_POLL_MS / 1000)
+        if not place.process_id or answers(place.coordinator):
+            answered = time.monotonic()
+        elif time.monotonic() > answered + heartbeat_s:
+            break
+    if not failed and not thread.is_alive():
+        return
+    why = f" within {timeout_s} s"
+    if failed:
+        why = f": {checks.first_line(failed[0])}"
+    elif time.monotonic() > answered + _POLL_MS / 1000:
+        why = ": process 0 died, or gave up"
+    raise NotAllCame(
+        f"process {place.process_id} of {place.num_processes}: not all came together at "
+        f"{place.coordinator}{why}"
+    )
 
 
 def heartbeat_s() -> int:
@@ -172,18 +211,18 @@ def answers(address: str) -> bool:
 
 
 def index() -> int:
-    """Returns which process this is, from 0."""
-    return int(global_state.process_id or 0) if count() > 1 else 0
+    """Returns which process this is, from 0; also while the others are awaited."""
+    return _place.process_id if _place is not None else 0
 
 
 def count() -> int:
-    """Returns how many processes there are."""
-    return int(global_state.num_processes or 1) if global_state.client is not None else 1
+    """Returns how many processes there are; 1 until they have met."""
+    return _place.num_processes if _place is not None and _have_met else 1
 
 
 def coordinator() -> str:
     """Returns host:port of the first process's store, also before all have found each other."""
-    return _coordinator
+    return _place.coordinator if _place is not None else ""
 
 
 def is_first() -> bool:

@@ -37,11 +37,13 @@ def watched(is_one_of_several: bool) -> Iterator[None]:
         yield
         return
     watch = _Watch()
+    _errors.filter()
     watch.start()
     try:
         yield
     finally:
         watch.ended.set()
+        _errors.restore()
 
 
 def await_verdict() -> None:
@@ -66,7 +68,49 @@ def end(code: int, message: str) -> NoReturn:
                 f"{_ENDS}/{processes.index()}", json.dumps({"code": code, "message": message})
             )
         _leave(code)
-    sys.exit(code)
+    _exit(code)
+
+
+class _FilteredErrors:
+    """What libraries write to stderr, without the stack that JAX prints as it finds one dead."""
+
+    _BEGINS = b"Terminating process because the JAX distributed service detected fatal errors"
+    _HEAD, _FRAME = b"*** Check failure stack trace", re.compile(rb"\s+@ ")
+
+    def __init__(self) -> None:
+        self._to: int | None = None  # a copy of file descriptor 2; None: nothing is filtered
+        self._thread: threading.Thread | None = None
+
+    def filter(self) -> None:
+        """Begins to filter file descriptor 2; Python's own stderr goes past it."""
+        self._to = os.dup(2)
+        sys.stderr.flush()
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        source, target = os.pipe()
+        os.dup2(target, 2)
+        os.close(target)
+        self._thread = threading.Thread(target=self._hand_on, args=(source, self._to), daemon=True)
+        self._thread.start()
+
+    def restore(self) -> None:
+        """Ends that; what was written until here has been handed on afterwards."""
+        if self._to is not None and self._thread is not None:
+            os.dup2(self._to, 2)
+            self._thread.join(_EVERY_S)
+            self._to = None
+
+    def _hand_on(self, source: int, target: int) -> None:
+        is_message = is_stack = False
+        with os.fdopen(source, "rb") as lines:
+            for line in lines:
+                goes_on = is_stack and bool(self._FRAME.match(line))
+                is_stack = goes_on or (is_message and self._HEAD in line)
+                is_message = self._BEGINS in line or (is_message and not is_stack)
+                if not is_message and not is_stack:
+                    os.write(target, line)
+
+
+_errors = _FilteredErrors()
 
 
 class _Watch:
@@ -90,6 +134,9 @@ class _Watch:
         while not self.ended.wait(_EVERY_S):
             if processes.count() == 1:  # they have not found each other yet
                 continue
+            if not number:  # one that dies before its first sign of life is named, too
+                met = time.monotonic()
+                self._beats = {who: ("", met) for who in range(processes.count())}
             number += 1
             client, me = processes.client(), processes.index()
             try:
@@ -175,6 +222,8 @@ def _say(message: str) -> None:
 
 def _exit(code: int) -> NoReturn:
     """Ends at once: an orderly end would wait for the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    _errors.restore()
     os._exit(code)

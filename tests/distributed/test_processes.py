@@ -55,13 +55,20 @@ def data(tmp_path_factory) -> dict[str, list[str]]:
     return found
 
 
-def start(num: int, workdir: Path, arguments: list[str], num_devices: int = 1):
-    """Starts processes that find each other."""
+def start(
+    num: int,
+    workdir: Path,
+    arguments: list[str],
+    num_devices: int = 1,
+    late: tuple[int, float] = (0, 0.0),
+):
+    """Starts processes that find each other; late: which one starts how many seconds later."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = []
-    for number in range(num):
+    started = {}
+    for number in sorted(range(num), key=lambda number: number == late[0]):
+        time.sleep(late[1] if number == late[0] else 0)
         env = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
@@ -70,10 +77,10 @@ def start(num: int, workdir: Path, arguments: list[str], num_devices: int = 1):
         }
         command = [sys.executable, "-m", "dlc_jax.main", f"--workdir={workdir}", *arguments]
         pipe = subprocess.PIPE
-        started.append(
-            subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+        started[number] = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True
         )
-    return started
+    return [started[number] for number in range(num)]
 
 
 def ended(started) -> tuple[list[int], list[str]]:
@@ -128,6 +135,78 @@ def alone(data, tmp_path_factory) -> dict[str, Path]:
 def test_several_processes_find_what_one_finds(data, alone, tmp_path, num, num_devices, name):
     run(num, tmp_path, [*SCORE, *SELECT, *data[name]], num_devices)
     check_same(tmp_path, alone[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1, 5, 30])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_starts_later_is_waited_for(data, alone, tmp_path, rank, seconds):
+    codes, said = ended(start(2, tmp_path, [*SCORE, *SELECT, *data["few"]], 1, (rank, seconds)))
+    assert codes == [0, 0], "\n".join(text[-2000:] for text in said)
+    check_same(tmp_path, alone["few"])
+
+
+JOIN = """
+import sys
+from dlc_jax.distributed import processes, watch
+
+coordinator, num, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+with watch.watched(True):
+    print("starts", flush=True)
+    try:
+        processes.start(processes.Place(coordinator, num, number), heartbeat_s=10, timeout_s=200)
+        print("is there", flush=True)
+        processes.wait_for_all()
+        processes.everyones(None if number else input())
+    except processes.NotAllCame as error:
+        print(error, file=sys.stderr)
+        watch.end(75, "")
+"""
+
+
+def join(num: int, number: int, port: int) -> subprocess.Popen:
+    """Starts a process that joins others, waits for them, and then for the end of its input."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", JOIN, f"127.0.0.1:{port}", str(num), str(number)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "starts\n"
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num", "rank", "says"),
+    [
+        (3, 0, "process 0 died"),  # while another one waits for the third
+        (3, 1, "process 1 died"),
+        (2, 0, "process 0 died"),  # after all have met
+        (2, 1, "process 1 died"),
+    ],
+)
+def test_a_process_that_dies_before_it_has_done_anything_is_named(num, rank, says):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [join(num, number, port) for number in range(2)]
+    if num == 3:
+        time.sleep(5)  # they wait for the third
+    else:
+        assert [process.stdout.readline() for process in started] == ["is there\n"] * 2
+    started[rank].kill()
+    killed = time.monotonic()
+    if (num, rank) == (3, 1):
+        started.append(join(num, 2, port))
+    codes, said = ended(started)
+    assert time.monotonic() - killed < 60
+    for number, text in enumerate(said):
+        if number != rank:
+            assert codes[number] == processes.RESTART, text
+            assert says in text
+            assert "stack trace" not in text
+            assert "    @ " not in text
 
 
 def wait_for_parts(workdir: Path, num: int) -> None:

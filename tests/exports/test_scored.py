@@ -34,6 +34,8 @@ def table(tmp_path) -> dlc.Dataset:
     (place / "table.csv").write_text("\n".join(lines))
     return dlc.load_dataset(f"csv:{place}/table.csv")
 
+MADE_WITH = {"mode": "default", "seed": 0, "probe": {}}
+
 
 def scored_rows(dataset: dlc.Dataset) -> np.ndarray:
     return np.setdiff1d(np.arange(len(dataset)), UNREAD)
@@ -147,7 +149,7 @@ def scored_workdir(workdir: Path, dataset: dlc.Dataset, rows: np.ndarray) -> Non
     artefacts.write_scores(workdir, samples)
     facts = {"dataset": {"source": dataset.name, "fingerprint": dataset.fingerprint}}
     paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES)]
-    provenance.record(workdir, "score", "", paths, 0.0, facts, {"mode": "default"})
+    provenance.record(workdir, "score", "", paths, 0.0, facts, MADE_WITH)
 
 
 def test_the_stage_exports_what_was_scored(table, tmp_path):
@@ -191,7 +193,7 @@ def test_instructions_that_were_skipped_are_in_neither_part(tmp_path, form):
     artefacts.write_scores(workdir, samples)
     facts = {"dataset": {"source": data.name, "fingerprint": data.fingerprint}}
     paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES)]
-    provenance.record(workdir, "score", "", paths, 0.0, facts, {"mode": "default"})
+    provenance.record(workdir, "score", "", paths, 0.0, facts, MADE_WITH)
     values = {
         "stages": ("select", "export"),
         "encoder": {"name": "decoder", "weights": "none"},

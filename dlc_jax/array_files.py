@@ -53,6 +53,7 @@ def read_npy(path: Path) -> np.ndarray:
     Raises:
       ValueError: there is no such file, or it holds something else than one whole array.
     """
+    _check_file(path)
     try:
         with open(path, "rb") as file:
             _header(file, path.stat().st_size)
@@ -104,6 +105,7 @@ def npz_headers(path: Path) -> dict[str, Header]:
       ValueError: there is no such file, it is no archive, an array is there twice, holds Python
         objects, or is not as long as its header says.
     """
+    _check_file(path)
     headers: dict[str, Header] = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -118,6 +120,11 @@ def npz_headers(path: Path) -> dict[str, Header]:
     except Exception as error:  # zipfile raises anything
         raise _unreadable(path, error) from error
     return headers
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():  # a pipe would never end
+        raise checks.InputError(f"{path}: not there, or no regular file; expected arrays.")
 
 
 def _unreadable(path: Path, error: Exception) -> checks.InputError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import ACTIVATIONS, DecoderConfig, RopeScaling
 from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.encoders.weights import opened
+from dlc_jax.json_files import NAME, read_json
 from dlc_jax.types import Params, by_path, path_name
 
 FAMILIES = ("llama", "mistral", "gemma2")
@@ -46,6 +46,9 @@ _IGNORED = (r".*rotary_emb\.inv_freq",)
 _TIED_HEAD = "lm_head.weight"
 
 
+_SHARD = re.compile(r"[^/\\\0]+")  # a file of the folder
+
+
 def read_config(folder: Path) -> DecoderConfig:
     """Reads `config.json` of a model folder.
 
@@ -57,7 +60,7 @@ def read_config(folder: Path) -> DecoderConfig:
     if not path.is_file():
         raise checks.InputError(f"{path}: not there; expected a Hugging Face model folder.")
     try:
-        family = json.loads(path.read_text()).get("model_type")
+        family = read_json(path, {"model_type?": str}).get("model_type")
         if family not in FAMILIES:
             expected = ", ".join(FAMILIES)
             raise checks.InputError(f"{path}: model_type {family!r}; expected {expected}.")
@@ -214,10 +217,7 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
     """Returns the file of each tensor."""
     index = folder / _INDEX
     if index.is_file():
-        try:
-            table = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise checks.InputError(f"{index}: not an index of tensors: {error!r}.") from error
+        table = read_json(index, {"weight_map": {NAME: _SHARD}})["weight_map"]
         if lost := sorted({name for name in table.values() if not (folder / name).is_file()}):
             raise checks.InputError(f"{folder}: shards that {_INDEX} names are missing: {lost}.")
         return {name: folder / file for name, file in table.items()}

@@ -5,12 +5,11 @@ NumPy allocates what a header asks for, and a file of a hundred bytes may ask fo
 
 from __future__ import annotations
 
-import io
 import math
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -53,6 +52,7 @@ def read_npy(path: Path) -> np.ndarray:
     Raises:
       ValueError: there is no such file, or it holds something else than one whole array.
     """
+    _check_file(path)
     try:
         with open(path, "rb") as file:
             _header(file, path.stat().st_size)
@@ -104,6 +104,7 @@ def npz_headers(path: Path) -> dict[str, Header]:
       ValueError: there is no such file, it is no archive, an array is there twice, holds Python
         objects, or is not as long as its header says.
     """
+    _check_file(path)
     headers: dict[str, Header] = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -120,11 +121,16 @@ def npz_headers(path: Path) -> dict[str, Header]:
     return headers
 
 
+def _check_file(path: Path) -> None:
+    if not path.is_file():  # a pipe would never end
+        raise checks.InputError(f"{path}: not there, or no regular file; expected arrays.")
+
+
 def _unreadable(path: Path, error: Exception) -> checks.InputError:
     return checks.InputError(f"{path}: cannot be read as arrays: {checks.first_line(error)}.")
 
 
-def _header(file: io.BufferedIOBase, num_bytes: int, name: str = "") -> Header:
+def _header(file: IO[bytes], num_bytes: int, name: str = "") -> Header:
     """Reads a header; ValueError unless as many bytes follow it as it says."""
     version = np.lib.format.read_magic(file)
     if version not in _READ:

@@ -170,6 +170,7 @@ def dataset_is_consistent(
             f"{class_names[labels[sample]]!r}; expected one that is not empty."
         )
     for what, names in (("id", ids.tolist()), ("class name", [*map(str, class_names)])):
+        no_nul(name, what, names)
         try:
             "\0".join(names).encode()
         except UnicodeEncodeError as error:  # bytes of a name that are no UTF-8 become such text
@@ -182,6 +183,23 @@ def dataset_is_consistent(
         raise InputError(
             f"{name}: {len(repeated)} ids occur more than once ({shown}); ids must be unique."
         )
+
+
+def as_ids(name: str, ids: Iterable[Any]) -> np.ndarray:
+    """Returns ids as an array of text, [n]; ValueError if one holds NUL or is no text."""
+    given = ids if isinstance(ids, np.ndarray) else list(ids)
+    no_nul(name, "id", given)
+    try:
+        return np.asarray(given, dtype=np.str_)
+    except (UnicodeDecodeError, ValueError) as error:  # bytes that are not ASCII, lists of lists
+        raise InputError(f"{name}: ids are not text: {first_line(error)}.") from error
+
+
+def no_nul(name: str, what: str, texts: Iterable[Any]) -> None:
+    """Raises if a text holds NUL; NumPy drops it at the end, and two ids become one."""
+    for text in texts:
+        if b"\0" in text if isinstance(text, bytes) else "\0" in str(text):
+            raise InputError(f"{name}: {what} {text!r} holds the character NUL, expected none.")
 
 
 def positions(name: str, values: np.ndarray, num_samples: int) -> None:

@@ -50,6 +50,8 @@ def read_json(path: Path, shape: Shape = dict) -> Any:
     """
     if not path.exists():
         return {}
+    if not path.is_file():  # a pipe would never end
+        raise checks.InputError(f"{path}: no regular file, expected a JSON file.")
     try:
         content = path.read_bytes()
     except OSError as error:

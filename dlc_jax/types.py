@@ -111,7 +111,7 @@ class Dataset:
 
     def __post_init__(self) -> None:
         checks.one_of("deep_images", self.deep_images, DEEP_IMAGES)
-        labels, ids = np.asarray(self.labels), np.asarray(self.ids, dtype=np.str_)
+        labels, ids = np.asarray(self.labels), checks.as_ids(self.name, self.ids)
         checks.dataset_is_consistent(self.name, len(self.images), labels, ids, self.class_names)
         object.__setattr__(self, "labels", labels.astype(np.int32))
         object.__setattr__(self, "ids", ids)

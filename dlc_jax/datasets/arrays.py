@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dlc_jax import checks
 from dlc_jax.datasets.labels import encode_labels, stable_ids
 from dlc_jax.types import Dataset
 
@@ -34,10 +35,7 @@ def array_dataset(
     """
     values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
     encoded = encode_labels(values, class_names, name)
-    if ids is None:
-        unique = stable_ids([None] * len(images), images)
-    else:
-        unique = np.asarray(ids, dtype=np.str_)
+    unique = stable_ids([None] * len(images), images) if ids is None else checks.as_ids(name, ids)
     return Dataset(
         images, encoded.ids, unique, encoded.class_names, name, encoded.table, deep_images
     )

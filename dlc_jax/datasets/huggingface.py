@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dlc_jax import checks
 from dlc_jax.datasets.columns import USUAL, Columns
@@ -75,7 +76,10 @@ def _saved(source: str, folder: Path, split: str | None) -> list[ArrowTable]:
         names = [file["filename"] for file in state["_data_files"]]
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"names the files {names}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _refuse_changes(source, folder / "state.json", state)
+    except checks.InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise checks.InputError(
             f"{source}: {folder / 'state.json'} does not say which Arrow files are the data: "
             f"{checks.first_line(error)}."
@@ -84,6 +88,22 @@ def _saved(source: str, folder: Path, split: str | None) -> list[ArrowTable]:
     if split is not None and held not in (None, split):
         raise checks.InputError(f"{source}: {folder} holds the split {held!r}, not {split!r}.")
     return [ArrowTable.open(folder / name) for name in names]
+
+
+def _refuse_changes(source: str, path: Path, state: dict[str, Any]) -> None:
+    """Raises ValueError for changes that `datasets` 1.x makes to the files when it loads them."""
+    found = [name for name in ("_indices_data_files", "_indices_files") if state.get(name)]
+    if any(file.keys() & {"skip", "take"} for file in state["_data_files"]):
+        found.append("skip and take in _data_files")
+    history = state.get("_inplace_history") or []
+    if any(step.get("transforms") for step in history):
+        found.append("_inplace_history")
+    if found:
+        raise checks.InputError(
+            f"{source}: {path} has {', '.join(found)}: the rows are a selection or a changed "
+            "version of the Arrow files, which is not read. Load it with `datasets`, call "
+            "flatten_indices() and save it again."
+        )
 
 
 def _files_of(source: str, names: Sequence[str], split: str) -> list[str]:

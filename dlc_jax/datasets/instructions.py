@@ -70,6 +70,7 @@ class Instructions:
             (not isinstance(value, str) or not value.strip() for value in values),
             f"have no text in column {column!r}",
         )
+        checks.no_nul(self.name, f"column {column!r}:", values)
         names, labels = np.unique(np.array(values, np.str_), return_inverse=True)
         return labels.astype(np.int32), tuple(names.tolist())
 
@@ -129,7 +130,7 @@ def _made(rows: Rows, template: str | None, tokenizer: Any) -> Instructions:
     return Instructions(
         texts.prompts,
         texts.responses,
-        np.array(ids, np.str_),
+        checks.as_ids(rows.name, ids),
         tuple(dict(row) for row in rows.rows),
         rows.name,
         texts.has_special_tokens,

@@ -110,7 +110,7 @@ def stable_ids(names: Sequence[str | None], images: ImageSource) -> np.ndarray:
     read, which is for the decoder to say, goes by its name.
     """
     if all(names) and len(set(names)) == len(names):
-        return np.asarray(names, dtype=np.str_)
+        return np.array(names, dtype=object)  # as text, NumPy would drop a NUL at the end
     seen: Counter[str] = Counter()
     ids = []
     for position in range(len(images)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from importlib import resources
@@ -18,10 +17,13 @@ from safetensors import SafetensorError, safe_open
 
 from dlc_jax import checks
 from dlc_jax.datasets.files import regular
+from dlc_jax.json_files import read_json
 from dlc_jax.types import Params, by_path, path_name
 
 _CHECKPOINT = "model.safetensors"
 _CONFIG = "config.json"
+_NORMALISATION = {"mean?": [float], "std?": [float]}
+_STATED = {"architecture?": str, "pretrained_cfg?": _NORMALISATION, **_NORMALISATION}
 _SAMPLE = "demo:resnet18"
 # torch's names for the leaves of norm layers -> ours
 _NORM_LEAVES = {"weight": "scale", "running_mean": "mean", "running_var": "var"}
@@ -46,12 +48,7 @@ def read_checkpoint(weights: str) -> Checkpoint:
       ValueError: nothing there, the hub cannot be reached, or not a safetensors file.
     """
     tensors_file, config_file = _locate(weights)
-    config = {}
-    if config_file is not None and config_file.is_file():
-        try:
-            config = json.loads(config_file.read_bytes())
-        except (ValueError, UnicodeDecodeError) as error:
-            raise checks.InputError(f"{config_file}: not valid JSON: {error}.") from error
+    config = {} if config_file is None else read_json(config_file, _STATED)
     with opened(tensors_file) as file:
         tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     return Checkpoint(weights, tensors, config)

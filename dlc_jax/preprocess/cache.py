@@ -1,7 +1,8 @@
 """Decoded evaluation crops on disk: content-addressed, memory-mapped, bounded, shared by runs.
 
     <folder>/<key>/pixels.raw    uint8 [n, s, s, 3], a row of zeros for an unreadable image
-    <folder>/<key>/entry.json    shape, unreadable images, a checksum per block of rows
+    <folder>/<key>/entry.json    shape, unreadable images, a checksum per block of rows; with a
+                                 checksum of all this and of the key
     <folder>/<key>.lock          held by the process that fills the entry
 
 The key is a hash of the data set's content, the transform and the decoder's version, so an entry is
@@ -13,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -29,10 +30,17 @@ from jaxtyping import UInt8
 from PIL import features
 
 from dlc_jax import artefacts, checks
+from dlc_jax.json_files import SHA256, parse_json
 from dlc_jax.types import Dataset, setting
 
 _GIB = 2**30
 _BLOCK = 64  # rows per checksum
+_INDEX = {
+    "shape": [int, int],
+    "problems": {re.compile("0|[1-9][0-9]{0,17}"): str},
+    "checksums": [int],
+    "sha256": SHA256,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,10 +162,13 @@ class ImageCache:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            artefacts.write_json(
-                folder / "entry.json",
-                {"shape": [num_images, image_size], "problems": problems, "checksums": checksums},
-            )
+            index = {
+                "shape": [num_images, image_size],
+                "problems": {str(position): why for position, why in problems.items()},
+                "checksums": checksums,
+            }
+            index["sha256"] = _index_hash(entry, index)
+            artefacts.write_json(folder / "entry.json", index)
         return True
 
     def _make_room(self, num_bytes: int) -> bool:
@@ -201,19 +212,28 @@ def _opened(entry: Path, num_images: int, image_size: int) -> CachedCrops | None
     _locked(held, fcntl.LOCK_SH)
     shape = (num_images, image_size, image_size, 3)
     try:
-        facts = json.load(held)
+        facts = parse_json(held.read(), _INDEX, entry / "entry.json")
+        problems = {int(position): why for position, why in facts["problems"].items()}
         if facts["shape"] != [num_images, image_size]:
+            return None
+        if not all(position < num_images for position in problems):
+            return None
+        if facts.pop("sha256") != _index_hash(entry, facts):
             return None
         if (entry / "pixels.raw").stat().st_size != np.prod(shape):
             return None
         pixels = np.memmap(entry / "pixels.raw", np.uint8, "r", shape=shape)
-        problems = {int(position): str(why) for position, why in facts["problems"].items()}
         if list(_checksums(pixels)) != facts["checksums"]:
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return None
     os.utime(entry / "entry.json")
     return CachedCrops(pixels, problems, held)
+
+
+def _index_hash(entry: Path, index: dict[str, Any]) -> str:
+    """Returns the SHA-256 of an index and of the key of its entry."""
+    return artefacts.json_hash([entry.name, index])
 
 
 def _checksums(pixels: UInt8[np.ndarray, "n s s 3"]) -> Iterator[int]:

@@ -167,7 +167,7 @@ class Candidates:
         ids, num = self._given_ids, len(self._given_labels)
         if ids is not None and len(ids) != num:
             raise checks.InputError(f"ids: expected one per label, got {len(ids)} for {num}.")
-        return None if ids is None else np.asarray(ids, np.str_)
+        return None if ids is None else checks.as_ids("ids", ids)
 
     @functools.cached_property
     def _keys(self) -> np.ndarray | None:

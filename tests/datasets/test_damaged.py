@@ -15,6 +15,7 @@ import pytest
 from conftest import encoded, random_images
 
 import dlc_jax as dlc
+from dlc_jax.datasets.instructions import instructions
 from dlc_jax.preprocess import load_images
 from dlc_jax.probes.parts import Parts
 
@@ -177,7 +178,7 @@ def test_folders_that_may_not_be_read_are_not_passed_over(tmp_path, monkeypatch)
 
 
 def archive(path: Path, **arrays: np.ndarray) -> bytearray:
-    np.savez(path, images=random_images(2, 8), labels=[0, 1], **arrays)
+    np.savez(path, **{"images": random_images(2, 8), "labels": [0, 1], **arrays})
     return bytearray(path.read_bytes())
 
 
@@ -206,6 +207,71 @@ def test_archives_that_are_damaged_are_refused(tmp_path, damage):
         path.write_bytes(content)
     refused(f"npz:{path}", "cannot be read as arrays")
     assert not Parts(tmp_path).has("x")
+
+
+def test_archives_that_would_unpack_to_more_than_the_memory_are_refused(tmp_path, monkeypatch):
+    images = np.zeros((1000, 32, 32, 3), np.uint8)
+    np.savez_compressed(tmp_path / "x.npz", images=images, labels=np.arange(1000) % 2)
+    assert len(dlc.load_dataset(f"npz:{tmp_path}/x.npz")) == 1000
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 2**10, "SC_PAGE_SIZE": 2**10}.get)
+    refused(
+        f"npz:{tmp_path}/x.npz", "take 0.00287 GiB of memory, expected at most the 0.000977 GiB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"ids": np.array([b"\xff", b"a"])}, "ids are bytes that are not ASCII"),
+        ({"class_names": np.array([b"\xff", b"a"])}, "class_names are bytes that are not ASCII"),
+        ({"ids": np.array([0.5, 1.5])}, "ids are float64, expected text or integers"),
+        ({"class_names": np.array([True, False])}, "class_names are bool, expected text"),
+        ({"images": np.zeros(2, [("a", "u1")])}, "images are .* expected uint8"),
+        ({"labels": np.array(1)}, r"labels have shape \(\), expected \(2,\)"),
+        ({"labels": np.array([0.5, 1])}, "labels must be integers or strings"),
+    ],
+)
+def test_archives_of_other_types_are_refused(tmp_path, arrays, says):
+    archive(tmp_path / "x.npz", **arrays)
+    refused(f"npz:{tmp_path}/x.npz", says)
+
+
+def test_members_of_an_archive_that_are_no_arrays_are_not_taken_for_arrays(tmp_path):
+    archive(tmp_path / "x.npz")
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as file:
+        file.writestr("ids", b"no array")
+    assert len(dlc.load_dataset(f"npz:{tmp_path}/x.npz")) == 2
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
+        file.writestr("images", b"no array")
+        file.writestr("labels", b"no array")
+    refused(f"npz:{tmp_path}/x.npz", "no array named images or image or x, found none")
+
+
+@pytest.mark.parametrize("names", [("a", "a\0"), ("a\0", "b"), ("a\0b", "c")])
+def test_names_with_nul_are_refused_by_every_source(tmp_path, names):
+    """NumPy drops a NUL at the end of a text, so that two ids would become one."""
+    images, labels = FILES[:2], ["cat", "dog"]
+    with pytest.raises(dlc.InputError, match=r"arrays: id .* holds the character NUL"):
+        dlc.array_dataset(images, labels, ids=names)
+    given = np.array(names, object)
+    with pytest.raises(dlc.InputError, match=r"own: id .* holds the character NUL"):
+        dlc.Dataset(images, np.arange(2), given, ("cat", "dog"), "own")
+    with pytest.raises(dlc.InputError, match=r"ids: id .* holds the character NUL"):
+        dlc.select(np.arange(2.0), np.zeros(2, int), keep_fraction=0.5, ids=given)
+    with pytest.raises(dlc.InputError, match=r"class name .* holds the character NUL"):
+        dlc.Dataset(images, np.arange(2), np.array(["a", "b"]), names, "own")
+    cells = [{"bytes": image, "path": name} for image, name in zip(images, names, strict=True)]
+    pq.write_table(pa.table({"image": cells, "label": labels}), tmp_path / "x.parquet")
+    refused(f"parquet:{tmp_path}/x.parquet", r"x\.parquet: id .* holds the character NUL")
+    pq.write_table(pa.table({"image": images, "label": names}), tmp_path / "x.parquet")
+    refused(f"parquet:{tmp_path}/x.parquet", r"x\.parquet: class name .* holds the character NUL")
+    rows = [{"prompt": "p", "response": "r", "id": name, "kind": name} for name in names]
+    with pytest.raises(dlc.InputError, match=r"rows: id .* holds the character NUL"):
+        instructions(rows)
+    for number, row in enumerate(rows):
+        row["id"] = str(number)
+    with pytest.raises(dlc.InputError, match=r"column 'kind'.* holds the character NUL"):
+        instructions(rows).categories("kind")
 
 
 def test_archives_of_other_shapes_are_refused(tmp_path):

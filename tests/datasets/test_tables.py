@@ -158,6 +158,34 @@ def test_saved_folders_give_their_data_files_and_their_own_split(tmp_path):
             dlc.load_dataset(f"hf:{tmp_path}/train")
 
 
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({"_indices_data_files": [{"filename": "indices.arrow"}]}, "has _indices_data_files: "),
+        ({"_indices_files": [{"filename": "indices.arrow"}]}, "has _indices_files: "),
+        (
+            {"_data_files": [{"filename": "data-00000-of-00001.arrow", "skip": 1, "take": 2}]},
+            "has skip and take in _data_files: ",
+        ),
+        ({"_inplace_history": [{"transforms": [["cast_"]]}]}, "has _inplace_history: "),
+        ({"_inplace_history": ["x"]}, "does not say which Arrow files are the data"),
+        ({"_indices_data_files": [], "_inplace_history": [{"transforms": []}]}, None),
+        ({"_indices_data_files": None}, None),
+    ],
+)
+def test_rows_that_datasets_would_select_or_change_are_not_taken_whole(tmp_path, state, says):
+    """As `datasets` 1.x saves a data set that `select`, `shuffle` or `cast_` was called of."""
+    save(tmp_path / "train", "train", rows(slice(0, 4)))
+    path = tmp_path / "train" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | state))
+    if says is None:
+        assert len(dlc.load_dataset(f"hf:{tmp_path}/train")) == 4
+        return
+    with pytest.raises(dlc.InputError, match=says) as caught:
+        dlc.load_dataset(f"hf:{tmp_path}/train")
+    assert str(path) in str(caught.value)
+
+
 def test_a_split_is_not_mixed_with_others_or_with_other_configurations(tmp_path):
     write(tmp_path / "data" / "train-00000-of-00001.parquet", rows(slice(0, 3)))
     write(tmp_path / "data" / "train_extra-00000.parquet", rows(slice(3, 6)))

@@ -45,6 +45,22 @@ def test_bfloat16_checkpoints_are_read(tmp_path, tensors):
     np.testing.assert_array_equal(kernel, expected)
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ([], "expected a JSON object, found list"),
+        ({"pretrained_cfg": [0.5]}, "pretrained_cfg is a list of 1 values, expected an object"),
+        ({"pretrained_cfg": {"mean": 0.5, "std": 1}}, "mean is 0.5, expected a list"),
+        ({"mean": ["a"], "std": [1]}, r"mean\[0\] is 'a', expected a number"),
+        ({"architecture": 5}, "architecture is 5, expected text"),
+    ],
+)
+def test_a_configuration_of_another_shape_is_refused_by_field(tmp_path, tensors, config, says):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(dlc.InputError, match=rf"config\.json: .*{says}"):
+        load(tmp_path, tensors)
+
+
 def test_every_problem_is_listed_in_one_error(tmp_path, tensors):
     tensors["layer1.0.extra.weight"] = np.zeros(3, np.float32)
     tensors["layer2.0.bn1.weight"] = np.zeros(7, np.float32)
@@ -100,6 +116,25 @@ def test_files_that_are_not_checkpoints(tmp_path, tensors):
     )
     with pytest.raises(ValueError, match=r"encoder\.mean: expected three"):
         dlc.load_encoder("resnet18", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ([], "expected a JSON object, found list"),
+        ({}, "weight_map is missing, expected an object"),
+        ({"weight_map": ["a"]}, "weight_map is a list of 1 values, expected an object"),
+        ({"weight_map": 5}, "weight_map is 5, expected an object"),
+        ({"weight_map": {"a.weight": 1}}, r"weight_map\.a\.weight is 1, expected text like"),
+        ({"weight_map": {"a": "../x.safetensors"}}, r"weight_map\.a is '\.\./x"),
+    ],
+)
+def test_an_index_of_shards_of_another_shape_is_refused_by_field(tmp_path, index, says):
+    from dlc_jax.encoders.stored_tensors import stored_tensors
+
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(dlc.InputError, match=rf"index\.json: {says}"):
+        stored_tensors(tmp_path)
 
 
 def test_own_encoders_are_checked():

@@ -34,6 +34,7 @@ def table(tmp_path) -> dlc.Dataset:
     (place / "table.csv").write_text("\n".join(lines))
     return dlc.load_dataset(f"csv:{place}/table.csv")
 
+
 MADE_WITH = {"mode": "default", "seed": 0, "probe": {}}
 
 

@@ -102,6 +102,54 @@ def test_a_damaged_entry_is_made_anew(few, cache, damage):
     assert pixels.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"problems": {"4": "unreadable"}},
+        {"problems": {}},
+        {"problems": {"5": "another reason"}},
+        {"problems": {"5": "unreadable", "30": "out of range"}},
+        {"problems": {"5": "unreadable", "-1": "out of range"}},
+        {"problems": {"05": "unreadable"}},
+        {"problems": ["unreadable"]},
+        {"shape": [30, "32"]},
+        {"checksums": []},
+        {"checksums": 5},
+        {"sha256": "0" * 64},
+        {"sha256": None},
+    ],
+)
+def test_an_index_that_was_changed_is_made_anew(few, cache, change):
+    images = [few[i].image for i in range(len(few))]
+    images[5] = b"broken"
+    broken = dlc.Dataset(images, few.labels, few.ids, few.class_names)
+    plain = load_images(broken, SIZE, on_corrupt="skip")
+    load_images(broken, SIZE, on_corrupt="skip", cache=cache)
+    facts = entry(cache, broken) / "entry.json"
+    content = facts.read_bytes()
+    assert list(json.loads(content)["problems"]) == ["5"]
+    facts.write_text(json.dumps({**json.loads(content), **change}))
+    found = load_images(broken, SIZE, on_corrupt="skip", cache=cache)
+    assert found.positions.tolist() == plain.positions.tolist()
+    assert found.skipped == plain.skipped
+    np.testing.assert_array_equal(found.pixels, plain.pixels)
+    assert facts.read_bytes() == content
+
+
+def test_an_entry_of_other_images_is_made_anew(few, cache):
+    """Copied over whole: same shape, other pixels."""
+    reverse = dlc.Dataset(
+        [few[i].image for i in range(len(few))][::-1], few.labels, few.ids, few.class_names
+    )
+    for dataset in (few, reverse):
+        load_images(dataset, SIZE, cache=cache)
+    for name in ("pixels.raw", "entry.json"):
+        shutil.copy(entry(cache, few) / name, entry(cache, reverse) / name)
+    np.testing.assert_array_equal(
+        load_images(reverse, SIZE, cache=cache).pixels, load_images(reverse, SIZE).pixels
+    )
+
+
 def test_unreadable_images_are_remembered_and_still_an_error(few, cache, monkeypatch):
     images = [few[i].image for i in range(len(few))]
     images[3], images[9] = b"broken", images[9][:100]

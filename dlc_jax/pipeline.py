@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax import artefacts, checks, provenance, reports
+from dlc_jax import artefacts, checks, lease, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.datasets import load_dataset
@@ -91,6 +91,13 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = print) -> N
     if {"score", "finetune", "evaluate"} & set(config.stages):
         config.mesh.make()
     on_first(lambda: check_takes_forms(config, workdir))
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(lease.held(lease.place_of(workdir), echo)))
+        _run_stages(config, workdir, echo)
+
+
+def _run_stages(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+    """Runs them, in a work directory that nobody else writes to."""
     on_first(lambda: artefacts.prepare_workdir(workdir))
     load = _Sources()
     # a mistake in what comes later should not cost a scoring pass first

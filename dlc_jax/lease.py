@@ -225,8 +225,8 @@ class _Lease:
             self._renew()
         if self._taken_by is not None:
             raise Lost(
-                f"{self._place.name}: {self._taken_by}: this process gave no sign of life for more "
-                f"than {_VOID_S:.0f} s. It writes nothing more."
+                f"{self._place.name}: {self._taken_by}: this process gave no sign of life for too "
+                "long. It writes nothing more."
             )
 
     def release(self) -> None:
@@ -238,8 +238,10 @@ class _Lease:
     def _renew(self) -> None:
         with self._lock:
             found = self._place.read()
-            # one that was deleted by hand is written again
-            if found is not None and _facts(found).get("token") != self._token:
+            if found is None and _clock() - self._sure_at > _DOUBT_S:
+                self._taken_by = "another run may have held it meanwhile, and ended"
+            # else one that is gone was deleted by hand, and is written again
+            elif found is not None and _facts(found).get("token") != self._token:
                 self._taken_by = _who(found)
             elif not self.ended.is_set():
                 self._renewals += 1

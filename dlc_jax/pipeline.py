@@ -223,6 +223,10 @@ def _finetune(
 ) -> list[str]:
     """Returns a line for every run that failed."""
     encoder = load_configured(config)
+    scored = provenance.scored_encoder(workdir, encoder.for_mode(config.mode).fingerprint)
+    if scored is not None:
+        tuned = f"{config.encoder.name} {config.encoder.weights}"
+        echo(f"finetune: note: the encoder is {tuned}; the scores are of {scored}")
     dataset, test = load(config.dataset.train), load(_test_source(config))
     make_tuner = functools.partial(
         Finetuner,

@@ -188,6 +188,15 @@ def test_a_write_right_after_a_suspension_is_refused_too(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "x.json").read_text()) == {}
 
 
+def test_another_that_came_and_went_meanwhile_is_known_by_its_absence(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_RENEW_S", 100.0)
+    with held(tmp_path):
+        (tmp_path / lease.FILE).unlink()
+        time.sleep(0.6)
+        with pytest.raises(lease.Lost, match="another run may have held it meanwhile"):
+            artefacts.write_json(tmp_path / "x.json", {})
+
+
 def test_a_lease_deleted_by_hand_is_written_again(tmp_path):
     with held(tmp_path):
         (tmp_path / lease.FILE).unlink()

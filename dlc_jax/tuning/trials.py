@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -155,34 +153,17 @@ class FinetuneTrials:
         if self._folder is not None:
             inputs = self._finetuner.inputs(trial.positions, trial.seed)
             path = self._folder / f"{inputs[:32]}.npz"
-            known = _read(path, inputs) if path.exists() else None
-            if known is not None:
-                self.earlier_seconds += 0.0 if path in self._counted else known[1]
-                self._counted.add(path)
-                return known[0]
+            if path.exists():
+                with np.load(path, allow_pickle=False) as file:
+                    self.earlier_seconds += 0.0 if path in self._counted else float(file["seconds"])
+                    self._counted.add(path)
+                    return file["predictions"]
         start = time.perf_counter()
         predictions = self._finetuner.run(trial.positions, trial.seed).predictions
         assert predictions is not None  # there is a test set
         if path is not None:
             self._counted.add(path)
             with artefacts.atomic(path) as file:
-                np.savez(
-                    file,
-                    allow_pickle=False,
-                    predictions=predictions,
-                    seconds=np.array(time.perf_counter() - start),
-                    inputs=np.array(inputs),
-                )
+                seconds = np.array(time.perf_counter() - start)
+                np.savez(file, allow_pickle=False, predictions=predictions, seconds=seconds)
         return predictions
-
-
-def _read(path: Path, inputs: str) -> tuple[Int32[np.ndarray, " n"], float] | None:
-    """Returns predictions and seconds of a trial; None, with a line, where the file is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["inputs"]) != inputs:
-                raise ValueError(f"of inputs {str(file['inputs'])[:12]}, expected {inputs[:12]}")
-            return file["predictions"], float(file["seconds"])
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        print(f"note: {path}: damaged, the trial is run again: {checks.first_line(error)}")
-        return None

@@ -18,24 +18,57 @@ they are told to read.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dlc_jax import artefacts, checks, whole_files
+from dlc_jax import artefacts, checks, lease, whole_files
 from dlc_jax.distributed import processes
 from dlc_jax.object_store import ObjectStore
 
 _PENDING = ".pending.json"
 _FILES, _KNOWN = "files", "known.jsonl"
+_SETTLE_S = 2.0
 _FETCHED = ".fetched"
 # Written for others: may be large, and no stage reads it.
 _NOT_FETCHED = artefacts.EXPORTS
+
+
+class LeaseObject(NamedTuple):
+    """The lease of a work directory in a bucket; see `lease.Place`."""
+
+    store: ObjectStore
+
+    @property
+    def name(self) -> str:
+        return self.store.url
+
+    def read(self) -> bytes | None:
+        return self.store.read_if_there(lease.FILE)
+
+    def create(self, content: bytes, /) -> bool:
+        if not self.store.create(lease.FILE, content):
+            return self.read() == content  # the answer of an earlier try may have been lost
+        time.sleep(_SETTLE_S)  # where two can create it, the last one has it
+        return self.read() == content
+
+    def replace(self, content: bytes, /) -> None:
+        self.store.write(lease.FILE, content)
+
+    def delete(self) -> None:
+        self.store.delete([lease.FILE])
+
+    def age_s(self) -> float:
+        """Unknown: the dates of objects are not to be compared with any clock here."""
+        return 0.0
 
 
 class Held(NamedTuple):
@@ -109,6 +142,17 @@ def _home(url: str) -> Path:
     return (Path(base).expanduser() / "dlc_jax" / "workdirs" / name).resolve()
 
 
+def _one_at_a_time(method: Callable[..., None]) -> Callable[..., None]:
+    """Keeps threads apart: a checkpoint is put while training goes on."""
+
+    @functools.wraps(method)
+    def alone(self: Bucket, *paths: Path) -> None:
+        with self._lock:
+            method(self, *paths)
+
+    return alone
+
+
 class Bucket:
     """Keeps a place in a bucket and a local copy in step; see `whole_files.Mirror`.
 
@@ -122,11 +166,18 @@ class Bucket:
         self._list = home / _KNOWN
         self._known = _read_known(self._list)
         self._is_pending = False
+        self._lock = threading.RLock()
+
+    @property
+    def lease(self) -> LeaseObject:
+        """Where a run of this place keeps its lease."""
+        return LeaseObject(self._store)
 
     def covers(self, path: Path) -> bool:
         """Whether the path is in the local copy, and no temporary file."""
         return path.is_relative_to(self._files) and not whole_files.is_temporary(path)
 
+    @_one_at_a_time
     def pull(self, path: Path) -> None:
         """Makes a file or folder like the bucket's."""
         name = self._name(path)
@@ -134,6 +185,7 @@ class Bucket:
         if _PENDING in found:
             self._settle(found)
             found = self._store.list(name)
+        found.pop(lease.FILE, None)
         for known in _below(self._known, name):
             if known not in found:
                 self._note(known, None)
@@ -147,6 +199,7 @@ class Bucket:
         _remove_empty_folders(path)
         self._fetch({known: found[known] for known in sorted(stale - exported)})
 
+    @_one_at_a_time
     def push(self, path: Path) -> None:
         """Puts a file or folder in place of what is there."""
         name = self._name(path)
@@ -164,6 +217,7 @@ class Bucket:
             for known, version in self._store.list(name).items():
                 self._note(known, self._held(known, version))
 
+    @_one_at_a_time
     def remove(self, path: Path) -> None:
         """Removes a file or folder, if it is there."""
         name = self._name(path)
@@ -174,6 +228,7 @@ class Bucket:
         with self._pending({"remove": name}):
             self._delete(names)
 
+    @_one_at_a_time
     def move(self, source: Path, target: Path) -> None:
         """Moves a file or folder to where nothing is, or a file to where another one is."""
         name, to = self._name(source), self._name(target)

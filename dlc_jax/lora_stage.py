@@ -78,6 +78,9 @@ def run_finetune_instructions(
     max_length = model.max_length(config.encoder.max_length)
     fingerprint = model.fingerprint  # of all processes, where they share the weights
     on_first(lambda: _forget_other_base(workdir, fingerprint))
+    scored = provenance.scored_encoder(workdir, fingerprint)
+    if scored not in (None, model.name):  # of the same name, it is read in another type
+        echo(f"finetune: note: the model is {model.name}; the scores are of {scored}")
 
     def tokenised(source: str) -> Tokenised:
         some = data

@@ -25,7 +25,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from dlc_jax import bucket, checks, pipeline, presets
+from dlc_jax import bucket, checks, lease, pipeline, presets
 from dlc_jax.config import Config, describe, known_keys
 from dlc_jax.distributed import processes, stopping, use_all_cores
 from dlc_jax.distributed.watch import await_verdict, end, watched
@@ -102,6 +102,9 @@ def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
         except Unreachable as error:
             _say(f"stopped: {error} The same command goes on from what is there.")
             return processes.RESTART, "cannot reach the bucket"
+        except lease.Lost as error:
+            _say(f"stopped: {error}")
+            return processes.RESTART, "lost the work directory to another run"
         except stopping.Stopped:
             _say("stopped by SIGTERM; the same command goes on where this one ended")
             return processes.RESTART, "was stopped by SIGTERM"

@@ -112,6 +112,33 @@ class ObjectStore:
         )
         return content
 
+    def read_if_there(self, name: str) -> bytes | None:
+        """Returns an object's content; None if there is no such object."""
+
+        def look() -> bytes | None:
+            with contextlib.suppress(FileNotFoundError):
+                content: bytes = self._files.cat_file(self._path(name))
+                return content
+            return None
+
+        return self._patiently("be read", look, name)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Puts an object unless there is one of this name; returns whether it did.
+
+        Not every bucket can do both at once: who needs that reads it again a little later.
+        """
+
+        def put() -> bool:
+            with contextlib.suppress(FileExistsError):
+                self._files.pipe_file(self._path(name), content, mode="create")
+                return True
+            return False
+
+        if name in self.list(name):
+            return False
+        return self._patiently("be written", put, name)
+
     def write(self, name: str, content: bytes) -> None:
         """Puts an object with this content."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax import artefacts, checks, provenance, reports
+from dlc_jax import artefacts, checks, lease, provenance, reports
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config, DatasetConfig
 from dlc_jax.datasets.files import left_out_text
@@ -106,6 +106,13 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = show) -> No
     if {"score", "finetune", "evaluate"} & set(config.stages):
         config.mesh.make()
     on_first(lambda: check_takes_forms(config, workdir))
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(lease.held(lease.place_of(workdir), echo)))
+        _run_stages(config, workdir, echo)
+
+
+def _run_stages(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+    """Runs them, in a work directory that nobody else writes to."""
     on_first(lambda: artefacts.prepare_workdir(workdir))
     load = _Sources(config.dataset, echo)
     # a mistake in what comes later should not cost a scoring pass first
@@ -232,6 +239,10 @@ def _finetune(
 ) -> list[str]:
     """Returns a line for every run that failed."""
     encoder = load_configured(config)
+    scored = provenance.scored_encoder(workdir, encoder.for_mode(config.mode).fingerprint)
+    if scored is not None:
+        tuned = f"{config.encoder.name} {config.encoder.weights}"
+        echo(f"finetune: note: the encoder is {tuned}; the scores are of {scored}")
     dataset, test = load(config.dataset.train), load(_test_source(config))
     make_tuner = functools.partial(
         Finetuner,

@@ -186,3 +186,11 @@ def check_is_what_was_scored(workdir: Path, dataset: Dataset | Instructions) -> 
             f"is {dataset.fingerprint[:12]}, expected {fingerprint[:12]} ({scored.get('source')}). "
             "Run the stages 'score' and 'select' on it, in another work directory."
         )
+
+
+def scored_encoder(workdir: Path, fingerprint: str) -> str | None:
+    """Returns name and weights of the encoder that was scored; None if it has this fingerprint."""
+    scored = artefacts.read_json(workdir / artefacts.PROVENANCE).get("encoder", {})
+    if scored.get("fingerprint", fingerprint) == fingerprint:
+        return None
+    return " ".join(str(scored[key]) for key in ("name", "weights") if key in scored)

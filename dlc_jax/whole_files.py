@@ -8,9 +8,9 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 from dlc_jax import checks
 
@@ -23,6 +23,11 @@ _OWNER = f"{_PACKAGE}{platform.node()}-"
 @runtime_checkable
 class Mirror(Protocol):
     """Keeps something else, such as a bucket, like a work directory."""
+
+    @property
+    def lease(self) -> Any:
+        """Where a run keeps its lease of it; see `lease.Place`."""
+        ...
 
     def covers(self, path: Path, /) -> bool:
         """Whether it is about this path."""
@@ -46,6 +51,23 @@ class Mirror(Protocol):
 
 
 _mirror: Mirror | None = None  # none for a work directory that is nowhere else
+_check: Callable[[], None] | None = None
+
+
+@contextlib.contextmanager
+def guarded_by(check: Callable[[], None]) -> Iterator[None]:
+    """Calls `check`, which may raise, before anything is written, removed or moved in here."""
+    global _check
+    _check = check
+    try:
+        yield
+    finally:
+        _check = None
+
+
+def _check_may_write() -> None:
+    if _check is not None:
+        _check()
 
 
 @contextlib.contextmanager
@@ -61,40 +83,44 @@ def mirrored_by(mirror: Mirror) -> Iterator[None]:
 
 def is_mirrored(path: Path) -> bool:
     """Whether what is written there goes elsewhere as well."""
-    return _mirror_of(path) is not None
+    return mirror_of(path) is not None
 
 
-def _mirror_of(path: Path) -> Mirror | None:
+def mirror_of(path: Path) -> Mirror | None:
+    """Returns what is kept like this path; None if nothing is."""
     return _mirror if _mirror is not None and _mirror.covers(path) else None
 
 
 def pull(path: Path) -> None:
     """Makes a file or folder as other processes left it, where they do not share this one."""
-    if mirror := _mirror_of(path):
+    if mirror := mirror_of(path):
         mirror.pull(path)
 
 
 def push(path: Path) -> None:
     """Gives a file or folder, whole by now, to whoever does not share this one."""
-    if mirror := _mirror_of(path):
+    _check_may_write()
+    if mirror := mirror_of(path):
         mirror.push(path)
 
 
 def remove(path: Path) -> None:
     """Deletes a file or folder, if it is there."""
+    _check_may_write()
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-    if mirror := _mirror_of(path):
+    if mirror := mirror_of(path):
         mirror.remove(path)
 
 
 def move(source: Path, target: Path) -> None:
     """Moves a file, or a folder to where none is."""
+    _check_may_write()
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
-    if mirror := _mirror_of(target):
+    if mirror := mirror_of(target):
         mirror.move(source, target)
 
 
@@ -102,12 +128,13 @@ def move(source: Path, target: Path) -> None:
 def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Opens a temporary file that becomes `path` when the block ends, and vanishes if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}{_OWNER}{os.getpid()}{_TEMPORARY}"
+    temporary = temporary_of(path)
     try:
         with open(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        _check_may_write()
         os.replace(temporary, path)
     except OSError as error:
         if error.errno is None or error.filename is not None:
@@ -122,11 +149,12 @@ def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Gives a new folder that becomes `path` when the block ends, and vanishes if it fails."""
-    temporary = path.parent / f".{path.name}{_OWNER}{os.getpid()}{_TEMPORARY}"
+    temporary = temporary_of(path)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        _check_may_write()
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -175,11 +203,16 @@ def clear_leftovers(root: Path, folders: str = "", *, everyones: bool = False) -
     for leftover in root.glob(f"{folders}/.*{owners}*{_TEMPORARY}".lstrip("/")):
         owner = leftover.name.removesuffix(_TEMPORARY).rpartition("-")[2]
         is_number = re.fullmatch(r"[0-9]{1,9}", owner)
-        if everyones or (is_number and not _is_running(int(owner))):
+        if everyones or (is_number and not is_running(int(owner))):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)
+
+
+def temporary_of(path: Path) -> Path:
+    """Returns where this process writes what becomes `path` when it is whole."""
+    return path.parent / f".{path.name}{_OWNER}{os.getpid()}{_TEMPORARY}"
 
 
 def is_temporary(path: Path) -> bool:
@@ -187,7 +220,8 @@ def is_temporary(path: Path) -> bool:
     return any(_OWNER in part and part.endswith(_TEMPORARY) for part in path.parts)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether there is a process of this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

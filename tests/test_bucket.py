@@ -6,6 +6,7 @@ import http.server
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ import pytest
 from conftest import ROOT
 from moto.server import ThreadedMotoServer
 
-from dlc_jax import artefacts, bucket, checks, object_store
+from dlc_jax import artefacts, bucket, checks, lease, object_store
 from dlc_jax.object_store import ObjectStore
 
 SCORE = (
@@ -259,6 +260,67 @@ def test_processes_that_share_nothing_else(plain, tmp_path, server):
     # what the second one had was for the time of the run
     assert len(list((tmp_path / "0" / "dlc_jax" / "workdirs").iterdir())) == 1
     assert not list((tmp_path / "1" / "dlc_jax" / "workdirs").iterdir())
+
+
+@pytest.mark.slow
+def test_two_machines_do_not_run_in_one_place(plain, tmp_path, server):
+    url = "s3://bucket/runs/contended"
+    first = start(url, tmp_path / "one", *SCORE)
+    deadline = time.monotonic() + 60
+    while lease.FILE not in names(url):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    other = [argument.replace("num_probes=2", "num_probes=3") for argument in SCORE]
+    _, err = run(url, tmp_path / "two", *other, code=2)
+    assert err.startswith(f"error: {url}: in use: process {first.pid} on ")
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 0, err
+    assert_same_losses(url, str(plain))
+    assert lease.FILE not in names(url)
+
+
+def test_a_lease_in_a_bucket(url, monkeypatch):
+    for module, name in ((lease, "_RENEW_S"), (lease, "_VOID_S"), (lease, "_LOOK_S")):
+        monkeypatch.setattr(module, name, getattr(module, name) / 40)
+    monkeypatch.setattr(bucket, "_SETTLE_S", 0.1)
+    place, said = bucket.LeaseObject(ObjectStore(url)), []
+    with lease.held(place):
+        assert names(url) == [lease.FILE]
+        first = json.loads(place.read())
+        with (
+            pytest.raises(checks.InputError, match=f"{re.escape(url)}: in use: process"),
+            held(url),
+        ):
+            pass
+        time.sleep(0.6)
+        assert json.loads(place.read())["renewals"] > first["renewals"]
+    assert names(url) == []
+    # of another machine that died: silent, then void
+    place.replace(json.dumps({**first, "host": "node7"}).encode())
+    with lease.held(place, said.append):
+        assert json.loads(place.read())["token"] != first["token"]
+    assert "on node7 holds it since" in said[0]
+    assert names(url) == []
+
+
+def held(url: str):
+    return lease.held(bucket.LeaseObject(ObjectStore(url)))
+
+
+def test_two_that_create_a_lease_at_once(url, monkeypatch):
+    """As in a bucket that ignores the condition: the last one has it, and the first finds out."""
+    real = ObjectStore.create
+
+    def create(store, name, content):
+        done = real(store, name, content)
+        store.write(name, b"another")
+        return done
+
+    monkeypatch.setattr(ObjectStore, "create", create)
+    monkeypatch.setattr(bucket, "_SETTLE_S", 0.0)
+    place = bucket.LeaseObject(ObjectStore(url))
+    assert not place.create(b"mine")
+    assert place.read() == b"another"
 
 
 @pytest.mark.parametrize(

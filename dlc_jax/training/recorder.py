@@ -141,7 +141,8 @@ class Recorder:
             if record is None:
                 record = self._record(folder)
                 _write(folder / RECORD, record)
-                run.conclude({"seconds": record.seconds}, keep_weights=True)
+                summary = {"num_kept": len(record.ids), "seconds": record.seconds}
+                run.conclude(summary, keep_weights=True)
             for seed in self.seeds:  # also if killed after the record was written
                 RunFolder(_run_path(folder, seed)).drop_weights()
                 artefacts.remove(_run_path(folder, seed) / SEEN)

@@ -190,8 +190,10 @@ def test_a_damaged_finished_run_is_done_again(
 
 
 def test_a_finished_run_without_checksums_is_not_finished(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"inputs": "ab", "result": {}}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"inputs": "ab" * 32, "result": {"num_kept": 1, "seconds": 2.0}})
+    )
     said: list[str] = []
-    assert not RunFolder(tmp_path, (), said.append).is_finished("ab")
+    assert not RunFolder(tmp_path, (), said.append).is_finished("ab" * 32)
     assert "run.json has no checksums of its files" in said[0]
     assert "result" not in json.loads((tmp_path / "run.json").read_text())

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from dlc_jax.exports.images import FOLDER_SUFFIXES
 
-_LONGEST = (
-    200  # bytes, of a name and of a path below the folder of a class; file systems stop at 255
-)
+CLASS_NAMES = "class_names.json"  # beside the folders of the classes
+# Bytes of a name, and of a path below the folder of a class; file systems stop at 255 a name.
+_LONGEST = 200
 # Windows opens devices by these names, whatever their suffix.
 _DEVICES = re.compile(r"(con|prn|aux|nul|clock\$|conin\$|conout\$|(com|lpt)[0-9¹²³])", re.I)
 # Folders of network storage and file managers, which readers of image folders pass over.
@@ -30,7 +30,7 @@ PARTS_OF_DATA = {
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
     """Returns a folder name for each class: its own name where that is possible."""
-    names, taken = [], set[str]()
+    names, taken = [], {CLASS_NAMES}
     for class_name in class_names:
         name = plain(unicodedata.normalize("NFC", class_name))  # as `folder:` reads it
         name = _not_passed_over(name)

@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from dlc_jax import artefacts, checks
-from dlc_jax.exports.file_names import PARTS_OF_DATA, ImagePaths, folder_names
+from dlc_jax.exports.file_names import CLASS_NAMES, PARTS_OF_DATA, ImagePaths, folder_names
 from dlc_jax.exports.images import as_file
 from dlc_jax.exports.part import Part
 from dlc_jax.types import Dataset, file_of
-
-CLASS_NAMES = "class_names.json"
 
 
 def write_image_folder(part: Part, path: Path) -> None:

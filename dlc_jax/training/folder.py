@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,15 @@ class RunFolder:
             ) from error
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Writes one line per epoch."""
+        """Writes one line per epoch; numbers that are not finite as null."""
         with artefacts.atomic(self.path / METRICS, "w") as file:
-            file.writelines(json.dumps(epoch) + "\n" for epoch in history)
+            for epoch in history:
+                file.write(f"{json.dumps(artefacts.finite(epoch), allow_nan=False)}\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Returns what `write_metrics` wrote."""
-        return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+        """Returns what `write_metrics` wrote, null as NaN."""
+        lines = [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+        return [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
 
     def finish(
         self,

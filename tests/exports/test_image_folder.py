@@ -141,6 +141,7 @@ CLASSES = st.lists(TEXTS, min_size=1, max_size=4, unique=True)
 @example(["x/a.png", "X/A.PNG", "x"], ["Cat", "cat"], 0)
 @example([f"{i}" for i in range(len(POOL))], ["train", "VAL"], 0)
 @example(["train/a.png", "train/b.png"], ["train"], 0)
+@example(["a"], ["class_names.json"], 0)
 @example(["a-0.png", "é.png", "e\u0301.png"], ["é", "e\u0301"], 0)
 def test_any_names_are_read_back_by_both(image_folder, ids, classes, seed):
     ids = [name.rstrip("\0") for name in ids]

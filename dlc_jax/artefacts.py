@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,9 @@ def prepare_workdir(workdir: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON."""
+    """Writes indented JSON; numbers that are not finite, which JSON has no form of, as null."""
     with atomic(path, "w") as file:
-        json.dump(value, file, indent=2, default=_plain)
+        json.dump(finite(value), file, indent=2, default=_plain, allow_nan=False)
         file.write("\n")
 
 
@@ -148,6 +149,17 @@ def read_bytes(path: Path) -> bytes:
 def json_hash(value: Any) -> str:
     """Returns the SHA-256 of a value's JSON, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def finite(value: Any) -> Any:
+    """Returns the value with None for every number in it that is NaN or infinite."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(some) for key, some in value.items()}
+    return [finite(some) for some in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -171,8 +170,7 @@ def write_certificate(
         return []
     found = certify(probes, seed=seed)
     echo(f"score: {found}")
-    with artefacts.atomic(workdir / artefacts.CERTIFICATE, "w") as file:
-        json.dump(found.to_dict(), file, indent=2)
+    artefacts.write_json(workdir / artefacts.CERTIFICATE, found.to_dict())
     return [Path(artefacts.CERTIFICATE)]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from dlc_jax import checks
 from dlc_jax.datasets.files import matching
 from dlc_jax.datasets.huggingface import open_hf
+from dlc_jax.datasets.json_values import json_problem
 from dlc_jax.datasets.parquet import open_parquet
 from dlc_jax.datasets.row_groups import Table
 
@@ -77,7 +78,7 @@ def _lines(file: Path) -> list[Row]:
             for number, line in enumerate(lines, 1):
                 line = line.removeprefix("\ufeff")  # where files were joined, not only the first
                 if line.strip():
-                    rows.append(_object(json.loads(line), f"{file}, line {number}"))
+                    rows.append(_object(_parsed(line), f"{file}, line {number}"))
         except (ValueError, RecursionError) as error:
             if isinstance(error, checks.InputError):
                 raise
@@ -86,13 +87,22 @@ def _lines(file: Path) -> list[Row]:
     return rows
 
 
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_int=_integer)
+
+
+def _integer(digits: str) -> int:
+    """Returns the number; of one that is too long to be kept, one that is refused as well."""
+    return int(digits) if len(digits) <= 20 else 2**64
+
+
 def _json(where: str) -> list[Row]:
     return [row for file in matching("json", where, ".json") for row in _list(file)]
 
 
 def _list(file: Path) -> list[Row]:
     try:
-        rows = json.loads(file.read_bytes())
+        rows = _parsed(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise checks.InputError(f"{file}: not JSON: {checks.first_line(error)}.") from error
     if not isinstance(rows, list):
@@ -103,6 +113,14 @@ def _list(file: Path) -> list[Row]:
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise checks.InputError(f"{where}: expected an object, found {type(value).__name__}.")
+    for column, cell in value.items():
+        try:
+            problem = json_problem([column, cell])
+        except RecursionError:
+            problem = "lists or objects in one another that are too many"
+        if problem:
+            shown = column.encode("ascii", "backslashreplace").decode()
+            raise checks.InputError(f"{where}: column {shown!r} holds {problem}.")
     return value
 
 

@@ -1,58 +1,88 @@
-"""Samples as image files: their bytes, and names that stay where they are put."""
+"""Samples as image files."""
 
 from __future__ import annotations
 
 import io
-import re
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from dlc_jax import checks
-from dlc_jax.datasets.folder import SUFFIXES
 from dlc_jax.preprocess import opened
 from dlc_jax.types import Sample
 
-_LONGEST = 200  # bytes of a name; file systems stop at 255
+# What torchvision.datasets.ImageFolder takes for images; it looks at nothing else of a name.
+FOLDER_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+# PIL's names of the formats that have such a suffix.
+_SUFFIXES = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "PPM": ".ppm",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "WEBP": ".webp",
+}
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+
+
+class File(NamedTuple):
+    """An image as a file.
+
+    Attributes:
+      content: Its bytes.
+      suffix: One that image folders are read by, by what the bytes are.
+    """
+
+    content: bytes
+    suffix: str
 
 
 def encoded(sample: Sample) -> bytes:
-    """Returns the image's own bytes; arrays as PNG, which loses nothing."""
-    if not isinstance(sample.image, np.ndarray):
-        return sample.image
-    buffer = io.BytesIO()
-    pixels = sample.image[:, :, 0] if sample.image.shape[2:] == (1,) else sample.image
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def suffix_of(content: bytes, sample_id: str) -> str:
-    """Returns `.jpeg`, `.png`, ... by what the bytes are.
+    """Returns the image's own bytes; arrays as PNG, which loses nothing.
 
     Raises:
       ValueError: they are no image.
     """
+    image = sample.image
+    try:
+        if isinstance(image, np.ndarray):
+            return _png(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
+        with opened(image):
+            return image
+    except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
+        raise _no_image(sample, error) from error
+
+
+def as_file(sample: Sample) -> File:
+    """Returns the image as a file of an image folder.
+
+    Formats that have no suffix there (GIF, JPEG 2000, AVIF, ...) become PNG of the same pixels, the
+    first frame of several; all others keep their bytes.
+
+    Raises:
+      ValueError: it is no image.
+    """
+    content = encoded(sample)
     try:
         with opened(content) as image:
-            return f".{(image.format or 'png').lower()}"
-    except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
-        raise checks.InputError(
-            f"sample {sample_id!r} is not a readable image: {checks.first_line(error)}"
-        ) from error
+            suffix = _SUFFIXES.get(image.format or "")
+            return File(content, suffix) if suffix else File(_png(image), ".png")
+    except Exception as error:
+        raise _no_image(sample, error) from error
 
 
-def file_name(sample_id: str, content: bytes) -> str:
-    """Returns a name without folders for an id, which may be a path and may lead anywhere."""
-    flat = plain(sample_id.replace("/", "__"))
-    if not flat.lower().endswith(SUFFIXES):
-        flat += suffix_of(content, sample_id)
-    return flat
+def _png(image: Image.Image) -> bytes:
+    """Encodes the image in its own mode, or as RGB where PNG has no such mode."""
+    buffer = io.BytesIO()
+    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def plain(name: str) -> str:
-    """Returns a name that every file system takes and that leads nowhere else."""
-    name = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name)
-    name = re.sub(r"^\.+", lambda dots: "_" * len(dots[0]), name) or "_"
-    while len(name.encode()) > _LONGEST:
-        name = name[1:]  # the end tells more, and holds the suffix
-    return name
+def _no_image(sample: Sample, error: Exception) -> checks.InputError:
+    return checks.InputError(
+        f"sample {sample.id!r} is not a readable image: {checks.first_line(error)}"
+    )

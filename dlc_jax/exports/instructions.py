@@ -12,42 +12,77 @@ import pyarrow.parquet as pq
 
 from dlc_jax import artefacts, checks
 from dlc_jax.datasets.instructions import Instructions
+from dlc_jax.datasets.json_values import json_problem
 
 
 def write_rows_jsonl(data: Instructions, path: Path) -> None:
-    """Writes a line per row, as the source has it; ValueError for what JSON has no form of."""
+    """Writes a line per row, as the source has it; dates as text.
+
+    Raises:
+      ValueError: naming row and column, for what JSON has no form of.
+    """
+    check_jsonl_holds(data)
     with artefacts.atomic(path) as file:
         for row in data.rows:
-            file.write(f"{json.dumps(row, ensure_ascii=False, default=_plain)}\n".encode())
+            text = json.dumps(row, ensure_ascii=False, default=_plain, allow_nan=False)
+            file.write(f"{text}\n".encode())
+
+
+def check_jsonl_holds(data: Instructions) -> None:
+    """Raises what `write_rows_jsonl` does."""
+    for name, row in zip(data.ids.tolist(), data.rows, strict=True):
+        for column, cell in row.items():
+            if problem := json_problem([column, cell]):
+                raise checks.InputError(
+                    f"{data.name}: column {column!r} of row {name!r} holds {problem}. The form "
+                    "jsonl has no place for it; perhaps parquet has."
+                )
 
 
 def _plain(value: Any) -> str:
-    """Dates as text, which is all that JSON has for them."""
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    raise checks.InputError(f"{type(value).__name__} is not JSON; expected form parquet for it.")
+    return value.isoformat()
 
 
 def write_rows_parquet(data: Instructions, path: Path) -> None:
     """Writes the rows with the columns of the source.
 
     Raises:
-      ValueError: a column whose values have no common type.
+      ValueError: a column whose values have no common type, or one that Parquet does not have.
     """
+    with artefacts.atomic(path) as file:
+        _write_table(data, file)
+
+
+def check_parquet_holds(data: Instructions) -> None:
+    """Raises what `write_rows_parquet` does."""
+    _write_table(data, pa.BufferOutputStream())
+
+
+def _write_table(data: Instructions, file: Any) -> None:
     rows: list[dict[str, Any]] = list(data.rows)
     columns = dict.fromkeys(name for row in rows for name in row)
     try:
-        table = pa.table({name: [row.get(name) for row in rows] for name in columns})
-    except pa.ArrowException as error:
+        arrays = {name: _column([row.get(name) for row in rows]) for name in columns}
+        pq.write_table(pa.table(arrays), file)
+    except (pa.ArrowException, OverflowError, TypeError, UnicodeError) as error:
         raise checks.InputError(
-            f"{path}: {data.name} does not fit a table: {checks.first_line(error)}; expected form "
-            "jsonl for it."
+            f"{data.name} does not fit a table: {checks.first_line(error)}; expected form jsonl "
+            "for it."
         ) from error
-    with artefacts.atomic(path) as file:
-        pq.write_table(table, file)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except OverflowError:
+        return pa.array(values, pa.uint64())
 
 
 INSTRUCTION_EXPORTS: Mapping[str, Callable[[Instructions, Path], None]] = {
     "jsonl": write_rows_jsonl,
     "parquet": write_rows_parquet,
+}
+INSTRUCTION_CHECKS: Mapping[str, Callable[[Instructions], None]] = {
+    "jsonl": check_jsonl_holds,
+    "parquet": check_parquet_holds,
 }

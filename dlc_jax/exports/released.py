@@ -19,15 +19,13 @@ from dlc_jax import checks
 from dlc_jax.datasets.files import regular
 from dlc_jax.datasets.folder import SUFFIXES
 from dlc_jax.exports import part_positions
+from dlc_jax.exports.images import FOLDER_SUFFIXES
 from dlc_jax.preprocess.decode import decode
 from dlc_jax.types import Dataset, Selection
 
 PRETRAINS = ("fully", "weakly")
 _ARCHITECTURES = {"vit_small_patch16_224": "vit_small", "vit_base_patch16_224": "vit_base"}
 _CELLS = {"easiest": "e", "hardest": "h"}
-_TORCHVISION_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -231,11 +229,11 @@ def _read_folder(root: Path, name: str, split: str) -> Iterator[Entry]:
             Path(parent) / file
             for parent, _, files in sorted(os.walk(folder / class_name, followlinks=True))
             for file in sorted(files)
-            if file.lower().endswith(_TORCHVISION_SUFFIXES)
+            if file.lower().endswith(FOLDER_SUFFIXES)
         ]
         if not paths:
             raise checks.InputError(
-                f"{folder / class_name}: expected images ({', '.join(_TORCHVISION_SUFFIXES)}), "
+                f"{folder / class_name}: expected images ({', '.join(FOLDER_SUFFIXES)}), "
                 "found none; torchvision takes every folder for a class."
             )
         for path in paths:

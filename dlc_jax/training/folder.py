@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,14 +121,16 @@ class RunFolder:
             ) from error
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Writes one line per epoch."""
+        """Writes one line per epoch; numbers that are not finite as null."""
         with artefacts.atomic(self.path / METRICS, "w") as file:
-            file.writelines(json.dumps(epoch) + "\n" for epoch in history)
+            for epoch in history:
+                file.write(f"{json.dumps(artefacts.finite(epoch), allow_nan=False)}\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Returns what `write_metrics` wrote."""
+        """Returns what `write_metrics` wrote, null as NaN."""
         path = self.path / METRICS
-        return [parse_json(line, dict, path) for line in path.read_text().splitlines()]
+        lines = [parse_json(line, dict, path) for line in path.read_text().splitlines()]
+        return [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
 
     def finish(
         self,

@@ -115,9 +115,10 @@ def test_names_that_lead_elsewhere_stay_in_the_folder(tmp_path):
     dataset = dlc.array_dataset(pixels, ["..", "a/b", "con:"], ids=ids)
     root = dlc.export(dataset, [0, 1, 2], tmp_path / "in" / "x", form="image_folder")
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    assert files[:2] == ["__/____..__up.png", "a_b/__etc__absolute.png"]
-    assert files[2].startswith("con_/xxx")
-    assert len(files[2]) == len("con_/") + 200
+    assert files[:2] == ["__/up.png", "a_b/etc/absolute.png"]
+    assert files[2] == "class_names.json"
+    assert files[3].startswith("con_/xxx")
+    assert len(files[3]) == len("con_/") + 200
     assert all(path.resolve().is_relative_to(root) for path in root.rglob("*"))
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["x"]
 

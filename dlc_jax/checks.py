@@ -232,6 +232,9 @@ def no_repetition(name: str, values: np.ndarray) -> None:
         )
 
 
+_EMPTY_CLASSES = " dataset.without_empty_classes() leaves them out."
+
+
 def every_class_has_samples(
     name: str, labels: np.ndarray, class_names: Sequence[str], why: str = ""
 ) -> None:
@@ -241,7 +244,7 @@ def every_class_has_samples(
         shown = ", ".join(f"{class_names[j]!r}" for j in empty[:10])
         raise InputError(
             f"{name}: {empty.size} of {len(class_names)} classes have no sample: {shown}. "
-            f"Every class needs at least one.{why}"
+            f"Every class needs at least one.{why or _EMPTY_CLASSES}"
         )
 
 

@@ -81,10 +81,9 @@ class DatasetConfig:
 
     def load(self, source: str) -> Dataset:
         """Returns a data set of images, read as these settings say; see `load_dataset`."""
-        assert self.deep_images is not None  # resolved with the configuration
         return load_dataset(
             source,
-            deep_images=self.deep_images,
+            deep_images=self.deep_images or "error",
             image_column=self.image_column,
             label_column=self.label_column,
         )

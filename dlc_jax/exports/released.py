@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from dlc_jax import checks
 from dlc_jax.datasets.files import regular
 from dlc_jax.datasets.folder import SUFFIXES
+from dlc_jax.datasets.labels import composed
 from dlc_jax.exports import part_positions
 from dlc_jax.exports.images import FOLDER_SUFFIXES
 from dlc_jax.preprocess.decode import decode
@@ -98,10 +99,10 @@ def match_samples(
         several, two that could be the same, or a file with another image.
     """
     order = released_order(datasets_dir, name)
-    entries = _by_key([(entry.class_name, entry.file_name) for entry in order])
+    entries = _by_key([_key(entry.class_name, entry.file_name) for entry in order])
     paths = [PurePosixPath(i) for i in dataset.ids.tolist()]
     classes = [dataset.class_names[label] for label in dataset.labels.tolist()]
-    keys = [(key, path.name) for key, path in zip(classes, paths, strict=True)]
+    keys = [_key(name, path.name) for name, path in zip(classes, paths, strict=True)]
     namesakes = _by_key(keys)
     found = np.empty(len(samples), np.int64)
     for place, index in enumerate(samples.tolist()):
@@ -238,6 +239,11 @@ def _read_folder(root: Path, name: str, split: str) -> Iterator[Entry]:
             )
         for path in paths:
             yield Entry(class_name, path.name, path)
+
+
+def _key(class_name: str, file_name: str) -> tuple[str, str]:
+    """Returns class and file name in one Unicode form: not all file systems keep theirs."""
+    return composed(class_name), composed(file_name)
 
 
 def _by_key(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[int]]:

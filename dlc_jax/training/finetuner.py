@@ -34,7 +34,7 @@ from dlc_jax.selection import kept_positions
 from dlc_jax.training import evaluation
 from dlc_jax.training.batches import epoch_order, training_batches
 from dlc_jax.training.checkpoints import Checkpoints
-from dlc_jax.training.data import RunData
+from dlc_jax.training.data import RunData, class_ids_by_name
 from dlc_jax.training.folder import STOPPED, RunFolder
 from dlc_jax.training.metrics import EpochMetrics
 from dlc_jax.training.optimiser import learning_rates
@@ -128,8 +128,9 @@ class Finetuner:
         if self._test is None:
             return []
         found = [f"test set {self._test.name}"]
-        names = np.array(self._test.class_names)[self._test.labels]
-        if len(untested := np.setdiff1d(self._dataset.class_names, names)):
+        tested = {*class_ids_by_name(self._test, self._dataset).tolist()}
+        untested = [n for j, n in enumerate(self._dataset.class_names) if j not in tested]
+        if untested:
             found.append(f"note: no test image of {checks.listed(untested)}")
         if self.skipped_test:
             found.append(f"unreadable test samples left out: {len(self.skipped_test)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,11 @@ class Tokenised:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def named(self) -> Iterator[tuple[str, Int32[np.ndarray, " _"]]]:
+        """What messages call each sample, and its tokens."""
+        return ((f"sample {name}", row) for name, row in zip(self.ids, self.tokens, strict=True))
 
     def cut(self, num_tokens: Int64[np.ndarray, " n"]) -> Tokenised:
         """Returns the samples with at most as many tokens each."""
@@ -110,6 +115,30 @@ def tokenise(
         data.ids[kept],
         skipped,
     )
+
+
+def check_vocabulary(
+    named: Iterable[tuple[str, Sequence[int] | np.ndarray]],
+    vocab_size: int,
+    text_of: Callable[[int], str | None],
+) -> None:
+    """Raises ValueError unless a model has an embedding of every token.
+
+    Args:
+      named: What messages call a row, and its ids.
+      vocab_size: Rows of the embedding.
+      text_of: Id -> the token it stands for, for the message.
+    """
+    for name, ids in named:
+        row = np.asarray(ids)
+        outside = row[(row < 0) | (row >= vocab_size)]
+        if outside.size:
+            token = int(outside[0])
+            raise checks.InputError(
+                f"{name}: token {token} ({text_of(token)!r}) has no row in the model's embedding, "
+                f"expected ids of 0 to {vocab_size - 1}. Does the tokenizer belong to the model? "
+                "After a token was added, the embedding has to be resized."
+            )
 
 
 def _joint(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from conftest import require_shared
 
-from dlc_jax.evaluation import load_mmlu
+from dlc_jax.encoders.language_model import load_language_model
+from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
 from dlc_jax.evaluation.mmlu_questions import SUBJECTS, Question
 
 HEADER = "question,choice0,choice1,choice2,choice3,answer\n"
@@ -116,3 +117,13 @@ def test_the_real_files_are_read_whole():
     assert {len(subject.shots or ()) for subject in mmlu.subjects} == {5}
     answers = [q.answer for subject in mmlu.subjects for q in subject.questions]
     assert np.bincount(answers).min() > 3000
+
+
+def test_tokens_without_an_embedding_are_refused_by_question(tmp_path):
+    model = load_language_model("demo:tiny-llama", dtype="float32")
+    model.tokenizer.add_tokens(["<extra>"])
+    mmlu = load_mmlu(place(tmp_path, HEADER + ROWS.replace("Why", "Why <extra>")))
+    with pytest.raises(
+        ValueError, match=r"anatomy, 'Why <extra>.*token 4096 \('<extra>'\) has no row"
+    ):
+        evaluate_mmlu(model, mmlu, num_shots=0)

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dlc_jax.datasets.instructions import instructions
-from dlc_jax.preprocess.tokens import Tokenised, bucket_length, token_batches, tokenise
+from dlc_jax.preprocess.tokens import (
+    Tokenised,
+    bucket_length,
+    check_vocabulary,
+    token_batches,
+    tokenise,
+)
 
 TEXTS = (
     "### Instruction:\nName a river.\n\n### Response:\nThe Nile.",
@@ -166,3 +172,13 @@ def test_buckets_fit(length, more):
     bucket = bucket_length(length, longest)
     assert length <= bucket <= min(longest, max(2 * length, 32))
     assert bucket_length(bucket, longest) == bucket
+
+
+def test_tokens_without_an_embedding_are_named_with_their_row():
+    rows = (np.array([0, 96], np.int32), np.array([3, 97, 98], np.int32))
+    data = Tokenised(rows, np.ones(2, np.int32), np.zeros(2, bool), np.array(["a", "b"]))
+    check_vocabulary(data.named, 99, str)
+    with pytest.raises(ValueError, match=r"^sample b: token 97 \('97'\) has no row .* 0 to 96\."):
+        check_vocabulary(data.named, 97, str)
+    with pytest.raises(ValueError, match=r"^x: token -1 "):
+        check_vocabulary([("x", [5, -1])], 97, str)

@@ -173,11 +173,15 @@ def _tokenizer_in(folder: Path) -> Any:
 
 
 def model_folder(weights: str) -> Path:
+    """Returns the folder of a model, fetched where it is a hub id; see `load_language_model`."""
     if weights.startswith("demo:"):
         checks.one_of("weights", weights, [_SAMPLE])
         return Path(str(resources.files("dlc_jax.datasets") / "instructions_sample" / "model"))
     folder = Path(weights).expanduser()
     if folder.is_dir():
+        for file in folder.iterdir():  # reading another kind of file might never end
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise checks.InputError(f"{file}: not a regular file.")
         return folder
     if not checks.is_hub_id(weights):
         raise checks.InputError(

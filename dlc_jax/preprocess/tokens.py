@@ -77,20 +77,29 @@ def tokenise(
 
     Args:
       data: Prompts and responses.
-      tokenizer: A tokenizer of transformers. What it puts in front (begin of sequence) stays; its
-        end of sequence follows the response, where it has one. Texts that hold their special tokens
-        get neither.
+      tokenizer: A tokenizer of transformers. What it puts in front (begin of sequence) stays,
+        unless the prompt begins with one; its end of sequence follows the response, where it has
+        one. Texts that hold their special tokens get neither.
       max_length: Longest sequence in tokens; the end of longer ones is cut off.
       on_corrupt: `error`, or `skip` to leave out samples whose response is cut off altogether.
     Raises:
-      ValueError: such samples, by id, unless they are skipped.
+      ValueError: such samples, by id, unless they are skipped; by id, a text that the tokenizer
+        cannot read.
     """
     checks.at_least("max_length", max_length, 2)
     checks.one_of("on_corrupt", on_corrupt, ("error", "skip"))
     rows, num_prompt, truncated, kept = [], [], [], []
     skipped: dict[str, str] = {}
     for position, (prompt, response) in enumerate(zip(data.prompts, data.responses, strict=True)):
-        ids, num_before = _joint(prompt, response, tokenizer, data.has_special_tokens)
+        try:
+            ids, num_before = _joint(prompt, response, tokenizer, data.has_special_tokens)
+        except BaseException as error:
+            if not _is_of_tokenizer(error):
+                raise
+            raise checks.InputError(
+                f"{data.name}: sample {data.ids[position]!s}: the tokenizer cannot read it: "
+                f"{checks.first_line(error)}."
+            ) from error
         if num_before >= max_length:
             skipped[str(data.ids[position])] = (
                 f"its prompt alone has {num_before} tokens, of at most {max_length}"
@@ -115,6 +124,11 @@ def tokenise(
         data.ids[kept],
         skipped,
     )
+
+
+def _is_of_tokenizer(error: BaseException) -> bool:
+    """Whether it is an error, or what a panic of the tokenizer in Rust is raised as."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def check_vocabulary(
@@ -145,22 +159,32 @@ def _joint(
     prompt: str, response: str, tokenizer: Any, has_special_tokens: bool
 ) -> tuple[list[int], int]:
     """Returns the ids of both together, and how many of them hold nothing of the response."""
+    (prompt + response).encode()  # half a surrogate pair is no text; tokenizers name no reason
     read = functools.partial(tokenizer, add_special_tokens=not has_special_tokens, verbose=False)
     if tokenizer.is_fast:
         found = read(prompt + response, return_offsets_mapping=True)
         ids = list(found["input_ids"])
-        ends = [end for _, end in found["offset_mapping"]]
+        twice = _begins_twice(ids, tokenizer) and not has_special_tokens
+        ids, ends = ids[twice:], [end for _, end in found["offset_mapping"]][twice:]
         # an end of sequence that the tokenizer put there covers no characters
         num_before = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
     else:
         ids = list(read(prompt + response)["input_ids"])
         alone = read(prompt)["input_ids"]
+        twice = _begins_twice(ids, tokenizer) and not has_special_tokens
+        ids, alone = ids[twice:], alone[twice:]
         pairs = zip(alone, ids, strict=False)
         num_before = next((i for i, (a, b) in enumerate(pairs) if a != b), len(alone))
     end = tokenizer.eos_token_id
     if not has_special_tokens and end is not None and (not ids or ids[-1] != end):
         ids.append(end)
     return ids, num_before
+
+
+def _begins_twice(ids: list[int], tokenizer: Any) -> bool:
+    """Whether a begin of sequence was put before one that the text has."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return begin is not None and ids[:2] == [begin, begin]
 
 
 class TokenBatch(NamedTuple):

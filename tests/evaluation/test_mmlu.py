@@ -1,5 +1,7 @@
 """MMLU files: what is read, and what is refused by file and line. Scores: see test_harness.py."""
 
+import os
+
 import numpy as np
 import pytest
 from conftest import require_shared
@@ -127,3 +129,17 @@ def test_tokens_without_an_embedding_are_refused_by_question(tmp_path):
         ValueError, match=r"anatomy, 'Why <extra>.*token 4096 \('<extra>'\) has no row"
     ):
         evaluate_mmlu(model, mmlu, num_shots=0)
+
+
+@pytest.mark.parametrize("part", ["test", "dev"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_files_without_an_end_are_refused(tmp_path, part, kind):
+    source = place(tmp_path, dev=HEADER + ROWS)
+    file = tmp_path / part / f"anatomy_{part}.csv"
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=rf"anatomy_{part}.csv: cannot be read: .*not a regular"):
+        load_mmlu(source)

@@ -25,7 +25,7 @@ from dlc_jax.encoders.language_model import (
 from dlc_jax.evaluation import Mmlu, evaluate_mmlu, load_mmlu
 from dlc_jax.exports.peft import load_adapter
 from dlc_jax.instructions_stage import load_configured_instructions
-from dlc_jax.preprocess.tokens import Tokenised, tokenise
+from dlc_jax.preprocess.tokens import Tokenised, check_vocabulary, tokenise
 from dlc_jax.selection import Cell
 from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.sweep import run_sweep
@@ -56,7 +56,9 @@ def check_before_scoring(config: Config) -> None:
         max_length = longest_sequence(sizes, weights, config.encoder.max_length)
         data = load_configured_instructions(config, config.dataset.test)
         on_corrupt = config.dataset.on_corrupt
-        tokenise(data, load_tokenizer(weights), max_length, on_corrupt=on_corrupt)
+        tokenizer = load_tokenizer(weights)
+        tokens = tokenise(data, tokenizer, max_length, on_corrupt=on_corrupt)
+        check_vocabulary(tokens.named, sizes.vocab_size, tokenizer.convert_ids_to_tokens)
     if "evaluate" in config.stages:
         _questions(config).check_shots(config.evaluation.num_shots)
 

@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dlc_jax import checks
-from dlc_jax.datasets.instruction_rows import Row, Rows
+from dlc_jax.datasets.instruction_rows import Row, Rows, is_empty
+from dlc_jax.datasets.limits import limited
 
 MESSAGES = "messages"  # column
+# Fields of a message besides role and content that a template may know or not.
+_FIELDS = ("tool_calls", "function_call", "tools", "documents", "images", "videos", "audios")
 Messages = list[dict[str, Any]]
+_LONGEST_TEMPLATE = 2**20  # characters that are not of the conversation
 
 
 class Rendered(NamedTuple):
@@ -99,17 +103,19 @@ def render(conversations: Sequence[Messages], rows: Rows, tokenizer: Any) -> Ren
     prompts, wholes = [], []
     for place, messages in zip(rows.places, conversations, strict=True):
         try:
-            prompts.append(
-                tokenizer.apply_chat_template(
-                    messages[:-1], tokenize=False, add_generation_prompt=True
-                )
-            )
-            wholes.append(tokenizer.apply_chat_template(messages, tokenize=False))
+            prompts.append(written(tokenizer, messages[:-1], add_generation_prompt=True))
+            wholes.append(written(tokenizer, messages))
+            unused = _unused_field(tokenizer, messages, wholes[-1])
         except Exception as error:  # the template is a program of its own: anything can happen
             raise checks.InputError(
                 f"{rows.name}: {place}: the tokenizer's chat template refuses it: "
                 f"{checks.first_line(error)}."
             ) from error
+        if unused is not None:
+            raise checks.InputError(
+                f"{rows.name}: {place}: has messages with {unused!r}, which the tokenizer's chat "
+                "template leaves out; expected a template that uses it, or messages without it."
+            )
     pairs = list(zip(wholes, prompts, strict=True))
     rows.refuse(
         (not whole.startswith(prompt) or whole == prompt for whole, prompt in pairs),
@@ -117,3 +123,28 @@ def render(conversations: Sequence[Messages], rows: Rows, tokenizer: Any) -> Ren
         "that prompt and response cannot be told apart",
     )
     return Rendered(tuple(prompts), tuple(whole[len(prompt) :] for whole, prompt in pairs))
+
+
+def written(tokenizer: Any, messages: Messages, **options: Any) -> str:
+    """Returns what a tokenizer's chat template makes of a conversation.
+
+    Raises:
+      ValueError: it is far longer than the conversation.
+      Exception: any that the template raises, or its limits; see `limited`.
+    """
+    with limited():
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    size = sum(len(str(message)) for message in messages)
+    if len(text) > _LONGEST_TEMPLATE + 10 * size:
+        raise ValueError(f"it makes {len(text)} characters of {size}")
+    return text
+
+
+def _unused_field(tokenizer: Any, messages: Messages, text: str) -> str | None:
+    """Returns a field of these messages that the text does not depend on."""
+    for field in _FIELDS:
+        if any(not is_empty(message.get(field)) for message in messages):
+            without = [{k: v for k, v in m.items() if k != field} for m in messages]
+            if written(tokenizer, without) == text:
+                return field
+    return None

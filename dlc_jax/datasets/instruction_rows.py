@@ -21,6 +21,11 @@ Row = Mapping[str, Any]
 
 SAMPLE = "instructions_sample"  # folder of this package
 _DEMOS = ("dolly/train", "dolly/test")
+# Columns of what a model is to see besides the prompt, as common formats call them.
+_CONTEXT = (
+    *("system", "system_prompt", "history", "context", "documents"),
+    *("tools", "functions", "image", "images", "videos", "audios"),
+)
 _MANY = 10  # rows that a message lists
 
 
@@ -49,6 +54,25 @@ class Rows:
             raise checks.InputError(
                 f"{self.name}: {len(bad)} {problem}: {', '.join(bad[:_MANY])}{more}."
             )
+
+    def refuse_context(self, template: str) -> None:
+        """Raises ValueError, naming column and rows, for context that a template leaves out."""
+        for column in sorted({name for row in self.rows for name in row}):
+            if column.lower() in _CONTEXT:
+                self.refuse(
+                    (not is_empty(row.get(column)) for row in self.rows),
+                    f"have {column!r}, which template {template!r} does not use; expected it in "
+                    "'messages' or the prompt, and the column left out or empty",
+                )
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value of a row holds nothing: null, blank text, or nothing but such values."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return all(map(is_empty, value)) if isinstance(value, list | tuple) else value is None
 
 
 def read_rows(source: str) -> Rows:

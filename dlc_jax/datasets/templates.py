@@ -48,6 +48,7 @@ class Columns:
     """Rows with the prompt and the response in columns of text.
 
     Attributes:
+      name: Of the template.
       needed: Columns of the prompt that a row must have.
       response: Column of the response.
       optional: Columns of the prompt that may be missing or empty.
@@ -55,6 +56,7 @@ class Columns:
       request: Row -> what is asked for, with nothing around it.
     """
 
+    name: str
     needed: tuple[str, ...]
     response: str
     optional: tuple[str, ...]
@@ -66,7 +68,7 @@ class Columns:
         return (*self.needed, self.response)
 
     def check(self, rows: Rows) -> None:
-        """Raises ValueError, by id, where a column has no text or the response is empty."""
+        """Raises ValueError, by id: a column without text, an empty response, unused context."""
         for column in (*self.all_needed, *self.optional):
             kinds = (str, type(None)) if column in self.optional else (str,)
             rows.refuse(
@@ -74,6 +76,7 @@ class Columns:
                 f"have no text in column {column!r}",
             )
         rows.refuse((not row[self.response].strip() for row in rows.rows), "have an empty response")
+        rows.refuse_context(self.name)
 
     def texts(self, rows: Rows, _: Any = None) -> Texts:
         self.check(rows)
@@ -104,14 +107,15 @@ def _as_it_is(row: Row) -> str:
     return row["prompt"]
 
 
-_ALPACA = Columns(("instruction",), "output", ("input",), _alpaca, _instruction_and_input)
-_PROMPT = Columns(("prompt",), "response", (), _as_it_is, _as_it_is)
+_ALPACA = Columns("alpaca", ("instruction",), "output", ("input",), _alpaca, _instruction_and_input)
+_PROMPT = Columns("prompt", ("prompt",), "response", (), _as_it_is, _as_it_is)
 
 
 def _chat(rows: Rows, tokenizer: Any) -> Texts:
     """Makes texts of messages where there are some, and of the columns of texts otherwise."""
     if MESSAGES in rows.rows[0]:
         conversations = conversations_of(rows)
+        rows.refuse_context("chat")
     else:
         columns = _COLUMNS[told_by_columns(rows, {k: v.all_needed for k, v in _COLUMNS.items()})]
         columns.check(rows)
@@ -127,7 +131,7 @@ def _chat(rows: Rows, tokenizer: Any) -> Texts:
     return Texts(prompts, responses, True, identities)
 
 
-_COLUMNS = {"alpaca": _ALPACA, "prompt": _PROMPT}
+_COLUMNS = {columns.name: columns for columns in (_ALPACA, _PROMPT)}
 
 # "prompt" is for data whose prompts were put into a template already, as in Dolly+HH-RLHF.
 TEMPLATES: Mapping[str, Template] = {

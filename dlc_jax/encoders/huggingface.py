@@ -40,6 +40,8 @@ _SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
 )
 
 # Path here -> name in a checkpoint; the first full match counts.
@@ -153,6 +155,15 @@ def decoder_config(config: Any, source: str = "config") -> DecoderConfig:
     checks.one_of(f"{source}: activation", activation, ACTIVATIONS)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scale = config.query_pre_attn_scalar if is_gemma else head_dim
+    if config.num_attention_heads % config.num_key_value_heads or head_dim % 2:
+        raise checks.InputError(
+            f"{source}: {config.num_attention_heads} heads of {head_dim} features and "
+            f"{config.num_key_value_heads} key-value heads; expected a multiple of the latter, and "
+            "an even number of features."
+        )
+    positive = {"rms_norm_eps": config.rms_norm_eps, "query_pre_attn_scalar": scale}
+    for name, value in (positive | {"rope_theta": config.rope_parameters["rope_theta"]}).items():
+        checks.at_least(f"{source}: {name}", value, 0, exclusive=True)
     return DecoderConfig(
         vocab_size=config.vocab_size,
         width=config.hidden_size,

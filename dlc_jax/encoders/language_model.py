@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from dlc_jax import checks
@@ -18,6 +20,7 @@ from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.huggingface import read_config, read_params
 from dlc_jax.encoders.projection import Adapter
 from dlc_jax.encoders.transformers_library import transformers_library
+from dlc_jax.preprocess.tokens import check_vocabulary
 from dlc_jax.types import Params, by_path
 
 DECODER = "decoder"  # as `encoder.name`
@@ -87,6 +90,17 @@ class LanguageModel:
                 f"{self.name}: has an adapter, expected a model without one; write_merged gives a "
                 "model that another can be added to."
             )
+
+    def check_tokens(self, named: Iterable[tuple[str, Sequence[int] | np.ndarray]]) -> None:
+        """Raises ValueError for a token without an embedding; see `check_vocabulary`."""
+
+        def text_of(token: int) -> str | None:
+            try:
+                return self.tokenizer.convert_ids_to_tokens(token)
+            except Exception:  # no tokenizer, or an id that it does not know
+                return None
+
+        check_vocabulary(named, self.config.vocab_size, text_of)
 
     module_order = None  # decides in official mode only, which language models have none of
 
@@ -159,11 +173,15 @@ def _tokenizer_in(folder: Path) -> Any:
 
 
 def model_folder(weights: str) -> Path:
+    """Returns the folder of a model, fetched where it is a hub id; see `load_language_model`."""
     if weights.startswith("demo:"):
         checks.one_of("weights", weights, [_SAMPLE])
         return Path(str(resources.files("dlc_jax.datasets") / "instructions_sample" / "model"))
     folder = Path(weights).expanduser()
     if folder.is_dir():
+        for file in folder.iterdir():  # reading another kind of file might never end
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise checks.InputError(f"{file}: not a regular file.")
         return folder
     if not checks.is_hub_id(weights):
         raise checks.InputError(

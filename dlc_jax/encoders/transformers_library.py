@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 from types import ModuleType
 
@@ -16,6 +17,7 @@ def transformers_library() -> ModuleType:
     Configurations and tokenizers need no torchvision, but transformers imports it where it is
     found; one that was built for another torch would stop it.
     """
+    os.environ["RUST_BACKTRACE"] = "0"  # a tokenizer that panics is refused in a line
     is_broken = False
     if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is not None:
         try:

@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from dlc_jax import checks
+from dlc_jax.datasets.chat import written
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods, longest_input
@@ -109,9 +110,9 @@ class JaxLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Returns the text of a conversation, by the tokenizer's template."""
-        return self.tokenizer.apply_chat_template(
+        return written(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )

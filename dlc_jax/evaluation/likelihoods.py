@@ -81,7 +81,9 @@ def continuation_log_likelihoods(
     """
     max_length = longest_input(model, max_length)
     checks.at_least("tokens_per_batch", tokens_per_batch, 1)
-    _check(pairs, max_length, model.config.vocab_size)
+    _check(pairs, max_length)
+    for number, pair in enumerate(pairs):
+        model.check_tokens((f"pair {number}", ids) for ids in pair)
     num_cut = np.array([max(0, len(a) + len(b) - 1 - max_length) for a, b in pairs], np.int64)
     inputs, judged = _laid_out(pairs, num_cut)
     logs = np.zeros(len(judged.pairs))
@@ -113,17 +115,12 @@ def longest_input(model: LanguageModel, asked: int | None) -> int:
     return asked
 
 
-def _check(pairs: Sequence[Pair], max_length: int, vocab_size: int) -> None:
+def _check(pairs: Sequence[Pair], max_length: int) -> None:
     for number, (context, continuation) in enumerate(pairs):
         for name, ids in (("context", context), ("continuation", continuation)):
             if len(ids) == 0:
                 raise checks.InputError(
                     f"pair {number}: its {name} has no token, expected at least one."
-                )
-            if min(ids) < 0 or max(ids) >= vocab_size:
-                raise checks.InputError(
-                    f"pair {number}: its {name} has ids {min(ids)} to {max(ids)}; the model knows "
-                    f"0 to {vocab_size - 1}. Does the tokenizer belong to it?"
                 )
         if len(continuation) > max_length:
             raise checks.InputError(

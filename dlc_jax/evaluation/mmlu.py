@@ -53,7 +53,8 @@ def evaluate_mmlu(
       limit: Only so many questions of each subject, the first ones.
       tokens_per_batch, progress: As for `continuation_log_likelihoods`.
     Raises:
-      ValueError: a subject with fewer solved questions than `num_shots`.
+      ValueError: a subject with fewer solved questions than `num_shots`; by question, tokens that
+        the model does not have.
     """
     checks.integer("num_shots", num_shots)
     checks.at_least("num_shots", num_shots, 0)
@@ -63,9 +64,14 @@ def evaluate_mmlu(
     mmlu.check_shots(num_shots)
     asked = [(s, question) for s in mmlu.subjects for question in s.questions[:limit]]
     prompts = [subject.prompt(question, num_shots) for subject, question in asked]
+    pairs = _pairs(prompts, model.tokenizer)
+    for number, pair in enumerate(pairs):
+        subject, question = asked[number // len(LETTERS)]
+        place = f"{mmlu.name}: {subject.name}, {question.question.strip()[:60]!r}"
+        model.check_tokens((place, ids) for ids in pair)
     found = continuation_log_likelihoods(
         model,
-        _pairs(prompts, model.tokenizer),
+        pairs,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
     )

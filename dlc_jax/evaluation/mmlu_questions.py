@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 from dlc_jax import checks
+from dlc_jax.datasets.files import regular
 
 # Which group lm_eval counts a subject in.
 _SUBJECTS = {
@@ -167,7 +168,7 @@ def _questions(file: Path) -> tuple[Question, ...]:
 def _rows(file: Path) -> list[tuple[int, list[str]]]:
     """Returns the rows that are not empty, and in which line each begins, counted from 1."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = regular(file).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise checks.InputError(f"{file}: cannot be read: {checks.first_line(error)}.") from error
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,11 @@ class Tokenised:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def named(self) -> Iterator[tuple[str, Int32[np.ndarray, " _"]]]:
+        """What messages call each sample, and its tokens."""
+        return ((f"sample {name}", row) for name, row in zip(self.ids, self.tokens, strict=True))
 
     def cut(self, num_tokens: Int64[np.ndarray, " n"]) -> Tokenised:
         """Returns the samples with at most as many tokens each."""
@@ -72,20 +77,29 @@ def tokenise(
 
     Args:
       data: Prompts and responses.
-      tokenizer: A tokenizer of transformers. What it puts in front (begin of sequence) stays; its
-        end of sequence follows the response, where it has one. Texts that hold their special tokens
-        get neither.
+      tokenizer: A tokenizer of transformers. What it puts in front (begin of sequence) stays,
+        unless the prompt begins with one; its end of sequence follows the response, where it has
+        one. Texts that hold their special tokens get neither.
       max_length: Longest sequence in tokens; the end of longer ones is cut off.
       on_corrupt: `error`, or `skip` to leave out samples whose response is cut off altogether.
     Raises:
-      ValueError: such samples, by id, unless they are skipped.
+      ValueError: such samples, by id, unless they are skipped; by id, a text that the tokenizer
+        cannot read.
     """
     checks.at_least("max_length", max_length, 2)
     checks.one_of("on_corrupt", on_corrupt, ("error", "skip"))
     rows, num_prompt, truncated, kept = [], [], [], []
     skipped: dict[str, str] = {}
     for position, (prompt, response) in enumerate(zip(data.prompts, data.responses, strict=True)):
-        ids, num_before = _joint(prompt, response, tokenizer, data.has_special_tokens)
+        try:
+            ids, num_before = _joint(prompt, response, tokenizer, data.has_special_tokens)
+        except BaseException as error:
+            if not _is_of_tokenizer(error):
+                raise
+            raise checks.InputError(
+                f"{data.name}: sample {data.ids[position]!s}: the tokenizer cannot read it: "
+                f"{checks.first_line(error)}."
+            ) from error
         if num_before >= max_length:
             skipped[str(data.ids[position])] = (
                 f"its prompt alone has {num_before} tokens, of at most {max_length}"
@@ -112,26 +126,65 @@ def tokenise(
     )
 
 
+def _is_of_tokenizer(error: BaseException) -> bool:
+    """Whether it is an error, or what a panic of the tokenizer in Rust is raised as."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def check_vocabulary(
+    named: Iterable[tuple[str, Sequence[int] | np.ndarray]],
+    vocab_size: int,
+    text_of: Callable[[int], str | None],
+) -> None:
+    """Raises ValueError unless a model has an embedding of every token.
+
+    Args:
+      named: What messages call a row, and its ids.
+      vocab_size: Rows of the embedding.
+      text_of: Id -> the token it stands for, for the message.
+    """
+    for name, ids in named:
+        row = np.asarray(ids)
+        outside = row[(row < 0) | (row >= vocab_size)]
+        if outside.size:
+            token = int(outside[0])
+            raise checks.InputError(
+                f"{name}: token {token} ({text_of(token)!r}) has no row in the model's embedding, "
+                f"expected ids of 0 to {vocab_size - 1}. Does the tokenizer belong to the model? "
+                "After a token was added, the embedding has to be resized."
+            )
+
+
 def _joint(
     prompt: str, response: str, tokenizer: Any, has_special_tokens: bool
 ) -> tuple[list[int], int]:
     """Returns the ids of both together, and how many of them hold nothing of the response."""
+    (prompt + response).encode()  # half a surrogate pair is no text; tokenizers name no reason
     read = functools.partial(tokenizer, add_special_tokens=not has_special_tokens, verbose=False)
     if tokenizer.is_fast:
         found = read(prompt + response, return_offsets_mapping=True)
         ids = list(found["input_ids"])
-        ends = [end for _, end in found["offset_mapping"]]
+        twice = _begins_twice(ids, tokenizer) and not has_special_tokens
+        ids, ends = ids[twice:], [end for _, end in found["offset_mapping"]][twice:]
         # an end of sequence that the tokenizer put there covers no characters
         num_before = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
     else:
         ids = list(read(prompt + response)["input_ids"])
         alone = read(prompt)["input_ids"]
+        twice = _begins_twice(ids, tokenizer) and not has_special_tokens
+        ids, alone = ids[twice:], alone[twice:]
         pairs = zip(alone, ids, strict=False)
         num_before = next((i for i, (a, b) in enumerate(pairs) if a != b), len(alone))
     end = tokenizer.eos_token_id
     if not has_special_tokens and end is not None and (not ids or ids[-1] != end):
         ids.append(end)
     return ids, num_before
+
+
+def _begins_twice(ids: list[int], tokenizer: Any) -> bool:
+    """Whether a begin of sequence was put before one that the text has."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return begin is not None and ids[:2] == [begin, begin]
 
 
 class TokenBatch(NamedTuple):

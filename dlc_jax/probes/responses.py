@@ -78,7 +78,8 @@ def response_losses(
     Returns:
       In nats per token of the response; the prompt's tokens do not count.
     Raises:
-      ValueError: processes without a folder to share.
+      ValueError: processes without a folder to share; by sample, tokens that the model does not
+        have.
     """
 
     def of_rows(rows: Rows) -> Array:
@@ -113,7 +114,7 @@ def measure_responses(
       tokens: What `tokenise` gives of these data with the same arguments, where that was done.
       tokens_per_batch, folder, mesh, progress: As for `response_losses`.
     Raises:
-      ValueError: see `tokenise`.
+      ValueError: see `tokenise` and `response_losses`.
     """
     max_length = model.max_length(max_length)
     measured = functools.partial(
@@ -127,6 +128,7 @@ def measure_responses(
     if tokens is None:
         tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
     kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
+    model.check_tokens(tokens.named)
     alone = _alone(kept, model, tokens, max_length)
     return ResponseLosses(
         losses=measured(tokens),
@@ -174,13 +176,15 @@ def probe_responses(
     Returns:
       Losses [m, n] in nats, higher is harder. All samples are one class, without a prototype.
     Raises:
-      ValueError: an unknown name, a value out of range, or losses that are not finite.
+      ValueError: an unknown name, a value out of range, tokens that the model does not have, by
+        sample, or losses that are not finite.
     Source: Jiang et al. 2025, section 3.
     """
     check_path(schedule, step, num_probes, placement, max_sparsity)
     check_agreement(agreement)
     checks.one_of("probe.masking", masking, MASKINGS)
     checks.seed(seed)
+    model.check_tokens(data.named)  # before the path, which takes a pass over the weights
     counts = functools.partial(
         path_counts,
         schedule=schedule,
@@ -250,6 +254,7 @@ class _Work(NamedTuple):
         mesh: Mesh | None,
     ) -> _Work:
         checks.at_least("tokens_per_batch", tokens_per_batch, 1)
+        model.check_tokens(data.named)
         plans = list(plan_batches(data, tokens_per_batch))
         team = Team.alone(mesh_of(model.params)) if mesh is None else Team.of(mesh)
         if team.num_teams > 1 and folder is None:

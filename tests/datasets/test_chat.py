@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import resource
+import signal
 
 import numpy as np
 import pyarrow as pa
@@ -203,3 +205,79 @@ def test_templates_that_cannot_be_used_say_why(timm, tokenizer):
         instructions([{"text": "a"}], "chat", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="fit prompt and chat"):
         instructions([row | {"prompt": "a", "response": "b"}], tokenizer=tokenizer)
+
+
+def wide(num):
+    """Returns a template that doubles a text so often."""
+    return "{% set n = namespace(x='aa') %}" + "{% set n.x = n.x ~ n.x %}" * num + "{{ n.x }}"
+
+
+LOOP = "{% for i in range(99999) %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ 'a' * 10**9 }}", "MemoryError"),
+        ("{{ messages[0]['role'] * 10**6 }}", "it makes 4000000 characters of"),
+        ("{{ 'a' * 10**12 }}", "MemoryError"),
+        ("{{ 'a' | center(10**12) }}", "MemoryError"),
+        ("{{ '%1000000000000d' % 1 }}", "Error"),
+        (wide(50), "MemoryError|TimeoutError"),
+        ("{% for i in range(10**9) %}{{ i }}{% endfor %}", "Range too big"),
+        (LOOP + "aaaaaaaaaaaaaaaaaaaa{% endfor %}", "it makes 1999980 characters of"),
+        (LOOP + LOOP + LOOP + "{% endfor %}" * 3, "TimeoutError: took more than 0.3 s"),
+        ("{{ 10**(10**9) }}", "TimeoutError: took more than 0.3 s|MemoryError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "Error"),
+        ("{% if %}", "TemplateSyntaxError"),
+    ],
+)
+def test_templates_that_would_take_everything_are_refused(tokenizer, monkeypatch, template, says):
+    from copy import deepcopy
+
+    monkeypatch.setattr("dlc_jax.datasets.limits._SECONDS", 0.3)
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
+    other = deepcopy(tokenizer)
+    other.chat_template = template
+    with pytest.raises(
+        ValueError, match=f"row 1: the tokenizer's chat template refuses it: .*{says}"
+    ):
+        instructions([{"messages": TALKS[0]}], tokenizer=other)
+    assert before == (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("tools", [{"name": "search"}]),
+        ("tools", '[{"name": "search"}]'),
+        ("functions", [{"name": "search"}]),
+        ("System", "Be brief."),
+        ("history", [["a", "b"]]),
+        ("images", ["a.png"]),
+    ],
+)
+def test_context_beside_messages_is_refused_by_name(tokenizer, column, value):
+    rows = [{"id": name, "messages": TALKS[0], column: None} for name in "vwx"]
+    for empty in (None, "", " ", [], {}, [[]], "[]"):
+        rows[2][column] = empty
+        assert len(instructions(rows, tokenizer=tokenizer)) == 3
+    rows[1][column] = value
+    with pytest.raises(ValueError, match=f"1 have '{column}', which template 'chat' .*: w"):
+        instructions(rows, tokenizer=tokenizer)
+
+
+def test_calls_in_messages_are_used_by_the_template_or_refused(tokenizer):
+    from copy import deepcopy
+
+    talk = [dict(message) for message in TALKS[1]]
+    talk[1]["tool_calls"] = [{"function": {"name": "search"}}]
+    row = {"id": "x", "messages": talk}
+    with pytest.raises(ValueError, match="x: has messages with 'tool_calls', which .* leaves out"):
+        instructions([row], tokenizer=tokenizer)
+    other = deepcopy(tokenizer)
+    content = "{{ message['content'] | trim }}"
+    other.chat_template = other.chat_template.replace(content, content + "{{ message.tool_calls }}")
+    assert "search" in instructions([row], tokenizer=other).prompts[0]

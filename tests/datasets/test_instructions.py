@@ -232,3 +232,23 @@ def test_real_data(name, num, start):
     assert len(data) == len(set(data.ids)) == num
     assert all(prompt.startswith(start) for prompt in data.prompts)
     assert all(prompt.count("### Response:") == 1 for prompt in data.prompts[:50])
+
+
+@pytest.mark.parametrize("row", [PLAIN, WRAPPED])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("system", "Be brief."),
+        ("history", [["Hi", "Hello"]]),
+        ("context", "Egypt"),
+        ("tools", '[{"name": "search"}]'),
+        ("images", [b"png"]),
+    ],
+)
+@pytest.mark.parametrize("template", [None, "chat"])
+def test_context_that_a_template_leaves_out_is_refused_by_name(row, column, value, template):
+    if template is None:
+        empty = [{**row, column: none} for none in (None, "", [], "[]")]
+        assert instructions(empty).prompts == instructions([row]).prompts * 4
+    with pytest.raises(ValueError, match=f"1 have '{column}', which template .*: row 2"):
+        instructions([row, {**row, column: value}], template)

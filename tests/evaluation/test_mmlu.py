@@ -1,10 +1,13 @@
 """MMLU files: what is read, and what is refused by file and line. Scores: see test_harness.py."""
 
+import os
+
 import numpy as np
 import pytest
 from conftest import require_shared
 
-from dlc_jax.evaluation import load_mmlu
+from dlc_jax.encoders.language_model import load_language_model
+from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
 from dlc_jax.evaluation.mmlu_questions import SUBJECTS, Question
 
 HEADER = "question,choice0,choice1,choice2,choice3,answer\n"
@@ -116,3 +119,27 @@ def test_the_real_files_are_read_whole():
     assert {len(subject.shots or ()) for subject in mmlu.subjects} == {5}
     answers = [q.answer for subject in mmlu.subjects for q in subject.questions]
     assert np.bincount(answers).min() > 3000
+
+
+def test_tokens_without_an_embedding_are_refused_by_question(tmp_path):
+    model = load_language_model("demo:tiny-llama", dtype="float32")
+    model.tokenizer.add_tokens(["<extra>"])
+    mmlu = load_mmlu(place(tmp_path, HEADER + ROWS.replace("Why", "Why <extra>")))
+    with pytest.raises(
+        ValueError, match=r"anatomy, 'Why <extra>.*token 4096 \('<extra>'\) has no row"
+    ):
+        evaluate_mmlu(model, mmlu, num_shots=0)
+
+
+@pytest.mark.parametrize("part", ["test", "dev"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_files_without_an_end_are_refused(tmp_path, part, kind):
+    source = place(tmp_path, dev=HEADER + ROWS)
+    file = tmp_path / part / f"anatomy_{part}.csv"
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=rf"anatomy_{part}.csv: cannot be read: .*not a regular"):
+        load_mmlu(source)

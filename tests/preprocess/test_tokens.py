@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dlc_jax.datasets.instructions import instructions
-from dlc_jax.preprocess.tokens import Tokenised, bucket_length, token_batches, tokenise
+from dlc_jax.preprocess.tokens import (
+    Tokenised,
+    bucket_length,
+    check_vocabulary,
+    token_batches,
+    tokenise,
+)
 
 TEXTS = (
     "### Instruction:\nName a river.\n\n### Response:\nThe Nile.",
@@ -166,3 +172,49 @@ def test_buckets_fit(length, more):
     bucket = bucket_length(length, longest)
     assert length <= bucket <= min(longest, max(2 * length, 32))
     assert bucket_length(bucket, longest) == bucket
+
+
+def test_tokens_without_an_embedding_are_named_with_their_row():
+    rows = (np.array([0, 96], np.int32), np.array([3, 97, 98], np.int32))
+    data = Tokenised(rows, np.ones(2, np.int32), np.zeros(2, bool), np.array(["a", "b"]))
+    check_vocabulary(data.named, 99, str)
+    with pytest.raises(ValueError, match=r"^sample b: token 97 \('97'\) has no row .* 0 to 96\."):
+        check_vocabulary(data.named, 97, str)
+    with pytest.raises(ValueError, match=r"^x: token -1 "):
+        check_vocabulary([("x", [5, -1])], 97, str)
+
+
+def test_a_prompt_that_begins_a_sequence_gets_no_second_begin(tokenizer):
+    class Slow:
+        is_fast = False
+        eos_token_id, bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+
+        def __call__(self, text, **options):
+            return {"input_ids": tokenizer(text, **options)["input_ids"]}
+
+    begin = tokenizer.bos_token_id
+    plain = tokenise(rows_of(("one two", " three")), tokenizer, 64)
+    for some in (tokenizer, Slow()):
+        found = tokenise(rows_of(("<s>one two", " three"), ("<s><s>one", " two")), some, 64)
+        assert [row.tolist().count(begin) for row in found.tokens] == [1, 2]
+        assert found.tokens[0].tolist()[0] == begin
+        assert found.num_response[0] == plain.num_response[0]
+        assert tokenizer.decode(found.tokens[0][: found.num_prompt[0]]).startswith("<s>")
+    assert plain.tokens[0].tolist().count(begin) == 1
+
+
+def test_what_is_no_text_is_named_with_its_row(tokenizer):
+    for pair in (("one\ud800", "two"), ("one", "two\udfff")):
+        data = rows_of(("one", "two"), pair)
+        with pytest.raises(
+            ValueError, match=f"rows: sample {data.ids[1]}: the tokenizer cannot .*surrogates not"
+        ):
+            tokenise(data, tokenizer, 64)
+
+
+def test_a_regular_expression_that_explodes_is_an_error_of_its_row(timm):
+    exploding = Tokenizer(models.BPE())
+    exploding.pre_tokenizer = pre_tokenizers.Split(Regex(r"(x+x+)+y"), "isolated")
+    data = rows_of(("one", "two"), ("x" * 60, "two"))
+    with pytest.raises(ValueError, match=f"sample {data.ids[1]}: .* PanicException: .*retry-limit"):
+        tokenise(data, wrapped(exploding), 512)

@@ -11,11 +11,13 @@ import pytest
 from conftest import require_shared
 
 from dlc_jax.datasets.instructions import instructions, load_instructions
+from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.huggingface import torch_names
 from dlc_jax.encoders.language_model import load_language_model, load_tokenizer
 from dlc_jax.masking import exact_thresholds, masked, path_counts, prunable_paths
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.responses import measure_responses, probe_responses, response_losses
+from dlc_jax.training.lora import finetune_lora
 from dlc_jax.types import by_path
 
 
@@ -278,3 +280,35 @@ def test_every_parameter_has_a_name_of_its_own(models):
     leaves = by_path(models[0].params)
     names = torch_names(models[0].config, leaves)
     assert len(set(names.values())) == len(leaves) == 2 + 2 * 9 + 1
+
+
+@pytest.fixture(scope="module")
+def extended():
+    """A model whose tokenizer has a token more than the embedding, and two rows, one with it."""
+    model = load_language_model("demo:tiny-llama", dtype="float32")
+    model.tokenizer.add_tokens(["<extra>"])
+    rows = [
+        {"id": "fine", "prompt": "Name a river.", "response": " The Nile."},
+        {"id": "odd", "prompt": "Name a <extra>river.", "response": " The Nile."},
+    ]
+    return model, instructions(rows)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, data, _: measure_responses(model, data, max_length=64),
+        lambda model, _, tokens: response_losses(model, tokens),
+        lambda model, _, tokens: probe_responses(model, tokens),
+        lambda model, _, tokens: finetune_lora(model, tokens, [0]),
+        lambda model, _, tokens: finetune_lora(model, tokens.cut(np.array([2, 2])), test=tokens),
+    ],
+    ids=["measure", "losses", "probe", "finetune", "test set"],
+)
+def test_tokens_without_an_embedding_are_refused_before_anything_runs(extended, run, monkeypatch):
+    model, data = extended
+    tokens = tokenise(data, model.tokenizer, 64)
+    for name in ("hidden", "abstract_adapter"):
+        monkeypatch.setattr(Architecture, name, None)
+    with pytest.raises(ValueError, match=r"sample odd: token 4096 \('<extra>'\) has no row in the"):
+        run(model, data, tokens)

@@ -67,9 +67,9 @@ def finetune_lora(
     Returns:
       The model with its adapter, the loss of the test set, and the history of all epochs.
     Raises:
-      ValueError: kept positions that are out of range, repeated or of other data; a loss that is
-        not finite; a folder that holds another run, is in use or cannot be written to; values out
-        of range.
+      ValueError: kept positions that are out of range, repeated or of other data; tokens that the
+        model does not have, by sample; a loss that is not finite; a folder that holds another run,
+        is in use or cannot be written to; values out of range.
     Source: Hu et al. 2021, arXiv 2106.09685; Jiang et al. 2025, section 5.
     """
     settings = LoraConfig(

@@ -102,6 +102,7 @@ class LoraTuner:
         for name, some in (("data", data), ("test", test)):
             if some is not None:
                 _check_lengths(name, some, self._max_length)
+                model.check_tokens((f"{name}: {row}", ids) for row, ids in some.named)
         self._architecture = dataclasses.replace(
             model.architecture.with_adapter(settings.adapter), rematerialise=settings.rematerialise
         )

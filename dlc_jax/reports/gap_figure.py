@@ -10,6 +10,8 @@ import numpy as np
 from dlc_jax.reports.results import Row
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
@@ -23,7 +25,7 @@ def gap_to_random(rows: Sequence[Row], title: str) -> Figure:
     """
     from matplotlib.figure import Figure  # half a second, which only reports need
 
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="black", linewidth=1, linestyle="--", label="random")
     for label in dict.fromkeys(row.label for row in rows if row.gap is not None):
@@ -36,8 +38,19 @@ def gap_to_random(rows: Sequence[Row], title: str) -> Figure:
         (line,) = axes.plot(keep, mean, marker="o", markersize=4, label=label)
         axes.fill_between(keep, mean - half, mean + half, color=line.get_color(), alpha=0.15)
     axes.set_xlabel("keep fraction")
+    show_percent(axes.xaxis, whole=1)
     axes.set_ylabel("test accuracy minus random, points")
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    legend_beside(axes)
     return figure
+
+
+def show_percent(axis: Axis, whole: float) -> None:
+    """Labels ticks in percent of `whole`."""
+    axis.set_major_formatter(lambda value, _: f"{100 * value / whole:g} %")
+
+
+def legend_beside(axes: Axes) -> None:
+    """Adds a legend to the right of the axes, where it covers no line."""
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)

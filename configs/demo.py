@@ -3,6 +3,8 @@
 python -m dlc_jax.main --config=configs/demo.py
 
 Expected: under a minute on two cores; 75 of 750 samples kept at keep fraction 0.1, 675 at 0.9.
+With --config.stages="('score','select','finetune','report')" also 37 fine-tuning runs, six minutes;
+the full set at about 80 % test accuracy.
 """
 
 from ml_collections import ConfigDict
@@ -19,4 +21,8 @@ def get_config() -> ConfigDict:
     config.encoder.image_size = 64
     config.selection.methods = ("flexrand", "easiest", "hardest", "random")
     config.selection.seeds = (1,)
+    # the paper's rate and batches of 128 move next to nothing on 750 images
+    config.finetune.epochs = 20
+    config.finetune.batch_size = 32
+    config.finetune.learning_rate = 0.05
     return config

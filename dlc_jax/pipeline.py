@@ -44,7 +44,7 @@ from dlc_jax.select_stage import run_select
 from dlc_jax.selection import Cell
 from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.sweep import run_sweep
-from dlc_jax.sweep_results import what_is_finished
+from dlc_jax.sweep_results import note_on_chance, what_is_finished
 from dlc_jax.training import Finetuner, class_ids_by_name
 from dlc_jax.tune_stage import run_tune
 from dlc_jax.types import Dataset, Selection
@@ -283,6 +283,8 @@ def _report(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
     ]
     rows = reports.summarise(results)
     table, said = reports.results_table(rows), what_is_finished(config, workdir)
+    if note := note_on_chance(workdir):
+        said += f"\n\n{note}"
     echo(f"\n{said}\n\n{table}\n")
     with artefacts.atomic(workdir / artefacts.REPORT / "results.md", "w") as file:
         file.write(f"{said}\n\n{table}\n")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlc_jax import artefacts, checks
 from dlc_jax.config import Config
@@ -14,7 +16,7 @@ from dlc_jax.json_files import NAME, SHA256, check_shape
 from dlc_jax.selection import Cell
 from dlc_jax.selection_files import CELL, cell_of
 from dlc_jax.training import RunFolder
-from dlc_jax.training.folder import RUN
+from dlc_jax.training.folder import PER_CLASS, RUN
 
 FULL, BASE = "full", "base"
 COLUMNS = ("method", "keep_fraction", "split", "seed", "num_kept", "test_accuracy", "seconds")
@@ -59,6 +61,64 @@ def what_is_finished(config: Config, workdir: Path) -> str:
     if differ := [key for key in shown if settings[key] != mine[key]]:
         said += f" (the configuration says {', '.join(f'{key} {mine[key]}' for key in differ)})"
     return f"{said}."
+
+
+class _End(NamedTuple):
+    """How a fine-tuning run ended; accuracies in percent, in the last epoch and in the test."""
+
+    method: str
+    train_accuracy: float
+    test_accuracy: float
+    num_classes: int
+    num_kept: int
+    num_test: int
+
+    @property
+    def is_chance(self) -> bool:
+        """Whether both are at most three standard deviations above guessing."""
+        trained = _most_by_chance(self.num_classes, self.num_kept)
+        tested = _most_by_chance(self.num_classes, self.num_test)
+        return self.train_accuracy <= trained and self.test_accuracy <= tested
+
+
+def _most_by_chance(num_classes: int, num_samples: int) -> float:
+    share = 1 / num_classes
+    return 100 * (share + 3 * math.sqrt(share * (1 - share) / max(num_samples, 1)))
+
+
+def note_on_chance(workdir: Path) -> str:
+    """Returns a line on runs that learned nothing, the full set's first; "" if there are none."""
+    paths = sorted(
+        (workdir / artefacts.FINETUNE).glob("*/*"), key=lambda path: path.parent.name != FULL
+    )
+    ends = [end for end in map(_end_of, paths) if end is not None and end.num_classes > 1]
+    at_chance = [end for end in ends if end.is_chance]
+    if not at_chance:
+        return ""
+    worst = at_chance[0]
+    return (
+        f"Note: {len(at_chance)} of {len(ends)} runs learned nothing, such as {worst.method}: "
+        f"{worst.train_accuracy:.1f} % right in training and {worst.test_accuracy:.1f} % in the "
+        f"test, where guessing among {worst.num_classes} classes gives "
+        f"{100 / worst.num_classes:.1f} %. Raise finetune.learning_rate or finetune.epochs, or "
+        "lower finetune.batch_size."
+    )
+
+
+def _end_of(path: Path) -> _End | None:
+    """Reads how a run on images ended; None if it has not, was not trained, or is unreadable."""
+    result = facts_of(path).get("result", {})
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        with open(path / PER_CLASS, newline="") as file:
+            tested = [int(row["num_test"]) for row in csv.DictReader(file)]
+        accuracies = (
+            float(RunFolder(path).read_metrics()[-1]["train_accuracy"]),
+            float(result["test_accuracy"]),
+        )
+        return _End(
+            path.parent.name, *accuracies, len(tested), int(result["num_kept"]), sum(tested)
+        )
+    return None
 
 
 def write_results(workdir: Path) -> list[dict[str, Any]]:

@@ -246,12 +246,15 @@ class ResponseLosses:
       alone: [n] the same without the prompt.
       num_tokens: [n] tokens of the response.
       ids: [n] sample ids.
+      after_prefix: [n] mean cross-entropy with only `### Response:` before the response; None where
+        it was not measured.
     """
 
     losses: Float32[np.ndarray, " n"]
     alone: Float32[np.ndarray, " n"]
     num_tokens: Int64[np.ndarray, " n"]
     ids: np.ndarray
+    after_prefix: Float32[np.ndarray, " n"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

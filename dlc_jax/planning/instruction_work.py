@@ -25,7 +25,8 @@ from dlc_jax.training.lora.step import Sums, add_rows
 
 _MOST_READ = 256  # samples whose length is looked at
 _CHARACTERS = 4  # of a token, where there is no tokenizer
-_UNMASKED_PASSES = 2  # for the other scores: responses with and without their prompts
+# for the other scores: responses with their prompts, alone, and behind "### Response:"
+_UNMASKED_PASSES = 3
 
 
 class Lengths(NamedTuple):
@@ -100,7 +101,7 @@ class InstructionWork:
         training = _times(training, self.config.lora.epochs)
         tasks = [
             self._task("score", f"losses of {m} probes", n, whole, m),
-            self._task("score", "losses with and without prompts", n, whole + alone)._replace(
+            self._task("score", "losses with and without prompts", n, whole + 2 * alone)._replace(
                 passes=_UNMASKED_PASSES, num_samples=_UNMASKED_PASSES * n
             ),
             training._replace(passes=len(kept) * self.config.lora.epochs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from itertools import groupby, islice
@@ -52,6 +53,7 @@ from dlc_jax.probes.rounds import check_agreement, until_it_ranks
 from dlc_jax.types import Params, ProbeLosses, ResponseLosses
 
 _FEWEST_PARTS, _MOST_BATCHES, _MOST_PARTS = 64, 16, 4096  # see `_Work._size`
+_RESPONSE = "### Response:"  # what Cherry LLM scores responses behind
 Rows = tuple[Array, ...]  # tokens [b, t], num_tokens [b], num_prompt [b]
 
 
@@ -103,9 +105,11 @@ def measure_responses(
 ) -> ResponseLosses:
     """Measures responses with and without their prompts, for scores that are compared with DLC.
 
-    Both losses are of the same text: of a response that was cut off with its prompt before it, only
-    the tokens that were left are measured alone. Alone, the first token counts where the tokenizer
-    has a begin of sequence to predict it from.
+    All losses are of the same text: of a response that was cut off with its prompt before it, only
+    the tokens that were left are measured without it. Alone, the first token counts where the
+    tokenizer has a begin of sequence to predict it from. `after_prefix` has the prompt replaced by
+    its end from `### Response:` on, or, of a prompt that ends otherwise, by `### Response:` and a
+    newline.
 
     Args:
       model: From `load_language_model`.
@@ -129,25 +133,35 @@ def measure_responses(
         tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
     kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
     model.check_tokens(tokens.named)
-    alone = _alone(kept, model, tokens, max_length)
+    # texts that hold their special tokens take the begin of sequence with them
+    begin = (model.tokenizer.bos_token or "") if kept.has_special_tokens else ""
+    bare = kept.without_prompts(begin)
+    prompts = [b + _prefix(p) for b, p in zip(bare.prompts, kept.prompts, strict=True)]
+    alone = _cut_like(tokens, tokenise(bare, model.tokenizer, max_length))
+    prefixed = dataclasses.replace(kept, prompts=tuple(prompts))
+    longest = max_length + max(map(len, prompts))  # a token has a character or more
+    after_prefix = _cut_like(tokens, tokenise(prefixed, model.tokenizer, longest))
     return ResponseLosses(
         losses=measured(tokens),
         alone=measured(alone),
         num_tokens=tokens.num_response,
         ids=tokens.ids,
+        after_prefix=measured(after_prefix),
     )
 
 
-def _alone(
-    data: Instructions, model: LanguageModel, tokens: Tokenised, max_length: int
-) -> Tokenised:
-    """Returns the responses without their prompts, cut off where `tokens` are."""
-    # texts that hold their special tokens take the begin of sequence with them
-    begin = (model.tokenizer.bos_token or "") if data.has_special_tokens else ""
-    alone = tokenise(data.without_prompts(begin), model.tokenizer, max_length)
-    left = alone.num_prompt + tokens.num_response
+def _prefix(prompt: str) -> str:
+    if prompt.rstrip().endswith(_RESPONSE):
+        return prompt[prompt.rindex(_RESPONSE) :]
+    return f"{_RESPONSE}\n"
+
+
+def _cut_like(tokens: Tokenised, other: Tokenised) -> Tokenised:
+    """Returns the responses behind other prompts, cut off where `tokens` are."""
+    left = other.num_prompt + tokens.num_response
+    whole = [len(row) for row in other.tokens]
     # at least two, since the first token of all has no loss
-    return alone.cut(np.where(tokens.truncated, np.maximum(left, 2), max_length))
+    return other.cut(np.where(tokens.truncated, np.maximum(left, 2), whole))
 
 
 def probe_responses(

@@ -11,6 +11,8 @@ from dlc_jax.reports.lettering import lettering, literal
 from dlc_jax.reports.results import Row
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
@@ -25,7 +27,7 @@ def gap_to_random(rows: Sequence[Row], title: str) -> Figure:
     """
     from matplotlib.figure import Figure  # half a second, which only reports need
 
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="black", linewidth=1, linestyle="--", label="random")
     for label in dict.fromkeys(row.label for row in rows if row.gap is not None):
@@ -38,9 +40,20 @@ def gap_to_random(rows: Sequence[Row], title: str) -> Figure:
         (line,) = axes.plot(keep, mean, marker="o", markersize=4, label=lettering(label)[0])
         axes.fill_between(keep, mean - half, mean + half, color=line.get_color(), alpha=0.15)
     axes.set_xlabel("keep fraction")
+    show_percent(axes.xaxis, whole=1)
     axes.set_ylabel("test accuracy minus random, points")
     shown, font = lettering(title)
     axes.set_title(shown, font=font, fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    legend_beside(axes)
     return figure
+
+
+def show_percent(axis: Axis, whole: float) -> None:
+    """Labels ticks in percent of `whole`."""
+    axis.set_major_formatter(lambda value, _: f"{100 * value / whole:g} %")
+
+
+def legend_beside(axes: Axes) -> None:
+    """Adds a legend to the right of the axes, where it covers no line."""
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)

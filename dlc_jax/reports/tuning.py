@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dlc_jax.reports.gap_figure import legend_beside, show_percent
 from dlc_jax.reports.lettering import literal
 from dlc_jax.reports.table import markdown
 from dlc_jax.tuning import KeepCurve
@@ -83,7 +84,7 @@ def tuning_figure(tuning: Tuning) -> Figure:
     import matplotlib  # half a second, which only reports need
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.0, 4.4), layout="constrained")
     axes = figure.subplots()
     colours = matplotlib.colormaps["tab20"]  # ten, as is usual, would run out
     axes.set_prop_cycle(color=[colours(number) for number in range(20)])
@@ -102,7 +103,9 @@ def tuning_figure(tuning: Tuning) -> Figure:
                 keep, accuracy - half, accuracy + half, color=line.get_color(), alpha=0.15
             )
     axes.set_xlabel("keep fraction")
-    axes.set_ylabel("accuracy on held-out training data, %")
+    axes.set_ylabel("accuracy on held-out training data")
+    show_percent(axes.xaxis, whole=1)
+    show_percent(axes.yaxis, whole=100)
     chosen = [tuning.row(*choice[:3]) for choice in tuning.methods]
     axes.scatter(
         [row.keep_fraction for row in chosen],
@@ -114,7 +117,7 @@ def tuning_figure(tuning: Tuning) -> Figure:
         label="auto",
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    legend_beside(axes)
     return figure
 
 

@@ -73,7 +73,7 @@ SCORES: dict[str, Score] = {
         "training",
     ),
     "perplexity": Score(lambda responses, _: perplexity(responses), "responses"),
-    "ifd": Score(ifd, "responses", ("published", "superfiltering")),
+    "ifd": Score(ifd, "responses", ("published", "superfiltering", "cherry")),
     "length": Score(lambda responses, _: length(responses), "responses"),
 }
 
@@ -99,7 +99,7 @@ def score(
         `forgetting`, `grand`, `el2n`: see the functions in `dlc_jax.scores.training`;
         `perplexity`, `ifd`, `length`: see `dlc_jax.scores.responses`.
       variant: `published`, or `deepcore` for what that library computes instead: by
-        `least_confidence`, `forgetting` and `grand`; `superfiltering` of `ifd`.
+        `least_confidence`, `forgetting` and `grand`; `superfiltering` and `cherry` of `ifd`.
     Raises:
       ValueError: an unknown method or variant, something else than the method needs, or values
         that are not finite.

@@ -27,17 +27,29 @@ def ifd(of: ResponseLosses, variant: str = "published") -> Float32[np.ndarray, "
 
     Args:
       of: Losses with the prompt and of the response alone.
-      variant: `published`, the ratio of mean losses; `superfiltering`, of perplexities.
+      variant: `published`, the ratio of the mean loss given the prompt to that of the bare
+        response; `superfiltering`, of perplexities. `cherry`, as the code of Cherry LLM: the ratio
+        to the loss behind `### Response:`, and 0 where that is above 1. The code drops such
+        samples; a 0 ranks below all other scores, so that `hardest` keeps one only if there are too
+        few others.
     Raises:
-      ValueError: a response whose loss alone is 0, so that there is no ratio.
+      ValueError: a response whose loss alone is 0, so that there is no ratio; losses behind
+        `### Response:` that were not measured.
     Sources: Li et al. 2024, From quantity to quality (Cherry LLM), arXiv 2308.12032; Li et al.
       2024, Superfiltering, arXiv 2402.00530.
     """
     if variant == "superfiltering":
         return np.exp(of.losses - of.alone)
-    if not (of.alone > 0).all():
+    alone = of.after_prefix if variant == "cherry" else of.alone
+    if alone is None:
         raise checks.InputError(
-            f"ifd: {int((of.alone <= 0).sum())} responses have no loss without their prompt, such "
-            f"as {of.ids[np.argmin(of.alone)]}; expected variant 'superfiltering' for them."
+            "ifd: variant 'cherry' needs after_prefix, as dlc.measure_responses(model, data) gives "
+            "it; got None."
         )
-    return of.losses / of.alone
+    if not (alone > 0).all():
+        raise checks.InputError(
+            f"ifd: {int((alone <= 0).sum())} responses have no loss without their prompt, such "
+            f"as {of.ids[np.argmin(alone)]}; expected variant 'superfiltering' for them."
+        )
+    ratio = of.losses / alone
+    return np.where(ratio > 1, np.float32(0), ratio) if variant == "cherry" else ratio

@@ -145,7 +145,7 @@ def sample_config():
 def test_passes_time_and_break_even(sample_config):
     text = told(sample_config)
     assert "| score    | losses of 4 probes              | 4      | 1,600 " in text
-    assert "| score    | losses with and without prompts | 2      | 800 " in text
+    assert "| score    | losses with and without prompts | 3      | 1,200 " in text
     # three epochs of everything and of a half
     assert "| finetune | LoRA, 2 runs                    | 6      | 1,800 " in text
     assert "tests, 100 instructions         | 2      | 200 " in text

@@ -17,6 +17,7 @@ from dlc_jax.encoders.language_model import load_language_model, load_tokenizer
 from dlc_jax.masking import exact_thresholds, masked, path_counts, prunable_paths
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.responses import measure_responses, probe_responses, response_losses
+from dlc_jax.scores import score
 from dlc_jax.training.lora import finetune_lora
 from dlc_jax.types import by_path
 
@@ -185,15 +186,48 @@ def test_what_is_cut_off_does_not_count_without_the_prompt_either(models, tmp_pa
     lone = [[20, 21, 22], [30] if with_begin else [30, 31], [40, 41, 42, 43], [50, 51, 1]]
     joint = [[10, 11, 12, 20, 21, 22], [10, 11, 12, 13, 14, 30], [10, 11, 40, 41, 42, 43]]
     joint += [[10, 50, 51, 1]]
+    behind = [[2, 2, 2, *row] for row in ([20, 21, 22], [30], [40, 41, 42, 43], [50, 51, 1])]
     for losses, sequences, num_prompt in (
         (found.losses, joint, [3, 5, 2, 1]),
         (found.alone, lone, [0 if with_begin else 1] * 4),
+        (found.after_prefix, behind, [3] * 4),  # ###, Response and : are unknown words
     ):
         tokens = tuple(np.array(begin + row, np.int32) for row in sequences)
         expected = Tokenised(
             tokens, np.array(num_prompt, np.int32) + len(begin), np.zeros(4, bool), data.ids
         )
         np.testing.assert_allclose(losses, torch_losses(models[1], expected), atol=1e-5)
+
+
+def test_ifd_of_cherry_llm_is_the_ratio_that_torch_gives(timm):
+    """With the bundled model; the losses behind `### Response:` and a newline, as the prompt ends."""
+    import torch
+    import transformers
+
+    model = load_language_model("demo:tiny-llama", dtype="float32")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval()
+    rows = [
+        {"instruction": "Name a colour.", "output": "Red is a colour."},
+        {"instruction": "What is 2 + 2?", "input": "2 + 2", "output": "2 + 2 = 4"},
+        {"instruction": "Say what I say.", "output": "### Response: zz qq xx 17"},
+    ]
+    ratios = []
+    for row, prompt in zip(rows, instructions(rows).prompts, strict=True):
+        assert prompt.endswith("\n### Response:\n")
+        losses = []
+        for before in (prompt, "### Response:\n"):
+            ids = model.tokenizer(before + row["output"], return_offsets_mapping=True)
+            ends = [end for _, end in ids["offset_mapping"]]
+            num_before = sum(end <= len(before) for end in ends)
+            tokens = torch.tensor([[*ids["input_ids"], model.tokenizer.eos_token_id]])
+            targets = tokens.clone()
+            targets[0, :num_before] = -100
+            with torch.no_grad():
+                losses.append(float(theirs(tokens, labels=targets).loss))
+        ratios.append(losses[0] / losses[1])
+    expected = [ratio if ratio <= 1 else 0 for ratio in ratios]
+    found = score(measure_responses(model, instructions(rows)), method="ifd", variant="cherry")
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_the_bundled_model_reads_the_bundled_rows(timm):

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dlc_jax.reports import gap_to_random, read_results, results_table, summarise
+from dlc_jax.reports import (
+    gap_to_random,
+    read_results,
+    results_table,
+    summarise,
+    tuning_figure,
+)
 from dlc_jax.reports.results import Interval, Result
+from dlc_jax.types import Choice, Gap, Tried, Tuning
 
 HEADER = "method,keep_fraction,split,seed,num_kept,test_accuracy,seconds\n"
 
@@ -121,6 +128,57 @@ def test_the_figure_has_a_line_and_a_band_per_method():
     assert gap[1] == pytest.approx(3.0333, abs=1e-4)
     assert len(axes.collections) == 2
     assert axes.get_title() == "sample"
+
+
+def drawn(figure):
+    """Draws a figure; returns the boxes of its axes and legend, and the tick labels in view."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    labels = {}
+    for name, axis, (low, high) in (
+        ("x", axes.xaxis, axes.get_xlim()),
+        ("y", axes.yaxis, axes.get_ylim()),
+    ):
+        places = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+        labels[name] = [text.get_text() for place, text in places if low <= place <= high]
+    return axes.get_window_extent(), axes.get_legend().get_window_extent(), labels
+
+
+def check_legend_is_beside(figure, axes_box, legend_box):
+    assert legend_box.x0 >= axes_box.x1
+    inside = figure.bbox
+    assert legend_box.x1 <= inside.x1
+    assert legend_box.y0 >= inside.y0
+    assert axes_box.width > inside.width / 2
+
+
+def test_ticks_are_in_percent_and_the_legend_covers_no_line():
+    many = [
+        Result(f"method {i}", keep, None, 1, 50.0 + i) for i in range(12) for keep in (0.1, 0.5)
+    ]
+    figure = gap_to_random(summarise([*SWEEP, *many]), "sample")
+    axes_box, legend_box, labels = drawn(figure)
+    assert labels["x"][0] == "10 %"
+    assert labels["x"][-1] == "50 %"
+    check_legend_is_beside(figure, axes_box, legend_box)
+
+
+def test_the_figure_of_tuning_has_percents_and_a_legend_beside_it():
+    gap = Gap(0.0, 1.0, 1.0)
+    tried = tuple(
+        Tried(keep, method, split, 60.0 + 30 * keep, gap, gap, None)
+        for keep in (0.1, 0.5)
+        for method, split in (("random", None), *(("flexrand", i / 20) for i in range(1, 20)))
+    )
+    choices = tuple(Choice(keep, "random", None, "why") for keep in (0.1, 0.5))
+    tuning = Tuning(tried, choices, (), 90.0, "linear_probe", 5, 0, "", None, 1.0)
+    figure = tuning_figure(tuning)
+    axes_box, legend_box, labels = drawn(figure)
+    assert "10 %" in labels["x"]
+    assert labels["y"][-1] == "90 %"
+    check_legend_is_beside(figure, axes_box, legend_box)
 
 
 def test_results_are_read_back(tmp_path):

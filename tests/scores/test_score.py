@@ -28,6 +28,7 @@ def random_responses(num: int = 40) -> ResponseLosses:
         alone=generator.uniform(2, 4, num).astype(np.float32),
         num_tokens=generator.integers(1, 99, num),
         ids=np.arange(num).astype(np.str_),
+        after_prefix=generator.uniform(1.5, 3.5, num).astype(np.float32),
     )
 
 
@@ -42,7 +43,11 @@ def fields(of) -> dict:
     """Returns the arrays that a score may look at."""
     if isinstance(of, np.ndarray):
         return {"losses": of}
-    names = NAMES if isinstance(of, TrainingRecord) else ("losses", "alone", "num_tokens")
+    names = (
+        NAMES
+        if isinstance(of, TrainingRecord)
+        else ("losses", "alone", "num_tokens", "after_prefix")
+    )
     return {name: getattr(of, name) for name in names}
 
 
@@ -123,7 +128,11 @@ def test_higher_is_harder(method, variant):
     )
     losses = np.array([[1, 2, 3], [1, 3, 4]], np.float32)
     responses = ResponseLosses(
-        losses[0], np.full(3, 4, np.float32), np.array([1, 2, 3]), record.ids
+        losses[0],
+        np.full(3, 4, np.float32),
+        np.array([1, 2, 3]),
+        record.ids,
+        np.full(3, 5, np.float32),
     )
     of = {"training": record, "losses": losses, "responses": responses}[SCORES[method].of]
     scores = score(of, method=method, variant=variant)
@@ -236,6 +245,15 @@ def test_scores_of_responses_by_hand():
     found = score(responses, method="ifd", variant="superfiltering")
     np.testing.assert_allclose(found, ratio, rtol=1e-6)
     np.testing.assert_array_equal(score(responses, method="length"), [3, 8])
+    with pytest.raises(ValueError, match="variant 'cherry' needs after_prefix"):
+        score(responses, method="ifd", variant="cherry")
+    behind = dataclasses.replace(responses, after_prefix=np.array([0.625, 1.9], np.float32))
+    # the second, at 2.0 / 1.9, is dropped by the code of the paper
+    np.testing.assert_allclose(score(behind, method="ifd", variant="cherry"), [0.8, 0])
+    kept = dlc.select(
+        np.array([0.8, 0, 0.1]), np.zeros(3, int), method="hardest", keep_fraction=0.7
+    )
+    assert kept.indices.tolist() == [0, 2]
     certain = dataclasses.replace(responses, alone=np.array([1, 0], np.float32))
     with pytest.raises(
         ValueError, match="1 responses have no loss without their prompt, such as b"

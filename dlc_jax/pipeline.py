@@ -112,7 +112,7 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = show) -> No
     if "report" in config.stages:
         on_first(lambda: _report_if_it_can(config, workdir, bool(failures), echo))
     if failures:
-        raise checks.SharedError(f"{len(failures)} runs failed: {'; '.join(failures)}")
+        raise checks.SharedError(f"{len(failures)} runs failed: {checks.joined(failures, '; ')}")
 
 
 def _say_nothing(line: str) -> None:
@@ -216,7 +216,7 @@ def _finetune(
     echo: Callable[[str], None],
 ) -> list[str]:
     """Returns a line for every run that failed."""
-    encoder = load_configured(config)
+    encoder = load_configured(config, None if "score" in config.stages else echo)
     dataset, test = load(config.dataset.train), load(_test_source(config))
     make_tuner = functools.partial(
         Finetuner,

@@ -41,14 +41,15 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
         )
     if class_names is not None and len(set(class_names)) < len(class_names):
         raise checks.InputError(
-            f"{where}: class names must be all different; found {list(class_names)}."
+            f"{where}: class names must be all different; found "
+            f"{checks.listed(map(repr, class_names))}."
         )
     if all(isinstance(value, str) for value in values):
         names = tuple(class_names or sorted(set(values)))
         unnamed = sorted(set(values) - set(names))
         if unnamed:
             raise checks.InputError(
-                f"{where}: labels {', '.join(map(repr, unnamed[:5]))} are not among the "
+                f"{where}: labels {checks.listed(map(repr, unnamed))} are not among the "
                 f"{len(names)} class names."
             )
         rank = {name: index for index, name in enumerate(names)}

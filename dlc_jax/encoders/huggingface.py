@@ -219,7 +219,9 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
         except (ValueError, KeyError, TypeError) as error:
             raise checks.InputError(f"{index}: not an index of tensors: {error!r}.") from error
         if lost := sorted({name for name in table.values() if not (folder / name).is_file()}):
-            raise checks.InputError(f"{folder}: shards that {_INDEX} names are missing: {lost}.")
+            raise checks.InputError(
+                f"{folder}: shards that {_INDEX} names are missing: {checks.listed(lost)}."
+            )
         return {name: folder / file for name, file in table.items()}
     whole = folder / _WHOLE
     if not whole.is_file():
@@ -237,9 +239,6 @@ def _tensor(file: Any, name: str, *, is_kernel: bool) -> np.ndarray:
 
 def _refuse(folder: Path, problems: Mapping[str, list[str]]) -> None:
     """Raises ValueError with everything that is wrong, if anything is."""
-    shown = {
-        what: ", ".join(which[:10]) + (f" and {len(which) - 10} more" if len(which) > 10 else "")
-        for what, which in problems.items()
-    }
-    if found := "; ".join(f"{what}: {which}" for what, which in shown.items() if which):
+    shown = [f"{what}: {checks.listed(which)}" for what, which in problems.items() if which]
+    if found := "; ".join(shown):
         raise checks.InputError(f"{folder}: {found}.")

@@ -110,8 +110,8 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
             extra, lost = sorted(there - {*names.values()}), sorted({*names.values()} - there)
             raise checks.InputError(
                 f"{folder / ADAPTER_WEIGHTS}: does not fit {model.name}: {len(lost)} tensors are "
-                f"missing ({', '.join(lost[:3])}), {len(extra)} have no place "
-                f"({', '.join(extra[:3])})."
+                f"missing ({checks.listed(lost)}), {len(extra)} have no place "
+                f"({checks.listed(extra)})."
             )
         for place, name in names.items():
             tensor = jnp.asarray(file.get_tensor(name), jnp.float32).T

@@ -160,8 +160,8 @@ def class_ids_by_name(test: Dataset, dataset: Dataset) -> Int32[np.ndarray, " n"
     if unknown:
         raise checks.InputError(
             f"dataset.test: {test.name} has classes that {dataset.name} has not: "
-            f"{', '.join(repr(name) for name in unknown[:10])}; expected only "
-            f"{', '.join(repr(name) for name in dataset.class_names[:10])}"
+            f"{checks.listed(map(repr, unknown))}; expected only "
+            f"{checks.listed(map(repr, dataset.class_names))}"
             f"{', ...' * (len(places) > 10)}."
         )
     return np.array([places[name] for name in test.class_names], np.int32)[test.labels]

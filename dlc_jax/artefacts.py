@@ -100,8 +100,8 @@ class ScoredSamples:
         """
         if name not in self.scores:
             raise checks.InputError(
-                f"{SCORES}: has no column {name!r}, only {', '.join(self.scores)}; run the stage "
-                "'score' with the same selection.methods and selection.score first."
+                f"{SCORES}: has no column {name!r}, only {checks.listed(self.scores)}; run the "
+                "stage 'score' with the same selection.methods and selection.score first."
             )
         return self.scores[name]
 

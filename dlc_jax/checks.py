@@ -35,13 +35,19 @@ def first_line(error: BaseException) -> str:
 
 
 _MOST_LISTED = 10
+_MOST_CHOICES = 20  # beyond them, choices are names from a file
 
 
 def listed(names: Iterable[Any]) -> str:
     """Returns the names separated by commas; of more than ten, ten and how many more."""
+    return joined(names, ", ")
+
+
+def joined(names: Iterable[Any], separator: str) -> str:
+    """Returns the names with this between them; of more than ten, ten and how many more."""
     every = [str(name) for name in names]
     more = f" and {len(every) - _MOST_LISTED} more" if len(every) > _MOST_LISTED else ""
-    return ", ".join(every[:_MOST_LISTED]) + more
+    return separator.join(every[:_MOST_LISTED]) + more
 
 
 _MOST_CLASSES = 10**7  # above it, labels are something else than class ids
@@ -60,7 +66,8 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
         return
     near = difflib.get_close_matches(str(value), options, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"{name}: unknown value {value!r}; valid: {', '.join(options)}.{hint}")
+    shown = listed(options) if len(options) > _MOST_CHOICES else ", ".join(options)
+    raise InputError(f"{name}: unknown value {value!r}; valid: {shown}.{hint}")
 
 
 def keep_fraction(value: float, name: str = "keep_fraction") -> None:
@@ -179,9 +186,9 @@ def dataset_is_consistent(
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) < len(ids):
         repeated = unique[counts > 1]
-        shown = ", ".join(str(i) for i in repeated[:5])
         raise InputError(
-            f"{name}: {len(repeated)} ids occur more than once ({shown}); ids must be unique."
+            f"{name}: {len(repeated)} ids occur more than once ({listed(repeated)}); ids must be "
+            "unique."
         )
 
 
@@ -241,7 +248,7 @@ def every_class_has_samples(
     """Raises, naming the classes, if one has no sample (its prototype would not exist)."""
     empty = np.flatnonzero(np.bincount(labels, minlength=len(class_names)) == 0)
     if empty.size:
-        shown = ", ".join(f"{class_names[j]!r}" for j in empty[:10])
+        shown = listed(repr(class_names[int(j)]) for j in empty)
         raise InputError(
             f"{name}: {empty.size} of {len(class_names)} classes have no sample: {shown}. "
             f"Every class needs at least one.{why or _EMPTY_CLASSES}"

@@ -133,7 +133,7 @@ def _run_stages(config: Config, workdir: Path, echo: Callable[[str], None]) -> N
     if "report" in config.stages:
         on_first(lambda: _report_if_it_can(config, workdir, bool(failures), echo))
     if failures:
-        raise checks.SharedError(f"{len(failures)} runs failed: {'; '.join(failures)}")
+        raise checks.SharedError(f"{len(failures)} runs failed: {checks.joined(failures, '; ')}")
 
 
 def _say_nothing(line: str) -> None:
@@ -238,7 +238,7 @@ def _finetune(
     echo: Callable[[str], None],
 ) -> list[str]:
     """Returns a line for every run that failed."""
-    encoder = load_configured(config)
+    encoder = load_configured(config, None if "score" in config.stages else echo)
     scored = provenance.scored_encoder(workdir, encoder.for_mode(config.mode).fingerprint)
     if scored is not None:
         tuned = f"{config.encoder.name} {config.encoder.weights}"

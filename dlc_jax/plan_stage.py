@@ -72,7 +72,7 @@ def _of_images(config: Config, mesh: Mesh, echo: Callable[[str], None]) -> list[
     num_test = 0
     if config.dataset.test is not None:
         num_test = len(class_ids_by_name(config.dataset.load(config.dataset.test), dataset))
-    encoder = load_configured(config).for_mode(config.mode)
+    encoder = load_configured(config, echo).for_mode(config.mode)
     size = config.encoder.image_size
     encoder.check_image_size(size)
     decoding = decoding_speed(dataset, size)

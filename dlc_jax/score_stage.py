@@ -17,6 +17,7 @@ from dlc_jax.config import Config
 from dlc_jax.distributed import processes, said_of
 from dlc_jax.distributed.processes import on_first, told_by_first
 from dlc_jax.encoders import Encoder, load_encoder
+from dlc_jax.escaping import visible
 from dlc_jax.masking import AUTO
 from dlc_jax.probes import certify, features, probe
 from dlc_jax.scores import SCORES, column_name, score
@@ -46,7 +47,7 @@ def run_score(config: Config, workdir: Path, load: Load, echo: Callable[[str], N
     """
     settings = config.encoder
     dataset = load(config.dataset.train)
-    encoder = load_configured(config)
+    encoder = load_configured(config, echo)
     resolved_encoder = encoder.for_mode(config.mode)
     resolved_encoder.check_image_size(settings.image_size)
     decided = dataclasses.replace(
@@ -71,16 +72,22 @@ def run_score(config: Config, workdir: Path, load: Load, echo: Callable[[str], N
     return resolved
 
 
-def load_configured(config: Config) -> Encoder:
+def load_configured(config: Config, echo: Callable[[str], None] | None = None) -> Encoder:
     """Returns the encoder that the configuration names, before `mode` decides anything."""
     settings = config.encoder
-    return load_encoder(
+    encoder = load_encoder(
         settings.name,
         settings.weights,
         pooling=settings.pooling,
         mean=settings.mean,
         std=settings.std,
     )
+    if encoder.prefix and echo is not None:
+        echo(
+            f"note: every name in {visible(settings.weights)} begins with "
+            f"{visible(encoder.prefix)!r}, which is left out"
+        )
+    return encoder
 
 
 def check_scores_are_whole(workdir: Path) -> None:

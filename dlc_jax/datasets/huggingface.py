@@ -64,7 +64,7 @@ def _local(source: str, folder: Path, split: str) -> Sequence[Table]:
     if not found:
         raise checks.InputError(
             f"{source}: no Parquet file of split {split!r} in {folder} "
-            f"(found {', '.join(names[:10]) or 'none'})."
+            f"(found {checks.listed(names) or 'none'})."
         )
     return open_parquet(folder / name for name in found)
 
@@ -111,7 +111,7 @@ def _files_of(source: str, names: Sequence[str], split: str) -> list[str]:
     found = sorted(name for name in names if _is_of(name, split))
     folders = {f"/{name}".rpartition("/")[0].removesuffix(f"/{split}") for name in found}
     if len(folders) > 1:
-        shown = ", ".join(repr(folder[1:]) for folder in sorted(folders))
+        shown = checks.listed(repr(folder[1:]) for folder in sorted(folders))
         raise checks.InputError(
             f"{source}: files of split {split!r} are in several folders ({shown}), which may be "
             "configurations of it; expected one. Give a local copy of that folder, as in "

@@ -26,7 +26,6 @@ _CONTEXT = (
     *("system", "system_prompt", "history", "context", "documents"),
     *("tools", "functions", "image", "images", "videos", "audios"),
 )
-_MANY = 10  # rows that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +49,7 @@ class Rows:
         """Raises ValueError, naming the rows, if there are any for which `is_bad` holds."""
         bad = [place for place, value in zip(self.places, is_bad, strict=True) if value]
         if bad:
-            more = f" and {len(bad) - _MANY} more" if len(bad) > _MANY else ""
-            raise checks.InputError(
-                f"{self.name}: {len(bad)} {problem}: {', '.join(bad[:_MANY])}{more}."
-            )
+            raise checks.InputError(f"{self.name}: {len(bad)} {problem}: {checks.listed(bad)}.")
 
     def refuse_context(self, template: str) -> None:
         """Raises ValueError, naming column and rows, for context that a template leaves out."""
@@ -162,7 +158,7 @@ def _of_tables(tables: Iterable[Table]) -> list[Row]:
         names = table.schema.names
         if len(set(names)) < len(names):
             raise checks.InputError(
-                f"{table.file}: expected columns of different names, found {', '.join(names)}."
+                f"{table.file}: expected columns of different names, found {checks.listed(names)}."
             )
         columns = [table.values(name) for name in names]
         rows += [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]

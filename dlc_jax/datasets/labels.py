@@ -54,7 +54,7 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
         unnamed = sorted(set(values) - set(names))
         if unnamed:
             raise checks.InputError(
-                f"{where}: labels {', '.join(map(repr, unnamed[:5]))} are not among the "
+                f"{where}: labels {checks.listed(map(repr, unnamed))} are not among the "
                 f"{len(names)} class names."
             )
         rank = {name: index for index, name in enumerate(names)}

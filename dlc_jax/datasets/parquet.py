@@ -74,7 +74,8 @@ def from_tables(source: str, tables: Sequence[Table], columns: Columns = USUAL) 
         if _class_names(table, label) != class_names:
             raise checks.InputError(
                 f"{source}: its files differ in class names: {table.file} declares "
-                f"{_class_names(table, label)}, {tables[0].file} {class_names}."
+                f"{checks.listed(_class_names(table, label) or ['none'])}, {tables[0].file} "
+                f"{checks.listed(class_names or ['none'])}."
             )
         values += table.values(label)
         images, paths = _images(table, image)
@@ -105,7 +106,8 @@ def _class_names(table: Table, label: str) -> list[str] | None:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise checks.InputError(
-            f"{table.file}: expected the names of classes to be a list of texts, found {names!r}."
+            f"{table.file}: expected the names of classes to be a list of texts, found "
+            f"{checks.listed(names) if isinstance(names, list) else repr(names)}."
         )
     return names
 
@@ -134,7 +136,8 @@ def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
         fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
         if "bytes" not in fields:
             raise checks.InputError(
-                f"{table.file}: image column has fields {sorted(fields)}, expected bytes and path."
+                f"{table.file}: image column has fields {checks.listed(sorted(fields))}, "
+                f"expected bytes and path."
             )
         where, kind = (name, "bytes"), fields["bytes"]
         path_column = "path" if _is_text(fields.get("path", pa.null())) else None

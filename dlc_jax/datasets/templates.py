@@ -147,7 +147,8 @@ def told_by_columns(rows: Rows, choices: Mapping[str, tuple[str, ...]]) -> str:
     if len(fitting) != 1:
         expected = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in choices.items())
         raise checks.InputError(
-            f"{rows.name}: columns {', '.join(first)} fit {' and '.join(fitting) or 'no template'};"
-            f" expected those of one ({expected}), or template=... that says which."
+            f"{rows.name}: columns {checks.listed(first)} fit "
+            f"{' and '.join(fitting) or 'no template'}; expected those of one ({expected}), or "
+            "template=... that says which."
         )
     return fitting[0]

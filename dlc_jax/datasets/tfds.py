@@ -60,7 +60,7 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
     except Exception as error:  # an unknown split, or files that are not array_record
         raise checks.InputError(
             f"tfds:{where}: cannot read split {split!r} "
-            f"(the data set has {', '.join(builder.info.splits)}; files must be array_record): "
+            f"(the data set has {checks.listed(builder.info.splits)}; files must be array_record): "
             f"{checks.first_line(error)}"
         ) from error
     records = _Records(source, image)

@@ -22,7 +22,7 @@ from dlc_jax.encoders.encoder import (
     pool,
     split_statistics,
 )
-from dlc_jax.encoders.weights import assign, read_checkpoint
+from dlc_jax.encoders.weights import assign, read_checkpoint, without_prefix
 
 __all__ = [
     "ENCODERS",
@@ -130,6 +130,9 @@ def load_encoder(
       pooling: See `Encoder`; None leaves it to the mode.
       mean, std: Normalisation of RGB in [0, 1]; None reads it from the checkpoint's `config.json`
         (`pretrained_cfg`), or takes the architecture's default where there is no such file.
+    Returns:
+      The encoder. A prefix of all names of the checkpoint, such as `module.`, is taken off and kept
+      as `prefix`.
     Raises:
       ValueError: an unknown name, weights not found, or a checkpoint that does not fit; every
         entry without a place, parameter without an entry and wrong shape is listed.
@@ -139,9 +142,11 @@ def load_encoder(
     check_pooling(name, pooling)
     architecture = ENCODERS[name]
     checkpoint = read_checkpoint(str(weights))
-    shapes = {entry: tensor.shape for entry, tensor in checkpoint.tensors.items()}
-    module = nnx.eval_shape(lambda: architecture.build(shapes))
-    graph, state = nnx.split(module)
+    graph, state = _abstract(architecture, checkpoint.shapes)
+    own = nnx.to_pure_dict(state)
+    checkpoint, prefix = without_prefix(checkpoint, own, architecture.ignored)
+    if prefix:  # sizes are those of entries by name
+        graph, state = _abstract(architecture, checkpoint.shapes)
     try:
         params = assign(
             checkpoint, nnx.to_pure_dict(state), architecture.names, architecture.ignored
@@ -149,6 +154,7 @@ def load_encoder(
     except checks.InputError as error:
         stated = checkpoint.config.get("architecture")
         hint = f" (its config.json says {stated!r})" if stated and stated != name else ""
+        hint += f" (names read without their prefix {prefix!r})" if prefix else ""
         raise checks.InputError(
             f"encoder.weights: {weights!r} does not fit {name!r}{hint}: {error}"
         ) from error
@@ -164,10 +170,17 @@ def load_encoder(
         std=tuple(std),
         normalisation=normalisation,
         pooling=pooling,
-        image_size=architecture.image_size(shapes),
+        image_size=architecture.image_size(checkpoint.shapes),
         module_order=architecture.module_order,
         head=architecture.head,
+        prefix=prefix,
     )
+
+
+def _abstract(
+    architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: architecture.build(shapes)))
 
 
 def check_pooling(name: str, pooling: str | None) -> None:

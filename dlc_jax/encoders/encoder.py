@@ -52,6 +52,7 @@ class Encoder:
         returns all parameters with batch statistics moved; `real` [b] is 1 for samples and 0 for
         padding. None: fine-tuning uses `apply`.
       statistics: Paths of leaves that no gradient moves, such as running means.
+      prefix: What all names of the checkpoint began with, which was taken off.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -69,6 +70,7 @@ class Encoder:
         dataclasses.field(default=None, repr=False)
     )
     statistics: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.pooling is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ class Checkpoint:
     tensors: dict[str, np.ndarray]
     config: dict
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
 
 def read_checkpoint(weights: str) -> Checkpoint:
     """Reads a checkpoint.
@@ -65,6 +70,29 @@ def opened(path: Path) -> Iterator[Any]:
         raise checks.InputError(f"{path}: not a readable safetensors file: {error}.") from error
 
 
+def without_prefix(
+    checkpoint: Checkpoint, own: Collection[str], ignored: tuple[str, ...]
+) -> tuple[Checkpoint, str]:
+    """Returns the checkpoint without the prefix that all its names have, and the prefix or "".
+
+    Wrappers of a model put their own name before every other: `module._orig_mod.conv1.weight`.
+
+    Args:
+      checkpoint: What was read.
+      own: Names of the encoder's outermost parts, none of which is a prefix.
+      ignored: See `assign`; entries without the prefix do not matter either.
+    """
+    tensors, prefix = checkpoint.tensors, ""
+    while True:
+        names = [name for name in tensors if not _matches(name, ignored)]
+        first = {name.partition(".")[0] for name in names}
+        wrapper = "".join(first) + "."
+        if len(first) != 1 or first <= set(own) or not all(n.startswith(wrapper) for n in names):
+            return dataclasses.replace(checkpoint, tensors=tensors), prefix
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+        prefix += wrapper
+
+
 def assign(
     checkpoint: Checkpoint,
     expected: Params,
@@ -91,7 +119,7 @@ def assign(
     }
     unused, misshaped, not_finite = problems.values()
     for name, tensor in checkpoint.tensors.items():
-        if any(re.fullmatch(pattern, name) for pattern in ignored):
+        if _matches(name, ignored):
             continue
         path = _translate(name, names)
         if path not in leaves:
@@ -107,12 +135,16 @@ def assign(
             not_finite.append(name)
         found[path] = value
     problems["parameters without an entry"] = [path for path in leaves if path not in found]
-    report = [f"{what}: {', '.join(which)}" for what, which in problems.items() if which]
+    report = [f"{what}: {checks.listed(which)}" for what, which in problems.items() if which]
     if report:
         raise checks.InputError("; ".join(report))
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.asarray(found[path_name(path)]), expected
     )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _translate(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
@@ -145,7 +177,7 @@ def _locate(weights: str) -> tuple[Path, Path | None]:
     path = Path(weights).expanduser()
     if path.is_dir():
         if not (path / _CHECKPOINT).is_file():
-            inside = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
+            inside = checks.listed(sorted(p.name for p in path.iterdir())) or "nothing"
             raise checks.InputError(
                 f"encoder.weights: {path} holds no {_CHECKPOINT} (found: {inside})."
             )

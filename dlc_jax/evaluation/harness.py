@@ -166,9 +166,9 @@ class JaxLM(TemplateLM):
         """Refuses: there is no decoding loop."""
         tasks = sorted({str(request.task_name) for request in requests})
         raise NotImplementedError(
-            f"dlc_jax does not generate text, which {', '.join(tasks)} asks for (generate_until). "
-            "Supported are tasks of output_type multiple_choice, loglikelihood and "
-            "loglikelihood_rolling; for others, export the merged model and use --model hf."
+            f"dlc_jax does not generate text, which {checks.listed(tasks)} asks for "
+            "(generate_until). Supported are tasks of output_type multiple_choice, loglikelihood "
+            "and loglikelihood_rolling; for others, export the merged model and use --model hf."
         )
 
 

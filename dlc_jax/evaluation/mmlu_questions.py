@@ -154,7 +154,7 @@ def _questions(file: Path) -> tuple[Question, ...]:
         if missing:
             raise checks.InputError(
                 f"{file}, line {rows[0][0]}: has no column {', '.join(missing)}; expected "
-                f"{', '.join(_COLUMNS)}, found {', '.join(first)}."
+                f"{', '.join(_COLUMNS)}, found {checks.listed(first)}."
             )
         order, rows = [first.index(name) for name in _COLUMNS], rows[1:]
         width = len(first)

@@ -27,7 +27,7 @@ def prunable_paths(params: Params, is_prunable: Callable[[str], bool]) -> tuple[
     leaves = by_path(params)
     paths = tuple(path for path in leaves if is_prunable(path))
     if not paths:
-        shown = ", ".join(list(leaves)[:5])
+        shown = checks.listed(leaves)
         raise checks.InputError(
             f"encoder: is_prunable accepts none of its {len(leaves)} parameters ({shown}, ...)."
         )

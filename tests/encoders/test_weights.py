@@ -145,3 +145,47 @@ def test_own_encoders_are_checked():
         dlc.Encoder({}, lambda p, x: x, lambda path: True, std=(1, 0, 1))
     with pytest.raises(ValueError, match="mean, cls, scalar"):
         dlc.Encoder({}, lambda p, x: x, lambda path: True, pooling="max")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("module.", "_orig_mod.", "model.", "backbone.", "encoder."),
+        *("module._orig_mod.", "state_dict.model.", "model.visual.trunk."),
+    ],
+)
+def test_names_with_a_prefix_are_read_without_it(tmp_path, tensors, sample_encoder, prefix):
+    encoder = load(tmp_path, {f"{prefix}{name}": value for name, value in tensors.items()})
+    assert encoder.prefix == prefix
+    assert encoder.fingerprint == sample_encoder.fingerprint
+    assert sample_encoder.prefix == ""
+
+
+def test_a_classifier_beside_a_prefix_is_ignored_as_without(tmp_path, tensors, sample_encoder):
+    prefixed = {f"backbone.{name}": value for name, value in tensors.items()}
+    prefixed["fc.weight"] = np.zeros((3, 128), np.float32)
+    assert load(tmp_path, prefixed).fingerprint == sample_encoder.fingerprint
+
+
+def test_a_part_of_an_encoder_is_no_prefix(tmp_path, tensors):
+    layer = {name: value for name, value in tensors.items() if name.startswith("layer1.")}
+    with pytest.raises(ValueError, match=r"without an entry: bn1/bias, .* and \d+ more$"):
+        load(tmp_path, layer)
+
+
+def test_long_lists_of_names_are_cut_after_ten(tmp_path, tensors):
+    odd = {f"a{name}": value for name, value in tensors.items() if "batches" not in name}
+    with pytest.raises(ValueError, match=r"no place for: abn1\.bias, .* and 92 more; ") as caught:
+        load(tmp_path, odd)
+    assert len(str(caught.value)) < 1000
+    wrapped = {f"module.{name}": value for name, value in odd.items()}
+    with pytest.raises(ValueError, match=r"\(names read without their prefix 'module\.'\)"):
+        load(tmp_path, wrapped)
+
+
+@pytest.mark.slow
+def test_prefixes_of_a_vit_at_another_size(timm, tmp_path):
+    model = timm.create_model("vit_small_patch16_224", img_size=64, num_classes=0)
+    tensors = {f"module.{k}": v.numpy().copy() for k, v in model.state_dict().items()}
+    encoder = load(tmp_path, tensors, "vit_small_patch16_224")
+    assert (encoder.prefix, encoder.image_size) == ("module.", 64)

@@ -11,11 +11,13 @@ import jax
 
 import dlc_jax
 from dlc_jax import artefacts, checks, provenance
+from dlc_jax.agreement import agree, agree_on_files, agree_on_instructions
 from dlc_jax.config import Config
 from dlc_jax.distributed import processes
 from dlc_jax.distributed.processes import on_first, told_by_first
 from dlc_jax.encoders.huggingface import read_config
 from dlc_jax.encoders.language_model import (
+    MODEL_FILES,
     LanguageModel,
     load_language_model,
     load_tokenizer,
@@ -50,17 +52,24 @@ _TRAINED = {
 
 def check_before_scoring(config: Config) -> None:
     """Raises ValueError where what comes after scoring would fail: that costs a pass first."""
+    if {"score", "finetune", "evaluate"} & set(config.stages) and processes.count() > 1:
+        agree_on_files(model_folder(config.encoder.weights), MODEL_FILES)
+    if {"score", "finetune"} & set(config.stages) and processes.count() > 1:
+        agree_on_instructions(load_configured_instructions(config, config.dataset.train))
     if "finetune" in config.stages and config.dataset.test is not None:
         weights = config.encoder.weights
         sizes = read_config(model_folder(weights))
         max_length = longest_sequence(sizes, weights, config.encoder.max_length)
         data = load_configured_instructions(config, config.dataset.test)
+        agree_on_instructions(data)
         on_corrupt = config.dataset.on_corrupt
         tokenizer = load_tokenizer(weights)
         tokens = tokenise(data, tokenizer, max_length, on_corrupt=on_corrupt)
         check_vocabulary(tokens.named, sizes.vocab_size, tokenizer.convert_ids_to_tokens)
     if "evaluate" in config.stages:
-        _questions(config).check_shots(config.evaluation.num_shots)
+        mmlu = _questions(config)
+        mmlu.check_shots(config.evaluation.num_shots)
+        agree({mmlu.name: mmlu.fingerprint})
 
 
 def run_finetune_instructions(

@@ -26,6 +26,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dlc_jax import bucket, checks, lease, pipeline, presets
+from dlc_jax.agreement import agree_on_settings
 from dlc_jax.config import Config, describe, known_keys
 from dlc_jax.distributed import processes, stopping, use_all_cores
 from dlc_jax.distributed.watch import await_verdict, end, watched
@@ -87,6 +88,7 @@ def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
                 seconds = {"heartbeat_s": _HEARTBEAT_S.value, "timeout_s": _START_TIMEOUT_S.value}
                 processes.start(place, **seconds)
             config = Config.of(_CONFIG.value)
+            agree_on_settings(config, workdir)
             with bucket.work_in(workdir, show) as (folder, echo):
                 pipeline.run(config, folder, echo)
             processes.wait_for_all()

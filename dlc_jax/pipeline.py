@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dlc_jax import artefacts, checks, lease, provenance, reports
+from dlc_jax.agreement import agree, agree_on_images
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config, DatasetConfig
 from dlc_jax.datasets.files import left_out_text
@@ -70,14 +70,10 @@ class _Sources:
         return self._found[source]
 
     def together(self, source: str) -> Dataset:
-        """The same in all processes at once: each reads its part of the samples for the print."""
+        """The same in all processes at once, which have to see the same samples."""
         dataset = self(source)
         if source not in self._shared:
-            mine = processes.share(range(dataset.num_blocks))
-            digests = processes.everyones(dataset.digests(mine))
-            dataset.__dict__["fingerprint"] = dataset.fingerprint_of(
-                list(itertools.chain(*digests))
-            )
+            agree_on_images(dataset)
             self._shared.add(source)
         return dataset
 
@@ -239,6 +235,7 @@ def _finetune(
 ) -> list[str]:
     """Returns a line for every run that failed."""
     encoder = load_configured(config, None if "score" in config.stages else echo)
+    agree({f"encoder.weights {config.encoder.weights}": encoder.fingerprint})
     scored = provenance.scored_encoder(workdir, encoder.for_mode(config.mode).fingerprint)
     if scored is not None:
         tuned = f"{config.encoder.name} {config.encoder.weights}"

@@ -12,6 +12,7 @@ import numpy as np
 
 import dlc_jax
 from dlc_jax import artefacts, checks, provenance, reports
+from dlc_jax.agreement import agree
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config
 from dlc_jax.distributed import processes, said_of
@@ -49,6 +50,7 @@ def run_score(config: Config, workdir: Path, load: Load, echo: Callable[[str], N
     dataset = load(config.dataset.train)
     encoder = load_configured(config, echo)
     resolved_encoder = encoder.for_mode(config.mode)
+    agree({f"encoder.weights {settings.weights}": resolved_encoder.fingerprint})
     resolved_encoder.check_image_size(settings.image_size)
     decided = dataclasses.replace(
         settings,

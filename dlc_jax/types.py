@@ -23,7 +23,7 @@ from dlc_jax import checks
 from dlc_jax.image_files import depth
 
 DEEP_IMAGES = ("error", "full_range", "min_max", "clip")
-_DIGESTED = 1024  # samples that one digest is of
+ROWS_OF_DIGEST = 1024  # samples that one digest is of
 
 
 @runtime_checkable
@@ -173,7 +173,7 @@ class Dataset:
     @property
     def num_blocks(self) -> int:
         """How many digests the fingerprint is made of."""
-        return -(-len(self) // _DIGESTED)
+        return -(-len(self) // ROWS_OF_DIGEST)
 
     def fingerprint_of(self, digests: Sequence[str]) -> str:
         """Returns the fingerprint, made of the digests of all blocks."""
@@ -184,16 +184,17 @@ class Dataset:
         found = []
         with ThreadPoolExecutor() as pool:
             for block in blocks:
-                start = block * _DIGESTED
+                start = block * ROWS_OF_DIGEST
                 digest = hashlib.sha256()
                 for row in pool.map(
-                    self._row_digest, range(start, min(start + _DIGESTED, len(self)))
+                    self.row_digest, range(start, min(start + ROWS_OF_DIGEST, len(self)))
                 ):
                     digest.update(row)
                 found.append(digest.hexdigest())
         return found
 
-    def _row_digest(self, position: int) -> bytes:
+    def row_digest(self, position: int) -> bytes:
+        """Returns the SHA-256 of one sample: id, label and image."""
         head = f"{self.ids[position]}\0{self.labels[position]}\0"
         digest = hashlib.sha256(head.encode())
         try:

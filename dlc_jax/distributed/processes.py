@@ -100,25 +100,42 @@ def find_place(
 
 def _number(name: str, given: int | None) -> int | None:
     text = os.environ.get(name)
-    if given is not None or text is None:
+    if given is not None or not text:
         return given
-    if not re.fullmatch(r"[0-9]+", text):
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise checks.InputError(f"{name}: expected a number, got {text!r}.")
     return int(text)
 
 
 def _place_in_slurm() -> Place | None:
-    """Returns the task's place in a step of several tasks, as started by `srun`."""
-    num_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if num_tasks == 1:
+    """Returns the task's place in a step of several tasks, as started by `srun`; None: one task."""
+    num_tasks = _number("SLURM_STEP_NUM_TASKS", None)
+    if num_tasks is None or num_tasks <= 1:
         return None
-    nodes = os.environ["SLURM_STEP_NODELIST"]  # such as a[07-09,12],b3
-    first = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
-    assert first is not None
+    number, job = _in_slurm("SLURM_PROCID"), _in_slurm("SLURM_JOB_ID")
+    if number >= num_tasks:
+        raise _half_of_slurm(f"SLURM_PROCID is {number} of SLURM_STEP_NUM_TASKS {num_tasks}")
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "").strip()  # such as a[07-09,12],b3
+    first = re.match(r"([^,\[\]]+)(?:\[([^,\-\[\]]+)[^\[\]]*\])?(?:,|$)", nodes)
+    if first is None:
+        raise _half_of_slurm(f"SLURM_STEP_NODELIST is {nodes!r}")
     host = first[1] + (first[2] or "")
-    job = int(os.environ["SLURM_JOB_ID"])
     port = _SLURM_PORTS[job % len(_SLURM_PORTS)]
-    return Place(f"{host}:{port}", num_tasks, int(os.environ["SLURM_PROCID"]))
+    return Place(f"{host}:{port}", num_tasks, number)
+
+
+def _in_slurm(name: str) -> int:
+    number = _number(name, None)
+    if number is None:
+        raise _half_of_slurm(f"{name} is not set")
+    return number
+
+
+def _half_of_slurm(found: str) -> checks.InputError:
+    return checks.InputError(
+        f"Slurm: {found}, in a step of several tasks; expected all that srun sets, or "
+        "SLURM_STEP_NUM_TASKS unset for a run of one process."
+    )
 
 
 def start(place: Place, *, heartbeat_s: int, timeout_s: int = 300) -> None:
@@ -281,10 +298,15 @@ def everyones(value: Any) -> list[Any]:
     return [json.loads(_waited_for(f"{folder}/{number}")) for number in range(count())]
 
 
-def share(items: Sequence[Value]) -> Sequence[Value]:
-    """Returns the part of the items that this process does: as many as the others, neighbours."""
-    bounds = [len(items) * number // count() for number in range(count() + 1)]
-    return items[bounds[index()] : bounds[index() + 1]]
+def share(items: Sequence[Value], number: int) -> Sequence[Value]:
+    """Returns the part of the items that a process does: as many as the others, neighbours.
+
+    Args:
+      items: Of all processes.
+      number: Which process; after the last one, the first follows.
+    """
+    bounds = [len(items) * place // count() for place in range(count() + 1)]
+    return items[bounds[number % count()] : bounds[number % count() + 1]]
 
 
 def client() -> Any:

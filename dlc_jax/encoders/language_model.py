@@ -27,7 +27,7 @@ DECODER = "decoder"  # as `encoder.name`
 _USUAL_LENGTH = 2048  # tokens
 _SAMPLE = "demo:tiny-llama"
 # not consolidated.safetensors: the same weights once more, in Mistral's own layout
-_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja")
+MODEL_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja")
 
 
 def longest_sequence(config: DecoderConfig, name: str, asked: int | None) -> int:
@@ -190,7 +190,7 @@ def model_folder(weights: str) -> Path:
     import huggingface_hub  # only when a hub id is used: the import costs half a second
 
     try:
-        return Path(huggingface_hub.snapshot_download(weights, allow_patterns=list(_FILES)))
+        return Path(huggingface_hub.snapshot_download(weights, allow_patterns=list(MODEL_FILES)))
     except Exception as error:  # its errors for no network, no such id and no access vary
         raise checks.InputError(
             f"weights: {weights!r} is neither a local folder nor could it be fetched from the "

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,14 @@ def start(
     arguments: list[str],
     num_devices: int = 1,
     late: tuple[int, float] = (0, 0.0),
+    homes: Sequence[Path] = (),
 ):
-    """Starts processes that find each other; late: which one starts how many seconds later."""
+    """Starts processes that find each other.
+
+    Args:
+      late: Which one starts how many seconds later.
+      homes: Home folder of each.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,6 +82,8 @@ def start(
             "JAX_NUM_PROCESSES": str(num),
             "JAX_PROCESS_ID": str(number),
         }
+        if homes:
+            env["HOME"] = str(homes[number])
         command = [sys.executable, "-m", "dlc_jax.main", f"--workdir={workdir}", *arguments]
         pipe = subprocess.PIPE
         started[number] = subprocess.Popen(
@@ -270,6 +279,22 @@ def test_a_mistake_ends_all_with_one_line(data, tmp_path):
     assert "error: mesh.probe: 2 parts" in said[0]
 
 
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "a1,a2",
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "0",
+}
+
+
+def only_these_are_set(monkeypatch, environment: dict[str, str]) -> None:
+    for name in list(os.environ):
+        if name.startswith(("JAX_COORD", "JAX_NUM", "JAX_PROCESS_ID", "SLURM_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -294,6 +319,12 @@ def test_a_mistake_ends_all_with_one_line(data, tmp_path):
             ("a1:20007", 2, 0),
         ),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "a[1-2]"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "", "SLURM_JOB_ID": "7"}, None),
+        (
+            SLURM | {"SLURM_STEP_NODELIST": "rack-1-n[001,004-6]"},
+            ("rack-1-n001:20007", 2, 0),
+        ),
         (
             {
                 "JAX_COORDINATOR_ADDRESS": "h:1",
@@ -306,12 +337,29 @@ def test_a_mistake_ends_all_with_one_line(data, tmp_path):
     ],
 )
 def test_where_a_process_stands(monkeypatch, environment, expected):
-    for name in list(os.environ):
-        if name.startswith(("JAX_COORD", "JAX_NUM", "JAX_PROCESS_ID", "SLURM_")):
-            monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    only_these_are_set(monkeypatch, environment)
     assert processes.find_place() == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"SLURM_STEP_NODELIST": None}, "SLURM_STEP_NODELIST is ''"),
+        ({"SLURM_STEP_NODELIST": "a["}, "SLURM_STEP_NODELIST is 'a\\['"),
+        ({"SLURM_STEP_NODELIST": ",a"}, "SLURM_STEP_NODELIST is ',a'"),
+        ({"SLURM_PROCID": None}, "SLURM_PROCID is not set"),
+        ({"SLURM_PROCID": "x"}, "SLURM_PROCID: expected a number, got 'x'"),
+        ({"SLURM_PROCID": "2"}, "SLURM_PROCID is 2 of SLURM_STEP_NUM_TASKS 2"),
+        ({"SLURM_JOB_ID": None}, "SLURM_JOB_ID is not set"),
+        ({"SLURM_JOB_ID": "12_3"}, "SLURM_JOB_ID: expected a number, got '12_3'"),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS: expected a number, got 'two'"),
+    ],
+)
+def test_half_an_environment_of_slurm_is_refused(monkeypatch, changed, says):
+    found = {name: value for name, value in (SLURM | changed).items() if value is not None}
+    only_these_are_set(monkeypatch, found)
+    with pytest.raises(dlc.InputError, match=says):
+        processes.find_place()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from jaxtyping import Int64
 
 from dlc_jax import checks
 from dlc_jax.datasets.instruction_rows import Row, Rows, read_rows
+from dlc_jax.datasets.labels import composed
 from dlc_jax.datasets.templates import TEMPLATES, told_by_columns
 
 __all__ = ["TEMPLATES", "Instructions", "instructions", "load_instructions"]
@@ -71,7 +72,8 @@ class Instructions:
             f"have no text in column {column!r}",
         )
         checks.no_nul(self.name, f"column {column!r}:", values)
-        names, labels = np.unique(np.array(values, np.str_), return_inverse=True)
+        composed_values = np.array([composed(value) for value in values], np.str_)
+        names, labels = np.unique(composed_values, return_inverse=True)
         return labels.astype(np.int32), tuple(names.tolist())
 
     @functools.cached_property

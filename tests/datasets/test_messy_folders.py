@@ -19,12 +19,13 @@ import dlc_jax as dlc
 from dlc_jax import image_files
 from dlc_jax.config import DatasetConfig
 from dlc_jax.datasets.guards import inspect
+from dlc_jax.datasets.instructions import instructions
 from dlc_jax.datasets.labels import encode_labels
 from dlc_jax.datasets.parts import concatenate
 from dlc_jax.pipeline import _Sources
 from dlc_jax.preprocess import decode
 from dlc_jax.score_stage import dataset_facts
-from dlc_jax.training import class_ids_by_name
+from dlc_jax.training import FinetuneConfig, Finetuner, class_ids_by_name
 
 IMAGE = random_images(1, 40)[0]
 PNG = encoded(IMAGE)
@@ -344,3 +345,14 @@ def test_names_that_look_the_same_are_shown_apart(tmp_path):
         class_ids_by_name(test, train)
     assert r"('a\u043d\u0442')" in str(caught.value)
     assert r"('\u0430\u043d\u0442')" in str(caught.value)
+
+
+def test_categories_and_untested_classes_go_by_name_in_either_form(sample_encoder):
+    rows = [{"prompt": "a", "response": "b", "topic": name} for name in (COMPOSED, APART, "thé")]
+    labels, names = instructions(rows).categories("topic")
+    assert names == (COMPOSED, "thé")
+    assert labels.tolist() == [0, 0, 1]
+    train = dlc.array_dataset([PNG] * 2, [0, 1], ["a", "b"], ["thé", COMPOSED])
+    test = dlc.Dataset([PNG], np.array([0]), np.array(["c"]), (APART,), "its test")
+    tuner = Finetuner(sample_encoder, train, test, FinetuneConfig(), image_size=32)
+    assert tuner.notes == ["test set its test", "note: no test image of thé"]

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -199,6 +200,25 @@ def test_names_that_repeat_are_told_apart_by_their_folders(vision, pictures, tmp
     bare = dlc.load_dataset(f"folder:{tmp_path}/Twice/train")  # could be those of val
     with pytest.raises(ValueError, match="a/image.jpg could be .*train/a/image.jpg or .*val/a"):
         released_positions(bare, [0], tmp_path, "Twice")
+
+
+def test_names_are_found_in_either_form_of_unicode(vision, pictures, tmp_path):
+    composed = [p._replace(class_name=f"é {p.class_name}", file=f"ö {p.file}") for p in pictures]
+    apart = [
+        p._replace(
+            **{k: unicodedata.normalize("NFD", getattr(p, k)) for k in ("class_name", "file")}
+        )
+        for p in composed
+    ]
+    build_folders(tmp_path / "theirs", apart, "Any")
+    for some, root in ((composed, tmp_path / "nfc"), (apart, tmp_path / "nfd")):
+        build_folders(root, some, "Any")
+        dataset = dlc.load_dataset(f"folder:{root}/Any/train+val")
+        positions = released_positions(dataset, chosen(dataset), tmp_path / "theirs", "Any")
+        found = read_back(vision, tmp_path / "theirs", "Any", positions)
+        assert {content for *_, content in found} == {
+            content for *_, content in held(dataset, chosen(dataset).indices)
+        }
 
 
 def test_the_order_is_torchvisions(vision, tmp_path):

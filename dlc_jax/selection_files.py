@@ -113,7 +113,6 @@ def read_selection(
         num_kept_per_class=np.bincount(samples.labels[indices], minlength=len(samples.class_names)),
         labels_fingerprint=labels_fingerprint(samples.labels),
         ids=ids,
-        scored_ids=samples.ids,
     )
 
 

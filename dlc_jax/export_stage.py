@@ -14,6 +14,7 @@ from dlc_jax import artefacts, checks, provenance
 from dlc_jax.config import Config
 from dlc_jax.exports import EXPORTS, PARTS, RELEASED, export, part_positions
 from dlc_jax.exports.image_folder import check_has_files
+from dlc_jax.exports.lists import check_ids_are_lines
 from dlc_jax.exports.released import (
     check_names_match,
     match_samples,
@@ -87,6 +88,8 @@ def check_takes_forms(config: Config, workdir: Path) -> None:
 def check_has_forms(config: Config, workdir: Path, dataset: Dataset) -> None:
     """Raises for a form that the data set has not: that should not cost a pass first."""
     forms = config.export.forms
+    if "ids" in forms:
+        check_ids_are_lines(dataset.ids, "export.forms")
     if "image_links" in forms:
         check_has_files(dataset, "export.forms")
     if RELEASED in forms:

@@ -19,12 +19,18 @@ def write_positions(part: Part, path: Path) -> None:
 
 def write_ids(part: Part, path: Path) -> None:
     """Writes an id per line, UTF-8."""
-    ids = part.samples.ids.tolist()
-    broken = [name for name in ids if "\n" in name or "\r" in name]
-    if broken:
-        raise checks.InputError(f"{path}: id {broken[0]!r} holds a line break; use form jsonl.")
+    check_ids_are_lines(part.samples.ids, str(path))
     with artefacts.atomic(path) as file:
-        file.writelines(f"{name}\n".encode() for name in ids)
+        file.writelines(f"{name}\n".encode() for name in part.samples.ids.tolist())
+
+
+def check_ids_are_lines(ids: np.ndarray, where: str) -> None:
+    """Raises ValueError, naming it, for an id that is empty or holds a line break of any kind."""
+    broken = [name for name in ids.tolist() if name.splitlines() != [name]]
+    if broken:
+        raise checks.InputError(
+            f"{where}: id {broken[0]!r} is not one line of text; use form jsonl."
+        )
 
 
 def write_jsonl(part: Part, path: Path) -> None:

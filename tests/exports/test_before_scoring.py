@@ -69,6 +69,22 @@ def test_links_of_what_is_no_file(tmp_path, source):
         run(tmp_path / "run", source(tmp_path), export__forms=("ids", "image_links"))
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\r", "\x0b", "a\x85b", "\u2028", "a\x1c", ""])
+def test_ids_that_are_no_lines(tmp_path, name):
+    dataset = dlc.array_dataset(CONTENT[:2], [0, 1], ids=["plain", name])
+    with pytest.raises(dlc.InputError, match="is not one line of text; use form jsonl"):
+        dlc.export(dataset, [0, 1], tmp_path / "x.txt", form="ids")
+    dlc.export(dataset, [0, 1], tmp_path / "x.jsonl", form="jsonl")
+    lines = (tmp_path / "x.jsonl").read_bytes().split(b"\n")[:-1]
+    assert [json.loads(line)["id"] for line in lines] == ["plain", name]
+    rows = [
+        {"bytes": c, "path": p} for c, p in zip(CONTENT[:2], ["plain", name or "\n"], strict=True)
+    ]
+    pq.write_table(pa.table({"image": rows, "label": ["a", "b"]}), tmp_path / "x.parquet")
+    with pytest.raises(dlc.InputError, match="^export.forms: id .* is not one line of text"):
+        run(tmp_path / "run", f"parquet:{tmp_path}/x.parquet")
+
+
 def test_what_can_be_exported_is_scored(tmp_path):
     forms = ("npy", "ids", "jsonl", "json", "parquet", "image_folder", "image_links", "hf")
     with pytest.raises(AssertionError, match="scored"):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dlc_jax import artefacts, checks
 from dlc_jax.exports.part import Part
+
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
 def write_positions(part: Part, path: Path) -> None:
@@ -41,8 +45,13 @@ def write_jsonl(part: Part, path: Path) -> None:
             samples.ids.tolist(), samples.labels.tolist(), part.rows.tolist(), strict=True
         ):
             line = {"id": name, "label": label, "class_name": samples.class_names[label]}
-            text = json.dumps({**line, "position": position}, ensure_ascii=False)
-            file.write(f"{text}\n".encode())
+            file.write(json_line({**line, "position": position}))
+
+
+def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+    """Returns strict JSON on a line, also for readers to whom U+0085 and U+2028 end one."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=default)
+    return f"{text.translate(_LINE_ENDS)}\n".encode()
 
 
 def write_manifest(part: Part, path: Path) -> None:

@@ -75,7 +75,7 @@ def test_ids_that_are_no_lines(tmp_path, name):
     with pytest.raises(dlc.InputError, match="is not one line of text; use form jsonl"):
         dlc.export(dataset, [0, 1], tmp_path / "x.txt", form="ids")
     dlc.export(dataset, [0, 1], tmp_path / "x.jsonl", form="jsonl")
-    lines = (tmp_path / "x.jsonl").read_bytes().split(b"\n")[:-1]
+    lines = (tmp_path / "x.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["plain", name]
     rows = [
         {"bytes": c, "path": p} for c, p in zip(CONTENT[:2], ["plain", name or "\n"], strict=True)

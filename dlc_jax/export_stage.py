@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,15 @@ import numpy as np
 
 from dlc_jax import artefacts, checks, provenance
 from dlc_jax.config import Config
-from dlc_jax.exports import EXPORTS, RELEASED, export, part_positions
-from dlc_jax.exports.released import match_samples, needs_grid, released_path
+from dlc_jax.exports import EXPORTS, PARTS, RELEASED, export, part_positions
+from dlc_jax.exports.image_folder import check_has_files
+from dlc_jax.exports.lists import check_ids_are_lines
+from dlc_jax.exports.released import (
+    check_names_match,
+    match_samples,
+    needs_grid,
+    released_path,
+)
 from dlc_jax.selection import AUTO, Cell
 from dlc_jax.selection_inputs import SelectionInputs
 from dlc_jax.types import Dataset
@@ -41,10 +50,12 @@ def run_exports(
     """
     provenance.check_is_what_was_scored(workdir, dataset)
     cells, parts = config.selection.cells(), config.export.parts
-    released = _released_paths(config, workdir) if RELEASED in config.export.forms else {}
+    released: dict[tuple[Cell, str], Path] = {}
+    if RELEASED in config.export.forms:
+        released = _released_paths(config, workdir, *_made_with(workdir))
     positions = {}
     for cell in cells:
-        kept = known.read(cell)
+        kept = dataclasses.replace(known.read(cell), scored_ids=known.samples.ids)
         folder = workdir / artefacts.EXPORTS / cell.name
         for form in config.export.forms:
             for part in parts:
@@ -63,27 +74,70 @@ def run_exports(
 
 def check_takes_forms(config: Config, workdir: Path) -> None:
     """Raises for a form that the work directory cannot hold: that should not cost a pass first."""
-    makes_links = "export" in config.stages and "image_links" in config.export.forms
-    if makes_links and artefacts.is_mirrored(workdir):
+    if "export" not in config.stages:
+        return
+    if "image_links" in config.export.forms and artefacts.is_mirrored(workdir):
         raise checks.InputError(
             "export.forms: a bucket cannot hold image_links; expected image_folder, or a --workdir "
             "that is no bucket."
         )
+    for cell in config.selection.cells():
+        for part in config.export.parts:
+            for form in config.export.forms:
+                if form != RELEASED:
+                    suffix = EXPORTS[form].suffix
+                    path = workdir / artefacts.EXPORTS / cell.name / f"{part}{suffix}"
+                    _check_can_be_written(path, workdir, is_folder=not suffix.startswith("."))
 
 
-def _released_paths(config: Config, workdir: Path) -> dict[tuple[Cell, str], Path]:
-    """Returns where every cell and part goes; the names are of the scores that are there.
+def check_has_forms(config: Config, workdir: Path, dataset: Dataset) -> None:
+    """Raises for a form that the data set has not: that should not cost a pass first."""
+    forms = config.export.forms
+    if "ids" in forms:
+        check_ids_are_lines(dataset.ids, "export.forms")
+    if "image_links" in forms:
+        check_has_files(dataset, "export.forms")
+    if RELEASED in forms:
+        made_with, num_probes = config.to_dict(), 1  # how many there will be is nothing to refuse
+        if "score" not in config.stages:
+            made_with, num_probes = _made_with(workdir)
+        for path in _released_paths(config, workdir, made_with, num_probes).values():
+            _check_can_be_written(path, workdir, is_folder=False)
+        where, name = str(config.export.datasets_dir), str(config.export.released_name)
+        every = set(config.export.parts) == set(PARTS) and config.dataset.on_corrupt == "error"
+        check_names_match(dataset, where, name, all_of_them=every)
 
-    Raises:
-      ValueError: settings that the released layout has no name for.
-    """
+
+def _check_can_be_written(path: Path, workdir: Path, *, is_folder: bool) -> None:
+    """Raises where something in the work directory is in the way of a file or folder."""
+    there = next(parent for parent in path.parents if parent.exists() or parent == workdir)
+    if there.exists() and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        what = "cannot be written to" if there.is_dir() else "is no folder"
+        raise checks.InputError(f"{there}: {what}; {path.name} is to be written there.")
+    if not is_folder and path.is_dir() and not path.is_symlink():
+        raise checks.InputError(f"{path}: is a folder; expected a file or nothing there.")
+
+
+def _made_with(workdir: Path) -> tuple[dict[str, Any], int]:
+    """Returns the settings that the scores were made with, and how many probes there were."""
     made_with = provenance.settings_of(workdir, "score", _SETTINGS)
     if made_with is None:
         raise checks.InputError(
             f"{workdir / artefacts.PROVENANCE}: does not say with what the scores were made, which "
             f"the form {RELEASED!r} names its files by; expected scores of the stage 'score'."
         )
-    probe, num_probes = made_with["probe"], _num_probes(workdir)
+    return made_with, _num_probes(workdir)
+
+
+def _released_paths(
+    config: Config, workdir: Path, made_with: dict[str, Any], num_probes: int
+) -> dict[tuple[Cell, str], Path]:
+    """Returns where every cell and part goes; the names are of the scores.
+
+    Raises:
+      ValueError: settings that the released layout has no name for.
+    """
+    probe = made_with["probe"]
     paths: dict[tuple[Cell, str], Path] = {}
     for cell in config.selection.cells():
         method, keep_fraction, split, seed = cell

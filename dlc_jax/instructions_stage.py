@@ -24,7 +24,7 @@ from dlc_jax.encoders.language_model import (
     load_language_model,
     load_tokenizer,
 )
-from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
+from dlc_jax.exports.instructions import INSTRUCTION_CHECKS, INSTRUCTION_EXPORTS
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.responses import measure_responses, probe_responses
 from dlc_jax.score_stage import write_certificate
@@ -182,6 +182,13 @@ def _tell_of_cuts(tokens: Tokenised, max_length: int, echo: Callable[[str], None
         echo(f"score: note: {len(tokens.skipped)} left out, their prompts alone are longer")
 
 
+def check_has_forms_instructions(config: Config) -> None:
+    """Raises for a form that cannot hold the rows: that should not cost a pass first."""
+    data = load_configured_instructions(config, config.dataset.train)
+    for form in config.export.forms:
+        INSTRUCTION_CHECKS[form](data)
+
+
 def run_exports_instructions(
     config: Config, workdir: Path, known: SelectionInputs, echo: Callable[[str], None]
 ) -> None:
@@ -200,6 +207,10 @@ def run_exports_instructions(
         is_kept = np.isin(data.ids, kept.ids)
         parts = {"kept": is_kept, "dropped": ~is_kept}
         for part in config.export.parts:
+            if not parts[part].any():
+                raise checks.InputError(
+                    f"{cell.name}: nothing is {part}, so there is nothing to write."
+                )
             some = data.subset(np.flatnonzero(parts[part]))
             for form in config.export.forms:
                 path = workdir / artefacts.EXPORTS / cell.name / f"{part}.{form}"

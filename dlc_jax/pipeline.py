@@ -20,9 +20,10 @@ from dlc_jax.datasets.files import left_out_text
 from dlc_jax.distributed import processes
 from dlc_jax.distributed.processes import on_first
 from dlc_jax.escaping import show, visible
-from dlc_jax.export_stage import check_takes_forms, run_exports
+from dlc_jax.export_stage import check_has_forms, check_takes_forms, run_exports
 from dlc_jax.instructions_stage import (
     READABLE,
+    check_has_forms_instructions,
     run_exports_instructions,
     run_score_instructions,
 )
@@ -112,6 +113,8 @@ def _run_stages(config: Config, workdir: Path, echo: Callable[[str], None]) -> N
     on_first(lambda: artefacts.prepare_workdir(workdir))
     load = _Sources(config.dataset, echo)
     # a mistake in what comes later should not cost a scoring pass first
+    if "export" in config.stages:
+        on_first(lambda: _check_exports(config, workdir, load))
     if config.is_of_instructions:
         check_before_scoring(config)
     elif "finetune" in config.stages:
@@ -130,6 +133,13 @@ def _run_stages(config: Config, workdir: Path, echo: Callable[[str], None]) -> N
         on_first(lambda: _report_if_it_can(config, workdir, bool(failures), echo))
     if failures:
         raise checks.SharedError(f"{len(failures)} runs failed: {checks.joined(failures, '; ')}")
+
+
+def _check_exports(config: Config, workdir: Path, load: Load) -> None:
+    if config.is_of_instructions:
+        check_has_forms_instructions(config)
+    else:
+        check_has_forms(config, workdir, load(config.dataset.train))
 
 
 def _say_nothing(line: str) -> None:

@@ -138,7 +138,6 @@ def read_selection(
         num_kept_per_class=np.bincount(samples.labels[indices], minlength=len(samples.class_names)),
         labels_fingerprint=labels_fingerprint(samples.labels),
         ids=samples.ids[indices],
-        scored_ids=samples.ids,
     )
 
 

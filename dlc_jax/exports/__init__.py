@@ -14,7 +14,7 @@ from dlc_jax.exports.image_folder import write_image_folder, write_image_links
 from dlc_jax.exports.lists import write_ids, write_jsonl, write_manifest, write_positions
 from dlc_jax.exports.part import PARTS, Part, part_of, part_positions
 from dlc_jax.exports.tables import write_hub_folder, write_parquet
-from dlc_jax.types import Dataset, Selection
+from dlc_jax.types import Dataset, Selection, file_of
 
 __all__ = ["EXPORTS", "FORMS", "PARTS", "RELEASED", "export", "part_positions"]
 
@@ -88,8 +88,22 @@ def export(
     written = part_of(dataset, kept, part, str(path))
     if not overwrite and os.path.lexists(path):
         raise checks.InputError(f"{path}: is there already; expected a new name, or overwrite.")
+    _check_does_not_hold(path, dataset)
     try:
         EXPORTS[form].write(written, path)
     except OSError as error:
         raise checks.InputError(f"{path}: cannot be written: {error}.") from error
     return path
+
+
+def _check_does_not_hold(path: Path, dataset: Dataset) -> None:
+    """Raises ValueError if the images of the data set are in the folder to be replaced."""
+    if not path.is_dir() or path.is_symlink():
+        return
+    files = (file_of(dataset.images, index) for index in range(len(dataset)))
+    folders = {file.parent for file in files if file is not None}
+    if any(folder.resolve().is_relative_to(path.resolve()) for folder in folders):
+        raise checks.InputError(
+            f"{path}: holds images of {dataset.name}, which would be deleted; expected another "
+            "place."
+        )

@@ -9,7 +9,7 @@ import numpy as np
 
 from dlc_jax import artefacts, checks
 from dlc_jax.exports.file_names import CLASS_NAMES, PARTS_OF_DATA, ImagePaths, folder_names
-from dlc_jax.exports.images import as_file
+from dlc_jax.exports.images import as_file, read
 from dlc_jax.exports.part import Part
 from dlc_jax.types import Dataset, file_of
 
@@ -66,7 +66,7 @@ def _targets(samples: Dataset, root: Path) -> Iterator[tuple[int, Path, bytes]]:
         artefacts.write_json(root / CLASS_NAMES, names)
     paths = ImagePaths()
     for index in range(len(samples)):
-        sample = samples[index]
+        sample = read(samples, index)
         content, suffix = as_file(sample)
         class_name = samples.class_names[sample.label]
         target = root / paths.add(folders[sample.label], class_name, sample.id, suffix)

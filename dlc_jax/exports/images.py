@@ -10,7 +10,7 @@ from PIL import Image
 
 from dlc_jax import checks
 from dlc_jax.preprocess import opened
-from dlc_jax.types import Sample
+from dlc_jax.types import Dataset, Sample
 
 # What torchvision.datasets.ImageFolder takes for images; it looks at nothing else of a name.
 FOLDER_SUFFIXES = (
@@ -41,6 +41,16 @@ class File(NamedTuple):
     suffix: str
 
 
+def read(samples: Dataset, index: int) -> Sample:
+    """Returns a sample; ValueError, naming it, if its file cannot be read."""
+    try:
+        return samples[index]
+    except OSError as error:
+        raise checks.InputError(
+            f"{samples.name}: sample {str(samples.ids[index])!r} cannot be read: {error}."
+        ) from error
+
+
 def encoded(sample: Sample) -> bytes:
     """Returns the image's own bytes; arrays as PNG, which loses nothing.
 
@@ -50,7 +60,10 @@ def encoded(sample: Sample) -> bytes:
     image = sample.image
     try:
         if isinstance(image, np.ndarray):
-            return _png(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
+            pixels = Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
+            if pixels.mode not in _PNG_MODES:
+                raise TypeError(f"PNG has no form of {image.dtype} {image.shape}")
+            return _png(pixels)
         with opened(image):
             return image
     except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
@@ -77,8 +90,11 @@ def as_file(sample: Sample) -> File:
 
 def _png(image: Image.Image) -> bytes:
     """Encodes the image in its own mode, or as RGB where PNG has no such mode."""
+    if image.mode not in _PNG_MODES:
+        image = image.convert("RGB")
+        image.info.pop("icc_profile", None)  # is of the colours that were
     buffer = io.BytesIO()
-    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 

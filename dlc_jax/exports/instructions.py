@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from dlc_jax import artefacts, checks
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.datasets.json_values import json_problem
+from dlc_jax.exports.lists import json_line
 
 
 def write_rows_jsonl(data: Instructions, path: Path) -> None:
@@ -24,8 +24,7 @@ def write_rows_jsonl(data: Instructions, path: Path) -> None:
     check_jsonl_holds(data)
     with artefacts.atomic(path) as file:
         for row in data.rows:
-            text = json.dumps(row, ensure_ascii=False, default=_plain, allow_nan=False)
-            file.write(f"{text}\n".encode())
+            file.write(json_line(row, _plain))
 
 
 def check_jsonl_holds(data: Instructions) -> None:

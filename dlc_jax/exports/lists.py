@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dlc_jax import artefacts, checks
 from dlc_jax.exports.part import Part
+
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
 def write_positions(part: Part, path: Path) -> None:
@@ -19,12 +23,18 @@ def write_positions(part: Part, path: Path) -> None:
 
 def write_ids(part: Part, path: Path) -> None:
     """Writes an id per line, UTF-8."""
-    ids = part.samples.ids.tolist()
-    broken = [name for name in ids if "\n" in name or "\r" in name]
-    if broken:
-        raise checks.InputError(f"{path}: id {broken[0]!r} holds a line break; use form jsonl.")
+    check_ids_are_lines(part.samples.ids, str(path))
     with artefacts.atomic(path) as file:
-        file.writelines(f"{name}\n".encode() for name in ids)
+        file.writelines(f"{name}\n".encode() for name in part.samples.ids.tolist())
+
+
+def check_ids_are_lines(ids: np.ndarray, where: str) -> None:
+    """Raises ValueError, naming it, for an id that is empty or holds a line break of any kind."""
+    broken = [name for name in ids.tolist() if name.splitlines() != [name]]
+    if broken:
+        raise checks.InputError(
+            f"{where}: id {broken[0]!r} is not one line of text; use form jsonl."
+        )
 
 
 def write_jsonl(part: Part, path: Path) -> None:
@@ -35,8 +45,13 @@ def write_jsonl(part: Part, path: Path) -> None:
             samples.ids.tolist(), samples.labels.tolist(), part.rows.tolist(), strict=True
         ):
             line = {"id": name, "label": label, "class_name": samples.class_names[label]}
-            text = json.dumps({**line, "position": position}, ensure_ascii=False)
-            file.write(f"{text}\n".encode())
+            file.write(json_line({**line, "position": position}))
+
+
+def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+    """Returns strict JSON on a line, also for readers to whom U+0085 and U+2028 end one."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=default)
+    return f"{text.translate(_LINE_ENDS)}\n".encode()
 
 
 def write_manifest(part: Part, path: Path) -> None:

@@ -101,8 +101,7 @@ def match_samples(
     order = released_order(datasets_dir, name)
     entries = _by_key([_key(entry.class_name, entry.file_name) for entry in order])
     paths = [PurePosixPath(i) for i in dataset.ids.tolist()]
-    classes = [dataset.class_names[label] for label in dataset.labels.tolist()]
-    keys = [_key(name, path.name) for name, path in zip(classes, paths, strict=True)]
+    keys = _keys(dataset)
     namesakes = _by_key(keys)
     found = np.empty(len(samples), np.int64)
     for place, index in enumerate(samples.tolist()):
@@ -115,6 +114,30 @@ def match_samples(
     for index, position in zip(samples.tolist(), found.tolist(), strict=True):
         _check_same_image(dataset, index, order[position].path)
     return found
+
+
+def check_names_match(
+    dataset: Dataset, datasets_dir: str | Path, name: str, *, all_of_them: bool
+) -> None:
+    """Raises ValueError where `match_samples` is sure to: no image is read.
+
+    Args:
+      dataset, datasets_dir, name: As there.
+      all_of_them: Whether all samples will be looked for, or only some, nobody knows which.
+    """
+    order = released_order(datasets_dir, name)
+    keys = {_key(entry.class_name, entry.file_name) for entry in order}
+    found = [key in keys for key in _keys(dataset)]
+    if not any(found) or (all_of_them and not all(found)):
+        index = found.index(False)
+        raise _not_there(dataset, index, _keys(dataset)[index], f"{name} in {datasets_dir}")
+
+
+def _keys(dataset: Dataset) -> list[tuple[str, str]]:
+    """Returns class and file name of every sample."""
+    classes = [dataset.class_names[label] for label in dataset.labels.tolist()]
+    names = [PurePosixPath(sample).name for sample in dataset.ids.tolist()]
+    return [_key(*pair) for pair in zip(classes, names, strict=True)]
 
 
 def released_path(

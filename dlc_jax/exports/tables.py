@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from dlc_jax import artefacts
 from dlc_jax.escaping import markdown_text
-from dlc_jax.exports.images import encoded
+from dlc_jax.exports.images import encoded, read
 from dlc_jax.exports.part import Part
 from dlc_jax.types import Dataset
 
@@ -57,7 +57,7 @@ def _batches(samples: Dataset) -> Iterator[pa.RecordBatch]:
     rows: list[dict[str, Any]] = []
     num_bytes = 0
     for index in range(len(samples)):
-        sample = samples[index]
+        sample = read(samples, index)
         content = encoded(sample)
         if rows and (len(rows) == _ROWS or num_bytes + len(content) > _BYTES):
             yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)

@@ -225,3 +225,39 @@ def test_what_is_no_image_is_not_copied_whatever_its_name(tmp_path, form):
     with pytest.raises(dlc.InputError, match="secret.png' is not a readable image"):
         dlc.export(dataset, [0, 1], tmp_path / "x", form=form)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("form", ["image_folder", "image_links"])
+def test_the_images_themselves_are_not_replaced(tmp_path, form):
+    for i, content in enumerate(POOL[:2]):
+        (tmp_path / "run" / "x" / f"{i}").mkdir(parents=True)
+        (tmp_path / "run" / "x" / f"{i}" / "image.png").write_bytes(content)
+    (tmp_path / "linked").symlink_to(tmp_path / "run")
+    dataset = dlc.load_dataset(f"folder:{tmp_path}/linked/x")
+    for place in ("run/x", "run", "run/x/0", "linked/x"):
+        with pytest.raises(dlc.InputError, match="which would be deleted; expected another place"):
+            dlc.export(dataset, [0, 1], tmp_path / place, form=form, overwrite=True)
+    dlc.export(dataset, [0, 1], tmp_path / "run" / "x" / "new", form=form)
+    assert len(dlc.load_dataset(f"folder:{tmp_path}/run/x/new")) == 2
+    assert [dataset[i].image for i in range(2)] == POOL[:2]
+
+
+@pytest.mark.parametrize("form", ["image_folder", "parquet"])
+def test_a_file_that_is_gone_is_named(tmp_path, form):
+    for name in "ab":
+        (tmp_path / "x" / name).mkdir(parents=True)
+        (tmp_path / "x" / name / "0.png").write_bytes(POOL[1])
+    dataset = dlc.load_dataset(f"folder:{tmp_path}/x")
+    (tmp_path / "x" / "b" / "0.png").unlink()
+    with pytest.raises(dlc.InputError, match="sample 'b/0.png' cannot be read: .*No such file"):
+        dlc.export(dataset, [0, 1], tmp_path / "y", form=form)
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70000, np.int32)]
+)
+def test_arrays_that_png_would_cut_are_refused(tmp_path, pixels):
+    dataset = dlc.Dataset([pixels], np.array([0]), np.array(["deep"]), ("a",))
+    with pytest.raises(dlc.InputError, match=f"'deep' is not .*PNG has no form of {pixels.dtype}"):
+        dlc.export(dataset, [0], tmp_path / "x", form="image_folder")

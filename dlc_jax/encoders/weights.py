@@ -50,7 +50,7 @@ def read_checkpoint(weights: str) -> Checkpoint:
     if config_file is not None and config_file.is_file():
         try:
             config = json.loads(config_file.read_text())
-        except (ValueError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise checks.InputError(f"{config_file}: not valid JSON: {error}.") from error
     with opened(tensors_file) as file:
         tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118

@@ -72,8 +72,8 @@ class Instructions:
             f"have no text in column {column!r}",
         )
         checks.no_nul(self.name, f"column {column!r}:", values)
-        composed_values = np.array([composed(value) for value in values], np.str_)
-        names, labels = np.unique(composed_values, return_inverse=True)
+        in_one_form = np.array([composed(str(value)) for value in values], np.str_)
+        names, labels = np.unique(in_one_form, return_inverse=True)
         return labels.astype(np.int32), tuple(names.tolist())
 
     @functools.cached_property

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from dlc_jax import checks
+from dlc_jax.datasets.files import regular
 from dlc_jax.types import ImageSource
 
 _MOST_KEPT = 256 * 2**20  # bytes of row groups in memory; the latest stays, whatever its size
@@ -87,7 +88,7 @@ class ParquetTable:
     def open(cls, file: Path, recent: RecentGroups) -> ParquetTable:
         """Reads what the file says of itself; ValueError names a file that is none."""
         try:
-            with pa.OSFile(str(file.absolute())) as handle:
+            with pa.OSFile(str(regular(file).absolute())) as handle:
                 parquet = pq.ParquetFile(handle)
                 return cls(file, parquet.schema_arrow, parquet.metadata, recent)
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -177,7 +178,8 @@ class ArrowTable:
     def open(cls, file: Path) -> ArrowTable:
         """Maps the file; ValueError names one that is none."""
         try:
-            return cls(file, pa.ipc.open_stream(pa.memory_map(str(file.absolute()))).read_all())
+            mapped = pa.memory_map(str(regular(file).absolute()))
+            return cls(file, pa.ipc.open_stream(mapped).read_all())
         except (pa.ArrowException, OSError, ValueError) as error:
             raise checks.InputError(f"{file}: not a readable Arrow file: {error}.") from error
 

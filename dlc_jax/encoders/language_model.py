@@ -20,7 +20,7 @@ from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.huggingface import read_config, read_params
 from dlc_jax.encoders.projection import Adapter
 from dlc_jax.encoders.transformers_library import transformers_library
-from dlc_jax.preprocess.tokens import check_vocabulary
+from dlc_jax.preprocess.tokens import check_vocabulary, tokenising
 from dlc_jax.types import Params, by_path
 
 DECODER = "decoder"  # as `encoder.name`
@@ -164,12 +164,8 @@ def load_tokenizer(weights: str) -> Any:
 
 
 def _tokenizer_in(folder: Path) -> Any:
-    try:
+    with tokenising(f"{folder}: has no tokenizer that can be read"):
         return transformers_library().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # what it refuses, it refuses in many ways
-        raise checks.InputError(
-            f"{folder}: has no tokenizer that can be read: {checks.first_line(error)}"
-        ) from error
 
 
 def model_folder(weights: str) -> Path:

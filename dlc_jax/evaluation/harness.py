@@ -13,6 +13,7 @@ from dlc_jax.datasets.chat import written
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods, longest_input
+from dlc_jax.preprocess.tokens import tokenising
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -104,7 +105,8 @@ class JaxLM(TemplateLM):
         if add_special_tokens is None and string.startswith(begin):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
-        return self.tokenizer.encode(string, verbose=False, **options)
+        with tokenising(f"{string[-60:]!r}: the tokenizer cannot read it"):
+            return self.tokenizer.encode(string, verbose=False, **options)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

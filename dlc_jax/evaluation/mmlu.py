@@ -11,6 +11,7 @@ from dlc_jax import checks
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.evaluation.likelihoods import Pair, continuation_log_likelihoods
 from dlc_jax.evaluation.mmlu_questions import LETTERS, SUBJECTS, Mmlu
+from dlc_jax.preprocess.tokens import tokenising
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,8 @@ def _pairs(prompts: list[str], tokenizer: Any) -> list[Pair]:
     pairs = []
     for prompt in prompts:
         texts = [prompt, *(f"{prompt} {letter}" for letter in LETTERS)]
-        context, *wholes = tokenizer(texts, verbose=False)["input_ids"]
+        with tokenising(f"{prompt[-60:]!r}: the tokenizer cannot read it"):
+            context, *wholes = tokenizer(texts, verbose=False)["input_ids"]
         pairs += [(context, whole[len(context) :]) for whole in wholes]
     return pairs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -91,15 +92,9 @@ def tokenise(
     rows, num_prompt, truncated, kept = [], [], [], []
     skipped: dict[str, str] = {}
     for position, (prompt, response) in enumerate(zip(data.prompts, data.responses, strict=True)):
-        try:
+        where = f"{data.name}: sample {data.ids[position]!s}"
+        with tokenising(f"{where}: the tokenizer cannot read it"):
             ids, num_before = _joint(prompt, response, tokenizer, data.has_special_tokens)
-        except BaseException as error:
-            if not _is_of_tokenizer(error):
-                raise
-            raise checks.InputError(
-                f"{data.name}: sample {data.ids[position]!s}: the tokenizer cannot read it: "
-                f"{checks.first_line(error)}."
-            ) from error
         if num_before >= max_length:
             skipped[str(data.ids[position])] = (
                 f"its prompt alone has {num_before} tokens, of at most {max_length}"
@@ -126,9 +121,16 @@ def tokenise(
     )
 
 
-def _is_of_tokenizer(error: BaseException) -> bool:
-    """Whether it is an error, or what a panic of the tokenizer in Rust is raised as."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+@contextlib.contextmanager
+def tokenising(failure: str) -> Iterator[None]:
+    """Turns what a tokenizer raises into a ValueError that begins with this text."""
+    try:
+        yield
+    except BaseException as error:
+        # a panic of the tokenizer, which is written in Rust, is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise checks.InputError(f"{failure}: {checks.first_line(error)}") from error
 
 
 def check_vocabulary(

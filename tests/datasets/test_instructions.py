@@ -3,6 +3,7 @@
 import csv
 import datetime
 import json
+import os
 
 import huggingface_hub
 import numpy as np
@@ -252,3 +253,21 @@ def test_context_that_a_template_leaves_out_is_refused_by_name(row, column, valu
         assert instructions(empty).prompts == instructions([row]).prompts * 4
     with pytest.raises(ValueError, match=f"1 have '{column}', which template .*: row 2"):
         instructions([row, {**row, column: value}], template)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("a.jsonl", "jsonl:{}/a.jsonl"),
+        ("a.json", "json:{}/a.json"),
+        ("a.parquet", "parquet:{}/a.parquet"),
+        ("train-0.parquet", "hf:{}/train"),
+        ("data.arrow", "hf:{}/train"),
+    ],
+)
+def test_files_without_an_end_are_refused(tmp_path, name, source):
+    os.mkfifo(tmp_path / name)
+    if name == "data.arrow":
+        (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    with pytest.raises(ValueError, match=f"{name}.*: not a regular file"):
+        dlc.load_instructions(source.format(tmp_path))

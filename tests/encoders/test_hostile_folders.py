@@ -62,3 +62,14 @@ def test_files_without_an_end_are_refused(folder, name, kind):
         load_language_model(str(folder))
     with pytest.raises(ValueError, match=f"{name}: not a regular file"):
         load_tokenizer(str(folder))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_a_line(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+    for content in ("[" * 100_000, "{}", json.dumps(tokenizer | {"pre_tokenizer": split})):
+        (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(
+            ValueError, match=r"^[^\n]*: has no tokenizer that can be read: [^\n]+$"
+        ):
+            load_tokenizer(str(folder))

@@ -47,7 +47,7 @@ from dlc_jax.training.lora.batches import rows_of_step
 from dlc_jax.training.lora.progress import Plan, Progress, initial_adapter
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Optimiser, Sums, add_rows, take_step
-from dlc_jax.types import Selection
+from dlc_jax.types import Selection, by_path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -288,6 +288,7 @@ class LoraTuner:
 
     def _result(self, progress: Progress, num_kept: int) -> LoraResult:
         model = self._model.with_adapter(self._settings.adapter, progress.state.adapter)
+        _check_finite(progress)
         test_loss = None
         if self._test is not None:
             losses = response_losses(
@@ -323,6 +324,16 @@ class LoraTuner:
             },
             self._settings.keep_weights,
         )
+
+
+def _check_finite(progress: Progress) -> None:
+    """Raises ValueError if the last step left what is no number: no later loss would show it."""
+    for path, leaf in by_path(progress.state.adapter).items():
+        if not np.isfinite(fetch(leaf)).all():
+            raise checks.SharedError(
+                f"fine-tuning gave an adapter with NaN or infinite values ({path}) at its last "
+                "step; try a smaller lora.learning_rate, such as a tenth of it."
+            )
 
 
 def _check_lengths(name: str, data: Tokenised, max_length: int) -> None:

@@ -168,6 +168,16 @@ def test_kept_goes_by_ids(model):
         ({"optimiser": "adam"}, "lora.optimiser: unknown value 'adam'"),
         ({"learning_rate": 0.0}, "lora.learning_rate: must be > 0"),
         ({"learning_rate": 1e30, "warmup_steps": 0, "optimiser": "sgd"}, "not finite, at step"),
+        (
+            {
+                "learning_rate": 3e38,
+                "weight_decay": 1e3,
+                "batch_size": 100,
+                "epochs": 1,
+                "warmup_steps": 0,
+            },
+            "gave an adapter with NaN or infinite values",
+        ),
     ],
 )
 def test_mistakes_are_named(model, options, says):

@@ -10,7 +10,7 @@ import math
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -131,7 +131,7 @@ def _unreadable(path: Path, error: Exception) -> checks.InputError:
     return checks.InputError(f"{path}: cannot be read as arrays: {checks.first_line(error)}.")
 
 
-def _header(file: io.BufferedIOBase, num_bytes: int, name: str = "") -> Header:
+def _header(file: io.BufferedIOBase | IO[bytes], num_bytes: int, name: str = "") -> Header:
     """Reads a header; ValueError unless as many bytes follow it as it says."""
     version = np.lib.format.read_magic(file)
     if version not in _READ:

@@ -322,9 +322,19 @@ def test_mistakes_in_a_configuration_file_end_in_one_line(tmp_path):
 def test_what_a_selection_alone_leaves_of_the_configuration(workdir, tmp_path):
     subprocess.run(["cp", "-r", f"{workdir}/.", str(tmp_path)], check=True)
     only = ("--config.stages=('select',)", "--config.selection.methods=easiest,hardest")
-    printed = run(
-        "--config=configs/custom.py", f"--workdir={tmp_path}", *only, "--config.mode=official"
-    ).stdout
+    custom = ("--config=configs/custom.py", f"--workdir={tmp_path}", *only)
+    # it names data of its own, which were not scored
+    refused = run(*custom, code=2).stderr
+    assert "folder:data/train is not what was scored" in refused
+    assert "demo:caltech15/train" in refused
+    data = "--config.dataset.train=demo:caltech15/train"
+    encoder = ("--config.encoder.name=resnet18", "--config.encoder.weights=demo:resnet18")
+    assert "encoder.image_size: 224 is not what was scored" in run(*custom, data, code=2).stderr
+    same = (data, *encoder, "--config.encoder.image_size=32")
+    printed = run(*custom, *same, "--config.mode=official").stdout
+    assert (
+        "note: the scores are of probes with num_probes 3; the configuration says num_" in printed
+    )
     assert "in mode 'official', from scores of mode 'default'" in printed
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["encoder"]["weights"] == "demo:resnet18"  # what the scores were made with

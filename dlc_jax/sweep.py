@@ -109,7 +109,7 @@ def run_sweep(
         on_first(lambda: provenance.check_is_what_was_scored(workdir, dataset))
         on_first(lambda: stack.enter_context(artefacts.locked(workdir / artefacts.FINETUNE)))
         tuner = make_tuner()
-        sweep = _Sweep(config, workdir, known, tuner)
+        sweep = _Sweep(config, workdir, known, tuner, echo)
         on_first(lambda: sweep.make_room(echo))
         # a table of runs set aside would be taken for this sweep's
         on_first(lambda: write_results(workdir))
@@ -131,6 +131,7 @@ class _Sweep(NamedTuple):
     workdir: Path
     known: SelectionInputs | None
     tuner: Tuner
+    echo: Callable[[str], None]
 
     @property
     def shared(self) -> str:
@@ -140,7 +141,9 @@ class _Sweep(NamedTuple):
 
     def folder(self, cell: Cell) -> RunFolder:
         """Returns where the run is kept."""
-        return self.tuner.folder(self.workdir / artefacts.FINETUNE / cell.name)
+        folder = self.tuner.folder(self.workdir / artefacts.FINETUNE / cell.name)
+        folder.say = lambda line: self.echo(f"finetune: {line}")
+        return folder
 
     def run_all(self, cells: list[Cell], echo: Callable[[str], None]) -> list[str]:
         """Runs one after the other; returns a line for every one that failed."""

@@ -90,7 +90,8 @@ class RunFolder:
         files = self.facts().get("files")
         if not isinstance(files, dict):
             return f"{RUN} has no checksums of its files"
-        if not with_weights:
+        # without any, the user has deleted them
+        if not with_weights or not (self.path / CHECKPOINT).exists():
             files = {name: value for name, value in files.items() if not _is_weights(name)}
         missing = [name for name in self._needed if name not in files]
         if missing:

@@ -189,6 +189,17 @@ def test_a_damaged_finished_run_is_done_again(
     assert run.is_finished(inputs)
 
 
+def test_weights_that_the_user_deleted_are_not_made_again(tmp_path):
+    run = RunFolder(tmp_path, ("metrics.jsonl",), pytest.fail)
+    run.claim("ab" * 32, {})
+    run.write_metrics(HISTORY)
+    with run.checkpoints() as checkpoints:
+        checkpoints.save(1, state(1.0), HISTORY)
+    run.conclude({"num_kept": 3, "seconds": 1.0}, keep_weights=True)
+    shutil.rmtree(tmp_path / "checkpoint")
+    assert run.is_finished("ab" * 32)
+
+
 def test_a_finished_run_without_checksums_is_not_finished(tmp_path):
     (tmp_path / "run.json").write_text(
         json.dumps({"inputs": "ab" * 32, "result": {"num_kept": 1, "seconds": 2.0}})

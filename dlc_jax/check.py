@@ -8,6 +8,11 @@ Prints a table; --json=FILE writes all of it. Exit code 0: nothing found; 1: som
 
 from __future__ import annotations
 
+import dlc_jax.signals as signals  # `from dlc_jax` would load all of it first
+
+if __name__ == "__main__":
+    signals.listen()
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -9,8 +9,6 @@ import time
 import pytest
 from conftest import ROOT
 
-import dlc_jax as dlc
-
 CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 pytestmark = pytest.mark.slow  # processes
 
@@ -243,10 +241,3 @@ def test_training_is_stopped_by_ctrl_c_and_goes_on_where_it_was(tmp_path):
     assert process.returncode == 0, said
     after = next(iter(tmp_path.glob("run/finetune/*/*/metrics.jsonl"))).read_text()
     assert after.startswith(lines)
-
-
-def test_the_public_names_are_loaded_when_they_are_used():
-    assert "probe" in dir(dlc)
-    program = "import sys, dlc_jax; assert 'jax' not in sys.modules; dlc_jax.selection.Candidates"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

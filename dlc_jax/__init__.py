@@ -9,81 +9,30 @@ kept = dlc.select(dlc.score(probes), probes.labels, keep_fraction=0.3, ids=probe
 result = dlc.finetune(encoder, dataset, kept, test=dlc.load_dataset("folder:/data/flowers_test"))
 """
 
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from dlc_jax.checks import InputError
-from dlc_jax.datasets import array_dataset, load_dataset, stratified_split
-from dlc_jax.datasets.instructions import Instructions, load_instructions
-from dlc_jax.distributed import make_mesh, use_all_cores
-from dlc_jax.encoders import Encoder, load_encoder
-from dlc_jax.encoders.language_model import LanguageModel, load_language_model
-from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
-from dlc_jax.exports import export
-from dlc_jax.exports.peft import load_adapter, write_adapter, write_merged
-from dlc_jax.preprocess import ImageCache
-from dlc_jax.preprocess.tokens import tokenise
-from dlc_jax.probes import RankCertificate, certify, features, probe
-from dlc_jax.probes.responses import measure_responses, probe_responses, response_losses
-from dlc_jax.scores import score
-from dlc_jax.selection import select
-from dlc_jax.training import finetune, record_training
-from dlc_jax.training.lora import finetune_lora
-from dlc_jax.tuning import FinetuneTrials, LinearProbeConfig, keep_curve, linear_probes, tune
-from dlc_jax.types import (
-    Dataset,
-    ProbeLosses,
-    ResponseLosses,
-    RunResult,
-    Sample,
-    Selection,
-    TrainingRecord,
-    Tuning,
-)
+if TYPE_CHECKING:
+    from dlc_jax.api import *  # noqa: F403
+    from dlc_jax.api import __all__ as __all__
 
-__all__ = [
-    "Dataset",
-    "Encoder",
-    "FinetuneTrials",
-    "ImageCache",
-    "InputError",
-    "Instructions",
-    "LanguageModel",
-    "LinearProbeConfig",
-    "ProbeLosses",
-    "RankCertificate",
-    "ResponseLosses",
-    "RunResult",
-    "Sample",
-    "Selection",
-    "TrainingRecord",
-    "Tuning",
-    "array_dataset",
-    "certify",
-    "evaluate_mmlu",
-    "export",
-    "features",
-    "finetune",
-    "finetune_lora",
-    "keep_curve",
-    "linear_probes",
-    "load_adapter",
-    "load_dataset",
-    "load_encoder",
-    "load_instructions",
-    "load_language_model",
-    "load_mmlu",
-    "make_mesh",
-    "measure_responses",
-    "probe",
-    "probe_responses",
-    "record_training",
-    "response_losses",
-    "score",
-    "select",
-    "stratified_split",
-    "tokenise",
-    "tune",
-    "use_all_cores",
-    "write_adapter",
-    "write_merged",
-]
+
+def __getattr__(name: str) -> Any:
+    """Loads all public names, or a part of the package, as soon as one is used.
+
+    A command has to listen to signals before that takes its seconds.
+    """
+    if name == "__all__" or not name.startswith("_"):
+        if importlib.util.find_spec(f"dlc_jax.{name}") is not None:
+            return importlib.import_module(f"dlc_jax.{name}")
+        api = importlib.import_module("dlc_jax.api")
+        if name == "__all__" or name in api.__all__:
+            return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    names = importlib.import_module("dlc_jax.api").__all__
+    return sorted({*globals(), *names})

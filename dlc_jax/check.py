@@ -8,6 +8,11 @@ all of it. Exit code 0: nothing found; 1: something to look at; 2: the source ca
 
 from __future__ import annotations
 
+import dlc_jax.signals as signals  # `from dlc_jax` would load all of it first
+
+if __name__ == "__main__":
+    signals.listen()
+
 import functools
 import sys
 from collections.abc import Sequence

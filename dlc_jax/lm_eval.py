@@ -8,6 +8,11 @@ lm_eval has no plugins: it knows its own classes, and those that were registered
 
 from __future__ import annotations
 
+import dlc_jax.signals as signals  # `from dlc_jax` would load all of it first
+
+if __name__ == "__main__":
+    signals.listen()
+
 import sys
 
 

@@ -14,6 +14,11 @@ Some files take a choice after a colon, as in --config=configs/alpaca_cleaned.py
 
 from __future__ import annotations
 
+import dlc_jax.signals as signals  # `from dlc_jax` would load all of it first
+
+if __name__ == "__main__":
+    signals.listen()
+
 import logging
 import os
 import re
@@ -28,7 +33,7 @@ from ml_collections import config_flags
 from dlc_jax import bucket, checks, lease, pipeline, presets
 from dlc_jax.agreement import agree_on_settings
 from dlc_jax.config import Config, describe, known_keys
-from dlc_jax.distributed import processes, stopping, use_all_cores
+from dlc_jax.distributed import processes, use_all_cores
 from dlc_jax.distributed.watch import await_verdict, end, watched
 from dlc_jax.escaping import show, visible
 from dlc_jax.object_store import Unreachable
@@ -80,8 +85,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
     """Returns the exit code, and what other processes say of this one's end."""
-    with stopping.on_sigterm():
-        try:
+    try:
+        with signals.raised():
             if place is None:
                 use_all_cores()
             else:
@@ -92,33 +97,31 @@ def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
             with bucket.work_in(workdir, show) as (folder, echo):
                 pipeline.run(config, folder, echo)
             processes.wait_for_all()
-            return 0, ""
-        except processes.SaidByFirst as error:
-            return 2, f"failed: {error}"
-        except (checks.InputError, OSError) as error:
-            _say(f"error: {' '.join(str(error).split())}")
-            return 2, f"failed: {error}"
-        except processes.NotAllCame as error:
-            _say(f"stopped: {error}")
-            return processes.RESTART, "did not find the others"
-        except Unreachable as error:
-            _say(f"stopped: {error} The same command goes on from what is there.")
-            return processes.RESTART, "cannot reach the bucket"
-        except lease.Lost as error:
-            _say(f"stopped: {error}")
-            return processes.RESTART, "lost the work directory to another run"
-        except stopping.Stopped:
-            _say("stopped by SIGTERM; the same command goes on where this one ended")
-            return processes.RESTART, "was stopped by SIGTERM"
-        except KeyboardInterrupt:
-            _say("stopped; the same command goes on where this one ended")
-            return 130, "was stopped by the user"
-        except Exception:
-            if processes.count() == 1:
-                raise
-            traceback.print_exc()
-            await_verdict()
-            return 1, "failed with an exception; see what it printed"
+        return 0, ""
+    except processes.SaidByFirst as error:
+        return 2, f"failed: {error}"
+    except (checks.InputError, OSError) as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        return 2, f"failed: {error}"
+    except processes.NotAllCame as error:
+        _say(f"stopped: {error}")
+        return processes.RESTART, "did not find the others"
+    except Unreachable as error:
+        _say(f"stopped: {error} The same command goes on from what is there.")
+        return processes.RESTART, "cannot reach the bucket"
+    except lease.Lost as error:
+        _say(f"stopped: {error}")
+        return processes.RESTART, "lost the work directory to another run"
+    except signals.Stopped:
+        by = "SIGTERM" if signals.code() == processes.RESTART else "Ctrl-C"
+        _say(f"stopped by {by}; the same command goes on where this one ended")
+        return signals.code(), f"was stopped by {by}"
+    except Exception:
+        if processes.count() == 1:
+            raise
+        traceback.print_exc()
+        await_verdict()
+        return 1, "failed with an exception; see what it printed"
 
 
 def _say(message: str) -> None:

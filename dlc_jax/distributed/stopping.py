@@ -1,68 +1,38 @@
-"""SIGTERM, by which schedulers say that a job has to go: what is done is kept, then it ends."""
+"""How the steps of a loop stop, in all processes at once: what is done is kept, then it ends."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import signal
-import threading
 from collections.abc import Iterator
-from types import FrameType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dlc_jax import signals
 from dlc_jax.distributed import processes
+from dlc_jax.signals import Stopped
+
+__all__ = ["Stopped", "at_steps", "check", "is_due"]
 
 _STEPS_LATE = 2  # so that no step waits for the answer of the one before
-_asked = False
-_is_deferred = False
 _pending: collections.deque[jax.Array] = collections.deque()  # answers that nobody waits for yet
-
-
-class Stopped(BaseException):
-    """The run was asked to stop. No `Exception`: nothing on the way should go on after it."""
-
-
-@contextlib.contextmanager
-def on_sigterm() -> Iterator[None]:
-    """Turns SIGTERM into `Stopped`, in here."""
-    global _asked
-    _asked = False
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _handle(number: int, frame: FrameType | None) -> None:
-    global _asked
-    _asked = True
-    if not _is_deferred:
-        raise Stopped
 
 
 def check() -> None:
     """Raises `Stopped` if the run was asked to stop while that was put off."""
-    if processes.told_by_first(lambda: _asked):
+    if number := processes.told_by_first(signals.asked):
+        signals.note(number)
         raise Stopped
 
 
 @contextlib.contextmanager
 def at_steps() -> Iterator[None]:
     """Puts `Stopped` off, in here: a loop asks `is_due` after every step, saves, and raises it."""
-    global _is_deferred
     _pending.clear()
-    _is_deferred = True
-    try:
+    with signals.deferred():
         yield
-    finally:
-        _is_deferred = False
 
 
 def is_due() -> bool:
@@ -70,14 +40,18 @@ def is_due() -> bool:
 
     All processes have to ask at the same steps, and get the same answer if any was asked to stop.
     """
-    if not _is_deferred or processes.count() == 1:
-        return _is_deferred and _asked
-    _pending.append(_any(_asked))
-    return len(_pending) > _STEPS_LATE and bool(_pending.popleft())
+    if not signals.is_deferred() or processes.count() == 1:
+        return signals.is_deferred() and signals.asked() > 0
+    _pending.append(_largest(signals.asked()))
+    if len(_pending) <= _STEPS_LATE:
+        return False
+    number = int(_pending.popleft())
+    signals.note(number)
+    return number > 0
 
 
-def _any(value: bool) -> jax.Array:
-    """Returns whether the value is true in any process, without waiting for it."""
+def _largest(value: int) -> jax.Array:
+    """Returns the largest value of all processes, without waiting for it."""
     devices = np.array(jax.devices())
     spread = jax.sharding.NamedSharding(
         jax.sharding.Mesh(devices, "all"), jax.sharding.PartitionSpec("all")

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from dlc_jax import signals
 from dlc_jax.distributed import processes
 from dlc_jax.distributed.processes import RESTART
 
@@ -222,8 +223,5 @@ def _say(message: str) -> None:
 
 def _exit(code: int) -> NoReturn:
     """Ends at once: an orderly end would wait for the others."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
     _errors.restore()
-    os._exit(code)
+    signals.leave(code)

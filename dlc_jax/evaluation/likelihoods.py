@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, Int64
 from tqdm import tqdm
 
-from dlc_jax import checks
+from dlc_jax import checks, signals
 from dlc_jax.distributed import fetch, on_every_device, over_devices
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
@@ -92,6 +92,7 @@ def continuation_log_likelihoods(
         total=len(inputs), desc="likelihoods", unit="row", disable=None if progress else True
     ) as bar:
         for batch, chosen, width in _batches(inputs, judged, tokens_per_batch, max_length):
+            signals.poll()
             found = _judged(
                 model.architecture,
                 model.params,

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from tqdm import tqdm
 
-from dlc_jax import checks
+from dlc_jax import checks, signals
 from dlc_jax.distributed import Team
 from dlc_jax.preprocess import Reader, in_batches
 from dlc_jax.probes.parts import Parts
@@ -278,6 +278,7 @@ def _shards_done(
     done: Done = (-1, [], [])
     with bar:
         for values, group in one_ahead((program(group), group) for group in groups):
+            signals.poll()
             for batch, of_batch in zip(group, values, strict=False):
                 while waiting and waiting[0] != batch.shard:
                     yield done if done[0] == waiting[0] else (waiting[0], [], [])

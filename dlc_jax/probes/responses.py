@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32, Int
 from tqdm import tqdm
 
 import dlc_jax
-from dlc_jax import artefacts, checks
+from dlc_jax import artefacts, checks, signals
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import (
     DATA,
@@ -332,6 +332,7 @@ class _Work(NamedTuple):
         for shape, some in groupby(plans, lambda plan: (plan.num_rows, plan.length)):
             num_rows = whole_rows(self.model.params, shape[0] * at_once) // at_once
             for group in iter(lambda: list(islice(some, at_once)), []):  # noqa: B023
+                signals.poll()
                 batches = [make_batch(self.data, plan)[1:] for plan in group]
                 batches += batches[:1] * (at_once - len(batches))
                 rows: Any = tuple(

@@ -1,0 +1,78 @@
+"""The public names of the package, which `dlc_jax` loads when the first one is used."""
+
+from dlc_jax.checks import InputError
+from dlc_jax.datasets import array_dataset, load_dataset, stratified_split
+from dlc_jax.datasets.instructions import Instructions, load_instructions
+from dlc_jax.distributed import make_mesh, use_all_cores
+from dlc_jax.encoders import Encoder, load_encoder
+from dlc_jax.encoders.language_model import LanguageModel, load_language_model
+from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
+from dlc_jax.exports import export
+from dlc_jax.exports.peft import load_adapter, write_adapter, write_merged
+from dlc_jax.preprocess import ImageCache
+from dlc_jax.preprocess.tokens import tokenise
+from dlc_jax.probes import RankCertificate, certify, features, probe
+from dlc_jax.probes.responses import measure_responses, probe_responses, response_losses
+from dlc_jax.scores import score
+from dlc_jax.selection import select
+from dlc_jax.training import finetune, record_training
+from dlc_jax.training.lora import finetune_lora
+from dlc_jax.tuning import FinetuneTrials, LinearProbeConfig, keep_curve, linear_probes, tune
+from dlc_jax.types import (
+    Dataset,
+    ProbeLosses,
+    ResponseLosses,
+    RunResult,
+    Sample,
+    Selection,
+    TrainingRecord,
+    Tuning,
+)
+
+__all__ = [
+    "Dataset",
+    "Encoder",
+    "FinetuneTrials",
+    "ImageCache",
+    "InputError",
+    "Instructions",
+    "LanguageModel",
+    "LinearProbeConfig",
+    "ProbeLosses",
+    "RankCertificate",
+    "ResponseLosses",
+    "RunResult",
+    "Sample",
+    "Selection",
+    "TrainingRecord",
+    "Tuning",
+    "array_dataset",
+    "certify",
+    "evaluate_mmlu",
+    "export",
+    "features",
+    "finetune",
+    "finetune_lora",
+    "keep_curve",
+    "linear_probes",
+    "load_adapter",
+    "load_dataset",
+    "load_encoder",
+    "load_instructions",
+    "load_language_model",
+    "load_mmlu",
+    "make_mesh",
+    "measure_responses",
+    "probe",
+    "probe_responses",
+    "record_training",
+    "response_losses",
+    "score",
+    "select",
+    "stratified_split",
+    "tokenise",
+    "tune",
+    "use_all_cores",
+    "write_adapter",
+    "write_merged",
+]

@@ -111,7 +111,8 @@ class Encoder:
         """Returns the encoder with what `mode` decides filled in; explicit choices stay.
 
         `official`: ImageNet normalisation for every encoder (Q11), ViT tokens pooled to one
-        scalar per image (Q2).
+        scalar per image (Q2). One scalar makes losses ill-conditioned: float32 distances cancel,
+        losses reach 1e6, and no two implementations rank samples quite alike.
         """
         checks.mode(mode)
         if mode == "default":

@@ -183,6 +183,9 @@ def probe_responses(
 ) -> ProbeLosses:
     """Measures the response losses of masked copies of the model.
 
+    Of weights that are equal at a threshold, the first are zeroed. torch's global pruning zeroes as
+    many but others: with half-precision checkpoints losses differ from torch's by 3e-3 to 2e-2.
+
     Args:
       model, data: As for `response_losses`.
       schedule, step, num_probes, placement, max_sparsity, agreement, masking, seed: As for `probe`.

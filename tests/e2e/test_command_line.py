@@ -74,7 +74,13 @@ def test_artefacts_have_their_names_and_hold_what_the_api_gives(workdir, sample,
         ("random", "keep_0.30-seed_1", None),
     ):
         kept = dlc.select(
-            scores, sample.labels, method=method, keep_fraction=0.3, split=split, seed=1
+            scores,
+            sample.labels,
+            method=method,
+            keep_fraction=0.3,
+            split=split,
+            seed=1,
+            ids=sample.ids,
         )
         found = np.load(workdir / "selections" / method / f"{cell}.npy")
         assert found.dtype == np.int64

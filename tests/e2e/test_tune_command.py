@@ -86,13 +86,18 @@ def test_every_method_selects_from_what_it_goes_by(finished, sample, sample_enco
         )
     kept = {
         "entropy": dlc.select(
-            table["entropy"].to_numpy(), sample.labels, method="entropy", keep_fraction=0.2
+            table["entropy"].to_numpy(),
+            sample.labels,
+            method="entropy",
+            keep_fraction=0.2,
+            ids=sample.ids,
         ),
         "herding": dlc.select(
             None,
             sample.labels,
             method="herding",
             keep_fraction=0.2,
+            ids=sample.ids,
             features=features["features"],
         ),
         "contextual_diversity": dlc.select(
@@ -100,6 +105,7 @@ def test_every_method_selects_from_what_it_goes_by(finished, sample, sample_enco
             sample.labels,
             method="contextual_diversity",
             keep_fraction=0.2,
+            ids=sample.ids,
             probabilities=record.probabilities,
         ),
     }
@@ -134,6 +140,7 @@ def test_auto_is_what_tune_finds(finished, sample):
     tuning = dlc.tune(
         scores,
         sample.labels,
+        ids=sample.ids,
         features=features,
         keep_fractions=(0.2, 0.6),
         splits=(0.2, 0.8),
@@ -152,6 +159,7 @@ def test_auto_is_what_tune_finds(finished, sample):
                 split=split,
                 keep_fraction=keep,
                 seed=1,
+                ids=sample.ids,
                 tuning=tuning,
             )
             np.testing.assert_array_equal(

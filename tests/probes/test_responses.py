@@ -200,7 +200,7 @@ def test_what_is_cut_off_does_not_count_without_the_prompt_either(models, tmp_pa
 
 
 def test_ifd_of_cherry_llm_is_the_ratio_that_torch_gives(timm):
-    """With the bundled model; the losses behind `### Response:` and a newline, as the prompt ends."""
+    """With the bundled model; the prompts end with `### Response:` and a newline."""
     import torch
     import transformers
 

@@ -142,7 +142,7 @@ def test_a_gap_is_computed_as_it_says():
 
 
 def test_a_difference_that_never_varies_is_not_beyond_noise():
-    """Every sample right in 4 of 4 repeats against 3 of 4: no noise is seen, none can be ruled out."""
+    """Every sample is right in 4 of 4 repeats against 3 of 4: no noise to compare with."""
     always = Outcomes(np.full(3, 4), np.full(4, 1.0))
     mostly = Outcomes(np.full(3, 3), np.full(4, 0.75))
     assert gap(always, mostly, np.full(3, 4)) == Gap(25.0, 0.0, 1.0)

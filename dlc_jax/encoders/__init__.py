@@ -134,8 +134,8 @@ def load_encoder(
       The encoder. A prefix of all names of the checkpoint, such as `module.`, is taken off and kept
       as `prefix`.
     Raises:
-      ValueError: an unknown name, weights not found, or a checkpoint that does not fit; every
-        entry without a place, parameter without an entry and wrong shape is listed.
+      ValueError: an unknown name, weights not found, or a checkpoint that does not fit; ten each
+        of entries without a place, parameters without an entry and wrong shapes are listed.
     """
     checks.one_of("encoder.name", name, ENCODERS)
     checks.normalisation(mean, std)

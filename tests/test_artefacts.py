@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dlc_jax as dlc
-from dlc_jax import artefacts, selection_files, whole_files
+from dlc_jax import artefacts, provenance, selection_files, whole_files
 from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.selection import Cell
 
@@ -170,3 +170,11 @@ def test_provenance_that_is_no_object_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(ValueError, match="expected a JSON object, found list"):
         artefacts.read_json(tmp_path / "x.json")
+
+
+def test_the_scored_encoder_is_named_where_it_is_another(tmp_path):
+    scored = {"name": "resnet18", "weights": "demo:resnet18", "fingerprint": "ab"}
+    assert provenance.scored_encoder(tmp_path, "cd") is None  # of the user's own scores
+    artefacts.write_json(tmp_path / artefacts.PROVENANCE, {"encoder": scored})
+    assert provenance.scored_encoder(tmp_path, "ab") is None
+    assert provenance.scored_encoder(tmp_path, "cd") == "resnet18 demo:resnet18"

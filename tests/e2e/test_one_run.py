@@ -128,9 +128,10 @@ def test_an_encoder_other_than_the_scored_one_is_noted(tmp_path):
         *SCORE,
         "--config.probe.num_probes=2",
         "--config.finetune.epochs=0",
-        "--config.stages=score,select,finetune",
+        "--config.finetune.full_set=False",
     )
-    out, _ = ended(start(tmp_path / "run", *arguments), 0)
+    stages = "--config.stages=score,select,finetune"
+    out, _ = ended(start(tmp_path / "run", *arguments, stages), 0)
     assert "the scores are of" not in out
     only = "--config.stages=('finetune',)"
     weights = f"--config.encoder.weights={encoder}"

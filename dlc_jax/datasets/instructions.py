@@ -71,7 +71,7 @@ class Instructions:
             (not isinstance(value, str) or not value.strip() for value in values),
             f"have no text in column {column!r}",
         )
-        composed_values = np.array([composed(value) for value in values], np.str_)
+        composed_values = np.array([composed(str(value)) for value in values], np.str_)
         names, labels = np.unique(composed_values, return_inverse=True)
         return labels.astype(np.int32), tuple(names.tolist())
 

@@ -88,7 +88,7 @@ class Dataset:
         refused; `full_range`: integers are divided by the largest value of their stored bits (of
         signed ones, which must not be negative, the largest positive one), floats lie in 0..1;
         `min_max`: the smallest value of an image becomes 0, the largest 255, over all channels, and
-        a constant image mid-grey; `clip`: as Pillow does, where 255 and more is white.
+        a constant image mid-grey; `clip`: as Pillow does, where greys above 255 are white.
       mid_grey: Ids of the constant images among those decoded so far, under `min_max`.
       left_out: Suffix (lower case, with its dot) -> files beside the samples that nobody reads.
       empty_classes: Names that the source declares and has no sample of; they are not in

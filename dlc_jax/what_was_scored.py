@@ -63,7 +63,8 @@ def _asked_before(workdir: Path, known: dict[str, Any]) -> dict[str, Any]:
 
 def _check_dataset(config: Config, workdir: Path, known: dict[str, Any], load: Load) -> None:
     theirs, source = known["asked"]["dataset"], config.dataset.train
-    _compare("dataset", config.asked["dataset"], theirs, {}, _NOT_OF_DATA, workdir)
+    names = (source, theirs["train"])
+    _compare("dataset", config.asked["dataset"], theirs, {}, _NOT_OF_DATA, names, workdir)
     if source == theirs["train"]:
         return
 
@@ -80,7 +81,8 @@ def _check_encoder(config: Config, workdir: Path, known: dict[str, Any]) -> None
     theirs, mine = known["asked"]["encoder"], config.asked["encoder"]
     decided = {**known.get("encoder", {}), "max_length": known.get("max_length")}
     others = _NOT_OF_ENCODER[config.is_of_instructions]
-    _compare("encoder", mine, theirs, decided, others, workdir)
+    named, scored = (f"{encoder['name']} {encoder['weights']}" for encoder in (mine, theirs))
+    _compare("encoder", mine, theirs, decided, others, (named, scored), workdir)
     if (mine["name"], mine["weights"]) == (theirs["name"], theirs["weights"]):
         return
 
@@ -89,7 +91,6 @@ def _check_encoder(config: Config, workdir: Path, known: dict[str, Any]) -> None
             return load_language_model(mine["weights"], dtype=config.probe.dtype).fingerprint
         return load_configured(config).for_mode(config.mode).fingerprint
 
-    named, scored = (f"{encoder['name']} {encoder['weights']}" for encoder in (mine, theirs))
     fingerprint = _loaded("encoder.weights", named, scored, workdir, found)
     expected = provenance.read(workdir).get("encoder", {}).get("fingerprint", fingerprint)
     if fingerprint != expected:
@@ -105,14 +106,15 @@ def _compare(
     theirs: dict[str, Any],
     decided: dict[str, Any],
     others: tuple[str, ...],
+    names: tuple[str, str],
     workdir: Path,
 ) -> None:
     """Raises ValueError for a setting that is neither what was asked for nor what came of it."""
-    for name in mine.keys() & theirs.keys() - set(others):
+    for name in sorted(mine.keys() & theirs.keys() - set(others)):
         if mine[name] not in (theirs[name], decided.get(name, theirs[name])):
             raise checks.InputError(
-                f"{section}.{name}: {mine[name]!r} is not what was scored in {workdir}, expected "
-                f"{theirs[name]!r}. {_ELSEWHERE}"
+                f"{section}.{name}: {mine[name]!r} ({names[0]}) is not what was scored in "
+                f"{workdir}, expected {theirs[name]!r} ({names[1]}). {_ELSEWHERE}"
             )
 
 

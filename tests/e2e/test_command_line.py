@@ -335,12 +335,12 @@ def test_what_a_selection_alone_leaves_of_the_configuration(workdir, tmp_path):
     assert "demo:caltech15/train" in refused
     data = "--config.dataset.train=demo:caltech15/train"
     encoder = ("--config.encoder.name=resnet18", "--config.encoder.weights=demo:resnet18")
-    assert "encoder.image_size: 224 is not what was scored" in run(*custom, data, code=2).stderr
+    refused = run(*custom, data, code=2).stderr
+    assert "encoder.image_size: 224 (resnet50 timm/resnet50.tv_in1k) is not what was" in refused
+    assert "expected 32 (resnet18 demo:resnet18)" in refused
     same = (data, *encoder, "--config.encoder.image_size=32")
     printed = run(*custom, *same, "--config.mode=official").stdout
-    assert (
-        "note: the scores are of probes with num_probes 3; the configuration says num_" in printed
-    )
+    assert "note: the scores are of probes with num_probes 3; the configuration says" in printed
     assert "in mode 'official', from scores of mode 'default'" in printed
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["encoder"]["weights"] == "demo:resnet18"  # what the scores were made with

@@ -12,7 +12,7 @@ result = dlc.finetune(encoder, dataset, kept, test=dlc.load_dataset("folder:/dat
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.1.1"
 
 if TYPE_CHECKING:
     from dlc_jax.api import *  # noqa: F403

@@ -322,7 +322,6 @@ def test_json_changed_anywhere_is_used_or_refused_in_one_line(place, tmp_path, d
         b"",
         b"{",
         b"\xff\xfe{}",
-        b"\xef\xbb\xbf{}",
         b'{"stages": {}, "stages": {}}',
         b'{"stages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"seconds": ' + b"9" * 5000 + b"}",

@@ -60,10 +60,14 @@ def test_a_lease_lasts_as_long_as_the_run(tmp_path):
 
 
 def refused(folder: Path) -> str:
+    """Returns what is said, long before a lease is void, which here is a minute again."""
     start = time.monotonic()
-    with pytest.raises(checks.InputError) as error, held(folder):
-        pass
-    assert time.monotonic() - start < 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "_VOID_S", 60.0)
+        patch.setattr(lease, "_RENEW_S", 10.0)
+        with pytest.raises(checks.InputError) as error, held(folder):
+            pass
+    assert time.monotonic() - start < 20
     return str(error.value)
 
 
@@ -104,7 +108,7 @@ def test_a_silent_process_of_another_host_is_waited_for_and_then_void(tmp_path):
     said: list[str] = []
     start = time.monotonic()
     with held(tmp_path, said.append):
-        assert 0.7 < time.monotonic() - start < 5
+        assert 0.7 < time.monotonic() - start < 20
     (line,) = said
     assert line.startswith(f"{tmp_path}: process 4711 on node7 holds it since {WHEN}; waiting ")
 
@@ -116,7 +120,7 @@ def test_one_that_is_old_already_is_not_waited_for_as_long(tmp_path, monkeypatch
     os.utime(tmp_path / lease.FILE, (1e9, 1e9))
     start = time.monotonic()
     with held(tmp_path):
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20
 
 
 def test_a_process_of_another_host_that_lives_is_named(tmp_path):
@@ -127,13 +131,14 @@ def test_a_process_of_another_host_that_lives_is_named(tmp_path):
     timer.join()
 
 
-def test_one_that_ends_meanwhile_makes_place(tmp_path):
+def test_one_that_ends_meanwhile_makes_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_VOID_S", 60.0)
     leave(tmp_path)
     timer = threading.Timer(0.3, (tmp_path / lease.FILE).unlink)
     timer.start()
     start = time.monotonic()
     with held(tmp_path):
-        assert time.monotonic() - start < 0.7
+        assert time.monotonic() - start < 20
     timer.join()
 
 

@@ -100,7 +100,9 @@ def are_equal(tensors: Mapping[str, StoredTensor], names: tuple[str, str]) -> bo
         parts = file.get_slice(names[0]), other_file.get_slice(names[1])
         starts = range(0, one.shape[0], step)
         some = [slice(start, min(start + step, one.shape[0])) for start in starts]
-        return all(np.array_equal(*(np.asarray(p[rows]) for p in parts)) for rows in some)
+        return all(
+            np.array_equal(np.asarray(parts[0][rows]), np.asarray(parts[1][rows])) for rows in some
+        )
 
 
 def num_blocks(names: Iterable[str]) -> int:

@@ -5,6 +5,7 @@ NumPy allocates what a header asks for, and a file of a hundred bytes may ask fo
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -130,7 +131,7 @@ def _unreadable(path: Path, error: Exception) -> checks.InputError:
     return checks.InputError(f"{path}: cannot be read as arrays: {checks.first_line(error)}.")
 
 
-def _header(file: IO[bytes], num_bytes: int, name: str = "") -> Header:
+def _header(file: io.BufferedIOBase | IO[bytes], num_bytes: int, name: str = "") -> Header:
     """Reads a header; ValueError unless as many bytes follow it as it says."""
     version = np.lib.format.read_magic(file)
     if version not in _READ:

@@ -56,7 +56,6 @@ _HEARTBEAT_S = flags.DEFINE_integer(
 _START_TIMEOUT_S = flags.DEFINE_integer(
     "start_timeout_s", 300, "Seconds to wait for all processes to start.", lower_bound=1
 )
-_INPUT_ERROR = f"{checks.InputError.__module__}.{checks.InputError.__name__}: "
 __doc__ += f"\nKeys, defaults and meaning:\n{describe()}\n"
 
 
@@ -137,9 +136,14 @@ def _parse(argv: Sequence[str]) -> list[str]:
                 checks.one_of("configuration key", override[1], known_keys())
         return flags.FLAGS(list(argv))
     except Exception as error:  # the configuration file is the user's code: anything can happen
+        raised: BaseException | None = error.__context__
+        while raised is not None:  # of what the file raised, the first is the one that says why
+            if isinstance(raised, checks.InputError) and raised.__context__ is None:
+                _fail(f"--config: cannot load it: {raised}")
+            raised = raised.__context__
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         if "Traceback (most recent call last):" in lines:  # of what the file raised
-            _fail(f"--config: cannot load it: {lines[-1].removeprefix(_INPUT_ERROR)}")
+            _fail(f"--config: cannot load it: {lines[-1]}")
         if isinstance(error, (flags.Error, checks.InputError)):
             _fail(str(error))
         _fail(f"--config: cannot load it: {type(error).__name__}: {lines[-1]}")

@@ -132,7 +132,7 @@ IDS = st.lists(
     max_size=len(POOL),
     unique=True,
 )
-CLASSES = st.lists(TEXTS, min_size=1, max_size=4, unique=True)
+CLASSES = st.lists(TEXTS.filter(str.strip), min_size=1, max_size=4, unique=True)
 
 
 @settings(max_examples=30, deadline=None)

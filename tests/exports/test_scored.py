@@ -194,10 +194,12 @@ def test_instructions_that_were_skipped_are_in_neither_part(tmp_path, form):
     artefacts.write_scores(workdir, samples)
     facts = {"dataset": {"source": data.name, "fingerprint": data.fingerprint}}
     paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES)]
-    provenance.record(workdir, "score", "", paths, 0.0, facts, MADE_WITH)
+    encoder = {"name": "decoder", "weights": "none"}
+    made_with = {**MADE_WITH, "encoder": encoder}
+    provenance.record(workdir, "score", "", paths, 0.0, facts, made_with)
     values = {
         "stages": ("select", "export"),
-        "encoder": {"name": "decoder", "weights": "none"},
+        "encoder": encoder,
         "dataset": {"train": data.name, "on_corrupt": "skip"},
         "selection": {"methods": ("hardest",), "keep_fractions": (0.5,), "seeds": (1,)},
         "export": {"forms": (form,), "parts": ("kept", "dropped")},

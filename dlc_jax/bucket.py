@@ -32,9 +32,11 @@ from typing import Any, NamedTuple
 
 from dlc_jax import artefacts, checks, lease, whole_files
 from dlc_jax.distributed import processes
+from dlc_jax.json_files import BELOW, parse_json
 from dlc_jax.object_store import ObjectStore
 
 _PENDING = ".pending.json"
+_TO_DO = {"move?": [BELOW, BELOW], "remove?": BELOW}
 _FILES, _KNOWN = "files", "known.jsonl"
 _SETTLE_S = 2.0
 _FETCHED = ".fetched"
@@ -255,7 +257,13 @@ class Bucket:
     def _settle(self, found: dict[str, str]) -> None:
         """Brings to its end what was begun before and is not done."""
         if _PENDING in found:
-            what = json.loads(self._store.read(_PENDING))
+            path = self._files / _PENDING
+            what = parse_json(self._store.read(_PENDING), _TO_DO, path)
+            if len(what) != 1 or not what.keys() <= {"move", "remove"}:
+                named = checks.listed(map(repr, what)) if what else "nothing"
+                raise checks.InputError(
+                    f"{path}: says {named}, expected either 'move' or 'remove'."
+                )
             name, to = what.get("move", (what.get("remove"), None))
             names = _below(found, name)
             if to is not None:

@@ -570,6 +570,34 @@ def test_a_run_that_goes_on_after_a_failure_settles_it_first(url, tmp_path, monk
         assert names(url) == []
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("{}", "says nothing, expected either 'move' or 'remove'"),
+        ('{"remove": "d", "move": ["d", "e"]}', "says 'remove', 'move', expected either"),
+        ('{"delete": "d"}', "says 'delete', expected either"),
+        ('{"remove": ""}', "remove is '', expected a path"),
+        ('{"remove": null}', "remove is None, expected a path"),
+        ('{"move": ["d"]}', "move is a list of 1 values, expected a list of 2"),
+        ('{"move": ["", "e"]}', r"move\[0\] is '', expected a path"),
+        ("[]", "expected a JSON object"),
+    ],
+)
+def test_what_was_begun_is_refused_unless_it_names_a_folder(
+    content, found, url, tmp_path, monkeypatch
+):
+    with opened(url, tmp_path / "one", monkeypatch) as (folder, _):
+        write_folder(folder / "d", x="1", y="1")
+    ObjectStore(url).write(".pending.json", content.encode())
+    with (
+        pytest.raises(checks.InputError, match=found) as error,
+        opened(url, tmp_path / "two", monkeypatch) as (folder, _),
+    ):
+        artefacts.prepare_workdir(folder)
+    assert str(error.value).startswith(f"{url}/.pending.json: ")
+    assert names(url) == [".pending.json", "d/in/x", "d/in/y"]
+
+
 def test_one_run_at_a_time(url, tmp_path, monkeypatch):
     with (
         opened(url, tmp_path, monkeypatch),

@@ -126,7 +126,9 @@ def _run_stages(config: Config, workdir: Path, echo: Callable[[str], None]) -> N
         else:
             resolved = run_score(config, workdir, load.together, echo)
     failures = []
-    if config.stages != ("report",):
+    if config.stages == ("report",):
+        on_first(lambda: check_names_what_was_scored(config, workdir, load, echo))
+    else:
         with _report_of_these_results(workdir):
             failures = _use_scores(config, resolved.to_dict(), workdir, load, echo)
     if "report" in config.stages:

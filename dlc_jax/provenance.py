@@ -190,7 +190,7 @@ def check_is_what_was_scored(workdir: Path, dataset: Dataset | Instructions) -> 
 
 def scored_encoder(workdir: Path, fingerprint: str) -> str | None:
     """Returns name and weights of the encoder that was scored; None if it has this fingerprint."""
-    scored = artefacts.read_json(workdir / artefacts.PROVENANCE).get("encoder", {})
+    scored = read(workdir).get("encoder", {})
     if scored.get("fingerprint", fingerprint) == fingerprint:
         return None
     return " ".join(str(scored[key]) for key in ("name", "weights") if key in scored)

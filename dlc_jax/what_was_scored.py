@@ -36,8 +36,8 @@ def check_names_what_was_scored(
     """Compares what is named with what was scored; reads data and weights where names differ.
 
     What the configuration leaves empty is not compared. Other probe settings are noted: what
-    follows uses the scores that are there. Where an encoder is fine-tuned or evaluated, the
-    configuration names that one, which may be another than was scored.
+    follows uses the scores that are there. Where an encoder is fine-tuned or evaluated, or that is
+    reported, the configuration names that one, which may be another than was scored.
 
     Raises:
       ValueError: another data set or encoder, naming both.
@@ -48,7 +48,8 @@ def check_names_what_was_scored(
     known = {"asked": _asked_before(workdir, known), **known}
     if config.dataset.train:
         _check_dataset(config, workdir, known, load)
-    if config.encoder.weights and not {"finetune", "evaluate"} & set(config.stages):
+    names_trained = {"finetune", "evaluate"} & set(config.stages) or config.stages == ("report",)
+    if config.encoder.weights and not names_trained:
         _check_encoder(config, workdir, known)
     _note_probes(config, known, echo)
 

@@ -14,7 +14,7 @@ def run_folder(workdir, name, train, test, num_classes=15, num_kept=750, num_tes
     folder = workdir / "finetune" / name
     folder.mkdir(parents=True)
     result = {"num_kept": num_kept, "test_accuracy": test, "seconds": 1.0}
-    (folder / "run.json").write_text(json.dumps({"inputs": "x", "result": result}))
+    (folder / "run.json").write_text(json.dumps({"inputs": "0" * 64, "result": result}))
     lines = [{"epoch": 1, "train_accuracy": 50.0}, {"epoch": 2, "train_accuracy": train}]
     if train is None:
         lines = [{"epoch": 0}]
@@ -62,6 +62,8 @@ def test_runs_without_a_result_are_passed_over(tmp_path):
     run_folder(tmp_path, "full/keep_1.00-seed_2", 6.7, 6.7)
     (tmp_path / "finetune/full/keep_1.00-seed_2/metrics.jsonl").unlink()
     run_folder(tmp_path, "full/keep_1.00-seed_3", 6.7, 100.0, num_classes=1)
+    run_folder(tmp_path, "full/keep_1.00-seed_4", 6.7, 6.7)
+    (tmp_path / "finetune/full/keep_1.00-seed_4/run.json").write_text("[]")
     assert note_on_chance(tmp_path) == ""
 
 

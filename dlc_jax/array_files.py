@@ -58,7 +58,7 @@ def read_npy(path: Path) -> np.ndarray:
         with open(path, "rb") as file:
             _header(file, path.stat().st_size)
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # of a header that is no Python, NumPy raises anything
         raise checks.InputError(
             f"{path}: not a readable array: {checks.first_line(error)}."
         ) from error

@@ -19,7 +19,7 @@ from dlc_jax import array_files, checks
 from dlc_jax.array_files import Expected
 
 # used as parts of this module
-from dlc_jax.json_files import check_shape
+from dlc_jax.json_files import NAME, SHA256, check_shape
 from dlc_jax.json_files import read_json as read_json
 from dlc_jax.whole_files import atomic as atomic
 from dlc_jax.whole_files import atomic_folder as atomic_folder
@@ -328,7 +328,7 @@ def check_is_as_recorded(folder: Path) -> None:
     Raises:
       ValueError: a file is missing or has another content.
     """
-    recorded = read_json(folder.parent / RUN).get("files", {})
+    recorded = read_json(folder.parent / RUN, {"files?": {NAME: SHA256}}).get("files", {})
     files = {
         name.removeprefix(f"{folder.name}/"): value
         for name, value in recorded.items()

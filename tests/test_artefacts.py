@@ -178,3 +178,11 @@ def test_the_scored_encoder_is_named_where_it_is_another(tmp_path):
     artefacts.write_json(tmp_path / artefacts.PROVENANCE, {"encoder": scored})
     assert provenance.scored_encoder(tmp_path, "ab") is None
     assert provenance.scored_encoder(tmp_path, "cd") == "resnet18 demo:resnet18"
+
+
+@pytest.mark.parametrize("files", [[], None, {"adapter/x": 3}])
+def test_checksums_of_another_shape_are_refused_by_name(tmp_path, files):
+    (tmp_path / "adapter").mkdir()
+    artefacts.write_json(tmp_path / "run.json", {"files": files})
+    with pytest.raises(dlc.InputError, match=r"run.json: files(\.adapter/x)? is .*, expected "):
+        artefacts.check_is_as_recorded(tmp_path / "adapter")

@@ -156,7 +156,7 @@ def other_images(place: Path) -> str:
     return f"folder:{place}/others"
 
 
-@pytest.mark.parametrize("stages", ["select", "export", "finetune"])
+@pytest.mark.parametrize("stages", ["select", "export", "finetune", "report"])
 def test_data_that_were_not_scored_are_refused_by_every_stage(place, stages):
     before = (place / "run" / "config.json").read_bytes()
     other = {"train": other_images(place), "test": "folder:images"}
@@ -390,7 +390,8 @@ def test_a_selection_that_is_not_among_the_outputs_is_not_done(place):
 
 def header(shape: str, descr: str = "<i8", magic: bytes = b"\x93NUMPY\x01\x00") -> bytes:
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
-    return magic + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
+    text = text.ljust(117)
+    return magic + (len(text) + 1).to_bytes(2, "little") + text.encode() + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -404,6 +405,10 @@ def header(shape: str, descr: str = "<i8", magic: bytes = b"\x93NUMPY\x01\x00") 
         header("(6,)", "<f8") + bytes(48),
         header("(6,)", "<i8") + bytes(47),
         header("(6,)", "|S3") + b"\xff" * 18,
+        header("((6,)"),
+        header("6}\n{", "<i8"),
+        header("(6,), 1: 2"),
+        header("-" * 9000 + "6"),
         b"\x93NUMPY",
         b"",
         b"PK\x03\x04",

@@ -86,16 +86,27 @@ def find_place(
     place = Place(
         given["coordinator_address"], int(given["num_processes"]), int(given["process_id"])
     )
-    if not re.fullmatch(r".+:[0-9]+", place.coordinator):
-        raise checks.InputError(
-            f"--coordinator_address: expected host:port, got {place.coordinator!r}."
-        )
+    _check_address(place.coordinator)
     checks.at_least("--num_processes", place.num_processes, 1)
     if not 0 <= place.process_id < place.num_processes:
         raise checks.InputError(
             f"--process_id: expected 0 to {place.num_processes - 1}, got {place.process_id}."
         )
     return place
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        host.encode("idna")  # as looking it up does
+        is_host = host != ""
+    except UnicodeError:
+        is_host = False
+    if not is_host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise checks.InputError(
+            f"--coordinator_address: expected host:port, with a port from 1 to 65535, got "
+            f"{address!r}."
+        )
 
 
 def _number(name: str, given: int | None) -> int | None:

@@ -121,7 +121,7 @@ class ImageCache:
             with _alone(entry.with_suffix(".lock")):  # another run may be decoding the same
                 found = _opened(entry, len(part), image_size)
                 if found is None:
-                    shutil.rmtree(entry, ignore_errors=True)  # damaged
+                    artefacts.remove(entry)  # damaged
                     if not self._write(entry, len(part), image_size, decode_all):
                         return None
                     found = _opened(entry, len(part), image_size)
@@ -205,10 +205,9 @@ def _key(dataset: Dataset, image_size: int, part: range | None = None) -> str:
 
 def _opened(entry: Path, num_images: int, image_size: int) -> CachedCrops | None:
     """Returns the entry with all its checksums compared; None if it is not there or damaged."""
-    try:
-        held = open(entry / "entry.json")  # noqa: SIM115 - open, and locked, while in use
-    except FileNotFoundError:
+    if not (entry / "entry.json").is_file():  # a pipe would never end
         return None
+    held = open(entry / "entry.json")  # noqa: SIM115 - open, and locked, while in use
     _locked(held, fcntl.LOCK_SH)
     shape = (num_images, image_size, image_size, 3)
     try:

@@ -45,7 +45,7 @@ class Result(NamedTuple):
         """The method as tables and figures name it."""
         if self.split is None:
             return self.method
-        split = self.split if isinstance(self.split, str) else f"{self.split:g}"
+        split = self.split if isinstance(self.split, str) else repr(self.split)
         return f"{self.method} (split {split})"
 
 
@@ -120,29 +120,41 @@ def read_results(path: Path) -> list[Result]:
     """
     if not path.is_file():
         raise checks.InputError(f"{path}: not there; run the stage 'finetune' first.")
-    with open(path, newline="") as file:
-        table = csv.DictReader(file)
-        if missing := [name for name in _NEEDED if name not in (table.fieldnames or ())]:
-            raise checks.InputError(f"{path}: has no column {', '.join(missing)}.")
-        results: list[Result] = []
-        runs, num_without = set(), 0
-        for row in table:
-            if row["test_accuracy"] == "":  # of instructions, until the stage evaluate
-                num_without += 1
-                continue
-            try:
-                results.append(_result(row))
-            except (TypeError, ValueError) as error:
-                text = str(error).removesuffix(".")
-                raise checks.InputError(f"{path}, line {table.line_num}: {text}.") from error
-            run = results[-1][:4]
-            if run in runs:
-                shown = f"{results[-1].label}, keep fraction {run[1]:g}, seed {run[3]}"
-                raise checks.InputError(
-                    f"{path}, line {table.line_num}: the run {shown} is there twice; expected each "
-                    "run once."
-                )
-            runs.add(run)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return _read_table(path, csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise checks.InputError(
+            f"{path}: not a table of results: {checks.first_line(error)}."
+        ) from error
+
+
+def _read_table(path: Path, table: csv.DictReader) -> list[Result]:
+    names = table.fieldnames or ()
+    if missing := [name for name in _NEEDED if name not in names]:
+        raise checks.InputError(f"{path}: has no column {', '.join(missing)}.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise checks.InputError(f"{path}: the column {twice!r} is there twice.")
+    results: list[Result] = []
+    runs, num_without = set(), 0
+    for row in table:
+        if row["test_accuracy"] == "":  # of instructions, until the stage evaluate
+            num_without += 1
+            continue
+        try:
+            results.append(_result(row))
+        except (TypeError, ValueError) as error:
+            text = str(error).removesuffix(".")
+            raise checks.InputError(f"{path}, line {table.line_num}: {text}.") from error
+        run = results[-1][:4]
+        if run in runs:
+            shown = f"{results[-1].label}, keep fraction {run[1]:g}, seed {run[3]}"
+            raise checks.InputError(
+                f"{path}, line {table.line_num}: the run {shown} is there twice; expected each "
+                "run once."
+            )
+        runs.add(run)
     if not results and num_without:
         raise checks.InputError(
             f"{path}: no run has a test_accuracy; run the stage 'evaluate' first."

@@ -367,7 +367,10 @@ def test_half_an_environment_of_slurm_is_refused(monkeypatch, changed, says):
     [
         (("h:1", 2, None), "--process_id: missing"),
         ((None, 2, 0), "--coordinator_address: missing"),
-        (("h", 2, 0), "expected host:port, got 'h'"),
+        *(
+            ((address, 2, 1), f"expected host:port, .*, got '{address}'")
+            for address in ("h", "h:0", "h:65536", f"h:{10**30}", "a..b:1", f"{'h' * 64}:1", ":1")
+        ),
         (("h:1", 2, 2), "--process_id: expected 0 to 1, got 2"),
     ],
 )

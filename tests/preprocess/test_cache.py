@@ -81,7 +81,9 @@ def test_the_same_content_from_another_source_is_the_same_entry(few, cache, tmp_
     load_images(folder, SIZE, cache=cache)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "longer", "json", "shape", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "longer", "json", "shape", "gone", "folder", "file"]
+)
 def test_a_damaged_entry_is_made_anew(few, cache, damage):
     expected = load_images(few, SIZE, cache=cache).pixels.copy()
     pixels, facts = entry(cache, few) / "pixels.raw", entry(cache, few) / "entry.json"
@@ -96,6 +98,12 @@ def test_a_damaged_entry_is_made_anew(few, cache, damage):
         facts.write_text(facts.read_text()[:-10])
     elif damage == "shape":
         facts.write_text(json.dumps({**json.loads(facts.read_text()), "shape": [1, SIZE]}))
+    elif damage == "folder":
+        facts.unlink()
+        facts.mkdir()
+    elif damage == "file":
+        shutil.rmtree(facts.parent)
+        facts.parent.write_bytes(b"")
     else:
         pixels.unlink()
     np.testing.assert_array_equal(load_images(few, SIZE, cache=cache).pixels, expected)

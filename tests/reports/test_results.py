@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dlc_jax import checks
 from dlc_jax.reports import (
     gap_to_random,
     read_results,
@@ -232,14 +233,32 @@ def test_losses_of_instructions_are_shown(tmp_path):
             HEADER.strip() + ",test_loss\nfull,1.0,,1,750,50,3.2,nan\n",
             r"line 2: test_loss: must be >= 0, got nan",
         ),
+        (
+            HEADER.strip() + ",test_accuracy\nfull,1.0,,1,750,50,3.2,60\n",
+            "results.csv: the column 'test_accuracy' is there twice",
+        ),
+        (HEADER + "x" * 200_000 + ",1.0,,1,750,50,3.2\n", "csv: not a table of results: .*limit"),
+        (HEADER + "\udce9,1.0,,1,750,50,3.2\n", "csv: not a table of results: .*utf-8"),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path, text, says):
     path = tmp_path / "results.csv"
     if text is not None:
-        path.write_text(text)
-    with pytest.raises(ValueError, match=says):
+        path.write_text(text, errors="surrogateescape")
+    with pytest.raises(checks.InputError, match=says):
         read_results(path)
+
+
+def test_splits_that_are_almost_equal_are_two_methods(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text(
+        HEADER + "".join(f"flexrand,0.3,0.3333333{k},1,225,{50 + k},3.2\n" for k in (1, 2))
+    )
+    rows = summarise(read_results(path))
+    assert [(row.label, row.accuracy.mean) for row in rows] == [
+        ("flexrand (split 0.33333331)", 51.0),
+        ("flexrand (split 0.33333332)", 52.0),
+    ]
 
 
 def test_text_in_figures_and_tables_is_no_formula_and_no_markup(tmp_path):

@@ -153,6 +153,16 @@ def check_is_whole(workdir: Path, stage: str) -> None:
         )
 
 
+def check_is_as_left(workdir: Path, stage: str, paths: list[Path]) -> None:
+    """Raises unless files are as the stage left them; those that its record lacks are not read."""
+    record = stage_record(workdir, stage)
+    outputs = {} if record is None else record["outputs"]
+    expected = {name: outputs[name] for name in map(Path.as_posix, paths) if name in outputs}
+    found = artefacts.file_hashes(workdir, [Path(name) for name in expected])
+    if damage := artefacts.difference(expected, found):
+        raise checks.InputError(f"{workdir}: {damage}; run the stage {stage!r} again.")
+
+
 def refresh(workdir: Path, stage: str) -> None:
     """Takes note of a stage's files as they are now, after another stage added to them."""
     path = workdir / artefacts.PROVENANCE

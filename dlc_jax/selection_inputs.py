@@ -137,8 +137,12 @@ class SelectionInputs:
         )
 
     def read(self, cell: Cell) -> Selection:
-        """Reads the selection of a cell; see `selection_files.read_selection` for errors."""
-        return selection_files.read_selection(
+        """Reads the selection of a cell; see `selection_files.read_selection` for errors.
+
+        Raises:
+          ValueError: also if its files are not as the stage `select` left them.
+        """
+        found = selection_files.read_selection(
             self._workdir,
             self.samples,
             cell,
@@ -146,3 +150,5 @@ class SelectionInputs:
             scores_fingerprint=self.fingerprint(cell[0]),
             mode=self._config.mode,
         )
+        provenance.check_is_as_left(self._workdir, "select", selection_files.files_of(cell))
+        return found

@@ -108,7 +108,7 @@ def seed(value: int, name: str = "seed") -> None:
 
 def number(name: str, value: Any) -> None:
     """Raises unless `value` is a number."""
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise InputError(f"{name}: expected a number, got {value!r}.")
 
 

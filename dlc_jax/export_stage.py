@@ -14,6 +14,7 @@ from dlc_jax import artefacts, checks, provenance
 from dlc_jax.config import Config
 from dlc_jax.exports import EXPORTS, PARTS, RELEASED, export, part_positions
 from dlc_jax.exports.image_folder import check_has_files
+from dlc_jax.exports.images import check_fit_png
 from dlc_jax.exports.lists import check_ids_are_lines
 from dlc_jax.exports.released import (
     check_names_match,
@@ -97,6 +98,8 @@ def check_has_forms(config: Config, workdir: Path, dataset: Dataset) -> None:
         check_ids_are_lines(dataset.ids, "export.forms")
     if "image_links" in forms:
         check_has_files(dataset, "export.forms")
+    if {"parquet", "hf", "image_folder"} & set(forms):
+        check_fit_png(dataset, "export.forms")
     if RELEASED in forms:
         made_with, num_probes = config.to_dict(), 1  # how many there will be is nothing to refuse
         if "score" not in config.stages:

@@ -65,7 +65,7 @@ def parse_json(content: bytes | str, shape: Shape, path: Path) -> Any:
     """Returns the value of JSON that was read from a file; ValueError as for `read_json`."""
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        value = json.loads(text, object_pairs_hook=_without_repetition)
+        value = json.loads(text, object_pairs_hook=without_repetition)
     except (ValueError, RecursionError) as error:
         raise checks.InputError(f"{path}: not valid JSON: {checks.first_line(error)}.") from error
     if not isinstance(value, dict):
@@ -146,7 +146,8 @@ def _expected(shape: Shape) -> str:
     return _KINDS[dict] if isinstance(shape, Mapping) else _KINDS[shape]
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the object; ValueError for a key that is there twice, of which one would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)

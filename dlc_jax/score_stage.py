@@ -363,7 +363,7 @@ def mid_grey_note(stage: str, ids: list[str]) -> str:
     """Returns the line about constant images, of which `min_max` can make nothing."""
     return (
         f"{stage}: note: {len(ids)} constant images are mid-grey by dataset.deep_images=min_max: "
-        f"{checks.listed(ids)}"
+        f"{checks.listed(map(visible, ids))}"
     )
 
 

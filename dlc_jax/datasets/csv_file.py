@@ -32,7 +32,7 @@ def load_csv(where: str, columns: Columns = USUAL) -> Dataset:
     try:
         text = regular(file).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise checks.InputError(f"{source}: cannot be read: {error}.") from error
+        raise checks.InputError(f"{source}: cannot be read as UTF-8 text: {error}.") from error
     try:
         lines = io.StringIO(text, newline="")  # splitlines would part rows at U+2028, too
         rows = list(csv.reader(lines, delimiter=delimiter, strict=True))

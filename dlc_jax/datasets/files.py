@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dlc_jax import checks
+from dlc_jax.escaping import visible
 from dlc_jax.image_files import HEIF_SUFFIXES, NEEDS_HEIF
 
 # What file managers, network storage and notebooks leave beside one's own files.
@@ -26,8 +27,9 @@ _HIDDEN_JUNK = re.compile(
     r"\._.*|\.ds_store|\.thumbnails|\.ipynb_checkpoints|\.git.*|\.directory|\.nomedia|\.picasa\.ini"
 )
 _TRAIN_PARTS = ("train", "training", "trainval", "val", "valid", "validation", "dev")
-_TEST_PARTS = ("test", "testing", "eval")
-SPLITS = (*_TRAIN_PARTS, *_TEST_PARTS)
+_TEST_PARTS = ("test", "testing", "eval", "evaluation")
+_PARTS = "|".join((*_TRAIN_PARTS, *_TEST_PARTS))
+_PART_NAME = re.compile(rf"({_PARTS})([^a-z].*)?|[a-z0-9].*[^a-z]({_PARTS})")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,8 +71,14 @@ def left_out_text(counts: Mapping[str, int]) -> str:
     """Returns `3 .heic, 1 .txt` for suffixes and their counts, and what would read them."""
     rows = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
     more = f" and {len(rows) - 10} more suffixes" if len(rows) > 10 else ""
-    text = ", ".join(f"{count} {suffix}" for suffix, count in rows[:10]) + more
+    text = ", ".join(f"{count} {visible(suffix)}" for suffix, count in rows[:10]) + more
     return f"{text} ({NEEDS_HEIF})" if set(counts) & set(HEIF_SUFFIXES) else text
+
+
+def split_in(name: str) -> str | None:
+    """Returns `train` for `Train`, `train2017` or `images_train`; None if a name is no split's."""
+    found = _PART_NAME.fullmatch(name.lower())
+    return found and (found[1] or found[3])
 
 
 def _check_are_of_one_kind(scheme: str, where: str, names: list[str]) -> None:
@@ -88,8 +96,9 @@ def _check_are_of_one_kind(scheme: str, where: str, names: list[str]) -> None:
 
 def train_parts(names: Iterable[str]) -> list[str]:
     """Returns the names of splits that one may train on, training first."""
-    found = [name for name in names if name.lower() in _TRAIN_PARTS]
-    return sorted(found, key=lambda name: _TRAIN_PARTS.index(name.lower()))
+    splits = {name: split_in(name) for name in names}
+    found = [(_TRAIN_PARTS.index(of), name) for name, of in splits.items() if of in _TRAIN_PARTS]
+    return [name for _, name in sorted(found)]
 
 
 def posix_names(root: Path, names: Iterable[str]) -> list[str]:

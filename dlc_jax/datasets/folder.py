@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.datasets.files import SPLITS, Files, is_junk, suffix_of, train_parts
+from dlc_jax.datasets.files import Files, is_junk, split_in, suffix_of, train_parts
 from dlc_jax.datasets.labels import composed
 from dlc_jax.image_files import HEIF_SUFFIXES, NEEDS_HEIF, SUFFIXES, suffixes
 from dlc_jax.types import Dataset
@@ -84,7 +84,10 @@ def _check_are_classes(where: str, images: dict[str, list[str]]) -> None:
             f"{', '.join(suffixes())})."
         )
     is_nested = all(image.count("/") > 1 for name in filled for image in images[name])
-    if not all(name.lower() in SPLITS for name in filled) or (len(filled) == 1 and not is_nested):
+    are_splits = all(map(split_in, filled))
+    if len(filled) == 1 or any(split_in(name) != name.lower() for name in filled):
+        are_splits &= is_nested  # a class may be called train, or train_station
+    if not are_splits:
         return
     parts = train_parts(filled)
     hint = "give one of them that is for training"

@@ -16,6 +16,7 @@ from dlc_jax.datasets.huggingface import open_hf
 from dlc_jax.datasets.json_values import json_problem
 from dlc_jax.datasets.parquet import open_parquet
 from dlc_jax.datasets.row_groups import Table
+from dlc_jax.json_files import without_repetition
 
 Row = Mapping[str, Any]
 
@@ -108,7 +109,7 @@ def _lines(file: Path) -> list[Row]:
 
 
 def _parsed(text: str) -> Any:
-    return json.loads(text, parse_int=_integer)
+    return json.loads(text, parse_int=_integer, object_pairs_hook=without_repetition)
 
 
 def _integer(digits: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import numbers
 import re
+import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -59,10 +60,11 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
             )
         rank = {name: index for index, name in enumerate(names)}
         return Labels(np.array([rank[value] for value in values], np.int32), names, None)
-    strange = next((v for v in values if not isinstance(v, numbers.Integral)), None)
+    strange = next((i for i, v in enumerate(values) if not isinstance(v, numbers.Integral)), None)
     if strange is not None:
         raise checks.InputError(
-            f"{where}: labels must be integers or strings, all alike; found {strange!r}."
+            f"{where}: labels must be integers or strings, all alike; found "
+            f"{reprlib.repr(values[strange])} in row {strange}."
         )
     try:
         array = np.asarray(values, np.int64)

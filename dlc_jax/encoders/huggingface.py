@@ -77,8 +77,10 @@ def read_config(folder: Path) -> DecoderConfig:
         return config
     tensors = stored_tensors(folder)
     if (found := num_blocks(tensors)) != config.depth:
+        names = f"; its tensors are {checks.listed(sorted(tensors))}" if not found else ""
         raise checks.InputError(
-            f"{folder}: config.json has num_hidden_layers {config.depth}, the weights have {found}."
+            f"{folder}: config.json has num_hidden_layers {config.depth}, the weights have "
+            f"{found}{names}."
         )
     if config.tied and {_EMBEDDING, _HEAD} <= tensors.keys():
         return dataclasses.replace(config, tied=are_equal(tensors, (_EMBEDDING, _HEAD)))
@@ -107,7 +109,8 @@ def read_config_alone(folder: Path) -> DecoderConfig:
     except checks.InputError:
         raise
     except Exception as error:  # what transformers refuses, it refuses in many ways
-        raise checks.InputError(f"{path}: {checks.first_line(error)}") from error
+        said = " ".join(str(error).split())[:300]  # the field first, what was wrong on other lines
+        raise checks.InputError(f"{path}: {type(error).__name__}: {said}") from error
 
 
 def _check_loadable(folder: Path, path: Path, raw: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
+from dlc_jax.datasets.files import is_junk
 from dlc_jax.exports.images import FOLDER_SUFFIXES
 
 CLASS_NAMES = "class_names.json"  # beside the folders of the classes
@@ -15,17 +16,6 @@ CLASS_NAMES = "class_names.json"  # beside the folders of the classes
 _LONGEST = 200
 # Windows opens devices by these names, whatever their suffix.
 _DEVICES = re.compile(r"(con|prn|aux|nul|clock\$|conin\$|conout\$|(com|lpt)[0-9¹²³])", re.I)
-# Folders of network storage and file managers, which readers of image folders pass over.
-_PASSED_OVER = re.compile(
-    r"@(eadir|recycle|recently-snapshot|tmp)|#(recycle|snapshot)|\$recycle\.bin|"
-    r"__macosx|__pycache__|lost\+found|system volume information",
-    re.I,
-)
-# Where no folder has another name, these are taken for parts of a data set instead of classes.
-PARTS_OF_DATA = {
-    *("train", "training", "trainval", "val", "valid", "validation", "dev"),
-    *("test", "testing", "eval", "evaluation"),
-}
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
@@ -99,7 +89,7 @@ def plain(name: str) -> str:
 
 
 def _not_passed_over(folder: str) -> str:
-    return f"_{folder}" if _PASSED_OVER.fullmatch(folder) else folder
+    return f"_{folder}" if is_junk(folder) else folder
 
 
 def _is_unsafe(char: str) -> bool:

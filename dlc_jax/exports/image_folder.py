@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from dlc_jax import artefacts, checks
-from dlc_jax.exports.file_names import CLASS_NAMES, PARTS_OF_DATA, ImagePaths, folder_names
+from dlc_jax.datasets.files import split_in
+from dlc_jax.exports.file_names import CLASS_NAMES, ImagePaths, folder_names
 from dlc_jax.exports.images import as_file, read
 from dlc_jax.exports.part import Part
 from dlc_jax.types import Dataset, file_of
@@ -78,6 +79,6 @@ def _folders(samples: Dataset) -> dict[int, str]:
     """Returns the folders of the classes that have samples, the same for kept and dropped."""
     all_folders = folder_names(samples.class_names)
     folders = {label: all_folders[label] for label in np.unique(samples.labels).tolist()}
-    if all(folder.lower() in PARTS_OF_DATA for folder in folders.values()):
+    if all(map(split_in, folders.values())):  # read back, they would be splits
         folders = {label: f"_{folder}" for label, folder in folders.items()}
     return folders

@@ -51,19 +51,45 @@ def read(samples: Dataset, index: int) -> Sample:
         ) from error
 
 
+def check_fit_png(samples: Dataset, where: str) -> None:
+    """Raises ValueError, naming the sample, for an array that PNG cannot hold.
+
+    Args:
+      samples: Of which only arrays are looked at; sources hold either arrays or files.
+      where: For the message.
+    """
+    for index in range(len(samples)):
+        try:
+            image = samples.images[index]
+        except OSError:  # a file, and whether it matters is for the decoder to say
+            return
+        if not isinstance(image, np.ndarray):
+            return
+        if not _fits_png(image):
+            raise checks.InputError(
+                f"{where}: sample {str(samples.ids[index])!r} of {samples.name} {_no_png(image)}"
+            )
+
+
+def _fits_png(image: np.ndarray) -> bool:
+    num_channels = image.shape[2] if image.ndim == 3 else 1
+    deepest = {"uint8": 4, "uint16": 1}.get(image.dtype.name, 0)  # channels, alpha among them
+    return image.ndim in (2, 3) and image.size > 0 and 1 <= num_channels <= deepest
+
+
 def encoded(sample: Sample) -> bytes:
     """Returns the image's own bytes; arrays as PNG, which loses nothing.
 
     Raises:
-      ValueError: they are no image.
+      ValueError: they are no image, or an array that PNG cannot hold.
     """
     image = sample.image
+    if isinstance(image, np.ndarray) and not _fits_png(image):
+        raise checks.InputError(f"sample {sample.id!r} {_no_png(image)}")
     try:
         if isinstance(image, np.ndarray):
-            pixels = Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
-            if pixels.mode not in _PNG_MODES:
-                raise TypeError(f"PNG has no form of {image.dtype} {image.shape}")
-            return _png(pixels)
+            native = image.astype(image.dtype.newbyteorder("="), copy=False)
+            return _png(Image.fromarray(native[:, :, 0] if image.shape[2:] == (1,) else native))
         with opened(image):
             return image
     except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
@@ -96,6 +122,13 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _no_png(image: np.ndarray) -> str:
+    return (
+        f"is an array of {image.dtype} {image.shape}, which PNG cannot hold; expected uint8, or "
+        "uint16 of one channel."
+    )
 
 
 def _no_image(sample: Sample, error: Exception) -> checks.InputError:

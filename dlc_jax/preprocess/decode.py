@@ -53,7 +53,8 @@ def decode(image: bytes | np.ndarray, sample_id: str, deep_images: str = "error"
 
 
 def _from_array(image: np.ndarray, deep_images: str) -> Image.Image:
-    if image.dtype.kind not in "uif" or image.ndim not in (2, 3) or image.size == 0:
+    is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] <= 4)  # with alpha
+    if image.dtype.kind not in "uif" or not is_image or image.size == 0:
         raise ValueError(
             f"expected uint8 [h, w, 3], [h, w, 1] or [h, w], found {image.dtype} {image.shape}"
         )

@@ -28,7 +28,7 @@ def scaled(
       deep_images: `full_range` or `min_max`, the latter over all channels together.
     Raises:
       NeedsSetting: `full_range`, and values below 0 or above `largest`.
-      ValueError: values that are not finite, which no setting helps.
+      ValueError: values or a range that are not finite, which no setting helps.
     """
     if not np.all(np.isfinite(values)):
         raise checks.InputError("has pixels that are not finite")
@@ -37,7 +37,12 @@ def scaled(
         low, high = float(low), float(high)
         if low == high:
             return np.full(values.shape, MID_GREY, np.uint8)
-        return np.rint((values.astype(np.float64) - low) * (255 / (high - low))).astype(np.uint8)
+        factor = 255 / (high - low)
+        if not 0 < factor < np.inf:
+            raise checks.InputError(
+                f"has values from {low:g} to {high:g}, expected a range that float64 can hold"
+            )
+        return np.rint((values.astype(np.float64) - low) * factor).astype(np.uint8)
     if low < 0 or high > largest:
         raise checks.NeedsSetting(
             f"has values from {low:g} to {high:g}, and dataset.deep_images=full_range expects "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dlc_jax import artefacts, checks
-from dlc_jax.escaping import csv_cell
+from dlc_jax.escaping import csv_cell, visible
 from dlc_jax.json_files import SHA256, parse_json
 from dlc_jax.training.checkpoints import Checkpoints
 from dlc_jax.types import RunResult
@@ -150,7 +150,7 @@ class RunFolder:
                 if num_test is not None and result.per_class_accuracy is not None:
                     number = int(num_test[label])
                     accuracy = repr(float(result.per_class_accuracy[label])) if number else ""
-                table.writerow((label, csv_cell(name), number, accuracy))
+                table.writerow((label, csv_cell(visible(name)), number, accuracy))
         summary = {
             "num_kept": result.num_kept,
             "test_accuracy": result.test_accuracy,

@@ -39,6 +39,19 @@ def test_what_strict_json_has_not_is_refused_by_row(tmp_path, value, says):
         dlc.load_instructions(f"json:{tmp_path}/x.json")
 
 
+def test_keys_that_are_there_twice_are_refused_by_row(tmp_path):
+    good, bad = (
+        '{"prompt": "a", "response": "b"}',
+        '{"prompt": "a", "response": "b", "prompt": "c"}',
+    )
+    (tmp_path / "x.jsonl").write_text(f"{good}\n{bad}\n")
+    with pytest.raises(dlc.InputError, match="x.jsonl, line 2 .*the key 'prompt' is there twice"):
+        dlc.load_instructions(f"jsonl:{tmp_path}/x.jsonl")
+    (tmp_path / "x.json").write_text(f"[{good}, {bad}]")
+    with pytest.raises(dlc.InputError, match="x.json: .*the key 'prompt' is there twice"):
+        dlc.load_instructions(f"json:{tmp_path}/x.json")
+
+
 @pytest.mark.parametrize("name", ["jsonl", "json"])
 def test_deep_nesting_is_one_line(tmp_path, name):
     def load(depth: int) -> dlc.datasets.instructions.Instructions:

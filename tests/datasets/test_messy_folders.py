@@ -18,6 +18,7 @@ from PIL import Image
 import dlc_jax as dlc
 from dlc_jax import image_files
 from dlc_jax.config import DatasetConfig
+from dlc_jax.datasets.files import left_out_text
 from dlc_jax.datasets.guards import inspect
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.datasets.labels import encode_labels
@@ -193,6 +194,10 @@ def test_heic_is_named_where_pillow_heif_is_not(tmp_path, monkeypatch):
         (("valid", "training", "test", "@eaDir"), "folder:{}/training, or .*/training+valid"),
         (("Train",), "give one, folder:{}/Train"),
         (("test", "testing"), "one of them that is for training"),
+        (("train", "Evaluation"), "give one, folder:{}/train"),
+        (("training_set", "test_set"), "give one, folder:{}/training_set"),
+        (("val2017", "train2017"), "folder:{}/train2017, or .*folder:{}/train2017+val2017"),
+        (("images_Test", "images_train"), "give one, folder:{}/images_train"),
     ],
 )
 def test_splits_are_known_in_any_case_and_the_hint_leaves_the_test_set_out(tmp_path, parts, hint):
@@ -211,6 +216,14 @@ def test_a_class_named_train_is_a_class(tmp_path):
     assert dlc.load_dataset(source).class_names == ("bus", "train")
     alone = folder(tmp_path / "alone", "train/1.png")
     assert dlc.load_dataset(alone).class_names == ("train",)
+    things = folder(tmp_path / "things", "train_station/1.png", "test-tube/2.png")
+    assert dlc.load_dataset(things).class_names == ("test-tube", "train_station")
+
+
+def test_suffixes_of_files_left_out_are_shown_on_one_line(tmp_path):
+    source = folder(tmp_path, "a/1.png", "a/x.b\nforged\x1b[2j")
+    text = left_out_text(dlc.load_dataset(source).left_out)
+    assert text == r"1 .b\nforged\x1b[2j"
 
 
 def test_tables_of_training_and_test_side_by_side_are_not_joined(tmp_path):

@@ -206,11 +206,19 @@ def test_quantised_weights_are_refused_by_tensor_and_type(folder):
         ("num_attention_heads", -2, "num_attention_heads: must be >= 1, got -2"),
         ("num_key_value_heads", 10**10, "num_key_value_heads: must be <="),
         ("head_dim", 8.5, "head_dim: expected an integer, got 8.5"),
+        ("hidden_size", None, "config.json: .*'hidden_size': .*(int|None)"),
     ],
 )
 def test_sizes_are_bounded_before_anything_is_allocated(folder, name, value, says):
     change(folder, **{name: value})
     with pytest.raises(ValueError, match=says):
+        dlc.load_language_model(str(folder))
+
+
+def test_a_prefix_of_all_names_is_shown(folder):
+    tensors = {f"module.{name}": tensor for name, tensor in tensors_of(folder).items()}
+    write(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"the weights have 0; its tensors are module\.model\."):
         dlc.load_language_model(str(folder))
 
 

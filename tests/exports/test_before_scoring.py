@@ -69,6 +69,18 @@ def test_links_of_what_is_no_file(tmp_path, source):
         run(tmp_path / "run", source(tmp_path), export__forms=("ids", "image_links"))
 
 
+@pytest.mark.parametrize("form", ["parquet", "hf", "image_folder"])
+def test_arrays_that_no_image_file_holds(tmp_path, form):
+    for kind, shape in (("u2", (4, 8, 8, 3)), ("f4", (4, 8, 8))):
+        np.savez(tmp_path / "x.npz", images=np.ones(shape, kind), labels=[0, 1, 0, 1])
+        changes = {"dataset__deep_images": "full_range", "export__forms": (form,)}
+        with pytest.raises(dlc.InputError, match="^export.forms: sample .* which PNG cannot hold"):
+            run(tmp_path / "run", f"npz:{tmp_path}/x.npz", **changes)
+        changes["export__forms"] = ("ids", "jsonl")
+        with pytest.raises(AssertionError, match="scored"):
+            run(tmp_path / "run", f"npz:{tmp_path}/x.npz", **changes)
+
+
 @pytest.mark.parametrize("name", ["a\nb", "a\r", "\x0b", "a\x85b", "\u2028", "a\x1c", ""])
 def test_ids_that_are_no_lines(tmp_path, name):
     dataset = dlc.array_dataset(CONTENT[:2], [0, 1], ids=["plain", name])

@@ -254,10 +254,26 @@ def test_a_file_that_is_gone_is_named(tmp_path, form):
     assert not (tmp_path / "y").exists()
 
 
+def test_arrays_of_the_other_byte_order_keep_their_values(tmp_path):
+    pixels = np.arange(16, dtype=">u2").reshape(4, 4) * 4000
+    dataset = dlc.Dataset([pixels], np.array([0]), np.array(["deep"]), ("a",))
+    dlc.export(dataset, [0], tmp_path / "x", form="image_folder")
+    with Image.open(tmp_path / "x" / "a" / "deep.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+@pytest.mark.parametrize("folders", [("train_set", "test_set"), ("Evaluation", "train")])
+def test_classes_named_like_splits_with_sub_folders_read_back(tmp_path, folders):
+    ids = [f"{name}/sub/0.png" for name in folders]
+    dataset = dlc.array_dataset(POOL[:2], folders, ids=ids)
+    dlc.export(dataset, [0, 1], tmp_path / "x", form="image_folder")
+    assert len(dlc.load_dataset(f"folder:{tmp_path}/x")) == 2
+
+
 @pytest.mark.parametrize(
     "pixels", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70000, np.int32)]
 )
 def test_arrays_that_png_would_cut_are_refused(tmp_path, pixels):
     dataset = dlc.Dataset([pixels], np.array([0]), np.array(["deep"]), ("a",))
-    with pytest.raises(dlc.InputError, match=f"'deep' is not .*PNG has no form of {pixels.dtype}"):
+    with pytest.raises(dlc.InputError, match=f"'deep' is an array of {pixels.dtype}.*PNG"):
         dlc.export(dataset, [0], tmp_path / "x", form="image_folder")

@@ -229,6 +229,19 @@ def test_values_that_a_choice_does_not_fit_are_named():
                 decode(bad, "x", how)
 
 
+def test_a_range_beyond_float64_is_refused_by_name():
+    for values in ([-1.7e308, 1.7e308], [0, 5e-324]):
+        with pytest.raises(dlc.InputError, match="sample 'x' .* range that float64 can hold"):
+            decode(np.array([values]), "x", "min_max")
+
+
+def test_channels_first_are_refused_with_what_is_expected():
+    with pytest.raises(
+        dlc.InputError, match=r"sample 'x' .*expected uint8 .*found uint8 \(3, 8, 9"
+    ):
+        decode(np.zeros((3, 8, 9), np.uint8), "x")
+
+
 def mixed(deep_images: str = "error") -> dlc.Dataset:
     """Four samples, of which one is deep, one deep and constant and one broken."""
     constant = png(np.full((H, W, 1), 40000))

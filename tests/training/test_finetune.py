@@ -559,13 +559,13 @@ def test_subsets_of_a_data_set(small_sample):
             small_sample.subset(np.array(bad, int))
 
 
-def test_class_names_that_look_like_formulas_are_none_in_the_table(tmp_path):
+def test_class_names_are_no_formulas_and_no_controls_in_the_table(tmp_path):
     folder = RunFolder(tmp_path)
     folder.claim("inputs", {})
     accuracy = np.array([100.0, 0.0, 50.0])
     result = dlc.RunResult(60.0, accuracy, None, 3, (), [], {}, 1.0)
-    folder.finish(result, ("=HYPERLINK(1)", "-3", "'@x"), np.array([1, 2, 2]), True)
+    folder.finish(result, ("=HYPERLINK(1)", "a\x1b[2J\nb", "'@x"), np.array([1, 2, 2]), True)
     with open(tmp_path / "per_class_accuracy.csv", newline="") as file:
         names = [row["class_name"] for row in csv.DictReader(file)]
-    assert names == ["'=HYPERLINK(1)", "-3", "''@x"]
-    assert list(map(csv_text, names)) == ["=HYPERLINK(1)", "-3", "'@x"]
+    assert names == ["'=HYPERLINK(1)", r"a\x1b[2J\nb", "''@x"]
+    assert list(map(csv_text, names)) == ["=HYPERLINK(1)", r"a\x1b[2J\nb", "'@x"]

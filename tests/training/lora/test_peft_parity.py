@@ -299,6 +299,7 @@ def adapted(folders, tmp_path_factory):
         ("lora_alpha", float("inf"), "lora_alpha: must be > 0, got inf"),
         ("lora_alpha", -float("inf"), "lora_alpha: must be > 0, got -inf"),
         ("lora_alpha", "16", "lora_alpha: expected a number, got '16'"),
+        ("lora_alpha", True, "lora_alpha: expected a number, got True"),
         ("lora_alpha", None, "lora_alpha: expected a number, got None"),
         ("lora_alpha", 0, "lora_alpha: must be > 0, got 0"),
         pytest.param("lora_alpha", 10**400, "lora_alpha: must be <= 1048576", id="alpha-huge"),

@@ -50,6 +50,11 @@ def joined(names: Iterable[Any], separator: str) -> str:
     return separator.join(every[:_MOST_LISTED]) + more
 
 
+def shortened(text: str, length: int = 60) -> str:
+    """Returns the text; a longer one is cut to `length` characters, of which three are dots."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 _MOST_CLASSES = 10**7  # above it, labels are something else than class ids
 MODES = ("default", "official")
 

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+RESTART = 75  # exit code (EX_TEMPFAIL) that asks a scheduler to start the same command again
+_CODES = {signal.SIGTERM: RESTART, signal.SIGINT: 130}
 _SAME_S = 0.1  # `timeout` and some launchers send one signal twice
 # What the first signal does: end the process, raise `Stopped`, or wait until somebody asks.
 _LEAVE, _RAISE, _DEFER = "leave", "raise", "defer"
@@ -66,7 +67,7 @@ def note(number: int) -> None:
 
 def code() -> int:
     """Returns the exit code of a run that was asked to stop."""
-    return _CODES.get(signal.Signals(_asked), 75) if _asked else 75
+    return _CODES.get(signal.Signals(_asked), RESTART) if _asked else RESTART
 
 
 def poll() -> None:

@@ -157,10 +157,13 @@ def facts_of(workdir: Path, cell: Cell) -> dict[str, Any]:
     Raises:
       ValueError: it is damaged, or of another cell.
     """
-    folder = RunFolder(workdir / artefacts.FINETUNE / cell.name)
-    facts, path = folder.facts(), folder.path / RUN
-    check_shape(facts, _RUN, path)
-    _check_cell(facts, cell.name, path)
+    return _read_run(workdir / artefacts.FINETUNE / cell.name, cell.name)
+
+
+def _read_run(folder: Path, name: str) -> dict[str, Any]:
+    facts = RunFolder(folder).facts()
+    check_shape(facts, _RUN, folder / RUN)
+    _check_cell(facts, name, folder / RUN)
     return facts
 
 
@@ -170,13 +173,9 @@ def read_runs(workdir: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]
     for path in (workdir / artefacts.FINETUNE).glob("*/*"):
         name = f"{path.parent.name}/{path.name}"
         try:
-            facts = RunFolder(path).facts()
-            check_shape(facts, _RUN, path / RUN)
-            _check_cell(facts, name, path / RUN)
+            runs[name] = _read_run(path, name)
         except (checks.InputError, OSError) as error:
             unreadable[name] = str(error)
-        else:
-            runs[name] = facts
     return runs, unreadable
 
 

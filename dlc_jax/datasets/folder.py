@@ -11,10 +11,8 @@ import numpy as np
 from dlc_jax import checks
 from dlc_jax.datasets.files import SPLITS, Files, is_junk, suffix_of, train_parts
 from dlc_jax.datasets.labels import composed
-from dlc_jax.image_files import HEIF_SUFFIXES, NEEDS_HEIF, SUFFIXES, suffixes
+from dlc_jax.image_files import HEIF_SUFFIXES, NEEDS_HEIF, suffixes
 from dlc_jax.types import Dataset
-
-__all__ = ["SUFFIXES", "load_folder"]
 
 
 def load_folder(where: str) -> Dataset:

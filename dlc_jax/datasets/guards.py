@@ -79,9 +79,9 @@ class Findings:
             cases = _cases(found)
             num_test = self.of_test.get(name, 0)
             num = len(cases) - num_test
-            rows.append((name, num, _shortened(cases[0]) if num else ""))
+            rows.append((name, num, checks.shortened(cases[0], 100) if num else ""))
             if num_test:
-                rows.append((f"{name}, test set", num_test, _shortened(cases[num])))
+                rows.append((f"{name}, test set", num_test, checks.shortened(cases[num], 100)))
         for name, files in (("", self.left_out), (", test set", self.test_left_out)):
             if files or not name:
                 rows.append((f"files left out{name}", sum(files.values()), left_out_text(files)))
@@ -118,10 +118,6 @@ def _cases(found: list | dict) -> list[str]:
     if isinstance(found, dict):
         return [f"{key} {value}" for key, value in found.items()]
     return [case if isinstance(case, str) else " = ".join(case) for case in found]
-
-
-def _shortened(case: str) -> str:
-    return case if len(case) <= 100 else case[:97] + "..."
 
 
 class _Read(NamedTuple):

@@ -137,7 +137,7 @@ def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
         if "bytes" not in fields:
             raise checks.InputError(
                 f"{table.file}: image column has fields {checks.listed(sorted(fields))}, "
-                f"expected bytes and path."
+                "expected bytes and path."
             )
         where, kind = (name, "bytes"), fields["bytes"]
         path_column = "path" if _is_text(fields.get("path", pa.null())) else None

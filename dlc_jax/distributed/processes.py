@@ -20,9 +20,9 @@ import jax
 # JAX offers no public way to the store that its processes share
 from jax._src.distributed import global_state
 
-from dlc_jax import checks
+from dlc_jax import checks, signals
 
-RESTART = 75  # exit code (EX_TEMPFAIL) that asks a scheduler to start the same command again
+RESTART = signals.RESTART
 _PREFIX = "dlc_jax"
 _POLL_MS = 1000  # a signal's Python handler runs between two polls
 _LATER_S = 60  # than here, JAX gives up waiting; it would print a stack trace

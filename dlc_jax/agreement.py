@@ -1,4 +1,4 @@
-"""What the processes of a run must have in common, compared before anything is computed of it.
+"""What the processes of a run must have in common, compared before anything is computed.
 
 A run of one process has nothing to compare: nothing is read for it.
 """

@@ -66,7 +66,7 @@ class DatasetConfig:
     template: str | None = setting(
         None, f"of instructions: {', '.join(TEMPLATES)}; None: by their columns"
     )
-    category: str | None = setting(None, "column of instructions that tells their class, if any")
+    category: str | None = setting(None, "column of instructions with their class, if any")
 
     def check(self) -> None:
         if not self.train:

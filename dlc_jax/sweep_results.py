@@ -168,7 +168,7 @@ def _read_run(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_runs(workdir: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Returns `run.json` of every run by the name of its cell, and why others are unreadable."""
+    """Returns the `run.json` of runs, and why others are unreadable, by the name of the cell."""
     runs, unreadable = {}, {}
     for path in (workdir / artefacts.FINETUNE).glob("*/*"):
         name = f"{path.parent.name}/{path.name}"

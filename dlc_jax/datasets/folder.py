@@ -18,8 +18,8 @@ from dlc_jax.types import Dataset
 def load_folder(where: str) -> Dataset:
     """Loads `<root>/<class name>/**/<image>`; classes and images in sorted order, hidden ones not.
 
-    Classes go by their names in Unicode's composed form (NFC); two folders of one name are one
-    class. A folder without images is no class, and is listed.
+    Classes are named in Unicode's composed form (NFC); two folders of the same name are one class.
+    A folder without images is no class; `empty_classes` lists it.
 
     Raises:
       ValueError: no such folder, no image in a sub-folder, sub-folders that are splits, a class all

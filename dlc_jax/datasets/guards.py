@@ -70,7 +70,7 @@ class Findings:
     def rows(self) -> list[tuple[str, int, str]]:
         """Returns what was looked for, how often it was found, and the first case.
 
-        What the test set has has rows of its own.
+        Cases of the test set have rows of their own.
         """
         rows = [("samples", self.num_samples, "")]
         if self.num_test_samples is not None:
@@ -141,7 +141,7 @@ def inspect(
     Args:
       dataset: What to look at.
       test: What must not have images in common with it.
-      minimum: Classes of fewer readable images are told.
+      minimum: Classes with fewer readable images are reported.
       progress: Whether to show a bar on the terminal.
     Raises:
       ValueError: a minimum below 1.

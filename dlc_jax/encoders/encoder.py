@@ -52,7 +52,7 @@ class Encoder:
         returns all parameters with batch statistics moved; `real` [b] is 1 for samples and 0 for
         padding. None: fine-tuning uses `apply`.
       statistics: Paths of leaves that no gradient moves, such as running means.
-      prefix: What all names of the checkpoint began with, which was taken off.
+      prefix: What was removed from the beginning of all names of the checkpoint.
     """
 
     params: Params = dataclasses.field(repr=False)

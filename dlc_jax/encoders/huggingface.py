@@ -250,7 +250,7 @@ def read_params(
         for path, leaf in expected.items():
             name = names[path]
             value = read_tensor(shards[tensors[name].file], name)
-            with np.errstate(over="ignore"):  # what float16 cannot hold is told below
+            with np.errstate(over="ignore"):  # what float16 cannot hold is refused below
                 value = value.astype(leaf.dtype)
             if not np.isfinite(value.astype(np.float32)).all():
                 not_finite.append(name)

@@ -123,7 +123,7 @@ def check_names_match(
 
     Args:
       dataset, datasets_dir, name: As there.
-      all_of_them: Whether all samples will be looked for, or only some, nobody knows which.
+      all_of_them: Whether all samples will be looked for, or only some that are not known yet.
     """
     order = released_order(datasets_dir, name)
     keys = {_key(entry.class_name, entry.file_name) for entry in order}

@@ -327,7 +327,7 @@ class LoraTuner:
 
 
 def _check_finite(progress: Progress) -> None:
-    """Raises ValueError if the last step left what is no number: no later loss would show it."""
+    """Raises ValueError if the last step left NaN or infinity, which no later loss would show."""
     for path, leaf in by_path(progress.state.adapter).items():
         if not np.isfinite(fetch(leaf)).all():
             raise checks.SharedError(

@@ -341,7 +341,7 @@ def features_fit_labels(name: str, features: np.ndarray, labels: np.ndarray) -> 
 
 
 def optimiser(where: str, settings: Any) -> None:
-    """Raises unless the attributes that torch's SGD and MultiStepLR go by are in range."""
+    """Raises unless the attributes that torch's SGD and MultiStepLR use are in range."""
     for name in ("epochs", "batch_size"):
         integer(f"{where}.{name}", getattr(settings, name))
     at_least(f"{where}.epochs", settings.epochs, 0)

@@ -1,4 +1,4 @@
-"""The stage `score`: DLC of every sample, and whatever else the selected methods go by."""
+"""The stage `score`: DLC of every sample, and whatever else the selected methods need."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _say_path(config: Config, probes: ProbeLosses, echo: Callable[[str], None]) 
 def write_certificate(
     workdir: Path, probes: ProbeLosses, seed: int, echo: Callable[[str], None]
 ) -> list[Path]:
-    """Says how far the ranking can be trusted, and writes it; returns what was written."""
+    """Prints and writes how far the ranking can be trusted; returns the files written."""
     if len(probes.losses) < 2:
         echo("score: note: one probe, whose ranking cannot be compared with that of more")
         return []

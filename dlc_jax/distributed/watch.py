@@ -165,7 +165,7 @@ class _Watch:
                 self._give_up()
 
     def _give_up(self) -> None:
-        """Says who died, and ends this process."""
+        """Prints who died, and ends this process."""
         # JAX finds the dead some time between a third of its limit and the whole
         silent = self._silent_for(processes.heartbeat_s() / 3)
         if not silent and not processes.answers(processes.coordinator()):

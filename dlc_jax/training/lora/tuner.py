@@ -149,7 +149,7 @@ class LoraTuner:
 
     @staticmethod
     def said(result: LoraResult) -> str:
-        """Returns what to tell of a run's end."""
+        """Returns the line to print at the end of a run."""
         loss = "" if result.test_loss is None else f"test loss {result.test_loss:.4f}, "
         return f"{loss}{result.num_kept} samples, {result.seconds:.1f} s"
 

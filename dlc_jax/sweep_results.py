@@ -107,8 +107,8 @@ def note_on_chance(workdir: Path) -> str:
 
 def _end_of(path: Path) -> _End | None:
     """Reads how a run on images ended; None if it has not, was not trained, or is unreadable."""
+    result = RunFolder(path).facts().get("result", {})
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        result = RunFolder(path).facts().get("result", {})
         with open(path / PER_CLASS, newline="") as file:
             tested = [int(row["num_test"]) for row in csv.DictReader(file)]
         accuracies = (

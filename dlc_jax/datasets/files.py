@@ -68,7 +68,8 @@ def suffix_of(name: str) -> str:
 def left_out_text(counts: Mapping[str, int]) -> str:
     """Returns `3 .heic, 1 .txt` for suffixes and their counts, and what would read them."""
     rows = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
-    text = checks.listed(f"{count} {suffix}" for suffix, count in rows)
+    more = f" and {len(rows) - 10} more suffixes" if len(rows) > 10 else ""
+    text = ", ".join(f"{count} {suffix}" for suffix, count in rows[:10]) + more
     return f"{text} ({NEEDS_HEIF})" if set(counts) & set(HEIF_SUFFIXES) else text
 
 

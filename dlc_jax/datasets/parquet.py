@@ -71,11 +71,14 @@ def from_tables(source: str, tables: Sequence[Table], columns: Columns = USUAL) 
                     f"{source}: its files differ in columns: {table.file} has "
                     f"{checks.listed(table.schema.names)}, expected one {name!r}."
                 )
-        if _class_names(table, label) != class_names:
+        others = _class_names(table, label)
+        if others != class_names:
+            shown, first = (
+                checks.listed(map(repr, n or ())) or "none" for n in (others, class_names)
+            )
             raise checks.InputError(
-                f"{source}: its files differ in class names: {table.file} declares "
-                f"{checks.listed(_class_names(table, label) or ['none'])}, {tables[0].file} "
-                f"{checks.listed(class_names or ['none'])}."
+                f"{source}: its files differ in class names: {table.file} declares {shown}, "
+                f"{tables[0].file} {first}."
             )
         values += table.values(label)
         images, paths = _images(table, image)

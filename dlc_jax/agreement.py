@@ -1,4 +1,4 @@
-"""What the processes of a run must have in common, compared before anything is computed of it.
+"""What the processes of a run must have in common, compared before anything is computed.
 
 A run of one process has nothing to compare: nothing is read for it.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 import dlc_jax
-from dlc_jax import checks
+from dlc_jax import artefacts, checks
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import processes
@@ -25,15 +25,14 @@ from dlc_jax.types import ROWS_OF_DIGEST, Dataset, file_of
 
 _FEW_BLOCKS = 64  # of a data set that every process reads all of
 _READERS = 2  # processes that read a sample of a larger one
-_SHOWN = 60  # characters of a value
 
 
 def agree(facts: Mapping[str, Any], of: str = "") -> None:
     """Raises ValueError, in all processes, unless each passes the same values.
 
     Args:
-      facts: What JSON can hold, by the name that the user knows it by.
-      of: What they are facts of, for the message; it may be called otherwise elsewhere.
+      facts: What JSON can hold, by the name that the user knows.
+      of: What they are facts of, for the message; its name may differ between processes.
     """
     texts = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
     first, *others = processes.everyones(texts)
@@ -101,14 +100,9 @@ def agree_on_files(folder: Path, patterns: Sequence[str]) -> None:
         return
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_file_digest, paths)
+        digests = pool.map(artefacts.file_hash, paths)
         names = [path.relative_to(folder).as_posix() for path in paths]
         agree(dict(zip(names, digests, strict=True)), f"{folder}/")
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _same_rows(
@@ -175,6 +169,4 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(text: str | None) -> str:
-    if text is None:
-        return "none"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return "none" if text is None else checks.shortened(text)

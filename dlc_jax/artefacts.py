@@ -289,11 +289,13 @@ def read_losses(workdir: Path) -> dict[str, np.ndarray]:
 
 def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:
     """Returns the SHA-256 of each file."""
-    hashes = {}
-    for path in paths:
-        with open(workdir / path, "rb") as file:
-            hashes[path.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {path.as_posix(): file_hash(workdir / path) for path in paths}
+
+
+def file_hash(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def names_below(folder: Path | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Reads a data set end to end and tells what is wrong with it before anything is run on it.
+"""Reads a data set end to end and reports what is wrong with it before anything is run on it.
 
 python -m dlc_jax.check --dataset=folder:/data/flowers/train [--test=folder:/data/flowers/test]
 
@@ -36,12 +36,12 @@ _DEEP = flags.DEFINE_enum(
     DEEP_IMAGES,
     "How more than 8 bits a channel become 8; error lists them.",
 )
-_MINIMUM = flags.DEFINE_integer("minimum", 5, "Classes of fewer readable images are told.")
+_MINIMUM = flags.DEFINE_integer("minimum", 5, "Classes with fewer readable images are reported.")
 _JSON = flags.DEFINE_string("json", None, "File to write everything found to.")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads, prints, and exits with what was found."""
+    """Reads the data, prints a report and sets the exit code."""
     try:
         if len(argv) > 1 or _DATASET.value is None:
             raise checks.InputError("--dataset is required, and nothing but flags is taken")

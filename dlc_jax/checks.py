@@ -50,6 +50,11 @@ def joined(names: Iterable[Any], separator: str) -> str:
     return separator.join(every[:_MOST_LISTED]) + more
 
 
+def shortened(text: str, length: int = 60) -> str:
+    """Returns the text; a longer one is cut to `length` characters, of which three are dots."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 _MOST_CLASSES = 10**7  # above it, labels are something else than class ids
 MODES = ("default", "official")
 
@@ -336,7 +341,7 @@ def features_fit_labels(name: str, features: np.ndarray, labels: np.ndarray) -> 
 
 
 def optimiser(where: str, settings: Any) -> None:
-    """Raises unless the attributes that torch's SGD and MultiStepLR go by are in range."""
+    """Raises unless the attributes that torch's SGD and MultiStepLR use are in range."""
     for name in ("epochs", "batch_size"):
         integer(f"{where}.{name}", getattr(settings, name))
     at_least(f"{where}.epochs", settings.epochs, 0)

@@ -66,7 +66,7 @@ class DatasetConfig:
     template: str | None = setting(
         None, f"of instructions: {', '.join(TEMPLATES)}; None: by their columns"
     )
-    category: str | None = setting(None, "column of instructions that tells their class, if any")
+    category: str | None = setting(None, "column of instructions with their class, if any")
 
     def check(self) -> None:
         if not self.train:
@@ -325,7 +325,7 @@ class Config:
         if need.features or need.training:
             raise checks.InputError(
                 "selection.methods: of instructions there are neither features nor a record of "
-                "training; expected methods that go by scores, such as flexrand, easiest, ccs."
+                "training; expected methods that need only scores, such as flexrand, easiest, ccs."
             )
         if "evaluate" in self.stages and self.evaluation.mmlu is None:
             raise checks.InputError(
@@ -357,7 +357,7 @@ class Config:
 
     @property
     def need(self) -> Need:
-        """What the stages go by, apart from DLC."""
+        """What the stages need, apart from DLC."""
         need = self.selection.need
         tuning = need.tuning or "tune" in self.stages
         features = tuning and self.tuning.needs_features

@@ -14,7 +14,7 @@ _NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
 def visible(text: str) -> str:
-    r"""Returns the text on one line, characters that do not show escaped: `\n`, `\x1b`, `\u202e`.
+    r"""Returns the text on one line, with invisible characters escaped: `\n`, `\x1b`, `\u202e`.
 
     Everything else, backslashes too, stays as it is, so that twice is the same as once.
     """
@@ -43,13 +43,12 @@ def markdown_text(text: str, *, begins_line: bool = False) -> str:
 
     Args:
       text: Any.
-      begins_line: Whether it would be a heading, an item of a list or a rule if it looks so.
+      begins_line: Whether it begins a line, where it could be a heading, a list item or a rule.
     """
     shown = visible(text)
     shown = re.sub(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|!(?=\[)", r"\\\g<0>", shown)
-    shown = re.sub(
-        r"(?i)(?<=\w)(?=:/)|(?<=www)(?=\.)", r"\\", shown
-    )  # what becomes a link by itself
+    # these become links without any marks
+    shown = re.sub(r"(?i)(?<=\w)(?=:/)|(?<=www)(?=\.)", r"\\", shown)
     if begins_line:
         shown = re.sub(r"^\s*([0-9]+(?=[.)])|(?=[#+=-]))", r"\g<0>\\", shown)
     for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
@@ -64,5 +63,5 @@ def csv_cell(value: Any) -> Any:
 
 
 def csv_text(cell: str) -> str:
-    """Returns what `csv_cell` made the cell of."""
+    """Returns the text that `csv_cell` was given."""
     return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell) else cell

@@ -74,7 +74,7 @@ def run_exports(
 
 
 def check_takes_forms(config: Config, workdir: Path) -> None:
-    """Raises for a form that the work directory cannot hold: that should not cost a pass first."""
+    """Raises for a form that the work directory cannot hold, before a scoring pass is spent."""
     if "export" not in config.stages:
         return
     if "image_links" in config.export.forms and artefacts.is_mirrored(workdir):
@@ -92,7 +92,7 @@ def check_takes_forms(config: Config, workdir: Path) -> None:
 
 
 def check_has_forms(config: Config, workdir: Path, dataset: Dataset) -> None:
-    """Raises for a form that the data set has not: that should not cost a pass first."""
+    """Raises for a form that the data set cannot be written in, before a scoring pass is spent."""
     forms = config.export.forms
     if "ids" in forms:
         check_ids_are_lines(dataset.ids, "export.forms")

@@ -81,7 +81,7 @@ def bits_per_channel(image: Image.Image, content: bytes) -> int:
 
 
 def depth(image: bytes | np.ndarray) -> str | None:
-    """Returns how deep an image is, in words; None if it has at most 8 bits or is no image."""
+    """Returns the depth of an image in words; None if it has at most 8 bits or is no image."""
     if isinstance(image, np.ndarray):
         return None if image.dtype == np.uint8 else f"numbers of {image.dtype}"
     if image.startswith(_ALWAYS_8_BITS):

@@ -183,7 +183,7 @@ def _tell_of_cuts(tokens: Tokenised, max_length: int, echo: Callable[[str], None
 
 
 def check_has_forms_instructions(config: Config) -> None:
-    """Raises for a form that cannot hold the rows: that should not cost a pass first."""
+    """Raises for a form that cannot hold the rows, before a scoring pass is spent."""
     data = load_configured_instructions(config, config.dataset.train)
     for form in config.export.forms:
         INSTRUCTION_CHECKS[form](data)

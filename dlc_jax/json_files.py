@@ -131,8 +131,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, (dict, list)):
         parts = "values" if isinstance(value, list) else "fields"
         return f"{_KINDS[type(value)]} of {len(value)} {parts}"
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return checks.shortened(repr(value))
 
 
 def _expected(shape: Shape) -> str:

@@ -112,7 +112,7 @@ class Folder(NamedTuple):
 
     @contextlib.contextmanager
     def _written(self, content: bytes) -> Iterator[Path]:
-        # hosts and processes of one name and number are not one process: two containers
+        # two containers may have the same host name and process number
         unique = self._path.with_name(f"{FILE}.{uuid.uuid4().hex}")
         temporary = whole_files.temporary_of(unique)
         try:
@@ -291,7 +291,7 @@ def _is_here(facts: dict[str, Any]) -> bool:
 
 
 def _is_dead(content: bytes) -> bool:
-    """Whether the holder ran on this machine and does no more."""
+    """Whether the holder ran on this machine and no longer does."""
     facts = _facts(content)
     return _is_here(facts) and _started(facts["pid"]) != facts.get("started")
 
@@ -302,7 +302,7 @@ def _is_alive(content: bytes) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """Returns what tells a process from an earlier one of its number; None if it runs no more."""
+    """Returns when a process started, by which numbers used twice differ; None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
@@ -314,7 +314,7 @@ def _started(pid: int) -> str | None:
 
 
 def _machine() -> str:
-    """Returns what tells hosts of the same name, and containers on one, apart."""
+    """Returns what differs between hosts of the same name, and between containers on one."""
     found = []
     with contextlib.suppress(OSError):
         found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

@@ -42,7 +42,7 @@ from dlc_jax.sweep_results import (
 from dlc_jax.training.folder import ADAPTER
 from dlc_jax.training.lora.tuner import LoraTuner
 
-# What the stage `finetune` says of the models it trained.
+# What the stage `finetune` records of the models it trained.
 _TRAINED = {
     "encoder_fingerprint": str,
     "encoder": {"weights": str},

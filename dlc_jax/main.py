@@ -1,4 +1,4 @@
-"""Says which samples of a data set to keep, without training, and fine-tunes on them if asked.
+"""Picks the samples of a data set worth keeping, without training, and fine-tunes on them if asked.
 
 python -m dlc_jax.main --config=configs/demo.py [--workdir=DIR] [--config.KEY=VALUE ...]
 

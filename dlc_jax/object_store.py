@@ -126,7 +126,7 @@ class ObjectStore:
     def create(self, name: str, content: bytes) -> bool:
         """Puts an object unless there is one of this name; returns whether it did.
 
-        Not every bucket can do both at once: who needs that reads it again a little later.
+        Not every bucket can do both at once: callers that need that read it again a little later.
         """
 
         def put() -> bool:

@@ -71,7 +71,7 @@ class _Sources:
         return self._found[source]
 
     def together(self, source: str) -> Dataset:
-        """The same in all processes at once, which have to see the same samples."""
+        """Returns the data set in all processes at once, which must see the same samples."""
         dataset = self(source)
         if source not in self._shared:
             agree_on_images(dataset)
@@ -109,7 +109,7 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = show) -> No
 
 
 def _run_stages(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
-    """Runs them, in a work directory that nobody else writes to."""
+    """Runs the stages in a work directory that nobody else writes to."""
     on_first(lambda: artefacts.prepare_workdir(workdir))
     load = _Sources(config.dataset, echo)
     # a mistake in what comes later should not cost a scoring pass first

@@ -31,7 +31,7 @@ _PACKAGES = (
 # What parts of the stage `score` leave, for messages.
 _MADE = {"features": "features", "training": "record of training"}
 
-# What later stages read of a stage; of others all that they say they left counts.
+# What later stages read of a stage; other stages need only the files that they recorded.
 _LEAVES = {
     "score": (artefacts.LOSSES, artefacts.SCORES),
     "features": (artefacts.FEATURES,),
@@ -65,7 +65,7 @@ def stage_record(workdir: Path, stage: str) -> dict[str, Any] | None:
 
 
 def settings_of(workdir: Path, stage: str, shape: Shape) -> dict[str, Any] | None:
-    """Returns what the provenance says a stage ran with; None if it did not run.
+    """Returns the settings that a stage ran with; None if it did not run.
 
     Raises:
       ValueError: the settings do not have this shape.
@@ -80,7 +80,7 @@ def settings_of(workdir: Path, stage: str, shape: Shape) -> dict[str, Any] | Non
 
 
 def is_intact(workdir: Path, stage: str, needed: Iterable[Path] = ()) -> bool:
-    """Whether the stage ran, and its files, with those that are needed, are as it left them."""
+    """Whether the stage ran and left the needed files, and all its files are as it left them."""
     record = stage_record(workdir, stage)
     needed = [*needed, *map(Path, _LEAVES.get(stage, ()))]
     if record is None or not record["outputs"]:
@@ -94,7 +94,7 @@ def is_done(workdir: Path, stage: str, inputs: str, needed: Iterable[Path] = ())
     Args:
       workdir, stage: Of the record.
       inputs: What decides what the stage leaves.
-      needed: Files that it must have left, besides those that all of its runs leave.
+      needed: Files that it must have written, besides those that it always writes.
     """
     record = stage_record(workdir, stage)
     return record is not None and record["inputs"] == inputs and is_intact(workdir, stage, needed)

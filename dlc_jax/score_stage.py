@@ -1,4 +1,4 @@
-"""The stage `score`: DLC of every sample, and whatever else the selected methods go by."""
+"""The stage `score`: DLC of every sample, and whatever else the selected methods need."""
 
 from __future__ import annotations
 
@@ -123,11 +123,7 @@ def _measure_dlc(
         f"score: {len(dataset)} samples of {dataset.num_classes} classes, "
         f"{encoder.name} on {said_of(mesh)}"
     )
-    if config.cache.max_gib and not config.cache.takes(len(dataset), config.encoder.image_size):
-        echo(
-            f"score: note: decoded images are more than cache.max_gib={config.cache.max_gib:g}; "
-            "they are decoded twice, and not kept"
-        )
+    _note_streaming(config, dataset, echo)
     probes = probe(
         encoder,
         dataset,
@@ -145,13 +141,7 @@ def _measure_dlc(
     dataset.mid_grey.update(*processes.everyones(sorted(dataset.mid_grey)))
     if dataset.mid_grey:
         echo(mid_grey_note("score", sorted(dataset.mid_grey)))
-    echo(f"score: {len(probes.sparsity)} probes up to sparsity {probes.sparsity[-1]:.2f}")
-    is_grid = config.probe.placement == "grid" and config.probe.num_probes != AUTO
-    if is_grid and probes.sparsity[-1] < _SHORT_PATH:
-        echo(
-            "score: note: the path stops early, where losses are nearly the unmasked network's; "
-            "--config.probe.placement=midpoint spreads the probes over all of it"
-        )
+    _say_path(config, probes, echo)
 
     def keep() -> None:
         _write_dlc(workdir, dataset, probes)
@@ -170,10 +160,28 @@ def _measure_dlc(
     on_first(keep)
 
 
+def _note_streaming(config: Config, dataset: Dataset, echo: Callable[[str], None]) -> None:
+    if config.cache.max_gib and not config.cache.takes(len(dataset), config.encoder.image_size):
+        echo(
+            f"score: note: decoded images are more than cache.max_gib={config.cache.max_gib:g}; "
+            "they are decoded twice, and not kept"
+        )
+
+
+def _say_path(config: Config, probes: ProbeLosses, echo: Callable[[str], None]) -> None:
+    echo(f"score: {len(probes.sparsity)} probes up to sparsity {probes.sparsity[-1]:.2f}")
+    is_grid = config.probe.placement == "grid" and config.probe.num_probes != AUTO
+    if is_grid and probes.sparsity[-1] < _SHORT_PATH:
+        echo(
+            "score: note: the path stops early, where losses are nearly the unmasked network's; "
+            "--config.probe.placement=midpoint spreads the probes over all of it"
+        )
+
+
 def write_certificate(
     workdir: Path, probes: ProbeLosses, seed: int, echo: Callable[[str], None]
 ) -> list[Path]:
-    """Says how far the ranking can be trusted, and writes it; returns what was written."""
+    """Prints and writes how far the ranking can be trusted; returns the files written."""
     if len(probes.losses) < 2:
         echo("score: note: one probe, whose ranking cannot be compared with that of more")
         return []
@@ -313,7 +321,7 @@ def _record(
 
 
 def _prepare_record(workdir: Path, recorder: Recorder, echo: Callable[[str], None]) -> None:
-    """Sets a record of other settings aside, and tells what will be done."""
+    """Sets a record of other settings aside, and prints what will be done."""
     folder, samples = workdir / artefacts.TRAINING, artefacts.read_scores(workdir)
     found = RunFolder(folder).facts().get("inputs", recorder.inputs)
     if found != recorder.inputs:
@@ -360,7 +368,7 @@ def _probe_settings(config: Config) -> dict[str, Any]:
 
 
 def mid_grey_note(stage: str, ids: list[str]) -> str:
-    """Returns the line about constant images, of which `min_max` can make nothing."""
+    """Returns the note on constant images, which `min_max` cannot stretch."""
     return (
         f"{stage}: note: {len(ids)} constant images are mid-grey by dataset.deep_images=min_max: "
         f"{checks.listed(map(visible, ids))}"
@@ -368,7 +376,7 @@ def mid_grey_note(stage: str, ids: list[str]) -> str:
 
 
 def dataset_facts(dataset: Dataset) -> dict[str, Any]:
-    """Returns what the provenance says of a data set, whatever became of it."""
+    """Returns what the provenance records of any data set, scored or only tested on."""
     return {
         "source": dataset.name,
         "fingerprint": dataset.fingerprint,

@@ -22,10 +22,10 @@ def run_select(
     Args:
       config: Checked configuration.
       workdir: Where `selections/` goes.
-      known: What the methods go by.
+      known: What the methods use.
       echo: Takes each line meant for the user.
     Raises:
-      ValueError: something that a method goes by is not there.
+      ValueError: something that a method needs is missing.
     """
     start = time.perf_counter()
     cells = config.selection.cells()

@@ -1,4 +1,4 @@
-"""What the selected methods go by, read from the work directory, and selections made of it."""
+"""What the selected methods use, read from the work directory, and selections made of it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SelectionInputs:
         return read_record(self._workdir / artefacts.TRAINING, self.samples.ids).probabilities
 
     def how(self, cell: Cell) -> dict[str, Any]:
-        """Returns what decides the selection of a cell besides the scores it goes by."""
+        """Returns what decides the selection of a cell besides the scores that it uses."""
         method, _, split, _ = cell
         how = self._config.selection.how(method)
         if AUTO in (method, split):
@@ -79,7 +79,7 @@ class SelectionInputs:
         return self._config.selection.allocation != "proportional"
 
     def fingerprint(self, method: str) -> str:
-        """SHA-256 over the samples and what a selection of this method goes by."""
+        """SHA-256 over the samples and what a selection of this method uses."""
         if method not in self._fingerprints:
             self._fingerprints[method] = self._fingerprint(method)
         return self._fingerprints[method]
@@ -89,7 +89,7 @@ class SelectionInputs:
         if method != AUTO:
             needs = SELECTORS[method].needs
         name = self._config.selection.score_of(method)
-        arrays = {"dlc": self.samples.scores["dlc"]}  # of random, and wherever nothing else is said
+        arrays = {"dlc": self.samples.scores["dlc"]}  # unless other scores are named
         if needs == "scores" or self._by_difficulty:
             arrays = {name: self.samples.score(name)}
         if needs == "features" or (method == AUTO and self._config.tuning.needs_features):

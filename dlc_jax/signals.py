@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+RESTART = 75  # exit code (EX_TEMPFAIL) that asks a scheduler to start the same command again
+_CODES = {signal.SIGTERM: RESTART, signal.SIGINT: 130}
 _SAME_S = 0.1  # `timeout` and some launchers send one signal twice
 # What the first signal does: end the process, raise `Stopped`, or wait until somebody asks.
 _LEAVE, _RAISE, _DEFER = "leave", "raise", "defer"
@@ -39,8 +40,8 @@ class Stopped(BaseException):
 def listen() -> None:
     """Takes SIGTERM and Ctrl-C from here on, unless whoever started this process ignores them.
 
-    The first one says "stopping" at once, and ends the process with code 75 or 130: at once, or in
-    order within `raised`. A second one ends it at once.
+    The first one prints "stopping" at once, and ends the process with code 75 or 130: at once, or
+    in an orderly way within `raised`. A second one ends it at once.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -66,7 +67,7 @@ def note(number: int) -> None:
 
 def code() -> int:
     """Returns the exit code of a run that was asked to stop."""
-    return _CODES.get(signal.Signals(_asked), 75) if _asked else 75
+    return _CODES.get(signal.Signals(_asked), RESTART) if _asked else RESTART
 
 
 def poll() -> None:
@@ -80,7 +81,7 @@ def poll() -> None:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Has the first signal raise `Stopped` in here, for an end in order.
+    """Has the first signal raise `Stopped` in here, for an orderly end.
 
     Raises:
       Stopped: also where a library made another exception of it, or caught it.
@@ -95,12 +96,12 @@ def raised() -> Iterator[None]:
             raise Stopped from error
         raise
     finally:
-        _does = _DEFER if _asked else _LEAVE  # the end in order has begun
+        _does = _DEFER if _asked else _LEAVE  # the orderly end has begun
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Puts `Stopped` off to the end of the block, where `asked` does not stop it before."""
+    """Puts `Stopped` off to the end of the block, which may ask `asked` and end earlier."""
     global _does
     before, _does = _does, _DEFER
     try:
@@ -136,7 +137,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _attend(signals: socket.socket) -> None:
-    """Says that the run is stopping, and ends the process if that is to happen at once."""
+    """Prints that the run is stopping, and ends the process where that is to happen at once."""
     first, since = 0, 0.0
     while received := signals.recv(64):
         for number in received:
@@ -156,7 +157,7 @@ def _attend(signals: socket.socket) -> None:
 
 
 def _say() -> None:
-    """Says once that the run is stopping; not through sys.stderr, which may be in use."""
+    """Prints once that the run is stopping; not through sys.stderr, which may be in use."""
     with _saying, contextlib.suppress(OSError):
         if not _said:
             _said.append(os.write(2, b"stopping; a second signal ends at once\n"))

@@ -80,7 +80,7 @@ class Tuner(Protocol):
         ...
 
     def said(self, result: Any, /) -> str:
-        """Returns what to tell of a run's end."""
+        """Returns the line to print at the end of a run."""
         ...
 
 
@@ -97,7 +97,7 @@ def run_sweep(
     Args:
       config: Checked configuration.
       workdir: Where scores and selections are.
-      known: What was scored, and what the methods go by; None in processes other than the first.
+      known: What was scored, and what the methods use; None in processes other than the first.
       dataset: What to train on.
       make_tuner: Of what trains on it; called once nothing else can go wrong.
       echo: Takes each line meant for the user.

@@ -157,26 +157,25 @@ def facts_of(workdir: Path, cell: Cell) -> dict[str, Any]:
     Raises:
       ValueError: it is damaged, or of another cell.
     """
-    folder = RunFolder(workdir / artefacts.FINETUNE / cell.name)
-    facts, path = folder.facts(), folder.path / RUN
-    check_shape(facts, _RUN, path)
-    _check_cell(facts, cell.name, path)
+    return _read_run(workdir / artefacts.FINETUNE / cell.name, cell.name)
+
+
+def _read_run(folder: Path, name: str) -> dict[str, Any]:
+    facts = RunFolder(folder).facts()
+    check_shape(facts, _RUN, folder / RUN)
+    _check_cell(facts, name, folder / RUN)
     return facts
 
 
 def read_runs(workdir: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Returns `run.json` of every run by the name of its cell, and why others are unreadable."""
+    """Returns the `run.json` of runs, and why others are unreadable, by the name of the cell."""
     runs, unreadable = {}, {}
     for path in (workdir / artefacts.FINETUNE).glob("*/*"):
         name = f"{path.parent.name}/{path.name}"
         try:
-            facts = RunFolder(path).facts()
-            check_shape(facts, _RUN, path / RUN)
-            _check_cell(facts, name, path / RUN)
+            runs[name] = _read_run(path, name)
         except (checks.InputError, OSError) as error:
             unreadable[name] = str(error)
-        else:
-            runs[name] = facts
     return runs, unreadable
 
 

@@ -48,7 +48,7 @@ _TUNING = {
 def run_tune(
     config: Config, workdir: Path, samples: ScoredSamples, load: Load, echo: Callable[[str], None]
 ) -> Tuning:
-    """Tunes on held-out parts of the training data, or reads what was found before.
+    """Tunes on held-out parts of the training data, or reads the results of an earlier run.
 
     The test set is not loaded here. Writes tuning.json (all of it), tuning.csv (a row per way of
     choosing), tuning.md (choices, and the smallest keep fraction that will do) and curve.png.

@@ -131,18 +131,18 @@ def _loaded(key: str, named: str, scored: str, workdir: Path, load: Callable[[],
 
 
 def _note_probes(config: Config, known: dict[str, Any], echo: Callable[[str], None]) -> None:
-    """Tells of settings of probes that are not those of the scores."""
+    """Notes settings of probes that differ from those of the scores."""
     mine = config.to_dict()["probe"] | {"seed": config.seed}
     theirs = known["probe"] | {"seed": known["seed"]}
     others = {*SPEED_ONLY, "tokens_per_batch"}
     if config.mode != known.get("mode", config.mode):
-        others.add("schedule")  # which the mode decides, and that is told
+        others.add("schedule")  # the mode decides it, and the stage select notes another mode
     if config.probe.num_probes != AUTO:
         others.add("agreement")
     if config.probe.masking != "random":
         others.add("seed")
     differ = sorted(n for n in mine.keys() & theirs.keys() - others if mine[n] != theirs[n])
     if differ:
-        said = ", ".join(f"{name} {theirs[name]}" for name in differ)
+        there = ", ".join(f"{name} {theirs[name]}" for name in differ)
         here = ", ".join(f"{name} {mine[name]}" for name in differ)
-        echo(f"note: the scores are of probes with {said}; the configuration says {here}")
+        echo(f"note: the scores are of probes with {there}; the configuration says {here}")

@@ -72,7 +72,7 @@ def _check_may_write() -> None:
 
 @contextlib.contextmanager
 def mirrored_by(mirror: Mirror) -> Iterator[None]:
-    """Tells the mirror of all that is written, removed and moved in here."""
+    """Has the mirror follow all that is written, removed and moved in here."""
     global _mirror
     _mirror = mirror
     try:
@@ -87,7 +87,7 @@ def is_mirrored(path: Path) -> bool:
 
 
 def mirror_of(path: Path) -> Mirror | None:
-    """Returns what is kept like this path; None if nothing is."""
+    """Returns the mirror that covers this path; None if none does."""
     return _mirror if _mirror is not None and _mirror.covers(path) else None
 
 
@@ -197,7 +197,7 @@ def locked(folder: Path, doing: str = "fine-tuning") -> Iterator[None]:
 def clear_leftovers(root: Path, folders: str = "", *, everyones: bool = False) -> None:
     """Removes temporary files of processes of this host that are no more; `folders` may be a glob.
 
-    Everything else stays, unless nobody else can be at work there and `everyones` are to go.
+    Everything else stays. `everyones` removes those of all processes, where none can be at work.
     """
     owners = _PACKAGE if everyones else _OWNER
     for leftover in root.glob(f"{folders}/.*{owners}*{_TEMPORARY}".lstrip("/")):

@@ -82,11 +82,11 @@ def load_dataset(
         suffix. None takes the usual names, `image` first, and those declared to hold images.
       label_column: The same of the labels, `label` first; in `tar:` a key of the `.json`.
     Returns:
-      The data set. Integer labels that are not 0..c-1 are remapped and the table kept in
-      `label_table`, as are those of classes that the source declares: without any that it has no
-      sample of, which are in `empty_classes`. Files that nobody reads are counted in `left_out`.
-      Ids are the path below the root (folder), the image's path or file name where present and
-      unique, and a hash of the content otherwise.
+      The data set. Integer labels are remapped to 0..c-1 where they are not that already, or where
+      a declared class has no sample; `label_table` maps the original ones, `empty_classes` names
+      those classes, and `left_out` counts the files that are not read. Ids are the path below the
+      root (folder), the image's path or file name where present and unique, and a hash of the
+      content otherwise.
     Raises:
       ValueError: an unknown scheme, a missing file, a column that is not there or may be one of
         several, a source without columns where one is given, a sample without label or image,

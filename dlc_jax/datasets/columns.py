@@ -39,9 +39,9 @@ def column(
 ) -> str:
     """Returns the name of the column of images or labels; capitals do not matter.
 
-    In this order: the one asked for; the first usual name; the one of a usual name that is declared
-    to be of the type; the only one left that is declared or of a usual name. Where a type is
-    declared for images, columns without it are none.
+    In this order: the one asked for; the first usual name; one with a usual name that is declared
+    to be of the type; the only one that is declared or has a usual name. Where some columns are
+    declared to hold images, no others are considered for them.
 
     Args:
       where: For messages.

@@ -56,7 +56,7 @@ class Files:
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder is none of the user's: `@eaDir`, `Thumbs.db`, `._x`, ..."""
+    """Whether a file or folder is not the user's own: `@eaDir`, `Thumbs.db`, `._x`, ..."""
     return name.lower() in _JUNK or _HIDDEN_JUNK.fullmatch(name.lower()) is not None
 
 

@@ -11,17 +11,15 @@ import numpy as np
 from dlc_jax import checks
 from dlc_jax.datasets.files import Files, is_junk, split_in, suffix_of, train_parts
 from dlc_jax.datasets.labels import composed
-from dlc_jax.image_files import HEIF_SUFFIXES, NEEDS_HEIF, SUFFIXES, suffixes
+from dlc_jax.image_files import HEIF_SUFFIXES, NEEDS_HEIF, suffixes
 from dlc_jax.types import Dataset
-
-__all__ = ["SUFFIXES", "load_folder"]
 
 
 def load_folder(where: str) -> Dataset:
     """Loads `<root>/<class name>/**/<image>`; classes and images in sorted order, hidden ones not.
 
-    Classes go by their names in Unicode's composed form (NFC); two folders of one name are one
-    class. A folder without images is no class, and is listed.
+    Classes are named in Unicode's composed form (NFC); two folders of the same name are one class.
+    A folder without images is no class; `empty_classes` lists it.
 
     Raises:
       ValueError: no such folder, no image in a sub-folder, sub-folders that are splits, a class all

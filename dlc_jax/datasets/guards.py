@@ -70,7 +70,7 @@ class Findings:
     def rows(self) -> list[tuple[str, int, str]]:
         """Returns what was looked for, how often it was found, and the first case.
 
-        What the test set has has rows of its own.
+        Cases of the test set have rows of their own.
         """
         rows = [("samples", self.num_samples, "")]
         if self.num_test_samples is not None:
@@ -79,9 +79,9 @@ class Findings:
             cases = _cases(found)
             num_test = self.of_test.get(name, 0)
             num = len(cases) - num_test
-            rows.append((name, num, _shortened(cases[0]) if num else ""))
+            rows.append((name, num, checks.shortened(cases[0], 100) if num else ""))
             if num_test:
-                rows.append((f"{name}, test set", num_test, _shortened(cases[num])))
+                rows.append((f"{name}, test set", num_test, checks.shortened(cases[num], 100)))
         for name, files in (("", self.left_out), (", test set", self.test_left_out)):
             if files or not name:
                 rows.append((f"files left out{name}", sum(files.values()), left_out_text(files)))
@@ -120,10 +120,6 @@ def _cases(found: list | dict) -> list[str]:
     return [case if isinstance(case, str) else " = ".join(case) for case in found]
 
 
-def _shortened(case: str) -> str:
-    return case if len(case) <= 100 else case[:97] + "..."
-
-
 class _Read(NamedTuple):
     """What is kept of an image."""
 
@@ -145,7 +141,7 @@ def inspect(
     Args:
       dataset: What to look at.
       test: What must not have images in common with it.
-      minimum: Classes of fewer readable images are told.
+      minimum: Classes with fewer readable images are reported.
       progress: Whether to show a bar on the terminal.
     Raises:
       ValueError: a minimum below 1.

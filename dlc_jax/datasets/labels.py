@@ -43,12 +43,7 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
         )
     if class_names is not None:
         class_names = [composed(name) for name in class_names]
-        repeated = [name for name, count in Counter(class_names).items() if count > 1]
-        if repeated:
-            raise checks.InputError(
-                f"{where}: class names must be all different; {checks.listed(map(repr, repeated))} "
-                f"occur more than once among {checks.listed(map(repr, class_names))}."
-            )
+        _check_differ(where, class_names)
     if all(isinstance(value, str) for value in values):
         values = [composed(value) for value in values]
         names = tuple(class_names or sorted(set(values)))
@@ -89,6 +84,15 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
     return Labels(ids.astype(np.int32), names, table)
 
 
+def _check_differ(where: str, class_names: Sequence[str]) -> None:
+    repeated = [name for name, count in Counter(class_names).items() if count > 1]
+    if repeated:
+        raise checks.InputError(
+            f"{where}: class names must be all different; {checks.listed(map(repr, repeated))} "
+            f"occur more than once among {checks.listed(map(repr, class_names))}."
+        )
+
+
 def composed(name: str) -> str:
     """Returns a class name in Unicode's composed form (NFC), in which equal names are equal."""
     return unicodedata.normalize("NFC", name)
@@ -108,8 +112,8 @@ def integers_or_text(values: Sequence) -> list:
 def stable_ids(names: Sequence[str | None], images: ImageSource) -> np.ndarray:
     """Returns the names where all are present and unique, else hashes of the images' content.
 
-    Images of equal content are told apart by a running number behind the hash. One that cannot be
-    read, which is for the decoder to say, goes by its name.
+    A running number behind the hash tells images of equal content apart. Of an image that cannot
+    be read, the name is hashed; the decoder reports it later.
     """
     if all(names) and len(set(names)) == len(names):
         return np.array(names, dtype=object)  # as text, NumPy would drop a NUL at the end

@@ -71,11 +71,14 @@ def from_tables(source: str, tables: Sequence[Table], columns: Columns = USUAL) 
                     f"{source}: its files differ in columns: {table.file} has "
                     f"{checks.listed(table.schema.names)}, expected one {name!r}."
                 )
-        if _class_names(table, label) != class_names:
+        others = _class_names(table, label)
+        if others != class_names:
+            shown, first = (
+                checks.listed(map(repr, n or ())) or "none" for n in (others, class_names)
+            )
             raise checks.InputError(
-                f"{source}: its files differ in class names: {table.file} declares "
-                f"{checks.listed(_class_names(table, label) or ['none'])}, {tables[0].file} "
-                f"{checks.listed(class_names or ['none'])}."
+                f"{source}: its files differ in class names: {table.file} declares {shown}, "
+                f"{tables[0].file} {first}."
             )
         values += table.values(label)
         images, paths = _images(table, image)
@@ -137,7 +140,7 @@ def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
         if "bytes" not in fields:
             raise checks.InputError(
                 f"{table.file}: image column has fields {checks.listed(sorted(fields))}, "
-                f"expected bytes and path."
+                "expected bytes and path."
             )
         where, kind = (name, "bytes"), fields["bytes"]
         path_column = "path" if _is_text(fields.get("path", pa.null())) else None

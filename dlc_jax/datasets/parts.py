@@ -58,7 +58,7 @@ def part_sources(where: str) -> list[str]:
 
 
 def concatenate(parts: Sequence[Dataset], names: Sequence[str], source: str) -> Dataset:
-    """Returns all samples in order; classes go by name, a part may lack some.
+    """Returns all samples in order; classes are matched by name, and a part may lack some.
 
     Args:
       parts: Data sets.

@@ -35,7 +35,7 @@ class Template(NamedTuple):
     """A way to make texts.
 
     Attributes:
-      columns: A row that has all of these is told to be of it.
+      columns: A row that has all of these is taken to be of this template.
       texts: (rows, tokenizer or None) -> texts; ValueError names rows that do not fit.
     """
 

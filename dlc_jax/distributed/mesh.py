@@ -78,7 +78,7 @@ def one_device() -> Mesh:
 
 
 def said_of(mesh: Mesh) -> str:
-    """Returns what to tell the user of the devices."""
+    """Returns a phrase for messages that names the devices."""
     platform = mesh.devices.flat[0].platform
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     if not sizes:

@@ -20,12 +20,12 @@ import jax
 # JAX offers no public way to the store that its processes share
 from jax._src.distributed import global_state
 
-from dlc_jax import checks
+from dlc_jax import checks, signals
 
-RESTART = 75  # exit code (EX_TEMPFAIL) that asks a scheduler to start the same command again
+RESTART = signals.RESTART
 _PREFIX = "dlc_jax"
 _POLL_MS = 1000  # a signal's Python handler runs between two polls
-_LATER_S = 60  # than here, JAX gives up waiting; it would print a stack trace
+_LATER_S = 60  # JAX gives up so much later than we do: it would print a stack trace
 _SLURM_PORTS = range(20_000, 50_000)
 _numbers = itertools.count()  # of messages; all processes pass the same ones in the same order
 _heartbeat_s = 0
@@ -310,11 +310,11 @@ def everyones(value: Any) -> list[Any]:
 
 
 def share(items: Sequence[Value], number: int) -> Sequence[Value]:
-    """Returns the part of the items that a process does: as many as the others, neighbours.
+    """Returns the items that a process has to do: consecutive, as many as the others have.
 
     Args:
       items: Of all processes.
-      number: Which process; after the last one, the first follows.
+      number: Which process; numbers past the last one start again at the first.
     """
     bounds = [len(items) * place // count() for place in range(count() + 1)]
     return items[bounds[number % count()] : bounds[number % count() + 1]]

@@ -73,7 +73,7 @@ def end(code: int, message: str) -> NoReturn:
 
 
 class _FilteredErrors:
-    """What libraries write to stderr, without the stack that JAX prints as it finds one dead."""
+    """What libraries write to stderr, without the stack that JAX prints when a process is dead."""
 
     _BEGINS = b"Terminating process because the JAX distributed service detected fatal errors"
     _HEAD, _FRAME = b"*** Check failure stack trace", re.compile(rb"\s+@ ")
@@ -83,7 +83,7 @@ class _FilteredErrors:
         self._thread: threading.Thread | None = None
 
     def filter(self) -> None:
-        """Begins to filter file descriptor 2; Python's own stderr goes past it."""
+        """Starts to filter file descriptor 2; Python's own stderr bypasses it."""
         self._to = os.dup(2)
         sys.stderr.flush()
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
@@ -94,7 +94,7 @@ class _FilteredErrors:
         self._thread.start()
 
     def restore(self) -> None:
-        """Ends that; what was written until here has been handed on afterwards."""
+        """Stops filtering, after everything written so far was handed on."""
         if self._to is not None and self._thread is not None:
             os.dup2(self._to, 2)
             self._thread.join(_EVERY_S)
@@ -165,7 +165,7 @@ class _Watch:
                 self._give_up()
 
     def _give_up(self) -> None:
-        """Says who died, and ends this process."""
+        """Prints who died, and ends this process."""
         # JAX finds the dead some time between a third of its limit and the whole
         silent = self._silent_for(processes.heartbeat_s() / 3)
         if not silent and not processes.answers(processes.coordinator()):

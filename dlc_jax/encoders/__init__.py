@@ -131,8 +131,7 @@ def load_encoder(
       mean, std: Normalisation of RGB in [0, 1]; None reads it from the checkpoint's `config.json`
         (`pretrained_cfg`), or takes the architecture's default where there is no such file.
     Returns:
-      The encoder. A prefix of all names of the checkpoint, such as `module.`, is taken off and kept
-      as `prefix`.
+      The encoder; `prefix` is what was removed from all names of the checkpoint, e.g. `module.`.
     Raises:
       ValueError: an unknown name, weights not found, or a checkpoint that does not fit; ten each
         of entries without a place, parameters without an entry and wrong shapes are listed.
@@ -143,8 +142,7 @@ def load_encoder(
     architecture = ENCODERS[name]
     checkpoint = read_checkpoint(str(weights))
     graph, state = _abstract(architecture, checkpoint.shapes)
-    own = nnx.to_pure_dict(state)
-    checkpoint, prefix = without_prefix(checkpoint, own, architecture.ignored)
+    checkpoint, prefix = without_prefix(checkpoint, nnx.to_pure_dict(state), architecture.ignored)
     if prefix:  # sizes are those of entries by name
         graph, state = _abstract(architecture, checkpoint.shapes)
     try:

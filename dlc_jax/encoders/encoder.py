@@ -47,12 +47,12 @@ class Encoder:
       module_order: Sort key of prunable paths that gives the order of the original's modules, which
         decides between equal weights in official mode; None: the order of the tree.
       head: What a classifier for fine-tuning reads: `mean` over positions or tokens, or `cls`, the
-        first token, as timm's ViTs do; scoring goes by `pooling` instead.
+        first token, as timm's ViTs do; scoring uses `pooling` instead.
       apply_training: `apply_training(params, images, real)` is `apply` in training mode, and also
         returns all parameters with batch statistics moved; `real` [b] is 1 for samples and 0 for
         padding. None: fine-tuning uses `apply`.
       statistics: Paths of leaves that no gradient moves, such as running means.
-      prefix: What all names of the checkpoint began with, which was taken off.
+      prefix: What was removed from the beginning of all names of the checkpoint.
     """
 
     params: Params = dataclasses.field(repr=False)

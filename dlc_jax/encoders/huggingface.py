@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlc_jax import artefacts, checks
+from dlc_jax import checks
 from dlc_jax.distributed import place
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import ACTIVATIONS, DecoderConfig, RopeScaling
@@ -26,6 +26,7 @@ from dlc_jax.encoders.stored_tensors import (
 )
 from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.encoders.weights import opened
+from dlc_jax.json_files import read_json
 from dlc_jax.types import Params, by_path, path_name
 
 FAMILIES = ("llama", "mistral", "gemma2")
@@ -98,7 +99,7 @@ def read_config_alone(folder: Path) -> DecoderConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise checks.InputError(f"{path}: not there; expected a Hugging Face model folder.")
-    raw = artefacts.read_json(path)
+    raw = read_json(path)
     checks.one_of(f"{path}: model_type", raw.get("model_type"), FAMILIES)
     _check_loadable(folder, path, raw)
     _check_sizes(path, raw)
@@ -252,7 +253,7 @@ def read_params(
         for path, leaf in expected.items():
             name = names[path]
             value = read_tensor(shards[tensors[name].file], name)
-            with np.errstate(over="ignore"):  # what float16 cannot hold is told below
+            with np.errstate(over="ignore"):  # what float16 cannot hold is refused below
                 value = value.astype(leaf.dtype)
             if not np.isfinite(value.astype(np.float32)).all():
                 not_finite.append(name)

@@ -93,7 +93,7 @@ class JaxLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """By which lm_eval tells caches of requests apart."""
+        """The name by which lm_eval keeps caches of requests apart."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(

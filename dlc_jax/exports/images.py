@@ -118,7 +118,7 @@ def _png(image: Image.Image) -> bytes:
     """Encodes the image in its own mode, or as RGB where PNG has no such mode."""
     if image.mode not in _PNG_MODES:
         image = image.convert("RGB")
-        image.info.pop("icc_profile", None)  # is of the colours that were
+        image.info.pop("icc_profile", None)  # describes the colours before conversion
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

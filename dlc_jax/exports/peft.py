@@ -135,7 +135,7 @@ def _check_tensors(
     if extra or lost:
         raise checks.InputError(
             f"{file}: does not fit {model.name}: {len(lost)} tensors are missing "
-            f"({', '.join(lost[:3])}), {len(extra)} have no place ({', '.join(extra[:3])})."
+            f"({checks.listed(lost)}), {len(extra)} have no place ({checks.listed(extra)})."
         )
     for place, name in names.items():
         shape, wanted = tensors[name].shape, expected[place].shape[::-1]

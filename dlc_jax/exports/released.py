@@ -17,10 +17,10 @@ from jaxtyping import Int64
 
 from dlc_jax import checks
 from dlc_jax.datasets.files import regular
-from dlc_jax.datasets.folder import SUFFIXES
 from dlc_jax.datasets.labels import composed
 from dlc_jax.exports import part_positions
 from dlc_jax.exports.images import FOLDER_SUFFIXES
+from dlc_jax.image_files import SUFFIXES
 from dlc_jax.preprocess.decode import decode
 from dlc_jax.types import Dataset, Selection
 
@@ -123,7 +123,7 @@ def check_names_match(
 
     Args:
       dataset, datasets_dir, name: As there.
-      all_of_them: Whether all samples will be looked for, or only some, nobody knows which.
+      all_of_them: Whether all samples will be looked for, or only some that are not known yet.
     """
     order = released_order(datasets_dir, name)
     keys = {_key(entry.class_name, entry.file_name) for entry in order}

@@ -29,7 +29,7 @@ def prunable_paths(params: Params, is_prunable: Callable[[str], bool]) -> tuple[
     if not paths:
         shown = checks.listed(leaves)
         raise checks.InputError(
-            f"encoder: is_prunable accepts none of its {len(leaves)} parameters ({shown}, ...)."
+            f"encoder: is_prunable accepts none of its {len(leaves)} parameters ({shown})."
         )
     for path in paths:
         if not jax.numpy.issubdtype(leaves[path].dtype, np.floating):

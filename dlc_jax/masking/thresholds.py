@@ -42,8 +42,8 @@ def exact_thresholds(
 ) -> Thresholds:
     """Returns thresholds that zero exactly `counts[k]` weights, over all prunable leaves together.
 
-    Ties go by position: leaves in the order of `prunable`, row-major within a leaf, first goes
-    first. One sort on the host, whatever the number of probes; or, for a large model, none.
+    Ties are broken by position: leaves in the order of `prunable`, row-major within a leaf, the
+    first first. One sort on the host, whatever the number of probes; or, for a large model, none.
 
     Args:
       params: The encoder's parameters.

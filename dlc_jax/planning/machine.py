@@ -60,7 +60,7 @@ class Mesh(NamedTuple):
 
     @property
     def note(self) -> str | None:
-        """What to tell if these are not the devices that are here."""
+        """The note to print if these are not the devices that are here."""
         if self.num_devices == num_here():
             return None
         axes = " x ".join(f"mesh.{axis} {size}" for axis, size in self._asdict().items())

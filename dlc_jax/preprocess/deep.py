@@ -12,7 +12,7 @@ from dlc_jax.image_files import opened
 CHOICES = (
     "expected 8 bits a channel; choose dataset.deep_images=full_range (divided by the largest "
     "value of their bits; floats lie in 0..1), min_max (of each image) or clip (as Pillow does: "
-    "greys above 255 are white, of colours the high byte stays)"
+    "greys above 255 are white, of colours the high byte is kept)"
 )
 MID_GREY = 128
 

@@ -70,7 +70,7 @@ def select(
 
     Args:
       scores: [n] hardness, higher is harder; from `score`, `record_training` or your own. None
-        where neither the method nor the allocation goes by it.
+        where neither the method nor the allocation uses them.
       labels: [n] non-negative class ids.
       method: By any score: `flexrand`, `easiest`, `hardest`, `ccs`. Highest first of the score of
         that name: `least_confidence`, `entropy`, `margin`, `forgetting`, `grand`, `el2n`. By

@@ -44,17 +44,17 @@ def nucs(
 ) -> list[float]:
     """Returns the fraction to keep of each class, more of a class that is harder.
 
-    As many samples in all as `proportional` keeps. A class's share goes by its size times its mean
-    score, scores below its 5th and above its 95th percentile counting as these. Largest remainders
-    are rounded up. No class keeps more than it has or fewer than `min_per_class` (or its only
-    sample); what that leaves over or takes is shared among the others by the same rule. Where every
-    score is 0, shares go by size.
+    As many samples in all as `proportional` keeps. A class's share is proportional to its size
+    times its mean score, scores below its 5th and above its 95th percentile counting as these.
+    Largest remainders are rounded up. No class keeps more than it has or fewer than `min_per_class`
+    (or its only sample); what that leaves over or takes is shared among the others by the same
+    rule. Where every score is 0, shares are proportional to size.
 
     Args:
       members, keep_fraction, min_per_class: As in `proportional`.
       scores: [n] zero or more.
     Raises:
-      ValueError: a score is negative, so that no share can go by it.
+      ValueError: a score is negative, so that it gives no share.
     Source: Zhang et al. 2025, Non-uniform class-wise coreset selection.
     """
     assert scores is not None

@@ -237,7 +237,7 @@ class Candidates:
         return self._groups_by[how]
 
     def _rows(self, needs: str) -> np.ndarray | None:
-        """Returns the features or probabilities if the method goes by them."""
+        """Returns the features or probabilities if the method needs them."""
         if needs not in _CHECKS:
             return None
         rows = self._given[needs]

@@ -1,4 +1,4 @@
-"""Selections that go by where samples lie, in feature space or among softmax outputs."""
+"""Selections by where samples lie, in feature space or among softmax outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SMALLEST = np.finfo(np.float32).tiny  # a probability of 0 has the logarithm of
 def moderate(group: Group, draw: Draw) -> Positions:
     """Returns the samples whose distance to the group's mean is nearest the median distance.
 
-    Equal ones go by position.
+    Equal ones are ordered by position.
 
     Source: Xia et al. 2023, Moderate coreset.
     """

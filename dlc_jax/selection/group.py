@@ -1,4 +1,4 @@
-"""What a selector picks from, and what it is told about the pick."""
+"""What a selector picks from, and the settings of the pick."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Group:
       scores: [n] hardness of the whole data set, higher is harder; None if none was given.
       rows: [n, d] of the whole data set, never copied: the features or the probabilities, whichever
         the method needs; None if it needs neither.
-      keys: [n] of the ids of the whole data set, from `id_keys`; None where lots go by position.
+      keys: [n] of the ids of the whole data set, from `id_keys`; None where positions decide lots.
     """
 
     positions: Positions

@@ -43,7 +43,7 @@ class Method(NamedTuple):
     Attributes:
       select: Picks from one class, or from all samples.
       has_split: Whether it takes FlexRand's gamma.
-      needs: What it goes by: `nothing`, `scores`, `features` or `probabilities`.
+      needs: What it needs: `nothing`, `scores`, `features` or `probabilities`.
       variants: The published definition, and others.
       score: Name of the score it is meant for; None: any score.
     """

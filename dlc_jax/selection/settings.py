@@ -22,12 +22,12 @@ from dlc_jax.selection import (
 )
 from dlc_jax.types import setting
 
-# of methods, and of scores that methods go by
+# of methods, and of scores that methods use
 _VARIANTS = tuple(dict.fromkeys([*VARIANTS, *(v for s in SCORES.values() for v in s.variants)]))
 
 
 class Need(NamedTuple):
-    """What the selected methods go by, apart from DLC.
+    """What the selected methods need, apart from DLC.
 
     Attributes:
       features: Of the unmasked encoder.
@@ -122,13 +122,13 @@ class SelectionConfig:
         return self.variant if self.variant in known else "published"
 
     def score_of(self, method: str) -> str:
-        """Returns the column of `scores.parquet` that the method goes by."""
+        """Returns the column of `scores.parquet` that the method uses."""
         name = self.score_name(method)
         has_variant = self.variant in SCORES[name].variants
         return name if not has_variant else column_name(name, self.variant)
 
     def score_name(self, method: str) -> str:
-        """Returns the score in `SCORES` that the method goes by."""
+        """Returns the score in `SCORES` that the method uses."""
         return (SELECTORS[method].score if method in SELECTORS else None) or self.score
 
     def how(self, method: str) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class SelectionConfig:
 
     @property
     def need(self) -> Need:
-        """What the methods go by, apart from DLC."""
+        """What the methods need, apart from DLC."""
         known = [SELECTORS[method] for method in self.methods if method in SELECTORS]
         names = {method.score or self.score for method in known} | {self.score}
         tuning = AUTO in self.methods or (AUTO in self.splits and "flexrand" in self.methods)

@@ -1,4 +1,4 @@
-"""Selections that go by rank, or by nothing: the easiest, the hardest, or any samples."""
+"""Selections by rank, or at random: the easiest, the hardest, or any samples."""
 
 from __future__ import annotations
 

@@ -114,13 +114,13 @@ class Checkpoints:
             with artefacts.atomic_folder(self._folder / str(number)) as place:
                 _write_state(place / _STATE, state)
                 artefacts.write_json(place / _HISTORY, {"epochs": history})
-                told = {
+                written = {
                     "inputs": self._inputs,
                     "number": number,
                     "files": artefacts.hashes_below(place),
                     "beside": artefacts.hashes_below(self._beside, beside),
                 }
-                artefacts.write_json(place / _CHECKSUMS, told)
+                artefacts.write_json(place / _CHECKSUMS, written)
         except Exception as error:  # Orbax and TensorStore raise anything from OSError on
             return f"{self._folder}: cannot write a checkpoint: {_reason(error)}"
         return None
@@ -139,9 +139,9 @@ class Checkpoints:
     def _damage(self, path: Path) -> str | None:
         """Returns how a checkpoint differs from what was written; None if it does not."""
         try:
-            told = artefacts.read_json(path / _CHECKSUMS)
-            number, inputs = told["number"], told["inputs"]
-            files, beside = dict(told["files"]), dict(told["beside"])
+            written = artefacts.read_json(path / _CHECKSUMS)
+            number, inputs = written["number"], written["inputs"]
+            files, beside = dict(written["files"]), dict(written["beside"])
         except (checks.InputError, KeyError, TypeError, ValueError):
             return f"{_CHECKSUMS} is missing or cannot be read."
         if (str(number), inputs) != (path.name, self._inputs):
@@ -225,7 +225,7 @@ def _clear(folder: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """TensorStore hides what the system said between paths and a page of its own settings."""
+    """Returns the system's reason, which TensorStore hides in a page of paths and settings."""
     if isinstance(error, checks.InputError):
         return str(error).rstrip(".")
     said = re.search(r": ([^:\[\]]+) \[(?:tensorstore_spec|os_error_code)=", str(error))

@@ -54,7 +54,7 @@ def finetune(
       encoder: From `load_encoder`, or your own `Encoder`; it is not changed.
       dataset: What `kept` was selected from.
       kept: A `Selection`, positions in the data set, or None for all of it.
-      test: Tested on after the last epoch, and used for nothing else; classes go by name.
+      test: Tested on after the last epoch, and used for nothing else; classes are matched by name.
       epochs: Passes over the kept samples; 0 only tests, with the new, untrained head.
       batch_size: Samples per step; the last batch of an epoch may hold fewer.
       learning_rate: Before the first milestone (with one epoch both come before it: 1/100).

@@ -151,7 +151,7 @@ class Finetuner:
 
     @staticmethod
     def said(result: RunResult) -> str:
-        """Returns what to tell of a run's end."""
+        """Returns the line to print at the end of a run."""
         absent = result.absent_classes
         return (
             f"test accuracy {result.test_accuracy:.2f} %, {result.num_kept} samples, "

@@ -33,8 +33,8 @@ _SHAPE = {
 class RunFolder:
     """The folder of one run: metrics.jsonl, per_class_accuracy.csv, checkpoint/ and run.json.
 
-    `run.json` tells what the run is of from its start on, and once it is finished its result and
-    the SHA-256 of every file that it left.
+    `run.json` has the inputs of the run from its start on, and once it is finished its result and
+    the SHA-256 of every file that it wrote.
 
     Args:
       path: Of the folder.

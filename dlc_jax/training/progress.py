@@ -1,4 +1,4 @@
-"""How far a run is, and who is told."""
+"""How far a run is, and who observes it."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class Recorder:
             return None
         with artefacts.locked(folder):
             artefacts.clear_leftovers(folder)
-            # other settings of the record are not told by the inputs of its first run
+            # the inputs of the first run do not contain the other settings of the record
             run = RunFolder(folder, (RECORD,))
             record = self._finished(run)
             if record is None:

@@ -23,7 +23,7 @@ class TuningConfig:
 
     @property
     def needs_features(self) -> bool:
-        """Whether linear heads are trained, or a method that is compared goes by features."""
+        """Whether linear heads are trained, or a method that is compared needs features."""
         return self.by == "linear_probe" or any(
             SELECTORS[method].needs == "features" for method in self.methods
         )

@@ -42,7 +42,7 @@ class Trial(NamedTuple):
 
 @runtime_checkable
 class Trials(Protocol):
-    """Trains on subsets, and tells what comes out on samples that are in none of them."""
+    """Trains on subsets, and tests on samples that are in none of them."""
 
     name: str
 

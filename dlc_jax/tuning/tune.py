@@ -32,7 +32,7 @@ KEEP_FRACTIONS = tuple(i / 10 for i in range(1, 10))
 _NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
 _LEVEL = 0.05  # most likely to prefer something at a keep fraction where nothing is better
 _RANDOM = ("random", None)
-# others go by a record of training, which has seen the labels of what is held out
+# others need a record of training, which has seen the labels of what is held out
 _CAN_BE_TRIED = [
     name
     for name, method in SELECTORS.items()

@@ -149,7 +149,7 @@ class LoraTuner:
 
     @staticmethod
     def said(result: LoraResult) -> str:
-        """Returns what to tell of a run's end."""
+        """Returns the line to print at the end of a run."""
         loss = "" if result.test_loss is None else f"test loss {result.test_loss:.4f}, "
         return f"{loss}{result.num_kept} samples, {result.seconds:.1f} s"
 
@@ -327,7 +327,7 @@ class LoraTuner:
 
 
 def _check_finite(progress: Progress) -> None:
-    """Raises ValueError if the last step left what is no number: no later loss would show it."""
+    """Raises ValueError if the last step left NaN or infinity, which no later loss would show."""
     for path, leaf in by_path(progress.state.adapter).items():
         if not np.isfinite(fetch(leaf)).all():
             raise checks.SharedError(

@@ -122,7 +122,9 @@ def test_a_manifest_that_says_something_else_is_refused(place, field, value, say
 
 def test_a_selection_whose_manifest_was_made_to_fit_is_refused(place):
     for suffix in (".npy", ".json"):
-        shutil.copy(selection_file(place, CELLS[2], suffix), selection_file(place, CELLS[1], suffix))
+        shutil.copy(
+            selection_file(place, CELLS[2], suffix), selection_file(place, CELLS[1], suffix)
+        )
     file = selection_file(place, CELLS[1], ".json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": CELLS[1].seed}))
     with pytest.raises(dlc.InputError, match=rf"{CELLS[1].name}\.json does not have the content"):

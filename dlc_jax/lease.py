@@ -287,7 +287,8 @@ def _who(content: bytes | None) -> str:
 def _is_here(facts: dict[str, Any]) -> bool:
     """Whether the holder's number means a process that can be looked at here."""
     is_here = facts.get("host") == platform.node() and facts.get("machine") == _machine()
-    return is_here and isinstance(facts.get("pid"), int)
+    names_process = type(facts.get("pid")) is int and isinstance(facts.get("started"), str)
+    return is_here and names_process
 
 
 def _is_dead(content: bytes) -> bool:

@@ -151,6 +151,13 @@ def test_a_lease_that_cannot_be_read_is_that_of_an_unknown_process(tmp_path, con
     assert "an unknown process holds its lease; waiting" in said[0]
 
 
+@pytest.mark.parametrize("changes", [{"started": None, "pid": 10**9}, {"pid": True}])
+def test_a_holder_of_this_host_that_is_no_process_does_not_block(tmp_path, changes):
+    leave(tmp_path, **here(os.getpid()) | changes)
+    with held(tmp_path):
+        assert facts_of(tmp_path)["pid"] == os.getpid()
+
+
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     said = refused(tmp_path / "file" / "run")

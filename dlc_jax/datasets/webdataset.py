@@ -134,7 +134,7 @@ def _image(where: str, parts: dict[str, _Member], wanted: str | None) -> _Member
 
 def _label(where: str, parts: dict[str, _Member], wanted: str | None) -> Any:
     try:
-        if ".cls" in parts and wanted is None:
+        if ".cls" in parts and (wanted is None or (wanted == "cls" and ".json" not in parts)):
             return parts[".cls"].read().decode("utf-8-sig").strip()
         if ".json" in parts:
             facts = json.loads(parts[".json"].read())

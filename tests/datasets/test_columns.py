@@ -176,6 +176,18 @@ def test_keys_and_members_of_shards(tmp_path):
         dlc.load_dataset(source, image_column="webp", label_column="genus")
 
 
+def test_the_label_member_of_shards_can_be_asked_for(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as file:
+        for name, content in (("0.png", FILES[0]), ("0.cls", b"ant")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    source = f"tar:{tmp_path}/x.tar"
+    assert dlc.load_dataset(source, label_column="cls").class_names == ("ant",)
+    with pytest.raises(dlc.InputError, match="sample '0' has no label; expected .json with 'kind'"):
+        dlc.load_dataset(source, label_column="kind")
+
+
 def test_features_of_tfds(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 

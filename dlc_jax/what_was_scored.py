@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dlc_jax import checks, provenance
-from dlc_jax.config import Config
+from dlc_jax.config import DEEP_IMAGES_OF_MODE, Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.encoders.language_model import load_language_model
 from dlc_jax.instructions_stage import load_configured_instructions
@@ -65,7 +65,10 @@ def _asked_before(workdir: Path, known: dict[str, Any]) -> dict[str, Any]:
 def _check_dataset(config: Config, workdir: Path, known: dict[str, Any], load: Load) -> None:
     theirs, source = known["asked"]["dataset"], config.dataset.train
     names = (source, theirs["train"])
-    _compare("dataset", config.asked["dataset"], theirs, {}, _NOT_OF_DATA, names, workdir)
+    others = _NOT_OF_DATA
+    if config.dataset.deep_images == DEEP_IMAGES_OF_MODE[config.mode]:  # the mode's, not asked for
+        others += ("deep_images",)
+    _compare("dataset", config.asked["dataset"], theirs, {}, others, names, workdir)
     if source == theirs["train"]:
         return
 

@@ -254,7 +254,7 @@ def test_checkpoints_that_do_not_fit_are_refused(models, tmp_path):
         with pytest.raises(ValueError, match=says):
             load_language_model(str(tmp_path), dtype="float32")
 
-    refused("model_type 'qwen2'; expected llama, mistral, gemma2", model_type="qwen2")
+    refused("model_type: unknown value 'qwen2'; valid: llama, mistral, gemma2", model_type="qwen2")
     refused("activation", hidden_act="relu")
     refused("attention_bias is on", attention_bias=True)
     refused(

@@ -65,7 +65,7 @@ def _asked_before(workdir: Path, known: dict[str, Any]) -> dict[str, Any]:
 def _check_dataset(config: Config, workdir: Path, known: dict[str, Any], load: Load) -> None:
     theirs, source = known["asked"]["dataset"], config.dataset.train
     names = (source, theirs["train"])
-    others = _NOT_OF_DATA
+    others: tuple[str, ...] = _NOT_OF_DATA
     if config.dataset.deep_images == DEEP_IMAGES_OF_MODE[config.mode]:  # the mode's, not asked for
         others += ("deep_images",)
     _compare("dataset", config.asked["dataset"], theirs, {}, others, names, workdir)

@@ -132,13 +132,14 @@ def alone(data, tmp_path_factory) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num", "num_devices", "name"),
     [
         (2, 1, "odd"),
-        pytest.param(4, 1, "odd", marks=pytest.mark.slow),
-        pytest.param(4, 1, "few", marks=pytest.mark.slow),
-        pytest.param(2, 2, "odd", marks=pytest.mark.slow),
+        (4, 1, "odd"),
+        (4, 1, "few"),
+        (2, 2, "odd"),
     ],
 )
 def test_several_processes_find_what_one_finds(data, alone, tmp_path, num, num_devices, name):
@@ -225,9 +226,8 @@ def wait_for_parts(workdir: Path, num: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    ("rank", "num_after"), [(0, 1), pytest.param(1, 3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "num_after"), [(0, 1), (1, 3)])
 def test_killed_in_scoring_the_others_name_it_and_any_number_goes_on(
     data, alone, tmp_path, rank, num_after
 ):
@@ -273,6 +273,7 @@ def test_a_sweep_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_path):
         assert (whole / table).read_text() == (stopped / table).read_text()
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_all_with_one_line(data, tmp_path):
     codes, said = ended(start(2, tmp_path, [*SCORE, *data["odd"], "--config.mesh.probe=2"]))
     assert codes == [2, 2]

@@ -122,6 +122,7 @@ def test_table_and_places_are_printed(workdir):
     assert "seconds, when last run: score" in printed
 
 
+@pytest.mark.slow
 def test_finished_stages_are_not_run_again(workdir):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.np?")}
     printed = run(*FAST, f"--workdir={workdir}", "--config.probe.batch_size=50").stdout
@@ -219,6 +220,7 @@ def test_selecting_alone_needs_neither_data_nor_encoder(workdir, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_selections_are_exported_for_other_programs(workdir, tmp_path, sample):
     subprocess.run(["cp", "-r", f"{workdir}/.", str(tmp_path)], check=True)
     arguments = (
@@ -243,6 +245,7 @@ def test_selections_are_exported_for_other_programs(workdir, tmp_path, sample):
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_own_images_in_folders_with_one_unreadable_and_one_lonely(tmp_path, sample):
     for i in (*range(0, 8), *range(50, 58), 100):
         path = tmp_path / "data" / sample.ids[i]
@@ -272,6 +275,7 @@ def test_own_images_in_folders_with_one_unreadable_and_one_lonely(tmp_path, samp
     assert 15 in kept  # the lonely one, last in order: 7 + 8 before it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -309,6 +313,7 @@ def test_a_work_directory_that_cannot_be_written(tmp_path):
     assert f"cannot write to {tmp_path}/file/run" in done.stderr
 
 
+@pytest.mark.slow
 def test_mistakes_in_a_configuration_file_end_in_one_line(tmp_path):
     head = (
         "from dlc_jax.config import default_config\ndef get_config():\n    c = default_config()\n"
@@ -325,6 +330,7 @@ def test_mistakes_in_a_configuration_file_end_in_one_line(tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_what_a_selection_alone_leaves_of_the_configuration(workdir, tmp_path):
     subprocess.run(["cp", "-r", f"{workdir}/.", str(tmp_path)], check=True)
     only = ("--config.stages=('select',)", "--config.selection.methods=easiest,hardest")

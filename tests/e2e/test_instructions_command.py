@@ -162,6 +162,7 @@ def test_categories_are_classes_and_other_scores_select(place, tmp_path):
     assert all(row in ROWS for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -253,6 +253,7 @@ def run(program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_decode_once(tmp_path, few):
     for i in range(len(few)):
         path = tmp_path / "images" / str(few.ids[i])

@@ -241,6 +241,7 @@ def test_a_finished_record_is_read(
         record_training(sample_encoder, small_sample, folder=tmp_path, **HEAD)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(sample_encoder, small_sample, head_record, tmp_path):
     """Killed outright, wherever it is, when it has just seen the third epoch."""
     arguments = {**HEAD, "epochs": 30, "num_runs": 1}

@@ -169,7 +169,8 @@ def test_another_machine_finds_it_done(scored, tmp_path, server):
     before = len(server)
     out, _ = run(scored, tmp_path, *SCORE)
     assert "score: unchanged, not run again" in out
-    assert not any("GET /bucket/runs/scored/" in line for line in server[before:])
+    fetched = [line for line in server[before:] if "GET /bucket/runs/scored/" in line]
+    assert all("/.lease.json" in line for line in fetched)
 
 
 @pytest.mark.slow

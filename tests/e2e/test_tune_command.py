@@ -64,6 +64,7 @@ def test_every_method_selects_from_what_it_goes_by(finished, sample, sample_enco
         num_runs=2,
         epochs=3,
         batch_size=64,
+        learning_rate=0.05,  # of configs/demo.py
         linear_probe=True,
         image_size=32,
     )

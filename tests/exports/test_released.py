@@ -603,8 +603,9 @@ def test_the_command_line(vision, pictures, tmp_path):
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    run("--config.probe.num_probes=2", "--config.encoder.image_size=32")
-    asked = ("--config.stages=('export',)", "--config.export.forms=released")
+    small = "--config.encoder.image_size=32"
+    run("--config.probe.num_probes=2", small)
+    asked = (small, "--config.stages=('export',)", "--config.export.forms=released")
     assert "error: export.datasets_dir: missing" in run(*asked, code=2)
     asked += (f"--config.export.datasets_dir={tmp_path}", "--config.export.released_name=DTD")
     # 50 probes here are the default of the configuration; the scores have two

@@ -111,7 +111,7 @@ def _same_rows(
     """Raises ValueError, naming the first sample that differs, unless all see the same rows.
 
     Args:
-      name: Of the data set.
+      name: Name of the data set, for the message.
       ids: [n] of the samples.
       row: All that matters of the sample at a position.
       blocks: Only these; None: all.

@@ -68,7 +68,7 @@ def read_npz(path: Path, expected: Mapping[str, Expected]) -> dict[str, np.ndarr
     """Reads arrays of an `.npz` file that `numpy.savez` wrote.
 
     Args:
-      path: Of the file.
+      path: The file.
       expected: What each array has to be, by name; others are not read.
     Raises:
       ValueError: naming file and array; there is no such file, it is damaged or compressed, or an

@@ -308,7 +308,8 @@ def names_below(folder: Path | None) -> list[str]:
 def hashes_below(folder: Path | None, names: list[str] | None = None) -> dict[str, str]:
     """Returns the SHA-256 of the files in a folder, or of those of `names` that are there."""
     found = names_below(folder)
-    chosen = [Path(name) for name in found if names is None or name in names]
+    wanted = found if names is None else {*names}
+    chosen = [Path(name) for name in found if name in wanted]
     return {} if folder is None else file_hashes(folder, chosen)
 
 

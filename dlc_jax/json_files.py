@@ -42,7 +42,7 @@ def read_json(path: Path, shape: Shape = dict) -> Any:
     """Returns the file's value, {} if there is no such file.
 
     Args:
-      path: Of the file.
+      path: The file.
       shape: What the value has to be, see `Shape`.
     Raises:
       ValueError: the file is not valid JSON in UTF-8, names a key twice, or its value has another

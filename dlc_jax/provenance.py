@@ -92,7 +92,7 @@ def is_done(workdir: Path, stage: str, inputs: str, needed: Iterable[Path] = ())
     """Whether the stage ran on the same inputs and its files are as it left them.
 
     Args:
-      workdir, stage: Of the record.
+      workdir, stage: Where the record is, and of which stage.
       inputs: What decides what the stage leaves.
       needed: Files that it must have written, besides those that it always writes.
     """

@@ -94,7 +94,7 @@ def read_selection(
       workdir, samples: As for `write_selection`.
       cell: Which.
       how: What decides a selection of the method besides its cell; see `SelectionConfig.how`.
-      scores_fingerprint: Of what the method uses, as it is now.
+      scores_fingerprint: Fingerprint of what the method uses, as it is now.
       mode: `default` or `official`.
     Raises:
       ValueError: it is not there, is of another cell, was made by another version, from other
@@ -171,7 +171,7 @@ def set_superseded_aside(
 
     Args:
       workdir: Where `selections/` is.
-      fingerprints: Of what each method uses.
+      fingerprints: Fingerprint of what each method uses, by method.
       mode: `default` or `official`.
       how_of: What decides a selection besides.
     Returns:

@@ -46,7 +46,7 @@ def column(
     Args:
       where: For messages.
       what: `image`, `path` (of an image) or `label`.
-      names: Of all columns.
+      names: Names of all columns.
       usual: Usual names in lower case, the one that wins over all others first.
       wanted: The name asked for, if any.
       declared: Names of columns that are declared to hold images or class labels.

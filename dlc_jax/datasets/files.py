@@ -70,8 +70,7 @@ def suffix_of(name: str) -> str:
 def left_out_text(counts: Mapping[str, int]) -> str:
     """Returns `3 .heic, 1 .txt` for suffixes and their counts, and what would read them."""
     rows = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
-    more = f" and {len(rows) - 10} more suffixes" if len(rows) > 10 else ""
-    text = ", ".join(f"{count} {visible(suffix)}" for suffix, count in rows[:10]) + more
+    text = checks.listed(f"{count} {visible(suffix)}" for suffix, count in rows)
     return f"{text} ({NEEDS_HEIF})" if set(counts) & set(HEIF_SUFFIXES) else text
 
 

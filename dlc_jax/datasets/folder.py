@@ -106,7 +106,7 @@ def _images_below(folder: Path, others: Counter[str]) -> list[str]:
     """Returns the images at any depth, relative to the folder, in the order of their paths.
 
     Args:
-      folder: Of one class.
+      folder: The folder of one class.
       others: Takes the suffixes of files that are no images, and how often each occurs.
     """
     found, seen = [], set()

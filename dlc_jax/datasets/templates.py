@@ -48,7 +48,7 @@ class Columns:
     """Rows with the prompt and the response in columns of text.
 
     Attributes:
-      name: Of the template.
+      name: Name of the template.
       needed: Columns of the prompt that a row must have.
       response: Column of the response.
       optional: Columns of the prompt that may be missing or empty.

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 from dlc_jax.datasets.files import is_junk
+from dlc_jax.datasets.labels import composed
 from dlc_jax.exports.images import FOLDER_SUFFIXES
 
 CLASS_NAMES = "class_names.json"  # beside the folders of the classes
@@ -22,7 +23,7 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     """Returns a folder name for each class: its own name where that is possible."""
     names, taken = [], {CLASS_NAMES}
     for class_name in class_names:
-        name = plain(unicodedata.normalize("NFC", class_name))  # as `folder:` reads it
+        name = plain(composed(class_name))  # as `folder:` reads it
         name = _not_passed_over(name)
         candidates = itertools.chain(
             [name] if len(name.encode()) <= _LONGEST else [], _marked(name, "", class_name)
@@ -47,7 +48,7 @@ class ImagePaths:
         class.
 
         Args:
-          folder: Of the class.
+          folder: The folder of the class.
           class_name: Its name.
           sample_id: Any text; may be a path, and may lead anywhere.
           suffix: What the file name gets where it has none that image folders are read by.

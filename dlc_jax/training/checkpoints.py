@@ -31,7 +31,7 @@ class Checkpoints:
 
     Args:
       folder: Made if need be.
-      inputs: Of the run; a checkpoint of other inputs is not restored.
+      inputs: Hash of what decides the run; a checkpoint of other inputs is not restored.
       beside: A folder of files that belong to the run's state and that it only ever adds to.
       say: Takes a line for each checkpoint that cannot be used.
     """

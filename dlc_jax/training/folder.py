@@ -72,7 +72,7 @@ class RunFolder:
         A run whose files are not is named, and not finished from then on.
 
         Args:
-          inputs: Of the run.
+          inputs: Hash of what decides the run.
           with_weights: Whether its checkpoint counts; else it is about to go.
         """
         facts = self.facts()

@@ -22,7 +22,6 @@ if __name__ == "__main__":
 import logging
 import os
 import re
-import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -34,7 +33,7 @@ from dlc_jax import bucket, checks, lease, pipeline, presets
 from dlc_jax.agreement import agree_on_settings
 from dlc_jax.config import Config, describe, known_keys
 from dlc_jax.distributed import processes, use_all_cores
-from dlc_jax.distributed.watch import await_verdict, end, watched
+from dlc_jax.distributed.watch import end, watched
 from dlc_jax.escaping import show, visible
 from dlc_jax.object_store import Unreachable
 
@@ -78,8 +77,8 @@ def main(argv: Sequence[str]) -> None:
         _fail(str(error))
     with watched(place is not None):
         code, said = _run(place, workdir)
-    if code:
-        end(code, said)
+        if code:
+            end(code, said)
 
 
 def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
@@ -115,12 +114,6 @@ def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
         by = "SIGTERM" if signals.code() == processes.RESTART else "Ctrl-C"
         _say(f"stopped by {by}; the same command goes on where this one ended")
         return signals.code(), f"was stopped by {by}"
-    except Exception:
-        if processes.count() == 1:
-            raise
-        traceback.print_exc()
-        await_verdict()
-        return 1, "failed with an exception; see what it printed"
 
 
 def _say(message: str) -> None:

@@ -15,9 +15,12 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
+
+import jax
 
 from dlc_jax import signals
 from dlc_jax.distributed import processes
@@ -31,6 +34,8 @@ _BEATS, _ENDS = "dlc_jax/beat", "dlc_jax/end"
 def watched(is_one_of_several: bool) -> Iterator[None]:
     """Ends this process, in here, as soon as another one died or gave up.
 
+    An exception ends all of them, with code 1; if another's death caused it, with `RESTART`.
+
     Args:
       is_one_of_several: Else nothing is done. They need not have found each other yet.
     """
@@ -42,18 +47,20 @@ def watched(is_one_of_several: bool) -> Iterator[None]:
     watch.start()
     try:
         yield
+    except Exception as error:
+        if processes.count() == 1:
+            raise
+        may_be_a_death = isinstance(error, jax.errors.JaxRuntimeError)
+        if not may_be_a_death:
+            traceback.print_exc()
+        # a connection breaks at once; who died is known when JAX has missed its signs of life
+        time.sleep(processes.heartbeat_s() + 10 * _EVERY_S)
+        if may_be_a_death:
+            traceback.print_exc()
+        end(1, "failed with an exception; see what it printed")
     finally:
         watch.ended.set()
         _errors.restore()
-
-
-def await_verdict() -> None:
-    """Waits a little after an error that the death of another process may have caused.
-
-    A collective operation fails as soon as a connection breaks; who died is known only when JAX has
-    missed that process's signs of life.
-    """
-    time.sleep(processes.heartbeat_s() + 10 * _EVERY_S)
 
 
 def end(code: int, message: str) -> NoReturn:

@@ -157,27 +157,40 @@ def test_a_process_that_starts_later_is_waited_for(data, alone, tmp_path, rank, 
 
 
 JOIN = """
-import sys
+import sys, time
+import jax
 from dlc_jax.distributed import processes, watch
 
-coordinator, num, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+coordinator, num, number, breaks = sys.argv[1], *map(int, sys.argv[2:])
 with watch.watched(True):
     print("starts", flush=True)
     try:
         processes.start(processes.Place(coordinator, num, number), heartbeat_s=10, timeout_s=200)
         print("is there", flush=True)
+        if breaks and number:  # as a call does that is under way when the first process dies
+            while processes.answers(coordinator):
+                time.sleep(0.05)
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: recvmsg:Connection reset by peer")
         processes.wait_for_all()
-        processes.everyones(None if number else input())
+        processes.everyones(None if number else time.sleep(200))
     except processes.NotAllCame as error:
         print(error, file=sys.stderr)
         watch.end(75, "")
 """
 
 
-def join(num: int, number: int, port: int) -> subprocess.Popen:
-    """Starts a process that joins others, waits for them, and then for the end of its input."""
+def join(num: int, number: int, port: int, breaks: bool = False) -> subprocess.Popen:
+    """Starts a process that joins others, and waits for them; or for a call to them to break."""
     pipe = subprocess.PIPE
-    command = [sys.executable, "-c", JOIN, f"127.0.0.1:{port}", str(num), str(number)]
+    command = [
+        sys.executable,
+        "-c",
+        JOIN,
+        f"127.0.0.1:{port}",
+        str(num),
+        str(number),
+        str(int(breaks)),
+    ]
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ
     )
@@ -188,19 +201,20 @@ def join(num: int, number: int, port: int) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num", "rank", "says"),
+    ("num", "rank", "breaks", "says"),
     [
-        (3, 0, "process 0 died"),  # while another one waits for the third
-        (3, 1, "process 1 died"),
-        (2, 0, "process 0 died"),  # after all have met
-        (2, 1, "process 1 died"),
+        (3, 0, False, "process 0 died"),  # while another one waits for the third
+        (3, 1, False, "process 1 died"),
+        (2, 0, False, "process 0 died"),  # after all have met
+        (2, 1, False, "process 1 died"),
+        (2, 0, True, "process 0 died"),
     ],
 )
-def test_a_process_that_dies_before_it_has_done_anything_is_named(num, rank, says):
+def test_a_process_that_dies_before_it_has_done_anything_is_named(num, rank, breaks, says):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [join(num, number, port) for number in range(2)]
+    started = [join(num, number, port, breaks) for number in range(2)]
     if num == 3:
         time.sleep(5)  # they wait for the third
     else:
@@ -215,6 +229,7 @@ def test_a_process_that_dies_before_it_has_done_anything_is_named(num, rank, say
         if number != rank:
             assert codes[number] == processes.RESTART, text
             assert says in text
+            assert "Traceback" not in text
             assert "stack trace" not in text
             assert "    @ " not in text
 

@@ -83,6 +83,7 @@ def test_memory_holds_one_masked_copy_whatever_the_number_of_probes(
         assert many.temp_size_in_bytes == few.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_training_step_costs_three_forward_passes():
     encoder = encoder_of("sample")
     images = np.zeros((16, 64, 64, 3), np.uint8)
@@ -114,6 +115,7 @@ def counted(monkeypatch):
     return numbers
 
 
+@pytest.mark.slow
 def test_images_are_decoded_once_with_a_cache_and_twice_without(
     sample_encoder, small_sample, counted, tmp_path
 ):

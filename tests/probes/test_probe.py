@@ -107,7 +107,7 @@ def test_features_are_what_prototypes_average(sample_encoder, small_sample, refe
     np.testing.assert_allclose(reference.prototypes, means, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 8])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_each_program_is_traced_once(sample_encoder, sample, chunk):
     traces = []
 
@@ -168,6 +168,7 @@ def test_chunk_keeps_within_its_limit_and_wastes_little():
             resolve_chunk(bad, 50)
 
 
+@pytest.mark.slow
 def test_midpoint_probes_are_probes_of_the_grid(sample_encoder, small_sample):
     options = {"image_size": 32, "step": 0.05}
     grid = dlc.probe(sample_encoder, small_sample, num_probes=20, **options)

@@ -230,6 +230,7 @@ def test_ifd_of_cherry_llm_is_the_ratio_that_torch_gives(timm):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_bundled_model_reads_the_bundled_rows(timm):
     model = load_language_model("demo:tiny-llama", dtype="float32")
     assert load_tokenizer("demo:tiny-llama").vocab_size == model.config.vocab_size

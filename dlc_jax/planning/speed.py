@@ -157,7 +157,6 @@ def decoding_speed(dataset: Dataset, image_size: int) -> Decoding:
         encoded = sample.image
         return encoded.nbytes if isinstance(encoded, np.ndarray) else len(encoded), image
 
-    list(in_order(lambda place: place, 1))  # starts its threads, imports what it needs
     found, seconds = _for_a_while(one, num)
     read = [image for image in found if not isinstance(image, str)]
     checks.some_readable(dataset.name, len(read), len(found))

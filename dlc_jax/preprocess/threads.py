@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -17,12 +19,20 @@ def in_order(
     Args:
       compute: Must not depend on the order of its calls.
       num: How many.
-      num_ahead: Most results that wait to be taken; None: eight per core.
+      num_ahead: Most results that are under way or wait to be taken; None: eight per thread.
+    Raises:
+      Exception: what the first failing call raised, when its turn has come.
     """
-    import grain  # a quarter of the package's import time, and only reading images needs it
-
     num_threads = (os.cpu_count() or 1) + 1  # one more, for when one waits for the disk
-    options = grain.ReadOptions(
-        num_threads=num_threads, prefetch_buffer_size=num_ahead or 8 * num_threads
-    )
-    yield from grain.MapDataset.range(num).map(compute).to_iter_dataset(options)
+    num_ahead = num_ahead or 8 * num_threads
+    waiting: collections.deque[Future[Result]] = collections.deque()
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="in_order")
+    try:
+        for number in range(num):
+            waiting.append(pool.submit(compute, number))
+            if len(waiting) > num_ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -161,8 +161,9 @@ def start(place: Place, *, heartbeat_s: int, timeout_s: int = 300) -> None:
     """
     global _heartbeat_s, _place, _have_met
     _heartbeat_s, _place = heartbeat_s, place
-    # SIGTERM is ours: see `stopping`
-    jax.config.update("jax_enable_preemption_service", False)
+    # SIGTERM is ours: see `stopping`. JAX has an option for that, but 0.8.0 does not know it
+    state: Any = global_state
+    state.initialize_preemption_sync_manager = lambda: None
     try:
         _find_first(place, timeout_s)
         _meet(place, heartbeat_s, timeout_s)

@@ -27,6 +27,7 @@ if "DLC_JAX_TESTS" not in os.environ:
 
 jaxtyping.install_import_hook("dlc_jax", "runtime_types.check")
 
+import jaxlib.version  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -35,6 +36,7 @@ import dlc_jax as dlc  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+XLA_IS_OLD = jaxlib.version.__version_info__ < (0, 9)  # computes on CPUs otherwise
 
 
 def require_shared(name: str) -> Path:

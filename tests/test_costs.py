@@ -8,6 +8,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from conftest import XLA_IS_OLD
 
 import dlc_jax as dlc
 from benchmarks.measuring import random_encoder
@@ -62,9 +63,9 @@ CASES = [("sample", 64, 16, 7.07e6), ("vit_small_patch16_224", 224, 2, 98.9e6)]
 @pytest.mark.parametrize(("name", "image_size", "batch_size", "num_bytes"), CASES)
 def test_a_probe_costs_one_forward_pass(name, image_size, batch_size, num_bytes):
     compiled, flops = probe_program(name, image_size, batch_size, 3)
-    # the body of the loop over probes is counted once; batch norm, masks and losses are little;
-    # jaxlib 0.8 leaves a part of a convolution's padding out
-    assert 0.99 * flops <= compiled.cost_analysis()["flops"] <= 1.05 * flops
+    # the body of the loop over probes is counted once; batch norm, masks and losses are little
+    least = 0.99 if XLA_IS_OLD else 1.0  # that of 0.8 counts fewer operations of a convolution
+    assert least * flops <= compiled.cost_analysis()["flops"] <= 1.05 * flops
 
 
 @pytest.mark.parametrize(("name", "image_size", "batch_size", "num_bytes"), CASES)

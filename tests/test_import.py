@@ -25,7 +25,6 @@ class Lacking:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Lacking())
-import numpy as np
 import dlc_jax as dlc
 
 sample = dlc.load_dataset("demo:caltech15/train")

@@ -187,15 +187,8 @@ with watch.watched(True):
 def join(num: int, number: int, port: int, breaks: bool = False) -> subprocess.Popen:
     """Starts a process that joins others, and waits for them; or for a call to them to break."""
     pipe = subprocess.PIPE
-    command = [
-        sys.executable,
-        "-c",
-        JOIN,
-        f"127.0.0.1:{port}",
-        str(num),
-        str(number),
-        str(int(breaks)),
-    ]
+    arguments = f"127.0.0.1:{port}", str(num), str(number), str(int(breaks))
+    command = [sys.executable, "-c", JOIN, *arguments]
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ
     )

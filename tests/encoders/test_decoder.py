@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import XLA_IS_OLD
 from flax import nnx
 
 from dlc_jax.encoders import decoder
@@ -111,8 +112,8 @@ def test_logits_are_those_of_torch(torch_models, name, side):
     ours = logits_of(config, params, tokens, is_token)
     assert error(ours, torch_logits(model, tokens, is_token), is_token) <= 1e-5
     again = logits_of(config, params, tokens, is_token, rematerialise=True)
-    # other fusions: float32's rounding, of the largest logit
-    assert error(again, ours, is_token) <= 2e-5
+    atol = 2e-4 if XLA_IS_OLD else 1e-5  # that of 0.8 fuses other operations: 1.2e-4
+    np.testing.assert_allclose(again, ours, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.slow

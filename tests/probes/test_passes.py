@@ -56,7 +56,7 @@ def test_stopped_at_any_moment_it_ends_with_the_same_bits(
     undisturbed = dlc.probe(sample_encoder, dataset, **options)
     assert dataset.fingerprint
     # the generator decides where; a run begins with what the one before left
-    for number, limit in enumerate(np.random.default_rng(0).integers(1, 120, 4)):
+    for number, limit in enumerate(np.random.default_rng(0).integers(1, 120, 6)):
         folder = tmp_path / str(number)
         for num_readings in (int(limit), 30, 10_000):
             failing = dataclasses.replace(dataset, images=Failing(dataset.images, num_readings))

@@ -15,9 +15,14 @@ from benchmarks.measuring import random_encoder
 from dlc_jax.distributed import one_device
 from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
 from dlc_jax.planning.flops import count_flops
+from dlc_jax.planning.liveness import inner_programs, traced
 from dlc_jax.preprocess import load
 from dlc_jax.probes.kernel import Forward, features_of_batches, losses_of_batches
 from dlc_jax.training.batches import Batch
+from dlc_jax.training.lora.batches import Rows
+from dlc_jax.training.lora.progress import initial_adapter
+from dlc_jax.training.lora.settings import LoraConfig
+from dlc_jax.training.lora.step import Sums, add_rows
 from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.types import by_path
 
@@ -101,6 +106,53 @@ def test_a_training_step_costs_three_forward_passes():
     # the images have no gradient, which saves part of the first convolution's
     assert 2.5 * flops <= compiled.cost_analysis()["flops"] <= 3.2 * flops
     assert compiled.memory_analysis().temp_size_in_bytes <= SLACK * 11.74e6
+
+
+def products(program):
+    """Yields whether each matmul and convolution is of float32, and its precision."""
+    for equation in program.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            is_float32 = equation.invars[0].aval.dtype == np.float32
+            yield is_float32, equation.params["precision"]
+        for inner in inner_programs(equation.params):
+            yield from products(inner)
+
+
+HIGHEST = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+
+
+def of_images(dtype):
+    encoder = encoder_of("sample")
+    batch = Batch.padded(np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int32), 4)
+    sgd = Sgd(0.9, 1e-5, True)
+    state = TrainState.start(
+        encoder.params, encoder.statistics, initial_head(128, 15, "mean", 0), sgd
+    )
+    step = functools.partial(train_step, Network.of(encoder, dtype), sgd)
+    return step, (state, *batch, np.float32(0.1))
+
+
+def of_text(dtype):
+    model = dlc.load_language_model("demo:tiny-llama", dtype=dtype)
+    architecture = model.architecture.with_adapter(LoraConfig().adapter)
+    adapter = initial_adapter(architecture, 0)
+    tokens = np.ones((2, 16), np.int32)
+    rows = Rows(tokens, tokens, tokens > 0)
+    add = functools.partial(add_rows, architecture)
+    return add, (model.params, adapter, rows, Sums.zero(adapter))
+
+
+@pytest.mark.parametrize("made", [of_images, of_text])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_products_are_not_tf32_on_gpus(made, dtype):
+    function, arguments = made(dtype)
+    found = list(products(traced(function, *arguments)))
+    float32 = [precision for is_float32, precision in found if is_float32]
+    assert float32
+    # attention's gradient in bfloat16 multiplies float32 by bfloat16, and JAX says how
+    by_jax = {jax.lax.DotAlgorithmPreset.BF16_BF16_F32} if dtype == "bfloat16" else set()
+    assert set(float32) - by_jax == {HIGHEST}
+    assert (len(float32) < len(found)) == (dtype == "bfloat16")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from dlc_jax.encoders.encoder import (
     module_functions,
     normalise,
     pool,
+    precision_of,
     split_statistics,
 )
 from dlc_jax.encoders.weights import assign, read_checkpoint, without_prefix
@@ -32,6 +33,7 @@ __all__ = [
     "load_encoder",
     "normalise",
     "pool",
+    "precision_of",
     "split_statistics",
 ]
 

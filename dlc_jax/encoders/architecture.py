@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from dlc_jax.encoders.decoder import Decoder, DecoderConfig
+from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.projection import Adapter
 from dlc_jax.types import Params
 
@@ -39,11 +40,13 @@ class Architecture:
         self, params: Params, tokens: Int[Array, "b t"], segments: Int[Array, "b t"]
     ) -> Float[Array, "b t d"]:
         """Returns the final, normed sequence under these parameters; see `Decoder`."""
-        return self._module(params).hidden(tokens, segments)
+        with precision_of(self.dtype):
+            return self._module(params).hidden(tokens, segments)
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
-        return self._module(params).logits(hidden)
+        with precision_of(self.dtype):
+            return self._module(params).logits(hidden)
 
     def cross_entropies(
         self, params: Params, hidden: Float[Array, "b t d"], target: Int[Array, "b t"]

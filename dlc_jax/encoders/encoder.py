@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -201,6 +202,11 @@ def pool(output: Float[Array, "b *positions d"], pooling: str) -> Float[Array, "
     if pooling == "scalar":
         return output.mean(axis=(1, 2))[:, None]
     return output[:, 0] if pooling == "cls" else output.mean(axis=1)
+
+
+def precision_of(dtype: str) -> contextlib.AbstractContextManager:
+    """Returns a context whose float32 matmuls and convolutions are not done in TF32 on GPUs."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
 def normalise(images: Array, mean: tuple, std: tuple) -> Float[Array, "b s s 3"]:

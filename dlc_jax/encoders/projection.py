@@ -12,6 +12,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dlc_jax.encoders.encoder import precision_of
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -66,5 +68,6 @@ class Projection(nnx.Linear):
         y = super().__call__(x)
         if self.lora_scale is None:
             return y
-        change = (x.astype(jnp.float32) @ self.lora_a[...]) @ self.lora_b[...]
+        with precision_of("float32"):
+            change = (x.astype(jnp.float32) @ self.lora_a[...]) @ self.lora_b[...]
         return (y + change * self.lora_scale).astype(y.dtype)

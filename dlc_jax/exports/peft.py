@@ -15,6 +15,7 @@ from safetensors.flax import save_file
 
 from dlc_jax import artefacts, checks
 from dlc_jax.distributed import fetch, on_every_device
+from dlc_jax.encoders import precision_of
 from dlc_jax.encoders.architecture import DTYPES
 from dlc_jax.encoders.huggingface import torch_names
 from dlc_jax.encoders.language_model import LanguageModel
@@ -243,6 +244,7 @@ def _merged(model: LanguageModel, leaves: Mapping[str, jax.Array], path: str) ->
     if f"{layer}/lora_a" in leaves:
         assert model.architecture.adapter is not None
         lora_a, lora_b = (jnp.asarray(fetch(leaves[f"{layer}/{name}"])) for name in _MATRICES)
-        change = lora_a @ lora_b * model.architecture.adapter.scale
+        with precision_of("float32"):
+            change = lora_a @ lora_b * model.architecture.adapter.scale
         value = value.astype(jnp.float32) + change
     return jnp.asarray(value.T if path.endswith("kernel") else value, dtype)

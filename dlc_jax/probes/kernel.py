@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dlc_jax import checks
 from dlc_jax.distributed import DATA, PROBE
-from dlc_jax.encoders import Encoder, normalise, pool
+from dlc_jax.encoders import Encoder, normalise, pool, precision_of
 from dlc_jax.masking import Importance, Thresholds, masked
 from dlc_jax.probes.prototypes import prototype_loss
 from dlc_jax.types import Params
@@ -68,11 +67,6 @@ def cast(params: Params, dtype: str) -> Params:
         lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
         params,
     )
-
-
-def precision_of(dtype: str) -> contextlib.AbstractContextManager:
-    """Without this, float32 matmuls and convolutions run in TF32 on recent GPUs."""
-    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
 def pooled(output: Any, num_images: int, pooling: str) -> Float[Array, "b d"]:

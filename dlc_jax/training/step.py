@@ -14,8 +14,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dlc_jax.encoders import Encoder, join_statistics, split_statistics
-from dlc_jax.probes.kernel import Forward, cast, pooled, precision_of
+from dlc_jax.encoders import Encoder, join_statistics, precision_of, split_statistics
+from dlc_jax.probes.kernel import Forward, cast, pooled
 from dlc_jax.training.optimiser import torch_sgd
 from dlc_jax.types import Params
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dlc_jax import array_files, checks
 from dlc_jax.array_files import Expected
+from dlc_jax.arrow import pa, pq
 
 # used as parts of this module
 from dlc_jax.json_files import NAME, SHA256, check_shape

@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import dlc_jax as dlc
+
 
 def test_import_is_light():
     program = (
@@ -21,24 +23,28 @@ import sys
 
 class Lacking:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in set(sys.argv[1:]):
+        if name.partition(".")[0] in set(sys.argv[2:]):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Lacking())
 import dlc_jax as dlc
 
-sample = dlc.load_dataset("demo:caltech15/train")
-images, labels = [sample[i].image for i in range(0, 750, 25)], sample.labels[::25]
+photographs = dlc.load_dataset(f"folder:{sys.argv[1]}")
 encoder = dlc.load_encoder("resnet18", weights="demo:resnet18")
-probes = dlc.probe(encoder, dlc.array_dataset(images, labels), image_size=32, num_probes=2)
+probes = dlc.probe(encoder, photographs, image_size=32, num_probes=2)
 kept = dlc.select(dlc.score(probes), probes.labels, keep_fraction=0.5, ids=probes.ids)
 print(len(kept))
 """
 
 
-def test_scoring_and_selecting_need_only_what_they_use():
-    lacking = "ml_collections", "matplotlib", "orbax", "tensorflow_datasets", "transformers"
-    command = [sys.executable, "-c", SCORES, *lacking]
+def test_scoring_and_selecting_need_only_what_they_use(tmp_path):
+    sample = dlc.load_dataset("demo:caltech15/train")
+    for position in range(0, 750, 25):
+        path = tmp_path / str(sample.ids[position])
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(sample[position].image)
+    lacking = "ml_collections", "matplotlib", "orbax", "pyarrow", "tensorflow_datasets"
+    command = [sys.executable, "-c", SCORES, str(tmp_path), *lacking, "transformers"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "15\n", done.stderr
 

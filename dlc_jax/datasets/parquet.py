@@ -9,9 +9,9 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from dlc_jax import checks
+from dlc_jax.arrow import pa
 from dlc_jax.datasets import csv_file
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
 from dlc_jax.datasets.files import Files, matching, posix_names

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from dlc_jax import checks
+from dlc_jax.arrow import pa, pc, pq
 from dlc_jax.datasets.files import regular
 from dlc_jax.types import ImageSource
 

@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from dlc_jax import artefacts, checks
+from dlc_jax.arrow import pa, pq
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.datasets.json_values import json_problem
 from dlc_jax.exports.lists import json_line

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from dlc_jax import artefacts
+from dlc_jax.arrow import pa, pq
 from dlc_jax.escaping import markdown_text
 from dlc_jax.exports.images import encoded, read
 from dlc_jax.exports.part import Part
@@ -18,9 +16,6 @@ from dlc_jax.types import Dataset
 
 # Written at a time, so that memory does not grow with the selection.
 _ROWS, _BYTES = 256, 2**26
-_SCHEMA = pa.schema(
-    {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()}
-)
 
 
 def write_parquet(part: Part, path: Path) -> None:
@@ -48,21 +43,23 @@ def _write(samples: Dataset, file: IO) -> None:
         "label": {"names": list(samples.class_names), "_type": "ClassLabel"},
     }
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    with pq.ParquetWriter(file, _SCHEMA.with_metadata(metadata)) as table:
-        for batch in _batches(samples):
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    schema = pa.schema({"image": image, "label": pa.int64()}, metadata)
+    with pq.ParquetWriter(file, schema) as table:
+        for batch in _batches(samples, schema):
             table.write_batch(batch)
 
 
-def _batches(samples: Dataset) -> Iterator[pa.RecordBatch]:
+def _batches(samples: Dataset, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     rows: list[dict[str, Any]] = []
     num_bytes = 0
     for index in range(len(samples)):
         sample = read(samples, index)
         content = encoded(sample)
         if rows and (len(rows) == _ROWS or num_bytes + len(content) > _BYTES):
-            yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
+            yield pa.RecordBatch.from_pylist(rows, schema=schema)
             rows, num_bytes = [], 0
         rows.append({"image": {"bytes": content, "path": sample.id}, "label": sample.label})
         num_bytes += len(content)
     if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
+        yield pa.RecordBatch.from_pylist(rows, schema=schema)

@@ -1,13 +1,13 @@
 """Images per second from JPEG files to evaluation crops, against torchvision's DataLoader.
 
-python -m benchmarks.decode [--folder=DIR] [--image_size=224]
+python -m benchmarks.decode [--folder=DIR] [--repeat=1] [--image_size=224] [--json=FILE]
 
 Both read the same folder of JPEGs (one sub-folder per class; photographs of the bundled sample,
-enlarged to 500 x 375 or so, where none is given), on all cores, and put batches of 128 together;
-they take turns within one run, after a round that does not count. torchvision's loader has a worker
-per core, which stay between rounds; `uint8` leaves pixels as they are (PILToTensor), `float` is its
-usual ToTensor. `streamed` decodes as scoring without the cache does, `cached` reads what the cache
-has, checksums included.
+enlarged to 500 x 375 or so, where none is given), each linked --repeat times, on all cores, and put
+batches of 128 together: several per core are needed. They take turns within one run, after a round
+that does not count. torchvision's loader has a worker per core, which stay between rounds; `uint8`
+leaves pixels as they are (PILToTensor), `float` is its usual ToTensor. `streamed` decodes as
+scoring without the cache does, `cached` reads what the cache has, checksums included.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ import torch
 from absl import app, flags
 
 import dlc_jax as dlc
-from benchmarks.measuring import enlarged_sample
+from benchmarks import peers
+from benchmarks.measuring import enlarged_sample, linked, save
 from dlc_jax.preprocess import evaluation_crops, in_batches
 
 _FOLDER = flags.DEFINE_string("folder", None, "Images, one sub-folder per class.")
+_REPEAT = flags.DEFINE_integer("repeat", 1, "Links per image.")
 _SIZE = flags.DEFINE_integer("image_size", 224, "Side of the crops.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds that count.")
+_JSON = flags.DEFINE_string("json", None, "Where the rates are written too.")
 _BATCH = 128
 
 
@@ -56,19 +59,17 @@ def theirs(folder: Path, last: str) -> Callable[[], int]:
         folder, transforms.Compose([*steps, getattr(transforms, last)()])
     )
     loader = torch.utils.data.DataLoader(
-        dataset, _BATCH, num_workers=os.cpu_count() or 1, persistent_workers=True
+        dataset, _BATCH, num_workers=len(os.sched_getaffinity(0)), persistent_workers=True
     )
     return lambda: sum(len(images) for images, _ in loader)
 
 
 def main(_: list[str]) -> None:
     """Prints the table and a line of JSON."""
-    # builds whose compiled operators do not match torch's fail without these two definitions
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    peers.import_timm()  # sets up torchvision
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(_FOLDER.value) if _FOLDER.value else enlarged_sample(Path(scratch) / "jpeg")
+        folder = linked(folder, Path(scratch) / "images", _REPEAT.value)
         passes = {
             "streamed": ours(folder, None),
             "torchvision uint8": theirs(folder, "PILToTensor"),
@@ -85,7 +86,10 @@ def main(_: list[str]) -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, rate in medians.items():
         print(f"{name:<20} {rate:8.0f} img/s  ratio {rate / medians['torchvision uint8']:.2f}")
-    print(json.dumps({"num_images": num, "image_size": _SIZE.value, "images_per_s": medians}))
+    cores = len(os.sched_getaffinity(0))
+    found = {"num_images": num, "image_size": _SIZE.value, "cores": cores, "images_per_s": medians}
+    print(json.dumps(found))
+    save(_JSON.value, found)
 
 
 if __name__ == "__main__":

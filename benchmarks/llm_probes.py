@@ -1,18 +1,22 @@
 """Tokens x probes per second of a Llama-like model, against torch's, in turns in one process.
 
 python -m benchmarks.llm_probes [--width=512] [--depth=4] [--length=512] [--rows=4]
-    [--dtypes=float32,bfloat16] [--json=FILE]
+    [--dtypes=float32,bfloat16] [--attentions=,cudnn,cudnn_causal] [--torch]
+    [--json=FILE]
 
-Random weights; `--paper=llama3-8b --depth=4` takes the sizes of one of the paper's models, with
-fewer blocks. Prints medians, and the share of the rate of a matrix product. Needs the test extra.
+Random weights; `--paper=meta-llama/Meta-Llama-3-8B --depth=4` takes the sizes of one of the models
+of the paper, with fewer blocks (0: all of them). Prints medians, the share of the rate of a matrix
+product, and the memory of the first program by the plan and, on devices that count it, measured.
+--notorch leaves torch out, which holds a copy of the weights for every probe. Needs the test extra.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +24,28 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import peers
-from benchmarks.measuring import measured, peak
+from benchmarks.measuring import instead, measured, peak, peak_bytes_in_use, save
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.paper_models import PAPER_MODELS
 from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
 from dlc_jax.planning.flops import count_flops
+from dlc_jax.planning.memory import Scoring
 from dlc_jax.probes.responses import _probe_losses
-from dlc_jax.types import by_path
+from dlc_jax.types import Params, by_path
 
-_PAPER = flags.DEFINE_string("paper", None, f"One of {', '.join(PAPER_MODELS)}.")
-_WIDTH = flags.DEFINE_integer("width", 512, "Of the residual stream; heads of 64.")
+_PAPER = flags.DEFINE_enum("paper", None, list(PAPER_MODELS), "Model whose sizes are used.")
+_WIDTH = flags.DEFINE_integer("width", 512, "Features of the residual stream; heads have 64.")
 _DEPTH = flags.DEFINE_integer("depth", 4, "Blocks.")
 _VOCABULARY = flags.DEFINE_integer("vocabulary", 32_000, "Tokens.")
 _LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a row.")
-_ROWS = flags.DEFINE_integer("rows", 4, "Of a batch.")
+_ROWS = flags.DEFINE_integer("rows", 4, "Rows per batch.")
 _PROBES = flags.DEFINE_integer("num_probes", 2, "Per call.")
-_DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of weights and activations.")
+_DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Types of weights and activations.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Medians are of so many.")
+_ATTENTIONS = flags.DEFINE_list("attentions", [""], "As JAX names them; '': its own choice.")
+_TORCH = flags.DEFINE_boolean("torch", True, "Whether torch takes part.")
 _JSON = flags.DEFINE_string("json", None, "Where the rows are written too.")
 
 
@@ -45,7 +53,7 @@ def sizes() -> DecoderConfig:
     """Returns the sizes asked for."""
     if _PAPER.value:
         config = PAPER_MODELS[_PAPER.value]
-        return dataclasses.replace(config, windows=config.windows[: _DEPTH.value])
+        return dataclasses.replace(config, windows=config.windows[: _DEPTH.value or None])
     return DecoderConfig(
         vocab_size=_VOCABULARY.value,
         width=_WIDTH.value,
@@ -69,30 +77,70 @@ def sizes() -> DecoderConfig:
     )
 
 
-def ours(config: DecoderConfig, dtype: str) -> tuple[Callable[[], None], int]:
-    """Returns one call of the program, and its floating-point operations."""
-    architecture = Architecture(config, dtype)
-    generator = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(generator.normal(0, 0.02, leaf.shape), leaf.dtype),
-        architecture.abstract_params(),
-    )
-    prunable = prunable_paths(params, LanguageModel.is_prunable)
-    num_weights = sum(by_path(params)[path].size for path in prunable)
-    counts = path_counts(num_weights, num_probes=_PROBES.value).chosen
-    thresholds = jax.device_put(exact_thresholds(params, prunable, None, counts))
-    shape = (_ROWS.value, _LENGTH.value)
-    tokens = jnp.asarray(generator.integers(0, config.vocab_size, shape), jnp.int32)
-    lengths = jnp.full(_ROWS.value, _LENGTH.value, jnp.int32)
+def random_params(architecture: Architecture) -> Params:
+    """Returns weights drawn on the device, the largest first: drawing takes memory besides."""
+    leaves, tree = jax.tree.flatten(architecture.abstract_params())
+    found: list[jax.Array] = [jnp.zeros(())] * len(leaves)
+    for number in sorted(range(len(leaves)), key=lambda number: -leaves[number].size):
+        leaf = leaves[number]
+        found[number] = _drawn(jax.random.key(number), leaf.shape, leaf.dtype)
+    return jax.tree.unflatten(tree, jax.block_until_ready(found))
 
-    def call() -> None:
-        _probe_losses(
-            architecture, prunable, params, None, thresholds, tokens, lengths, lengths // 4
-        ).block_until_ready()
 
-    flops = count_flops(architecture.hidden, params, tokens, jnp.ones_like(tokens))
-    head = 2 * shape[0] * shape[1] * config.width * config.vocab_size
-    return call, (flops + head) * _PROBES.value
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)
+
+
+class Program(NamedTuple):
+    """The compiled program with what its calls share.
+
+    Attributes:
+      architecture: Sizes and type.
+      prunable: Paths of the weights that are masked.
+      arguments: What every call takes.
+    """
+
+    architecture: Architecture
+    prunable: tuple[str, ...]
+    arguments: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, config: DecoderConfig, dtype: str) -> Program:
+        architecture = Architecture(config, dtype)
+        params = random_params(architecture)
+        prunable = prunable_paths(params, LanguageModel.is_prunable)
+        num_weights = sum(by_path(params)[path].size for path in prunable)
+        counts = path_counts(num_weights, num_probes=_PROBES.value).chosen
+        thresholds = jax.device_put(exact_thresholds(params, prunable, None, counts))
+        generator = np.random.default_rng(0)
+        shape = (_ROWS.value, _LENGTH.value)
+        tokens = jnp.asarray(generator.integers(0, config.vocab_size, shape), jnp.int32)
+        lengths = jnp.full(_ROWS.value, _LENGTH.value, jnp.int32)
+        arguments = (params, None, thresholds, tokens, lengths, lengths // 4)
+        return cls(architecture, prunable, arguments)
+
+    def call(self, attention: str) -> Callable[[], None]:
+        """Returns one call of the program, compiled with that attention."""
+
+        def program(*arguments: Any) -> jax.Array:
+            return _probe_losses.__wrapped__(self.architecture, self.prunable, *arguments)
+
+        with instead(attention=attention):
+            compiled = jax.jit(program).lower(*self.arguments).compile()
+
+        def call() -> None:
+            compiled(*self.arguments).block_until_ready()
+
+        return call
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one call."""
+        params, _, _, tokens, _, _ = self.arguments
+        config = self.architecture.config
+        blocks = count_flops(self.architecture.hidden, params, tokens, jnp.ones_like(tokens))
+        return (blocks + 2 * tokens.size * config.width * config.vocab_size) * _PROBES.value
 
 
 def torchs(config: DecoderConfig, dtype: str) -> Callable[[], None]:
@@ -139,17 +187,43 @@ def main(_: list[str]) -> None:
     num_tokens = _ROWS.value * _LENGTH.value * _PROBES.value
     print(f"{jax.devices()[0].device_kind}; {config.depth} blocks of {config.width}")
     print("| by | tokens x probes / s | share of peak |\n|---|---|---|", flush=True)
-    rows = []
+    found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": [], "memory": []}
     for dtype in _DTYPES.value:
-        call, flops = ours(config, dtype)
-        seconds = measured({"dlc_jax": call, "torch": torchs(config, dtype)})
+        start = time.perf_counter()
+        program = Program.of(config, dtype)
         best = peak(dtype)
-        for by, some in seconds.items():
-            row = {"by": f"{by} {dtype}", "rate": num_tokens / some, "share": flops / some / best}
-            rows.append(row)
-            print(f"| {row['by']} | {row['rate']:.0f} | {row['share']:.2f} |", flush=True)
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(rows))
+        setup = {"dtype": dtype, "setup_s": time.perf_counter() - start}
+        contenders: dict[str, Callable[[], Callable[[], None]]] = {
+            f"dlc_jax {dtype}{f', attention {name}' if name else ''}": functools.partial(
+                program.call, name
+            )
+            for name in _ATTENTIONS.value
+        }
+        if _TORCH.value:
+            contenders[f"torch {dtype}"] = functools.partial(torchs, config, dtype)
+        for known in measured(contenders, _ROUNDS.value):
+            if "plan" not in setup:  # after the first program alone
+                setup |= memory(config, dtype)
+            rows: list[dict[str, Any]] = [
+                {"by": by, "rate": num_tokens / some, "share": program.flops / some / best}
+                for by, some in known.seconds.items()
+            ]
+            rows += [{"by": by, "error": why} for by, why in known.errors.items()]
+            now = {"rows": found["rows"] + rows, "memory": [*found["memory"], setup]}
+            save(_JSON.value, found | now)
+        found |= now
+        print(setup)
+        for row in rows:
+            if "error" not in row:
+                print(f"| {row['by']} | {row['rate']:.0f} | {row['share']:.2f} |", flush=True)
+
+
+def memory(config: DecoderConfig, dtype: str) -> dict[str, float | None]:
+    """Returns gigabytes by the plan, and the most that was held so far."""
+    num_tokens = _ROWS.value * _LENGTH.value
+    plan = Scoring(config, dtype, "l1", _PROBES.value, num_tokens, _LENGTH.value, 1).plan()
+    held = peak_bytes_in_use()
+    return {"plan": plan.num_bytes / 1e9, "measured": None if held is None else held / 1e9}
 
 
 if __name__ == "__main__":

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from PIL import Image
 
 import dlc_jax as dlc
-from dlc_jax.encoders import ENCODERS, Encoder
+from dlc_jax.checks import first_line
+from dlc_jax.encoders import ENCODERS, Encoder, decoder
+from dlc_jax.encoders.decoder import _QUERIES_AT_ONCE
 from dlc_jax.encoders.encoder import apply_module
+from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
 from dlc_jax.preprocess import decode
+from dlc_jax.probes.kernel import Forward
+from dlc_jax.types import by_path
+from dlc_jax.whole_files import atomic
+
+NUM_CLASSES = 10
 
 
 def random_encoder(name: str) -> Encoder:
@@ -35,7 +48,7 @@ def random_encoder(name: str) -> Encoder:
 def peak(dtype: str) -> float:
     """Returns the FLOP/s of a square matrix product, the best of several."""
     side = 8192 if jax.default_backend() != "cpu" else 2048
-    matrix = jnp.ones((side, side), dtype)
+    matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)  # ones run faster
     precision = "highest" if dtype == "float32" else "default"
     product = jax.jit(lambda a: jnp.dot(a, a, precision=precision))
     product(matrix).block_until_ready()
@@ -47,17 +60,119 @@ def peak(dtype: str) -> float:
     return 2 * side**3 / min(seconds)
 
 
-def measured(calls: dict[str, Callable[[], None]], num_rounds: int = 5) -> dict[str, float]:
-    """Returns the median seconds of calls that take turns; the first of each is not counted."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(num_rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
+@contextlib.contextmanager
+def instead(*, unroll: int = 1, attention: str = "") -> Iterator[None]:
+    """Replaces the loop over probes and the attention of programs traced inside the block.
+
+    Args:
+      unroll: Iterations of `jax.lax.map` that become one of a scan; 1: `map` as it is.
+      attention: `implementation` of `jax.nn.dot_product_attention`; empty: JAX's own choice. With
+        `_causal` behind it, a decoder's rows attend as a whole, not in blocks of queries, and take
+        a causal mask for theirs: equal where rows are full.
+    """
+
+    def scan(function: Callable, rows: Any, *, batch_size: int | None = None) -> Any:
+        assert batch_size is None, "either chunk or unroll"
+        return jax.lax.scan(lambda _, row: (None, function(row)), None, rows, unroll=unroll)[1]
+
+    name = attention.removesuffix("_causal")
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=name or None)
+
+    def attend_causally(*arrays: Any, mask: Any, scale: float) -> Any:
+        return attend(*arrays, is_causal=True, scale=scale)
+
+    is_causal = attention.endswith("_causal")
+    with (
+        mock.patch.object(decoder, "_QUERIES_AT_ONCE", 2**30 if is_causal else _QUERIES_AT_ONCE),
+        mock.patch.object(
+            jax.nn, "dot_product_attention", attend_causally if is_causal else attend
+        ),
+        mock.patch.object(jax.lax, "map", jax.lax.map if unroll == 1 else scan),
+    ):
+        yield
+
+
+class Measured(NamedTuple):
+    """What is known of some contenders so far.
+
+    Attributes:
+      seconds: Median of each that works.
+      errors: Why the others do not.
+    """
+
+    seconds: dict[str, float]
+    errors: dict[str, str]
+
+
+def measured(
+    contenders: Mapping[str, Callable[[], Callable[[], None]]], num_rounds: int = 5
+) -> Iterator[Measured]:
+    """Measures calls in turns, and yields what is known after every contender and every round.
+
+    Args:
+      contenders: Name -> function that prepares a call, whose first run is not counted. One that
+        fails leaves the others to be measured.
+      num_rounds: Runs per median.
+    """
+    calls: dict[str, Callable[[], None]] = {}
+    seconds: dict[str, list[float]] = {}
+    errors: dict[str, str] = {}
+
+    def known() -> Measured:
+        medians = {name: statistics.median(some) for name, some in seconds.items()}
+        return Measured(medians, dict(errors))
+
+    for name, prepare in contenders.items():
+        try:
+            call = prepare()
             call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(some) for name, some in seconds.items()}
+            seconds[name] = [_seconds(call)]
+            calls[name] = call
+        except Exception as error:
+            errors[name] = first_line(error)
+            print(f"{name} is left out: {errors[name]}", flush=True)
+        yield known()
+    for _ in range(num_rounds - 1):
+        for name, call in calls.items():
+            seconds[name].append(_seconds(call))
+        yield known()
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def probe_arguments(
+    encoder: Encoder, forward: Forward, num_probes: int, images: np.ndarray
+) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Returns the prunable paths, and what `losses_of_batches` takes from `params` on."""
+    prunable = prunable_paths(encoder.params, encoder.is_prunable)
+    leaves = by_path(encoder.params)
+    num_weights = sum(leaves[path].size for path in prunable)
+    counts = path_counts(num_weights, num_probes=num_probes).chosen
+    thresholds = exact_thresholds(encoder.params, prunable, None, counts)
+    width = jax.eval_shape(lambda p, i: forward(p, i), encoder.params, images).shape[1]
+    prototypes = np.random.default_rng(0).normal(size=(NUM_CLASSES, width)).astype(np.float32)
+    labels = np.zeros((1, len(images)), np.int32)
+    arguments = (encoder.params, None, thresholds, prototypes, images[None], labels)
+    return prunable, jax.device_put(arguments)
+
+
+def linked(folder: Path, root: Path, num: int) -> Path:
+    """Returns a folder in which every image of another one, by class, is linked so many times."""
+    for path in sorted(folder.glob("*/*")):
+        of_class = root / path.parent.name
+        of_class.mkdir(parents=True, exist_ok=True)
+        for number in range(num):
+            (of_class / f"{number:03}-{path.name}").symlink_to(path.resolve())
+    return root
+
+
+def peak_bytes_in_use() -> int | None:
+    """Returns the most memory of the default device that this process has held; None: not known."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def enlarged_sample(root: Path) -> Path:
@@ -71,3 +186,10 @@ def enlarged_sample(root: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
     return root
+
+
+def save(path: str | None, found: Any) -> None:
+    """Writes results as JSON, atomically; None as path writes nothing."""
+    if path is not None:
+        with atomic(Path(path)) as file:
+            file.write(json.dumps(found, default=float).encode())

@@ -1,68 +1,73 @@
-"""Device memory of scoring by encoder, images per batch and probes; no program is run.
+"""Device memory of scoring by encoder, images per batch and probes: planned, and where it is there.
 
-python -m benchmarks.memory [--encoders=resnet18,vit_small_patch16_224] [--json=FILE]
+python -m benchmarks.memory [--encoders=resnet18,vit_small_patch16_224] [--dtype=float32]
+    [--json=FILE]
 
-Megabytes that XLA plans beside the arguments (weights, images), and the weights. The number of
-samples n is not among them: images are streamed (benchmarks/streaming.py measures the host), and
-losses are 4 m n bytes there.
+Megabytes of the weights, of what XLA plans beside the arguments (weights, images), and of all of it
+by the stage `plan`. The measured peak, on devices that count it, covers the whole process, so it is
+meaningful only where it grows from row to row. The number of samples n does not matter: images are
+streamed (benchmarks/streaming.py measures the host), and losses are 4 m n bytes there.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks.measuring import random_encoder
+from benchmarks.measuring import (
+    NUM_CLASSES,
+    peak_bytes_in_use,
+    probe_arguments,
+    random_encoder,
+    save,
+)
 from dlc_jax.distributed import one_device
-from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
+from dlc_jax.planning.image_memory import ImageScoring
+from dlc_jax.planning.memory import tree_bytes
 from dlc_jax.probes.kernel import Forward, losses_of_batches
-from dlc_jax.types import by_path
 
 _ENCODERS = flags.DEFINE_list("encoders", ["resnet18", "vit_small_patch16_224"], "timm's names.")
 _SIZES = flags.DEFINE_list("batch_sizes", ["8", "32", "128"], "Images.")
 _PROBES = flags.DEFINE_list("num_probes", ["5", "50"], "Probes.")
 _SIDE = flags.DEFINE_integer("side", 224, "Pixels.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Type that the network computes in.")
 _JSON = flags.DEFINE_string("json", None, "Where the rows are written too.")
 
 
-def planned(name: str, batch_size: int, num_probes: int) -> tuple[float, float]:
-    """Returns megabytes of weights, and of what is held beside arguments."""
+def megabytes(name: str, batch_size: int, num_probes: int) -> dict[str, float | None]:
+    """Returns those of weights, beside arguments, by the plan, and measured."""
     encoder = random_encoder(name)
-    prunable = prunable_paths(encoder.params, encoder.is_prunable)
-    leaves = by_path(encoder.params)
-    num_weights = sum(leaves[path].size for path in prunable)
-    counts = path_counts(num_weights, num_probes=num_probes).chosen
-    thresholds = exact_thresholds(encoder.params, prunable, None, counts)
-    forward = Forward.of(encoder, "float32")
-    images = np.zeros((1, batch_size, _SIDE.value, _SIDE.value, 3), np.uint8)
-    width = jax.eval_shape(lambda p, i: forward(p, i), encoder.params, images[0]).shape[1]
-    compiled = losses_of_batches.lower(
-        forward, prunable, 1, one_device(), encoder.params, None, thresholds,
-        np.ones((10, width), np.float32), images, np.zeros((1, batch_size), np.int32),
-    ).compile()  # fmt: skip
-    return num_weights * 4e-6, compiled.memory_analysis().temp_size_in_bytes / 1e6
+    forward = Forward.of(encoder, _DTYPE.value)
+    images = np.zeros((batch_size, _SIDE.value, _SIDE.value, 3), np.uint8)
+    prunable, arguments = probe_arguments(encoder, forward, num_probes, images)
+    compiled = losses_of_batches.lower(forward, prunable, 1, one_device(), *arguments).compile()
+    if peak_bytes_in_use() is not None:
+        compiled(*arguments).block_until_ready()
+    plan = ImageScoring(
+        encoder, _SIDE.value, NUM_CLASSES, num_probes, 1, _DTYPE.value, False, batch_size
+    ).plan()
+    found = {
+        "weights": tree_bytes(encoder.params),
+        "beside": compiled.memory_analysis().temp_size_in_bytes,
+        "plan": plan.num_bytes,
+        "measured": peak_bytes_in_use(),
+    }
+    return {key: None if value is None else value / 1e6 for key, value in found.items()}
 
 
 def main(_: list[str]) -> None:
-    print(
-        "| encoder | images | probes | weights, MB | beside arguments, MB |\n|---|---|---|---|---|"
-    )
+    print("| encoder | images | probes | weights | beside arguments | plan | measured |")
+    print("|---|---|---|---|---|---|---|")
     rows = []
     for name in _ENCODERS.value:
         for batch_size in map(int, _SIZES.value):
             for num_probes in map(int, _PROBES.value):
-                weights, beside = planned(name, batch_size, num_probes)
-                rows.append([name, batch_size, num_probes, weights, beside])
-                print(
-                    f"| {name} | {batch_size} | {num_probes} | {weights:.0f} | {beside:.0f} |",
-                    flush=True,
-                )
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(rows))
+                found = megabytes(name, batch_size, num_probes)
+                row = {"encoder": name, "images": batch_size, "probes": num_probes}
+                rows.append(row | found)
+                shown = ["" if value is None else f"{value:.0f}" for value in found.values()]
+                print(f"| {' | '.join(map(str, [*row.values(), *shown]))} |", flush=True)
+                save(_JSON.value, rows)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Torch(NamedTuple):
     compiled: bool = False
 
 
+# torch's own settings, as the released code leaves them: on GPUs its convolutions use TF32
 RELEASED = Torch("torch NCHW float32")
 CHANNELS_LAST = Torch("torch channels_last float32", channels_last=True)
 GOOD = Torch("torch channels_last bfloat16", channels_last=True, bfloat16=True)

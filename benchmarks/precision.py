@@ -9,14 +9,13 @@ same: of the easiest and hardest, and of FlexRand, by keep fraction.
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 
 import numpy as np
 from absl import app, flags
 
 import dlc_jax as dlc
+from benchmarks.measuring import save
 from dlc_jax.probes.certificate import KEEP_FRACTIONS, compare
 
 _DATASET = flags.DEFINE_string("dataset", "demo:caltech15/train", "Source.")
@@ -59,9 +58,7 @@ def main(_: list[str]) -> None:
         same = len(kept[0] & kept[1]) / len(kept[0])
         rows.append([share, found.easiest[share], found.hardest[share], same])
         print("| " + " | ".join(f"{value:.3f}" for value in rows[-1]) + " |")
-    if _JSON.value:
-        result = {"spearman": found.spearman, "seconds": seconds, "overlaps": rows}
-        Path(_JSON.value).write_text(json.dumps(result))
+    save(_JSON.value, {"spearman": found.spearman, "seconds": seconds, "overlaps": rows})
 
 
 if __name__ == "__main__":

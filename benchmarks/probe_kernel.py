@@ -1,64 +1,105 @@
 """Images x probes per second: this package's program against torch's, in turns in one process.
 
 python -m benchmarks.probe_kernel [--encoders=resnet18,resnet50,vit_small_patch16_224]
-    [--batch_size=16] [--num_probes=3] [--chunks=1] [--compiled] [--json=FILE]
+    [--batch_size=16] [--num_probes=3] [--chunks=1,5] [--unrolls=1,2] [--attentions=xla,cudnn]
+    [--compiled] [--json=FILE]
 
 Images of 224 px are in memory and normalised; random weights. Prints medians of the rounds, the
 share of the largest rate of a matrix product measured in the same run, and the ratio to torch as
-the released code runs it, NCHW in float32. Needs the test extra.
+the released code runs it, NCHW in float32. The first chunk, unroll and attention make the base
+variant; the others change one of them each. A variant that the device does not support is listed
+with its error. Needs the test extra.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import app, flags
 
 from benchmarks import peers
-from benchmarks.measuring import measured, peak, random_encoder
+from benchmarks.measuring import (
+    NUM_CLASSES,
+    Measured,
+    instead,
+    measured,
+    peak,
+    probe_arguments,
+    random_encoder,
+    save,
+)
 from dlc_jax.distributed import one_device
 from dlc_jax.encoders import Encoder
-from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
 from dlc_jax.planning.flops import count_flops
-from dlc_jax.probes.kernel import Forward, losses_of_batches
-from dlc_jax.types import by_path
+from dlc_jax.probes.kernel import COMPILER_OPTIONS, Forward, losses_of_batches
 
 _ENCODERS = flags.DEFINE_list("encoders", ["resnet18", "vit_small_patch16_224"], "timm's names.")
 _SIZE = flags.DEFINE_integer("image_size", 224, "Pixels.")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Images.")
 _PROBES = flags.DEFINE_integer("num_probes", 3, "Per call.")
 _CHUNKS = flags.DEFINE_list("chunks", ["1"], "Probes side by side.")
+_UNROLLS = flags.DEFINE_list("unrolls", ["1"], "Probes per iteration of the loop over them.")
+_ATTENTIONS = flags.DEFINE_list("attentions", [""], "As JAX names them; '': its own choice.")
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of the network.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Medians are of so many.")
 _COMPILED = flags.DEFINE_boolean("compiled", False, "Whether torch.compile takes part.")
 _TORCH = flags.DEFINE_boolean("torch", True, "Whether torch takes part.")
 _JSON = flags.DEFINE_string("json", None, "Where the rows are written too.")
 
-NUM_CLASSES = 10
+
+class Way(NamedTuple):
+    """How the program computes.
+
+    Attributes:
+      dtype: What the network computes in.
+      chunk: Probes side by side.
+      unroll: Probes per iteration of the loop over them, one after another.
+      attention: `implementation` of `jax.nn.dot_product_attention`.
+    """
+
+    dtype: str
+    chunk: int
+    unroll: int
+    attention: str
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        unroll = f", unroll {self.unroll}" if self.unroll > 1 else ""
+        attention = f", attention {self.attention}" if self.attention else ""
+        return f"dlc_jax {self.dtype}, chunk {self.chunk}{unroll}{attention}"
 
 
-def ours(encoder: Encoder, dtype: str, chunk: int, images: np.ndarray) -> Callable[[], None]:
-    """Returns one call of the program."""
-    prunable = prunable_paths(encoder.params, encoder.is_prunable)
-    leaves = by_path(encoder.params)
-    num_weights = sum(leaves[path].size for path in prunable)
-    counts = path_counts(num_weights, num_probes=_PROBES.value).chosen
-    thresholds = jax.device_put(exact_thresholds(encoder.params, prunable, None, counts))
-    params, pixels = jax.device_put(encoder.params), jax.device_put(images[None])
-    labels = np.zeros((1, len(images)), np.int32)
-    forward = Forward.of(encoder, dtype)
-    width = jax.eval_shape(lambda p, i: forward(p, i), encoder.params, images).shape[1]
-    prototypes = np.random.default_rng(0).normal(size=(NUM_CLASSES, width)).astype(np.float32)
-    mesh = one_device()
+def ways() -> Iterator[Way]:
+    """Yields what is asked for."""
+    chunks, unrolls = list(map(int, _CHUNKS.value)), list(map(int, _UNROLLS.value))
+    for dtype in _DTYPES.value:
+        plain = Way(dtype, chunks[0], unrolls[0], _ATTENTIONS.value[0])
+        yield plain
+        yield from (plain._replace(chunk=chunk) for chunk in chunks[1:])
+        yield from (plain._replace(unroll=unroll) for unroll in unrolls[1:])
+        yield from (plain._replace(attention=name) for name in _ATTENTIONS.value[1:])
+
+
+def ours(encoder: Encoder, way: Way, images: np.ndarray) -> Callable[[], None]:
+    """Returns one call of the program, compiled."""
+    forward = Forward.of(encoder, way.dtype)
+    prunable, arguments = probe_arguments(encoder, forward, _PROBES.value, images)
+
+    def program(*arguments: Any) -> jax.Array:
+        losses = losses_of_batches.__wrapped__
+        return losses(forward, prunable, way.chunk, one_device(), *arguments)
+
+    with instead(unroll=way.unroll, attention=way.attention):
+        jitted = jax.jit(program, compiler_options=COMPILER_OPTIONS)
+        compiled = jitted.lower(*arguments).compile()
 
     def call() -> None:
-        losses_of_batches(
-            forward, prunable, chunk, mesh, params, None, thresholds, prototypes, pixels, labels
-        ).block_until_ready()
+        compiled(*arguments).block_until_ready()
 
     return call
 
@@ -94,31 +135,43 @@ def main(_: list[str]) -> None:
     print(", ".join(f"{dtype} {value / 1e12:.2f}" for dtype, value in peaks.items()))
     print("| encoder | by | img x probe / s | share of peak | ratio to the released code's |")
     print("|---|---|---|---|---|", flush=True)
-    rows = []
+    device = jax.devices()[0].device_kind
+    before: list[dict[str, Any]] = []
     for name in _ENCODERS.value:
         encoder = random_encoder(name)
-        calls = {
-            f"dlc_jax {dtype}, chunk {chunk}": ours(encoder, dtype, int(chunk), images)
-            for dtype in _DTYPES.value
-            for chunk in _CHUNKS.value
+        contenders: dict[str, Callable[[], Callable[[], None]]] = {
+            way.name: functools.partial(ours, encoder, way, images)
+            for way in ways()
+            if name.startswith("vit") or not way.attention
         }
         if _TORCH.value:
             hows = [peers.RELEASED, peers.CHANNELS_LAST, peers.GOOD]
             hows += [peers.COMPILED] if _COMPILED.value else []
-            calls |= {how.name: torchs(name, how, images) for how in hows}
+            contenders |= {how.name: functools.partial(torchs, name, how, images) for how in hows}
         forward = Forward.of(encoder, "float32")
         flops = count_flops(lambda p, i, f=forward: f(p, i), encoder.params, images[:1])
-        seconds = measured(calls, _ROUNDS.value)
-        for by, some in seconds.items():
-            rate = batch_size * _PROBES.value / some
-            dtype = "bfloat16" if "bfloat16" in by else "float32"
-            share = rate * flops / peaks[dtype] if dtype in peaks else float("nan")
-            ratio = seconds.get(peers.RELEASED.name, float("nan")) / some
-            rows.append({"encoder": name, "by": by, "rate": rate, "share": share, "ratio": ratio})
-            print(f"| {name} | {by} | {rate:.1f} | {share:.2f} | {ratio:.2f} |", flush=True)
-    if _JSON.value:
-        found = {"device": jax.devices()[0].device_kind, "peaks": peaks, "rows": rows}
-        Path(_JSON.value).write_text(json.dumps(found))
+        for found in measured(contenders, _ROUNDS.value):
+            rows = _rows(name, found, flops, peaks)
+            save(_JSON.value, {"device": device, "peaks": peaks, "rows": [*before, *rows]})
+        before += rows
+        for row in rows:
+            shown = [f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row.values()]
+            print(f"| {' | '.join(cell or '' for cell in shown)} |", flush=True)
+
+
+def _rows(
+    encoder: str, found: Measured, flops: int, peaks: dict[str, float]
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for by, some in found.seconds.items():
+        rate = _BATCH.value * _PROBES.value / some
+        dtype = "bfloat16" if "bfloat16" in by else "float32"
+        share = rate * flops / peaks[dtype] if dtype in peaks else None
+        released = found.seconds.get(peers.RELEASED.name)
+        ratio = None if released is None else released / some
+        rows.append({"encoder": encoder, "by": by, "rate": rate, "share": share, "ratio": ratio})
+    rows += [{"encoder": encoder, "by": by, "error": why} for by, why in found.errors.items()]
+    return rows
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ _ENCODERS = flags.DEFINE_list("encoders", ["resnet18", "vit_small_patch16_224"],
 _SIZE = flags.DEFINE_integer("image_size", 224, "Pixels.")
 _BATCH = flags.DEFINE_integer("batch_size", 32, "Images per batch, of all.")
 _BY = flags.DEFINE_list("by", ["released", "good torch", "dlc_jax 50", "dlc_jax auto"], "Who.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Of dlc_jax.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Type that dlc_jax computes in.")
 _GOOD_FLOAT32 = flags.DEFINE_boolean("good_float32", False, "Good torch without autocast.")
 _ROUNDS = flags.DEFINE_integer("rounds", 1, "Medians are of so many.")
 _JSON = flags.DEFINE_string("json", None, "Where the rows are written too.")
@@ -53,26 +53,22 @@ def main(_: list[str]) -> None:
     if _RUN.value:
         print(json.dumps(_contend(_RUN.value)))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         images = _linked_images(Path(folder))
         print("| encoder | by | | probes | seconds | process | times as fast as released |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for encoder in _ENCODERS.value:
-            found = _all_of(encoder, images, Path(folder))
+            found = _all_of(encoder, images, Path(folder), rows)
+            rows += _rows(encoder, found)
             base = _median(found.get(("released", "warm"), []), "seconds")
             for (by, state), runs in found.items():
-                row = {"encoder": encoder, "by": by, "state": state}
-                row |= {name: [run[name] for run in runs] for name in runs[0]}
-                rows.append(row)
                 seconds = _median(runs, "seconds")
                 print(
                     f"| {encoder} | {by} | {state} | {_median(runs, 'num_probes'):g} | "
                     f"{seconds:.1f} | {_median(runs, 'process'):.1f} | {base / seconds:.2f} |",
                     flush=True,
                 )
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(rows))
 
 
 def _median(runs: list[dict[str, float]], name: str) -> float:
@@ -113,10 +109,21 @@ def _written(source: str, folder: Path) -> Path:
     return folder
 
 
-def _all_of(
-    encoder: str, images: Path, folder: Path
-) -> dict[tuple[str, str], list[dict[str, float]]]:
-    """Returns probes, seconds, and seconds of the process, by contender and state."""
+Runs = dict[tuple[str, str], list[dict[str, float]]]  # by contender and state
+
+
+def _rows(encoder: str, found: Runs) -> list[dict[str, Any]]:
+    return [
+        {"encoder": encoder, "by": by, "state": state}
+        | {name: [run[name] for run in runs] for name in runs[0]}
+        for (by, state), runs in found.items()
+    ]
+
+
+def _all_of(encoder: str, images: Path, folder: Path, before: list[dict[str, Any]]) -> Runs:
+    """Returns probes, seconds, and seconds of the process; writes them after every run."""
+    from benchmarks.measuring import save  # and with it JAX, which torch's processes do not load
+
     checkpoint = folder / f"{encoder}.safetensors"
     if not checkpoint.exists():
         from safetensors.torch import save_file
@@ -124,13 +131,14 @@ def _all_of(
         from benchmarks import peers
 
         save_file(peers.torch_model(encoder).cpu().state_dict(), checkpoint)
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    found: Runs = {}
     for number in range(_ROUNDS.value):
         for by in _BY.value:
             # torch has nothing to find again; of the others the first time is the cold one
             states = ["cold", "warm"] if by.startswith("dlc_jax") and not number else ["warm"]
             for state in states:
                 found.setdefault((by, state), []).append(_run(by, images, checkpoint, folder))
+                save(_JSON.value, before + _rows(encoder, found))
     return found
 
 
@@ -146,7 +154,9 @@ def _run(by: str, images: Path, checkpoint: Path, folder: Path) -> dict[str, flo
     command += [f"--image_size={_SIZE.value}", f"--batch_size={_BATCH.value}"]
     command += [f"--good_float32={_GOOD_FLOAT32.value}"]
     start = time.perf_counter()
-    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{by} ended with {done.returncode}; its error is above")
     process = time.perf_counter() - start
     return json.loads(done.stdout.splitlines()[-1]) | {"process": process}
 

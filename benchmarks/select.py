@@ -9,15 +9,14 @@ classes one by one, a sort of each, two draws.
 
 from __future__ import annotations
 
-import json
 import resource
 import time
-from pathlib import Path
 
 import numpy as np
 from absl import app, flags
 
 import dlc_jax as dlc
+from benchmarks.measuring import save
 from dlc_jax.selection import Candidates
 
 _NUM = flags.DEFINE_integer("num", 10_000_000, "Samples.")
@@ -74,8 +73,7 @@ def main(_: list[str]) -> None:
         f"{row['all']:.1f} s, the first {row['first']:.2f}, the median {row['median']:.3f}; a cell "
         f"by itself {alone:.2f}; a plain loop {loop:.2f} s a cell; {grown:.0f} bytes a sample"
     )
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(row))
+    save(_JSON.value, row)
 
 
 if __name__ == "__main__":

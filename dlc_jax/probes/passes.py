@@ -26,6 +26,7 @@ from dlc_jax.probes.prototypes import ClassSums
 _SHARD = 2048  # images, or one batch where that is larger
 _FEWEST_SHARDS, _MOST_SHARDS = 64, 4096  # enough to deal out, and not too many files
 _MOST_BLOCKS = 256  # of shards: class sums are larger than losses
+AHEAD = 1  # program calls that are started before the results of one are waited for
 Item = TypeVar("Item")
 Tag = TypeVar("Tag")
 
@@ -277,7 +278,7 @@ def _shards_done(
     waiting = list(shards)
     done: Done = (-1, [], [])
     with bar:
-        for values, group in one_ahead((program(group), group) for group in groups):
+        for values, group in _ahead((program(group), group) for group in groups):
             signals.poll()
             for batch, of_batch in zip(group, values, strict=False):
                 while waiting and waiting[0] != batch.shard:
@@ -321,12 +322,12 @@ def _texts(skipped: dict[int, str]) -> dict[str, np.ndarray]:
     }
 
 
-def one_ahead(started: Iterable[tuple[jax.Array, Tag]]) -> Iterator[tuple[np.ndarray, Tag]]:
-    """Waits for a result only after the next one was started, so that the device is never idle."""
+def _ahead(started: Iterable[tuple[jax.Array, Tag]]) -> Iterator[tuple[np.ndarray, Tag]]:
+    """Waits for a result only after the next ones were started: the device is never idle."""
     waiting: list[tuple[jax.Array, Tag]] = []
     for result in started:
         waiting.append(result)
-        if len(waiting) > 1:
+        if len(waiting) > AHEAD:
             array, tag = waiting.pop(0)
             yield np.asarray(array), tag
     for array, tag in waiting:

@@ -26,8 +26,8 @@ import numpy as np
 from absl import app, flags
 
 import dlc_jax as dlc
-from benchmarks.measuring import random_encoder, save
-from dlc_jax.masking import exact_thresholds, masked, path_counts, prunable_paths
+from benchmarks.measuring import flexrand_overlap, linear_path, random_encoder, save
+from dlc_jax.masking import masked
 from dlc_jax.probes.certificate import KEEP_FRACTIONS, compare
 from dlc_jax.probes.kernel import losses_of_batches
 from dlc_jax.training.step import initial_head
@@ -112,20 +112,15 @@ def _spread(dataset: dlc.Dataset, num: int) -> dlc.Dataset:
 
 def _masks(encoder: dlc.Encoder) -> np.ndarray:
     """Returns the SHA-256 of the masks of five steps, [5, 32]."""
-    prunable = prunable_paths(encoder.params, encoder.is_prunable)
-    leaves = by_path(encoder.params)
-    num_weights = sum(leaves[path].size for path in prunable)
-    counts = path_counts(num_weights, num_probes=50).chosen[::10]
-    thresholds = exact_thresholds(encoder.params, prunable, None, counts)
-    on_device = jax.jit(lambda params, threshold: masked(params, prunable, None, threshold))
+    path = linear_path(encoder, 50)
+    on_device = jax.jit(lambda params, probe: masked(params, path.prunable, None, probe))
     rows = []
-    for k in range(len(counts)):
-        kept = by_path(
-            on_device(encoder.params, jax.tree.map(lambda part, k=k: part[k], thresholds))
-        )
+    for k in range(0, 50, 10):
+        probe = jax.tree.map(lambda part, k=k: part[k], path.thresholds)
+        kept = by_path(on_device(encoder.params, probe))
         digest = hashlib.sha256()
-        for path in prunable:
-            digest.update(np.packbits(np.asarray(kept[path]) != 0))
+        for name in path.prunable:
+            digest.update(np.packbits(np.asarray(kept[name]) != 0))
         rows.append(np.frombuffer(digest.digest(), np.uint8))
     return np.stack(rows)
 
@@ -195,7 +190,7 @@ def _selections(cpu: Arrays, device: Arrays) -> Iterator[Check]:
         found = compare(reference, scores, labels)
         shared = {"easiest": min(found.easiest.values()), "hardest": min(found.hardest.values())}
         shared["flexrand"] = min(
-            _overlap(reference, scores, labels, fraction) for fraction in KEEP_FRACTIONS
+            flexrand_overlap(reference, scores, labels, fraction) for fraction in KEEP_FRACTIONS
         )
         for method, share in shared.items():
             title = f"kept/{dtype}/{method}: shared with the CPU's, least of all fractions"
@@ -203,14 +198,6 @@ def _selections(cpu: Arrays, device: Arrays) -> Iterator[Check]:
         if dtype == "bfloat16":
             title = "ranks/bfloat16: Spearman within classes"
             yield Check(title, found.spearman, ">= 0.999", found.spearman >= 0.999)
-
-
-def _overlap(scores: np.ndarray, others: np.ndarray, labels: np.ndarray, fraction: float) -> float:
-    kept = [
-        set(dlc.select(some, labels, keep_fraction=fraction, seed=1).indices.tolist())
-        for some in (scores, others)
-    ]
-    return len(kept[0] & kept[1]) / len(kept[0]) if kept[0] else 1.0
 
 
 def main(_: list[str]) -> None:

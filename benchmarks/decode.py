@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from absl import app, flags
 
 import dlc_jax as dlc
 from benchmarks import peers
-from benchmarks.measuring import enlarged_sample, linked, save
+from benchmarks.measuring import enlarged_sample, linked, measured, save
 from dlc_jax.preprocess import evaluation_crops, in_batches
 
 _FOLDER = flags.DEFINE_string("folder", None, "Images, one sub-folder per class.")
@@ -35,6 +33,7 @@ _SIZE = flags.DEFINE_integer("image_size", 224, "Side of the crops.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds that count.")
 _JSON = flags.DEFINE_string("json", None, "Where the rates are written too.")
 _BATCH = 128
+CORES = os.sched_getaffinity(0)
 
 
 def ours(folder: Path, cache: dlc.ImageCache | None) -> Callable[[], int]:
@@ -59,7 +58,7 @@ def theirs(folder: Path, last: str) -> Callable[[], int]:
         folder, transforms.Compose([*steps, getattr(transforms, last)()])
     )
     loader = torch.utils.data.DataLoader(
-        dataset, _BATCH, num_workers=len(os.sched_getaffinity(0)), persistent_workers=True
+        dataset, _BATCH, num_workers=len(CORES), persistent_workers=True
     )
     return lambda: sum(len(images) for images, _ in loader)
 
@@ -76,20 +75,18 @@ def main(_: list[str]) -> None:
             "torchvision float": theirs(folder, "ToTensor"),
             "cached": ours(folder, dlc.ImageCache(f"{scratch}/cache", max_gib=100)),
         }
-        rates: dict[str, list[float]] = {name: [] for name in passes}
-        for number in range(_ROUNDS.value + 1):
-            for name, run in passes.items():
-                start = time.perf_counter()
-                num = run()
-                if number:
-                    rates[name].append(num / (time.perf_counter() - start))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name, rate in medians.items():
-        print(f"{name:<20} {rate:8.0f} img/s  ratio {rate / medians['torchvision uint8']:.2f}")
-    cores = len(os.sched_getaffinity(0))
-    found = {"num_images": num, "image_size": _SIZE.value, "cores": cores, "images_per_s": medians}
-    print(json.dumps(found))
-    save(_JSON.value, found)
+        num = sum(1 for path in folder.glob("*/*"))
+        result = {"num_images": num, "image_size": _SIZE.value, "cores": len(CORES)}
+        for found in measured(
+            {name: lambda run=run: run for name, run in passes.items()}, _ROUNDS.value
+        ):
+            rates = {name: num / some for name, some in found.seconds.items()}
+            result |= {"images_per_s": rates, "errors": found.errors}
+            save(_JSON.value, result)
+    base = rates.get("torchvision uint8", float("nan"))
+    for name, rate in rates.items():
+        print(f"{name:<20} {rate:8.0f} img/s  ratio {rate / base:.2f}")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

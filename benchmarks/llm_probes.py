@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import peers
-from benchmarks.measuring import instead, measured, peak, peak_bytes_in_use, save
+from benchmarks.measuring import measured, peak, peak_bytes_in_use, print_rows, save, traced_with
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.language_model import LanguageModel
@@ -126,7 +126,7 @@ class Program(NamedTuple):
         def program(*arguments: Any) -> jax.Array:
             return _probe_losses.__wrapped__(self.architecture, self.prunable, *arguments)
 
-        with instead(attention=attention):
+        with traced_with(attention=attention):
             compiled = jax.jit(program).lower(*self.arguments).compile()
 
         def call() -> None:
@@ -191,7 +191,7 @@ def main(_: list[str]) -> None:
     for dtype in _DTYPES.value:
         start = time.perf_counter()
         program = Program.of(config, dtype)
-        best = peak(dtype)
+        best, flops = peak(dtype), program.flops
         setup = {"dtype": dtype, "setup_s": time.perf_counter() - start}
         contenders: dict[str, Callable[[], Callable[[], None]]] = {
             f"dlc_jax {dtype}{f', attention {name}' if name else ''}": functools.partial(
@@ -204,18 +204,17 @@ def main(_: list[str]) -> None:
         for known in measured(contenders, _ROUNDS.value):
             if "plan" not in setup:  # after the first program alone
                 setup |= memory(config, dtype)
-            rows: list[dict[str, Any]] = [
-                {"by": by, "rate": num_tokens / some, "share": program.flops / some / best}
-                for by, some in known.seconds.items()
-            ]
-            rows += [{"by": by, "error": why} for by, why in known.errors.items()]
+            rows = known.rows(
+                lambda some, flops=flops, best=best: {
+                    "rate": num_tokens / some,
+                    "share": flops / some / best,
+                }
+            )
             now = {"rows": found["rows"] + rows, "memory": [*found["memory"], setup]}
             save(_JSON.value, found | now)
         found |= now
         print(setup)
-        for row in rows:
-            if "error" not in row:
-                print(f"| {row['by']} | {row['rate']:.0f} | {row['share']:.2f} |", flush=True)
+        print_rows(rows)
 
 
 def memory(config: DecoderConfig, dtype: str) -> dict[str, float | None]:

@@ -21,12 +21,11 @@ from PIL import Image
 import dlc_jax as dlc
 from dlc_jax.checks import first_line
 from dlc_jax.encoders import ENCODERS, Encoder, decoder
-from dlc_jax.encoders.decoder import _QUERIES_AT_ONCE
 from dlc_jax.encoders.encoder import apply_module
-from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
+from dlc_jax.masking import path_counts
 from dlc_jax.preprocess import decode
 from dlc_jax.probes.kernel import Forward
-from dlc_jax.types import by_path
+from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.whole_files import atomic
 
 NUM_CLASSES = 10
@@ -61,7 +60,7 @@ def peak(dtype: str) -> float:
 
 
 @contextlib.contextmanager
-def instead(*, unroll: int = 1, attention: str = "") -> Iterator[None]:
+def traced_with(*, unroll: int = 1, attention: str = "") -> Iterator[None]:
     """Replaces the loop over probes and the attention of programs traced inside the block.
 
     Args:
@@ -83,7 +82,9 @@ def instead(*, unroll: int = 1, attention: str = "") -> Iterator[None]:
 
     is_causal = attention.endswith("_causal")
     with (
-        mock.patch.object(decoder, "_QUERIES_AT_ONCE", 2**30 if is_causal else _QUERIES_AT_ONCE),
+        mock.patch.object(
+            decoder, "_QUERIES_AT_ONCE", 2**30 if is_causal else decoder._QUERIES_AT_ONCE
+        ),
         mock.patch.object(
             jax.nn, "dot_product_attention", attend_causally if is_causal else attend
         ),
@@ -102,6 +103,18 @@ class Measured(NamedTuple):
 
     seconds: dict[str, float]
     errors: dict[str, str]
+
+    def rows(self, of: Callable[[float], dict[str, Any]], **shared: Any) -> list[dict[str, Any]]:
+        """Returns a row per contender, with its numbers by its seconds, or its error."""
+        rows = [{**shared, "by": by, **of(some)} for by, some in self.seconds.items()]
+        return rows + [{**shared, "by": by, "error": why} for by, why in self.errors.items()]
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """Prints rows of a Markdown table; None is an empty cell."""
+    for row in rows:
+        shown = [f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row.values()]
+        print(f"| {' | '.join('' if cell is None else str(cell) for cell in shown)} |", flush=True)
 
 
 def measured(
@@ -148,26 +161,48 @@ def probe_arguments(
     encoder: Encoder, forward: Forward, num_probes: int, images: np.ndarray
 ) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """Returns the prunable paths, and what `losses_of_batches` takes from `params` on."""
-    prunable = prunable_paths(encoder.params, encoder.is_prunable)
-    leaves = by_path(encoder.params)
-    num_weights = sum(leaves[path].size for path in prunable)
-    counts = path_counts(num_weights, num_probes=num_probes).chosen
-    thresholds = exact_thresholds(encoder.params, prunable, None, counts)
+    path = linear_path(encoder, num_probes)
     width = jax.eval_shape(lambda p, i: forward(p, i), encoder.params, images).shape[1]
     prototypes = np.random.default_rng(0).normal(size=(NUM_CLASSES, width)).astype(np.float32)
     labels = np.zeros((1, len(images)), np.int32)
-    arguments = (encoder.params, None, thresholds, prototypes, images[None], labels)
-    return prunable, jax.device_put(arguments)
+    arguments = (encoder.params, None, path.thresholds, prototypes, images[None], labels)
+    return path.prunable, jax.device_put(arguments)
 
 
-def linked(folder: Path, root: Path, num: int) -> Path:
-    """Returns a folder in which every image of another one, by class, is linked so many times."""
-    for path in sorted(folder.glob("*/*")):
-        of_class = root / path.parent.name
-        of_class.mkdir(parents=True, exist_ok=True)
+def linear_path(encoder: Encoder, num_probes: int) -> LearningPath:
+    """Returns the first steps of the paper's path."""
+    counts = functools.partial(path_counts, num_probes=num_probes)
+    return learning_path(encoder, counts, "l1", 0, "default")
+
+
+def linked(folder: Path, root: Path, num: int, of_class: int | None = None) -> Path:
+    """Links images by class, each `num` times, into a new folder, which is returned.
+
+    Args:
+      folder: One sub-folder per class.
+      root: The new folder.
+      num: Links per image.
+      of_class: Most images of a class; None: all.
+    """
+    for source in sorted(path.resolve() for path in folder.iterdir() if path.is_dir()):
+        target = root / source.name
+        target.mkdir(parents=True)
+        files = sorted(path for path in source.rglob("*") if path.is_file())[:of_class]
         for number in range(num):
-            (of_class / f"{number:03}-{path.name}").symlink_to(path.resolve())
+            for path in files:
+                (target / f"{number:03}-{path.name}").symlink_to(path)
     return root
+
+
+def flexrand_overlap(
+    scores: np.ndarray, others: np.ndarray, labels: np.ndarray, keep_fraction: float
+) -> float:
+    """Returns the share of FlexRand's kept set that is the same by other scores, in [0, 1]."""
+    kept = [
+        set(dlc.select(some, labels, keep_fraction=keep_fraction, seed=1).indices.tolist())
+        for some in (scores, others)
+    ]
+    return len(kept[0] & kept[1]) / len(kept[0]) if kept[0] else 1.0
 
 
 def peak_bytes_in_use() -> int | None:
@@ -192,4 +227,4 @@ def save(path: str | None, found: Any) -> None:
     """Writes results as JSON, atomically; None as path writes nothing."""
     if path is not None:
         with atomic(Path(path)) as file:
-            file.write(json.dumps(found, default=float).encode())
+            file.write(json.dumps(found, default=np.generic.item).encode())

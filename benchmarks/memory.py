@@ -17,6 +17,7 @@ from absl import app, flags
 from benchmarks.measuring import (
     NUM_CLASSES,
     peak_bytes_in_use,
+    print_rows,
     probe_arguments,
     random_encoder,
     save,
@@ -65,8 +66,7 @@ def main(_: list[str]) -> None:
                 found = megabytes(name, batch_size, num_probes)
                 row = {"encoder": name, "images": batch_size, "probes": num_probes}
                 rows.append(row | found)
-                shown = ["" if value is None else f"{value:.0f}" for value in found.values()]
-                print(f"| {' | '.join(map(str, [*row.values(), *shown]))} |", flush=True)
+                print_rows(rows[-1:])
                 save(_JSON.value, rows)
 
 

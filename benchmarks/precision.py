@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 
 import dlc_jax as dlc
-from benchmarks.measuring import save
+from benchmarks.measuring import flexrand_overlap, save
 from dlc_jax.probes.certificate import KEEP_FRACTIONS, compare
 
 _DATASET = flags.DEFINE_string("dataset", "demo:caltech15/train", "Source.")
@@ -51,11 +51,7 @@ def main(_: list[str]) -> None:
     print("| keep fraction | easiest | hardest | flexrand |\n|---|---|---|---|")
     rows = []
     for share in KEEP_FRACTIONS:
-        kept = [
-            set(dlc.select(some, dataset.labels, keep_fraction=share, seed=1).indices.tolist())
-            for some in scores.values()
-        ]
-        same = len(kept[0] & kept[1]) / len(kept[0])
+        same = flexrand_overlap(scores["float32"], scores["bfloat16"], dataset.labels, share)
         rows.append([share, found.easiest[share], found.hardest[share], same])
         print("| " + " | ".join(f"{value:.3f}" for value in rows[-1]) + " |")
     save(_JSON.value, {"spearman": found.spearman, "seconds": seconds, "overlaps": rows})

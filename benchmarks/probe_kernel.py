@@ -25,12 +25,13 @@ from benchmarks import peers
 from benchmarks.measuring import (
     NUM_CLASSES,
     Measured,
-    instead,
     measured,
     peak,
+    print_rows,
     probe_arguments,
     random_encoder,
     save,
+    traced_with,
 )
 from dlc_jax.distributed import one_device
 from dlc_jax.encoders import Encoder
@@ -94,7 +95,7 @@ def ours(encoder: Encoder, way: Way, images: np.ndarray) -> Callable[[], None]:
         losses = losses_of_batches.__wrapped__
         return losses(forward, prunable, way.chunk, one_device(), *arguments)
 
-    with instead(unroll=way.unroll, attention=way.attention):
+    with traced_with(unroll=way.unroll, attention=way.attention):
         jitted = jax.jit(program, compiler_options=COMPILER_OPTIONS)
         compiled = jitted.lower(*arguments).compile()
 
@@ -154,23 +155,25 @@ def main(_: list[str]) -> None:
             rows = _rows(name, found, flops, peaks)
             save(_JSON.value, {"device": device, "peaks": peaks, "rows": [*before, *rows]})
         before += rows
-        for row in rows:
-            shown = [f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row.values()]
-            print(f"| {' | '.join(cell or '' for cell in shown)} |", flush=True)
+        print_rows(rows)
 
 
 def _rows(
     encoder: str, found: Measured, flops: int, peaks: dict[str, float]
 ) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for by, some in found.seconds.items():
-        rate = _BATCH.value * _PROBES.value / some
-        dtype = "bfloat16" if "bfloat16" in by else "float32"
-        share = rate * flops / peaks[dtype] if dtype in peaks else None
-        released = found.seconds.get(peers.RELEASED.name)
-        ratio = None if released is None else released / some
-        rows.append({"encoder": encoder, "by": by, "rate": rate, "share": share, "ratio": ratio})
-    rows += [{"encoder": encoder, "by": by, "error": why} for by, why in found.errors.items()]
+    released = found.seconds.get(peers.RELEASED.name)
+    rows = found.rows(
+        lambda some: {
+            "rate": _BATCH.value * _PROBES.value / some,
+            "share": None,
+            "ratio": None if released is None else released / some,
+        },
+        encoder=encoder,
+    )
+    for row in rows:
+        dtype = "bfloat16" if "bfloat16" in row["by"] else "float32"
+        if "error" not in row and dtype in peaks:
+            row["share"] = row["rate"] * flops / peaks[dtype]
     return rows
 
 

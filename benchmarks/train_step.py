@@ -25,7 +25,7 @@ from absl import app, flags
 
 import dlc_jax as dlc
 from benchmarks import peers
-from benchmarks.measuring import Measured, measured, save
+from benchmarks.measuring import Measured, measured, print_rows, save
 from dlc_jax.probes.kernel import Forward
 from dlc_jax.training.batches import Batch
 from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
@@ -127,20 +127,19 @@ def main(_: list[str]) -> None:
                     rows = _rows(name, found, len(labels))
                     save(_JSON.value, {"device": device, "rows": [*before, *rows]})
                 before += rows
-                for row in rows:
-                    shown = [f"{v:.2f}" if isinstance(v, float) else v for v in row.values()]
-                    print(f"| {' | '.join(cell or '' for cell in shown)} |", flush=True)
+                print_rows(rows)
 
 
 def _rows(encoder: str, found: Measured, batch_size: int) -> list[dict[str, Any]]:
     of_torch = [some for by, some in found.seconds.items() if by.startswith("torch")]
     best = min(of_torch, default=None)
-    rows: list[dict[str, Any]] = []
-    for by, some in found.seconds.items():
-        ratio = None if best is None else best / some
-        rate = STEPS * batch_size / some
-        rows.append({"encoder": encoder, "by": by, "rate": rate, "ratio": ratio})
-    return rows + [{"encoder": encoder, "by": by, "error": e} for by, e in found.errors.items()]
+    return found.rows(
+        lambda some: {
+            "rate": STEPS * batch_size / some,
+            "ratio": None if best is None else best / some,
+        },
+        encoder=encoder,
+    )
 
 
 if __name__ == "__main__":

@@ -39,11 +39,14 @@ def test_files_to_kept_sets_by_the_released_procedure_and_ours(tmp_path):
         "--num_images=15",
         "--image_size=32",
         "--encoders=resnet18",
-        "--by=released,dlc_jax 5",
+        "--by=dlc_jax none,released,dlc_jax 5",
         f"--json={found}",
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(found.read_text())
+    failed = [row for row in rows if "error" in row]
+    assert [(row["by"], row["error"]) for row in failed] == 2 * [("dlc_jax none", "ended with 1")]
+    rows = [row for row in rows if "error" not in row]
     told = [(row["by"], row["state"], row["num_probes"]) for row in rows]
     assert told == [
         ("released", "warm", [50]),
@@ -153,9 +156,10 @@ def test_rounding_differences_pass(arrays):
 @pytest.mark.slow
 def test_wrong_results_are_reported(arrays):
     device, compare = arrays
-    masks = device[f"masks/{VIT}"].copy()
-    masks[3, 7] ^= 1
-    assert compare({f"masks/{VIT}": masks}) == {f"masks/{VIT}: the same bits as on the CPU": 0.8}
+    for name in ("masks/resnet18", f"masks/{VIT}"):
+        masks = device[name].copy()
+        masks[3, 7] ^= 1
+        assert compare({name: masks}) == {f"{name}: the same bits as on the CPU": 0.8}
     moved = device["losses/llama"] + 2e-5 * np.eye(8, 12)
     assert compare({"losses/llama": moved}) == {
         "losses/llama: from the CPU's": pytest.approx(2e-5, rel=0.1)

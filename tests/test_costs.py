@@ -11,9 +11,8 @@ import pytest
 from conftest import XLA_IS_OLD
 
 import dlc_jax as dlc
-from benchmarks.measuring import random_encoder
+from benchmarks.measuring import probe_arguments, random_encoder
 from dlc_jax.distributed import one_device
-from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
 from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.liveness import inner_programs, traced
 from dlc_jax.preprocess import load
@@ -24,7 +23,6 @@ from dlc_jax.training.lora.progress import initial_adapter
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Sums, add_rows
 from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
-from dlc_jax.types import by_path
 
 SLACK = 1.05
 
@@ -43,22 +41,11 @@ def num_bytes(tree):
 @functools.cache
 def probe_program(name, image_size, batch_size, num_probes):
     encoder = encoder_of(name)
-    prunable = prunable_paths(encoder.params, encoder.is_prunable)
-    leaves = by_path(encoder.params)
-    num_weights = sum(leaves[path].size for path in prunable)
-    counts = path_counts(num_weights, num_probes=num_probes).chosen
-    thresholds = exact_thresholds(encoder.params, prunable, None, counts)
     forward = Forward.of(encoder, "float32")
-    images = np.zeros((1, batch_size, image_size, image_size, 3), np.uint8)
-    labels = np.zeros((1, batch_size), np.int32)
-    of_one = functools.partial(lambda params, some: forward(params, some))
-    width = jax.eval_shape(of_one, encoder.params, images[0]).shape[1]
-    prototypes = np.ones((10, width), np.float32)
-    lowered = losses_of_batches.lower(
-        forward, prunable, 1, one_device(), encoder.params, None, thresholds, prototypes, images,
-        labels,
-    )  # fmt: skip
-    return lowered.compile(), count_flops(of_one, encoder.params, images[0])
+    images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+    prunable, arguments = probe_arguments(encoder, forward, num_probes, images)
+    lowered = losses_of_batches.lower(forward, prunable, 1, one_device(), *arguments)
+    return lowered.compile(), count_flops(forward.__call__, encoder.params, images)
 
 
 # encoder, pixels, images; bytes beside the arguments, measured with jaxlib 0.10.2

@@ -8,6 +8,7 @@ done by a thread.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -41,7 +42,8 @@ def listen() -> None:
     """Takes SIGTERM and Ctrl-C from here on, unless whoever started this process ignores them.
 
     The first one prints "stopping" at once, and ends the process with code 75 or 130: at once, or
-    in an orderly way within `raised`. A second one ends it at once.
+    in an orderly way within `raised`. A second one ends it at once. A command that has come to its
+    end, with nothing left but Python's own, ends with its own code.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -52,6 +54,7 @@ def listen() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
     sys.unraisablehook = _raise_again
+    atexit.register(_ignore)  # the first one registered is called last
 
 
 def asked() -> int:
@@ -134,6 +137,12 @@ def _handle(number: int, frame: FrameType | None) -> None:
         os._exit(code())
     if _does == _RAISE:
         raise Stopped
+
+
+def _ignore() -> None:
+    """Ignores signals, for which Python restores the system's handlers while it ends."""
+    for number in _CODES:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _attend(signals: socket.socket) -> None:

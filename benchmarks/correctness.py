@@ -30,7 +30,7 @@ from benchmarks.measuring import flexrand_overlap, linear_path, random_encoder, 
 from dlc_jax.masking import masked
 from dlc_jax.probes.certificate import KEEP_FRACTIONS, compare
 from dlc_jax.probes.kernel import losses_of_batches
-from dlc_jax.training.step import initial_head
+from dlc_jax.training.images.step import initial_head
 from dlc_jax.types import by_path
 
 _COMPUTE = flags.DEFINE_string("compute", None, "File for the arrays that this device computes.")

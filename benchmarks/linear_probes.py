@@ -17,8 +17,8 @@ import numpy as np
 from absl import app, flags
 
 import dlc_jax as dlc
-from dlc_jax.training import FinetuneConfig, Finetuner
-from dlc_jax.training.batches import epoch_order
+from dlc_jax.training.images import FinetuneConfig, Finetuner
+from dlc_jax.training.order import epoch_order
 from dlc_jax.tuning.linear import train_epoch
 
 _LOOP = flags.DEFINE_integer("loop", 54, "Single runs of each loop.")

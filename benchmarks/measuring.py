@@ -22,11 +22,11 @@ import dlc_jax as dlc
 from dlc_jax.checks import first_line
 from dlc_jax.encoders import ENCODERS, Encoder, decoder
 from dlc_jax.encoders.encoder import apply_module
+from dlc_jax.files.whole_files import atomic
 from dlc_jax.masking import path_counts
 from dlc_jax.preprocess import decode
 from dlc_jax.probes.kernel import Forward
 from dlc_jax.probes.path import LearningPath, learning_path
-from dlc_jax.whole_files import atomic
 
 NUM_CLASSES = 10
 

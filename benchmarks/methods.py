@@ -22,17 +22,18 @@ from ml_collections import config_flags
 from scipy import stats
 
 import dlc_jax as dlc
-from dlc_jax import artefacts, pipeline
 from dlc_jax.config import Config
 from dlc_jax.reports import read_results
 from dlc_jax.reports.results import Interval
 from dlc_jax.reports.table import markdown
-from dlc_jax.score_stage import load_configured
 from dlc_jax.selection import AUTO, SELECTORS, Cell
-from dlc_jax.selection_inputs import SelectionInputs
-from dlc_jax.training import class_ids_by_name
-from dlc_jax.tune_stage import run_tune
+from dlc_jax.stages import pipeline
+from dlc_jax.stages.score import load_configured
+from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.stages.tune import run_tune
+from dlc_jax.training.images import class_ids_by_name
 from dlc_jax.tuning import linear_probes
+from dlc_jax.workspace import artefacts
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where scores are, or go.")

@@ -33,9 +33,9 @@ from dlc_jax.probes import DTYPES, resolve_batch_size, resolve_chunk
 from dlc_jax.probes.measure import SCHEDULE_OF_MODE
 from dlc_jax.probes.rounds import check_agreement
 from dlc_jax.scores import SCORES
-from dlc_jax.selection import AUTO
+from dlc_jax.selection import AUTO, FULL, Cell
 from dlc_jax.selection.settings import Need, SelectionConfig
-from dlc_jax.training import FinetuneConfig, RecordConfig
+from dlc_jax.training.images import FinetuneConfig, RecordConfig
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.tuning import LinearProbeConfig
 from dlc_jax.tuning.settings import TuningConfig
@@ -293,6 +293,11 @@ class Config:
     def training(self) -> FinetuneConfig | LoraConfig:
         """How the stage `finetune` trains."""
         return self.lora if self.is_of_instructions else self.finetune
+
+    def runs(self) -> list[Cell]:
+        """Returns the cells to fine-tune on; the full set, at keep fraction 1, comes first."""
+        full = [Cell(FULL, 1.0, None, seed) for seed in self.selection.seeds]
+        return (full if self.training.full_set else []) + self.selection.cells()
 
     def _check_kind(self) -> None:
         """Raises ValueError where something asked for is not there for this kind of data."""

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64, Integer
 
 from dlc_jax import checks
-from dlc_jax.image_files import depth
+from dlc_jax.files.image_files import depth
 
 DEEP_IMAGES = ("error", "full_range", "min_max", "clip")
 ROWS_OF_DIGEST = 1024  # samples that one digest is of

@@ -17,12 +17,12 @@ from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.liveness import inner_programs, traced
 from dlc_jax.preprocess import load
 from dlc_jax.probes.kernel import Forward, features_of_batches, losses_of_batches
-from dlc_jax.training.batches import Batch
+from dlc_jax.training.images.batches import Batch
+from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.training.lora.batches import Rows
 from dlc_jax.training.lora.progress import initial_adapter
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Sums, add_rows
-from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
 
 SLACK = 1.05
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.escaping import visible
-from dlc_jax.image_files import HEIF_SUFFIXES, NEEDS_HEIF
+from dlc_jax.checks.escaping import visible
+from dlc_jax.files.image_files import HEIF_SUFFIXES, NEEDS_HEIF
 
 # What file managers, network storage and notebooks leave beside one's own files.
 _JUNK = {

@@ -11,7 +11,7 @@ import numpy as np
 from dlc_jax import checks
 from dlc_jax.datasets.files import Files, is_junk, split_in, suffix_of, train_parts
 from dlc_jax.datasets.labels import composed
-from dlc_jax.image_files import HEIF_SUFFIXES, NEEDS_HEIF, suffixes
+from dlc_jax.files.image_files import HEIF_SUFFIXES, NEEDS_HEIF, suffixes
 from dlc_jax.types import Dataset
 
 

@@ -16,7 +16,7 @@ from dlc_jax.datasets.huggingface import open_hf
 from dlc_jax.datasets.json_values import json_problem
 from dlc_jax.datasets.parquet import open_parquet
 from dlc_jax.datasets.row_groups import Table
-from dlc_jax.json_files import without_repetition
+from dlc_jax.files.json_files import without_repetition
 
 Row = Mapping[str, Any]
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc_jax import array_files, checks
-from dlc_jax.array_files import Header
+from dlc_jax import checks
 from dlc_jax.datasets.arrays import array_dataset
 from dlc_jax.datasets.columns import USUAL, Columns, column
 from dlc_jax.datasets.files import regular
+from dlc_jax.files import array_files
+from dlc_jax.files.array_files import Header
 from dlc_jax.types import Dataset
 
 _IMAGES, _LABELS = ("images", "image", "x"), ("labels", "label", "y")

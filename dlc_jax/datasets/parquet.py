@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.arrow import pa
 from dlc_jax.datasets import csv_file
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
 from dlc_jax.datasets.files import Files, matching, posix_names
 from dlc_jax.datasets.labels import encode_labels, stable_ids
 from dlc_jax.datasets.parts import joined
 from dlc_jax.datasets.row_groups import ParquetTable, RecentGroups, Table
+from dlc_jax.files.arrow import pa
 from dlc_jax.types import Dataset, ImageSource
 
 _IMAGE_COLUMNS = tuple(dict.fromkeys(("image", "img", *csv_file.PATH_COLUMNS)))

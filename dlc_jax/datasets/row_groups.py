@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax import checks
-from dlc_jax.arrow import pa, pc, pq
 from dlc_jax.datasets.files import regular
+from dlc_jax.files.arrow import pa, pc, pq
 from dlc_jax.types import ImageSource
 
 _MOST_KEPT = 256 * 2**20  # bytes of row groups in memory; the latest stays, whatever its size

@@ -14,7 +14,7 @@ from dlc_jax import checks
 from dlc_jax.datasets.columns import USUAL, Columns, column
 from dlc_jax.datasets.files import is_junk, matching
 from dlc_jax.datasets.labels import encode_labels, integers_or_text, stable_ids
-from dlc_jax.image_files import suffixes
+from dlc_jax.files.image_files import suffixes
 from dlc_jax.types import Dataset
 
 _LABEL_KEYS = ("label", "cls", "class", "class_name")

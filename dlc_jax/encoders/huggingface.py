@@ -26,7 +26,7 @@ from dlc_jax.encoders.stored_tensors import (
 )
 from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.encoders.weights import opened
-from dlc_jax.json_files import read_json
+from dlc_jax.files.json_files import read_json
 from dlc_jax.types import Params, by_path, path_name
 
 FAMILIES = ("llama", "mistral", "gemma2")

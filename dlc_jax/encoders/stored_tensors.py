@@ -13,7 +13,7 @@ import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.encoders.weights import opened
-from dlc_jax.json_files import NAME, read_json
+from dlc_jax.files.json_files import NAME, read_json
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from dlc_jax import checks
 from dlc_jax.datasets.files import regular
-from dlc_jax.json_files import read_json
+from dlc_jax.files.json_files import read_json
 from dlc_jax.types import Params, by_path, path_name
 
 _CHECKPOINT = "model.safetensors"

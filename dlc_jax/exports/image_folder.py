@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc_jax import artefacts, checks
+from dlc_jax import checks
 from dlc_jax.datasets.files import split_in
 from dlc_jax.exports.file_names import CLASS_NAMES, ImagePaths, folder_names
 from dlc_jax.exports.images import as_file, read
 from dlc_jax.exports.part import Part
 from dlc_jax.types import Dataset, file_of
+from dlc_jax.workspace import artefacts
 
 
 def write_image_folder(part: Part, path: Path) -> None:

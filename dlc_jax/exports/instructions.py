@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dlc_jax import artefacts, checks
-from dlc_jax.arrow import pa, pq
+from dlc_jax import checks
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.datasets.json_values import json_problem
 from dlc_jax.exports.lists import json_line
+from dlc_jax.files.arrow import pa, pq
+from dlc_jax.workspace import artefacts
 
 
 def write_rows_jsonl(data: Instructions, path: Path) -> None:

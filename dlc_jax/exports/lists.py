@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax import artefacts, checks
+from dlc_jax import checks
 from dlc_jax.exports.part import Part
+from dlc_jax.workspace import artefacts
 
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 

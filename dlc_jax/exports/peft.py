@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import save_file
 
-from dlc_jax import artefacts, checks
+from dlc_jax import checks
 from dlc_jax.distributed import fetch, on_every_device
 from dlc_jax.encoders import precision_of
 from dlc_jax.encoders.architecture import DTYPES
@@ -23,6 +23,7 @@ from dlc_jax.encoders.projection import TARGETS, Adapter
 from dlc_jax.encoders.stored_tensors import headers
 from dlc_jax.encoders.weights import opened
 from dlc_jax.types import by_path, path_name
+from dlc_jax.workspace import artefacts
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -20,7 +20,7 @@ from dlc_jax.datasets.files import regular
 from dlc_jax.datasets.labels import composed
 from dlc_jax.exports import part_positions
 from dlc_jax.exports.images import FOLDER_SUFFIXES
-from dlc_jax.image_files import SUFFIXES
+from dlc_jax.files.image_files import SUFFIXES
 from dlc_jax.preprocess.decode import decode
 from dlc_jax.types import Dataset, Selection
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from dlc_jax import artefacts
-from dlc_jax.arrow import pa, pq
-from dlc_jax.escaping import markdown_text
+from dlc_jax.checks.escaping import markdown_text
 from dlc_jax.exports.images import encoded, read
 from dlc_jax.exports.part import Part
+from dlc_jax.files.arrow import pa, pq
 from dlc_jax.types import Dataset
+from dlc_jax.workspace import artefacts
 
 # Written at a time, so that memory does not grow with the selection.
 _ROWS, _BYTES = 256, 2**26

@@ -19,8 +19,8 @@ from dlc_jax.planning.liveness import peak_bytes
 from dlc_jax.planning.machine import is_processor
 from dlc_jax.planning.memory import MemoryPlan, Part, tree_bytes
 from dlc_jax.probes.kernel import Forward, features_of_batch, losses_of_batches
-from dlc_jax.training import FinetuneConfig
-from dlc_jax.training.step import Network, Sgd, TrainState, initial_head, train_step
+from dlc_jax.training.images import FinetuneConfig
+from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.types import Params, by_path
 
 _BATCHES = 2  # on a device: one is computed while the next one comes

@@ -25,7 +25,7 @@ from dlc_jax.probes import resolve_batch_size, resolve_chunk
 from dlc_jax.probes.kernel import Forward, features_of_batch
 from dlc_jax.probes.passes import Layout
 from dlc_jax.selection import DEFAULT_SPLIT, has_split
-from dlc_jax.training import Recorder
+from dlc_jax.training.images import Recorder
 from dlc_jax.types import Dataset
 
 _BYTES_OF_PIXEL = 4  # of a decoded image that is kept: see `DecodedImages`

@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax.config import Config
-from dlc_jax.sweep_results import cells_of
 
 
 class Task(NamedTuple):
@@ -64,9 +63,7 @@ def kept_by_run(config: Config, counts: Int64[np.ndarray, " c"]) -> list[int]:
     """Returns the samples of every run of a sweep."""
     selection = config.selection
     groups = counts if selection.per_class else counts.sum(keepdims=True)
-    return [
-        num_kept(groups, cell.keep_fraction, selection.min_per_class) for cell in cells_of(config)
-    ]
+    return [num_kept(groups, cell.keep_fraction, selection.min_per_class) for cell in config.runs()]
 
 
 def planned_stages(config: Config) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Images as torchvision would hand them to a network, as uint8."""
 
-from dlc_jax.image_files import opened
+from dlc_jax.files.image_files import opened
 from dlc_jax.preprocess.batches import filled, in_batches
 from dlc_jax.preprocess.cache import ImageCache
 from dlc_jax.preprocess.crops import RandomCrops, resized_crop

@@ -29,9 +29,10 @@ import PIL
 from jaxtyping import UInt8
 from PIL import features
 
-from dlc_jax import artefacts, checks
-from dlc_jax.json_files import SHA256, parse_json
+from dlc_jax import checks
+from dlc_jax.files.json_files import SHA256, parse_json
 from dlc_jax.types import Dataset, setting
+from dlc_jax.workspace import artefacts
 
 _GIB = 2**30
 _BLOCK = 64  # rows per checksum

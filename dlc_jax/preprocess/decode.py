@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dlc_jax import checks
-from dlc_jax.image_files import bits_per_channel, opened
+from dlc_jax.files.image_files import bits_per_channel, opened
 from dlc_jax.preprocess.deep import CHOICES, in_8_bits, largest_of, scaled
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image
 
 from dlc_jax import checks
-from dlc_jax.image_files import opened
+from dlc_jax.files.image_files import opened
 
 CHOICES = (
     "expected 8 bits a channel; choose dataset.deep_images=full_range (divided by the largest "

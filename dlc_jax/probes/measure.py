@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 import dlc_jax
-from dlc_jax import artefacts, checks
+from dlc_jax import checks
 from dlc_jax.distributed import FSDP, PROBE, Team
 from dlc_jax.encoders import Encoder
 from dlc_jax.masking import AUTO, MASKINGS, check_path, path_counts
@@ -36,6 +36,7 @@ from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.probes.program import Masks, Program
 from dlc_jax.probes.rounds import check_agreement, until_it_ranks
 from dlc_jax.types import Dataset, ProbeLosses
+from dlc_jax.workspace import artefacts
 
 _BATCH_SIZE = 128
 _PIXELS_IN_CACHE = 16 * 224**2

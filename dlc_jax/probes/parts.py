@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc_jax import array_files, artefacts, checks
+from dlc_jax import checks
 from dlc_jax.distributed import processes
+from dlc_jax.files import array_files
+from dlc_jax.workspace import artefacts
 
 
 class Parts:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from dlc_jax import artefacts
 from dlc_jax.encoders import Encoder
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import (
@@ -22,6 +21,7 @@ from dlc_jax.masking import (
     weight_importance,
 )
 from dlc_jax.types import by_path
+from dlc_jax.workspace import artefacts
 
 
 class LearningPath(NamedTuple):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32, Int
 from tqdm import tqdm
 
 import dlc_jax
-from dlc_jax import artefacts, checks, signals
+from dlc_jax import checks, signals
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import (
     DATA,
@@ -51,6 +51,7 @@ from dlc_jax.probes.parts import Parts
 from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.probes.rounds import check_agreement, until_it_ranks
 from dlc_jax.types import Params, ProbeLosses, ResponseLosses
+from dlc_jax.workspace import artefacts
 
 _FEWEST_PARTS, _MOST_BATCHES, _MOST_PARTS = 64, 16, 4096  # see `_Work._size`
 _RESPONSE = "### Response:"  # what Cherry LLM scores responses behind

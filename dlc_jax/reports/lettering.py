@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dlc_jax.escaping import escaped, visible
+from dlc_jax.checks.escaping import escaped, visible
 
 
 def lettering(text: str) -> tuple[str, Path]:

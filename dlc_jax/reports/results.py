@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.escaping import csv_text
+from dlc_jax.checks.escaping import csv_text
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO
 

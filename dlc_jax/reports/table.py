@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from dlc_jax.escaping import markdown_text, visible
+from dlc_jax.checks.escaping import markdown_text, visible
 
 _MAX_CLASSES = 50
 _MAX_ID = 36

@@ -11,6 +11,7 @@ from dlc_jax.selection.lots import id_keys, lots
 from dlc_jax.selection.methods import (
     AUTO,
     DEFAULT_SPLIT,
+    FULL,
     SELECTORS,
     VARIANTS,
     Cell,
@@ -28,6 +29,7 @@ __all__ = [
     "ALLOCATIONS",
     "AUTO",
     "DEFAULT_SPLIT",
+    "FULL",
     "SELECTORS",
     "VARIANTS",
     "Candidates",

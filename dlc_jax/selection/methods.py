@@ -12,6 +12,7 @@ from dlc_jax.selection.group import Selector
 
 AUTO = "auto"  # a method, or a split: what tuning found best
 DEFAULT_SPLIT = 0.5
+FULL = "full"  # no method: the run on all samples, which others are compared with
 
 
 class Cell(NamedTuple):

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlc_jax import artefacts, checks
+from dlc_jax import checks
 from dlc_jax.distributed import processes
+from dlc_jax.workspace import artefacts
 
 _STATE, _HISTORY, _CHECKSUMS = "state", "history.json", "checksums.json"
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax import artefacts, checks
-from dlc_jax.escaping import csv_cell, visible
-from dlc_jax.json_files import SHA256, parse_json
+from dlc_jax import checks
+from dlc_jax.checks.escaping import csv_cell, visible
+from dlc_jax.files.json_files import SHA256, parse_json
 from dlc_jax.training.checkpoints import Checkpoints
 from dlc_jax.types import RunResult
+from dlc_jax.workspace import artefacts
 
 METRICS = "metrics.jsonl"
 PER_CLASS = "per_class_accuracy.csv"

@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Int64, I
 from dlc_jax import checks
 from dlc_jax.distributed import by_rows, one_device, place, replicated, whole_on
 from dlc_jax.encoders import precision_of
-from dlc_jax.training.batches import epoch_order
+from dlc_jax.training.images.step import Sgd, initial_head
 from dlc_jax.training.optimiser import learning_rates, torch_sgd
-from dlc_jax.training.step import Sgd, initial_head
+from dlc_jax.training.order import epoch_order
 from dlc_jax.types import Selection, labels_fingerprint, setting
 
 _MIB = 2**20

@@ -12,13 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int32, Int64
 
-from dlc_jax import array_files, artefacts, checks
-from dlc_jax.array_files import Expected
+from dlc_jax import checks
 from dlc_jax.encoders import Encoder
+from dlc_jax.files import array_files
+from dlc_jax.files.array_files import Expected
 from dlc_jax.preprocess import ImageCache
-from dlc_jax.training import FinetuneConfig, Finetuner
+from dlc_jax.training.images import FinetuneConfig, Finetuner
 from dlc_jax.tuning.linear import LinearProbeConfig, linear_probes
 from dlc_jax.types import Dataset
+from dlc_jax.workspace import artefacts
 
 _OUTCOME = {
     "predictions": Expected("i", 1),

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import dlc_jax as dlc
-from dlc_jax import artefacts
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.exports.instructions import write_rows_jsonl, write_rows_parquet
 from dlc_jax.training.folder import RunFolder
+from dlc_jax.workspace import artefacts
 
 
 @pytest.mark.parametrize(

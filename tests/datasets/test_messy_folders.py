@@ -16,17 +16,17 @@ from conftest import encoded, random_images
 from PIL import Image
 
 import dlc_jax as dlc
-from dlc_jax import image_files
 from dlc_jax.config import DatasetConfig
 from dlc_jax.datasets.files import left_out_text
-from dlc_jax.datasets.guards import inspect
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.datasets.labels import encode_labels
 from dlc_jax.datasets.parts import concatenate
-from dlc_jax.pipeline import _Sources
+from dlc_jax.files import image_files
 from dlc_jax.preprocess import decode
-from dlc_jax.score_stage import dataset_facts
-from dlc_jax.training import FinetuneConfig, Finetuner, class_ids_by_name
+from dlc_jax.preprocess.inspection import inspect
+from dlc_jax.stages.pipeline import _Sources
+from dlc_jax.stages.score import dataset_facts
+from dlc_jax.training.images import FinetuneConfig, Finetuner, class_ids_by_name
 
 IMAGE = random_images(1, 40)[0]
 PNG = encoded(IMAGE)

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 import dlc_jax as dlc
 from dlc_jax.encoders import layers
-from dlc_jax.training.finetuner import Finetuner
-from dlc_jax.training.settings import FinetuneConfig
+from dlc_jax.training.images.finetuner import Finetuner
+from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.types import by_path
 
 MESHES = {  # data, probe

@@ -12,10 +12,11 @@ from conftest import encoded, random_images
 from test_processes import SCORE, ended, start
 
 import dlc_jax as dlc
-from dlc_jax import agreement, checks
+from dlc_jax import checks
 from dlc_jax.config import Config, default_config
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.distributed import processes
+from dlc_jax.stages import agreement
 
 
 @pytest.fixture

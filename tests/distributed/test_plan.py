@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from dlc_jax import checks, plan_stage, presets
+from dlc_jax import checks, presets
 from dlc_jax.config import Config, default_config
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.paper_models import PAPER_MODELS
@@ -18,6 +18,7 @@ from dlc_jax.planning.knobs import ways_out
 from dlc_jax.planning.liveness import peak_bytes
 from dlc_jax.planning.machine import Machine
 from dlc_jax.planning.memory import Finetuning, Scoring, weight_bytes
+from dlc_jax.stages import plan as plan_stage
 from dlc_jax.training.lora.settings import LoraConfig
 
 GIB = 1 << 30

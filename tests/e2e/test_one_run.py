@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
-from dlc_jax import lease
+from dlc_jax.workspace import lease
 
 pytestmark = pytest.mark.slow
 

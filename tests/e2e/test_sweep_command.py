@@ -278,7 +278,7 @@ def test_weights_are_dropped_on_request_and_the_api_reads_what_is_kept(
 
 @pytest.mark.slow
 def test_two_sweeps_in_one_work_directory_do_not_meet(finished, tmp_path):
-    from dlc_jax import artefacts
+    from dlc_jax.workspace import artefacts
 
     folder = copy(finished, tmp_path)
     with artefacts.locked(folder / "finetune"):

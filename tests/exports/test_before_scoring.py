@@ -10,8 +10,9 @@ import pytest
 from conftest import encoded, random_images
 
 import dlc_jax as dlc
-from dlc_jax import artefacts, pipeline
 from dlc_jax.config import Config
+from dlc_jax.stages import pipeline
+from dlc_jax.workspace import artefacts
 
 CONTENT = [encoded(image) for image in random_images(8, 8)]
 CELL = "hardest/keep_0.50-seed_0"

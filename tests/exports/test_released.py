@@ -16,10 +16,11 @@ from conftest import ROOT, encoded, require_shared
 from PIL import Image
 
 import dlc_jax as dlc
-from dlc_jax import artefacts, pipeline, provenance
 from dlc_jax.config import Config
 from dlc_jax.exports.released import released_order, released_path, released_positions
 from dlc_jax.preprocess.decode import decode
+from dlc_jax.stages import pipeline
+from dlc_jax.workspace import artefacts, provenance
 
 VARIANTS = ("737-700", "F-16A/B", "Tu-134")
 

@@ -9,10 +9,11 @@ import pytest
 from conftest import encoded, random_images
 
 import dlc_jax as dlc
-from dlc_jax import artefacts, pipeline, provenance
 from dlc_jax.config import Config
 from dlc_jax.exports import EXPORTS
 from dlc_jax.exports.released import released_positions
+from dlc_jax.stages import pipeline
+from dlc_jax.workspace import artefacts, provenance
 
 SECRET = b"the user's private key"
 UNREAD = (0, 7)  # rows of the table that name no readable image

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dlc_jax.planning.image_memory import ImageFinetuning, ImageScoring
-from dlc_jax.training import FinetuneConfig
+from dlc_jax.training.images import FinetuneConfig
 
 
 def taken(job) -> tuple[int, int]:

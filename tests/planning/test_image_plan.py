@@ -13,12 +13,12 @@ from conftest import ROOT, random_images
 import dlc_jax as dlc
 from dlc_jax import checks
 from dlc_jax.config import Config, default_config
-from dlc_jax.plan_stage import run_plan
 from dlc_jax.planning import host, image_plan, machine, sections
 from dlc_jax.planning.image_work import ImageWork
 from dlc_jax.planning.machine import Machine, Mesh
 from dlc_jax.planning.outlook import Speeds
 from dlc_jax.planning.speed import Speed, decoding_speed, scoring_speed
+from dlc_jax.stages.plan import run_plan
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -93,7 +93,7 @@ def test_the_command(tmp_path):
 def test_break_even_of_known_speeds(measured, monkeypatch):
     decoding = decoding_speed(dlc.load_dataset("demo:caltech15/train"), 64)
     decoding = decoding._replace(seconds=1e-3, crop_seconds=1e-3)
-    monkeypatch.setattr("dlc_jax.plan_stage.decoding_speed", lambda *_: decoding)
+    monkeypatch.setattr("dlc_jax.stages.plan.decoding_speed", lambda *_: decoding)
     config = configured(("plan", "score"), selection__keep_fractions=(0.2,))
     text = told(config)
     encoder = dlc.load_encoder("resnet18", "demo:resnet18").for_mode("default")

@@ -12,7 +12,7 @@ from records import random_record
 
 from dlc_jax.scores import score
 from dlc_jax.scores.training import entropy, forgetting, least_confidence, margin
-from dlc_jax.training import record_training
+from dlc_jax.training.images import record_training
 from dlc_jax.types import TrainingRecord
 
 BOTH = ("published", "deepcore")

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 import dlc_jax as dlc
-from dlc_jax.artefacts import ScoredSamples
 from dlc_jax.config import Config, default_config
 from dlc_jax.selection import Cell
 from dlc_jax.selection.settings import SelectionConfig
-from dlc_jax.selection_inputs import SelectionInputs
+from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.workspace.artefacts import ScoredSamples
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from conftest import subset
 
 import dlc_jax as dlc
-from dlc_jax.training import Finetuner, RunFolder
 from dlc_jax.training.checkpoints import Checkpoints
-from dlc_jax.training.folder import SEEN
+from dlc_jax.training.folder import SEEN, RunFolder
+from dlc_jax.training.images import Finetuner
 
 HISTORY = [{"epoch": 1, "train_loss": 0.5}]
 

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.training.batches import epoch_order
 from dlc_jax.training.lora.settings import LoraConfig, learning_rates
 from dlc_jax.training.lora.step import LoraState, Optimiser
+from dlc_jax.training.order import epoch_order
 from dlc_jax.types import Params, path_name
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from tqdm import tqdm
 
 import dlc_jax
-from dlc_jax import artefacts, checks
+from dlc_jax import checks
 from dlc_jax.distributed import (
     Team,
     fetch,
@@ -48,6 +48,7 @@ from dlc_jax.training.lora.progress import Plan, Progress, initial_adapter
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Optimiser, Sums, add_rows, take_step
 from dlc_jax.types import Selection, by_path
+from dlc_jax.workspace import artefacts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,48 @@
+"""Errors that users cause, and how their messages list and shorten names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from dlc_jax.checks.escaping import visible
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what, and what was expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))  # of data, too
+
+
+class NeedsSetting(InputError):
+    """A sample that is whole, but that a setting has to decide on: never skipped as corrupt."""
+
+
+class SharedError(InputError):
+    """A mistake that all processes of a run meet at the same place, so that they can go on."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the error's kind and the first line of its text, which may be empty."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+_MOST_LISTED = 10
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Returns the names separated by commas; of more than ten, ten and how many more."""
+    return joined(names, ", ")
+
+
+def joined(names: Iterable[Any], separator: str) -> str:
+    """Returns the names with this between them; of more than ten, ten and how many more."""
+    every = [str(name) for name in names]
+    more = f" and {len(every) - _MOST_LISTED} more" if len(every) > _MOST_LISTED else ""
+    return separator.join(every[:_MOST_LISTED]) + more
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """Returns the text; a longer one is cut to `length` characters, of which three are dots."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -1,0 +1,127 @@
+"""Settings: numbers in their range, names out of a list."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dlc_jax.checks.errors import InputError, listed
+
+MODES = ("default", "official")
+
+_MOST_CHOICES = 20  # beyond them, choices are names from a file
+
+
+def mode(value: str) -> None:
+    """Raises unless `value` is a mode."""
+    one_of("mode", value, MODES)
+
+
+def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises unless `value` is one of `choices`; the message lists them and the nearest one."""
+    options = [str(choice) for choice in choices]
+    if str(value) in options:
+        return
+    near = difflib.get_close_matches(str(value), options, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    shown = listed(options) if len(options) > _MOST_CHOICES else ", ".join(options)
+    raise InputError(f"{name}: unknown value {value!r}; valid: {shown}.{hint}")
+
+
+def keep_fraction(value: float, name: str = "keep_fraction") -> None:
+    """Raises unless 0 < value < 1."""
+    if not _is_open_fraction(value):
+        hint = ""
+        if isinstance(value, numbers.Real) and 1 < value < 100:
+            hint = f" Did you mean {float(value) / 100:g}?"
+        raise InputError(
+            f"{name}: the fraction of samples kept must lie strictly between 0 and 1, "
+            f"got {value!r}.{hint}"
+        )
+
+
+def split(value: float, name: str = "split") -> None:
+    """Raises unless 0 < value < 1."""
+    if not _is_open_fraction(value):
+        raise InputError(
+            f"{name}: the share of a class that counts as easy (gamma) must lie strictly "
+            f"between 0 and 1, got {value!r}."
+        )
+
+
+def _is_open_fraction(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) < 1
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether it can be the id of a repository of the Hugging Face hub, owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) is not None
+
+
+def seed(value: int, name: str = "seed") -> None:
+    """Raises unless `value` is an integer in [0, 2^32), which every generator used takes."""
+    if not isinstance(value, numbers.Integral) or not 0 <= value < 2**32:
+        raise InputError(f"{name}: expected an integer in [0, 2**32), got {value!r}.")
+
+
+def number(name: str, value: Any) -> None:
+    """Raises unless `value` is a number."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise InputError(f"{name}: expected a number, got {value!r}.")
+
+
+def integer(name: str, value: Any) -> None:
+    """Raises unless `value` is an integer."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise InputError(f"{name}: expected an integer, got {value!r}.")
+
+
+def at_least(name: str, value: float, minimum: float, *, exclusive: bool = False) -> None:
+    """Raises unless value >= minimum (> if exclusive) and finite."""
+    number(name, value)
+    is_finite = isinstance(value, numbers.Integral) or math.isfinite(value)
+    if not is_finite or value < minimum or (exclusive and value == minimum):
+        sign = ">" if exclusive else ">="
+        raise InputError(f"{name}: must be {sign} {minimum}, got {value!r}.")
+
+
+def at_most(name: str, value: float, maximum: float, *, exclusive: bool = False) -> None:
+    """Raises unless value <= maximum (< if exclusive)."""
+    number(name, value)
+    if not value <= maximum or (exclusive and value == maximum):
+        sign = "<" if exclusive else "<="
+        raise InputError(f"{name}: must be {sign} {maximum}, got {value!r}.")
+
+
+def normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raises unless both are given, three finite numbers each, std positive; or neither."""
+    if (mean is None) != (std is None):
+        raise InputError("encoder.mean, encoder.std: give both or neither.")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != 3 or not np.all(np.isfinite(values))):
+            raise InputError(f"encoder.{name}: expected three finite numbers, got {values}.")
+    if std is not None and min(std) <= 0:
+        raise InputError(f"encoder.std: must be positive, got {std}.")
+
+
+def optimiser(where: str, settings: Any) -> None:
+    """Raises unless the attributes that torch's SGD and MultiStepLR use are in range."""
+    for name in ("epochs", "batch_size"):
+        integer(f"{where}.{name}", getattr(settings, name))
+    at_least(f"{where}.epochs", settings.epochs, 0)
+    at_least(f"{where}.batch_size", settings.batch_size, 1)
+    at_least(f"{where}.learning_rate", settings.learning_rate, 0, exclusive=True)
+    for milestone in settings.milestones:
+        at_least(f"{where}.milestones", milestone, 0, exclusive=True)
+        at_most(f"{where}.milestones", milestone, 1)
+    at_least(f"{where}.weight_decay", settings.weight_decay, 0)
+    at_least(f"{where}.momentum", settings.momentum, 0)
+    at_most(f"{where}.momentum", settings.momentum, 1, exclusive=True)
+    if settings.nesterov and settings.momentum == 0:
+        raise InputError(f"{where}.nesterov: needs a momentum above 0, got {where}.momentum 0.")

@@ -1,0 +1,1 @@
+"""The commands behind `python -m dlc_jax.main`, `.check` and `.lm_eval`."""

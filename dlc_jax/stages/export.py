@@ -1,0 +1,240 @@
+"""The stage `export`: every selected cell in the forms asked for, below `exports/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlc_jax import checks
+from dlc_jax.config import Config
+from dlc_jax.exports import EXPORTS, PARTS, RELEASED, export, part_positions
+from dlc_jax.exports.image_folder import check_has_files
+from dlc_jax.exports.images import check_fit_png
+from dlc_jax.exports.instructions import INSTRUCTION_CHECKS, INSTRUCTION_EXPORTS
+from dlc_jax.exports.lists import check_ids_are_lines
+from dlc_jax.exports.released import (
+    check_names_match,
+    match_samples,
+    needs_grid,
+    released_path,
+)
+from dlc_jax.selection import AUTO, Cell
+from dlc_jax.stages.score_instructions import load_configured_instructions
+from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.stages.what_was_scored import check_is_what_was_scored
+from dlc_jax.types import Dataset
+from dlc_jax.workspace import artefacts, provenance
+
+# What names in the released layout are made of.
+_SETTINGS = {
+    "encoder": {"name": str},
+    "probe": {"masking": str, "step": float, "placement": str, "num_probes": (int, str)},
+}
+_RELEASED_ROOTS = {"kept": "idxs", "dropped": "idxs-dropped"}  # for the released --idxs_dir
+
+
+def run_exports(
+    config: Config,
+    workdir: Path,
+    known: SelectionInputs,
+    dataset: Dataset,
+    echo: Callable[[str], None],
+) -> None:
+    """Writes `exports/<method>/<cell>/<part><suffix>`, each whole or not there at all.
+
+    The form `released` goes to `exports/idxs/` and `exports/idxs-dropped/`, in that code's layout.
+
+    Raises:
+      ValueError: data that are not those that were scored, a selection that is not there, a sample
+        that cannot be read; with `released` what `released_path` and `match_samples` refuse.
+    """
+    check_is_what_was_scored(workdir, dataset)
+    cells, parts = config.selection.cells(), config.export.parts
+    released: dict[tuple[Cell, str], Path] = {}
+    if RELEASED in config.export.forms:
+        released = _released_paths(config, workdir, *_made_with(workdir))
+    positions = {}
+    for cell in cells:
+        kept = dataclasses.replace(known.read(cell), scored_ids=known.samples.ids)
+        folder = workdir / artefacts.EXPORTS / cell.name
+        for form in config.export.forms:
+            for part in parts:
+                if form == RELEASED:
+                    path = released[cell, part]
+                    positions[path] = part_positions(dataset, kept, part, str(path))
+                else:
+                    path = folder / f"{part}{EXPORTS[form].suffix}"
+                    export(dataset, kept, path, form=form, part=part, overwrite=True)
+    if released:
+        _write_released(config, dataset, positions)
+    num_each = len(config.export.forms) * len(parts)
+    echo(f"export: {len(cells) * num_each} exports of {len(cells)} selections written")
+    echo(f"files: {workdir / artefacts.EXPORTS}/")
+
+
+def run_exports_instructions(
+    config: Config, workdir: Path, known: SelectionInputs, echo: Callable[[str], None]
+) -> None:
+    """Writes `exports/<method>/<cell>/<part>.<form>`: rows with all their original fields.
+
+    Raises:
+      ValueError: data that are not those that were scored, a selection that is not there.
+    """
+    data = load_configured_instructions(config, config.dataset.train)
+    check_is_what_was_scored(workdir, data)
+    data = data.subset(np.flatnonzero(np.isin(data.ids, known.samples.ids)))  # others are neither
+    cells = config.selection.cells()
+    for cell in cells:
+        kept = known.read(cell)
+        assert kept.ids is not None  # it was read with them
+        is_kept = np.isin(data.ids, kept.ids)
+        parts = {"kept": is_kept, "dropped": ~is_kept}
+        for part in config.export.parts:
+            if not parts[part].any():
+                raise checks.InputError(
+                    f"{cell.name}: nothing is {part}, so there is nothing to write."
+                )
+            some = data.subset(np.flatnonzero(parts[part]))
+            for form in config.export.forms:
+                path = workdir / artefacts.EXPORTS / cell.name / f"{part}.{form}"
+                INSTRUCTION_EXPORTS[form](some, path)
+    num_each = len(config.export.forms) * len(config.export.parts)
+    echo(f"export: {len(cells) * num_each} exports of {len(cells)} selections written")
+    echo(f"files: {workdir / artefacts.EXPORTS}/")
+
+
+def check_takes_forms(config: Config, workdir: Path) -> None:
+    """Raises for a form that the work directory cannot hold, before a scoring pass is spent."""
+    if "export" not in config.stages:
+        return
+    if "image_links" in config.export.forms and artefacts.is_mirrored(workdir):
+        raise checks.InputError(
+            "export.forms: a bucket cannot hold image_links; expected image_folder, or a --workdir "
+            "that is no bucket."
+        )
+    for cell in config.selection.cells():
+        for part in config.export.parts:
+            for form in config.export.forms:
+                if form != RELEASED:
+                    suffix = EXPORTS[form].suffix
+                    path = workdir / artefacts.EXPORTS / cell.name / f"{part}{suffix}"
+                    _check_can_be_written(path, workdir, is_folder=not suffix.startswith("."))
+
+
+def check_has_forms(config: Config, workdir: Path, dataset: Dataset) -> None:
+    """Raises for a form that the data set cannot be written in, before a scoring pass is spent."""
+    forms = config.export.forms
+    if "ids" in forms:
+        check_ids_are_lines(dataset.ids, "export.forms")
+    if "image_links" in forms:
+        check_has_files(dataset, "export.forms")
+    if {"parquet", "hf", "image_folder"} & set(forms):
+        check_fit_png(dataset, "export.forms")
+    if RELEASED in forms:
+        made_with, num_probes = config.to_dict(), 1  # how many there will be is nothing to refuse
+        if "score" not in config.stages:
+            made_with, num_probes = _made_with(workdir)
+        for path in _released_paths(config, workdir, made_with, num_probes).values():
+            _check_can_be_written(path, workdir, is_folder=False)
+        where, name = str(config.export.datasets_dir), str(config.export.released_name)
+        every = set(config.export.parts) == set(PARTS) and config.dataset.on_corrupt == "error"
+        check_names_match(dataset, where, name, all_of_them=every)
+
+
+def check_has_forms_instructions(config: Config) -> None:
+    """Raises for a form that cannot hold the rows, before a scoring pass is spent."""
+    data = load_configured_instructions(config, config.dataset.train)
+    for form in config.export.forms:
+        INSTRUCTION_CHECKS[form](data)
+
+
+def _check_can_be_written(path: Path, workdir: Path, *, is_folder: bool) -> None:
+    """Raises where something in the work directory is in the way of a file or folder."""
+    there = next(parent for parent in path.parents if parent.exists() or parent == workdir)
+    if there.exists() and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        what = "cannot be written to" if there.is_dir() else "is no folder"
+        raise checks.InputError(f"{there}: {what}; {path.name} is to be written there.")
+    if not is_folder and path.is_dir() and not path.is_symlink():
+        raise checks.InputError(f"{path}: is a folder; expected a file or nothing there.")
+
+
+def _made_with(workdir: Path) -> tuple[dict[str, Any], int]:
+    """Returns the settings that the scores were made with, and how many probes there were."""
+    made_with = provenance.settings_of(workdir, "score", _SETTINGS)
+    if made_with is None:
+        raise checks.InputError(
+            f"{workdir / artefacts.PROVENANCE}: does not say with what the scores were made, which "
+            f"the form {RELEASED!r} names its files by; expected scores of the stage 'score'."
+        )
+    return made_with, _num_probes(workdir)
+
+
+def _released_paths(
+    config: Config, workdir: Path, made_with: dict[str, Any], num_probes: int
+) -> dict[tuple[Cell, str], Path]:
+    """Returns where every cell and part goes; the names are of the scores.
+
+    Raises:
+      ValueError: settings that the released layout has no name for.
+    """
+    probe = made_with["probe"]
+    paths: dict[tuple[Cell, str], Path] = {}
+    for cell in config.selection.cells():
+        method, keep_fraction, split, seed = cell
+        if isinstance(split, str) or method == AUTO:
+            raise checks.InputError(
+                f"export.forms: the released layout has no name for {AUTO!r}; expected a method "
+                "and a split, such as those that selections/ says it stood for."
+            )
+        if needs_grid(method):
+            _check_placement(probe)
+        for part in config.export.parts:
+            path = released_path(
+                workdir / artefacts.EXPORTS / _RELEASED_ROOTS[part],
+                seed=seed,
+                name=str(config.export.released_name),
+                method=method,
+                split=split,
+                masking=probe["masking"],
+                step=probe["step"],
+                num_probes=num_probes,
+                pretrain=config.export.pretrain,
+                arch=made_with["encoder"]["name"],
+                keep_fraction=keep_fraction,
+            )
+            paths[cell, part] = path
+    if len(set(paths.values())) < len(paths):  # 0.3 and 0.1 + 0.2 are two splits here
+        raise checks.InputError(
+            f"selection: two cells have one name in the released layout: {config.selection}."
+        )
+    return paths
+
+
+def _num_probes(workdir: Path) -> int:
+    """Returns how many there were: `probe.max_sparsity` may have cut the path short."""
+    return len(artefacts.read_losses(workdir)["sparsity"])
+
+
+def _check_placement(probe: dict[str, Any]) -> None:
+    if probe["placement"] != "grid" or probe["num_probes"] == "auto":
+        raise checks.InputError(
+            f"probe.placement: the scores were made with {probe['placement']!r}, for which the "
+            "released layout has no name; expected 'grid', the first probes of the path."
+        )
+
+
+def _write_released(config: Config, dataset: Dataset, positions: dict[Path, np.ndarray]) -> None:
+    """Writes positions in the released order; every sample is looked up and compared once."""
+    samples = np.unique(np.concatenate(list(positions.values())))
+    order = np.full(len(dataset), -1, np.int64)
+    order[samples] = match_samples(
+        dataset, samples, str(config.export.datasets_dir), str(config.export.released_name)
+    )
+    for path, some in positions.items():
+        with artefacts.atomic(path) as file:
+            np.save(file, np.sort(order[some]))

@@ -1,0 +1,207 @@
+"""What a sweep came to: `results.csv`, and how much of what was asked for it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dlc_jax import checks
+from dlc_jax.checks.escaping import csv_cell
+from dlc_jax.config import Config
+from dlc_jax.files.json_files import NAME, SHA256, check_shape
+from dlc_jax.selection import FULL, Cell
+from dlc_jax.stages.selection_files import CELL, cell_of
+from dlc_jax.training.folder import PER_CLASS, RUN, RunFolder
+from dlc_jax.workspace import artefacts
+
+BASE = "base"
+COLUMNS = ("method", "keep_fraction", "split", "seed", "num_kept", "test_accuracy", "seconds")
+# What instructions have besides: nats per response token, and accuracies on parts of MMLU.
+_MORE_COLUMNS = ("test_loss", "humanities", "social_sciences", "stem", "other")
+_RUN = {"shared?": SHA256, "cell?": CELL, "settings?": dict}
+_EVALUATION = {
+    "asked": str,
+    "run": str,
+    "cell?": CELL,
+    "result": {"test_accuracy": float, NAME: float},
+    "num_questions": int,
+    "num_truncated": int,
+}
+_SHOWN = ("epochs", "batch_size", "optimiser", "rank", "learning_rate", "linear_probe", "dtype")
+# What was not fine-tuned, to compare with.
+BASE_CELL = Cell(BASE, 0.0, None, 0)
+
+
+def what_is_finished(config: Config, workdir: Path) -> str:
+    """Returns how much of a sweep `results.csv` holds, and how its runs were trained."""
+    known, unreadable = read_runs(workdir)
+    finished = {name for name, facts in known.items() if "result" in facts}
+    asked = {cell.name for cell in config.runs()}
+    said = f"{len(asked & finished)} of the {len(asked)} runs asked for are finished"
+    if others := len(finished - asked):
+        said += f"; {others} others are in the table as well"
+    if unreadable:
+        said += f"; left out: {'; '.join(unreadable.values()).removesuffix('.')}"
+    settings = next((known[name].get("settings") for name in sorted(finished)), None)
+    if settings is None:
+        return f"{said}."
+    mine = dataclasses.asdict(config.training)
+    shown = [key for key in _SHOWN if key in mine and key in settings]
+    said += ". Trained with " + ", ".join(f"{key} {settings[key]}" for key in shown)
+    if differ := [key for key in shown if settings[key] != mine[key]]:
+        said += f" (the configuration says {', '.join(f'{key} {mine[key]}' for key in differ)})"
+    return f"{said}."
+
+
+class _End(NamedTuple):
+    """How a fine-tuning run ended; accuracies in percent, in the last epoch and in the test."""
+
+    method: str
+    train_accuracy: float
+    test_accuracy: float
+    num_classes: int
+    num_kept: int
+    num_test: int
+
+    @property
+    def is_chance(self) -> bool:
+        """Whether both are at most three standard deviations above guessing."""
+        trained = _most_by_chance(self.num_classes, self.num_kept)
+        tested = _most_by_chance(self.num_classes, self.num_test)
+        return self.train_accuracy <= trained and self.test_accuracy <= tested
+
+
+def _most_by_chance(num_classes: int, num_samples: int) -> float:
+    share = 1 / num_classes
+    return 100 * (share + 3 * math.sqrt(share * (1 - share) / max(num_samples, 1)))
+
+
+def note_on_chance(workdir: Path) -> str:
+    """Returns a line on runs that learned nothing, the full set's first; "" if there are none."""
+    paths = sorted(
+        (workdir / artefacts.FINETUNE).glob("*/*"), key=lambda path: path.parent.name != FULL
+    )
+    ends = [end for end in map(_end_of, paths) if end is not None and end.num_classes > 1]
+    at_chance = [end for end in ends if end.is_chance]
+    if not at_chance:
+        return ""
+    worst = at_chance[0]
+    return (
+        f"Note: {len(at_chance)} of {len(ends)} runs learned nothing, such as {worst.method}: "
+        f"{worst.train_accuracy:.1f} % right in training and {worst.test_accuracy:.1f} % in the "
+        f"test, where guessing among {worst.num_classes} classes gives "
+        f"{100 / worst.num_classes:.1f} %. Raise finetune.learning_rate or finetune.epochs, or "
+        "lower finetune.batch_size."
+    )
+
+
+def _end_of(path: Path) -> _End | None:
+    """Reads how a run on images ended; None if it has not, was not trained, or is unreadable."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, csv.Error):
+        result = RunFolder(path).facts().get("result", {})
+        with open(path / PER_CLASS, newline="") as file:
+            tested = [int(row["num_test"]) for row in csv.DictReader(file)]
+        accuracies = (
+            float(RunFolder(path).read_metrics()[-1]["train_accuracy"]),
+            float(result["test_accuracy"]),
+        )
+        return _End(
+            path.parent.name, *accuracies, len(tested), int(result["num_kept"]), sum(tested)
+        )
+    return None
+
+
+def write_results(workdir: Path) -> list[dict[str, Any]]:
+    """Writes `results.csv` from every finished run in the work directory, in a fixed order."""
+    rows: list[dict[str, Any]] = []
+    base = read_evaluation(workdir, BASE_CELL)
+    for facts in read_runs(workdir)[0].values():
+        if "result" in facts and "cell" in facts:
+            cell = cell_of(facts["cell"])
+            measured = _measured(workdir, cell, facts["inputs"], base.get("asked"))
+            rows.append({**facts["result"], **cell._asdict(), **measured})
+    if base:
+        rows.append({**BASE_CELL._asdict(), "num_kept": 0, "seconds": 0.0, **base["result"]})
+    rows.sort(
+        key=lambda row: (
+            row["method"] != BASE,
+            row["method"] != FULL,
+            row["method"] != "random",
+            row["method"],
+            row["keep_fraction"],
+            str(row["split"] or ""),
+            row["seed"],
+        )
+    )
+    with artefacts.atomic(workdir / artefacts.RESULTS, "w") as file:
+        columns = [*COLUMNS, *(name for name in _MORE_COLUMNS if any(name in row for row in rows))]
+        table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
+    return rows
+
+
+def facts_of(workdir: Path, cell: Cell) -> dict[str, Any]:
+    """Returns the `run.json` of a cell, {} before its run has started.
+
+    Raises:
+      ValueError: it is damaged, or of another cell.
+    """
+    return _read_run(workdir / artefacts.FINETUNE / cell.name, cell.name)
+
+
+def _read_run(folder: Path, name: str) -> dict[str, Any]:
+    facts = RunFolder(folder).facts()
+    check_shape(facts, _RUN, folder / RUN)
+    _check_cell(facts, name, folder / RUN)
+    return facts
+
+
+def read_runs(workdir: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Returns the `run.json` of runs, and why others are unreadable, by the name of the cell."""
+    runs, unreadable = {}, {}
+    for path in (workdir / artefacts.FINETUNE).glob("*/*"):
+        name = f"{path.parent.name}/{path.name}"
+        try:
+            runs[name] = _read_run(path, name)
+        except (checks.InputError, OSError) as error:
+            unreadable[name] = str(error)
+    return runs, unreadable
+
+
+def _check_cell(facts: dict[str, Any], name: str, path: Path) -> None:
+    """Raises ValueError if a file is of another cell than its place says."""
+    if "cell" in facts and (found := cell_of(facts["cell"]).name) != name:
+        raise checks.InputError(f"{path}: is of {found}, expected {name}. Delete it to run again.")
+
+
+def evaluation_file(workdir: Path, cell: Cell) -> Path:
+    """Returns where the stage `evaluate` writes what it measured of a run."""
+    return workdir / artefacts.EVALUATE / f"{cell.name}.json"
+
+
+def read_evaluation(workdir: Path, cell: Cell) -> dict[str, Any]:
+    """Returns what the stage `evaluate` measured of a run, {} if it did not.
+
+    Raises:
+      ValueError: the file is damaged, or of another cell.
+    """
+    path = evaluation_file(workdir, cell)
+    found: dict[str, Any] = artefacts.read_json(path, _EVALUATION)
+    _check_cell(found, cell.name, path)
+    return found
+
+
+def _measured(workdir: Path, cell: Cell, run_inputs: str, asked: str | None) -> dict[str, Any]:
+    """Returns what was measured of this very run; nothing where that, or what was asked, differs.
+
+    Accuracies on other questions, or with other examples, are not to stand beside the base model's.
+    """
+    found = read_evaluation(workdir, cell)
+    is_it = found.get("run") == run_inputs and found.get("asked") == asked
+    result: dict[str, Any] = found["result"] if found and is_it else {}
+    return result

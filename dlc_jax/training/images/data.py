@@ -1,0 +1,174 @@
+"""What the runs of a sweep read: training images or their features, and the test set."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int32, Int64, Shaped, UInt8
+
+from dlc_jax import checks
+from dlc_jax.datasets.labels import composed
+from dlc_jax.preprocess import (
+    ImageCache,
+    RandomCrops,
+    Reader,
+    evaluation_crops,
+    filled,
+    in_batches,
+    load_images,
+)
+from dlc_jax.training.images.batches import AugmentedInputs, DecodedImages, FixedInputs, Inputs
+from dlc_jax.training.images.settings import FinetuneConfig
+from dlc_jax.types import Dataset
+
+_GIB = 2**30
+
+
+class LabelledInputs(NamedTuple):
+    """Inputs of the network, their classes, and samples left out as unreadable, id: why."""
+
+    inputs: Shaped[np.ndarray, "n ..."]
+    labels: Int32[np.ndarray, " n"]
+    skipped: dict[str, str]
+
+
+class RunData:
+    """Inputs for every run on one data set; what two runs need is decoded once.
+
+    Args:
+      dataset: What is trained on.
+      image_size: Side of the images in pixels.
+      settings: Decides between random crops, evaluation crops and features.
+      to_features: Images uint8 [b, s, s, 3] to features [b, d], before any training.
+      cache: Where decoded evaluation crops are kept.
+      progress: Whether to show bars.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        image_size: int,
+        settings: FinetuneConfig,
+        to_features: Callable[[np.ndarray], jax.Array],
+        cache: ImageCache | None,
+        progress: bool,
+    ):
+        self.to_features = to_features
+        self._dataset, self._image_size, self._settings = dataset, image_size, settings
+        self._cache, self._progress = cache, progress
+        self._images = DecodedImages(dataset, settings.image_memory_gib * _GIB)
+        self._fixed: dict[int, np.ndarray] = {}  # rows of `FixedInputs`, by position
+
+    def training_inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> Inputs:
+        """Returns what the network sees of these samples in training."""
+        if self._is_augmented:
+            crops = RandomCrops(self._dataset, self._image_size, seed)
+            return AugmentedInputs(self._images, crops)
+        missing = np.array([i for i in positions.tolist() if i not in self._fixed], np.int64)
+        if len(missing):
+            some = self._dataset.subset(missing)
+            loaded = load_images(some, self._image_size, progress=self._progress)
+            rows = self._as_inputs(loaded.pixels)
+            self._fixed.update(zip(missing.tolist(), rows, strict=True))
+        return FixedInputs(self._fixed)
+
+    def evaluation_inputs(
+        self, positions: Int64[np.ndarray, " k"]
+    ) -> Iterator[Shaped[np.ndarray, "b ..."]]:
+        """Yields evaluation crops of these samples, or their features, a batch at a time."""
+        size = self._settings.batch_size
+        if not self._is_augmented:  # trained on just these
+            inputs = self.training_inputs(positions, seed=0)
+            for start in range(0, len(positions), size):
+                yield inputs(positions[start : start + size], 0)
+            return
+        for _, crops in in_batches(self._crops.readable(positions, None), size):
+            yield np.stack(crops)
+
+    def readable(self) -> tuple[Int64[np.ndarray, " k"], dict[str, str]]:
+        """Returns the positions of samples that can be read, and of others the id: why.
+
+        Raises:
+          ValueError: there is no readable one.
+        """
+        skipped: dict[int, str] = {}
+        everything = np.arange(len(self._dataset))
+        positions = [i for i, _ in self._crops.readable(everything, skipped)]
+        checks.some_readable(self._dataset.name, len(positions), len(everything))
+        ids = {str(self._dataset.ids[i]): why for i, why in skipped.items()}
+        return np.asarray(positions, np.int64), ids
+
+    @property
+    def _is_augmented(self) -> bool:
+        return self._settings.augment and not self._settings.linear_probe
+
+    @functools.cached_property
+    def _crops(self) -> Reader[np.ndarray]:
+        # unreadable samples are found when they are read, and told or skipped then
+        return evaluation_crops(
+            self._dataset,
+            self._image_size,
+            on_corrupt="skip",
+            cache=self._cache,
+            progress=self._progress,
+        )
+
+    def test_set(self, test: Dataset, on_corrupt: str) -> LabelledInputs:
+        """Returns evaluation crops, or their features, with the training set's class ids.
+
+        Raises:
+          ValueError: a class that training does not know, an unreadable image.
+        """
+        labels = class_ids_by_name(test, self._dataset)
+        loaded = load_images(
+            test,
+            self._image_size,
+            on_corrupt=on_corrupt,
+            progress=self._progress,
+            cache=self._cache,
+        )
+        return LabelledInputs(
+            self._as_inputs(loaded.pixels), labels[loaded.positions], loaded.skipped
+        )
+
+    def _as_inputs(self, pixels: UInt8[np.ndarray, "n s s 3"]) -> Shaped[np.ndarray, "n ..."]:
+        """Returns the pixels, or their features where only the head is trained."""
+        if not self._settings.linear_probe:
+            return pixels
+        parts = []
+        size = self._settings.batch_size
+        for start in range(0, len(pixels), size):
+            some = pixels[start : start + size]
+            parts.append(np.asarray(self.to_features(filled(some, size)))[: len(some)])
+        return np.concatenate(parts)
+
+
+def class_ids_by_name(test: Dataset, dataset: Dataset) -> Int32[np.ndarray, " n"]:
+    """Returns the test labels as the training set numbers its classes.
+
+    By name, since a split that lacks a class numbers the others differently; however Unicode writes
+    it. Classes without test samples do not matter.
+
+    Raises:
+      ValueError: a class that training does not know.
+    """
+    places = {composed(name): label for label, name in enumerate(dataset.class_names)}
+    test = test.without_empty_classes()
+    unknown = [name for name in test.class_names if composed(name) not in places]
+    if unknown:
+        raise checks.InputError(
+            f"dataset.test: {test.name} has classes that {dataset.name} has not: "
+            f"{checks.listed(map(_told_apart, unknown))}; expected only "
+            f"{checks.listed(map(_told_apart, dataset.class_names))}."
+        )
+    return np.array([places[composed(name)] for name in test.class_names], np.int32)[test.labels]
+
+
+def _told_apart(name: str) -> str:
+    """Returns a class name, and its code points too where others may look the same."""
+    return repr(name) if name.isascii() else f"{name!r} ({name!a})"

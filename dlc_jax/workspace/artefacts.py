@@ -1,0 +1,355 @@
+"""What a run leaves on disk: names, formats, and writes that are whole or not there at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlc_jax import checks
+from dlc_jax.files import array_files
+from dlc_jax.files.array_files import Expected
+from dlc_jax.files.arrow import pa, pq
+
+# used as parts of this module
+from dlc_jax.files.json_files import NAME, SHA256, check_shape
+from dlc_jax.files.json_files import read_json as read_json
+from dlc_jax.files.whole_files import atomic as atomic
+from dlc_jax.files.whole_files import atomic_folder as atomic_folder
+from dlc_jax.files.whole_files import clear_leftovers as clear_leftovers
+from dlc_jax.files.whole_files import is_mirrored as is_mirrored
+from dlc_jax.files.whole_files import is_temporary as is_temporary
+from dlc_jax.files.whole_files import locked as locked
+from dlc_jax.files.whole_files import move as move
+from dlc_jax.files.whole_files import pull as pull
+from dlc_jax.files.whole_files import push as push
+from dlc_jax.files.whole_files import remove as remove
+
+CONFIG = "config.json"
+PROVENANCE = "provenance.json"
+LOSSES = "scores/losses.npz"
+SCORES = "scores/scores.parquet"
+FEATURES = "scores/features.npz"
+TRAINING = "scores/training"
+CERTIFICATE = "scores/certificate.json"
+PICTURE = "scores/easiest_hardest.png"
+SHARDS = "unfinished"
+TUNING = "tuning"
+RESULTS = "results.csv"
+REPORT = "report"
+FINETUNE = "finetune"
+RUN = "run.json"
+EVALUATE = "evaluate"
+EXPORTS = "exports"
+_LOSSES = {
+    "losses": Expected("f", 2),
+    "sparsity": Expected("f", 1),
+    "labels": Expected("i", 1),
+    "ids": Expected("U", 1),
+}
+_ROWS = 8192  # written and read at a time, so that memory does not grow with the data set
+_FOLDERS = (
+    "",
+    "scores",
+    TRAINING,
+    f"{TRAINING}/*",
+    f"{TRAINING}/*/seen",
+    f"{SHARDS}/*",
+    TUNING,
+    f"{TUNING}/*",
+    "selections/*",
+    f"{FINETUNE}/*/*",
+    f"{EVALUATE}/*",
+    f"{EXPORTS}/*/*",
+    f"{EXPORTS}/idxs*/*/*/*/*",
+    REPORT,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScoredSamples:
+    """What `scores/` holds: everything selection needs, without images or encoder."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    scores: dict[str, np.ndarray]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over ids, class names, labels and DLC, which every work directory has."""
+        return self.fingerprint_of({"dlc": self.scores["dlc"]})
+
+    @functools.cached_property
+    def by_id(self) -> np.ndarray:
+        """[n] rows in the order of their ids."""
+        return np.argsort(self.ids)
+
+    def score(self, name: str) -> np.ndarray:
+        """Returns a column of scores, [n].
+
+        Raises:
+          ValueError: it is not there.
+        """
+        if name not in self.scores:
+            raise checks.InputError(
+                f"{SCORES}: has no column {name!r}, only {checks.listed(self.scores)}; run the "
+                "stage 'score' with the same selection.methods and selection.score first."
+            )
+        return self.scores[name]
+
+    def fingerprint_of(self, arrays: Mapping[str, np.ndarray]) -> str:
+        """SHA-256 over ids, class names, labels and these arrays, [n] or [n, d], as float32."""
+        digest = hashlib.sha256("\0".join([*self.ids.tolist(), *self.class_names]).encode())
+        digest.update(np.ascontiguousarray(self.labels, np.int32).tobytes())
+        for name in sorted(arrays):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(arrays[name], np.float32).tobytes())
+        return digest.hexdigest()
+
+
+def prepare_workdir(workdir: Path) -> None:
+    """Makes the work directory, and clears temporary files of runs that were killed.
+
+    Raises:
+      ValueError: it cannot be written to.
+    """
+    try:
+        pull(workdir)
+        with atomic(workdir / ".writable") as file:
+            file.write(b"")
+        remove(workdir / ".writable")
+    except OSError as error:
+        raise checks.InputError(
+            f"--workdir: cannot write to {workdir}: {error.strerror or error}."
+        ) from error
+    for folders in _FOLDERS:
+        clear_leftovers(workdir, folders)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON; numbers that are not finite, which JSON has no form of, as null."""
+    with atomic(path, "w") as file:
+        json.dump(finite(value), file, indent=2, default=_plain, allow_nan=False)
+        file.write("\n")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the file's content, nothing if there is no such file."""
+    return path.read_bytes() if path.is_file() else b""
+
+
+def json_hash(value: Any) -> str:
+    """Returns the SHA-256 of a value's JSON, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def finite(value: Any) -> Any:
+    """Returns the value with None for every number in it that is NaN or infinite."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(some) for key, some in value.items()}
+    return [finite(some) for some in value] if isinstance(value, (list, tuple)) else value
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, which users' loops hand over, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def write_losses(workdir: Path, **arrays: np.ndarray) -> None:
+    """Writes `scores/losses.npz`: losses, sparsity, labels, ids; readable without pickle."""
+    with atomic(workdir / LOSSES) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def write_scores(workdir: Path, samples: ScoredSamples) -> None:
+    """Writes `scores/scores.parquet`: id, label, class_name, one column per scoring method."""
+    schema = pa.schema(
+        [("id", pa.string()), ("label", pa.int32()), ("class_name", pa.string())]
+        + [(name, pa.float32()) for name in samples.scores],
+        metadata={"class_names": json.dumps(samples.class_names)},
+    )
+    names = np.asarray(samples.class_names, dtype=object)
+    with atomic(workdir / SCORES) as file, pq.ParquetWriter(file, schema) as table:
+        for start in range(0, len(samples.ids), _ROWS):
+            some = slice(start, start + _ROWS)
+            labels = samples.labels[some]
+            columns = [samples.ids[some].tolist(), labels, names[labels]]
+            columns += [values[some] for values in samples.scores.values()]
+            table.write_batch(
+                pa.record_batch(
+                    [pa.array(c, kind) for c, kind in zip(columns, schema.types, strict=True)],
+                    schema=schema,
+                )
+            )
+
+
+def read_scores(workdir: Path) -> ScoredSamples:
+    """Reads `scores/scores.parquet`.
+
+    Raises:
+      ValueError: it is not there or not what `write_scores` writes.
+    """
+    path = workdir / SCORES
+    if not path.exists():
+        raise checks.InputError(
+            f"{path}: not there; run the stage 'score' in this work directory first."
+        )
+    try:
+        with open(path, "rb") as file:  # given a name, Arrow would expand a ~ in it
+            table = pq.ParquetFile(file)
+            class_names = json.loads(table.schema_arrow.metadata[b"class_names"])
+            _check_columns(path, table.schema_arrow, class_names)
+            wanted = [name for name in table.schema_arrow.names if name != "class_name"]
+            parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+            for batch in table.iter_batches(_ROWS, columns=wanted, use_threads=False):
+                for name in wanted:
+                    if batch[name].null_count:
+                        raise ValueError(f"column {name} lacks values")
+                    part = batch[name].to_numpy(zero_copy_only=False)
+                    parts[name].append(part.astype(np.str_) if name == "id" else part.copy())
+        columns = {name: np.concatenate(parts[name]) for name in wanted}
+        ids, labels = columns.pop("id"), columns.pop("label")
+    except checks.InputError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        shown = checks.first_line(error)
+        raise checks.InputError(f"{path}: not a table of scores: {shown}.") from error
+    checks.dataset_is_consistent(str(path), len(labels), labels, ids, class_names)
+    return ScoredSamples(ids, labels, tuple(class_names), columns)
+
+
+def _check_columns(path: Path, schema: pa.Schema, class_names: Any) -> None:
+    """Raises ValueError unless columns have the types that `write_scores` gives them."""
+    check_shape(class_names, [str], path, "class_names")
+    known = {"id": pa.string(), "label": pa.int32(), "class_name": pa.string()}
+    for name in dict.fromkeys([*known, "dlc", *schema.names]):
+        kind, expected = schema.field(name).type, known.get(name, pa.float32())
+        if kind != expected:
+            raise checks.InputError(f"{path}: column {name} is {kind}, expected {expected}.")
+
+
+def same_arrays(some: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> bool:
+    """Whether both have the same names and values."""
+    return some.keys() == others.keys() and all(
+        np.array_equal(array, others[name]) for name, array in some.items()
+    )
+
+
+def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np.ndarray:
+    """Reads what a stage left of every sample, [n, d].
+
+    Raises:
+      ValueError: it is not there, cannot be read, or is of other samples.
+    """
+    path = workdir / name
+    if not path.exists():
+        raise checks.InputError(
+            f"{path}: not there; run the stage 'score' with the same selection.methods first."
+        )
+    arrays = array_files.read_npz(path, {key: Expected("f", 2), "ids": Expected("U", 1)})
+    if not np.array_equal(arrays["ids"], samples.ids) or len(arrays[key]) != len(samples.ids):
+        raise checks.InputError(
+            f"{path}: is of other samples than {SCORES}; run the stage 'score' again."
+        )
+    return arrays[key]
+
+
+def read_losses(workdir: Path) -> dict[str, np.ndarray]:
+    """Reads `scores/losses.npz`: losses [m, n], sparsity [m], labels [n] and ids [n].
+
+    Raises:
+      ValueError: it is not there, cannot be read, or its arrays do not fit each other.
+    """
+    path = workdir / LOSSES
+    arrays = array_files.read_npz(path, _LOSSES)
+    num_probes, num_samples = arrays["losses"].shape
+    for name, length in (("sparsity", num_probes), ("labels", num_samples), ("ids", num_samples)):
+        if len(arrays[name]) != length:
+            raise checks.InputError(
+                f"{path}: {name} has {len(arrays[name])} values, expected {length}, as losses "
+                f"{arrays['losses'].shape} have."
+            )
+    checks.losses_are_finite(arrays["losses"], arrays["ids"])
+    return arrays
+
+
+def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:
+    """Returns the SHA-256 of each file."""
+    return {path.as_posix(): file_hash(workdir / path) for path in paths}
+
+
+def file_hash(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def names_below(folder: Path | None) -> list[str]:
+    """Returns the files in a folder, at any depth; none if there is no folder."""
+    found = [] if folder is None else sorted(folder.rglob("*"))
+    names = [path.relative_to(folder) for path in found if folder and path.is_file()]
+    return [name.as_posix() for name in names if not is_temporary(name)]
+
+
+def hashes_below(folder: Path | None, names: list[str] | None = None) -> dict[str, str]:
+    """Returns the SHA-256 of the files in a folder, or of those of `names` that are there."""
+    found = names_below(folder)
+    wanted = found if names is None else {*names}
+    chosen = [Path(name) for name in found if name in wanted]
+    return {} if folder is None else file_hashes(folder, chosen)
+
+
+def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """Returns a phrase for the first file whose SHA-256 is not the expected one, None for none."""
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} does not belong there"
+        if expected[name] != found[name]:
+            return f"{name} does not have the content that was written (SHA-256 differs)"
+    return None
+
+
+def check_is_as_recorded(folder: Path) -> None:
+    """Raises if `run.json` beside a folder records other files in it: those a finished run left.
+
+    Raises:
+      ValueError: a file is missing or has another content.
+    """
+    recorded = read_json(folder.parent / RUN, {"files?": {NAME: SHA256}}).get("files", {})
+    files = {
+        name.removeprefix(f"{folder.name}/"): value
+        for name, value in recorded.items()
+        if name.startswith(f"{folder.name}/")
+    }
+    if damage := difference(files, hashes_below(folder, [*files])):
+        raise checks.InputError(
+            f"{folder}: {damage}; expected what the run recorded in {folder.parent / RUN}. Run the "
+            "stage 'finetune' again."
+        )
+
+
+def are_intact(
+    workdir: Path, hashes: Mapping[str, str | None], needed: Iterable[Path] = ()
+) -> bool:
+    """Whether every file, and those that are needed, are there with the content written."""
+    paths = [Path(name) for name in hashes]
+    if not {path.as_posix() for path in needed} <= set(hashes):
+        return False
+    present = all((workdir / path).is_file() for path in paths)
+    return present and file_hashes(workdir, paths) == hashes

@@ -1,0 +1,360 @@
+"""Work directories in a bucket: `--workdir=s3://BUCKET/NAME` or `gs://BUCKET/NAME`.
+
+All work is done in a local copy; what is made whole there is put into the bucket at once, and what
+is removed or moved there is removed or moved in the bucket. The bucket is the truth: a run begins
+by making the local copy like it, so that it goes on on any machine.
+
+Folders are no single objects. What is about to be done to one is first written to `_PENDING`, and
+a run that finds that there brings it to its end, so that each is done whole or not at all:
+
+  put     {"remove": name}, then its files; found, the folder is removed
+  remove  {"remove": name}, then it is deleted; found, it is deleted
+  move    {"move": [name, to]}, then copied and deleted; found, it is moved
+
+The first process does all of this. Others put single files, parts of a measurement, and pull what
+they are told to read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dlc_jax import checks
+from dlc_jax.distributed import processes
+from dlc_jax.files import whole_files
+from dlc_jax.files.json_files import BELOW, parse_json
+from dlc_jax.workspace import artefacts, lease
+from dlc_jax.workspace.object_store import ObjectStore
+
+_PENDING = ".pending.json"
+_TO_DO = {"move?": [BELOW, BELOW], "remove?": BELOW}
+_FILES, _KNOWN = "files", "known.jsonl"
+_SETTLE_S = 2.0
+_FETCHED = ".fetched"
+# Written for others: may be large, and no stage reads it.
+_NOT_FETCHED = artefacts.EXPORTS
+
+
+class LeaseObject(NamedTuple):
+    """The lease of a work directory in a bucket; see `lease.Place`."""
+
+    store: ObjectStore
+
+    @property
+    def name(self) -> str:
+        return self.store.url
+
+    def read(self) -> bytes | None:
+        return self.store.read_if_there(lease.FILE)
+
+    def create(self, content: bytes, /) -> bool:
+        if not self.store.create(lease.FILE, content):
+            return self.read() == content  # the answer of an earlier try may have been lost
+        time.sleep(_SETTLE_S)  # where two can create it, the last one has it
+        return self.read() == content
+
+    def replace(self, content: bytes, /) -> None:
+        self.store.write(lease.FILE, content)
+
+    def delete(self) -> None:
+        self.store.delete([lease.FILE])
+
+    def age_s(self) -> float:
+        """Unknown: the dates of objects are not to be compared with any clock here."""
+        return 0.0
+
+
+class Held(NamedTuple):
+    """An object, and the file that is like it.
+
+    Attributes:
+      version: Of the object.
+      size, changed: Of the file; None where there is none.
+    """
+
+    version: str
+    size: int | None = None
+    changed: int | None = None
+
+
+@contextlib.contextmanager
+def work_in(
+    workdir: str, say: Callable[[str], None] = print
+) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """Gives the folder to work in, and what takes the lines meant for the user.
+
+    For a local path that is the path, and `say`. Messages of a bucket name the bucket where those
+    who wrote them know only the local copy.
+
+    Args:
+      workdir: A path, or the URL of a folder in a bucket.
+      say: Takes lines.
+    Raises:
+      ValueError: the bucket cannot be used, or its local copy is in use.
+    """
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", workdir):
+        yield Path(workdir).expanduser(), say
+        return
+    store, home = ObjectStore(workdir), _home(workdir)
+
+    files = home / _FILES
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(whole_files.locked(home, "running"))
+        except checks.InputError as error:
+            raise checks.InputError(f"{store.url}: its local copy {error}") from error
+        stack.enter_context(_only_for_now(home))
+        stack.enter_context(whole_files.mirrored_by(Bucket(store, home)))
+        try:
+            yield files, lambda line: say(line.replace(str(files), store.url))
+        except checks.InputError as error:
+            error.args = (str(error).replace(str(files), store.url),)
+            raise
+
+
+@contextlib.contextmanager
+def _only_for_now(home: Path) -> Iterator[None]:
+    """Clears the local copy of another process than the first, which holds no more than parts."""
+    if processes.is_first():
+        yield
+        return
+    for path in home.iterdir():  # of a run that was killed
+        whole_files.remove(path)
+    try:
+        yield
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _home(url: str) -> Path:
+    """Returns where the local copy lies; processes of one machine have one each."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    if not processes.is_first():
+        name += f"-{processes.index()}"
+    return (Path(base).expanduser() / "dlc_jax" / "workdirs" / name).resolve()
+
+
+def _one_at_a_time(method: Callable[..., None]) -> Callable[..., None]:
+    """Keeps threads apart: a checkpoint is put while training goes on."""
+
+    @functools.wraps(method)
+    def alone(self: Bucket, *paths: Path) -> None:
+        with self._lock:
+            method(self, *paths)
+
+    return alone
+
+
+class Bucket:
+    """Keeps a place in a bucket and a local copy in step; see `whole_files.Mirror`.
+
+    Args:
+      store: The place.
+      home: Where the local copy lies, and a list of what it is known to have in common.
+    """
+
+    def __init__(self, store: ObjectStore, home: Path):
+        self._store, self._files = store, home / _FILES
+        self._list = home / _KNOWN
+        self._known = _read_known(self._list)
+        self._is_pending = False
+        self._lock = threading.RLock()
+
+    @property
+    def lease(self) -> LeaseObject:
+        """Where a run of this place keeps its lease."""
+        return LeaseObject(self._store)
+
+    def covers(self, path: Path) -> bool:
+        """Whether the path is in the local copy, and no temporary file."""
+        return path.is_relative_to(self._files) and not whole_files.is_temporary(path)
+
+    @_one_at_a_time
+    def pull(self, path: Path) -> None:
+        """Makes a file or folder like the bucket's."""
+        name = self._name(path)
+        found = self._store.list(name)
+        if _PENDING in found:
+            self._settle(found)
+            found = self._store.list(name)
+        found.pop(lease.FILE, None)
+        for known in _below(self._known, name):
+            if known not in found:
+                self._note(known, None)
+        stale = {known for known in found if not self._is_current(known, found[known])}
+        for known in self._local_names(name):
+            if known not in found or known in stale:
+                (self._files / known).unlink()
+        exported = set(_below(stale, _NOT_FETCHED))
+        for known in exported:
+            self._note(known, Held(found[known]))
+        _remove_empty_folders(path)
+        self._fetch({known: found[known] for known in sorted(stale - exported)})
+
+    @_one_at_a_time
+    def push(self, path: Path) -> None:
+        """Puts a file or folder in place of what is there."""
+        name = self._name(path)
+        if path.is_file():
+            self._store.put([(name, path)])
+            self._note(name, self._held(name, self._store.version(name)))
+            return
+        names = self._local_names(name)
+        links = [known for known in names if (self._files / known).is_symlink()]
+        if links:
+            raise checks.InputError(f"{self._files / links[0]}: a bucket holds no links.")
+        with self._pending({"remove": name}):
+            self._delete(_below(self._known, name))
+            self._store.put((known, self._files / known) for known in names)
+            for known, version in self._store.list(name).items():
+                self._note(known, self._held(known, version))
+
+    @_one_at_a_time
+    def remove(self, path: Path) -> None:
+        """Removes a file or folder, if it is there."""
+        name = self._name(path)
+        names = _below(self._known, name)
+        if names in ([], [name]):
+            self._delete(names)
+            return
+        with self._pending({"remove": name}):
+            self._delete(names)
+
+    @_one_at_a_time
+    def move(self, source: Path, target: Path) -> None:
+        """Moves a file or folder to where nothing is, or a file to where another one is."""
+        name, to = self._name(source), self._name(target)
+        names = _below(self._known, name)
+        moved = {known: to + known.removeprefix(name) for known in names}
+        pending = self._pending({"move": [name, to]})
+        with contextlib.nullcontext() if names in ([], [name]) else pending:
+            self._store.copy(moved.items())
+            self._delete(names)
+            for known, version in self._store.list(to).items() if names else ():
+                self._note(known, self._held(known, version))
+
+    @contextlib.contextmanager
+    def _pending(self, what: dict[str, Any]) -> Iterator[None]:
+        """Says what is about to be done, until it is."""
+        if self._is_pending:  # what failed, or was stopped, in this run
+            self._settle(self._store.list())
+        self._is_pending = True
+        self._store.write(_PENDING, json.dumps(what).encode())
+        yield
+        self._store.delete([_PENDING])
+        self._is_pending = False
+
+    def _settle(self, found: dict[str, str]) -> None:
+        """Brings to its end what was begun before and is not done."""
+        if _PENDING in found:
+            path = self._files / _PENDING
+            what = parse_json(self._store.read(_PENDING), _TO_DO, path)
+            if len(what) != 1 or not what.keys() <= {"move", "remove"}:
+                named = checks.listed(map(repr, what)) if what else "nothing"
+                raise checks.InputError(
+                    f"{path}: says {named}, expected either 'move' or 'remove'."
+                )
+            name, to = what.get("move", (what.get("remove"), None))
+            names = _below(found, name)
+            if to is not None:
+                self._store.copy((known, to + known.removeprefix(name)) for known in names)
+                for known, version in self._store.list(to).items():
+                    self._note(known, Held(version))  # whatever the file is
+            self._delete(names)
+            self._store.delete([_PENDING])
+        self._is_pending = False
+
+    def _fetch(self, versions: dict[str, str]) -> None:
+        places = {name: self._files / name for name in versions}
+        temporary = {name: path.with_name(path.name + _FETCHED) for name, path in places.items()}
+        for path in places.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._store.fetch(temporary.items())
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            # a full disk says so without naming a file
+            raise OSError(error.errno, error.strerror, str(self._files)) from error
+        for name, path in places.items():
+            os.replace(temporary[name], path)
+            self._note(name, self._held(name, versions[name]))
+
+    def _delete(self, names: list[str]) -> None:
+        self._store.delete(names)
+        for name in names:
+            self._note(name, None)
+
+    def _is_current(self, name: str, version: str) -> bool:
+        """Whether the file is like this version of the object."""
+        found = self._held(name, version)
+        is_needed = not _below([name], _NOT_FETCHED)
+        return self._known.get(name) == found and (found.size is not None or not is_needed)
+
+    def _held(self, name: str, version: str) -> Held:
+        """Returns what to note of an object that the file, if there is one, is like."""
+        with contextlib.suppress(FileNotFoundError):
+            stat = (self._files / name).stat()
+            return Held(version, stat.st_size, stat.st_mtime_ns)
+        return Held(version)
+
+    def _note(self, name: str, held: Held | None) -> None:
+        """Notes an object and its file, or that there is none."""
+        if held is None:
+            self._known.pop(name, None)
+        else:
+            self._known[name] = held
+        with open(self._list, "a") as file:
+            file.write(json.dumps([name, held]) + "\n")
+
+    def _name(self, path: Path) -> str:
+        name = path.relative_to(self._files).as_posix()
+        return "" if name == "." else name
+
+    def _local_names(self, name: str) -> list[str]:
+        path = self._files / name
+        if path.is_file():
+            return [name]
+        walk = os.walk(path)
+        return sorted(self._name(Path(root) / file) for root, _, files in walk for file in files)
+
+
+def _read_known(path: Path) -> dict[str, Held]:
+    """Reads what `_note` wrote, and writes it anew without what was superseded."""
+    known: dict[str, Held] = {}
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        for line in file:
+            with contextlib.suppress(ValueError):  # a kill may have cut the last one off
+                name, held = json.loads(line)
+                known.pop(name, None)
+                if held is not None:
+                    known[name] = Held(*held)
+    if known:
+        with whole_files.atomic(path, "w") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in known.items())
+    return known
+
+
+def _below(names: Iterable[str], name: str) -> list[str]:
+    """Returns those called so or below it; all for no name."""
+    if not name:
+        return list(names)
+    return [known for known in names if known == name or known.startswith(f"{name}/")]
+
+
+def _remove_empty_folders(root: Path) -> None:
+    for folder, _, _ in os.walk(root, topdown=False):
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(folder)

@@ -1,0 +1,335 @@
+"""One run at a time in a work directory: a lease that the first process of a run holds and renews.
+
+The lease is a file, or an object of a bucket, that names its holder and counts its renewals. It is
+void as soon as its holder is known to be dead, which only the same machine can know, and after a
+minute in which it did not change. Clocks of different machines are not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from dlc_jax import checks
+from dlc_jax.files import whole_files
+
+FILE = ".lease.json"
+_RENEW_S, _VOID_S = 10.0, 60.0
+# Without a renewal for so long, nothing is written before the lease was read again.
+_DOUBT_S = 30.0
+_LOOK_S = 0.5
+_SETTLE_S = 0.5  # for others that take a void lease at the same moment
+
+
+class Lost(BaseException):
+    """Another run holds the work directory. No `Exception`: nothing should go on after it."""
+
+
+@runtime_checkable
+class Place(Protocol):
+    """Where a lease is kept."""
+
+    @property
+    def name(self) -> str:
+        """What the user calls the work directory."""
+        ...
+
+    def read(self) -> bytes | None:
+        """Returns its content; None if there is none."""
+        ...
+
+    def create(self, content: bytes, /) -> bool:
+        """Writes it whole, unless there is one; returns whether it did."""
+        ...
+
+    def replace(self, content: bytes, /) -> None:
+        """Writes it whole, whether or not there is one."""
+        ...
+
+    def delete(self) -> None:
+        """Deletes it, if it is there."""
+        ...
+
+    def age_s(self) -> float:
+        """Returns how long it has not changed, as far as that can be known at once."""
+        ...
+
+
+class Folder(NamedTuple):
+    """A work directory on a file system.
+
+    Attributes:
+      name: Its path.
+    """
+
+    name: str
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.name) / FILE
+
+    def read(self) -> bytes | None:
+        with contextlib.suppress(FileNotFoundError):
+            return self._path.read_bytes()
+        return None
+
+    def create(self, content: bytes, /) -> bool:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._written(content) as temporary:
+            try:
+                os.link(temporary, self._path)  # unlike a new file, whole from its first moment
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                try:
+                    with open(self._path, "xb") as file:
+                        file.write(content)
+                except FileExistsError:
+                    return False
+        return True
+
+    def replace(self, content: bytes, /) -> None:
+        with self._written(content) as temporary:
+            os.replace(temporary, self._path)
+
+    def delete(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def age_s(self) -> float:
+        """By the clock of the file system, which also dates a file that is written now."""
+        with self._written(b"") as temporary, contextlib.suppress(FileNotFoundError):
+            return temporary.stat().st_mtime - self._path.stat().st_mtime
+        return 0.0
+
+    @contextlib.contextmanager
+    def _written(self, content: bytes) -> Iterator[Path]:
+        # two containers may have the same host name and process number
+        unique = self._path.with_name(f"{FILE}.{uuid.uuid4().hex}")
+        temporary = whole_files.temporary_of(unique)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def place_of(workdir: Path) -> Place:
+    """Returns where the lease of a work directory is: in it, or in the bucket that it is like."""
+    mirror = whole_files.mirror_of(workdir)
+    place: Place = Folder(str(workdir)) if mirror is None else mirror.lease
+    return place
+
+
+@contextlib.contextmanager
+def held(place: Place, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Holds the lease of a work directory in here, and lets nothing be written without it.
+
+    Waits up to a minute for a lease that shows no sign of life; its holder may have died.
+
+    Args:
+      place: Where the lease is.
+      say: Takes a line if this has to wait.
+    Raises:
+      ValueError: another run holds it, or it cannot be written.
+      Lost: from a write in here, if another run took the lease because this process was suspended
+        for more than a minute.
+    """
+    lease = _Lease(place)
+    try:
+        lease.acquire(say)
+    except OSError as error:
+        raise checks.InputError(
+            f"--workdir: cannot write to {place.name}: {error.strerror or error}."
+        ) from error
+    thread = threading.Thread(target=lease.keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        with whole_files.guarded_by(lease.check):
+            yield
+    finally:
+        lease.ended.set()
+        thread.join(timeout=_RENEW_S)
+        lease.release()
+
+
+class _Lease:
+    """The lease of this process, and what it knows of another's."""
+
+    def __init__(self, place: Place):
+        self._place, self._token, self._renewals = place, uuid.uuid4().hex, 0
+        self._since = _now()
+        self._sure_at = _clock()  # when it was last known to be ours
+        self._lock = threading.Lock()  # of two threads that renew
+        self._taken_by: str | None = None
+        self.ended = threading.Event()
+
+    def acquire(self, say: Callable[[str], None]) -> None:
+        """Takes the lease, from nobody or from a holder that is dead or silent."""
+        if self._place.create(self._content()):
+            return
+        last = self._place.read()
+        # whatever the file's date says, one that lives is given the time to show it
+        silent_s = min(max(0.0, self._place.age_s()), _VOID_S - 1.5 * _RENEW_S)
+        seen_at, said = _clock() - silent_s, False
+        while last is not None and not _is_dead(last) and _clock() - seen_at < _VOID_S:
+            if _is_alive(last) and _clock() - seen_at < 2 * _RENEW_S:
+                raise checks.InputError(self._refusal(last))
+            if not said:
+                left_s = _VOID_S - (_clock() - seen_at)
+                say(f"{self._place.name}: {_who(last)}; waiting {left_s:.0f} s for a sign of life")
+                said = True
+            time.sleep(_LOOK_S)
+            found = self._place.read()
+            if found is not None and found != last:
+                raise checks.InputError(self._refusal(found))
+            last = found
+        self._take(last)
+
+    def _take(self, void: bytes | None) -> None:
+        """Takes a lease that is void or gone, unless another process is faster."""
+        if void is None:
+            is_ours = self._place.create(self._content())
+        else:
+            is_ours = self._place.read() == void
+            if is_ours:
+                self._place.replace(self._content())
+                time.sleep(_SETTLE_S)
+        found = self._place.read()
+        if not is_ours or _facts(found).get("token") != self._token:
+            raise checks.InputError(self._refusal(found))
+        self._sure_at = _clock()
+
+    def keep(self) -> None:
+        """Renews the lease until it ends or is lost."""
+        while not self.ended.wait(_RENEW_S):
+            with contextlib.suppress(BaseException):  # `check` meets what does not pass
+                self._renew()
+            if self._taken_by is not None:
+                return
+
+    def check(self) -> None:
+        """Raises `Lost` unless the lease is ours, so that something can be written."""
+        if self._taken_by is None and _clock() - self._sure_at > _DOUBT_S:
+            self._renew()
+        if self._taken_by is not None:
+            raise Lost(
+                f"{self._place.name}: {self._taken_by}: this process gave no sign of life for too "
+                "long. It writes nothing more."
+            )
+
+    def release(self) -> None:
+        """Deletes the lease, if it is ours."""
+        with contextlib.suppress(Exception), self._lock:
+            if _facts(self._place.read()).get("token") == self._token:
+                self._place.delete()
+
+    def _renew(self) -> None:
+        with self._lock:
+            found = self._place.read()
+            if found is None and _clock() - self._sure_at > _DOUBT_S:
+                self._taken_by = "another run may have held it meanwhile, and ended"
+            # else one that is gone was deleted by hand, and is written again
+            elif found is not None and _facts(found).get("token") != self._token:
+                self._taken_by = _who(found)
+            elif not self.ended.is_set():
+                self._renewals += 1
+                self._place.replace(self._content())
+                self._sure_at = _clock()
+
+    def _content(self) -> bytes:
+        facts = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "since": self._since,
+            "machine": _machine(),
+            "started": _started(os.getpid()),
+            "token": self._token,
+            "renewals": self._renewals,
+            "renewed": _now(),
+        }
+        return (json.dumps(facts, indent=2) + "\n").encode()
+
+    def _refusal(self, content: bytes | None) -> str:
+        return (
+            f"{self._place.name}: in use: {_who(content)}. One run at a time may work there; wait "
+            "until it ends, or use another --workdir."
+        )
+
+
+def _facts(content: bytes | None) -> dict[str, Any]:
+    """Returns what a lease says; nothing of one that cannot be read."""
+    with contextlib.suppress(ValueError, RecursionError):
+        facts = json.loads(content or b"")
+        if isinstance(facts, dict):
+            return facts
+    return {}
+
+
+def _who(content: bytes | None) -> str:
+    facts = _facts(content)
+    if not {"pid", "host", "since"} <= facts.keys():
+        return "an unknown process holds its lease"
+    return f"process {facts['pid']} on {facts['host']} holds it since {facts['since']}"
+
+
+def _is_here(facts: dict[str, Any]) -> bool:
+    """Whether the holder's number means a process that can be looked at here."""
+    is_here = facts.get("host") == platform.node() and facts.get("machine") == _machine()
+    names_process = type(facts.get("pid")) is int and isinstance(facts.get("started"), str)
+    return is_here and names_process
+
+
+def _is_dead(content: bytes) -> bool:
+    """Whether the holder ran on this machine and no longer does."""
+    facts = _facts(content)
+    return _is_here(facts) and _started(facts["pid"]) != facts.get("started")
+
+
+def _is_alive(content: bytes) -> bool:
+    """Whether the holder runs on this machine."""
+    return _is_here(_facts(content)) and not _is_dead(content)
+
+
+def _started(pid: int) -> str | None:
+    """Returns when a process started, by which numbers used twice differ; None if it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+        return "running" if whole_files.is_running(pid) else None  # no /proc
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]
+
+
+def _machine() -> str:
+    """Returns what differs between hosts of the same name, and between containers on one."""
+    found = []
+    with contextlib.suppress(OSError):
+        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        found += re.findall("[0-9]+", os.readlink("/proc/self/ns/pid"))
+    return " ".join(found)
+
+
+def _clock() -> float:
+    """Returns seconds, in which those of a machine that sleeps count."""
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime(clock)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,0 +1,93 @@
+"""Which package may import which: the contracts of pyproject.toml, and that they see a breach."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+LINT = (
+    "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+)
+MOST_LOOSE = 10
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", LINT], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """The package without its data, and its contracts."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for path in (ROOT / "dlc_jax").rglob("*.py"):
+        to = folder / path.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to)
+    return folder
+
+
+def test_contracts_hold(copy):
+    done = lint(copy)
+    assert done.returncode == 0, done.stdout
+    assert "0 broken" in done.stdout
+
+
+BREACHES = {
+    "a lower package": ("datasets/labels.py", "from dlc_jax.stages import select", "stands below"),
+    "inside a function": (
+        "scores/dlc.py",
+        "def late():\n    from dlc_jax.training.lora import LoraConfig\n",
+        "stands below",
+    ),
+    "by way of the public names": (
+        "probes/path.py",
+        "from dlc_jax.api import probe",
+        "stands below",
+    ),
+    "the other kind": (
+        "training/lora/step.py",
+        "from dlc_jax.training.images.step import Network",
+        "side by side",
+    ),
+    "a circle of modules": (
+        "checks/errors.py",
+        "from dlc_jax.checks.settings import MODES",
+        "in a circle",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREACHES)
+def test_a_line_that_breaks_one_is_seen(copy, name):
+    file, line, contract = BREACHES[name]
+    path = copy / "dlc_jax" / file
+    text = path.read_text()
+    path.write_text(f"{text}\n{line}\n")
+    try:
+        done = lint(copy)
+    finally:
+        path.write_text(text)
+    assert done.returncode == 1, done.stdout
+    broken = [row for row in done.stdout.splitlines() if row.endswith(" BROKEN")]
+    assert any(contract in row for row in broken), broken
+
+
+def test_a_package_that_no_contract_names_is_seen(copy):
+    new = copy / "dlc_jax" / "helpers"
+    new.mkdir()
+    (new / "__init__.py").touch()
+    try:
+        assert lint(copy).returncode == 1
+    finally:
+        shutil.rmtree(new)
+
+
+def test_few_modules_lie_loose():
+    loose = sorted(path.name for path in (ROOT / "dlc_jax").glob("*.py"))
+    assert len(loose) <= MOST_LOOSE, loose

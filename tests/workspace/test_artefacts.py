@@ -1,0 +1,190 @@
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import dlc_jax as dlc
+from dlc_jax.files import whole_files
+from dlc_jax.selection import Cell
+from dlc_jax.stages import selection_files, what_was_scored
+from dlc_jax.workspace import artefacts
+from dlc_jax.workspace.artefacts import ScoredSamples
+
+
+@pytest.fixture
+def samples():
+    scores = {"dlc": np.linspace(2, 3, 20, dtype=np.float32)}
+    ids = np.array([f"café/{i}" for i in range(20)])
+    return ScoredSamples(ids, np.arange(20, dtype=np.int32) % 2, ("a", "b"), scores)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.json"
+    artefacts.write_json(path, {"old": 1})
+
+    def half_way() -> None:
+        with artefacts.atomic(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        half_way()
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_leftovers_of_dead_runs_are_cleared_and_nothing_else(tmp_path):
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    owner, temporary = whole_files._OWNER, whole_files._TEMPORARY
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "photos").mkdir()
+    gone = tmp_path / "scores" / f".losses.npz{owner}{int(dead.stdout)}{temporary}"
+    kept = [
+        tmp_path / "scores" / f".losses.npz{owner}{os.getpid()}{temporary}",
+        tmp_path / "scores" / ".losses.npz.dlc_jax-otherhost-1234567.tmp",
+        tmp_path / f".x{owner}99999999999999999999{temporary}",
+        tmp_path / "photos" / ".backup.2023999.tmp",
+    ]
+    for path in (gone, *kept):
+        path.touch()
+    artefacts.prepare_workdir(tmp_path)
+    assert not gone.exists()
+    assert all(path.exists() for path in kept)
+
+
+def test_scores_survive_the_round_trip(tmp_path, samples):
+    artefacts.write_scores(tmp_path, samples)
+    found = artefacts.read_scores(tmp_path)
+    np.testing.assert_array_equal(found.ids, samples.ids)
+    np.testing.assert_array_equal(found.labels, samples.labels)
+    np.testing.assert_array_equal(found.scores["dlc"], samples.scores["dlc"])
+    assert found.class_names == samples.class_names
+    assert found.fingerprint == samples.fingerprint
+    (tmp_path / artefacts.SCORES).write_bytes(b"not a table")
+    with pytest.raises(ValueError, match="not a table of scores"):
+        artefacts.read_scores(tmp_path)
+
+
+def test_fingerprint_covers_class_names(samples):
+    renamed = ScoredSamples(samples.ids, samples.labels, ("a", "wasp"), samples.scores)
+    assert renamed.fingerprint != samples.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        ((0.3, 0.5, 1), "keep_0.30-split_0.50-seed_1"),
+        ((0.3, None, 12), "keep_0.30-seed_12"),
+        ((0.125, 0.05, 0), "keep_0.125-split_0.05-seed_0"),
+        ((0.3, "auto", 0), "keep_0.30-split_auto-seed_0"),
+    ],
+)
+def test_cell_names_do_not_collide(cell, name):
+    assert Cell("random", *cell).name == f"random/{name}"
+
+
+HOW = {"score": "dlc", "per_class": True, "min_per_class": 0}
+
+
+def write(folder, samples, **choices) -> list:
+    kept = dlc.select(samples.scores["dlc"], samples.labels, keep_fraction=0.3, **choices)
+    facts = {"how": HOW, "scores_fingerprint": samples.fingerprint}
+    return selection_files.write_selection(folder, kept, samples, facts)
+
+
+def test_selections_of_other_scores_are_set_aside_not_lost(tmp_path, samples):
+    paths = write(tmp_path, samples)
+    known = {"flexrand": samples.fingerprint}
+    aside = functools.partial(selection_files.set_superseded_aside, tmp_path, how_of=lambda _: HOW)
+    assert aside(known, "default") == 0
+    assert aside({"flexrand": "x"}, "default") == 1
+    folder = f"{samples.fingerprint[:12]}-default"
+    for path in paths:
+        assert not (tmp_path / path).exists()
+        moved = tmp_path / "superseded" / folder / path.relative_to("selections")
+        assert moved.exists()
+
+
+def test_selections_of_the_other_mode_are_set_aside(tmp_path, samples):
+    write(tmp_path, samples)
+    known = {"flexrand": samples.fingerprint}
+    aside = functools.partial(selection_files.set_superseded_aside, tmp_path, how_of=lambda _: HOW)
+    assert aside(known, "official") == 1
+
+
+def test_selections_made_another_way_are_set_aside_and_do_not_replace_each_other(tmp_path, samples):
+    known = {"flexrand": samples.fingerprint}
+    for num in range(1, 4):
+        write(tmp_path, samples)
+        manifest = next((tmp_path / "selections").glob("*/*.json"))
+        facts = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(facts | {"how": HOW | {"min_per_class": num}}))
+        moved = selection_files.set_superseded_aside(tmp_path, known, "default", lambda _: HOW)
+        assert moved == 1
+        assert len(list((tmp_path / "superseded").glob("*/*/*.npy"))) == num
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"scores_fingerprint": "f" * 64}, "selected with scores_fingerprint .*, expected 'fff"),
+        ({"mode": "official"}, "selected with mode 'default', expected 'official'"),
+        ({"how": {**HOW, "min_per_class": 2}}, "selected with min_per_class 0, expected 2"),
+        ({"how": {**HOW, "score": "entropy"}}, "selected with score 'dlc', expected 'entropy'"),
+        ({"how": {**HOW, "per_class": False}}, "selected with per_class True, expected False"),
+    ],
+)
+def test_a_selection_made_another_way_is_not_read(tmp_path, samples, changes, says):
+    write(tmp_path, samples, method="easiest")
+    arguments = {"how": HOW, "scores_fingerprint": samples.fingerprint, "mode": "default"}
+    cell = Cell("easiest", 0.3, None, 0)
+    if says is None:
+        found = selection_files.read_selection(tmp_path, samples, cell, **arguments)
+        assert found.indices.tolist() == [0, 1, 2, 3, 4, 5]
+        return
+    with pytest.raises(ValueError, match=says):
+        selection_files.read_selection(tmp_path, samples, cell, **(arguments | changes))
+
+
+def test_manifests_tell_kept_and_dropped(tmp_path, samples):
+    import hashlib
+
+    shuffled = np.random.default_rng(0).permutation(samples.ids)
+    samples = dataclasses.replace(samples, ids=shuffled)
+    write(tmp_path, samples, method="easiest")
+    manifest = json.loads((tmp_path / "selections/easiest/keep_0.30-seed_0.json").read_text())
+    ids = "\n".join(sorted(samples.ids[:6]))
+    assert manifest["kept"] == {"count": 6, "sha256": hashlib.sha256(ids.encode()).hexdigest()}
+    assert manifest["dropped"]["count"] == 14
+    assert manifest["per_class"] == {n: {"samples": 10, "kept": 3} for n in ("a", "b")}
+    assert manifest["scores_fingerprint"] == samples.fingerprint
+
+
+def test_provenance_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected a JSON object, found list"):
+        artefacts.read_json(tmp_path / "x.json")
+
+
+def test_the_scored_encoder_is_named_where_it_is_another(tmp_path):
+    scored = {"name": "resnet18", "weights": "demo:resnet18", "fingerprint": "ab"}
+    assert what_was_scored.scored_encoder(tmp_path, "cd") is None  # of the user's own scores
+    artefacts.write_json(tmp_path / artefacts.PROVENANCE, {"encoder": scored})
+    assert what_was_scored.scored_encoder(tmp_path, "ab") is None
+    assert what_was_scored.scored_encoder(tmp_path, "cd") == "resnet18 demo:resnet18"
+
+
+@pytest.mark.parametrize("files", [[], None, {"adapter/x": 3}])
+def test_checksums_of_another_shape_are_refused_by_name(tmp_path, files):
+    (tmp_path / "adapter").mkdir()
+    artefacts.write_json(tmp_path / "run.json", {"files": files})
+    with pytest.raises(dlc.InputError, match=r"run.json: files(\.adapter/x)? is .*, expected "):
+        artefacts.check_is_as_recorded(tmp_path / "adapter")

@@ -1,0 +1,468 @@
+"""Work directories that were changed behind the package's back, or that others are asked of."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import encoded, random_images
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dlc_jax as dlc
+from dlc_jax.config import Config
+from dlc_jax.selection import Cell
+from dlc_jax.stages import pipeline, sweep_results, what_was_scored
+from dlc_jax.stages import score as score_stage
+from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.types import ProbeLosses
+from dlc_jax.workspace import artefacts, provenance
+
+CELLS = [Cell("easiest", 0.5, None, 0), Cell("random", 0.5, None, 0), Cell("random", 0.5, None, 1)]
+
+
+def config(stages: str = "select", **sections) -> Config:
+    """Settings of a small run on the images in the current folder."""
+    values = {
+        "stages": tuple(stages.split(",")),
+        "dataset": {"train": "folder:images"},
+        "encoder": {"name": "resnet18", "weights": "demo:resnet18", "image_size": 32},
+        "probe": {"num_probes": 2},
+        "selection": {
+            "methods": ("easiest", "random"),
+            "keep_fractions": (0.5,),
+            "seeds": (0, 1),
+        },
+        "export": {"forms": ("npy",)},
+    }
+    for name, settings_ in sections.items():
+        values[name] = (
+            values.get(name, {}) | settings_ if isinstance(settings_, dict) else settings_
+        )
+    return Config.of(values)
+
+
+def fixed_losses(encoder, dataset, **_) -> ProbeLosses:
+    """In place of the probes, which would take seconds."""
+    losses = np.random.default_rng(0).normal(2, 0.1, (1, len(dataset))).astype(np.float32)
+    prototypes = np.zeros((dataset.num_classes, 4), np.float32)
+    sparsity = np.zeros(1, np.float32)
+    return ProbeLosses(
+        losses, sparsity, dataset.labels, dataset.ids, prototypes, dataset.class_names
+    )
+
+
+def run(settings_: Config, workdir: Path) -> str:
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_stage, "probe", fixed_losses)
+        pipeline.run(settings_, workdir, said.append)
+    return "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory) -> Path:
+    """A folder with `images/` and with `run/`, scored and selected from."""
+    place = tmp_path_factory.mktemp("place")
+    for number, image in enumerate(random_images(12, 8)):
+        path = place / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(image))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        run(config("score,select"), place / "run")
+    return place
+
+
+@pytest.fixture
+def place(scored, tmp_path, monkeypatch) -> Path:
+    """A copy of it, which is the current folder."""
+    place = Path(shutil.copytree(scored, tmp_path / "copy"))
+    monkeypatch.chdir(place)
+    return place
+
+
+def selection_file(place: Path, cell: Cell, suffix: str) -> Path:
+    return place / "run" / "selections" / f"{cell.name}{suffix}"
+
+
+@pytest.mark.parametrize(("source", "target"), [(0, 1), (1, 0), (2, 1)])
+def test_a_selection_of_another_cell_is_refused(place, source, target):
+    for suffix in (".npy", ".json"):
+        shutil.copy(
+            selection_file(place, CELLS[source], suffix),
+            selection_file(place, CELLS[target], suffix),
+        )
+    with pytest.raises(dlc.InputError) as caught:
+        run(config("export"), place / "run")
+    file = selection_file(place, CELLS[target], ".json")
+    assert str(caught.value).startswith(f"{file}: is of {CELLS[source].name}, expected ")
+    assert CELLS[target].name in str(caught.value)
+    run(config(), place / "run")  # selecting again mends it
+    run(config("export"), place / "run")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("version", "0.0.1", "selected with version '0.0.1', expected"),
+        ("num_samples", 11, "selected with num_samples 11, expected 12"),
+        ("dropped", {"count": 6, "sha256": "0" * 64}, "are not the 6 that its manifest"),
+        ("seed", 5, "is of random/keep_0.50-seed_5, expected random/keep_0.50-seed_1"),
+        ("keep_fraction", 0.3, "is of random/keep_0.30-seed_1, expected"),
+        ("split", 0.5, "is of random/keep_0.50-split_0.50-seed_1, expected"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_refused(place, field, value, says):
+    file = selection_file(place, CELLS[2], ".json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(dlc.InputError, match=says):
+        run(config("export"), place / "run")
+
+
+def test_a_selection_whose_manifest_was_made_to_fit_is_refused(place):
+    for suffix in (".npy", ".json"):
+        shutil.copy(
+            selection_file(place, CELLS[2], suffix), selection_file(place, CELLS[1], suffix)
+        )
+    file = selection_file(place, CELLS[1], ".json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": CELLS[1].seed}))
+    with pytest.raises(dlc.InputError, match=rf"{CELLS[1].name}\.json does not have the content"):
+        run(config("export"), place / "run")
+    run(config(), place / "run")
+    run(config("export"), place / "run")
+
+
+def run_facts(cell: Cell) -> dict:
+    result = {"num_kept": 6, "test_accuracy": 50.0, "seconds": 1.0}
+    inputs = {"inputs": "a" * 64, "shared": "b" * 64}
+    return inputs | {"cell": cell._asdict(), "settings": {}, "result": result}
+
+
+def test_a_run_of_another_cell_is_refused_and_not_in_the_table(tmp_path):
+    for cell, of in ((CELLS[0], CELLS[0]), (CELLS[1], CELLS[0])):
+        path = tmp_path / "finetune" / cell.name / "run.json"
+        artefacts.write_json(path, run_facts(of))
+    assert sweep_results.facts_of(tmp_path, CELLS[0])["inputs"] == "a" * 64
+    says = f"{path}: is of {CELLS[0].name}, expected {CELLS[1].name}"
+    with pytest.raises(dlc.InputError, match=says):
+        sweep_results.facts_of(tmp_path, CELLS[1])
+    rows = sweep_results.write_results(tmp_path)
+    assert [(row["method"], row["num_kept"]) for row in rows] == [("easiest", 6)]
+    said = sweep_results.what_is_finished(config(), tmp_path)
+    assert said.startswith("1 of the 6 runs asked for are finished")
+    assert says in said
+
+
+def test_an_evaluation_of_another_cell_is_refused(tmp_path):
+    found = {"asked": "x", "run": "a" * 64, "cell": CELLS[0]._asdict()}
+    found |= {"result": {"test_accuracy": 25.0}, "num_questions": 4, "num_truncated": 0}
+    path = sweep_results.evaluation_file(tmp_path, CELLS[1])
+    artefacts.write_json(path, found)
+    with pytest.raises(dlc.InputError, match=f"{path}: is of {CELLS[0].name}, expected"):
+        sweep_results.read_evaluation(tmp_path, CELLS[1])
+
+
+def other_images(place: Path) -> str:
+    shutil.copytree(place / "images", place / "others")
+    next((place / "others" / "a").iterdir()).write_bytes(encoded(random_images(1, 8, seed=9)[0]))
+    return f"folder:{place}/others"
+
+
+@pytest.mark.parametrize("stages", ["select", "export", "finetune", "report"])
+def test_data_that_were_not_scored_are_refused_by_every_stage(place, stages):
+    before = (place / "run" / "config.json").read_bytes()
+    other = {"train": other_images(place), "test": "folder:images"}
+    with pytest.raises(dlc.InputError) as caught:
+        run(config(stages, dataset=other), place / "run")
+    said = str(caught.value)
+    assert f"folder:{place}/others is not what was scored in {place}/run" in said
+    assert "(folder:images)" in said
+    fingerprint = provenance.read(place / "run")["dataset"]["fingerprint"]
+    assert f"expected {fingerprint[:12]}" in said
+    assert (place / "run" / "config.json").read_bytes() == before
+
+
+def test_data_that_cannot_be_compared_are_refused(place):
+    with pytest.raises(
+        dlc.InputError, match=r"dataset\.train: folder:/absent is not what .*images"
+    ):
+        run(config(dataset={"train": "folder:/absent"}), place / "run")
+
+
+def test_moved_data_of_equal_content_are_taken(place):
+    shutil.move(place / "images", place / "moved")
+    run(config(dataset={"train": f"folder:{place}/moved"}), place / "run")
+
+
+def test_the_same_name_is_not_read_again(place):
+    shutil.move(place / "images", place / "moved")
+    assert "unchanged" in run(config(), place / "run")
+
+
+def test_another_encoder_is_refused_unless_it_is_fine_tuned(place, sample_encoder, monkeypatch):
+    monkeypatch.setattr(what_was_scored, "load_configured", lambda _: sample_encoder)
+    moved = {"weights": "elsewhere/model.safetensors"}
+    run(config(encoder=moved), place / "run")  # the same, by its fingerprint
+    other = dataclasses.replace(sample_encoder, name="other")
+    monkeypatch.setattr(what_was_scored, "load_configured", lambda _: other)
+    for stages in ("select", "export"):
+        with pytest.raises(dlc.InputError) as caught:
+            run(config(stages, encoder=moved), place / "run")
+        said = str(caught.value)
+        assert "resnet18 elsewhere/model.safetensors is not what was scored" in said
+        fingerprint = provenance.read(place / "run")["encoder"]["fingerprint"]
+        assert f"expected {fingerprint[:12]} (resnet18 demo:resnet18)" in said
+    tuned = config("finetune", encoder=moved, dataset={"test": "folder:images"})
+    what_was_scored.check_names_what_was_scored(tuned, place / "run", dlc.load_dataset, print)
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("encoder", {"image_size": 64}),
+        ("encoder", {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}),
+        ("dataset", {"category": "kind"}),
+    ],
+)
+def test_settings_that_decide_what_is_measured_are_compared(place, section, change):
+    with pytest.raises(dlc.InputError, match=rf"{section}\.\w+: .* is not what was scored in"):
+        run(config(**{section: change}), place / "run")
+
+
+def test_other_probes_are_noted(place):
+    said = run(config(probe={"num_probes": 7, "batch_size": 3}), place / "run")
+    assert "note: the scores are of probes with num_probes 2; the configuration says num_" in said
+    assert "num_probes 7" in said
+    assert "note:" not in run(config(), place / "run")
+
+
+def test_what_a_configuration_leaves_empty_is_not_compared(place):
+    bare = {"stages": ("select",), "probe": {"num_probes": 2}}
+    run(Config.of(bare), place / "run")
+
+
+# What is done with a work directory, by what it reads.
+def use(workdir: Path, config_: Config) -> None:
+    """Calls what reads a work directory: every stage but training itself."""
+    run(config_, workdir)
+    for cell in CELLS:
+        SelectionInputs(config_, workdir, artefacts.read_scores(workdir)).read(cell)
+        sweep_results.facts_of(workdir, cell)
+        sweep_results.read_evaluation(workdir, cell)
+    sweep_results.what_is_finished(config_, workdir)
+    what_was_scored.check_is_what_was_scored(workdir, dlc.load_dataset(config_.dataset.train))
+
+
+DAMAGED = (
+    "provenance.json",
+    "config.json",
+    *(f"selections/{cell.name}.json" for cell in CELLS[1:]),
+    f"finetune/{CELLS[0].name}/run.json",
+    f"evaluate/{CELLS[0].name}.json",
+)
+VALUES = st.sampled_from([None, True, -1, 0, 0.5, 10**30, "", "text", "../../x", [], [0], {}])
+
+
+def write_others(workdir: Path) -> None:
+    """Adds what fine-tuning and evaluating leave."""
+    artefacts.write_json(workdir / DAMAGED[-2], run_facts(CELLS[0]))
+    found = {"asked": "x", "run": "a" * 64, "result": {"test_accuracy": 25.0}}
+    found |= {"num_questions": 4, "num_truncated": 0}
+    artefacts.write_json(workdir / DAMAGED[-1], found)
+
+
+def places_in(value, prefix=()):
+    """Yields the path of every value in a value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, item in items:
+        yield (*prefix, name)
+        if isinstance(item, (dict, list)):
+            yield from places_in(item, (*prefix, name))
+
+
+def change_and_use(place: Path, workdir: Path, data: st.DataObject) -> None:
+    """Changes a value in a file of a work directory, and calls everything that reads it."""
+    shutil.rmtree(workdir, ignore_errors=True)
+    shutil.copytree(place / "run", workdir)
+    write_others(workdir)
+    path = workdir / data.draw(st.sampled_from(DAMAGED))
+    value = json.loads(path.read_text())
+    *above, last = data.draw(st.sampled_from(list(places_in(value))))
+    inner = value
+    for name in above:
+        inner = inner[name]
+    if data.draw(st.booleans()):
+        del inner[last]
+    else:
+        inner[last] = data.draw(VALUES)
+    path.write_text(json.dumps(value))
+    try:
+        use(workdir, config(data.draw(st.sampled_from(["select", "export"]))))
+        said = ""
+    except dlc.InputError as error:
+        said = str(error)
+    assert "\n" not in said
+
+
+OPTIONS = {
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
+
+
+@settings(max_examples=20, **OPTIONS)
+@given(data=st.data())
+def test_json_of_another_shape_is_used_or_refused_in_one_line(place, tmp_path, data):
+    change_and_use(place, tmp_path / "changed", data)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, **OPTIONS)
+@given(data=st.data())
+def test_json_changed_anywhere_is_used_or_refused_in_one_line(place, tmp_path, data):
+    change_and_use(place, tmp_path / "changed", data)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"1",
+        b'"stages"',
+        b"null",
+        b"",
+        b"{",
+        b"\xff\xfe{}",
+        b'{"stages": {}, "stages": {}}',
+        b'{"stages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"seconds": ' + b"9" * 5000 + b"}",
+    ],
+)
+@pytest.mark.parametrize("name", ["provenance.json", DAMAGED[2]])
+def test_files_that_are_no_json_objects_are_refused_by_name(place, content, name):
+    (place / "run" / name).write_bytes(content)
+    with pytest.raises(dlc.InputError) as caught:
+        run(config("export"), place / "run")
+    assert str(caught.value).startswith(f"{place}/run/{name}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"stages": []}, "stages is a list of 0 values, expected an object"),
+        ({"stages": {"score": {}}}, "stages.score.inputs is missing, expected text"),
+        ({"stages": {"score": "x"}}, "stages.score is 'x', expected an object"),
+        ({"pruning_seconds": {"a": "2"}}, "pruning_seconds.a is '2', expected a number"),
+        ({"dataset": []}, "dataset is a list of 0 values, expected an object"),
+    ],
+)
+def test_provenance_of_another_shape_names_the_field(place, change, says):
+    file = place / "run" / "provenance.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(dlc.InputError) as caught:
+        run(config(), place / "run")
+    assert str(caught.value).startswith(f"{file}: {says}")
+
+
+@pytest.mark.parametrize("outputs", [[], {"../images/a/0.png": "0" * 64}, {"/etc/passwd": ""}])
+@pytest.mark.parametrize("stage", ["score", "select"])
+def test_outputs_that_are_no_files_of_the_work_directory_are_refused(place, outputs, stage):
+    file = place / "run" / "provenance.json"
+    facts = json.loads(file.read_text())
+    facts["stages"][stage]["outputs"] = outputs
+    file.write_text(json.dumps(facts))
+    with pytest.raises(dlc.InputError, match=rf"provenance\.json: stages\.{stage}\.outputs"):
+        run(config(), place / "run")
+
+
+def test_a_stage_that_left_nothing_is_not_done(place):
+    file = place / "run" / "provenance.json"
+    facts = json.loads(file.read_text())
+    for stage in ("score", "select"):
+        assert provenance.is_done(place / "run", stage, facts["stages"][stage]["inputs"])
+        facts["stages"][stage]["outputs"] = {}
+    file.write_text(json.dumps(facts))
+    for stage in ("score", "select"):
+        assert not provenance.is_done(place / "run", stage, facts["stages"][stage]["inputs"])
+    with pytest.raises(dlc.InputError, match="not as the stage 'score' left it"):
+        run(config(), place / "run")
+    assert "unchanged" not in run(config("score,select"), place / "run")
+
+
+def test_a_selection_that_is_not_among_the_outputs_is_not_done(place):
+    file = place / "run" / "provenance.json"
+    facts = json.loads(file.read_text())
+    outputs = facts["stages"]["select"]["outputs"]
+    facts["stages"]["select"]["outputs"] = dict(list(outputs.items())[:-1])
+    file.write_text(json.dumps(facts))
+    assert "select: unchanged" not in run(config(), place / "run")
+
+
+def header(shape: str, descr: str = "<i8", magic: bytes = b"\x93NUMPY\x01\x00") -> bytes:
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
+    text = text.ljust(117)
+    return magic + (len(text) + 1).to_bytes(2, "little") + text.encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(f"({10**15},)"),
+        header(f"({10**15}, 0)"),
+        header("(-1,)"),
+        header("(1,)", "|O") + bytes(8),
+        header(f"({10**15},)", "<U0"),
+        header("(6,)", "<f8") + bytes(48),
+        header("(6,)", "<i8") + bytes(47),
+        header("(6,)", "|S3") + b"\xff" * 18,
+        header("((6,)"),
+        header("6}\n{", "<i8"),
+        header("(6,), 1: 2"),
+        header("-" * 9000 + "6"),
+        b"\x93NUMPY",
+        b"",
+        b"PK\x03\x04",
+    ],
+)
+def test_positions_with_a_false_header_are_refused(place, content):
+    selection_file(place, CELLS[1], ".npy").write_bytes(content)
+    with pytest.raises(dlc.InputError) as caught:
+        run(config("export"), place / "run")
+    assert str(caught.value).startswith(f"{selection_file(place, CELLS[1], '.npy')}: ")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"losses": np.zeros(12, np.float32)},
+        {"losses": np.zeros((1, 11), np.float32)},
+        {"losses": np.full((1, 12), np.nan, np.float32)},
+        {"losses": np.zeros((1, 12), int)},
+        {"sparsity": np.zeros(3, np.float32)},
+        {"ids": np.arange(12)},
+        {"ids": np.array([b"\xff"] * 12)},
+        {"labels": np.zeros((12, 1), np.int32)},
+    ],
+)
+def test_losses_of_another_shape_are_refused(place, change):
+    file = place / "run" / "scores" / "losses.npz"
+    arrays = dict(np.load(file))
+    np.savez(file, **arrays | change)
+    with pytest.raises(dlc.InputError, match=f"{next(iter(change))}|not finite"):
+        artefacts.read_losses(place / "run")
+
+
+def test_losses_that_are_damaged_or_would_unpack_to_more_are_refused(place):
+    file = place / "run" / "scores" / "losses.npz"
+    arrays = dict(np.load(file))
+    np.savez_compressed(file, **arrays | {"losses": np.zeros((1000, 12), np.float32)})
+    with pytest.raises(dlc.InputError, match=r"losses\.npz: is compressed"):
+        artefacts.read_losses(place / "run")
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(dlc.InputError, match=r"losses\.npz: cannot be read as arrays"):
+        artefacts.read_losses(place / "run")

@@ -12,7 +12,7 @@ result = dlc.finetune(encoder, dataset, kept, test=dlc.load_dataset("folder:/dat
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.1"
+from dlc_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from dlc_jax.api import *  # noqa: F403

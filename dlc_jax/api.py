@@ -15,7 +15,7 @@ from dlc_jax.probes import RankCertificate, certify, features, probe
 from dlc_jax.probes.responses import measure_responses, probe_responses, response_losses
 from dlc_jax.scores import score
 from dlc_jax.selection import select
-from dlc_jax.training.images import finetune, record_training
+from dlc_jax.training.images import FinetuneConfig, finetune, record_training
 from dlc_jax.training.lora import finetune_lora
 from dlc_jax.tuning import FinetuneTrials, LinearProbeConfig, keep_curve, linear_probes, tune
 from dlc_jax.types import (
@@ -32,6 +32,7 @@ from dlc_jax.types import (
 __all__ = [
     "Dataset",
     "Encoder",
+    "FinetuneConfig",
     "FinetuneTrials",
     "ImageCache",
     "InputError",

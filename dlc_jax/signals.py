@@ -42,8 +42,8 @@ def listen() -> None:
     """Takes SIGTERM and Ctrl-C from here on, unless whoever started this process ignores them.
 
     The first one prints "stopping" at once, and ends the process with code 75 or 130: at once, or
-    in an orderly way within `raised`. A second one ends it at once. A command that has come to its
-    end, with nothing left but Python's own, ends with its own code.
+    in an orderly way within `raised`. A second one ends it at once. Both are ignored once the
+    interpreter shuts down, so that a command that is done ends with its own code.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -140,7 +140,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _ignore() -> None:
-    """Ignores signals, for which Python restores the system's handlers while it ends."""
+    """Ignores signals: while Python shuts down the system's handlers would kill the process."""
     for number in _CODES:
         signal.signal(number, signal.SIG_IGN)
 

@@ -49,7 +49,10 @@ def probe_program(name, image_size, batch_size, num_probes):
 
 
 # encoder, pixels, images; bytes beside the arguments, measured with jaxlib 0.10.2
-CASES = [("sample", 64, 16, 7.07e6), ("vit_small_patch16_224", 224, 2, 98.9e6)]
+CASES = [
+    ("sample", 64, 16, 7.07e6),
+    pytest.param("vit_small_patch16_224", 224, 2, 98.9e6, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("name", "image_size", "batch_size", "num_bytes"), CASES)

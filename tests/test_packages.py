@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,22 @@ def test_a_package_that_no_contract_names_is_seen(copy):
         assert lint(copy).returncode == 1
     finally:
         shutil.rmtree(new)
+
+
+def test_nothing_is_imported_behind_the_contracts():
+    """By name, from outside the package, or from a folder that import-linter does not see."""
+    files = sorted((ROOT / "dlc_jax").rglob("*.py"))
+    for path in files:
+        assert (path.parent / "__init__.py").is_file(), path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                tops = {name.partition(".")[0] for name in names}
+                assert not tops & {"benchmarks", "configs", "tests", "conftest"}, (path, names)
+                assert getattr(node, "level", 0) == 0, path  # absolute everywhere
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                named = ast.unparse(node.args[0])
+                assert "dlc_jax" not in named or path.parent.name == "dlc_jax", (path, named)
 
 
 def test_few_modules_lie_loose():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import dataclasses
 import inspect
 import json
 import subprocess
@@ -24,7 +25,8 @@ from ml_collections import ConfigDict
 import dlc_jax as dlc
 
 NAMES = """
-Dataset Encoder FinetuneTrials ImageCache InputError Instructions LanguageModel LinearProbeConfig
+Dataset Encoder FinetuneConfig FinetuneTrials ImageCache InputError Instructions LanguageModel
+LinearProbeConfig
 ProbeLosses RankCertificate ResponseLosses RunResult Sample Selection TrainingRecord Tuning
 array_dataset certify evaluate_mmlu export features finetune finetune_lora keep_curve linear_probes
 load_adapter load_dataset load_encoder load_instructions load_language_model load_mmlu make_mesh
@@ -39,12 +41,16 @@ dlc.array_dataset(images, labels)
 dlc.stratified_split(dataset, (80, 20))
 dlc.load_encoder("resnet18", weights="timm/resnet18.tv_in1k")
 dlc.Encoder(params, apply=apply, is_prunable=is_prunable, mean=(0.5,) * 3, std=(0.5,) * 3)
+dlc.Encoder(params, apply=apply, is_prunable=is_prunable, apply_training=train,
+            statistics=statistics, head="cls")
 dlc.Encoder.from_module(nnx_module, is_prunable)
 dlc.probe(encoder, dataset, image_size=64)
 dlc.probe(encoder, dataset, schedule="linear", step=0.02, num_probes=50, masking="l1",
           image_size=224, seed=0)
 dlc.probe(encoder, dataset, image_size=64, mode="official")
 dlc.probe(encoder, dataset, image_size=64, cache=dlc.ImageCache(), folder="runs/mine")
+dlc.probe(encoder, dataset, mesh=dlc.make_mesh())
+dlc.probe(encoder, dataset, num_probes="auto")
 dlc.certify(probes)
 dlc.make_mesh()
 dlc.use_all_cores()
@@ -56,6 +62,8 @@ dlc.select(scores, labels, keep_fraction=0.3, split=0.5, seed=1, ids=ids)
 dlc.select(scores, labels, method="flexrand", keep_fraction=0.3, split=0.5, seed=1, mode="official")
 dlc.select(scores, labels, method="auto", keep_fraction=0.3, tuning=tuning, features=feats)
 dlc.select(None, labels, method="herding", keep_fraction=0.3, features=feats)
+dlc.selection.Candidates(scores, labels)
+dlc.selection.Candidates.select(candidates, method="flexrand", keep_fraction=0.3, split=0.5, seed=1)
 dlc.tune(scores, labels, features=feats, keep_fractions=(0.1, 0.3, 0.5))
 dlc.keep_curve(tuning, tolerance=5.0)
 dlc.record_training(encoder, dataset, image_size=64, epochs=20, progress=True)
@@ -63,6 +71,7 @@ dlc.linear_probes(feats, labels, [kept], val_features=feats, val_labels=labels)
 dlc.finetune(encoder, dataset, kept, test=test, epochs=50)
 dlc.finetune(encoder, dataset, kept, test=test, image_size=64, epochs=20, batch_size=32,
              learning_rate=0.05, seed=1, folder="runs/mine")
+dlc.finetune(encoder, dataset, kept, test=test, linear_probe=True)
 dlc.export(dataset, kept, "kept.parquet", form="parquet", part="kept")
 dlc.load_language_model("models/mistral-7b", dtype="bfloat16")
 dlc.load_instructions("jsonl:train.jsonl")
@@ -76,7 +85,19 @@ dlc.load_mmlu("mmlu:data/mmlu")
 dlc.evaluate_mmlu(tuned, mmlu)
 """
 
-AS_IN_THE_PLAN = """
+# what the documents read from results
+ATTRIBUTES = {
+    "ProbeLosses": "losses sparsity labels ids prototypes class_names skipped",
+    "Selection": "indices method keep_fraction split seed ids chosen",
+    "RunResult": "test_accuracy num_kept weights predictions",
+    "TrainingRecord": "probabilities labels ids",
+    "Dataset": "labels ids class_names name fingerprint subset without_empty_classes empty_classes",
+    "Instructions": "prompts responses ids subset",
+    "Encoder": "params apply is_prunable mean std head apply_training statistics from_module",
+    "LanguageModel": "tokenizer",
+}
+
+EXAMPLE = """
 probes = dlc.probe(encoder, dataset, schedule="linear", step=0.02, num_probes=3, masking="l1",
                    image_size=32, seed=0)
 losses, sparsity, labels, ids = probes.losses, probes.sparsity, probes.labels, probes.ids
@@ -88,17 +109,18 @@ result = dlc.finetune(encoder, dataset, kept, test=test, epochs=1, image_size=32
 accuracy = result.test_accuracy
 """
 
-KEYS = """
-mode seed stages dataset.train dataset.test encoder.name encoder.weights encoder.image_size
-probe.schedule probe.num_probes probe.placement probe.max_sparsity probe.step probe.masking
-probe.batch_size probe.chunk probe.dtype selection.methods selection.keep_fractions
-selection.splits selection.seeds finetune.epochs finetune.batch_size finetune.learning_rate
-finetune.milestones finetune.weight_decay finetune.momentum finetune.nesterov
-"""
+DEFAULTS = json.loads((ROOT / "tests/golden/data/defaults.json").read_text())
 
 
 def test_names_of_the_api_are_there():
     assert set(NAMES.split()) <= set(dlc.__all__)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_results_have_what_is_read_from_them(name):
+    kind = getattr(dlc, name)
+    there = {*dir(kind), *(field.name for field in dataclasses.fields(kind))}
+    assert set(ATTRIBUTES[name].split()) <= there
 
 
 def test_calls_as_written_fit_the_functions():
@@ -115,9 +137,10 @@ def test_calls_as_written_fit_the_functions():
         assert set(keywords) <= set(signature.parameters), ast.unparse(call)  # not by **kwargs
 
 
-def test_the_plan_s_example_runs_as_written(small_sample, sample_encoder):
+@pytest.mark.slow
+def test_the_example_of_the_api_runs_as_written(small_sample, sample_encoder):
     scope = {"dlc": dlc, "dataset": small_sample, "test": small_sample, "encoder": sample_encoder}
-    exec(AS_IN_THE_PLAN, scope)
+    exec(EXAMPLE, scope)
     assert scope["losses"].shape == (3, 60)
     assert scope["losses"].dtype == np.float32
     np.testing.assert_allclose(scope["sparsity"], [0, 0.02, 0.04], atol=1e-5)
@@ -130,15 +153,22 @@ def test_the_plan_s_example_runs_as_written(small_sample, sample_encoder):
     assert 0 <= scope["accuracy"] <= 100
 
 
+def flat(values: dict[str, object], section: str = "") -> dict[str, object]:
+    """Returns settings by their keys, `section.name`."""
+    found = {}
+    for name, value in values.items():
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {section + name: value}
+    return found
+
+
 def test_what_configuration_files_import():
     from dlc_jax import presets
     from dlc_jax.config import default_config
 
     config = default_config()
     assert isinstance(config, ConfigDict)
-    for key in KEYS.split():
-        section, _, name = key.rpartition(".")
-        assert name in (config[section] if section else config), key
+    found = flat(json.loads(config.to_json()))
+    assert {key: found.get(key, "not there") for key in DEFAULTS} == DEFAULTS
     models = {"mistral-7b", "llama3-8b", "gemma2-9b"}
     assert set(presets.LANGUAGE_MODELS) == models
     assert presets.DEFAULT_MODEL in models
@@ -148,20 +178,28 @@ def test_what_configuration_files_import():
 
 def test_registries_hold_what_readme_lists():
     from dlc_jax.datasets import SOURCES
+    from dlc_jax.datasets.instruction_rows import ROW_SOURCES
     from dlc_jax.encoders import ENCODERS
+    from dlc_jax.exports import FORMS
     from dlc_jax.scores import SCORES
     from dlc_jax.selection import SELECTORS
 
     of_training = {"least_confidence", "entropy", "margin", "forgetting", "grand", "el2n"}
-    assert {"dlc", "ifd", *of_training} <= set(SCORES)
+    assert {"dlc", "ifd", "perplexity", "length", *of_training} <= set(SCORES)
     assert set(SELECTORS) == of_training | {
         *("flexrand", "easiest", "hardest", "random", "ccs", "contextual_diversity"),
         *("herding", "k_center_greedy", "moderate"),
     }
-    assert {"resnet18", "resnet34", "resnet50", "vit_small_patch16_224"} <= set(ENCODERS)
+    resnets = {"resnet18", "resnet34", "resnet50"}
+    assert {*resnets, "vit_small_patch16_224", "vit_base_patch16_224"} <= set(ENCODERS)
     assert set(SOURCES) == {
         *("folder", "parquet", "csv", "npz", "tar", "hf", "tfds", "fgvc_aircraft", "split"),
         "demo",
+    }
+    assert set(ROW_SOURCES) == {"jsonl", "json", "parquet", "hf", "demo"}
+    assert set(FORMS) == {
+        *("npy", "json", "ids", "jsonl", "parquet", "image_folder", "image_links", "hf"),
+        "released",
     }
 
 
@@ -189,7 +227,7 @@ def photographs(sample, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def workdir(photographs, tmp_path_factory) -> Path:
-    """What every stage leaves of images."""
+    """A work directory after every stage, for images."""
     folder = tmp_path_factory.mktemp("images")
     command(
         "main",
@@ -308,10 +346,9 @@ def test_json_files_hold_what_readme_says(workdir):
 
     certificate = json.loads((workdir / "scores/certificate.json").read_text())
     assert has(certificate, num_probes=int, num_compared=int, spearman=dict, easiest=dict)
-    config = json.loads((workdir / "config.json").read_text())
-    for key in KEYS.split():
-        section, _, name = key.rpartition(".")
-        assert name in (config[section] if section else config), key
+    config = flat(json.loads((workdir / "config.json").read_text()))
+    assert set(DEFAULTS) <= set(config)
+    assert config["dataset.deep_images"] == "error"  # what `mode` decides is filled in
     provenance = json.loads((workdir / "provenance.json").read_text())
     assert has(provenance, dataset=dict, encoder=dict, versions=dict, devices=list, stages=dict)
     assert has(provenance["dataset"], source=str, fingerprint=str, num_samples=int, skipped=dict)
@@ -354,6 +391,9 @@ def test_every_file_of_instructions_has_its_name(tmp_path):
         f"finetune/{cell}/adapter/adapter_model.safetensors",
         *("evaluate/base/keep_0.00-seed_0.json", f"evaluate/{cell}.json"),
     }
+    columns = pq.read_schema(tmp_path / "run/scores/scores.parquet").names
+    others = ["perplexity", "ifd", "ifd_superfiltering", "ifd_cherry", "length"]
+    assert columns == ["id", "label", "class_name", "dlc", *others]
     answers = json.loads((tmp_path / f"run/evaluate/{cell}.json").read_text())
     assert has(answers, cell=dict, result=dict, by_subject=dict, num_questions=int)
     assert has(answers["result"], test_accuracy=float, stem=float)
@@ -368,6 +408,7 @@ def test_every_file_of_instructions_has_its_name(tmp_path):
 @pytest.mark.slow
 def test_the_other_commands_answer(photographs, tmp_path):
     said = command("check", f"--dataset=folder:{photographs}", f"--json={tmp_path}/found.json")
-    assert "30" in said
-    assert has(json.loads((tmp_path / "found.json").read_text()))
+    assert ["samples", "30"] in [line.split() for line in said.splitlines()]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert has(found, num_samples=int)
     assert "--model_args" in command("lm_eval", "run", "--help")

@@ -49,6 +49,8 @@ def test_files_and_folders_named_in_the_tree_exist():
 SMALLER = {
     "dlc.probe(encoder, dataset, image_size=64)": "dlc.probe(encoder, dataset, image_size=32, "
     "num_probes=2)",
+    "image_size=64": "image_size=32",
+    "batch_size=32": "batch_size=45",
     "epochs=20": "epochs=1",
     "features=feats, keep_fractions=(0.1, 0.3, 0.5)": "features=feats, keep_fractions=(0.3,), "
     'methods=("random", "herding")',

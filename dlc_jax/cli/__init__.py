@@ -1,1 +1,1 @@
-"""The commands behind `python -m dlc_jax.main`, `.check` and `.lm_eval`."""
+"""What `dlc_jax.main`, `.check`, `.lm_eval` and `.presets` do."""

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-import dlc_jax
 from dlc_jax import checks
 from dlc_jax.distributed import FSDP, PROBE, Team
 from dlc_jax.encoders import Encoder
@@ -36,6 +35,7 @@ from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.probes.program import Masks, Program
 from dlc_jax.probes.rounds import check_agreement, until_it_ranks
 from dlc_jax.types import Dataset, ProbeLosses
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts
 
 _BATCH_SIZE = 128
@@ -239,7 +239,7 @@ def _parts(
         return Parts()
     device = jax.devices()[0]
     machine = (jax.__version__, device.platform, device.device_kind)
-    inputs = (dlc_jax.__version__, machine, encoder.fingerprint, dataset.fingerprint, decisive)
+    inputs = (__version__, machine, encoder.fingerprint, dataset.fingerprint, decisive)
     return Parts(Path(folder) / artefacts.json_hash(inputs)[:16])
 
 

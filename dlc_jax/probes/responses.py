@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 from tqdm import tqdm
 
-import dlc_jax
 from dlc_jax import checks, signals
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import (
@@ -51,6 +50,7 @@ from dlc_jax.probes.parts import Parts
 from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.probes.rounds import check_agreement, until_it_ranks
 from dlc_jax.types import Params, ProbeLosses, ResponseLosses
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts
 
 _FEWEST_PARTS, _MOST_BATCHES, _MOST_PARTS = 64, 16, 4096  # see `_Work._size`
@@ -283,7 +283,7 @@ class _Work(NamedTuple):
             return cls(model, data, plans, Parts(), team)
         device = jax.devices()[0]
         machine = (jax.__version__, device.platform, device.device_kind)
-        inputs: list[Any] = [dlc_jax.__version__, machine, model.fingerprint, data.fingerprint]
+        inputs: list[Any] = [__version__, machine, model.fingerprint, data.fingerprint]
         inputs += [tokens_per_batch, *decisive]
         parts = Parts(Path(folder) / artefacts.json_hash(inputs)[:16], writes=_writes(team))
         return cls(model, data, plans, parts, team)

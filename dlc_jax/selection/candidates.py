@@ -205,10 +205,10 @@ class Candidates:
         needs, score = SELECTORS[method].needs, SELECTORS[method].score
         if needs in self._given and self._given[needs] is None:
             source = _SOURCES[needs] if score is None else f"{score!r} of dlc.record_training(...)"
-            raise checks.InputError(f"{needs}: method {method!r} goes by them; see {source}.")
+            raise checks.InputError(f"{needs}: method {method!r} needs them; see {source}.")
         if allocation == "nucs" and self._given["scores"] is None:
             raise checks.InputError(
-                f"scores: allocation 'nucs' goes by them; see {_SOURCES['scores']}."
+                f"scores: allocation 'nucs' needs them; see {_SOURCES['scores']}."
             )
 
     def _groups(self, how: _Grouping) -> tuple[list[int], list[Group]]:

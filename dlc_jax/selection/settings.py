@@ -50,7 +50,7 @@ class SelectionConfig:
     )
     splits: tuple[float | str, ...] = setting((0.5,), f"FlexRand's gamma, each in (0, 1) or {AUTO}")
     seeds: tuple[int, ...] = setting((0,), "seeds of the draws")
-    score: str = setting("dlc", f"that methods go by which name none: {', '.join(SCORES)}")
+    score: str = setting("dlc", f"used by methods that name none: {', '.join(SCORES)}")
     variant: str = setting("published", f"of methods or scores: {', '.join(_VARIANTS)}")
     allocation: str = setting("proportional", f"class budgets: {', '.join(ALLOCATIONS)}")
     per_class: bool = setting(True, "select from every class; False: from all samples at once")

@@ -1,1 +1,1 @@
-"""The stages of a run, one file each, and the pipeline that calls them."""
+"""The stages of a run, what they share, and the pipeline that calls them in order."""

@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 
-import dlc_jax
 from dlc_jax import checks
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import processes
 from dlc_jax.types import ROWS_OF_DIGEST, Dataset, file_of
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts
 
 _FEW_BLOCKS = 64  # of a data set that every process reads all of
@@ -51,7 +51,7 @@ def agree_on_settings(config: Config, workdir: str) -> None:
     settings = _flat(config.to_dict())
     of_machine = [name for name in settings if name.startswith("cache.")]
     facts = {f"config.{name}": settings[name] for name in settings if name not in of_machine}
-    facts |= {"version of dlc_jax": dlc_jax.__version__, "version of jax": jax.__version__}
+    facts |= {"version of dlc_jax": __version__, "version of jax": jax.__version__}
     agree({"workdir": workdir} | facts)
 
 

@@ -9,14 +9,11 @@ from typing import Any
 
 import jax
 
-import dlc_jax
 from dlc_jax import checks
 from dlc_jax.config import Config
 from dlc_jax.distributed import processes
 from dlc_jax.distributed.processes import on_first, told_by_first
-from dlc_jax.encoders.language_model import (
-    LanguageModel,
-)
+from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.evaluation import Mmlu, evaluate_mmlu, load_mmlu
 from dlc_jax.exports.peft import load_adapter
 from dlc_jax.selection import Cell
@@ -30,6 +27,7 @@ from dlc_jax.stages.sweep_results import (
     write_results,
 )
 from dlc_jax.training.folder import ADAPTER
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts, provenance
 
 # What the stage `finetune` records of the models it trained.
@@ -70,7 +68,7 @@ def run_evaluate(config: Config, workdir: Path, echo: Callable[[str], None]) -> 
         echo(f"evaluate: note: {num_missing} runs are not finished, and not asked")
     echo(f"evaluate: {len(runs)} models on {mmlu.name}")
     settings = [config.evaluation.num_shots, config.evaluation.limit]
-    asked = artefacts.json_hash([dlc_jax.__version__, mmlu.fingerprint, fingerprint, *settings])
+    asked = artefacts.json_hash([__version__, mmlu.fingerprint, fingerprint, *settings])
     for number, (cell, run) in enumerate(runs.items(), start=1):
         said = _evaluate(config, workdir, base, mmlu, cell, {"asked": asked, "run": run})
         if said is not None:

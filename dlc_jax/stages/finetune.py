@@ -26,9 +26,7 @@ from dlc_jax.stages.score import (
     load_configured,
     mid_grey_note,
 )
-from dlc_jax.stages.score_instructions import (
-    load_configured_instructions,
-)
+from dlc_jax.stages.score_instructions import load_configured_instructions
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.sweep import run_sweep
 from dlc_jax.stages.sweep_results import (
@@ -42,7 +40,8 @@ from dlc_jax.training.lora.tuner import LoraTuner
 from dlc_jax.workspace import artefacts, provenance
 
 
-def test_source(config: Config) -> str:
+def source_of_test_set(config: Config) -> str:
+    """Returns the source of the test set, which fine-tuning of images needs."""
     assert config.dataset.test is not None  # checked with the configuration
     return config.dataset.test
 
@@ -54,14 +53,22 @@ def run_finetune(
     load: Load,
     echo: Callable[[str], None],
 ) -> list[str]:
-    """Returns a line for every run that failed."""
+    """Fine-tunes the encoder on every selected cell and on the whole set.
+
+    Leaves `finetune/<method>/<cell>/` and `results.csv`.
+
+    Returns:
+      A line for every run that failed.
+    Raises:
+      ValueError: see `run_sweep`.
+    """
     encoder = load_configured(config, None if "score" in config.stages else echo)
     agree({f"encoder.weights {config.encoder.weights}": encoder.fingerprint})
     scored = scored_encoder(workdir, encoder.for_mode(config.mode).fingerprint)
     if scored is not None:
         tuned = f"{config.encoder.name} {config.encoder.weights}"
         echo(f"finetune: note: the encoder is {tuned}; the scores are of {scored}")
-    dataset, test = load(config.dataset.train), load(test_source(config))
+    dataset, test = load(config.dataset.train), load(source_of_test_set(config))
     make_tuner = functools.partial(
         Finetuner,
         encoder,

@@ -27,7 +27,7 @@ from dlc_jax.stages.finetune import (
     check_instructions,
     run_finetune,
     run_finetune_instructions,
-    test_source,
+    source_of_test_set,
 )
 from dlc_jax.stages.plan import run_plan
 from dlc_jax.stages.report import print_summary, report_if_it_can, report_of_these_results
@@ -36,9 +36,7 @@ from dlc_jax.stages.score import (
     check_scores_are_whole,
     run_score,
 )
-from dlc_jax.stages.score_instructions import (
-    run_score_instructions,
-)
+from dlc_jax.stages.score_instructions import run_score_instructions
 from dlc_jax.stages.select import run_select
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.tune import run_tune
@@ -78,8 +76,8 @@ class _Sources:
 def run(config: Config, workdir: Path, echo: Callable[[str], None] = show) -> None:
     """Runs `config.stages` and leaves their artefacts in the work directory.
 
-    All processes of a run call this. The first one tells the user, and writes; the others take part
-    in scoring and training.
+    All processes of a run call this. The first one writes and prints; the others take part in
+    scoring and training.
 
     Args:
       config: Checked configuration.
@@ -116,7 +114,9 @@ def _run_stages(config: Config, workdir: Path, echo: Callable[[str], None]) -> N
         if "evaluate" in config.stages:
             check_questions(config)
     elif "finetune" in config.stages:
-        class_ids_by_name(load.together(test_source(config)), load.together(config.dataset.train))
+        class_ids_by_name(
+            load.together(source_of_test_set(config)), load.together(config.dataset.train)
+        )
     resolved = config
     if "score" in config.stages:
         if config.is_of_instructions:
@@ -176,7 +176,7 @@ def _until_exports(
     load: Load,
     echo: Callable[[str], None],
 ) -> SelectionInputs:
-    """Runs what one process does: tunes, selects, tells of it and exports."""
+    """Runs what one process does: tunes, selects, prints a summary and exports."""
     check_scores_are_whole(workdir)
     samples = artefacts.read_scores(workdir)
     if "score" not in config.stages:  # the rest of the file still describes the scores

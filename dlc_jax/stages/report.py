@@ -14,9 +14,7 @@ from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
 from dlc_jax.distributed import processes
 from dlc_jax.selection import Cell
-from dlc_jax.stages.score_instructions import (
-    READABLE,
-)
+from dlc_jax.stages.score_instructions import READABLE
 from dlc_jax.stages.sweep_results import (
     note_on_chance,
     what_is_finished,
@@ -29,6 +27,7 @@ from dlc_jax.workspace.artefacts import ScoredSamples
 def report_if_it_can(
     config: Config, workdir: Path, failed: bool, echo: Callable[[str], None]
 ) -> None:
+    """Prints and saves the report; where runs failed, what it lacks is only printed."""
     try:
         _report(config, workdir, echo)
     except checks.InputError as error:
@@ -39,7 +38,7 @@ def report_if_it_can(
 
 @contextlib.contextmanager
 def report_of_these_results(workdir: Path) -> Iterator[None]:
-    """Deletes the report if the results change meanwhile: it tells of other runs."""
+    """Deletes the report if the results change meanwhile: it would be of other runs."""
     before = artefacts.read_bytes(workdir / artefacts.RESULTS)
     try:
         yield
@@ -83,6 +82,7 @@ def print_summary(
     is_of_instructions: bool,
     echo: Callable[[str], None],
 ) -> None:
+    """Prints a table of classes, what was left out, and how long each stage took."""
     indices = None
     echo("")
     if shown is not None:

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-import dlc_jax
 from dlc_jax import checks, reports
 from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
@@ -24,6 +23,7 @@ from dlc_jax.stages.agreement import agree
 from dlc_jax.training.folder import RunFolder
 from dlc_jax.training.images import Recorder
 from dlc_jax.types import Dataset, ProbeLosses
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts, provenance
 from dlc_jax.workspace.artefacts import ScoredSamples
 
@@ -240,7 +240,7 @@ def _measure_features(
 ) -> None:
     start = time.perf_counter()
     made_with = {"dtype": config.probe.dtype, "made_of": made_of}
-    inputs = artefacts.json_hash([dlc_jax.__version__, made_with])
+    inputs = artefacts.json_hash([__version__, made_with])
     if told_by_first(lambda: provenance.is_done(workdir, "features", inputs)):
         echo("features: unchanged, not measured again")
         return
@@ -355,7 +355,7 @@ def _dlc_inputs(config: Config, made_of: dict[str, Any]) -> str:
         del settings["agreement"]
     return artefacts.json_hash(
         {
-            "version": dlc_jax.__version__,
+            "version": __version__,
             "seed": config.seed,
             "probe": settings,
             **made_of,

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-import dlc_jax
 from dlc_jax import checks, reports
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions, load_instructions
@@ -28,6 +27,7 @@ from dlc_jax.probes.responses import measure_responses, probe_responses
 from dlc_jax.scores import SCORES, column_name, score
 from dlc_jax.stages.score import write_certificate
 from dlc_jax.types import ProbeLosses, ResponseLosses
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts, provenance
 from dlc_jax.workspace.artefacts import ScoredSamples
 
@@ -62,9 +62,7 @@ def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], 
         "on_corrupt": config.dataset.on_corrupt,
         "category": config.dataset.category,
     }
-    inputs = artefacts.json_hash(
-        [dlc_jax.__version__, made_with, data.fingerprint, model.fingerprint]
-    )
+    inputs = artefacts.json_hash([__version__, made_with, data.fingerprint, model.fingerprint])
     if told_by_first(lambda: provenance.is_done(workdir, "score", inputs)):
         echo("score: unchanged, not run again")
         return

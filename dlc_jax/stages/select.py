@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import dlc_jax
 from dlc_jax.config import Config
 from dlc_jax.selection import AUTO, SELECTORS
 from dlc_jax.stages import selection_files
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.types import Selection
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts, provenance
 
 
@@ -32,7 +32,7 @@ def run_select(
     cells = config.selection.cells()
     made_from = {method: known.fingerprint(method) for method in config.selection.methods}
     how = [known.how(cell) for cell in cells]
-    facts = [dlc_jax.__version__, config.mode, cells, made_from, how]
+    facts = [__version__, config.mode, cells, made_from, how]
     inputs = artefacts.json_hash(facts)
     _tell_of_another_mode(config, workdir, echo)
     there = [path.name for path in (workdir / "selections").glob("*")]

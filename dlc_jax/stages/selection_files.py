@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-import dlc_jax
 from dlc_jax import checks
 from dlc_jax.files import array_files
 from dlc_jax.files.json_files import SHA256, read_json
 from dlc_jax.selection import Cell
 from dlc_jax.types import Choice, Selection, labels_fingerprint
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts
 from dlc_jax.workspace.artefacts import ScoredSamples
 
@@ -55,7 +55,7 @@ def write_selection(
     sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
     manifest = {
         **cell._asdict(),
-        "version": dlc_jax.__version__,
+        "version": __version__,
         "mode": selection.mode,
         "chosen": None if selection.chosen is None else selection.chosen._asdict(),
         "num_samples": len(kept),
@@ -112,7 +112,7 @@ def read_selection(
             "Run the stage 'select' again."
         )
     here: dict[str, Any] = {"scores_fingerprint": scores_fingerprint, "mode": mode}
-    here |= {"version": dlc_jax.__version__, "num_samples": len(samples.ids)}
+    here |= {"version": __version__, "num_samples": len(samples.ids)}
     found = {**{name: manifest.get(name) for name in here}, **manifest["how"]}
     for name, value in {**here, **how}.items():
         if found.get(name) != value:
@@ -185,7 +185,7 @@ def set_superseded_aside(
         made_from, version = facts["scores_fingerprint"], facts.get("version")
         expected = fingerprints.get(manifest.parent.name)
         folder = f"{made_from[:12]}-{facts['mode']}"
-        if version != dlc_jax.__version__:
+        if version != __version__:
             folder += f"-{version}"
         elif (made_from, facts["mode"]) == (expected, mode):
             how, cell = facts["how"], cell_of(facts)

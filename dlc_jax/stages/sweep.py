@@ -1,4 +1,4 @@
-"""The stage `finetune`: a run for every selected cell and for the full set, sharing programs."""
+"""The runs of a sweep: one for every selected cell and for the full set, sharing programs."""
 
 from __future__ import annotations
 

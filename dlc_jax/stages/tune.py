@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import dlc_jax
 from dlc_jax import reports
 from dlc_jax.checks.escaping import csv_cell
 from dlc_jax.config import Config
@@ -21,6 +20,7 @@ from dlc_jax.stages.selection_files import CHOICE, choice_of
 from dlc_jax.stages.what_was_scored import check_is_what_was_scored
 from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
 from dlc_jax.types import Gap, Tried, Tuning
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts, provenance
 from dlc_jax.workspace.artefacts import ScoredSamples
 
@@ -67,7 +67,7 @@ def run_tune(
     made_with = config.decides_auto | {"keep_fractions": config.selection.keep_fractions}
     trained = None if trials is None else trials.fingerprint
     inputs = artefacts.json_hash(
-        [dlc_jax.__version__, config.decides_auto, samples.fingerprint_of(arrays), trained]
+        [__version__, config.decides_auto, samples.fingerprint_of(arrays), trained]
     )
     if provenance.is_done(workdir, "tune", inputs) and _covers(workdir, config):
         echo("tune: unchanged, not run again")

@@ -1,1 +1,1 @@
-"""Fine-tuning on a kept subset: images/, lora/, and what both leave on disk."""
+"""Fine-tuning on a kept subset: images/, lora/, and what both share (checkpoints, SGD, order)."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-import dlc_jax
 from dlc_jax import checks
 from dlc_jax.files.json_files import BELOW, NAME, SHA256, Shape, check_shape, read_json
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts
 
 _PACKAGES = (
@@ -113,7 +113,7 @@ def record(
     provenance = read(workdir)
     provenance.update(facts)
     provenance["versions"] = {
-        "dlc_jax": dlc_jax.__version__,
+        "dlc_jax": __version__,
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in _PACKAGES},
     }

@@ -305,7 +305,7 @@ def test_a_part_of_a_split_without_a_class_can_be_pruned(tmp_path):
 
 
 def test_the_check_names_every_unreadable_file_and_counts_the_test_set_apart(tmp_path, capsys):
-    from dlc_jax.check import _print
+    from dlc_jax.cli.check import _print
 
     folder(tmp_path / "train", *(f"a/bad{i}.png" for i in range(25)), content=b"no image")
     train = folder(tmp_path / "train", "a/1.png", "b/2.png")

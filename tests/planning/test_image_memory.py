@@ -19,7 +19,8 @@ def taken(job) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "chunk", "holds_importance"), [(128, 1, False), (32, 4, True)]
+    ("batch_size", "chunk", "holds_importance"),
+    [(128, 1, False), pytest.param(32, 4, True, marks=pytest.mark.slow)],
 )
 def test_scoring_takes_less_than_planned(sample_encoder, batch_size, chunk, holds_importance):
     encoder = sample_encoder.for_mode("default")

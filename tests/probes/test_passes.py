@@ -47,7 +47,8 @@ def broken_sample(small_sample) -> dlc.Dataset:
     return dataclasses.replace(small_sample, images=images)
 
 
-@pytest.mark.parametrize("augment", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("augment", [False, True])
 def test_stopped_at_any_moment_it_ends_with_the_same_bits(
     sample_encoder, small_sample, tmp_path, augment
 ):

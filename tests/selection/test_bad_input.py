@@ -16,7 +16,7 @@ def changed(name, place, value):
 @pytest.mark.parametrize(
     ("method", "changes", "says"),
     [
-        ("herding", {"features": None}, r"'herding' goes by them; see dlc\.features\(\.\.\.\)"),
+        ("herding", {"features": None}, r"'herding' needs them; see dlc\.features\(\.\.\.\)"),
         ("moderate", {"features": None}, r"features: .*dlc\.features"),
         ("contextual_diversity", {"probabilities": None}, r"dlc\.record_training\(\.\.\.\)"),
         ("entropy", {"scores": None}, r"scores: .*'entropy' of dlc\.record_training"),

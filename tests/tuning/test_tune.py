@@ -305,7 +305,7 @@ def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_pat
     trials = FinetuneTrials(
         sample_encoder,
         some,
-        dlc.training.FinetuneConfig(**settings),
+        dlc.FinetuneConfig(**settings),
         image_size=32,
         folder=tmp_path / "trials",
     )
@@ -335,7 +335,7 @@ def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_pat
     later = FinetuneTrials(
         sample_encoder,
         some,
-        dlc.training.FinetuneConfig(**settings),
+        dlc.FinetuneConfig(**settings),
         image_size=32,
         folder=tmp_path / "trials",
     )

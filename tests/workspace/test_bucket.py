@@ -395,7 +395,7 @@ def test_the_extra_is_missing(package, url):
     code = f"""
 import sys
 sys.modules[{package!r}] = None
-from dlc_jax import bucket
+from dlc_jax.workspace import bucket
 with bucket.work_in({url!r}): pass
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -417,7 +417,8 @@ def test_no_credentials(server, tmp_path, monkeypatch):
 def test_a_folder_needs_none_of_this(tmp_path):
     code = f"""
 import sys
-from dlc_jax import artefacts, bucket, main
+from dlc_jax.cli import main
+from dlc_jax.workspace import artefacts, bucket
 with bucket.work_in({str(tmp_path / "~x")!r}) as (folder, echo):
     artefacts.prepare_workdir(folder)
 print(folder, echo is print, {{"s3fs", "gcsfs", "botocore"}} & set(sys.modules))

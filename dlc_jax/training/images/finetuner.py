@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, Int64, Integer
 from tqdm import tqdm
 
-import dlc_jax
 from dlc_jax import checks
 from dlc_jax.distributed import (
     from_first,
@@ -43,6 +42,7 @@ from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head,
 from dlc_jax.training.optimiser import learning_rates
 from dlc_jax.training.order import epoch_order
 from dlc_jax.types import Dataset, RunResult, Selection
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts
 
 
@@ -111,7 +111,7 @@ class Finetuner:
         """SHA-256 over all that its runs have in common."""
         return artefacts.json_hash(
             {
-                "version": dlc_jax.__version__,
+                "version": __version__,
                 "settings": self._settings.decisive,
                 "mode": self._mode,
                 "image_size": self._image_size,

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jaxtyping import Int64
 from tqdm import tqdm
 
-import dlc_jax
 from dlc_jax import checks
 from dlc_jax.distributed import (
     Team,
@@ -48,6 +47,7 @@ from dlc_jax.training.lora.progress import Plan, Progress, initial_adapter
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Optimiser, Sums, add_rows, take_step
 from dlc_jax.types import Selection, by_path
+from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts
 
 
@@ -120,7 +120,7 @@ class LoraTuner:
         """SHA-256 over all that its runs have in common."""
         return artefacts.json_hash(
             {
-                "version": dlc_jax.__version__,
+                "version": __version__,
                 "settings": self._settings.decisive,
                 "model": self._model.fingerprint,
                 "data": self._data.fingerprint,

@@ -89,6 +89,8 @@ def local(stand_in):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            # whoever started the tests may ignore it, as a shell does for what runs behind
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         started.append(process)
         return process

@@ -7,6 +7,8 @@ from typing import Any
 
 from dlc_jax.checks.escaping import visible
 
+_MOST_LISTED = 10
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, and what was expected."""
@@ -26,9 +28,6 @@ class SharedError(InputError):
 def first_line(error: BaseException) -> str:
     """Returns the error's kind and the first line of its text, which may be empty."""
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-
-
-_MOST_LISTED = 10
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -76,26 +76,36 @@ def computed() -> Arrays:
     for name, encoder in encoders.items():
         found |= {f"masks/{name}": _masks(encoder)}
     some = _spread(photographs, _NUM.value)
-    options: dict[str, Any] = {"image_size": _SIDE["resnet18"], "batch_size": 125}
+    size = _SIDE["resnet18"]
     before = losses_of_batches._cache_size()
     dtypes = ("float32",) if _REFERENCE.value else ("float32", "bfloat16")
     for dtype in dtypes:
-        probes = dlc.probe(resnet, some, dtype=dtype, **options)
+        compute = dlc.Compute(batch_size=125, dtype=dtype)
+        probes = dlc.probe(resnet, some, image_size=size, compute=compute)
         found |= {f"losses/resnet18/{dtype}": probes.losses, "labels/resnet18": probes.labels}
     found["programs"] = np.array(losses_of_batches._cache_size() - before)
     if jax.device_count() > 1:
-        mesh = dlc.make_mesh(probe=jax.device_count())
-        found["losses/probe axis"] = dlc.probe(resnet, some, mesh=mesh, **options).losses
+        run = dlc.Run(mesh=dlc.make_mesh(probe=jax.device_count()))
+        compute = dlc.Compute(batch_size=125)
+        probes = dlc.probe(resnet, some, image_size=size, compute=compute, run=run)
+        found["losses/probe axis"] = probes.losses
     few = _spread(photographs, _NUM_VIT.value)
-    options = {"image_size": _SIDE[_VIT], "num_probes": 10, "placement": "midpoint"}
+    path = dlc.PathSpec(num_probes=10, placement="midpoint")
     for dtype in dtypes:
-        probes = dlc.probe(vit, few, dtype=dtype, batch_size=25, **options)
+        compute = dlc.Compute(batch_size=25, dtype=dtype)
+        probes = dlc.probe(vit, few, image_size=_SIDE[_VIT], path=path, compute=compute)
         found |= {f"losses/{_VIT}/{dtype}": probes.losses}
-    run = dlc.finetune(
-        resnet, few, image_size=64, epochs=5, batch_size=25, learning_rate=1e-2, augment=False
+    trained = dlc.finetune(
+        resnet,
+        few,
+        image_size=64,
+        epochs=5,
+        batch_size=25,
+        learning_rate=1e-2,
+        settings=dlc.FinetuneConfig(augment=False),
     )
-    found["finetune/losses"] = np.array([epoch["train_loss"] for epoch in run.history])
-    kernel = run.weights["head"]["kernel"]
+    found["finetune/losses"] = np.array([epoch["train_loss"] for epoch in trained.history])
+    kernel = trained.weights["head"]["kernel"]
     start = initial_head(*kernel.shape, resnet.head, 0)["kernel"]
     found["finetune/head"] = np.asarray(kernel) - start
     return found | _text()
@@ -132,7 +142,12 @@ def _text() -> Arrays:
     tokens = dlc.tokenise(data, model.tokenizer, 1024)
     losses = dlc.probe_responses(model, tokens, num_probes=8, tokens_per_batch=4096).losses
     tuned = dlc.finetune_lora(
-        model, tokens, epochs=2, batch_size=16, learning_rate=1e-2, warmup_steps=0
+        model,
+        tokens,
+        epochs=2,
+        batch_size=16,
+        learning_rate=1e-2,
+        settings=dlc.LoraConfig(warmup_steps=0),
     )
     leaves = by_path(tuned.model.params)
     changes = [leaves[path] for path in sorted(leaves) if path.endswith("lora_b")]  # from 0

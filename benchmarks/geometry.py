@@ -46,7 +46,7 @@ def measure(
         labels,
         method=method,
         keep_fraction=keep,
-        per_class=per_class,
+        rules=dlc.Rules(per_class=per_class),
         **{needs: rows},
     )
     seconds = time.perf_counter() - start

@@ -4,7 +4,7 @@ python -m benchmarks.linear_probes [--loop=54]
 
 Nine keep fractions, 19 splits, three seeds on the features of the bundled sample. Each loop trains
 some of them one after the other, and is scaled up: `single` calls the same program with one subset,
-`finetune` is dlc_jax.finetune(linear_probe=True) with features computed once, `torch` is
+`finetune` is dlc_jax.finetune of the head alone, with features computed once, `torch` is
 torch.nn.Linear under torch.optim.SGD, with features in memory.
 """
 
@@ -20,6 +20,7 @@ import dlc_jax as dlc
 from dlc_jax.training.images import FinetuneConfig, Finetuner
 from dlc_jax.training.order import epoch_order
 from dlc_jax.tuning.linear import train_epoch
+from dlc_jax.types import Conventions
 
 _LOOP = flags.DEFINE_integer("loop", 54, "Single runs of each loop.")
 _SETTINGS = dlc.LinearProbeConfig()
@@ -56,7 +57,8 @@ def main(_: list[str]) -> None:
         learning_rate=_SETTINGS.learning_rate,
         linear_probe=True,
     )
-    finetuner = Finetuner(encoder, dataset, test, settings, image_size=64)
+    images = dlc.Images(dataset, size=64)
+    finetuner = Finetuner(encoder, images, test, settings, Conventions.of("default"))
 
     def finetune() -> None:
         for cell in some:

@@ -29,7 +29,7 @@ from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.paper_models import PAPER_MODELS
-from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths
+from dlc_jax.masking import PathSpec, exact_thresholds, prunable_paths
 from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.memory import Scoring
 from dlc_jax.probes.responses import _probe_losses
@@ -111,7 +111,7 @@ class Program(NamedTuple):
         params = random_params(architecture)
         prunable = prunable_paths(params, LanguageModel.is_prunable)
         num_weights = sum(by_path(params)[path].size for path in prunable)
-        counts = path_counts(num_weights, num_probes=_PROBES.value).chosen
+        counts = PathSpec("linear", num_probes=_PROBES.value).counts(num_weights).chosen
         thresholds = jax.device_put(exact_thresholds(params, prunable, None, counts))
         generator = np.random.default_rng(0)
         shape = (_ROWS.value, _LENGTH.value)

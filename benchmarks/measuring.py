@@ -23,10 +23,11 @@ from dlc_jax.checks import first_line
 from dlc_jax.encoders import ENCODERS, Encoder, decoder
 from dlc_jax.encoders.encoder import apply_module
 from dlc_jax.files.whole_files import atomic
-from dlc_jax.masking import path_counts
+from dlc_jax.masking import PathSpec
 from dlc_jax.preprocess import decode
 from dlc_jax.probes.kernel import Forward
 from dlc_jax.probes.path import LearningPath, learning_path
+from dlc_jax.types import Conventions
 
 NUM_CLASSES = 10
 
@@ -171,8 +172,8 @@ def probe_arguments(
 
 def linear_path(encoder: Encoder, num_probes: int) -> LearningPath:
     """Returns the first steps of the paper's path."""
-    counts = functools.partial(path_counts, num_probes=num_probes)
-    return learning_path(encoder, counts, "l1", 0, "default")
+    path = PathSpec("linear", num_probes)
+    return learning_path(encoder, path, 0, Conventions.of("default"))
 
 
 def linked(folder: Path, root: Path, num: int, of_class: int | None = None) -> Path:

@@ -75,19 +75,14 @@ def accuracies(config: Config, known: SelectionInputs, cells: list[Cell]) -> np.
     encoder = load_configured(config)
     assert config.dataset.test is not None
     test = dlc.load_dataset(config.dataset.test)
-    options = {
-        "image_size": config.encoder.image_size,
-        "dtype": config.probe.dtype,
-        "cache": config.cache,
-        "mode": config.mode,
-    }
+    images = dlc.Images(test, config.encoder.image_size, cache=config.cache)
     kept = [known.select(cell) for cell in cells]
     found = linear_probes(
         known.features,
         known.samples.labels,
         [*kept, np.arange(len(known.samples.ids))],
         seeds=[*(cell[3] for cell in cells), 0],
-        val_features=dlc.features(encoder, test, **options),
+        val_features=dlc.features(encoder, images, mode=config.mode, compute=config.probe),
         val_labels=class_ids_by_name(test, dlc.load_dataset(config.dataset.train)),
         settings=config.linear_probe,
     )

@@ -46,12 +46,10 @@ def main(_: list[str]) -> None:
             passes.AHEAD = ahead
             dlc.probe(
                 encoder,
-                dataset,
+                dlc.Images(dataset, cache=cache),
                 image_size=_SIZE.value,
-                batch_size=_BATCH.value,
                 num_probes=_PROBES.value,
-                dtype=_DTYPE.value,
-                cache=cache,
+                compute=dlc.Compute(batch_size=_BATCH.value, dtype=_DTYPE.value),
             )
 
         calls = {n: lambda n=n: functools.partial(scored, int(n)) for n in _AHEAD.value}

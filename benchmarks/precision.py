@@ -35,13 +35,11 @@ def main(_: list[str]) -> None:
         start = time.perf_counter()
         probes = dlc.probe(
             encoder,
-            dataset,
+            dlc.Images(dataset, cache=dlc.ImageCache()),
             num_probes=_PROBES.value,
-            placement="midpoint",
             image_size=_SIZE.value,
-            batch_size=_BATCH.value,
-            dtype=dtype,
-            cache=dlc.ImageCache(),
+            path=dlc.PathSpec(placement="midpoint"),
+            compute=dlc.Compute(batch_size=_BATCH.value, dtype=dtype),
         )
         seconds[dtype] = time.perf_counter() - start
         losses[dtype], scores[dtype] = probes.losses, dlc.score(probes)

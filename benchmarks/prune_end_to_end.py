@@ -173,13 +173,11 @@ def _contend(by: str) -> dict[str, float]:
         dataset = dlc.load_dataset(f"folder:{_FOLDER.value}")
         probes = dlc.probe(
             dlc.load_encoder(name, _CHECKPOINT.value),
-            dataset,
+            dlc.Images(dataset, cache=dlc.ImageCache()),
             num_probes=num_probes if num_probes == "auto" else int(num_probes),
             image_size=_SIZE.value,
-            batch_size=max(1, _BATCH.value // mesh.size),
-            dtype=_DTYPE.value,
-            cache=dlc.ImageCache(),
-            mesh=mesh,
+            compute=dlc.Compute(batch_size=max(1, _BATCH.value // mesh.size), dtype=_DTYPE.value),
+            run=dlc.Run(mesh=mesh),
         )
         dlc.select(dlc.score(probes), probes.labels, keep_fraction=_KEEP, split=_SPLIT)
         return {"seconds": time.perf_counter() - start, "num_probes": len(probes.losses)}

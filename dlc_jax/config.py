@@ -27,11 +27,10 @@ from dlc_jax.evaluation.settings import EvaluationConfig
 from dlc_jax.exports import FORMS, PARTS, RELEASED
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
 from dlc_jax.exports.released import PRETRAINS, check_name
-from dlc_jax.masking import MASKINGS, PLACEMENTS, SCHEDULES, check_path
-from dlc_jax.preprocess import ON_CORRUPT, ImageCache
-from dlc_jax.probes import DTYPES, resolve_batch_size, resolve_chunk
-from dlc_jax.probes.measure import SCHEDULE_OF_MODE
-from dlc_jax.probes.rounds import check_agreement
+from dlc_jax.masking import PathSpec
+from dlc_jax.preprocess import ON_CORRUPT, ImageCache, Images
+from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH
+from dlc_jax.probes import Compute
 from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO, FULL, Cell
 from dlc_jax.selection.settings import Need, SelectionConfig
@@ -39,12 +38,11 @@ from dlc_jax.training.images import FinetuneConfig, RecordConfig
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.tuning import LinearProbeConfig
 from dlc_jax.tuning.settings import TuningConfig
-from dlc_jax.types import DEEP_IMAGES, Dataset, setting
+from dlc_jax.types import DEEP_IMAGES, Conventions, Dataset, setting
 
 STAGES = ("plan", "score", "tune", "select", "export", "finetune", "report")
 INSTRUCTION_STAGES = ("plan", "score", "select", "export", "finetune", "evaluate", "report")
 _DEFAULT_STAGES = ("score", "select")
-DEEP_IMAGES_OF_MODE = {"default": "error", "official": "clip"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,7 @@ class DatasetConfig:
 
     train: str = setting("", "source to prune: folder:, parquet:, hf:, ...; jsonl: of instructions")
     test: str | None = setting(None, "source to test on; read by the stage finetune only")
-    on_corrupt: str = setting("error", f"unreadable sample: {' or '.join(ON_CORRUPT)}")
+    on_corrupt: str = setting(Images.on_corrupt, f"unreadable sample: {' or '.join(ON_CORRUPT)}")
     deep_images: str | None = setting(
         None, f"more than 8 bits a channel: {', '.join(DEEP_IMAGES)}; None: by mode"
     )
@@ -100,7 +98,7 @@ class EncoderConfig:
     max_length: int | None = setting(
         None, "of instructions, in tokens; None: 2048, or the model's limit if it is lower"
     )
-    image_size: int = setting(224, "side of the images in pixels")
+    image_size: int = setting(Images.size, "side of the images in pixels")
     pooling: str | None = setting(None, f"ViT pooling: {', '.join(POOLINGS)}; None: by mode")
     mean: tuple[float, ...] | None = setting(None, "RGB mean; None: the checkpoint's, by mode")
     std: tuple[float, ...] | None = setting(None, "RGB deviation; None: the checkpoint's, by mode")
@@ -121,39 +119,15 @@ class EncoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeConfig:
-    """The learning path: how the encoder is masked."""
+class ProbeConfig(Compute, PathSpec):
+    """The learning path, how the encoder is masked, and how the probe program runs."""
 
-    schedule: str | None = setting(None, f"{', '.join(SCHEDULES)}; None: by mode")
-    num_probes: int | str = setting(
-        50, "masked networks; with placement grid the path's first steps; auto: as it takes"
-    )
-    agreement: float = setting(0.98, "auto: least Spearman correlation with the ranking by all")
-    placement: str = setting("grid", f"{', '.join(PLACEMENTS)}: midpoint spreads num_probes")
-    max_sparsity: float = setting(1.0, "cuts the path, in (0, 1]")
-    step: float = setting(0.02, "share of weights zeroed per step")
-    masking: str = setting("l1", ", ".join(MASKINGS))
-    batch_size: int | str = setting("auto", "images per call of the probe program, or auto")
-    tokens_per_batch: int = setting(8192, "tokens of instructions per call of it")
-    chunk: str | int = setting("auto", "most probes side by side, or auto")
-    dtype: str = setting("float32", f"of the network: {', '.join(DTYPES)}")
-    augment: bool = setting(False, "fresh random crop and flip for every probe")
+    tokens_per_batch: int = setting(TOKENS_PER_BATCH, "tokens of instructions per call of it")
 
     def check(self) -> None:
-        check_path(
-            self.schedule or "linear",
-            self.step,
-            self.num_probes,
-            self.placement,
-            self.max_sparsity,
-        )
-        check_agreement(self.agreement)
-        checks.one_of("probe.masking", self.masking, MASKINGS)
-        if self.batch_size != "auto":
-            resolve_batch_size(self.batch_size, 224)
+        PathSpec.check(self)
+        Compute.check(self)
         checks.at_least("probe.tokens_per_batch", self.tokens_per_batch, 1)
-        resolve_chunk(self.chunk, self.num_probes)
-        checks.one_of("probe.dtype", self.dtype, DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,11 +219,10 @@ class Config:
         """
         config = _build(cls, dict(values), "")
         config.check()
-        schedule = config.probe.schedule or SCHEDULE_OF_MODE[config.mode]
-        deep_images = config.dataset.deep_images or DEEP_IMAGES_OF_MODE[config.mode]
+        deep_images = config.dataset.deep_images or config.conventions.deep_images
         return dataclasses.replace(
             config,
-            probe=dataclasses.replace(config.probe, schedule=schedule),
+            probe=config.probe.for_mode(config.mode),
             dataset=dataclasses.replace(config.dataset, deep_images=deep_images),
         )
 
@@ -271,11 +244,11 @@ class Config:
                 "folder:/data/flowers/test."
             )
         self.mesh.check()
-        self.probe.check()
+        self.probe.for_mode(self.mode)
         self.record.check()
         self.tuning.check()
         self.linear_probe.check()
-        self.selection.check(self.mode)
+        self.selection.check(self.conventions)
         if self.need.tuning:
             self._check_tuning()
         self._check_kind()
@@ -283,6 +256,15 @@ class Config:
         self.finetune.check()
         self.lora.check()
         self.evaluation.check()
+
+    @property
+    def conventions(self) -> Conventions:
+        """What `mode` decides."""
+        return Conventions.of(self.mode)
+
+    def images(self, dataset: Dataset) -> Images:
+        """Returns a data set of images with how these settings read it."""
+        return Images(dataset, self.encoder.image_size, self.dataset.on_corrupt, self.cache)
 
     @property
     def is_of_instructions(self) -> bool:
@@ -324,6 +306,8 @@ class Config:
                     f"dataset.{key}: instructions have no such column; expected None. Their "
                     "classes come from dataset.category."
                 )
+        if self.probe.augment:
+            raise checks.InputError("probe.augment: instructions have no crops; expected False.")
         if self.mode != "default":
             raise checks.InputError("mode: of instructions there is no 'official' code.")
         need = self.need

@@ -89,6 +89,15 @@ def test_values_out_of_range_are_refused_with_key_and_choices(key, value, says):
         Config.of(demo_values(**{key: value}))
 
 
+def test_a_path_is_checked_by_the_schedule_that_the_mode_decides():
+    """A geometric path never reaches full sparsity, whatever its step."""
+    changes = {"mode": "official", "probe.step": 0.05}
+    assert Config.of(demo_values(**changes)).probe.schedule == "geometric"
+    for others in ({"mode": "default"}, {"probe.schedule": "linear"}):
+        with pytest.raises(ValueError, match="50 probes at step 0.05 run past full sparsity"):
+            Config.of(demo_values(**changes | others))
+
+
 def test_official_mode_refuses_cells_off_its_grid():
     changes = {"mode": "official", "selection.splits": (0.33,)}
     with pytest.raises(ValueError, match=r"0\.05, 0\.10"):

@@ -163,22 +163,23 @@ def counted(monkeypatch):
 def test_images_are_decoded_once_with_a_cache_and_twice_without(
     sample_encoder, small_sample, counted, tmp_path
 ):
-    options = {"image_size": 32, "batch_size": 16, "num_probes": 3}
+    options = {"image_size": 32, "num_probes": 3, "compute": dlc.Compute(batch_size=16)}
     dlc.probe(sample_encoder, small_sample, **options)
     assert len(counted) == 2 * len(small_sample)
     counted.clear()
     cache = dlc.ImageCache(folder=str(tmp_path))
-    dlc.probe(sample_encoder, small_sample, cache=cache, **options)
+    dlc.probe(sample_encoder, dlc.Images(small_sample, cache=cache), **options)
     assert len(counted) == len(small_sample)
     counted.clear()
-    auto = options | {"num_probes": "auto", "agreement": 1.0, "step": 0.1}
-    dlc.probe(sample_encoder, small_sample, cache=cache, **auto)
-    dlc.features(sample_encoder, small_sample, image_size=32, cache=cache)
+    path = dlc.PathSpec(num_probes="auto", agreement=1.0, step=0.1)
+    auto = {"image_size": 32, "path": path, "compute": dlc.Compute(batch_size=16)}
+    dlc.probe(sample_encoder, dlc.Images(small_sample, cache=cache), **auto)
+    dlc.features(sample_encoder, dlc.Images(small_sample, cache=cache), image_size=32)
     assert not counted
 
 
 def test_each_program_is_compiled_once(sample_encoder, small_sample):
-    options = {"image_size": 40, "batch_size": 16}  # the last batch is smaller
+    options = {"image_size": 40, "compute": dlc.Compute(batch_size=16)}  # the last batch is smaller
     programs = (features_of_batches, losses_of_batches)
     before = [program._cache_size() for program in programs]
     dlc.probe(sample_encoder, small_sample, num_probes=3, **options)

@@ -25,9 +25,9 @@ from ml_collections import ConfigDict
 import dlc_jax as dlc
 
 NAMES = """
-Dataset Encoder FinetuneConfig FinetuneTrials ImageCache InputError Instructions LanguageModel
-LinearProbeConfig
-ProbeLosses RankCertificate ResponseLosses RunResult Sample Selection TrainingRecord Tuning
+Compute Dataset Encoder FinetuneConfig FinetuneTrials ImageCache Images InputError Instructions
+LanguageModel LinearProbeConfig LoraConfig PathSpec ProbeLosses RankCertificate RecordConfig
+ResponseLosses Rules Run RunResult Sample Selection TrainingRecord Tuning
 array_dataset certify evaluate_mmlu export features finetune finetune_lora keep_curve linear_probes
 load_adapter load_dataset load_encoder load_instructions load_language_model load_mmlu make_mesh
 measure_responses probe probe_responses record_training response_losses score select
@@ -48,8 +48,9 @@ dlc.probe(encoder, dataset, image_size=64)
 dlc.probe(encoder, dataset, schedule="linear", step=0.02, num_probes=50, masking="l1",
           image_size=224, seed=0)
 dlc.probe(encoder, dataset, image_size=64, mode="official")
-dlc.probe(encoder, dataset, image_size=64, cache=dlc.ImageCache(), folder="runs/mine")
-dlc.probe(encoder, dataset, mesh=dlc.make_mesh())
+dlc.probe(encoder, dlc.Images(dataset, cache=dlc.ImageCache()), run=dlc.Run(folder="runs/mine"))
+dlc.probe(encoder, dataset, run=dlc.Run(mesh=dlc.make_mesh()))
+dlc.probe(encoder, dataset, image_size=64, path=dlc.PathSpec(), compute=dlc.Compute())
 dlc.probe(encoder, dataset, num_probes="auto")
 dlc.certify(probes)
 dlc.make_mesh()
@@ -65,13 +66,14 @@ dlc.select(None, labels, method="herding", keep_fraction=0.3, features=feats)
 dlc.selection.Candidates(scores, labels)
 dlc.selection.Candidates.select(candidates, method="flexrand", keep_fraction=0.3, split=0.5, seed=1)
 dlc.tune(scores, labels, features=feats, keep_fractions=(0.1, 0.3, 0.5))
+dlc.select(scores, labels, keep_fraction=0.3, rules=dlc.Rules(variant="deepcore"))
 dlc.keep_curve(tuning, tolerance=5.0)
 dlc.record_training(encoder, dataset, image_size=64, epochs=20, progress=True)
 dlc.linear_probes(feats, labels, [kept], val_features=feats, val_labels=labels)
 dlc.finetune(encoder, dataset, kept, test=test, epochs=50)
 dlc.finetune(encoder, dataset, kept, test=test, image_size=64, epochs=20, batch_size=32,
              learning_rate=0.05, seed=1, folder="runs/mine")
-dlc.finetune(encoder, dataset, kept, test=test, linear_probe=True)
+dlc.finetune(encoder, dataset, kept, test=test, settings=dlc.FinetuneConfig(linear_probe=True))
 dlc.export(dataset, kept, "kept.parquet", form="parquet", part="kept")
 dlc.load_language_model("models/mistral-7b", dtype="bfloat16")
 dlc.load_instructions("jsonl:train.jsonl")
@@ -135,6 +137,31 @@ def test_calls_as_written_fit_the_functions():
         keywords = [str(keyword.arg) for keyword in call.keywords]
         signature.bind(*call.args, **dict.fromkeys(keywords))
         assert set(keywords) <= set(signature.parameters), ast.unparse(call)  # not by **kwargs
+
+
+def num_settings(function: ast.FunctionDef) -> int:
+    """Returns how many keywords it has; of one without, how many parameters."""
+    if function.args.kwonlyargs:
+        return len(function.args.kwonlyargs)
+    names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def test_no_function_has_more_than_ten_settings():
+    """Nor a constructor that is written out; settings and results are dataclasses with more."""
+    many = {
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in (ROOT / "dlc_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and num_settings(node) > 10
+    }
+    assert many == set()
+    hidden = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    for name in dlc.__all__:
+        function = getattr(dlc, name)
+        if inspect.isfunction(function):
+            parameters = inspect.signature(function).parameters.values()
+            assert all(parameter.kind not in hidden for parameter in parameters), name
 
 
 @pytest.mark.slow

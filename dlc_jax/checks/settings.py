@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax.checks.errors import InputError, listed
+from dlc_jax.checks.errors import InputError, listed, shortened
 
 MODES = ("default", "official")
 
@@ -21,6 +21,14 @@ _MOST_CHOICES = 20  # beyond them, choices are names from a file
 def mode(value: str) -> None:
     """Raises unless `value` is a mode."""
     one_of("mode", value, MODES)
+
+
+def is_a(kind: type, **values: Any) -> None:
+    """Raises unless each value, by its name, is of this public kind."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            found = shortened(repr(value))
+            raise InputError(f"{name}: expected dlc.{kind.__name__}(...), got {found}.")
 
 
 def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:

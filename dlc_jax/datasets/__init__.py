@@ -52,7 +52,7 @@ _WITH_OWN_PARTS = ("tfds", "hf", "split")
 def load_dataset(
     source: str,
     *,
-    deep_images: str = "error",
+    deep_images: str = Dataset.deep_images,
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Dataset:

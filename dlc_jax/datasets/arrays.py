@@ -18,7 +18,7 @@ def array_dataset(
     class_names: Sequence[str] | None = None,
     name: str = "arrays",
     *,
-    deep_images: str = "error",
+    deep_images: str = Dataset.deep_images,
 ) -> Dataset:
     """Wraps images in memory.
 

@@ -11,6 +11,7 @@ from dlc_jax.distributed.mesh import (
     said_of,
     use_all_cores,
 )
+from dlc_jax.distributed.run import Run
 from dlc_jax.distributed.sharding import (
     by_rows,
     fetch,
@@ -34,6 +35,7 @@ __all__ = [
     "DATA",
     "FSDP",
     "PROBE",
+    "Run",
     "Team",
     "by_rows",
     "cores_are_devices",

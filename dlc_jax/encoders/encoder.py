@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dlc_jax import checks
-from dlc_jax.types import Params, by_path, path_name
+from dlc_jax.types import Conventions, Params, by_path, path_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -115,11 +115,9 @@ class Encoder:
         scalar per image (Q2). One scalar makes losses ill-conditioned: float32 distances cancel,
         losses reach 1e6, and no two implementations rank samples quite alike.
         """
-        checks.mode(mode)
-        if mode == "default":
-            return dataclasses.replace(self, pooling=self.pooling or "mean")
-        changes: dict = {"pooling": self.pooling or "scalar"}
-        if self.normalisation != "explicit":
+        conventions = Conventions.of(mode)
+        changes: dict = {"pooling": self.pooling or conventions.pooling}
+        if conventions.imagenet_normalised and self.normalisation != "explicit":
             changes.update(mean=IMAGENET_MEAN, std=IMAGENET_STD, normalisation="official")
         return dataclasses.replace(self, **changes)
 

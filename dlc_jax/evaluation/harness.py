@@ -13,7 +13,7 @@ from dlc_jax.datasets.chat import written
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods, longest_input
-from dlc_jax.preprocess.tokens import tokenising
+from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, tokenising
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -43,7 +43,7 @@ class JaxLM(TemplateLM):
         peft: str | None = None,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
-        tokens_per_batch: int = 8192,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,

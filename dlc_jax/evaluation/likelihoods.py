@@ -16,7 +16,13 @@ from dlc_jax import checks, signals
 from dlc_jax.distributed import fetch, on_every_device, over_devices
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.preprocess.tokens import TokenBatch, Tokenised, bucket_length, token_batches
+from dlc_jax.preprocess.tokens import (
+    TOKENS_PER_BATCH,
+    TokenBatch,
+    Tokenised,
+    bucket_length,
+    token_batches,
+)
 from dlc_jax.types import Params
 
 _PLACES_AT_ONCE = 128  # logits of a whole batch would be gigabytes
@@ -60,7 +66,7 @@ def continuation_log_likelihoods(
     pairs: Sequence[Pair],
     *,
     max_length: int | None = None,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
 ) -> Likelihoods:
     """Measures how likely each continuation is after its context.

@@ -11,7 +11,8 @@ from dlc_jax import checks
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.evaluation.likelihoods import Pair, continuation_log_likelihoods
 from dlc_jax.evaluation.mmlu_questions import LETTERS, SUBJECTS, Mmlu
-from dlc_jax.preprocess.tokens import tokenising
+from dlc_jax.evaluation.settings import EvaluationConfig
+from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, tokenising
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,9 @@ def evaluate_mmlu(
     model: LanguageModel,
     mmlu: Mmlu,
     *,
-    num_shots: int = 5,
+    num_shots: int = EvaluationConfig.num_shots,
     limit: int | None = None,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
 ) -> MmluResult:
     """Measures how many questions the model answers rightly, as lm_eval's task `mmlu` does.

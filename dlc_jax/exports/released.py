@@ -10,7 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -21,7 +21,9 @@ from dlc_jax.datasets.labels import composed
 from dlc_jax.exports import part_positions
 from dlc_jax.exports.images import FOLDER_SUFFIXES
 from dlc_jax.files.image_files import SUFFIXES
+from dlc_jax.masking import PathSpec
 from dlc_jax.preprocess.decode import decode
+from dlc_jax.selection import Cell
 from dlc_jax.types import Dataset, Selection
 
 PRETRAINS = ("fully", "weakly")
@@ -141,28 +143,17 @@ def _keys(dataset: Dataset) -> list[tuple[str, str]]:
 
 
 def released_path(
-    root: str | Path,
-    *,
-    seed: int,
-    name: str,
-    method: str,
-    split: float | None,
-    masking: str,
-    step: float,
-    num_probes: int,
-    pretrain: str,
-    arch: str,
-    keep_fraction: float,
+    root: str | Path, cell: Cell, path: PathSpec, *, name: str, pretrain: str, arch: str
 ) -> Path:
     """Returns where the released code looks for a selection, `--idxs_dir` being the root.
 
     Args:
       root: Folder of all selections.
-      seed, keep_fraction: Of the cell; the released code's `--ratio` is 100 times the fraction.
+      cell: Its method has a name there: `flexrand`, `easiest`, `hardest`, or a baseline, whose
+        underscores go. `--ratio` is 100 times its keep fraction.
+      path: The scores'; masking, step and number of probes are in the name of the first three
+        methods only.
       name: Data set, as in `released_order`.
-      method: `flexrand`, `easiest`, `hardest`, or a baseline, whose underscores go.
-      split: FlexRand's gamma; None for other methods.
-      masking, step, num_probes: Of the scores; in the name of the first three methods only.
       pretrain: `fully` or `weakly`.
       arch: Encoder, by the name it has here.
     Raises:
@@ -172,14 +163,14 @@ def released_path(
     """
     check_name(name)
     checks.one_of("export.pretrain", pretrain, PRETRAINS)
-    principle = method.replace("_", "")
-    if needs_grid(method):
-        cell = _CELLS.get(method) or f"s{_whole('split', split, 100)}"
-        path = f"i{_whole('probe.step', step, 1000)}_f{num_probes}"
-        principle = f"lwot-{masking}-{cell}-{path}"
-    ratio = round(float(keep_fraction) * 100, 9)  # 0.1 + 0.2 is meant as 30
+    principle = cell.method.replace("_", "")
+    if needs_grid(cell.method):
+        kept = _CELLS.get(cell.method) or f"s{_whole('split', cell.split, 100)}"
+        probes = f"i{_whole('probe.step', path.step, 1000)}_f{path.num_probes}"
+        principle = f"lwot-{path.masking}-{kept}-{probes}"
+    ratio = round(float(cell.keep_fraction) * 100, 9)  # 0.1 + 0.2 is meant as 30
     folder = f"pt_{pretrain}-arch_{_ARCHITECTURES.get(arch, arch)}"
-    return Path(root) / f"seed_{seed}" / name / principle / folder / f"{ratio / 100}.npy"
+    return Path(root) / f"seed_{cell.seed}" / name / principle / folder / f"{ratio / 100}.npy"
 
 
 def needs_grid(method: str) -> bool:
@@ -196,9 +187,8 @@ def check_name(name: str) -> None:
         )
 
 
-def _whole(name: str, value: float | None, parts: int) -> int:
+def _whole(name: str, value: Any, parts: int) -> int:
     checks.number(name, value)
-    assert value is not None
     checks.at_least(name, value, 0, exclusive=True)
     checks.at_most(name, value, 1, exclusive=True)
     whole = round(value * parts)

@@ -1,13 +1,11 @@
 """Importance of weights, sparsity schedules, and exact masks that are never stored."""
 
 from dlc_jax.masking.importance import MASKINGS, Importance, prunable_paths, weight_importance
+from dlc_jax.masking.path_spec import PathCounts, PathSpec
 from dlc_jax.masking.schedules import (
     AUTO,
     PLACEMENTS,
     SCHEDULES,
-    PathCounts,
-    check_path,
-    path_counts,
     refinements,
 )
 from dlc_jax.masking.thresholds import Thresholds, exact_thresholds, masked
@@ -20,11 +18,10 @@ __all__ = [
     "SCHEDULES",
     "Importance",
     "PathCounts",
+    "PathSpec",
     "Thresholds",
-    "check_path",
     "exact_thresholds",
     "masked",
-    "path_counts",
     "prunable_paths",
     "refinements",
     "removal_steps",

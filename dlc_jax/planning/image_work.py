@@ -21,7 +21,6 @@ from dlc_jax.planning.image_memory import (
 )
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.planning.work import Task, kept_by_run, planned_stages
-from dlc_jax.probes import resolve_batch_size, resolve_chunk
 from dlc_jax.probes.kernel import Forward, features_of_batch
 from dlc_jax.probes.passes import Layout
 from dlc_jax.selection import DEFAULT_SPLIT, has_split
@@ -80,7 +79,7 @@ class ImageWork:
     def scoring(self) -> ImageScoring:
         """Returns the job of one device."""
         probe = self.config.probe
-        chunk = min(resolve_chunk(probe.chunk, probe.num_probes), self._probes_each)
+        chunk = min(probe.probes_per_call(int(probe.num_probes)), self._probes_each)
         return ImageScoring(
             self.encoder,
             self._size,
@@ -88,7 +87,7 @@ class ImageWork:
             num_probes=-(-self._probes_each // chunk) * chunk,
             chunk=chunk,
             dtype=probe.dtype,
-            holds_importance=probe.masking != "l1" or self.config.mode == "official",
+            holds_importance=probe.masking != "l1" or self.config.conventions.ties_as_torch,
             batch_size=min(self._batch_size, self.num_samples),
         )
 
@@ -140,7 +139,14 @@ class ImageWork:
             return []
         config, n = self.config, self.num_samples
         settings = config.finetune
-        recorder = Recorder(self.encoder, self.dataset, settings, config.record, mode=config.mode)
+        recorder = Recorder(
+            self.encoder,
+            config.images(self.dataset),
+            settings,
+            config.record,
+            seed=config.seed,
+            conventions=config.conventions,
+        )
         others, early = len(recorder.seeds) - 1, recorder.early_epoch
         first = self._trained("score", "training record", [n], settings.epochs)
         rest = self._trained("score", "", [n] * others, early)
@@ -236,7 +242,7 @@ class ImageWork:
 
     @property
     def _batch_size(self) -> int:
-        return resolve_batch_size(self.config.probe.batch_size, self._size)
+        return self.config.probe.images_per_call(self._size)
 
     @property
     def _probes_each(self) -> int:

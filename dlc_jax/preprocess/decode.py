@@ -12,9 +12,12 @@ from PIL import Image
 from dlc_jax import checks
 from dlc_jax.files.image_files import bits_per_channel, opened
 from dlc_jax.preprocess.deep import CHOICES, in_8_bits, largest_of, scaled
+from dlc_jax.types import Dataset
 
 
-def decode(image: bytes | np.ndarray, sample_id: str, deep_images: str = "error") -> Image.Image:
+def decode(
+    image: bytes | np.ndarray, sample_id: str, deep_images: str = Dataset.deep_images
+) -> Image.Image:
     """Returns the image as RGB, exactly as PIL's `convert("RGB")` gives it.
 
     EXIF orientation is not applied and alpha is dropped, as torchvision's loaders do.

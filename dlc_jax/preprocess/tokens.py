@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int32, Int64
 from dlc_jax import checks
 from dlc_jax.datasets.instructions import Instructions
 
+TOKENS_PER_BATCH = 8192  # of a program call, where nothing else is asked for
 _SHORTEST = 32  # bucket, in tokens
 
 

@@ -2,18 +2,18 @@
 
 from dlc_jax.probes.certificate import Interval, RankCertificate, certify
 from dlc_jax.probes.kernel import DTYPES
-from dlc_jax.probes.measure import features, probe, resolve_batch_size, resolve_chunk
+from dlc_jax.probes.measure import features, probe
 from dlc_jax.probes.prototypes import ClassSums, prototype_loss
+from dlc_jax.probes.settings import Compute
 
 __all__ = [
     "DTYPES",
     "ClassSums",
+    "Compute",
     "Interval",
     "RankCertificate",
     "certify",
     "features",
     "probe",
     "prototype_loss",
-    "resolve_batch_size",
-    "resolve_chunk",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +13,14 @@ from dlc_jax.encoders import Encoder
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import (
     Importance,
-    PathCounts,
+    PathSpec,
     Thresholds,
     exact_thresholds,
     prunable_paths,
     removal_steps,
     weight_importance,
 )
-from dlc_jax.types import by_path
+from dlc_jax.types import Conventions, by_path
 from dlc_jax.workspace import artefacts
 
 
@@ -76,24 +76,20 @@ class LearningPath(NamedTuple):
 
 
 def learning_path(
-    encoder: Encoder | LanguageModel,
-    counts: Callable[[int], PathCounts],
-    masking: str,
-    seed: int,
-    mode: str,
+    encoder: Encoder | LanguageModel, path: PathSpec, seed: int, conventions: Conventions
 ) -> LearningPath:
-    """Returns the probes whose numbers of zeroed weights `counts` gives."""
+    """Returns the probes of a path whose schedule is decided; the seed is of random masking."""
     prunable = prunable_paths(encoder.params, encoder.is_prunable)
     leaves = by_path(encoder.params)
-    num_weights = sum(leaves[path].size for path in prunable)
-    found = counts(num_weights)
-    if mode == "official" and masking == "l1":
+    num_weights = sum(leaves[name].size for name in prunable)
+    found = path.counts(num_weights)
+    if conventions.ties_as_torch and path.masking == "l1":
         in_order = prunable
         if encoder.module_order is not None:
             in_order = tuple(sorted(prunable, key=encoder.module_order))
         importance = removal_steps(encoder.params, in_order, found.grid)
     else:
-        importance = weight_importance(encoder.params, prunable, masking, seed)
+        importance = weight_importance(encoder.params, prunable, path.masking, seed)
     thresholds = exact_thresholds(encoder.params, prunable, importance, found.chosen)
     return LearningPath(
         prunable,

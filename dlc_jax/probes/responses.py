@@ -6,13 +6,11 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 from tqdm import tqdm
 
@@ -20,6 +18,7 @@ from dlc_jax import checks, signals
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import (
     DATA,
+    Run,
     Team,
     fetch,
     filled_up,
@@ -31,15 +30,11 @@ from dlc_jax.distributed import (
 )
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.masking import (
-    AUTO,
-    MASKINGS,
-    check_path,
-    path_counts,
-)
+from dlc_jax.masking import AUTO, PathSpec
 from dlc_jax.masking.importance import Importance
 from dlc_jax.masking.thresholds import Thresholds, masked
 from dlc_jax.preprocess.tokens import (
+    TOKENS_PER_BATCH,
     BatchPlan,
     Tokenised,
     make_batch,
@@ -48,12 +43,13 @@ from dlc_jax.preprocess.tokens import (
 )
 from dlc_jax.probes.parts import Parts
 from dlc_jax.probes.path import LearningPath, learning_path
-from dlc_jax.probes.rounds import check_agreement, until_it_ranks
-from dlc_jax.types import Params, ProbeLosses, ResponseLosses
+from dlc_jax.probes.rounds import until_it_ranks
+from dlc_jax.types import Conventions, Params, ProbeLosses, ResponseLosses, overridden
 from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts
 
 _FEWEST_PARTS, _MOST_BATCHES, _MOST_PARTS = 64, 16, 4096  # see `_Work._size`
+RESPONSES_PATH = PathSpec(num_probes=8, placement="midpoint")
 _RESPONSE = "### Response:"  # what Cherry LLM scores responses behind
 Rows = tuple[Array, ...]  # tokens [b, t], num_tokens [b], num_prompt [b]
 
@@ -62,10 +58,8 @@ def response_losses(
     model: LanguageModel,
     data: Tokenised,
     *,
-    tokens_per_batch: int = 8192,
-    folder: str | Path | None = None,
-    mesh: Mesh | None = None,
-    progress: bool = False,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    run: Run = Run(),
 ) -> Float32[np.ndarray, " n"]:
     """Measures the mean cross-entropy of each response given its prompt.
 
@@ -74,22 +68,22 @@ def response_losses(
       data: From `tokenise`.
       tokens_per_batch: Rows times padded length of a program call, for each part of the axis `data`
         of the model's mesh; changes speed and memory.
-      folder: Where what is finished is kept until all of it is; see `probe`. None: nowhere.
-      mesh: Of all processes, where several share the work, each with a model on its own part of it
-        (`Team.of(mesh).mesh`); None: this process does all of it.
-      progress: Whether to show a bar.
+      run: Folder, mesh and bars; see `Run`. The mesh is of all processes, where several share the
+        work, each with a model on its own part of it (`Team.of(mesh).mesh`); None: this process
+        does all of it.
     Returns:
       In nats per token of the response; the prompt's tokens do not count.
     Raises:
       ValueError: processes without a folder to share; by sample, tokens that the model does not
         have.
     """
+    checks.is_a(Run, run=run)
 
     def of_rows(rows: Rows) -> Array:
         return _losses(model.architecture, model.params, *rows)[None]
 
-    work = _Work.of(model, data, tokens_per_batch, ["losses"], folder, mesh)
-    return work.measured(of_rows, 1, progress)[0]
+    work = _Work.of(model, data, tokens_per_batch, ["losses"], run)
+    return work.measured(of_rows, 1)[0]
 
 
 def measure_responses(
@@ -98,11 +92,9 @@ def measure_responses(
     *,
     max_length: int | None = None,
     tokens: Tokenised | None = None,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
     on_corrupt: str = "error",
-    folder: str | Path | None = None,
-    mesh: Mesh | None = None,
-    progress: bool = False,
+    run: Run = Run(),
 ) -> ResponseLosses:
     """Measures responses with and without their prompts, for scores that are compared with DLC.
 
@@ -117,19 +109,13 @@ def measure_responses(
       data: From `load_instructions`.
       max_length, on_corrupt: As for `tokenise`; None: 2048, or the model's limit if it is lower.
       tokens: What `tokenise` gives of these data with the same arguments, where that was done.
-      tokens_per_batch, folder, mesh, progress: As for `response_losses`.
+      tokens_per_batch, run: As for `response_losses`.
     Raises:
       ValueError: see `tokenise` and `response_losses`.
     """
+    checks.is_a(Run, run=run)
     max_length = model.max_length(max_length)
-    measured = functools.partial(
-        response_losses,
-        model,
-        tokens_per_batch=tokens_per_batch,
-        folder=folder,
-        mesh=mesh,
-        progress=progress,
-    )
+    measured = functools.partial(response_losses, model, tokens_per_batch=tokens_per_batch, run=run)
     if tokens is None:
         tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
     kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
@@ -169,18 +155,14 @@ def probe_responses(
     model: LanguageModel,
     data: Tokenised,
     *,
-    schedule: str = "linear",
-    step: float = 0.02,
-    num_probes: int | str = 8,
-    placement: str = "midpoint",
-    max_sparsity: float = 1.0,
-    agreement: float = 0.98,
-    masking: str = "l1",
-    tokens_per_batch: int = 8192,
-    folder: str | Path | None = None,
-    mesh: Mesh | None = None,
+    schedule: str | None = None,
+    step: float | None = None,
+    num_probes: int | str | None = None,
+    masking: str | None = None,
     seed: int = 0,
-    progress: bool = False,
+    path: PathSpec = RESPONSES_PATH,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    run: Run = Run(),
 ) -> ProbeLosses:
     """Measures the response losses of masked copies of the model.
 
@@ -189,8 +171,11 @@ def probe_responses(
 
     Args:
       model, data: As for `response_losses`.
-      schedule, step, num_probes, placement, max_sparsity, agreement, masking, seed: As for `probe`.
-      tokens_per_batch, folder, mesh, progress: As for `response_losses`.
+      schedule, step, num_probes, masking: Instead of those in `path`.
+      seed: Seed of random masking.
+      path: Which masked copies; see `PathSpec`. One that is given stands for all of the default,
+        `PathSpec(num_probes=8, placement="midpoint")`. The schedule is `linear` unless named.
+      tokens_per_batch, run: As for `response_losses`.
     Returns:
       Losses [m, n] in nats, higher is harder. All samples are one class, without a prototype.
     Raises:
@@ -198,22 +183,17 @@ def probe_responses(
         sample, or losses that are not finite.
     Source: Jiang et al. 2025, section 3.
     """
-    check_path(schedule, step, num_probes, placement, max_sparsity)
-    check_agreement(agreement)
-    checks.one_of("probe.masking", masking, MASKINGS)
+    checks.is_a(PathSpec, path=path)
+    checks.is_a(Run, run=run)
+    if path.augment:
+        raise checks.InputError("probe.augment: instructions have no crops; expected False.")
+    path = overridden(path, schedule=schedule, step=step, num_probes=num_probes, masking=masking)
+    path = path.for_mode("default")
     checks.seed(seed)
     model.check_tokens(data.named)  # before the path, which takes a pass over the weights
-    counts = functools.partial(
-        path_counts,
-        schedule=schedule,
-        step=step,
-        num_probes=num_probes,
-        placement=placement,
-        max_sparsity=max_sparsity,
-    )
-    path = learning_path(model, counts, masking, seed, "default")
-    decisive = [schedule, step, num_probes, placement, max_sparsity, masking, seed]
-    work = _Work.of(model, data, tokens_per_batch, decisive, folder, mesh)
+    probes = learning_path(model, path, seed, Conventions.of("default"))
+    decisive = [path.schedule, path.step, path.num_probes, path.placement, path.max_sparsity]
+    work = _Work.of(model, data, tokens_per_batch, [*decisive, path.masking, seed], run)
     labels = np.zeros(len(data), np.int32)
 
     def losses_of(some: LearningPath) -> Float32[np.ndarray, "k n"]:
@@ -224,24 +204,24 @@ def probe_responses(
                 model.architecture, some.prunable, model.params, some.importance, thresholds, *rows
             )
 
-        name = "batches" if num_probes != AUTO else f"batches-{some.name}"
-        return work.measured(of_rows, len(some), progress, name)
+        name = "batches" if path.num_probes != AUTO else f"batches-{some.name}"
+        return work.measured(of_rows, len(some), name)
 
-    if num_probes == AUTO:
-        path, losses = until_it_ranks(path, losses_of, labels, agreement)
+    if path.num_probes == AUTO:
+        probes, losses = until_it_ranks(probes, losses_of, labels, path.agreement)
     else:
-        losses = losses_of(path)
+        losses = losses_of(probes)
     checks.losses_are_finite(losses, data.ids)
     return ProbeLosses(
         losses=losses,
-        sparsity=path.sparsity,
+        sparsity=probes.sparsity,
         labels=labels,
         ids=data.ids,
         prototypes=np.zeros((1, 0), np.float32),
         class_names=("all",),
         skipped=data.skipped,
-        steps=path.steps,
-        num_steps=path.num_steps,
+        steps=probes.steps,
+        num_steps=probes.num_steps,
     )
 
 
@@ -253,6 +233,7 @@ class _Work(NamedTuple):
       plans: All batches.
       parts: Where losses are kept, a number of neighbouring batches at a time.
       team: Who does which part.
+      progress: Whether to show a bar.
     """
 
     model: LanguageModel
@@ -260,6 +241,7 @@ class _Work(NamedTuple):
     plans: list[BatchPlan]
     parts: Parts
     team: Team
+    progress: bool
 
     @classmethod
     def of(
@@ -268,31 +250,29 @@ class _Work(NamedTuple):
         data: Tokenised,
         tokens_per_batch: int,
         decisive: list[Any],
-        folder: str | Path | None,
-        mesh: Mesh | None,
+        run: Run,
     ) -> _Work:
         checks.at_least("tokens_per_batch", tokens_per_batch, 1)
         model.check_tokens(data.named)
         plans = list(plan_batches(data, tokens_per_batch))
-        team = Team.alone(mesh_of(model.params)) if mesh is None else Team.of(mesh)
-        if team.num_teams > 1 and folder is None:
+        team = Team.alone(mesh_of(model.params)) if run.mesh is None else Team.of(run.mesh)
+        if team.num_teams > 1 and run.path is None:
             raise checks.InputError(
                 "folder: missing; processes that share the work need one that all of them see."
             )
-        if folder is None:
-            return cls(model, data, plans, Parts(), team)
+        if run.path is None:
+            return cls(model, data, plans, Parts(), team, run.progress)
         device = jax.devices()[0]
         machine = (jax.__version__, device.platform, device.device_kind)
         inputs: list[Any] = [__version__, machine, model.fingerprint, data.fingerprint]
         inputs += [tokens_per_batch, *decisive]
-        parts = Parts(Path(folder) / artefacts.json_hash(inputs)[:16], writes=_writes(team))
-        return cls(model, data, plans, parts, team)
+        parts = Parts(run.path / artefacts.json_hash(inputs)[:16], writes=_writes(team))
+        return cls(model, data, plans, parts, team, run.progress)
 
     def measured(
         self,
         of_rows: Callable[[Rows], Array],
         num_rows: int,
-        progress: bool,
         name: str = "batches",
     ) -> Float32[np.ndarray, "m n"]:
         """Returns the losses of all samples; parts are kept under this name."""
@@ -302,7 +282,7 @@ class _Work(NamedTuple):
             total=sum(len(plan.positions) for k in mine for plan in self._plans_of(k)),
             desc="losses",
             unit="row",
-            disable=None if progress else True,
+            disable=None if self.progress else True,
         ) as bar:
             for number in mine:
                 plans = self._plans_of(number)

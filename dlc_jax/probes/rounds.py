@@ -7,18 +7,11 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from dlc_jax import checks
 from dlc_jax.masking import refinements
 from dlc_jax.probes.certificate import certify_losses
 from dlc_jax.probes.path import LearningPath
 
 Measure = Callable[[LearningPath], Float32[np.ndarray, "k n"]]
-
-
-def check_agreement(agreement: float) -> None:
-    """Raises ValueError unless a rank correlation can be that high."""
-    checks.at_least("probe.agreement", agreement, 0, exclusive=True)
-    checks.at_most("probe.agreement", agreement, 1)
 
 
 def until_it_ranks(

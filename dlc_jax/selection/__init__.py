@@ -10,6 +10,7 @@ from dlc_jax.selection.kept import kept_positions
 from dlc_jax.selection.lots import id_keys, lots
 from dlc_jax.selection.methods import (
     AUTO,
+    DEFAULT_METHOD,
     DEFAULT_SPLIT,
     FULL,
     SELECTORS,
@@ -17,17 +18,16 @@ from dlc_jax.selection.methods import (
     Cell,
     Method,
     check_cell,
-    check_grouping,
-    check_min_per_class,
     check_text_split,
-    check_tunable,
     has_split,
 )
+from dlc_jax.selection.rules import Rules
 from dlc_jax.types import Selection, Tuning
 
 __all__ = [
     "ALLOCATIONS",
     "AUTO",
+    "DEFAULT_METHOD",
     "DEFAULT_SPLIT",
     "FULL",
     "SELECTORS",
@@ -35,11 +35,9 @@ __all__ = [
     "Candidates",
     "Cell",
     "Method",
+    "Rules",
     "check_cell",
-    "check_grouping",
-    "check_min_per_class",
     "check_text_split",
-    "check_tunable",
     "has_split",
     "id_keys",
     "kept_positions",
@@ -52,19 +50,16 @@ def select(
     scores: np.ndarray | None,
     labels: np.ndarray,
     *,
-    method: str = "flexrand",
+    method: str = DEFAULT_METHOD,
     keep_fraction: float,
     split: float | str | None = None,
     seed: int = 0,
-    min_per_class: int = 0,
-    mode: str = "default",
     ids: np.ndarray | None = None,
     features: np.ndarray | None = None,
     probabilities: np.ndarray | None = None,
-    variant: str = "published",
-    allocation: str = "proportional",
-    per_class: bool = True,
     tuning: Tuning | None = None,
+    mode: str = "default",
+    rules: Rules = Rules(),
 ) -> Selection:
     """Picks the samples to keep; every cell stands alone, whatever else is selected.
 
@@ -82,24 +77,16 @@ def select(
       split: FlexRand's gamma in (0, 1), the share of a class that counts as easy; default 0.5.
         `auto`: what `tuning` found best.
       seed: Seed of the draw. The draw of a class depends on the seed and its samples only.
-      min_per_class: Least samples kept of a class, all of a class that has no more; a class that
-        this raises is selected from as at the keep fraction that gives as many. Not in `official`.
-      mode: `default`: exactly round(n_j keep_fraction) of a class of n_j samples, and its only
-        sample where n_j is 1. `official`: the released code's draws, rounding and order of ties,
-        for splits 0.05 i and keep fractions i / 10.
       ids: [n] different sample ids. Draws and ties then follow the ids, so that the same samples
         in another order keep the same ids (not in `official`), and `finetune` finds the kept
         samples in any order or part of the data set. None: draws and ties follow positions.
       features: [n, d] floating; what `features` returns, or your own.
       probabilities: [n, c] softmax outputs of a classifier; rows add up to 1.
-      variant: `published`; `deepcore` copies that library's slip: `herding` takes the farthest
-        sample, and with per_class=False `least_confidence`, `entropy` and `margin` keep the least
-        uncertain.
-      allocation: `proportional`: the fraction of each class. `nucs`: as many in all, but more of
-        classes whose scores are higher. Not in `official`.
-      per_class: False: round(n keep_fraction) out of all samples, whatever their classes, which may
-        lose some; min_per_class must be 0. Not in `official`.
       tuning: From `tune`, on the same scores and labels; for `auto`, and only for it.
+      mode: `default`: exactly round(n_j keep_fraction) of a class of n_j samples, and its only
+        sample where n_j is 1. `official`: the released code's draws, rounding and order of ties,
+        for splits 0.05 i and keep fractions i / 10.
+      rules: Budgets of classes, and the method's variant; see `Rules`.
     Returns:
       Kept positions, ascending, with what made them.
     Raises:
@@ -113,10 +100,7 @@ def select(
         keep_fraction=keep_fraction,
         split=split,
         seed=seed,
-        min_per_class=min_per_class,
-        mode=mode,
-        variant=variant,
-        allocation=allocation,
-        per_class=per_class,
         tuning=tuning,
+        mode=mode,
+        rules=rules,
     )

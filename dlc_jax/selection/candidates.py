@@ -16,14 +16,14 @@ from dlc_jax.selection.group import Draw, Group
 from dlc_jax.selection.lots import id_keys
 from dlc_jax.selection.methods import (
     AUTO,
+    DEFAULT_METHOD,
     SELECTORS,
     check_cell,
-    check_grouping,
-    check_min_per_class,
-    check_tunable,
 )
+from dlc_jax.selection.rules import Rules
 from dlc_jax.types import (
     Choice,
+    Conventions,
     Selection,
     Tuning,
     features_fingerprint,
@@ -47,7 +47,7 @@ class _Grouping(NamedTuple):
 
     by: str  # `nothing`, `scores`, `features` or `probabilities`
     per_class: bool
-    mode: str
+    as_released: bool  # drawn and sorted as the released code does it
 
 
 class Candidates:
@@ -77,53 +77,53 @@ class Candidates:
     def select(
         self,
         *,
-        method: str = "flexrand",
+        method: str = DEFAULT_METHOD,
         keep_fraction: float,
         split: float | str | None = None,
         seed: int = 0,
-        min_per_class: int = 0,
-        mode: str = "default",
-        variant: str = "published",
-        allocation: str = "proportional",
-        per_class: bool = True,
         tuning: Tuning | None = None,
+        mode: str = "default",
+        rules: Rules = Rules(),
     ) -> Selection:
         """Picks the samples to keep in one cell; arguments and errors as for `dlc_jax.select`."""
-        split = check_cell(method, keep_fraction, split, seed, mode)
-        check_min_per_class(min_per_class, mode)
-        check_grouping(method, variant, allocation, per_class, min_per_class, mode)
+        conventions = Conventions.of(mode)
+        split = check_cell(method, keep_fraction, split, seed, conventions)
+        checks.is_a(Rules, rules=rules)
+        rules.check(method, conventions)
         if AUTO not in (method, split) and tuning is not None:
             raise checks.InputError(
                 f"tuning: is for method or split {AUTO!r}, got method {method!r} and split "
                 f"{split!r}."
             )
         if AUTO in (method, split):
-            check_tunable(allocation, per_class)
-            choice = self._choice(method, keep_fraction, min_per_class, tuning)
+            rules.check_tunable()
+            choice = self._choice(method, keep_fraction, rules.min_per_class, tuning)
             selected = self.select(
                 method=choice.method,
                 keep_fraction=keep_fraction,
                 split=choice.split,
                 seed=seed,
-                min_per_class=min_per_class,
+                rules=rules,
             )
             return dataclasses.replace(selected, method=method, split=split, chosen=choice)
         assert not isinstance(split, str)  # it was `auto`
-        self._check_all_there(method, allocation)
-        names, groups = self._groups(_Grouping(SELECTORS[method].needs, per_class, mode))
+        self._check_all_there(method, rules.allocation)
+        as_released = conventions.draws_as_released
+        by = _Grouping(SELECTORS[method].needs, rules.per_class, as_released)
+        names, groups = self._groups(by)
         members = [group.positions for group in groups]
-        if mode == "official" and split is not None:
+        if as_released and split is not None:
             kept = official.flexrand(members, keep_fraction, split, seed)
         else:
             fractions = [keep_fraction] * len(members)
-            if mode == "default" and per_class:
-                allocated = ALLOCATIONS[allocation]
-                fractions = allocated(members, self._scores, keep_fraction, min_per_class)
+            if rules.per_class and not as_released:
+                allocated = ALLOCATIONS[rules.allocation]
+                fractions = allocated(members, self._scores, keep_fraction, rules.min_per_class)
             kept = [
                 group.positions
                 if fraction == 1
                 else SELECTORS[method].select(
-                    group, Draw(fraction, split, seed, name, per_class, variant)
+                    group, Draw(fraction, split, seed, name, rules.per_class, rules.variant)
                 )
                 for name, group, fraction in zip(names, groups, fractions, strict=True)
             ]
@@ -138,10 +138,7 @@ class Candidates:
             split=split,
             seed=seed,
             mode=mode,
-            min_per_class=min_per_class,
-            variant=variant,
-            allocation=allocation,
-            per_class=per_class,
+            **dataclasses.asdict(rules),
             num_kept_per_class=np.bincount(self._labels[indices], minlength=len(self._sizes)),
             single_sample_classes=tuple(np.flatnonzero(self._sizes == 1).tolist()),
             labels_fingerprint=self._labels_fingerprint,
@@ -217,7 +214,7 @@ class Candidates:
             scores, rows = self._scores, self._rows(how.by)
             labels = self._labels if how.per_class else np.zeros_like(self._labels)
             # the released code draws, and breaks ties, by position
-            keys = None if how.mode == "official" else self._keys
+            keys = None if how.as_released else self._keys
             if keys is None:
                 by_label = np.argsort(labels, kind="stable")
             else:
@@ -228,7 +225,7 @@ class Candidates:
                 assert scores is not None
                 # the released code sorts with NumPy's default, which leaves ties in any order (Q9)
                 kind: Literal["quicksort", "stable"]
-                kind = "quicksort" if how.mode == "official" else "stable"
+                kind = "quicksort" if how.as_released else "stable"
                 members = [some[np.argsort(scores[some], kind=kind)] for some in members]
             self._groups_by[how] = (
                 present.tolist(),

@@ -70,8 +70,8 @@ class Draw(NamedTuple):
     split: float | None
     seed: int
     label: int
-    per_class: bool = True
-    variant: str = "published"
+    per_class: bool
+    variant: str
 
 
 @runtime_checkable

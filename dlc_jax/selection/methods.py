@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from dlc_jax import checks
-from dlc_jax.selection import allocation as allocations
 from dlc_jax.selection import flexrand, geometry, official, strata, topk
 from dlc_jax.selection.group import Selector
+from dlc_jax.types import Conventions
 
 AUTO = "auto"  # a method, or a split: what tuning found best
-DEFAULT_SPLIT = 0.5
+DEFAULT_METHOD, DEFAULT_SPLIT = "flexrand", 0.5
 FULL = "full"  # no method: the run on all samples, which others are compared with
 
 
@@ -88,62 +88,24 @@ def check_text_split(split: str, name: str = "split") -> None:
         raise checks.InputError(f"{name}: expected numbers or {AUTO!r}, got {split!r}.")
 
 
-def check_grouping(
-    method: str,
-    variant: str,
-    allocation: str,
-    per_class: bool,
-    min_per_class: int = 0,
-    mode: str = "default",
-) -> None:
-    """Raises ValueError unless the method has the variant, and the groups go with the rest."""
-    known = ("published",) if method == AUTO else SELECTORS[method].variants
-    checks.one_of(f"variant of method {method!r}", variant, known)
-    checks.one_of("allocation", allocation, allocations.ALLOCATIONS)
-    if mode == "official" and (allocation != "proportional" or not per_class):
-        raise checks.InputError(
-            "mode 'official' has allocation='proportional' and per_class=True only, got "
-            f"{allocation!r} and {per_class}."
-        )
-    if not per_class and (allocation != "proportional" or min_per_class):
-        raise checks.InputError(
-            "per_class=False: allocation and min_per_class are about classes, expected "
-            f"'proportional' and 0, got {allocation!r} and {min_per_class}."
-        )
-
-
-def check_tunable(allocation: str, per_class: bool) -> None:
-    """Raises ValueError unless samples are shared out as `tune` does it."""
-    if allocation != "proportional" or not per_class:
-        raise checks.InputError(
-            f"{AUTO}: is tuned with allocation='proportional' and per_class=True, got "
-            f"{allocation!r} and {per_class}."
-        )
-
-
-def check_min_per_class(min_per_class: int, mode: str, name: str = "min_per_class") -> None:
-    """Raises ValueError unless it is an integer >= 0, and 0 in mode `official`."""
-    checks.integer(name, min_per_class)
-    checks.at_least(name, min_per_class, 0)
-    if min_per_class and mode == "official":
-        raise checks.InputError(
-            f"{name}: mode 'official' has none, expected 0, got {min_per_class!r}."
-        )
-
-
 def check_cell(
-    method: str, keep_fraction: float, split: float | str | None, seed: int, mode: str
+    method: str,
+    keep_fraction: float,
+    split: float | str | None,
+    seed: int,
+    conventions: Conventions,
 ) -> float | str | None:
     """Returns the split to use (None for methods without one), or raises ValueError."""
-    checks.mode(mode)
     checks.one_of("selection method", method, [*SELECTORS, AUTO])
     checks.keep_fraction(keep_fraction)
     checks.seed(seed)
     if isinstance(split, str):
         check_text_split(split)
-    if AUTO in (method, split) and mode == "official":
-        raise checks.InputError("mode 'official' has no 'auto'; expected a method and a split.")
-    if mode == "official" and not isinstance(split, str):
+    if AUTO in (method, split) and conventions.draws_as_released:
+        raise checks.InputError(
+            f"mode {conventions.mode!r} has no {AUTO!r}; expected a method and a split."
+        )
+    if conventions.draws_as_released and not isinstance(split, str):
         official.grid_cell(keep_fraction, DEFAULT_SPLIT if split is None else split)
     if not has_split(method):
         if split is not None:

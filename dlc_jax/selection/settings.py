@@ -6,21 +6,22 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from dlc_jax import checks
+from dlc_jax.probes.certificate import KEEP_FRACTIONS
 from dlc_jax.scores import SCORES, column_name
 from dlc_jax.selection import (
     ALLOCATIONS,
     AUTO,
+    DEFAULT_METHOD,
+    DEFAULT_SPLIT,
     SELECTORS,
     VARIANTS,
     Cell,
+    Rules,
     check_cell,
-    check_grouping,
-    check_min_per_class,
     check_text_split,
-    check_tunable,
     has_split,
 )
-from dlc_jax.types import setting
+from dlc_jax.types import Conventions, setting
 
 # of methods, and of scores that methods use
 _VARIANTS = tuple(dict.fromkeys([*VARIANTS, *(v for s in SCORES.values() for v in s.variants)]))
@@ -44,19 +45,23 @@ class Need(NamedTuple):
 class SelectionConfig:
     """Which cells to select: methods x keep fractions x splits x seeds."""
 
-    methods: tuple[str, ...] = setting(("flexrand",), f"{', '.join(SELECTORS)}, {AUTO}")
-    keep_fractions: tuple[float, ...] = setting(
-        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), "fractions kept, each in (0, 1)"
+    methods: tuple[str, ...] = setting((DEFAULT_METHOD,), f"{', '.join(SELECTORS)}, {AUTO}")
+    keep_fractions: tuple[float, ...] = setting(KEEP_FRACTIONS, "fractions kept, each in (0, 1)")
+    splits: tuple[float | str, ...] = setting(
+        (DEFAULT_SPLIT,), f"FlexRand's gamma, each in (0, 1) or {AUTO}"
     )
-    splits: tuple[float | str, ...] = setting((0.5,), f"FlexRand's gamma, each in (0, 1) or {AUTO}")
     seeds: tuple[int, ...] = setting((0,), "seeds of the draws")
     score: str = setting("dlc", f"used by methods that name none: {', '.join(SCORES)}")
-    variant: str = setting("published", f"of methods or scores: {', '.join(_VARIANTS)}")
-    allocation: str = setting("proportional", f"class budgets: {', '.join(ALLOCATIONS)}")
-    per_class: bool = setting(True, "select from every class; False: from all samples at once")
-    min_per_class: int = setting(0, "least samples kept of a class (all, if it has no more)")
+    variant: str = setting(Rules.variant, f"of methods or scores: {', '.join(_VARIANTS)}")
+    allocation: str = setting(Rules.allocation, f"class budgets: {', '.join(ALLOCATIONS)}")
+    per_class: bool = setting(
+        Rules.per_class, "select from every class; False: from all samples at once"
+    )
+    min_per_class: int = setting(
+        Rules.min_per_class, "least samples kept of a class (all, if it has no more)"
+    )
 
-    def check(self, mode: str) -> None:
+    def check(self, conventions: Conventions) -> None:
         for key in ("methods", "keep_fractions", "splits", "seeds"):
             values = getattr(self, key)
             if not values or len(set(values)) < len(values):
@@ -78,19 +83,11 @@ class SelectionConfig:
         checks.one_of("selection.score", self.score, SCORES)
         self._check_variant()
         for cell in self.cells():
-            check_cell(*cell, mode)
-        check_min_per_class(self.min_per_class, mode, "selection.min_per_class")
-        if self.need.tuning:
-            check_tunable(self.allocation, self.per_class)
+            check_cell(*cell, conventions)
         for method in self.methods:
-            check_grouping(
-                method,
-                self.variant_of(method),
-                self.allocation,
-                self.per_class,
-                self.min_per_class,
-                mode,
-            )
+            self.rules_of(method).check(method, conventions, "selection.")
+        if self.need.tuning:
+            self.rules_of(AUTO).check_tunable()
 
     def _check_variant(self) -> None:
         """Raises ValueError for a variant that nothing asked for has."""
@@ -116,10 +113,11 @@ class SelectionConfig:
             for seed in self.seeds
         ]
 
-    def variant_of(self, method: str) -> str:
-        """Returns the variant asked for if the method has it, or the published definition."""
+    def rules_of(self, method: str) -> Rules:
+        """Returns the rules, with the variant asked for if the method has it."""
         known = SELECTORS[method].variants if method in SELECTORS else ()
-        return self.variant if self.variant in known else "published"
+        variant = self.variant if self.variant in known else Rules.variant
+        return Rules(variant, self.allocation, self.per_class, self.min_per_class)
 
     def score_of(self, method: str) -> str:
         """Returns the column of `scores.parquet` that the method uses."""
@@ -133,13 +131,7 @@ class SelectionConfig:
 
     def how(self, method: str) -> dict[str, Any]:
         """Returns what decides a selection of this method besides its cell."""
-        return {
-            "score": self.score_of(method),
-            "variant": self.variant_of(method),
-            "allocation": self.allocation,
-            "per_class": self.per_class,
-            "min_per_class": self.min_per_class,
-        }
+        return {"score": self.score_of(method)} | dataclasses.asdict(self.rules_of(method))
 
     @property
     def need(self) -> Need:

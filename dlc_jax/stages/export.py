@@ -23,6 +23,7 @@ from dlc_jax.exports.released import (
     needs_grid,
     released_path,
 )
+from dlc_jax.masking import PathSpec
 from dlc_jax.selection import AUTO, Cell
 from dlc_jax.stages.score_instructions import load_configured_instructions
 from dlc_jax.stages.selection_inputs import SelectionInputs
@@ -183,31 +184,25 @@ def _released_paths(
       ValueError: settings that the released layout has no name for.
     """
     probe = made_with["probe"]
+    path = PathSpec(masking=probe["masking"], step=probe["step"], num_probes=num_probes)
     paths: dict[tuple[Cell, str], Path] = {}
     for cell in config.selection.cells():
-        method, keep_fraction, split, seed = cell
-        if isinstance(split, str) or method == AUTO:
+        if AUTO in (cell.method, cell.split):
             raise checks.InputError(
                 f"export.forms: the released layout has no name for {AUTO!r}; expected a method "
                 "and a split, such as those that selections/ says it stood for."
             )
-        if needs_grid(method):
+        if needs_grid(cell.method):
             _check_placement(probe)
         for part in config.export.parts:
-            path = released_path(
+            paths[cell, part] = released_path(
                 workdir / artefacts.EXPORTS / _RELEASED_ROOTS[part],
-                seed=seed,
+                cell,
+                path,
                 name=str(config.export.released_name),
-                method=method,
-                split=split,
-                masking=probe["masking"],
-                step=probe["step"],
-                num_probes=num_probes,
                 pretrain=config.export.pretrain,
                 arch=made_with["encoder"]["name"],
-                keep_fraction=keep_fraction,
             )
-            paths[cell, part] = path
     if len(set(paths.values())) < len(paths):  # 0.3 and 0.1 + 0.2 are two splits here
         raise checks.InputError(
             f"selection: two cells have one name in the released layout: {config.selection}."

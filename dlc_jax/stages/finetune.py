@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dlc_jax.config import Config
-from dlc_jax.distributed import processes
+from dlc_jax.distributed import Run, processes
 from dlc_jax.distributed.processes import on_first
 from dlc_jax.encoders.huggingface import read_config
 from dlc_jax.encoders.language_model import (
@@ -72,15 +72,11 @@ def run_finetune(
     make_tuner = functools.partial(
         Finetuner,
         encoder,
-        dataset,
+        config.images(dataset),
         test,
         config.finetune,
-        image_size=config.encoder.image_size,
-        mode=config.mode,
-        on_corrupt=config.dataset.on_corrupt,
-        cache=config.cache,
-        mesh=config.mesh.make(),
-        progress=processes.is_first(),
+        config.conventions,
+        Run(None, config.mesh.make(), processes.is_first()),
     )
     end = run_sweep(config, workdir, known, dataset, make_tuner, echo)
     if known is None:

@@ -13,14 +13,13 @@ from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.huggingface import read_config, read_config_alone
 from dlc_jax.encoders.language_model import load_tokenizer, longest_sequence, model_folder
 from dlc_jax.encoders.paper_models import PAPER_MODELS
-from dlc_jax.masking import AUTO, path_counts
+from dlc_jax.masking import AUTO
 from dlc_jax.planning.image_plan import plan_images
 from dlc_jax.planning.image_work import ImageWork
 from dlc_jax.planning.instruction_plan import plan_devices, plan_work
 from dlc_jax.planning.instruction_work import InstructionWork, Lengths
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.planning.speed import decoding_speed
-from dlc_jax.probes.measure import SCHEDULE_OF_MODE
 from dlc_jax.stages.score import load_configured
 from dlc_jax.stages.score_instructions import load_configured_instructions
 from dlc_jax.training.images import class_ids_by_name
@@ -52,15 +51,7 @@ def run_plan(config: Config, echo: Callable[[str], None]) -> None:
 
 def _with_all_probes(config: Config) -> Config:
     probe = config.probe
-    schedule = probe.schedule or SCHEDULE_OF_MODE[config.mode]
-    num_weights = 10**9  # so many that rounding cuts no step off
-    counts = path_counts(
-        num_weights,
-        schedule=schedule,
-        step=probe.step,
-        num_probes=AUTO,
-        max_sparsity=probe.max_sparsity,
-    )
+    counts = probe.for_mode(config.mode).counts(10**9)  # so many that rounding cuts no step off
     all_of_them = dataclasses.replace(probe, num_probes=len(counts.grid), placement="grid")
     return dataclasses.replace(config, probe=all_of_them)
 

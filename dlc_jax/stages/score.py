@@ -13,7 +13,7 @@ import numpy as np
 from dlc_jax import checks, reports
 from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
-from dlc_jax.distributed import processes, said_of
+from dlc_jax.distributed import Run, processes, said_of
 from dlc_jax.distributed.processes import on_first, told_by_first
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.masking import AUTO
@@ -29,8 +29,7 @@ from dlc_jax.workspace.artefacts import ScoredSamples
 
 Load: TypeAlias = Callable[[str], Dataset]  # by source
 # Settings that change speed and memory, but not what comes out.
-SPEED_ONLY = ("batch_size", "chunk")
-_NOT_OF_IMAGES = ("tokens_per_batch",)
+NOT_IN_LOSSES = ("batch_size", "chunk", "tokens_per_batch")
 _MEASURED = (artefacts.LOSSES, artefacts.PICTURE)  # what scores.parquet can be made of
 _SHORT_PATH = 0.5  # sparsity; both schedules of 50 probes go beyond it
 
@@ -128,16 +127,12 @@ def _measure_dlc(
     _note_streaming(config, dataset, echo)
     probes = probe(
         encoder,
-        dataset,
-        image_size=config.encoder.image_size,
-        on_corrupt=config.dataset.on_corrupt,
-        cache=config.cache,
-        folder=workdir / artefacts.SHARDS,
-        mesh=mesh,
-        seed=config.seed,
+        config.images(dataset),
         mode=config.mode,
-        progress=processes.is_first(),
-        **_probe_settings(config),
+        seed=config.seed,
+        path=config.probe,
+        compute=config.probe,
+        run=Run(workdir / artefacts.SHARDS, mesh, processes.is_first()),
     )
     processes.wait_for_all()  # what comes goes when it is done, and all read it until here
     dataset.mid_grey.update(*processes.everyones(sorted(dataset.mid_grey)))
@@ -244,18 +239,13 @@ def _measure_features(
     if told_by_first(lambda: provenance.is_done(workdir, "features", inputs)):
         echo("features: unchanged, not measured again")
         return
+    mesh = config.mesh.make(of_cores=True)
     found = features(
         encoder,
-        dataset,
-        image_size=config.encoder.image_size,
-        batch_size=config.probe.batch_size,
-        dtype=config.probe.dtype,
+        config.images(dataset),
         mode=config.mode,
-        on_corrupt=config.dataset.on_corrupt,
-        cache=config.cache,
-        folder=workdir / artefacts.SHARDS,
-        mesh=config.mesh.make(of_cores=True),
-        progress=processes.is_first(),
+        compute=config.probe,
+        run=Run(workdir / artefacts.SHARDS, mesh, processes.is_first()),
     )
     processes.wait_for_all()
 
@@ -281,22 +271,18 @@ def _record(
     echo: Callable[[str], None],
 ) -> None:
     """Trains on the whole set, unless that was done, and adds the columns of scores made of it."""
+    folder = workdir / artefacts.TRAINING
     recorder = Recorder(
         encoder,
-        dataset,
+        config.images(dataset),
         config.finetune,
         config.record,
         seed=config.seed,
-        image_size=config.encoder.image_size,
-        mode=config.mode,
-        on_corrupt=config.dataset.on_corrupt,
-        cache=config.cache,
-        mesh=config.mesh.make(),
-        progress=processes.is_first(),
+        conventions=config.conventions,
+        run=Run(folder, config.mesh.make(), processes.is_first()),
     )
-    folder = workdir / artefacts.TRAINING
     on_first(lambda: _prepare_record(workdir, recorder, echo))
-    record = recorder.run(folder)
+    record = recorder.run()
 
     def keep() -> None:
         assert record is not None  # the first process has it
@@ -350,7 +336,7 @@ def _write_columns(workdir: Path, columns: dict[str, np.ndarray]) -> None:
 
 
 def _dlc_inputs(config: Config, made_of: dict[str, Any]) -> str:
-    settings = {k: v for k, v in _probe_settings(config).items() if k not in SPEED_ONLY}
+    settings = {k: v for k, v in config.to_dict()["probe"].items() if k not in NOT_IN_LOSSES}
     if config.probe.num_probes != AUTO:
         del settings["agreement"]
     return artefacts.json_hash(
@@ -361,12 +347,6 @@ def _dlc_inputs(config: Config, made_of: dict[str, Any]) -> str:
             **made_of,
         }
     )
-
-
-def _probe_settings(config: Config) -> dict[str, Any]:
-    """Returns those of the settings of probes that images have."""
-    settings = config.to_dict()["probe"]
-    return {name: settings[name] for name in settings if name not in _NOT_OF_IMAGES}
 
 
 def mid_grey_note(stage: str, ids: list[str]) -> str:

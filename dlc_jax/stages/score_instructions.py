@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dlc_jax import checks, reports
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions, load_instructions
-from dlc_jax.distributed import Team, processes, said_of
+from dlc_jax.distributed import Run, Team, processes, said_of
 from dlc_jax.distributed.processes import on_first, told_by_first
 from dlc_jax.encoders.language_model import (
     LanguageModel,
@@ -109,26 +109,11 @@ def _measured(
     mesh: Mesh,
 ) -> tuple[ProbeLosses, ResponseLosses]:
     """Measures losses, in all processes."""
-    probe = config.probe
     how: dict[str, Any] = {
-        "tokens_per_batch": probe.tokens_per_batch,
-        "folder": workdir / artefacts.SHARDS,
-        "mesh": mesh,
-        "progress": processes.is_first(),
+        "tokens_per_batch": config.probe.tokens_per_batch,
+        "run": Run(workdir / artefacts.SHARDS, mesh, processes.is_first()),
     }
-    probes = probe_responses(
-        model,
-        tokens,
-        schedule=probe.schedule or "linear",
-        step=probe.step,
-        num_probes=probe.num_probes,
-        placement=probe.placement,
-        max_sparsity=probe.max_sparsity,
-        agreement=probe.agreement,
-        masking=probe.masking,
-        seed=config.seed,
-        **how,
-    )
+    probes = probe_responses(model, tokens, path=config.probe, seed=config.seed, **how)
     max_length = config.encoder.max_length
     return probes, measure_responses(model, data, max_length=max_length, tokens=tokens, **how)
 

@@ -118,8 +118,8 @@ class SelectionInputs:
             else (self._config.tuning.needs_features)
         )
         by_probabilities = method != AUTO and SELECTORS[method].needs == "probabilities"
-        how = self._config.selection.how(method)
-        by = (how.pop("score"), by_features, by_probabilities)
+        selection = self._config.selection
+        by = (selection.score_of(method), by_features, by_probabilities)
         if by not in self._candidates:
             self._candidates[by] = Candidates(
                 self.samples.score(by[0]),
@@ -133,9 +133,9 @@ class SelectionInputs:
             keep_fraction=keep_fraction,
             split=split,
             seed=seed,
-            mode=self._config.mode,
             tuning=self._tuning if tuned else None,
-            **how,
+            mode=self._config.mode,
+            rules=selection.rules_of(method),
         )
 
     def read(self, cell: Cell) -> Selection:

@@ -14,7 +14,7 @@ import numpy as np
 from dlc_jax import reports
 from dlc_jax.checks.escaping import csv_cell
 from dlc_jax.config import Config
-from dlc_jax.distributed import make_mesh
+from dlc_jax.distributed import Run, make_mesh
 from dlc_jax.stages.score import Load, load_configured
 from dlc_jax.stages.selection_files import CHOICE, choice_of
 from dlc_jax.stages.what_was_scored import check_is_what_was_scored
@@ -79,16 +79,14 @@ def run_tune(
             samples.labels,
             ids=samples.ids,
             features=arrays.get("features"),
-            trials=trials,
+            trials=trials or config.linear_probe,
             keep_fractions=config.selection.keep_fractions,
             methods=config.tuning.methods,
             splits=config.tuning.splits,
             num_repeats=config.tuning.num_repeats,
             min_per_class=config.selection.min_per_class,
-            settings=config.linear_probe,
             seed=config.seed,
-            mesh=make_mesh(devices=jax.local_devices()),
-            progress=True,
+            run=Run(mesh=make_mesh(devices=jax.local_devices()), progress=True),
         )
         if trials is not None:
             seconds = tuning.seconds + trials.earlier_seconds
@@ -129,13 +127,10 @@ def _finetune_trials(
     scored = np.flatnonzero(np.isin(dataset.ids, samples.ids))  # others could not be read
     return FinetuneTrials(
         load_configured(config),
-        dataset.subset(scored),
+        config.images(dataset.subset(scored)),
         config.finetune,
-        image_size=config.encoder.image_size,
         mode=config.mode,
-        cache=config.cache,
-        mesh=make_mesh(devices=jax.local_devices()),
-        folder=workdir / _TRIALS,
+        run=Run(workdir / _TRIALS, make_mesh(devices=jax.local_devices())),
     )
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dlc_jax import checks
-from dlc_jax.config import DEEP_IMAGES_OF_MODE, Config
+from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.encoders.language_model import load_language_model
 from dlc_jax.masking import AUTO
-from dlc_jax.stages.score import SPEED_ONLY, Load, load_configured
+from dlc_jax.stages.score import NOT_IN_LOSSES, Load, load_configured
 from dlc_jax.stages.score_instructions import load_configured_instructions
 from dlc_jax.types import Dataset
 from dlc_jax.workspace import provenance
@@ -67,7 +67,7 @@ def _check_dataset(config: Config, workdir: Path, known: dict[str, Any], load: L
     theirs, source = known["asked"]["dataset"], config.dataset.train
     names = (source, theirs["train"])
     others: tuple[str, ...] = _NOT_OF_DATA
-    if config.dataset.deep_images == DEEP_IMAGES_OF_MODE[config.mode]:  # the mode's, not asked for
+    if config.dataset.deep_images == config.conventions.deep_images:  # the mode's, not asked for
         others += ("deep_images",)
     _compare("dataset", config.asked["dataset"], theirs, {}, others, names, workdir)
     if source == theirs["train"]:
@@ -138,7 +138,7 @@ def _note_probes(config: Config, known: dict[str, Any], echo: Callable[[str], No
     """Notes settings of probes that differ from those of the scores."""
     mine = config.to_dict()["probe"] | {"seed": config.seed}
     theirs = known["probe"] | {"seed": known["seed"]}
-    others = {*SPEED_ONLY, "tokens_per_batch"}
+    others = {*NOT_IN_LOSSES}
     if config.mode != known.get("mode", config.mode):
         others.add("schedule")  # the mode decides it, and the stage select notes another mode
     if config.probe.num_probes != AUTO:

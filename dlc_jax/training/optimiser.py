@@ -7,16 +7,14 @@ import math
 
 import optax
 
-from dlc_jax import checks
-
 _DECAY = 0.1
 
 
 def torch_sgd(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
+    momentum: float,
+    weight_decay: float,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
     """Returns torch.optim.SGD without dampening: weight decay is L2 in the gradient.
@@ -35,9 +33,10 @@ def torch_sgd(
 
 def learning_rates(
     epochs: int,
-    learning_rate: float = 1e-3,
-    milestones: tuple[float, ...] = (0.5, 0.75),
-    mode: str = "default",
+    learning_rate: float,
+    milestones: tuple[float, ...],
+    *,
+    floors_milestones: bool,
 ) -> list[float]:
     """Returns the learning rate of every epoch, as torch's MultiStepLR steps it.
 
@@ -45,12 +44,11 @@ def learning_rates(
       epochs: How many.
       learning_rate: Before the first milestone.
       milestones: Fractions of the epochs; after each the rate is divided by ten.
-      mode: `default` floors milestone times epochs (25 and 37 of 50). `official` leaves it as it
-        is: one that is no whole number (37.5) never comes, as in the released code (Q6).
+      floors_milestones: Whether milestone times epochs is floored (25 and 37 of 50). Otherwise one
+        that is no whole number (37.5) never comes, as in the released code (Q6).
     """
-    checks.mode(mode)
     passed = [milestone * epochs for milestone in milestones]
-    if mode == "default":  # rounded first, since 0.29 x 100 is 28.999999999999996
+    if floors_milestones:  # rounded first, since 0.29 x 100 is 28.999999999999996
         passed = [math.floor(round(value, 9)) for value in passed]
     # two milestones in one epoch divide twice, and one at epoch 0 does so from the start: as torch
     times = collections.Counter(passed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dlc_jax import checks
+from dlc_jax.tuning.settings import TuningConfig
 from dlc_jax.types import Tried, Tuning
 
 
@@ -27,7 +28,9 @@ class KeepCurve(NamedTuple):
     surely: float
 
 
-def keep_curve(tuning: Tuning, *, method: str = "auto", tolerance: float = 1.0) -> KeepCurve:
+def keep_curve(
+    tuning: Tuning, *, method: str = "auto", tolerance: float = TuningConfig.tolerance
+) -> KeepCurve:
     """Returns what a method loses by keeping less, and the smallest keep fraction that will do.
 
     Args:

@@ -1,8 +1,8 @@
 """Linear heads on fixed features, one for each of many kept subsets, trained in one program.
 
 The subsets are index sets into the same features, padded to one length; the program maps over
-them. Each head ends as `finetune(linear_probe=True)` ends on its subset alone: same start, data
-order, optimiser and schedule.
+them. Each head ends as that of `finetune` does, with `linear_probe`, on its subset alone: same
+start, data order, optimiser and schedule.
 """
 
 from __future__ import annotations
@@ -23,27 +23,40 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Int64, I
 from dlc_jax import checks
 from dlc_jax.distributed import by_rows, one_device, place, replicated, whole_on
 from dlc_jax.encoders import precision_of
+from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.images.step import Sgd, initial_head
 from dlc_jax.training.optimiser import learning_rates, torch_sgd
 from dlc_jax.training.order import epoch_order
-from dlc_jax.types import Selection, labels_fingerprint, setting
+from dlc_jax.types import Conventions, Selection, as_tuple, labels_fingerprint, setting
 
 _MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearProbeConfig:
-    """How every head is trained; what the names mean is what they mean for `finetune`."""
+    """How every head is trained.
 
-    epochs: int = setting(50, "passes over each subset")
+    Attributes:
+      epochs, batch_size, learning_rate, milestones, weight_decay, momentum, nesterov: See
+        `FinetuneConfig`.
+      chunk: Heads side by side, 1 or more; changes speed only.
+      memory_mib: Heads trained in one call, in MiB, above 0; more are trained in several calls.
+    """
+
+    epochs: int = setting(FinetuneConfig.epochs, "passes over each subset")
     batch_size: int = setting(32, "samples per step; the last, short batch counts as it is")
     learning_rate: float = setting(0.01, "before the first milestone")
-    milestones: tuple[float, ...] = setting((0.5, 0.75), "fractions of the epochs; rate / 10 each")
-    weight_decay: float = setting(1e-5, "L2 in the gradient")
-    momentum: float = setting(0.9, "of SGD")
-    nesterov: bool = setting(True, "Nesterov momentum, as torch defines it")
+    milestones: tuple[float, ...] = setting(
+        FinetuneConfig.milestones, "fractions of the epochs; rate / 10 each"
+    )
+    weight_decay: float = setting(FinetuneConfig.weight_decay, "L2 in the gradient")
+    momentum: float = setting(FinetuneConfig.momentum, "of SGD")
+    nesterov: bool = setting(FinetuneConfig.nesterov, "Nesterov momentum, as torch defines it")
     chunk: int = setting(1, "heads side by side; the others of a call follow")
     memory_mib: float = setting(256.0, "of heads trained in one call; more are trained in several")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", as_tuple(self.milestones))
 
     @property
     def decisive(self) -> dict[str, Any]:
@@ -96,7 +109,7 @@ def linear_probes(
     val_features: np.ndarray,
     val_labels: np.ndarray,
     seeds: Sequence[int] | None = None,
-    settings: LinearProbeConfig | None = None,
+    settings: LinearProbeConfig = LinearProbeConfig(),
     head: str = "mean",
     mode: str = "default",
     mesh: Mesh | None = None,
@@ -109,7 +122,7 @@ def linear_probes(
       kept: k subsets: selections, or positions in `features`.
       val_features, val_labels: [v, d] and [v]; what the heads are tested on, never trained on.
       seeds: Of each head's start and data order; None takes those of the selections, or 0.
-      settings: Optimiser and schedule; None: the defaults.
+      settings: Optimiser and schedule.
       head: How heads start, `mean` or `cls`: see `Encoder`.
       mode: `default`, or `official` for the released code's decay (Q6).
       mesh: Devices of this process, from `make_mesh`; the heads are divided among them, which
@@ -121,7 +134,7 @@ def linear_probes(
         positions out of range or repeated, a selection from other labels, settings out of range.
     """
     start = time.perf_counter()
-    settings = settings or LinearProbeConfig()
+    checks.is_a(LinearProbeConfig, settings=settings)
     settings.check()
     checks.features_fit_labels("features", features, labels)
     checks.features_fit_labels("val_features", val_features, val_labels)
@@ -132,7 +145,12 @@ def linear_probes(
         )
     subsets, seeds = _subsets(kept, seeds, np.asarray(labels))
     num_classes = 1 + max(int(labels.max()), int(val_labels.max()))
-    rates = learning_rates(settings.epochs, settings.learning_rate, settings.milestones, mode)
+    rates = learning_rates(
+        settings.epochs,
+        settings.learning_rate,
+        settings.milestones,
+        floors_milestones=Conventions.of(mode).floors_milestones,
+    )
     mesh = mesh or one_device()
     data = _Data(
         np.asarray(features, np.float32),

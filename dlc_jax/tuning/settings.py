@@ -7,7 +7,7 @@ import dataclasses
 from dlc_jax import checks
 from dlc_jax.selection import SELECTORS
 from dlc_jax.tuning.trials import TRIALS
-from dlc_jax.tuning.tune import METHODS, SPLITS, check_tried
+from dlc_jax.tuning.tune import METHODS, NUM_REPEATS, SPLITS, check_tried
 from dlc_jax.types import setting
 
 
@@ -18,7 +18,9 @@ class TuningConfig:
     by: str = setting("linear_probe", f"what is trained: {', '.join(TRIALS)}")
     methods: tuple[str, ...] = setting(METHODS, "methods that are compared")
     splits: tuple[float, ...] = setting(SPLITS, "FlexRand's gammas that are compared")
-    num_repeats: int = setting(25, "held-out fifths; five of them are the whole training set")
+    num_repeats: int = setting(
+        NUM_REPEATS, "held-out fifths; five of them are the whole training set"
+    )
     tolerance: float = setting(1.0, "points that may be lost against the full set")
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -13,13 +14,15 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Int32, Int64
 
 from dlc_jax import checks
+from dlc_jax.distributed import Run
 from dlc_jax.encoders import Encoder
 from dlc_jax.files import array_files
 from dlc_jax.files.array_files import Expected
-from dlc_jax.preprocess import ImageCache
-from dlc_jax.training.images import FinetuneConfig, Finetuner
+from dlc_jax.preprocess import Images
+from dlc_jax.training.images.finetuner import Finetuner
+from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.tuning.linear import LinearProbeConfig, linear_probes
-from dlc_jax.types import Dataset
+from dlc_jax.types import Conventions, Dataset
 from dlc_jax.workspace import artefacts
 
 _OUTCOME = {
@@ -71,7 +74,7 @@ class LinearTrials:
         self,
         features: np.ndarray,
         labels: np.ndarray,
-        settings: LinearProbeConfig | None = None,
+        settings: LinearProbeConfig = LinearProbeConfig(),
         mode: str = "default",
         mesh: Mesh | None = None,
     ):
@@ -99,11 +102,10 @@ class FinetuneTrials:
     """Fine-tuning of the whole encoder, one trial after the other.
 
     Args:
-      encoder, dataset: As for `finetune`.
-      settings: How to fine-tune.
-      image_size, mode, cache: As for `finetune`.
-      mesh: Devices of this process, from `make_mesh`; None: the default one.
-      folder: Where the outcome of every trial is kept, so that none is run twice; None: nowhere.
+      encoder, images, settings, image_size, mode: See `finetune`. An unreadable image is always an
+        error.
+      run: Folder, devices of this process, and bars; see `Run`. The folder keeps the outcome of
+        every trial, so that none is run twice.
     Attributes:
       earlier_seconds: What trials took whose outcome was found there.
     """
@@ -113,19 +115,20 @@ class FinetuneTrials:
     def __init__(
         self,
         encoder: Encoder,
-        dataset: Dataset,
-        settings: FinetuneConfig | None = None,
+        images: Images | Dataset,
+        settings: FinetuneConfig = FinetuneConfig(),
         *,
-        image_size: int = 224,
+        image_size: int | None = None,
         mode: str = "default",
-        cache: ImageCache | None = None,
-        mesh: Mesh | None = None,
-        folder: Path | None = None,
+        run: Run = Run(),
     ):
-        self._encoder, self._dataset = encoder, dataset
-        self._settings = settings or FinetuneConfig()
-        self._image_size, self._mode, self._cache = image_size, mode, cache
-        self._folder, self._mesh, self.earlier_seconds = folder, mesh, 0.0
+        checks.is_a(FinetuneConfig, settings=settings)
+        checks.is_a(Run, run=run)
+        # a held-out image is found by its position, so that none may be missing
+        self._images = dataclasses.replace(Images.of(images, image_size), on_corrupt="error")
+        self._encoder, self._dataset = encoder, self._images.dataset
+        self._settings, self._conventions, self._run = settings, Conventions.of(mode), run
+        self.earlier_seconds = 0.0
         self._counted: set[Path] = set()  # outcomes whose seconds are known
 
     @functools.cached_property
@@ -135,14 +138,7 @@ class FinetuneTrials:
 
     def _finetuner_on(self, test: Dataset | None) -> Finetuner:
         return Finetuner(
-            self._encoder,
-            self._dataset,
-            test,
-            self._settings,
-            image_size=self._image_size,
-            mode=self._mode,
-            cache=self._cache,
-            mesh=self._mesh,
+            self._encoder, self._images, test, self._settings, self._conventions, self._run
         )
 
     @property
@@ -157,10 +153,10 @@ class FinetuneTrials:
         return np.stack([self._predictions(trial)[held_out] == labels for trial in trials])
 
     def _predictions(self, trial: Trial) -> Int32[np.ndarray, " n"]:
-        path, inputs = None, ""
-        if self._folder is not None:
+        path, inputs = self._run.path, ""
+        if path is not None:
             inputs = self._finetuner.inputs(trial.positions, trial.seed)
-            path = self._folder / f"{inputs[:32]}.npz"
+            path /= f"{inputs[:32]}.npz"
             found = self._known(path, inputs)
             if found is not None:
                 return found

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Int64, Integer, UInt64
 from tqdm import tqdm
 
 from dlc_jax import checks
-from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, Candidates, id_keys, lots
+from dlc_jax.distributed import Run
+from dlc_jax.probes.certificate import KEEP_FRACTIONS
+from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, Candidates, Rules, id_keys, lots
 from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
 from dlc_jax.tuning.linear import LinearProbeConfig
 from dlc_jax.tuning.trials import LinearTrials, Trial, Trials
@@ -28,7 +29,7 @@ from dlc_jax.types import (
 
 METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "moderate", "herding")
 SPLITS = tuple(round(0.05 * i, 2) for i in range(1, 20))
-KEEP_FRACTIONS = tuple(i / 10 for i in range(1, 10))
+NUM_REPEATS = 25
 _NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
 _LEVEL = 0.05  # most likely to prefer something at a keep fraction where nothing is better
 _RANDOM = ("random", None)
@@ -57,16 +58,14 @@ def tune(
     *,
     ids: np.ndarray | None = None,
     features: np.ndarray | None = None,
-    trials: Trials | None = None,
+    trials: LinearProbeConfig | Trials = LinearProbeConfig(),
     keep_fractions: Sequence[float] = KEEP_FRACTIONS,
     methods: Sequence[str] | None = None,
     splits: Sequence[float] = SPLITS,
-    num_repeats: int = 25,
-    min_per_class: int = 0,
-    settings: LinearProbeConfig | None = None,
+    num_repeats: int = NUM_REPEATS,
+    min_per_class: int = Rules.min_per_class,
     seed: int = 0,
-    mesh: Mesh | None = None,
-    progress: bool = False,
+    run: Run = Run(),
 ) -> Tuning:
     """Compares ways of choosing on held-out fifths of the training data; test data have no part.
 
@@ -83,21 +82,21 @@ def tune(
       labels: [n] class ids.
       ids: [n] sample ids, which then decide what is held out and drawn; as in `select`.
       features: [n, d] of the frozen encoder, as from `features`; linear heads are trained on them.
-      trials: What trains and tests instead of linear heads, such as `FinetuneTrials`.
+      trials: How linear heads are trained, from a start as after pooling; or what trains and tests
+        instead of them, such as `FinetuneTrials`.
       keep_fractions: What to tune for.
       methods: What to compare; random always is. Those that need features take these. None:
         `METHODS`, but for those that need features where there are none.
       splits: FlexRand's gammas to compare; 0.5 always is.
       num_repeats: Held-out parts; multiples of five hold every sample out equally often.
-      min_per_class: As in `select`.
-      settings: How linear heads are trained, from a start as after pooling; None: the defaults.
+      min_per_class: See `Rules`.
       seed: Of parts and draws.
-      mesh: Devices of this process that linear heads are divided among; None: the default one.
-      progress: Whether to show a bar.
+      run: Devices of this process that linear heads are divided among, and whether to show a bar;
+        see `Run`. Its folder must be None; `FinetuneTrials` can be given one.
     Returns:
       Accuracies and gaps of everything that was tried, and a choice per keep fraction.
     Raises:
-      ValueError: as `select` and `linear_probes`; neither features nor trials; a keep fraction at
+      ValueError: as `select` and `linear_probes`; no features for linear heads; a keep fraction at
         which nothing would be kept; too few samples to hold any out.
     Source: Jiang et al. 2025, section 4, for tuning gamma on a fifth of the training data.
     """
@@ -117,12 +116,23 @@ def tune(
         raise checks.InputError(
             f"tune: {len(labels)} samples are too few to hold a fifth out; expected five or more."
         )
-    if trials is None:
+    checks.is_a(Run, run=run)
+    if run.folder is not None:
+        raise checks.InputError(
+            f"run.folder: expected None, as tune keeps nothing there, got {str(run.folder)!r}; "
+            "FinetuneTrials can be given one."
+        )
+    if isinstance(trials, LinearProbeConfig):
         if features is None:
             raise checks.InputError(
                 "tune: linear heads need features=dlc.features(...); trials=... trains otherwise."
             )
-        trials = LinearTrials(features, labels, settings, mesh=mesh)
+        trials = LinearTrials(features, labels, trials, mesh=run.mesh)
+    elif not isinstance(trials, Trials):
+        raise checks.InputError(
+            "trials: expected dlc.LinearProbeConfig(...), or what trains otherwise, such as "
+            f"dlc.FinetuneTrials(...), got {trials!r}."
+        )
     cells = _cells(keep_fractions, methods, splits)
     ids = None if ids is None else np.asarray(ids, np.str_)
 
@@ -136,7 +146,7 @@ def tune(
         return [Trial(fit[_chosen(candidates, cell, draw, min_per_class)], draw) for cell in cells]
 
     keys = None if ids is None else id_keys(ids)
-    found = _try_all(cells, kept, trials, labels, keys, num_repeats, seed, progress)
+    found = _try_all(cells, kept, trials, labels, keys, num_repeats, seed, run.progress)
     tried = _tried(cells, found)
     return Tuning(
         tried=tuple(tried),
@@ -192,7 +202,7 @@ def _chosen(
         keep_fraction=cell.keep_fraction,
         split=cell.split,
         seed=draw,
-        min_per_class=min_per_class,
+        rules=Rules(min_per_class=min_per_class),
     )
     if len(chosen) == 0:
         raise checks.InputError(

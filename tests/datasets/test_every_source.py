@@ -227,7 +227,9 @@ def texture_losses(textures, sample_encoder) -> np.ndarray:
 
 def scored(dataset: dlc.Dataset, encoder: dlc.Encoder) -> np.ndarray:
     """Losses [2, n] at 224 px, of which the centres are cut without resizing."""
-    return dlc.probe(encoder, dataset, image_size=224, num_probes=2, placement="midpoint").losses
+    return dlc.probe(
+        encoder, dataset, image_size=224, num_probes=2, path=dlc.PathSpec(placement="midpoint")
+    ).losses
 
 
 @pytest.mark.parametrize("name", BUILDERS)

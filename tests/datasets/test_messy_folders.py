@@ -27,6 +27,7 @@ from dlc_jax.preprocess.inspection import inspect
 from dlc_jax.stages.pipeline import _Sources
 from dlc_jax.stages.score import dataset_facts
 from dlc_jax.training.images import FinetuneConfig, Finetuner, class_ids_by_name
+from dlc_jax.types import Conventions
 
 IMAGE = random_images(1, 40)[0]
 PNG = encoded(IMAGE)
@@ -367,5 +368,6 @@ def test_categories_and_untested_classes_go_by_name_in_either_form(sample_encode
     assert labels.tolist() == [0, 0, 1]
     train = dlc.array_dataset([PNG] * 2, [0, 1], ["a", "b"], ["thé", COMPOSED])
     test = dlc.Dataset([PNG], np.array([0]), np.array(["c"]), (APART,), "its test")
-    tuner = Finetuner(sample_encoder, train, test, FinetuneConfig(), image_size=32)
+    images, conventions = dlc.Images(train, size=32), Conventions.of("default")
+    tuner = Finetuner(sample_encoder, images, test, FinetuneConfig(), conventions)
     assert tuner.notes == ["test set its test", "note: no test image of thé"]

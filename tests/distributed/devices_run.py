@@ -13,7 +13,7 @@ import dlc_jax as dlc
 from dlc_jax.encoders import layers
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig
-from dlc_jax.types import by_path
+from dlc_jax.types import Conventions, by_path
 
 MESHES = {  # data, probe
     "two": (2, 1),
@@ -54,31 +54,34 @@ def mesh_of(data: int, probe: int = 1) -> Mesh:
 
 
 def _losses(encoder: dlc.Encoder, dataset: dlc.Dataset, meshes: Iterable[str]) -> dict[str, list]:
-    options = {"image_size": 32, "num_probes": 5, "batch_size": 8}
+    options = {"image_size": 32, "num_probes": 5, "compute": dlc.Compute(batch_size=8)}
     found = {"one": dlc.probe(encoder, dataset, **options)}
     for name in meshes:
-        found[name] = dlc.probe(encoder, dataset, **options, mesh=mesh_of(*MESHES[name]))
+        found[name] = dlc.probe(
+            encoder, dataset, **options, run=dlc.Run(mesh=mesh_of(*MESHES[name]))
+        )
     return {name: probes.losses.tolist() for name, probes in found.items()}
 
 
 def _other_losses(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, list]:
     """Probes side by side, and fresh crops."""
     found = {}
-    options = {"image_size": 32, "num_probes": 5, "batch_size": 8}
-    found["chunks"] = dlc.probe(encoder, dataset, **options, chunk=2)
-    found["chunks on two"] = dlc.probe(encoder, dataset, **options, chunk=2, mesh=mesh_of(1, 2))
-    options |= {"num_probes": 2, "augment": True}
+    options = {"image_size": 32, "num_probes": 5, "compute": dlc.Compute(batch_size=8, chunk=2)}
+    found["chunks"] = dlc.probe(encoder, dataset, **options)
+    found["chunks on two"] = dlc.probe(encoder, dataset, **options, run=dlc.Run(mesh=mesh_of(1, 2)))
+    path = dlc.PathSpec(num_probes=2, augment=True)
+    options = {"image_size": 32, "path": path, "compute": dlc.Compute(batch_size=8)}
     found["crops"] = dlc.probe(encoder, dataset, **options)
-    found["crops on four"] = dlc.probe(encoder, dataset, **options, mesh=mesh_of(2, 2))
+    found["crops on four"] = dlc.probe(encoder, dataset, **options, run=dlc.Run(mesh=mesh_of(2, 2)))
     return {name: probes.losses.tolist() for name, probes in found.items()}
 
 
 def _features(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, list]:
-    options = {"image_size": 32, "batch_size": 8}
+    options = {"image_size": 32, "compute": dlc.Compute(batch_size=8)}
     one = dlc.features(encoder, dataset, **options)
     return {
         "one": one.tolist(),
-        "four": dlc.features(encoder, dataset, **options, mesh=mesh_of(4)).tolist(),
+        "four": dlc.features(encoder, dataset, **options, run=dlc.Run(mesh=mesh_of(4))).tolist(),
     }
 
 
@@ -104,8 +107,10 @@ def _finetuned(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, dict]:
         epochs=1, batch_size=BATCH, learning_rate=0.02, milestones=(), augment=False
     )
 
+    images, conventions = dlc.Images(dataset, size=48), Conventions.of("default")
+
     def run(mesh: Mesh | None) -> dict[str, np.ndarray]:
-        tuner = Finetuner(encoder, dataset, None, settings, image_size=48, mesh=mesh)
+        tuner = Finetuner(encoder, images, None, settings, conventions, dlc.Run(mesh=mesh))
         weights = tuner.run(np.arange(BATCH * NUM_STEPS), seed=0).weights
         return {path: np.asarray(leaf) for path, leaf in by_path(weights).items()}
 

@@ -67,5 +67,7 @@ def test_batch_norm_is_of_the_whole_batch(found):
 def test_a_mesh_of_one_device(sample_encoder, small_sample):
     mesh = dlc.make_mesh(fsdp=1)
     assert dict(mesh.shape) == {"data": 1, "probe": 1, "fsdp": 1}
-    probes = dlc.probe(sample_encoder, small_sample, image_size=32, num_probes=2, mesh=mesh)
+    probes = dlc.probe(
+        sample_encoder, small_sample, image_size=32, num_probes=2, run=dlc.Run(mesh=mesh)
+    )
     assert probes.losses.shape == (2, 60)

@@ -61,12 +61,12 @@ def test_every_method_selects_from_what_it_goes_by(finished, sample, sample_enco
     record = dlc.record_training(
         sample_encoder,
         sample,
-        num_runs=2,
         epochs=3,
         batch_size=64,
         learning_rate=0.05,  # of configs/demo.py
-        linear_probe=True,
         image_size=32,
+        settings=dlc.FinetuneConfig(linear_probe=True),
+        record=dlc.RecordConfig(num_runs=2),
     )
     table = pq.read_table(folder / "scores" / "scores.parquet")
     assert table.column_names[3:] == [
@@ -146,7 +146,7 @@ def test_auto_is_what_tune_finds(finished, sample):
         keep_fractions=(0.2, 0.6),
         splits=(0.2, 0.8),
         num_repeats=5,
-        settings=dlc.LinearProbeConfig(epochs=5),
+        trials=dlc.LinearProbeConfig(epochs=5),
     )
     for keep in (0.2, 0.6):
         for method, split, name in (

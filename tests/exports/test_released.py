@@ -19,6 +19,7 @@ import dlc_jax as dlc
 from dlc_jax.config import Config
 from dlc_jax.exports.released import released_order, released_path, released_positions
 from dlc_jax.preprocess.decode import decode
+from dlc_jax.selection import Cell
 from dlc_jax.stages import pipeline
 from dlc_jax.workspace import artefacts, provenance
 
@@ -408,6 +409,13 @@ CELL = {
 }
 
 
+def path_of(**changes) -> Path:
+    facts = {**CELL, **changes}
+    cell = Cell(*(facts.pop(name) for name in Cell._fields))
+    path = dlc.PathSpec(**{name: facts.pop(name) for name in ("masking", "step", "num_probes")})
+    return released_path("idxs", cell, path, **facts)
+
+
 @pytest.mark.parametrize(
     ("changes", "path"),
     [
@@ -431,19 +439,19 @@ CELL = {
     ],
 )
 def test_paths_are_those_of_the_released_code(changes, path):
-    assert released_path("idxs", **{**CELL, **changes}) == Path("idxs") / path
+    assert path_of(**changes) == Path("idxs") / path
 
 
 def test_every_cell_of_the_released_grid_has_its_name():
     for i in range(1, 20):
         for split in (0.05 * i, i / 20):
-            path = released_path("x", **{**CELL, "split": split})
+            path = path_of(split=split)
             assert path.parts[3] == f"lwot-l1-s{int(0.05 * i * 100)}-i20_f50"
     for ratio in range(1, 100):
         for keep_fraction in (ratio / 100, ratio * 0.01, 1 - (100 - ratio) / 100):
-            path = released_path("x", **{**CELL, "keep_fraction": keep_fraction})
+            path = path_of(keep_fraction=keep_fraction)
             assert path.name == f"{ratio / 100}.npy"
-    assert released_path("x", **{**CELL, "split": 0.29}).parts[3] == "lwot-l1-s29-i20_f50"
+    assert path_of(split=0.29).parts[3] == "lwot-l1-s29-i20_f50"
 
 
 @pytest.mark.parametrize(
@@ -459,7 +467,7 @@ def test_every_cell_of_the_released_grid_has_its_name():
 )
 def test_cells_that_have_no_name_there(changes, says):
     with pytest.raises(dlc.InputError, match=says):
-        released_path("idxs", **{**CELL, **changes})
+        path_of(**changes)
 
 
 def settings(root: Path, **changes) -> dict:

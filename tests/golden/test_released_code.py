@@ -16,7 +16,7 @@ from conftest import require_shared
 from scipy.stats import spearmanr
 
 import dlc_jax as dlc
-from dlc_jax.masking import exact_thresholds, path_counts, prunable_paths, removal_steps
+from dlc_jax.masking import PathSpec, exact_thresholds, prunable_paths, removal_steps
 from dlc_jax.masking.thresholds import Thresholds, masked
 from dlc_jax.types import by_path
 
@@ -71,9 +71,9 @@ def probes(encoder, sample):
         sample,
         image_size=64,
         mode="official",
-        batch_size=250,
         num_probes=len(PLACES),
-        placement="midpoint",
+        path=dlc.PathSpec(placement="midpoint"),
+        compute=dlc.Compute(batch_size=250),
     )
 
 
@@ -115,7 +115,7 @@ def test_masks_have_the_recorded_hashes_and_counts(golden, encoder, recorded):
     prunable = prunable_paths(encoder.params, encoder.is_prunable)
     leaves = by_path(encoder.params)
     num_weights = sum(leaves[path].size for path in prunable)
-    counts = path_counts(num_weights, schedule="geometric").chosen
+    counts = PathSpec(schedule="geometric").counts(num_weights).chosen
     np.testing.assert_array_equal(counts, recorded["mask_zeros"][:50])
     ones = {path: jax.numpy.ones(leaves[path].shape) for path in prunable}
     meta = json.loads((golden / "resnet18-caltech15_meta.json").read_text())
@@ -146,7 +146,7 @@ def test_random_masking_agrees_in_distribution(golden, encoder, sample):
             masking="random",
             num_probes=3,
             seed=seed,
-            batch_size=250,
+            compute=dlc.Compute(batch_size=250),
         ).losses[[0, 2]]
         for seed in (1, 2)
     ]

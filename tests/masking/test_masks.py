@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 import dlc_jax as dlc
 from dlc_jax.encoders import vit
 from dlc_jax.masking import (
+    PathSpec,
     Thresholds,
     exact_thresholds,
     masked,
-    path_counts,
     prunable_paths,
     removal_steps,
     weight_importance,
@@ -66,7 +66,7 @@ def test_masks_are_torchs_at_every_step(timm, tmp_path, schedule):
     prunable = prunable_paths(encoder.params, encoder.is_prunable)
     convs = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
     num_weights = sum(module.weight.numel() for module in convs.values())
-    counts = path_counts(num_weights, schedule=schedule).chosen
+    counts = PathSpec(schedule=schedule).counts(num_weights).chosen
     flat = np.sort(
         np.concatenate([m.weight.detach().abs().numpy().ravel() for m in convs.values()])
     )
@@ -87,7 +87,7 @@ def test_half_precision_ties_exact_counts_nested_and_by_position(sample_encoder)
     prunable = prunable_paths(params, sample_encoder.is_prunable)
     leaves = by_path(params)
     flat = np.concatenate([np.abs(leaves[path]).ravel() for path in prunable])
-    counts = path_counts(len(flat), num_probes=25).chosen
+    counts = PathSpec("linear", num_probes=25).counts(len(flat)).chosen
     ascending = np.sort(flat)
     num_tied = [np.count_nonzero(flat == ascending[count]) for count in counts[1:]]
     assert np.mean(num_tied) > 20  # the case this test is about
@@ -148,7 +148,8 @@ def test_official_ties_are_torchs(sample_encoder, network, step, num_probes):
         convs[path] = torch.nn.Conv2d(1, 1, 1)
         convs[path].weight = torch.nn.Parameter(torch.from_numpy(weight.copy()))
     num_weights = sum(leaves[path].size for path in prunable)
-    counts = path_counts(num_weights, schedule="geometric", step=step, num_probes=num_probes).chosen
+    path = PathSpec(schedule="geometric", step=step, num_probes=num_probes)
+    counts = path.counts(num_weights).chosen
     theirs = torch_masks_of_path(convs, counts, prune.L1Unstructured)
     importance = removal_steps(params, prunable, counts)
     ours = masks_of_path(params, prunable, importance, counts)
@@ -248,7 +249,9 @@ def test_random_importance_is_fixed_by_the_seed_and_ignores_the_weights(sample_e
     for path in prunable:
         np.testing.assert_array_equal(first[path], again[path])
         assert np.any(first[path] != other[path])
-    counts = path_counts(sum(first[path].size for path in prunable), num_probes=3).chosen
+    counts = (
+        PathSpec("linear", num_probes=3).counts(sum(first[path].size for path in prunable)).chosen
+    )
     masks = masks_of_path(sample_encoder.params, prunable, first, counts)
     assert [sum((~m).sum() for m in mask.values()) for mask in masks] == counts.tolist()
 
@@ -257,7 +260,7 @@ def test_masked_leaves_other_parameters_alone(sample_encoder):
     params = sample_encoder.params
     prunable = prunable_paths(params, sample_encoder.is_prunable)
     assert len(prunable) == 20  # convolutions, stem and down-sampling included
-    counts = path_counts(694_736, num_probes=2).chosen
+    counts = PathSpec("linear", num_probes=2).counts(694_736).chosen
     thresholds = exact_thresholds(params, prunable, None, counts)
     result = by_path(masked(params, prunable, None, Thresholds(*(p[1] for p in thresholds))))
     for path, leaf in by_path(params).items():

@@ -231,7 +231,7 @@ def test_predicted_seconds_are_those_of_a_run(sample, sample_encoder):
     config = configured(("plan", "score"), probe__num_probes=10, cache__max_gib=0.0)
     encoder = sample_encoder.for_mode("default")
     work = ImageWork(config, encoder, sample, Mesh(1, 1, 1), 0, 1.0)
-    settings = {"num_probes": 10, "image_size": 64, "batch_size": 128}
+    settings = {"num_probes": 10, "image_size": 64, "compute": dlc.Compute(batch_size=128)}
     dlc.probe(sample_encoder, sample, **settings)  # compiles
     ratios = []
     for _ in range(3):

@@ -68,6 +68,14 @@ def test_scoring_with_the_cache(made):
     assert sum(task.decodes for task in work.tasks() if task.stage == "score") == N
 
 
+def test_a_record_is_planned_at_the_size_of_the_images(dataset, sample_encoder):
+    """An encoder may take images of one size alone."""
+    encoder = dataclasses.replace(sample_encoder.for_mode("default"), image_size=SIZE)
+    config = configured(selection__methods=("el2n",), selection__splits=(0.5,))
+    work = ImageWork(config, encoder, dataset, ONE, 30, 1600.0)
+    assert "training record" in by_name(work)
+
+
 def test_scoring_without_the_cache(made):
     work = made(cache__max_gib=0.0)
     tasks = by_name(work)

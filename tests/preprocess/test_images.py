@@ -96,8 +96,8 @@ def test_corrupt_images_stop_the_run_by_id(broken, sample_encoder):
 
 @pytest.mark.slow
 def test_corrupt_images_are_skipped_and_listed_on_request(broken, small_sample, sample_encoder):
-    options = {"image_size": 64, "num_probes": 2, "on_corrupt": "skip"}
-    probes = dlc.probe(sample_encoder, broken, **options)
+    options = {"image_size": 64, "num_probes": 2}
+    probes = dlc.probe(sample_encoder, dlc.Images(broken, on_corrupt="skip"), **options)
     bad = [10, 20, 30]
     assert list(probes.skipped) == broken.ids[bad].tolist()
     assert "truncated" in probes.skipped[broken.ids[10]]
@@ -164,7 +164,7 @@ def test_a_class_that_loses_its_last_sample_is_named(sample_encoder, small_sampl
     images[4:8] = [b"broken"] * 4
     broken = dlc.Dataset(images, small_sample.labels, small_sample.ids, small_sample.class_names)
     with pytest.raises(ValueError, match=r"'butterfly'.*skipped samples do not count"):
-        dlc.probe(sample_encoder, broken, image_size=64, on_corrupt="skip")
+        dlc.probe(sample_encoder, dlc.Images(broken, on_corrupt="skip"), image_size=64)
     nothing = dlc.array_dataset([b"x"] * 60, small_sample.labels)
     with pytest.raises(ValueError, match="none of its 60 images is readable"):
         load_images(nothing, 64, on_corrupt="skip")
@@ -192,11 +192,11 @@ def test_each_image_is_read_twice_for_scoring_and_once_with_the_cache(
     assert counted.fingerprint  # reads, but does not decode, everything
     reads.clear()
     cache = dlc.ImageCache(str(tmp_path))
-    cached = dlc.probe(sample_encoder, counted, **options, cache=cache)
+    cached = dlc.probe(sample_encoder, dlc.Images(counted, cache=cache), **options)
     assert sorted(reads) == list(range(60))
     np.testing.assert_array_equal(cached.losses, streamed.losses)
     reads.clear()
-    dlc.features(sample_encoder, counted, image_size=32, cache=cache)
+    dlc.features(sample_encoder, dlc.Images(counted, cache=cache), image_size=32)
     assert not reads
 
 

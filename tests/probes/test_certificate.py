@@ -172,24 +172,29 @@ def test_auto_measures_no_probe_twice_and_what_fixed_numbers_measure(
     options = {"image_size": 32, "step": 0.05}
     all_of_them = dlc.probe(sample_encoder, small_sample, num_probes=20, **options)
     sizes.clear()
-    few = dlc.probe(sample_encoder, small_sample, num_probes="auto", agreement=0.1, **options)
+    few = dlc.probe(
+        sample_encoder, small_sample, num_probes="auto", **options, path=dlc.PathSpec(agreement=0.1)
+    )
     assert sizes == [5]
     np.testing.assert_array_equal(few.steps, midpoints(5, 20))
     np.testing.assert_array_equal(few.losses, all_of_them.losses[few.steps])
     np.testing.assert_array_equal(few.sparsity, all_of_them.sparsity[few.steps])
     sizes.clear()
-    most = dlc.probe(sample_encoder, small_sample, num_probes="auto", agreement=1.0, **options)
+    most = dlc.probe(
+        sample_encoder, small_sample, num_probes="auto", **options, path=dlc.PathSpec(agreement=1.0)
+    )
     assert sizes == [5, 10, 5]
     np.testing.assert_array_equal(most.losses, all_of_them.losses)
     with pytest.raises(ValueError, match=r"probe\.agreement"):
-        dlc.probe(sample_encoder, small_sample, num_probes="auto", agreement=1.5)
+        dlc.probe(sample_encoder, small_sample, num_probes="auto", path=dlc.PathSpec(agreement=1.5))
 
 
 @pytest.mark.slow
 def test_auto_goes_on_where_it_was_stopped(sample_encoder, small_sample, tmp_path, monkeypatch):
     from dlc_jax.probes import rounds
 
-    options = {"image_size": 32, "step": 0.05, "num_probes": "auto", "agreement": 1.0}
+    path = dlc.PathSpec(step=0.05, num_probes="auto", agreement=1.0)
+    options = {"image_size": 32, "path": path}
     expected = dlc.probe(sample_encoder, small_sample, **options)
 
     def fail(*_, **__):
@@ -198,9 +203,9 @@ def test_auto_goes_on_where_it_was_stopped(sample_encoder, small_sample, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(rounds, "certify_losses", fail)
         with pytest.raises(KeyboardInterrupt):
-            dlc.probe(sample_encoder, small_sample, folder=tmp_path, **options)
+            dlc.probe(sample_encoder, small_sample, **options, run=dlc.Run(folder=tmp_path))
     first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("losses-*.npz")}
     assert first
-    again = dlc.probe(sample_encoder, small_sample, folder=tmp_path, **options)
+    again = dlc.probe(sample_encoder, small_sample, **options, run=dlc.Run(folder=tmp_path))
     np.testing.assert_array_equal(again.losses, expected.losses)
     assert {path: path.stat().st_mtime_ns for path in first} == first

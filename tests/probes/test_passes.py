@@ -13,7 +13,7 @@ from conftest import encoded, random_images, subset
 import dlc_jax as dlc
 from dlc_jax.probes import passes
 
-OPTIONS = {"image_size": 32, "num_probes": 3, "batch_size": 8}
+OPTIONS = {"image_size": 32, "num_probes": 3, "compute": dlc.Compute(batch_size=8)}
 
 
 class Stopped(Exception):
@@ -53,8 +53,8 @@ def test_stopped_at_any_moment_it_ends_with_the_same_bits(
     sample_encoder, small_sample, tmp_path, augment
 ):
     dataset = broken_sample(small_sample)
-    options = {**OPTIONS, "on_corrupt": "skip", "augment": augment}
-    undisturbed = dlc.probe(sample_encoder, dataset, **options)
+    options = {**OPTIONS, "path": dlc.PathSpec(augment=augment)}
+    undisturbed = dlc.probe(sample_encoder, dlc.Images(dataset, on_corrupt="skip"), **options)
     assert dataset.fingerprint
     # the generator decides where; a run begins with what the one before left
     for number, limit in enumerate(np.random.default_rng(0).integers(1, 120, 6)):
@@ -63,7 +63,8 @@ def test_stopped_at_any_moment_it_ends_with_the_same_bits(
             failing = dataclasses.replace(dataset, images=Failing(dataset.images, num_readings))
             failing.__dict__["fingerprint"] = dataset.fingerprint  # reading for it would count
             try:
-                probes = dlc.probe(sample_encoder, failing, **options, folder=folder)
+                images = dlc.Images(failing, on_corrupt="skip")
+                probes = dlc.probe(sample_encoder, images, **options, run=dlc.Run(folder=folder))
             except Stopped:
                 continue
         for name in ("losses", "prototypes", "ids", "labels", "sparsity"):
@@ -72,32 +73,34 @@ def test_stopped_at_any_moment_it_ends_with_the_same_bits(
 
 
 def test_what_is_finished_is_not_read_again(sample_encoder, small_sample, tmp_path):
-    dlc.probe(sample_encoder, small_sample, **OPTIONS, folder=tmp_path)
+    dlc.probe(sample_encoder, small_sample, **OPTIONS, run=dlc.Run(folder=tmp_path))
     failing = dataclasses.replace(small_sample, images=Failing(small_sample.images, 0))
     failing.__dict__["fingerprint"] = small_sample.fingerprint
-    again = dlc.probe(sample_encoder, failing, **OPTIONS, folder=tmp_path)
+    again = dlc.probe(sample_encoder, failing, **OPTIONS, run=dlc.Run(folder=tmp_path))
     assert again.losses.shape == (3, 60)
     # other settings find nothing of theirs there
     with pytest.raises(Stopped):
-        dlc.probe(sample_encoder, failing, **{**OPTIONS, "num_probes": 2}, folder=tmp_path)
+        dlc.probe(
+            sample_encoder, failing, **{**OPTIONS, "num_probes": 2}, run=dlc.Run(folder=tmp_path)
+        )
     with pytest.raises(Stopped):
-        dlc.probe(sample_encoder, failing, **OPTIONS, seed=1, folder=tmp_path)
+        dlc.probe(sample_encoder, failing, **OPTIONS, seed=1, run=dlc.Run(folder=tmp_path))
 
 
 def test_a_damaged_part_is_measured_again(sample_encoder, small_sample, tmp_path):
-    first = dlc.probe(sample_encoder, small_sample, **OPTIONS, folder=tmp_path)
+    first = dlc.probe(sample_encoder, small_sample, **OPTIONS, run=dlc.Run(folder=tmp_path))
     parts = sorted(tmp_path.rglob("*.npz"))
     assert [part.name for part in parts[:2]] == ["losses-000000.npz", "losses-000001.npz"]
     parts[1].write_bytes(parts[1].read_bytes()[:100])
-    again = dlc.probe(sample_encoder, small_sample, **OPTIONS, folder=tmp_path)
+    again = dlc.probe(sample_encoder, small_sample, **OPTIONS, run=dlc.Run(folder=tmp_path))
     np.testing.assert_array_equal(again.losses, first.losses)
 
 
 def test_shards_and_skipped_samples_change_nothing(sample_encoder, small_sample, monkeypatch):
     dataset = broken_sample(small_sample)
-    few = dlc.probe(sample_encoder, dataset, **OPTIONS, on_corrupt="skip")
+    few = dlc.probe(sample_encoder, dlc.Images(dataset, on_corrupt="skip"), **OPTIONS)
     monkeypatch.setattr(passes, "_SHARD", 2048)
-    one = dlc.probe(sample_encoder, dataset, **OPTIONS, on_corrupt="skip")
+    one = dlc.probe(sample_encoder, dlc.Images(dataset, on_corrupt="skip"), **OPTIONS)
     np.testing.assert_array_equal(few.losses, one.losses)
     good = np.setdiff1d(np.arange(60), [5, 40])
     alone = dlc.probe(sample_encoder, subset(small_sample, good), **OPTIONS)
@@ -125,7 +128,8 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
                               lambda p, x: x.mean((1, 2)) @ p["w"], lambda path: True)
         peaks = []
         for dataset in (part, part, whole):
-            dlc.probe(encoder, dataset, image_size=64, num_probes=2, batch_size=64)
+            compute = dlc.Compute(batch_size=64)
+            dlc.probe(encoder, dataset, image_size=64, num_probes=2, compute=compute)
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         print(*peaks)
     """

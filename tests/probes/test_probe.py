@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +9,21 @@ from flax import nnx
 
 import dlc_jax as dlc
 from dlc_jax.distributed import one_device
-from dlc_jax.masking import Thresholds, exact_thresholds, masked, path_counts, prunable_paths
-from dlc_jax.probes import resolve_chunk
+from dlc_jax.masking import PathSpec, Thresholds, exact_thresholds, masked, prunable_paths
 from dlc_jax.probes.kernel import Forward, losses_of_batches
 from dlc_jax.probes.path import learning_path
+from dlc_jax.types import Conventions
 
 
 @pytest.fixture(scope="module")
 def reference(sample_encoder, small_sample):
-    return dlc.probe(sample_encoder, small_sample, image_size=64, num_probes=7, batch_size=60)
+    return dlc.probe(
+        sample_encoder,
+        small_sample,
+        image_size=64,
+        num_probes=7,
+        compute=dlc.Compute(batch_size=60),
+    )
 
 
 def released_procedure(
@@ -68,26 +73,32 @@ def test_official_losses_are_those_of_torch(timm, sample_encoder, small_sample, 
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "compute",
     [
-        {"batch_size": 7},
-        pytest.param({"batch_size": 1000}, marks=pytest.mark.slow),
-        {"chunk": 3},
-        pytest.param({"chunk": 7}, marks=pytest.mark.slow),
-        pytest.param({"chunk": 100}, marks=pytest.mark.slow),
-        pytest.param({"chunk": 4, "batch_size": 32}, marks=pytest.mark.slow),
+        dlc.Compute(batch_size=7),
+        pytest.param(dlc.Compute(batch_size=1000), marks=pytest.mark.slow),
+        dlc.Compute(chunk=3),
+        pytest.param(dlc.Compute(chunk=7), marks=pytest.mark.slow),
+        pytest.param(dlc.Compute(chunk=100), marks=pytest.mark.slow),
+        pytest.param(dlc.Compute(chunk=4, batch_size=32), marks=pytest.mark.slow),
     ],
 )
 def test_batch_size_and_chunk_do_not_change_the_losses(
-    sample_encoder, small_sample, reference, changes
+    sample_encoder, small_sample, reference, compute
 ):
-    probes = dlc.probe(sample_encoder, small_sample, image_size=64, num_probes=7, **changes)
+    probes = dlc.probe(sample_encoder, small_sample, image_size=64, num_probes=7, compute=compute)
     assert probes.losses.shape == (7, 60)
     assert np.abs(probes.losses - reference.losses).max() <= 2e-6
 
 
 def test_reruns_are_equal_to_the_bit(sample_encoder, small_sample, reference):
-    again = dlc.probe(sample_encoder, small_sample, image_size=64, num_probes=7, batch_size=60)
+    again = dlc.probe(
+        sample_encoder,
+        small_sample,
+        image_size=64,
+        num_probes=7,
+        compute=dlc.Compute(batch_size=60),
+    )
     np.testing.assert_array_equal(again.losses, reference.losses)
     np.testing.assert_array_equal(again.prototypes, reference.prototypes)
 
@@ -117,14 +128,16 @@ def test_each_program_is_traced_once(sample_encoder, sample, chunk):
 
     counted = dataclasses.replace(sample_encoder, apply=apply)
     few = subset(sample, np.arange(0, 750, 5))
-    dlc.probe(counted, few, image_size=32, num_probes=50, batch_size=64, chunk=chunk)
+    dlc.probe(
+        counted, few, image_size=32, num_probes=50, compute=dlc.Compute(batch_size=64, chunk=chunk)
+    )
     # features, and all 50 probes over three batches, the last one short
     assert traces == [(64, 32, 32, 3)] * 2
 
 
 def memory_of_program(encoder: dlc.Encoder, num_probes: int):
     prunable = prunable_paths(encoder.params, encoder.is_prunable)
-    counts = path_counts(694_736, num_probes=num_probes).chosen
+    counts = PathSpec("linear", num_probes=num_probes).counts(694_736).chosen
     thresholds = exact_thresholds(encoder.params, prunable, None, counts)
     lowered = losses_of_batches.lower(
         Forward.of(encoder, "float32"),
@@ -155,24 +168,30 @@ def test_memory_does_not_grow_with_the_number_of_probes(sample_encoder):
 
 
 def test_chunk_keeps_within_its_limit_and_wastes_little():
-    assert resolve_chunk("auto", 50) == 1
-    assert resolve_chunk(8, 50) == 5
-    assert resolve_chunk(1, 50) == 1
-    assert resolve_chunk(100, 7) == 7
+    assert dlc.Compute().probes_per_call(50) == 1
+    assert dlc.Compute(chunk=8).probes_per_call(50) == 5
+    assert dlc.Compute(chunk=1).probes_per_call(50) == 1
+    assert dlc.Compute(chunk=100).probes_per_call(7) == 7
     for most in range(1, 60):
-        chunk = resolve_chunk(most, 47)
+        chunk = dlc.Compute(chunk=most).probes_per_call(47)
         assert chunk <= most
         assert -47 % chunk <= most / 2
     for bad in (0, -1, True, "many"):
         with pytest.raises(ValueError, match=r"probe\.chunk"):
-            resolve_chunk(bad, 50)
+            dlc.Compute(chunk=bad).check()
 
 
 @pytest.mark.slow
 def test_midpoint_probes_are_probes_of_the_grid(sample_encoder, small_sample):
     options = {"image_size": 32, "step": 0.05}
     grid = dlc.probe(sample_encoder, small_sample, num_probes=20, **options)
-    few = dlc.probe(sample_encoder, small_sample, num_probes=4, placement="midpoint", **options)
+    few = dlc.probe(
+        sample_encoder,
+        small_sample,
+        num_probes=4,
+        **options,
+        path=dlc.PathSpec(placement="midpoint"),
+    )
     np.testing.assert_allclose(few.losses, grid.losses[[2, 7, 12, 17]], atol=2e-6)
 
 
@@ -181,8 +200,8 @@ def test_official_midpoint_probes_are_official_probes_of_the_grid(sample_encoder
     """The weights are half precision: which of the equal ones go depends on every step before."""
 
     def masks(**more):
-        counts = functools.partial(path_counts, schedule=schedule, step=0.1, **more)
-        path = learning_path(sample_encoder, counts, "l1", 0, "official")
+        spec = PathSpec(schedule=schedule, step=0.1, **more)
+        path = learning_path(sample_encoder, spec, 0, Conventions.of("official"))
         params = sample_encoder.params
         return [
             jax.tree.map(
@@ -220,7 +239,13 @@ def test_random_masking_depends_on_the_seed(sample_encoder, small_sample):
 def test_bfloat16_ranks_nearly_the_same(sample_encoder, small_sample, reference):
     from scipy.stats import spearmanr
 
-    half = dlc.probe(sample_encoder, small_sample, image_size=64, num_probes=7, dtype="bfloat16")
+    half = dlc.probe(
+        sample_encoder,
+        small_sample,
+        image_size=64,
+        num_probes=7,
+        compute=dlc.Compute(dtype="bfloat16"),
+    )
     assert half.losses.dtype == np.float32
     assert np.abs(half.losses - reference.losses).max() > 0
     assert spearmanr(half.losses.mean(0), reference.losses.mean(0)).statistic > 0.99
@@ -228,9 +253,10 @@ def test_bfloat16_ranks_nearly_the_same(sample_encoder, small_sample, reference)
 
 @pytest.mark.slow
 def test_augment_draws_fresh_crops_for_every_probe(sample_encoder, small_sample):
-    options = {"image_size": 64, "num_probes": 3, "step": 1e-6, "augment": True}
+    path = dlc.PathSpec(num_probes=3, step=1e-6, augment=True)
+    options = {"image_size": 64, "path": path}
     first = dlc.probe(sample_encoder, small_sample, **options)
-    again = dlc.probe(sample_encoder, small_sample, batch_size=16, **options)
+    again = dlc.probe(sample_encoder, small_sample, **options, compute=dlc.Compute(batch_size=16))
     other = dlc.probe(sample_encoder, small_sample, seed=1, **options)
     np.testing.assert_allclose(first.losses, again.losses, atol=2e-6)
     # next to nothing is masked, so that the probes differ by their crops
@@ -293,11 +319,14 @@ def test_official_mode_pools_vit_tokens_to_one_scalar():
     [
         ({"schedule": "cubic"}, "probe.schedule"),
         ({"masking": "l2"}, "probe.masking"),
-        ({"dtype": "float16"}, "probe.dtype"),
+        ({"compute": dlc.Compute(dtype="float16")}, "probe.dtype"),
         ({"mode": "offical"}, "Did you mean 'official'"),
-        ({"batch_size": 0}, "probe.batch_size"),
+        ({"compute": dlc.Compute(batch_size=0)}, "probe.batch_size"),
+        ({"path": dlc.PathSpec(placement="ends")}, "probe.placement"),
+        ({"path": dlc.PathSpec(agreement=0.0)}, "probe.agreement"),
+        ({"path": dlc.PathSpec(schedule="cubic")}, "probe.schedule"),
         ({"image_size": 4}, "encoder.image_size"),
-        ({"on_corrupt": "ignore"}, "dataset.on_corrupt"),
+        ({"num_probes": 51}, "full sparsity"),
         ({"seed": -1}, "seed"),
     ],
 )

@@ -14,7 +14,7 @@ from dlc_jax.datasets.instructions import instructions, load_instructions
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.huggingface import torch_names
 from dlc_jax.encoders.language_model import load_language_model, load_tokenizer
-from dlc_jax.masking import exact_thresholds, masked, path_counts, prunable_paths
+from dlc_jax.masking import PathSpec, exact_thresholds, masked, prunable_paths
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.responses import measure_responses, probe_responses, response_losses
 from dlc_jax.scores import score
@@ -107,8 +107,13 @@ def test_losses_under_every_probe_are_those_under_the_masks_of_torch(models):
 
 @pytest.mark.slow
 def test_probes_of_the_grid_start_unmasked(models):
-    found = probe_responses(models[0], DATA, num_probes=2, placement="grid")
+    found = probe_responses(models[0], DATA, path=PathSpec(num_probes=2))
     np.testing.assert_allclose(found.losses[0], response_losses(models[0], DATA), atol=1e-6)
+
+
+def test_crops_of_instructions_are_refused(models):
+    with pytest.raises(ValueError, match=r"probe\.augment: instructions have no crops"):
+        probe_responses(models[0], DATA, path=PathSpec(augment=True))
 
 
 def test_masks_of_a_real_model_zero_as_many_weights_as_they_should(timm):
@@ -119,7 +124,7 @@ def test_masks_of_a_real_model_zero_as_many_weights_as_they_should(timm):
     leaves = by_path(model.params)
     assert {str(leaf.dtype) for leaf in leaves.values()} == {"bfloat16"}
     num = sum(leaves[path].size for path in prunable)
-    counts = path_counts(num, num_probes=5, placement="midpoint").chosen
+    counts = PathSpec("linear", num_probes=5, placement="midpoint").counts(num).chosen
     thresholds = exact_thresholds(model.params, prunable, None, counts)
     for k, count in enumerate(counts):
         one = jax.tree.map(lambda part, k=k: part[k], thresholds)

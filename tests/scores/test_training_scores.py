@@ -12,7 +12,7 @@ from records import random_record
 
 from dlc_jax.scores import score
 from dlc_jax.scores.training import entropy, forgetting, least_confidence, margin
-from dlc_jax.training.images import record_training
+from dlc_jax.training.images import FinetuneConfig, RecordConfig, record_training
 from dlc_jax.types import TrainingRecord
 
 BOTH = ("published", "deepcore")
@@ -23,13 +23,12 @@ def real_record(sample_encoder, small_sample) -> TrainingRecord:
     return record_training(
         sample_encoder,
         small_sample,
-        num_runs=2,
         epochs=4,
-        early_fraction=0.5,
         image_size=32,
         batch_size=16,
         learning_rate=0.05,
-        linear_probe=True,
+        settings=FinetuneConfig(linear_probe=True),
+        record=RecordConfig(2, 0.5),
     )
 
 

@@ -10,10 +10,10 @@ import dlc_jax as dlc
 from dlc_jax.selection.allocation import shares
 
 
-def kept_per_class(scores, labels, **choice):
-    return dlc.select(
-        scores, labels, method="hardest", allocation="nucs", **choice
-    ).num_kept_per_class.tolist()
+def kept_per_class(scores, labels, keep_fraction, least=0, allocation="nucs"):
+    rules = dlc.Rules(allocation=allocation, min_per_class=least)
+    kept = dlc.select(scores, labels, method="hardest", keep_fraction=keep_fraction, rules=rules)
+    return kept.num_kept_per_class.tolist()
 
 
 def test_shares_go_by_size_times_difficulty():
@@ -53,7 +53,7 @@ def test_minimum_and_single_samples_are_kept():
     labels = np.repeat([0, 1, 2], [30, 1, 30])
     scores = np.repeat([0.0, 0.0, 5.0], [30, 1, 30])
     assert kept_per_class(scores, labels, keep_fraction=0.2) == [0, 1, 12]
-    assert kept_per_class(scores, labels, keep_fraction=0.2, min_per_class=4) == [4, 1, 8]
+    assert kept_per_class(scores, labels, keep_fraction=0.2, least=4) == [4, 1, 8]
 
 
 @given(
@@ -66,10 +66,9 @@ def test_the_total_is_exact_and_bounds_hold(sizes, seed, keep_fraction, least):
     labels = np.repeat(np.arange(len(sizes)), sizes)
     generator = np.random.default_rng(seed)
     scores = generator.gamma(0.3, size=len(labels)) * generator.integers(0, 9, len(sizes))[labels]
-    choice = {"keep_fraction": keep_fraction, "min_per_class": least}
-    nucs = np.array(kept_per_class(scores, labels, **choice))
-    even = dlc.select(scores, labels, method="hardest", **choice).num_kept_per_class
-    assert nucs.sum() == even.sum()
+    nucs = np.array(kept_per_class(scores, labels, keep_fraction, least))
+    even = kept_per_class(scores, labels, keep_fraction, least, "proportional")
+    assert nucs.sum() == sum(even)
     lowest = [1 if size == 1 else min(least, size) for size in sizes]
     assert ((nucs >= lowest) & (nucs <= sizes)).all()
 
@@ -100,9 +99,8 @@ def test_shares_inside_the_bounds_are_in_proportion(bounds, share, data):
 def test_every_method_keeps_what_it_is_allotted(method, variant):
     samples = samples_of(np.repeat([0, 1, 2], [20, 30, 25]))
     samples["scores"] *= np.array([1.0, 2.0, 4.0])[samples["labels"]]
-    kept = dlc.select(
-        **samples, method=method, variant=variant, keep_fraction=0.4, allocation="nucs"
-    )
+    rules = dlc.Rules(variant, "nucs")
+    kept = dlc.select(**samples, method=method, keep_fraction=0.4, rules=rules)
     expected = kept_per_class(samples["scores"], samples["labels"], keep_fraction=0.4)
     assert kept.num_kept_per_class.tolist() == expected
     assert expected != [8, 12, 10]
@@ -116,12 +114,12 @@ def test_every_method_keeps_what_it_is_allotted(method, variant):
         ({"scores": np.array([1.0, -0.5, 1, 1])}, r"none below 0, got -0.5 at position 1"),
         ({"scores": None}, "scores: allocation 'nucs'"),
         ({"mode": "official"}, "official"),
-        ({"per_class": False}, "per_class=False"),
-        ({"allocation": "nuc"}, "proportional, nucs"),
+        ({"rules": dlc.Rules(allocation="nucs", per_class=False)}, "per_class=False"),
+        ({"rules": dlc.Rules(allocation="nuc")}, "proportional, nucs"),
     ],
 )
 def test_bad_input_is_refused(changes, says):
     arguments = {"scores": np.ones(4), "labels": np.zeros(4, int), "method": "random"}
-    arguments |= {"keep_fraction": 0.5, "allocation": "nucs"} | changes
+    arguments |= {"keep_fraction": 0.5, "rules": dlc.Rules(allocation="nucs")} | changes
     with pytest.raises(dlc.InputError, match=says):
         dlc.select(**arguments)

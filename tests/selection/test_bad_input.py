@@ -34,11 +34,15 @@ def changed(name, place, value):
         ("random", {"scores": None, "labels": np.array([], int)}, "no sample"),
         ("random", {"scores": None, "labels": np.array([0.5, 1])}, "non-negative integers"),
         ("herding", {"scores": None, "labels": np.zeros((4, 1), int)}, r"labels: .*\(4, 1\)"),
-        ("herding", {"variant": "deepcor"}, "published, deepcore"),
-        ("random", {"variant": "deepcore"}, "variant of method 'random': .*valid: published"),
+        ("herding", {"rules": dlc.Rules("deepcor")}, "published, deepcore"),
+        (
+            "random",
+            {"rules": dlc.Rules("deepcore")},
+            "variant of method 'random': .*valid: published",
+        ),
         ("herding", {"split": 0.5}, "takes none"),
-        ("random", {"per_class": False, "min_per_class": 1}, "per_class=False"),
-        ("easiest", {"per_class": False, "mode": "official"}, "official"),
+        ("random", {"rules": dlc.Rules(per_class=False, min_per_class=1)}, "per_class=False"),
+        ("easiest", {"rules": dlc.Rules(per_class=False), "mode": "official"}, "official"),
     ],
 )
 def test_it_is_refused(method, changes, says):

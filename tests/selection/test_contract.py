@@ -21,7 +21,8 @@ def samples():
 @every_variant
 @pytest.mark.parametrize("keep_fraction", [0.1, 0.37, 0.9])
 def test_exact_budgets_of_each_class_and_the_same_again(samples, method, variant, keep_fraction):
-    choice = {"method": method, "variant": variant, "keep_fraction": keep_fraction, "seed": 3}
+    choice = {"method": method, "keep_fraction": keep_fraction, "seed": 3}
+    choice["rules"] = dlc.Rules(variant=variant)
     kept = dlc.select(**samples, **choice)
     assert kept.indices.dtype == np.int64
     assert kept.indices.ndim == 1
@@ -46,9 +47,8 @@ def test_a_minimum_per_class_is_kept_exactly(method, variant, sizes, keep_fracti
     kept = dlc.select(
         **samples_of(labels),
         method=method,
-        variant=variant,
         keep_fraction=keep_fraction,
-        min_per_class=least,
+        rules=dlc.Rules(variant=variant, min_per_class=least),
     )
     expected = [
         1 if size == 1 else max(round(size * keep_fraction), min(least, size)) for size in sizes
@@ -61,15 +61,15 @@ def test_a_minimum_per_class_is_kept_exactly(method, variant, sizes, keep_fracti
 @every_variant
 @pytest.mark.parametrize("keep_fraction", [0.07, 0.5, 0.99])
 def test_all_samples_as_one_group(samples, method, variant, keep_fraction):
-    choice = {"method": method, "variant": variant, "keep_fraction": keep_fraction}
-    kept = dlc.select(**samples, **choice, per_class=False)
+    choice = {"method": method, "keep_fraction": keep_fraction}
+    kept = dlc.select(**samples, **choice, rules=dlc.Rules(variant=variant, per_class=False))
     assert len(kept) == round(300 * keep_fraction)
     assert len(np.unique(kept.indices)) == len(kept)
     assert not kept.per_class
     assert kept.num_kept_per_class.sum() == len(kept)
     if (variant, SELECTORS[method].needs) != ("deepcore", "scores"):
         one_class = samples | {"labels": np.zeros(300, int)}
-        of_class = dlc.select(**one_class, **choice)
+        of_class = dlc.select(**one_class, **choice, rules=dlc.Rules(variant=variant))
         np.testing.assert_array_equal(kept.indices, of_class.indices)
 
 
@@ -80,7 +80,8 @@ def test_the_order_of_samples_does_not_matter(samples, method, variant, grouping
         pytest.skip("draws by position")
     order = np.random.default_rng(1).permutation(300)
     permuted = {name: values[order] for name, values in samples.items()}
-    choice = {"method": method, "variant": variant, "keep_fraction": 0.3, **grouping}
+    rules = dlc.Rules(variant=variant, **grouping)
+    choice = {"method": method, "keep_fraction": 0.3, "rules": rules}
     kept, of_permuted = dlc.select(**samples, **choice), dlc.select(**permuted, **choice)
     np.testing.assert_array_equal(np.sort(order[of_permuted.indices]), kept.indices)
 
@@ -103,7 +104,8 @@ def test_with_ids_the_order_of_samples_decides_nothing(samples, method, variant,
     ordered = with_ties(samples, ids)
     order = generator.permutation(600)
     permuted = {name: values[order] for name, values in ordered.items()}
-    choice = {"method": method, "variant": variant, "keep_fraction": 0.3, "seed": seed, **grouping}
+    rules = dlc.Rules(variant=variant, **grouping)
+    choice = {"method": method, "keep_fraction": 0.3, "seed": seed, "rules": rules}
     kept, of_permuted = dlc.select(**ordered, **choice), dlc.select(**permuted, **choice)
     assert set(of_permuted.ids) == set(kept.ids)
     np.testing.assert_array_equal(ids[kept.indices], kept.ids)
@@ -165,7 +167,7 @@ def test_repeated_ids_are_refused():
 @every_variant
 def test_compiled_equals_eager(method, variant):
     samples = samples_of(np.repeat([0, 1], 20))
-    choice = {"method": method, "variant": variant, "keep_fraction": 0.4}
+    choice = {"method": method, "keep_fraction": 0.4, "rules": dlc.Rules(variant=variant)}
     compiled = dlc.select(**samples, **choice)
     with jax.disable_jit():
         eager = dlc.select(**samples, **choice)
@@ -175,7 +177,7 @@ def test_compiled_equals_eager(method, variant):
 @every_variant
 def test_it_goes_by_what_it_needs_and_by_nothing_else(samples, method, variant):
     needs = SELECTORS[method].needs
-    choice = {"method": method, "variant": variant, "keep_fraction": 0.3}
+    choice = {"method": method, "keep_fraction": 0.3, "rules": dlc.Rules(variant=variant)}
     kept = dlc.select(**samples, **choice)
     bare = {"scores": None, "labels": samples["labels"]}
     if needs != "nothing":
@@ -190,10 +192,10 @@ def test_it_goes_by_what_it_needs_and_by_nothing_else(samples, method, variant):
 @every_variant
 def test_a_class_of_one_sample_keeps_it_and_is_listed(method, variant):
     samples = samples_of([0, 0, 1, 0, 0])
-    kept = dlc.select(**samples, method=method, variant=variant, keep_fraction=0.1)
+    kept = dlc.select(**samples, method=method, keep_fraction=0.1, rules=dlc.Rules(variant=variant))
     assert kept.indices.tolist() == [2]
     assert kept.single_sample_classes == (1,)
-    together = {"method": method, "variant": variant, "per_class": False}
+    together = {"method": method, "rules": dlc.Rules(variant=variant, per_class=False)}
     assert len(dlc.select(**samples, **together, keep_fraction=0.1)) == 0
     assert len(dlc.select(**samples, **together, keep_fraction=0.9)) == 4
 
@@ -204,7 +206,8 @@ def test_samples_that_are_all_the_same(method, variant, keep_fraction):
     same = samples_of(np.zeros(50, int), num_features=33)
     for name in ("scores", "features", "probabilities"):
         same[name][:] = same[name][0]
-    kept = dlc.select(**same, method=method, variant=variant, keep_fraction=keep_fraction)
+    rules = dlc.Rules(variant=variant)
+    kept = dlc.select(**same, method=method, keep_fraction=keep_fraction, rules=rules)
     num = round(50 * keep_fraction)
     assert len(np.unique(kept.indices)) == num
     if method not in DRAWN:
@@ -214,15 +217,16 @@ def test_samples_that_are_all_the_same(method, variant, keep_fraction):
 
 
 def test_the_slip_keeps_the_least_uncertain_of_all_samples(samples):
-    choice = {"keep_fraction": 0.2, "per_class": False}
+    of_all, slipped = dlc.Rules(per_class=False), dlc.Rules("deepcore", per_class=False)
     for method in ("least_confidence", "entropy", "margin"):
-        slip = dlc.select(**samples, **choice, method=method, variant="deepcore")
-        right = dlc.select(**samples, **choice, method=method)
+        choice = {"method": method, "keep_fraction": 0.2}
+        slip = dlc.select(**samples, **choice, rules=slipped)
+        right = dlc.select(**samples, **choice, rules=of_all)
         ranked = np.argsort(samples["scores"])
         np.testing.assert_array_equal(slip.indices, np.sort(ranked[:60]))
         np.testing.assert_array_equal(right.indices, np.sort(ranked[-60:]))
         per_class = [
-            dlc.select(**samples, method=method, variant=name, keep_fraction=0.2).indices
+            dlc.select(**samples, **choice, rules=dlc.Rules(variant=name)).indices
             for name in ("published", "deepcore")
         ]
         np.testing.assert_array_equal(*per_class)
@@ -231,18 +235,19 @@ def test_the_slip_keeps_the_least_uncertain_of_all_samples(samples):
 @every_variant
 def test_candidates_give_what_select_gives_whatever_was_picked_before(samples, method, variant):
     cells = [
-        {"keep_fraction": keep, "seed": seed, "per_class": per_class, "min_per_class": least}
+        ({"keep_fraction": keep, "seed": seed}, {"per_class": per_class, "min_per_class": least})
         for keep in (0.1, 0.6)
         for seed in (0, 1)
         for per_class, least in ((True, 0), (True, 9), (False, 0))
     ]
     candidates = Candidates(**samples)
     others = [other for other in ("random", "hardest", "ccs") if other != method]
-    for cell in np.random.default_rng(0).permutation(cells):
+    for cell, grouping in np.random.default_rng(0).permutation(cells):
         for other in others:
-            candidates.select(method=other, **cell)
-        picked = candidates.select(method=method, variant=variant, **cell)
-        alone = dlc.select(**samples, method=method, variant=variant, **cell)
+            candidates.select(method=other, **cell, rules=dlc.Rules(**grouping))
+        rules = dlc.Rules(variant=variant, **grouping)
+        picked = candidates.select(method=method, **cell, rules=rules)
+        alone = dlc.select(**samples, method=method, **cell, rules=rules)
         np.testing.assert_array_equal(picked.indices, alone.indices)
         np.testing.assert_array_equal(picked.num_kept_per_class, alone.num_kept_per_class)
 

@@ -99,11 +99,10 @@ def test_identical_to_plain_numpy(request, method, variant, per_class, data):
             None,
             labels,
             method=method,
-            variant=variant,
             keep_fraction=keep_fraction,
             features=samples["features"],
             probabilities=samples["probabilities"],
-            per_class=per_class,
+            rules=dlc.Rules(variant, per_class=per_class),
         )
         np.testing.assert_array_equal(kept.indices, np.sort(np.concatenate(expected)))
 
@@ -116,11 +115,10 @@ def test_herding_keeps_the_mean_and_the_slip_loses_it():
             None,
             np.zeros(500, int),
             method=method,
-            variant=variant,
             keep_fraction=0.1,
             seed=seed,
             features=features,
-            per_class=False,
+            rules=dlc.Rules(variant, per_class=False),
         )
         assert len(kept) == 50
         return np.linalg.norm(features[kept.indices].mean(axis=0) - features.mean(axis=0))
@@ -136,8 +134,8 @@ def one_group(rows, method, keep_fraction, variant="published"):
         None,
         np.zeros(len(rows), int),
         method=method,
-        variant=variant,
         keep_fraction=keep_fraction,
+        rules=dlc.Rules(variant),
         **{needs: rows},
     ).indices
 

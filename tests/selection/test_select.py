@@ -33,12 +33,21 @@ def test_budgets_where_hard_taking_the_remainder_would_overdraw():
 def test_a_minimum_that_nothing_needs_changes_nothing(scored):
     scores, labels = scored
     plain = dlc.select(scores, labels, keep_fraction=0.3, split=0.4, seed=2)
-    least = dlc.select(scores, labels, keep_fraction=0.3, split=0.4, seed=2, min_per_class=5)
+    least = dlc.select(
+        scores, labels, keep_fraction=0.3, split=0.4, seed=2, rules=dlc.Rules(min_per_class=5)
+    )
     np.testing.assert_array_equal(plain.indices, least.indices)
     with pytest.raises(ValueError, match=r"min_per_class: mode 'official' has none"):
-        dlc.select(scores, labels, keep_fraction=0.3, split=0.4, min_per_class=1, mode="official")
+        dlc.select(
+            scores,
+            labels,
+            keep_fraction=0.3,
+            split=0.4,
+            mode="official",
+            rules=dlc.Rules(min_per_class=1),
+        )
     with pytest.raises(ValueError, match="min_per_class"):
-        dlc.select(scores, labels, keep_fraction=0.3, min_per_class=-1)
+        dlc.select(scores, labels, keep_fraction=0.3, rules=dlc.Rules(min_per_class=-1))
 
 
 def test_easiest_and_hardest_are_the_extremes(scored):

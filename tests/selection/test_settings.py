@@ -8,6 +8,7 @@ from dlc_jax.config import Config, default_config
 from dlc_jax.selection import Cell
 from dlc_jax.selection.settings import SelectionConfig
 from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.types import Conventions
 from dlc_jax.workspace.artefacts import ScoredSamples
 
 
@@ -28,7 +29,7 @@ from dlc_jax.workspace.artefacts import ScoredSamples
 )
 def test_the_variant_decides_the_column(settings, columns):
     config = SelectionConfig(**settings)
-    config.check("default")
+    config.check(Conventions.of("default"))
     assert [config.score_of(method) for method in config.methods] == columns
     assert {config.how(m)["variant"] for m in config.methods} <= {"published", "deepcore"}
 
@@ -45,7 +46,7 @@ def test_the_variant_decides_the_column(settings, columns):
 )
 def test_a_variant_that_nothing_has_is_refused(settings, says):
     with pytest.raises(ValueError, match=f"selection.variant: .*{says}"):
-        SelectionConfig(**settings).check("default")
+        SelectionConfig(**settings).check(Conventions.of("default"))
 
 
 def test_the_score_of_instructions_is_refused_for_images():

@@ -36,9 +36,8 @@ def plain_ccs_counts(scores, num):
 def test_strata_and_their_budgets_equal_plain_loops(seed, num, share):
     generator = np.random.default_rng(seed)
     scores = generator.gamma(1.0, size=num)
-    kept = dlc.select(
-        scores, np.zeros(num, int), method="ccs", keep_fraction=share, per_class=False
-    ).indices
+    labels, of_all = np.zeros(num, int), dlc.Rules(per_class=False)
+    kept = dlc.select(scores, labels, method="ccs", keep_fraction=share, rules=of_all).indices
     assert len(kept) == round(num * share)
     stratum, expected = plain_ccs_counts(scores, len(kept))
     assert (stratum[kept] >= 0).all()

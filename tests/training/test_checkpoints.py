@@ -157,7 +157,7 @@ def test_leftovers_of_a_writer_that_was_killed_go(written, tmp_path):
 
 
 HEAD = {"image_size": 32, "epochs": 2, "batch_size": 16, "learning_rate": 0.05}
-HEAD |= {"linear_probe": True, "augment": False}
+HEAD |= {"settings": dlc.FinetuneConfig(linear_probe=True, augment=False)}
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "table"])

@@ -112,10 +112,10 @@ def test_each_head_is_the_one_that_finetune_trains(sample, sample_encoder):
             some,
             cell,
             test=test,
-            linear_probe=True,
             image_size=32,
-            weight_decay=SETTINGS.weight_decay,
-            **options,
+            settings=dlc.FinetuneConfig(
+                linear_probe=True, weight_decay=SETTINGS.weight_decay, **options
+            ),
         )
         kernel = np.asarray(alone.weights["head"]["kernel"])
         np.testing.assert_allclose(found.heads["kernel"][number], kernel, atol=1e-5)

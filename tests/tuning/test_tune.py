@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ def noisy_labels(num: int = 400, share: float = 0.35, seed: int = 0):
 def tuned():
     scores, labels, features = noisy_labels()
     found = dlc.tune(
-        scores, labels, features=features, keep_fractions=(0.3, 0.6), settings=FAST, splits=(0.3,)
+        scores, labels, features=features, keep_fractions=(0.3, 0.6), trials=FAST, splits=(0.3,)
     )
     return found, scores, labels
 
@@ -55,7 +57,7 @@ def test_where_scores_say_nothing_random_is_chosen():
     _, labels, features = noisy_labels(300)
     scores = np.random.default_rng(3).normal(size=300)
     found = dlc.tune(
-        scores, labels, features=features, keep_fractions=(0.2, 0.5), settings=FAST, num_repeats=10
+        scores, labels, features=features, keep_fractions=(0.2, 0.5), trials=FAST, num_repeats=10
     )
     assert [choice.method for choice in found.methods] == ["random", "random"]
     assert [choice.split for choice in found.splits] == [0.5, 0.5]
@@ -201,9 +203,9 @@ def test_auto_selects_what_was_chosen(tuned):
         ({"method": "easiest", "split": "auto"}, "takes none"),
         ({"method": "flexrand", "split": "best"}, "auto"),
         ({"split": "auto"}, "takes none"),
-        ({"min_per_class": 1}, "min_per_class: tuned with 0, got 1"),
-        ({"allocation": "nucs"}, "is tuned with allocation='proportional'"),
-        ({"per_class": False}, "per_class=True, got 'proportional' and False"),
+        ({"rules": dlc.Rules(min_per_class=1)}, "min_per_class: tuned with 0, got 1"),
+        ({"rules": dlc.Rules(allocation="nucs")}, "is tuned with allocation='proportional'"),
+        ({"rules": dlc.Rules(per_class=False)}, "per_class=True, got 'proportional' and False"),
         ({"method": "easiest"}, "tuning: is for method or split 'auto', got method 'easiest'"),
     ],
 )
@@ -301,14 +303,18 @@ def test_the_smallest_keep_fraction_that_will_do():
 
 def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_path, monkeypatch):
     some = sample.subset(np.arange(0, 750, 10))
-    settings = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05, "linear_probe": True}
+    settings = dlc.FinetuneConfig(epochs=2, batch_size=16, learning_rate=0.05, linear_probe=True)
+    run = dlc.Run(tmp_path / "trials")
     trials = FinetuneTrials(
         sample_encoder,
         some,
-        dlc.FinetuneConfig(**settings),
+        settings,
         image_size=32,
-        folder=tmp_path / "trials",
+        run=run,
     )
+    # none may be left out, since a held-out image is found by its position
+    skipping = dlc.Images(some, size=32, on_corrupt="skip")
+    assert FinetuneTrials(sample_encoder, skipping, settings).fingerprint == trials.fingerprint
     held_out = np.arange(0, 75, 5)
     fit = np.setdiff1d(np.arange(75), held_out)
     asked = [Trial(fit, 0), Trial(fit[::2], 3)]
@@ -322,7 +328,7 @@ def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_pat
             test=some.subset(held_out),
             image_size=32,
             seed=trial.seed,
-            **settings,
+            settings=settings,
         )
         np.testing.assert_array_equal(correct[number], alone.predictions == some.labels[held_out])
 
@@ -335,9 +341,9 @@ def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_pat
     later = FinetuneTrials(
         sample_encoder,
         some,
-        dlc.FinetuneConfig(**settings),
+        settings,
         image_size=32,
-        folder=tmp_path / "trials",
+        run=run,
     )
     for _ in range(2):
         np.testing.assert_array_equal(later(asked, held_out), correct)
@@ -348,7 +354,7 @@ def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_pat
 def test_one_class_or_equal_scores_or_features_are_defined():
     generator = np.random.default_rng(0)
     labels, features = np.repeat([0, 1], 30), generator.normal(size=(60, 4)).astype(np.float32)
-    options = {"keep_fractions": (0.5,), "num_repeats": 5, "settings": FAST, "splits": (0.5,)}
+    options = {"keep_fractions": (0.5,), "num_repeats": 5, "trials": FAST, "splits": (0.5,)}
     for found in (
         dlc.tune(np.zeros(60), labels, features=features, **options),
         dlc.tune(np.arange(60.0), labels, features=np.ones((60, 4), np.float32), **options),
@@ -369,6 +375,7 @@ def test_one_class_or_equal_scores_or_features_are_defined():
         ({"methods": ("entropy",)}, "methods: unknown value 'entropy'"),
         ({"methods": ("easy",)}, "easiest"),
         ({"splits": (1.0,)}, "splits"),
+        ({"run": dlc.Run("kept")}, r"run\.folder: expected None, .* got 'kept'"),
         ({"keep_fractions": (30,)}, r"Did you mean 0\.3"),
         ({"keep_fractions": (0.01,)}, r"0\.01 keeps no sample"),
         (
@@ -382,9 +389,36 @@ def test_bad_input_is_refused(changes, says):
         "scores": np.arange(60.0),
         "labels": np.repeat([0, 1], 30),
         "features": np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32),
-        "settings": dataclasses.replace(FAST, epochs=1),
+        "trials": dataclasses.replace(FAST, epochs=1),
         "num_repeats": 2,
     } | changes
     scores, labels = arguments.pop("scores"), arguments.pop("labels")
     with pytest.raises(ValueError, match=says):
         dlc.tune(scores, labels, **arguments)
+
+
+def test_mistakes_of_kind_are_named():
+    """In a process without the run-time checks of annotations."""
+    script = """
+import numpy as np
+import dlc_jax as dlc
+labels, features = np.zeros(10, int), np.zeros((10, 2), np.float32)
+held_out = dict(val_features=features, val_labels=labels)
+heads = lambda **given: dlc.linear_probes(features, labels, [np.arange(5)], **held_out, **given)
+select = lambda **given: dlc.select(None, labels, method="random", keep_fraction=0.5, **given)
+tune = lambda **given: dlc.tune(np.zeros(10), labels, features=features, **given)
+for call, arguments, says in (
+    (select, dict(rules={"per_class": False}), "rules: expected dlc.Rules(...), got {'per_cl"),
+    (heads, dict(settings={"epochs": 1}), "settings: expected dlc.LinearProbeConfig(...), got {"),
+    (tune, dict(trials={"epochs": 1}), "trials: expected dlc.LinearProbeConfig(...), or what tr"),
+    (tune, dict(run="runs/mine"), "run: expected dlc.Run(...), got 'runs/mine'"),
+):
+    try:
+        call(**arguments)
+    except dlc.InputError as error:
+        assert says in str(error), error
+    else:
+        raise AssertionError(says)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

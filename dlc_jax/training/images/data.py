@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -12,15 +13,7 @@ from jaxtyping import Int32, Int64, Shaped, UInt8
 
 from dlc_jax import checks
 from dlc_jax.datasets.labels import composed
-from dlc_jax.preprocess import (
-    ImageCache,
-    RandomCrops,
-    Reader,
-    evaluation_crops,
-    filled,
-    in_batches,
-    load_images,
-)
+from dlc_jax.preprocess import Images, RandomCrops, Reader, filled, in_batches, load_images
 from dlc_jax.training.images.batches import AugmentedInputs, DecodedImages, FixedInputs, Inputs
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.types import Dataset
@@ -40,39 +33,35 @@ class RunData:
     """Inputs for every run on one data set; what two runs need is decoded once.
 
     Args:
-      dataset: What is trained on.
-      image_size: Side of the images in pixels.
+      images: What is trained on.
       settings: Decides between random crops, evaluation crops and features.
       to_features: Images uint8 [b, s, s, 3] to features [b, d], before any training.
-      cache: Where decoded evaluation crops are kept.
       progress: Whether to show bars.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        images: Images,
         *,
-        image_size: int,
         settings: FinetuneConfig,
         to_features: Callable[[np.ndarray], jax.Array],
-        cache: ImageCache | None,
         progress: bool,
     ):
         self.to_features = to_features
-        self._dataset, self._image_size, self._settings = dataset, image_size, settings
-        self._cache, self._progress = cache, progress
-        self._images = DecodedImages(dataset, settings.image_memory_gib * _GIB)
+        self._images, self._dataset, self._settings = images, images.dataset, settings
+        self._progress = progress
+        self._decoded = DecodedImages(images.dataset, settings.image_memory_gib * _GIB)
         self._fixed: dict[int, np.ndarray] = {}  # rows of `FixedInputs`, by position
 
     def training_inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> Inputs:
         """Returns what the network sees of these samples in training."""
         if self._is_augmented:
-            crops = RandomCrops(self._dataset, self._image_size, seed)
-            return AugmentedInputs(self._images, crops)
+            crops = RandomCrops(self._dataset, self._images.size, seed)
+            return AugmentedInputs(self._decoded, crops)
         missing = np.array([i for i in positions.tolist() if i not in self._fixed], np.int64)
         if len(missing):
             some = self._dataset.subset(missing)
-            loaded = load_images(some, self._image_size, progress=self._progress)
+            loaded = load_images(some, self._images.size, progress=self._progress)
             rows = self._as_inputs(loaded.pixels)
             self._fixed.update(zip(missing.tolist(), rows, strict=True))
         return FixedInputs(self._fixed)
@@ -110,16 +99,13 @@ class RunData:
     @functools.cached_property
     def _crops(self) -> Reader[np.ndarray]:
         # unreadable samples are found when they are read, and told or skipped then
-        return evaluation_crops(
-            self._dataset,
-            self._image_size,
-            on_corrupt="skip",
-            cache=self._cache,
-            progress=self._progress,
-        )
+        images = dataclasses.replace(self._images, on_corrupt="skip")
+        return images.evaluation_crops(progress=self._progress)
 
-    def test_set(self, test: Dataset, on_corrupt: str) -> LabelledInputs:
+    def test_set(self, test: Dataset) -> LabelledInputs:
         """Returns evaluation crops, or their features, with the training set's class ids.
+
+        They are read as the training images are.
 
         Raises:
           ValueError: a class that training does not know, an unreadable image.
@@ -127,10 +113,10 @@ class RunData:
         labels = class_ids_by_name(test, self._dataset)
         loaded = load_images(
             test,
-            self._image_size,
-            on_corrupt=on_corrupt,
+            self._images.size,
+            on_corrupt=self._images.on_corrupt,
             progress=self._progress,
-            cache=self._cache,
+            cache=self._images.cache,
         )
         return LabelledInputs(
             self._as_inputs(loaded.pixels), labels[loaded.positions], loaded.skipped

@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, Int64, Integer
 from tqdm import tqdm
 
 from dlc_jax import checks
 from dlc_jax.distributed import (
+    Run,
     from_first,
     from_rows_here,
     one_device,
@@ -27,7 +27,7 @@ from dlc_jax.distributed import (
 )
 from dlc_jax.distributed.processes import told_by_first
 from dlc_jax.encoders import Encoder
-from dlc_jax.preprocess import ImageCache
+from dlc_jax.preprocess import Images
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.selection import kept_positions
 from dlc_jax.training.checkpoints import Checkpoints
@@ -41,7 +41,7 @@ from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.training.optimiser import learning_rates
 from dlc_jax.training.order import epoch_order
-from dlc_jax.types import Dataset, RunResult, Selection
+from dlc_jax.types import Conventions, Dataset, RunResult, Selection
 from dlc_jax.version import __version__
 from dlc_jax.workspace import artefacts
 
@@ -57,7 +57,7 @@ class _Left(Exception):
 class Finetuner:
     """Runs on subsets of one data set that share programs, decoded images and the test set.
 
-    Args: see `finetune`.
+    Args: see `finetune`. Each run has a folder of its own, and that of `run` is not used.
     Raises:
       ValueError: see `finetune`.
     """
@@ -65,26 +65,23 @@ class Finetuner:
     def __init__(
         self,
         encoder: Encoder,
-        dataset: Dataset,
+        images: Images,
         test: Dataset | None,
         settings: FinetuneConfig,
-        *,
-        image_size: int = 224,
-        mode: str = "default",
-        on_corrupt: str = "error",
-        cache: ImageCache | None = None,
-        mesh: Mesh | None = None,
-        progress: bool = False,
+        conventions: Conventions,
+        run: Run = Run(),
     ):
         settings.check()
-        self._mesh = mesh or one_device()
-        self._encoder = encoder.for_mode(mode)
-        self._encoder.check_image_size(image_size)
-        self._dataset, self._test, self._settings = dataset, test, settings
-        self._image_size, self._mode, self._on_corrupt = image_size, mode, on_corrupt
-        self._progress = progress
+        self._mesh = run.mesh or one_device()
+        self._encoder = encoder.for_mode(conventions.mode)
+        self._encoder.check_image_size(images.size)
+        self._images, self._dataset, self._test = images, images.dataset, test
+        self._settings, self._mode, self._progress = settings, conventions.mode, run.progress
         self._rates = learning_rates(
-            settings.epochs, settings.learning_rate, settings.milestones, mode
+            settings.epochs,
+            settings.learning_rate,
+            settings.milestones,
+            floors_milestones=conventions.floors_milestones,
         )
         self._sgd = Sgd(settings.momentum, settings.weight_decay, settings.nesterov)
         whole = Network.of(self._encoder, settings.dtype)
@@ -92,14 +89,12 @@ class Finetuner:
         self._forward = whole.forward
         self._network = Network.linear_probe() if settings.linear_probe else whole
         self._data = RunData(
-            dataset,
-            image_size=image_size,
+            images,
             settings=settings,
             to_features=functools.partial(features_of_batch, whole.forward, self._encoder.params),
-            cache=cache,
-            progress=progress,
+            progress=run.progress,
         )
-        self._test_set = None if test is None else self._data.test_set(test, on_corrupt)
+        self._test_set = None if test is None else self._data.test_set(test)
 
     @property
     def skipped_test(self) -> dict[str, str]:
@@ -114,8 +109,8 @@ class Finetuner:
                 "version": __version__,
                 "settings": self._settings.decisive,
                 "mode": self._mode,
-                "image_size": self._image_size,
-                "on_corrupt": self._on_corrupt,
+                "image_size": self._images.size,
+                "on_corrupt": self._images.on_corrupt,
                 "encoder": self._encoder.fingerprint,
                 "head": self._encoder.head,
                 "statistics": sorted(self._encoder.statistics),
@@ -399,18 +394,20 @@ class Finetuner:
         encoder, size = self._encoder, self._settings.batch_size
         if (num_kept % size != 1 and size != 1) or self._network.apply_training is None:
             return
-        images = jax.ShapeDtypeStruct((1, self._image_size, self._image_size, 3), np.float32)
+        side = self._images.size
+        images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
         shape = jax.eval_shape(encoder.apply, encoder.params, images).shape
         if encoder.statistics and self._settings.epochs and shape[1:3] == (1, 1):
             raise checks.SharedError(
                 f"finetune.batch_size: {size} leaves a last batch of one of {num_kept} samples, "
-                f"and at {self._image_size} px the last map is 1 x 1, so that batch norm would see "
+                f"and at {side} px the last map is 1 x 1, so that batch norm would see "
                 "a single value; expected another batch size, or a larger image size."
             )
 
     @functools.cached_property
     def _num_features(self) -> int:
-        images = jax.ShapeDtypeStruct((1, self._image_size, self._image_size, 3), np.uint8)
+        side = self._images.size
+        images = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
         return features_of_batch.eval_shape(self._forward, self._encoder.params, images).shape[1]
 
     def _predictions(self, state: TrainState) -> Int32[np.ndarray, " n"]:

@@ -10,26 +10,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Bool, Int64
 
 from dlc_jax import checks
-from dlc_jax.distributed import one_device, processes
+from dlc_jax.distributed import Run, one_device, processes
 from dlc_jax.distributed.processes import told_by_first
 from dlc_jax.encoders import Encoder
 from dlc_jax.files import array_files
 from dlc_jax.files.array_files import Expected
 from dlc_jax.files.json_files import NAME, parse_json
-from dlc_jax.preprocess import ON_CORRUPT, ImageCache
+from dlc_jax.preprocess import Images
 from dlc_jax.training.folder import SEEN, RunFolder
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig, RecordConfig
 from dlc_jax.training.images.step import TrainState
-from dlc_jax.types import Dataset, TrainingRecord
+from dlc_jax.types import Conventions, TrainingRecord
 from dlc_jax.workspace import artefacts
 
 RECORD = "record.npz"
-_RUNS_OF_MODE = {"default": 3, "official": 10}  # what `num_runs=None` means
 _ARRAYS = {
     "correct": Expected("b", 2),
     "logits": Expected("f", 2),
@@ -61,40 +59,24 @@ class Recorder:
     def __init__(
         self,
         encoder: Encoder,
-        dataset: Dataset,
+        images: Images,
         settings: FinetuneConfig,
         record: RecordConfig,
         *,
-        seed: int = 0,
-        image_size: int = 224,
-        mode: str = "default",
-        on_corrupt: str = "error",
-        cache: ImageCache | None = None,
-        mesh: Mesh | None = None,
-        progress: bool = False,
+        seed: int,
+        conventions: Conventions,
+        run: Run = Run(),
     ):
         record.check()
         # a finished run keeps its weights until the others are finished too
         settings = dataclasses.replace(settings, keep_weights=True)
-        self._finetuner = Finetuner(
-            encoder,
-            dataset,
-            None,
-            settings,
-            image_size=image_size,
-            mode=mode,
-            on_corrupt=on_corrupt,
-            cache=cache,
-            mesh=mesh,
-            progress=progress,
-        )
+        self._finetuner = Finetuner(encoder, images, None, settings, conventions, run)
         if settings.epochs == 0:
             raise checks.InputError("finetune.epochs: recording needs 1 or more, got 0.")
-        checks.one_of("dataset.on_corrupt", on_corrupt, ON_CORRUPT)
-        self._dataset, self._settings, self._on_corrupt = dataset, settings, on_corrupt
-        self._mesh = mesh or one_device()
+        self._images, self._dataset, self._settings = images, images.dataset, settings
+        self._folder, self._mesh = run.path, run.mesh or one_device()
         self.early_epoch = max(1, round(record.early_fraction * settings.epochs))
-        num_runs = record.num_runs or _RUNS_OF_MODE[mode]
+        num_runs = record.num_runs or conventions.num_runs
         checks.seed(seed)
         checks.seed(seed + num_runs - 1, "seed of the last run")
         self.seeds = range(int(seed), int(seed) + num_runs)
@@ -116,14 +98,13 @@ class Recorder:
         """Of the first run."""
         return int(self._settings.epochs)
 
-    def run(self, folder: Path | None = None) -> TrainingRecord | None:
-        """Trains and records, or goes on where a stopped call in `folder` ended.
+    def run(self) -> TrainingRecord | None:
+        """Trains and records, or goes on where a stopped call in the folder ended.
 
-        Args:
-          folder: Where the record and its runs are kept; None: nowhere.
         Returns:
           The record; None in processes that help the first one with it.
         """
+        folder = self._folder
         if folder is None:
             return self._record(None)
         if self._helps:
@@ -192,7 +173,7 @@ class Recorder:
         start = time.perf_counter()
         positions = np.arange(len(self._dataset))
         skipped: dict[str, str] = {}
-        if self._on_corrupt == "skip":
+        if self._images.on_corrupt == "skip":
             positions, skipped = self._finetuner.readable()
         seconds = time.perf_counter() - start
         runs = []

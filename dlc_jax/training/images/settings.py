@@ -7,7 +7,7 @@ from typing import Any
 
 from dlc_jax import checks
 from dlc_jax.probes import DTYPES
-from dlc_jax.types import setting
+from dlc_jax.types import as_tuple, setting
 
 # Settings that change speed, memory and what is reported, but not the weights.
 _NOT_IN_WEIGHTS = ("test_every", "full_set", "keep_weights", "image_memory_gib")
@@ -17,7 +17,27 @@ _NOT_IN_WEIGHTS = ("test_every", "full_set", "keep_weights", "image_memory_gib")
 class FinetuneConfig:
     """How to fine-tune.
 
+    Attributes:
+      epochs: Passes over the kept samples, 0 or more; 0 only tests, with the new, untrained head.
+      batch_size: Samples per step, 1 or more; the last batch of an epoch may hold fewer.
+      learning_rate: Above 0; before the first milestone (with one epoch both of the default ones
+        come before it: 1/100).
+      milestones: Fractions of the epochs, each in (0, 1], or a single one: after each of them the
+        rate is divided by ten.
+      weight_decay: 0 or more; as in torch.optim.SGD, of every parameter.
+      momentum: In [0, 1), as in torch.optim.SGD.
+      nesterov: Whether momentum is Nesterov's, as in torch.optim.SGD; it must then be above 0.
+      linear_probe: Whether to train the head alone, on features computed once.
+      augment: Whether to train on random resized crops and flips, or on evaluation crops.
+      dtype: What the encoder computes in, `float32` or `bfloat16`; weights stay float32.
+      test_every: Epochs between tests, 0 or more; 0 tests after the last one only.
+      full_set: Whether the stage `finetune` also trains on the whole set.
+      keep_weights: Whether the folder of a finished run keeps its last checkpoint.
+      image_memory_gib: Decoded images kept for random crops, in GiB, 0 or more; others are decoded
+        again in every epoch.
     Source: Jiang et al. 2025, section 5; the released finetune.py.
+
+    Example: `dlc.finetune(encoder, dataset, settings=dlc.FinetuneConfig(linear_probe=True))`.
     """
 
     epochs: int = setting(50, "passes over the kept set; 0 only tests, with an untrained head")
@@ -36,6 +56,9 @@ class FinetuneConfig:
     full_set: bool = setting(True, "a sweep also trains on the whole set, once per seed")
     keep_weights: bool = setting(True, "keep the last checkpoint of a finished run")
     image_memory_gib: float = setting(8.0, "decoded images kept to be cropped; others decode anew")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", as_tuple(self.milestones))
 
     @property
     def decisive(self) -> dict[str, Any]:
@@ -56,7 +79,13 @@ class FinetuneConfig:
 class RecordConfig:
     """What to record of fine-tuning on the whole data set; see `record_training`.
 
+    Attributes:
+      num_runs: How many runs, 1 or more; None is 3, in mode `official` 10.
+      early_fraction: Share of the epochs after which EL2N and GraNd look, in (0, 1]; the nearest
+        epoch, at least 1.
     Source: Paul et al. 2021, arXiv 2107.07075: 10 runs, early in training.
+
+    Example: `dlc.record_training(encoder, dataset, record=dlc.RecordConfig(num_runs=10))`.
     """
 
     num_runs: int | None = setting(None, "runs that el2n and grand average over; None: by mode")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 from dlc_jax import checks
 from dlc_jax.encoders.architecture import DTYPES
 from dlc_jax.encoders.projection import TARGETS, Adapter
-from dlc_jax.types import setting
+from dlc_jax.types import as_tuple, setting
 
 OPTIMISERS = ("sgd", "adamw")
 # Settings that change speed, memory and what is left on disk, but not the adapter.
@@ -28,7 +29,32 @@ _NOT_IN_WEIGHTS = (
 class LoraConfig:
     """How to fine-tune a language model.
 
+    Attributes:
+      rank: r of the change alpha / r * A @ B of every target projection, 1 or more.
+      alpha: Above 0; see `rank`.
+      targets: Projections that are changed, one or more of q_proj, k_proj, v_proj, o_proj,
+        gate_proj, up_proj and down_proj.
+      epochs: Passes over the kept samples, 1 or more.
+      batch_size: Samples per step, 1 or more; the last batch of an epoch may hold fewer.
+      optimiser: `sgd` (the paper's) or `adamw`, as in torch.
+      learning_rate: Above 0, after the warm-up. At the paper's, 7e-6, a few steps move next to
+        nothing.
+      warmup_steps: Steps, 0 or more, over which the rate grows from 0; then it falls to 0 as half
+        a cosine.
+      weight_decay: 0 or more; as in torch.
+      momentum: In [0, 1), of `sgd`.
+      dtype: What the frozen model is loaded in, `float32` or `bfloat16`; `finetune_lora` takes
+        that of the model it is given.
+      rows_at_once: Rows per program call, 1 or more; gradients of a step add up over calls.
+      packing: Whether short samples share rows; the same steps with less padding.
+      rematerialise: Whether activations of a block are computed again instead of kept.
+      checkpoint_steps: Steps between checkpoints in the folder, 1 or more.
+      full_set: Whether the stage `finetune` also trains on the whole set.
+      keep_weights: Whether the folder of a finished run keeps its last checkpoint.
+      merge: Whether the folder also gets merged/, the model with the change added.
     Source: Jiang et al. 2025, section 5; Hu et al. 2021, arXiv 2106.09685.
+
+    Example: `dlc.finetune_lora(model, tokens, settings=dlc.LoraConfig(rank=16, packing=True))`.
     """
 
     rank: int = setting(8, "of the change to each projection")
@@ -49,6 +75,11 @@ class LoraConfig:
     full_set: bool = setting(True, "a sweep also trains on the whole set, once per seed")
     keep_weights: bool = setting(False, "keep the last checkpoint too, which has the momentum")
     merge: bool = setting(False, "also write the model with the change added, as a whole model")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", as_tuple(self.targets))
+        if isinstance(self.alpha, numbers.Real):
+            object.__setattr__(self, "alpha", float(self.alpha))
 
     @property
     def decisive(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from dlc_jax.exports.peft import (
     write_adapter,
     write_merged,
 )
-from dlc_jax.preprocess.tokens import Tokenised
+from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, Tokenised
 from dlc_jax.probes.responses import response_losses
 from dlc_jax.selection.kept import kept_rows
 from dlc_jax.training.checkpoints import Checkpoints
@@ -92,7 +92,7 @@ class LoraTuner:
         *,
         test: Tokenised | None = None,
         max_length: int | None = None,
-        tokens_per_batch: int = 8192,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
         progress: bool = False,
     ):
         settings.check()

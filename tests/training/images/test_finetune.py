@@ -24,6 +24,7 @@ from dlc_jax.training.images.step import Network, initial_head, train_step
 from dlc_jax.types import by_path
 
 FAST = {"image_size": 32, "epochs": 2, "batch_size": 16, "learning_rate": 0.05, "seed": 3}
+HEAD_ONLY = FinetuneConfig(linear_probe=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,8 @@ def test_same_seed_same_bits_other_seed_other_run(result, sample_encoder, small_
     other = dlc.finetune(sample_encoder, small_sample, test=test_set, **{**FAST, "seed": 4})
     assert not same_weights(other, result)
     # without memory for decoded images: read again in each epoch, same pixels
-    frugal = dlc.finetune(sample_encoder, small_sample, test=test_set, image_memory_gib=0.0, **FAST)
+    settings = FinetuneConfig(image_memory_gib=0.0)
+    frugal = dlc.finetune(sample_encoder, small_sample, test=test_set, settings=settings, **FAST)
     assert same_weights(frugal, result)
 
 
@@ -118,7 +120,8 @@ def test_no_epochs_only_test(sample_encoder, small_sample, test_set):
 
 
 def test_tests_in_between_do_not_change_the_run(result, sample_encoder, small_sample, test_set):
-    tested = dlc.finetune(sample_encoder, small_sample, test=test_set, test_every=1, **FAST)
+    settings = FinetuneConfig(test_every=1)
+    tested = dlc.finetune(sample_encoder, small_sample, test=test_set, settings=settings, **FAST)
     assert same_weights(tested, result)
     assert all("test_accuracy" in line for line in tested.history)
     untested = dlc.finetune(sample_encoder, small_sample, **FAST)
@@ -133,7 +136,7 @@ def test_a_linear_probe_is_torchs_on_the_same_features(
 
     arguments = {**FAST, "epochs": 20, "learning_rate": 0.03}
     result = dlc.finetune(
-        sample_encoder, small_sample, test=test_set, linear_probe=True, **arguments
+        sample_encoder, small_sample, test=test_set, settings=HEAD_ONLY, **arguments
     )
     for path, leaf in by_path(sample_encoder.params).items():
         np.testing.assert_array_equal(by_path(result.weights["encoder"])[path], leaf)
@@ -172,18 +175,17 @@ def test_a_linear_probe_is_torchs_on_the_same_features(
 
 
 def test_without_augmentation_every_epoch_sees_the_evaluation_crops(sample_encoder, small_sample):
-    plain = dlc.finetune(sample_encoder, small_sample, augment=False, **FAST)
+    settings = FinetuneConfig(augment=False)
+    plain = dlc.finetune(sample_encoder, small_sample, settings=settings, **FAST)
     augmented = dlc.finetune(sample_encoder, small_sample, **FAST)
     assert not same_weights(plain, augmented)
     positions = np.array([7, 3, 50])
     expected = load_images(small_sample, 32).pixels[positions]
     for augment in (False, True):
         data = RunData(
-            small_sample,
-            image_size=32,
+            dlc.Images(small_sample, size=32),
             settings=FinetuneConfig(augment=augment),
             to_features=lambda images: images,
-            cache=None,
             progress=False,
         )
         inputs = data.training_inputs(positions, seed=0)
@@ -300,8 +302,8 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_remedy(
 @pytest.mark.slow
 def test_one_step_that_ruins_the_weights_is_not_returned(sample_encoder, small_sample):
     """The loss of the only step is fine; what the step leaves is not."""
-    arguments = {"learning_rate": 3e38, "weight_decay": 100.0, "milestones": (), "epochs": 1}
-    arguments = {**FAST, **arguments, "batch_size": 60}
+    settings = FinetuneConfig(weight_decay=100.0, milestones=())
+    arguments = {**FAST, "learning_rate": 3e38, "epochs": 1, "batch_size": 60, "settings": settings}
     with pytest.raises(ValueError, match=r"weights that are not finite, at step 1, "):
         dlc.finetune(sample_encoder, small_sample, **arguments)
 
@@ -313,11 +315,11 @@ def test_one_step_that_ruins_the_weights_is_not_returned(sample_encoder, small_s
         ({"batch_size": 0}, "finetune.batch_size: must be >= 1"),
         ({"learning_rate": 0.0}, "finetune.learning_rate: must be > 0"),
         ({"learning_rate": float("nan")}, "finetune.learning_rate"),
-        ({"milestones": (1.5,)}, "finetune.milestones: must be <= 1"),
-        ({"momentum": 1.0}, "finetune.momentum: must be < 1"),
-        ({"momentum": 0.0}, "finetune.nesterov: needs a momentum"),
-        ({"weight_decay": -1.0}, "finetune.weight_decay"),
-        ({"dtype": "float16"}, "finetune.dtype"),
+        ({"settings": FinetuneConfig(milestones=(1.5,))}, "finetune.milestones: must be <= 1"),
+        ({"settings": FinetuneConfig(momentum=1.0)}, "finetune.momentum: must be < 1"),
+        ({"settings": FinetuneConfig(momentum=0.0)}, "finetune.nesterov: needs a momentum"),
+        ({"settings": FinetuneConfig(weight_decay=-1.0)}, "finetune.weight_decay"),
+        ({"settings": FinetuneConfig(dtype="float16")}, "finetune.dtype"),
         ({"mode": "offical"}, "Did you mean 'official'"),
         ({"seed": -1}, "seed: expected an integer"),
         ({"image_size": 4}, "encoder.image_size"),
@@ -345,7 +347,7 @@ def test_a_last_batch_of_one_is_refused_where_batch_norm_sees_one_value(
     with pytest.raises(ValueError, match=r"finetune\.batch_size: 16 leaves a last batch of one"):
         dlc.finetune(sample_encoder, small_sample, kept, **FAST)
     dlc.finetune(sample_encoder, small_sample, kept, **{**FAST, "image_size": 64, "epochs": 1})
-    dlc.finetune(sample_encoder, small_sample, kept, linear_probe=True, **FAST)
+    dlc.finetune(sample_encoder, small_sample, kept, settings=HEAD_ONLY, **FAST)
 
 
 @pytest.mark.slow
@@ -359,7 +361,12 @@ def test_official_mode_and_bfloat16_through_a_whole_run(
     # 1.5 and 2.25 never come; default decays after epochs 1 and 2
     assert [line["learning_rate"] for line in official.history] == [0.05] * 3
     coarse = dlc.finetune(
-        sample_encoder, small_sample, test=test_set, dtype="bfloat16", folder=tmp_path, **arguments
+        sample_encoder,
+        small_sample,
+        test=test_set,
+        settings=FinetuneConfig(dtype="bfloat16"),
+        folder=tmp_path,
+        **arguments,
     )
     exact = dlc.finetune(sample_encoder, small_sample, test=test_set, **arguments)
     assert {leaf.dtype for leaf in jax.tree.leaves(coarse.weights)} == {np.dtype("float32")}
@@ -380,7 +387,7 @@ def test_half_precision_encoders_are_trained_in_float32(small_sample):
 
 
 def test_a_linear_probe_on_disk_goes_on(sample_encoder, small_sample, tmp_path, monkeypatch):
-    arguments = {**FAST, "epochs": 4, "linear_probe": True}
+    arguments = {**FAST, "epochs": 4, "settings": HEAD_ONLY}
     undisturbed = dlc.finetune(sample_encoder, small_sample, **arguments)
     real = Finetuner._epoch
 
@@ -433,23 +440,31 @@ def test_folders_that_cannot_be_used(sample_encoder, small_sample, tmp_path):
 def test_mistakes_of_kind_are_told(sample_encoder, small_sample):
     """In a process without the run-time checks of annotations."""
     script = """
+import numpy as np
 import dlc_jax as dlc
 dataset = dlc.load_dataset("demo:caltech15/train")
 encoder = dlc.load_encoder("resnet18", "demo:resnet18")
 for arguments, says in (
-    (dict(dataset="folder:x"), "dataset: expected a Dataset"),
+    (dict(images="folder:x"), "images: expected a Dataset"),
     (dict(test="folder:x"), "test: expected a Dataset"),
     (dict(learning_rate="0.1"), "finetune.learning_rate: expected a number, got '0.1'"),
+    (dict(settings=dlc.FinetuneConfig(milestones="half")), "finetune.milestones: expected a num"),
+    (dict(settings={"epochs": 1}), "settings: expected dlc.FinetuneConfig(...), got {"),
+    (dict(run="folder"), "run: expected dlc.Run(...), got 'folder'"),
     (dict(kept=[]), "kept: is empty"),
     (dict(kept=[True] * 750), "kept: is a mask"),
 ):
     try:
-        dlc.finetune(encoder, **{"dataset": dataset, "image_size": 32, **arguments})
+        dlc.finetune(encoder, **{"images": dataset, "image_size": 32, **arguments})
     except dlc.InputError as error:
         assert says in str(error), error
     else:
         raise AssertionError(says)
-result = dlc.finetune(encoder, dataset, [0, 50], image_size=32, epochs=0, milestones=0.5)
+settings = dlc.FinetuneConfig(epochs=0, milestones=0.5)
+for milestones in ([0.5], np.array([0.5]), np.float64(0.5)):
+    assert dlc.FinetuneConfig(epochs=0, milestones=milestones) == settings
+assert settings.milestones == (0.5,)
+result = dlc.finetune(encoder, dataset, [0, 50], image_size=32, settings=settings)
 assert len(repr(result)) < 1000
 assert len(repr(encoder)) < 1000
 """
@@ -532,9 +547,11 @@ def test_defaults_are_the_papers_in_function_and_configuration():
     import inspect
 
     parameters = inspect.signature(dlc.finetune).parameters
-    for field in dataclasses.fields(FinetuneConfig):
-        if field.name in parameters:
-            assert parameters[field.name].default == field.default, field.name
+    assert parameters["settings"].default == FinetuneConfig()
+    shared = {field.name for field in dataclasses.fields(FinetuneConfig)} & {*parameters}
+    assert shared == {"epochs", "batch_size", "learning_rate"}
+    for name in shared:
+        assert parameters[name].default is None, name
     paper = {
         "epochs": 50,
         "batch_size": 128,
@@ -545,6 +562,35 @@ def test_defaults_are_the_papers_in_function_and_configuration():
         "nesterov": True,
     }
     assert {key: getattr(FinetuneConfig(), key) for key in paper} == paper
+
+
+def test_keywords_go_before_settings(sample_encoder, small_sample, tmp_path):
+    settings = FinetuneConfig(epochs=3, batch_size=30, learning_rate=0.01, milestones=(0.5,))
+    settings = dataclasses.replace(settings, linear_probe=True)
+    kept, run = np.arange(12), dlc.Run(tmp_path / "run")
+    one = dlc.finetune(
+        sample_encoder, small_sample, kept, image_size=32, epochs=2, settings=settings, run=run
+    )
+    assert [line["learning_rate"] for line in one.history] == pytest.approx([0.01, 0.001])
+    assert (tmp_path / "run" / "run.json").exists()
+    images = dlc.Images(small_sample, size=32)
+    two = dlc.finetune(
+        sample_encoder,
+        images,
+        kept,
+        batch_size=5,
+        learning_rate=0.02,
+        folder=tmp_path / "folder",
+        settings=settings,
+        run=run,
+    )
+    assert [line["learning_rate"] for line in two.history] == pytest.approx([0.02, 0.002, 0.002])
+    assert (tmp_path / "folder" / "run.json").exists()
+    for batch_size, is_same in ((5, True), (30, False)):
+        settings = dataclasses.replace(settings, batch_size=batch_size, learning_rate=0.02)
+        three = dlc.finetune(sample_encoder, images, kept, settings=settings)
+        kernels = [result.weights["head"]["kernel"] for result in (two, three)]
+        assert np.array_equal(*kernels) == is_same
 
 
 def test_subsets_of_a_data_set(small_sample):

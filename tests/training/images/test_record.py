@@ -22,11 +22,12 @@ from dlc_jax.training.images import (
     Recorder,
     record_training,
 )
-from dlc_jax.types import TrainingRecord
+from dlc_jax.types import Conventions, TrainingRecord
 
 RUN = {"image_size": 32, "epochs": 4, "batch_size": 16, "learning_rate": 0.05, "seed": 3}
-FAST = {**RUN, "num_runs": 3, "early_fraction": 0.5}
-HEAD = {**FAST, "linear_probe": True}
+FAST = {**RUN, "record": RecordConfig(3, 0.5)}
+HEAD_ONLY = FinetuneConfig(linear_probe=True)
+HEAD = {**FAST, "settings": HEAD_ONLY}
 
 
 def assert_same(one: TrainingRecord, two: TrainingRecord, but: tuple[str, ...] = ()) -> None:
@@ -65,7 +66,9 @@ def head_record(sample_encoder, small_sample) -> TrainingRecord:
 
 @pytest.mark.slow
 def test_a_recorded_run_is_the_run_of_finetune(sample_encoder, small_sample, results):
-    record = record_training(sample_encoder, small_sample, **{**FAST, "num_runs": 2})
+    record = record_training(
+        sample_encoder, small_sample, **{**FAST, "record": RecordConfig(2, 0.5)}
+    )
     assert [seed for seed, _ in results] == [3, 4]
     first, second = (result for _, result in results)
     assert [len(result.history) for _, result in results] == [4, 2]
@@ -103,7 +106,8 @@ def test_the_early_epoch_of_the_first_run_is_that_of_a_run_that_ends_there(
 ):
     """Alone, all three are equally long, and nothing but seed and epoch decides them."""
     settings = FinetuneConfig(epochs=4, batch_size=16, learning_rate=0.05, linear_probe=True)
-    finetuner = Finetuner(sample_encoder, small_sample, None, settings, image_size=32)
+    images = dlc.Images(small_sample, size=32)
+    finetuner = Finetuner(sample_encoder, images, None, settings, Conventions.of("default"))
     positions = np.arange(60)
     for run, seed in enumerate((3, 4, 5)):
         seen = []
@@ -120,7 +124,7 @@ def test_the_early_epoch_of_the_first_run_is_that_of_a_run_that_ends_there(
 def test_a_recorded_linear_probe_is_finetunes(sample_encoder, small_sample, head_record, results):
     again = record_training(sample_encoder, small_sample, **HEAD)
     assert_same(again, head_record)
-    alone = dlc.finetune(sample_encoder, small_sample, linear_probe=True, **RUN)
+    alone = dlc.finetune(sample_encoder, small_sample, settings=HEAD_ONLY, **RUN)
     assert_same_weights(results[0][1], alone)
     feats = dlc.features(sample_encoder, small_sample, image_size=32)
     for squared_norms in head_record.early_squared_norms:
@@ -149,7 +153,8 @@ def test_runs_and_early_epoch(
     sample_encoder, small_sample, epochs, fraction, mode, num_runs, early
 ):
     settings, record = FinetuneConfig(epochs=epochs), RecordConfig(num_runs, fraction)
-    recorder = Recorder(sample_encoder, small_sample, settings, record, seed=7, mode=mode)
+    images, conventions = dlc.Images(small_sample), Conventions.of(mode)
+    recorder = Recorder(sample_encoder, images, settings, record, seed=7, conventions=conventions)
     assert (len(recorder.seeds), recorder.early_epoch) == early
     assert recorder.seeds[0] == 7
 
@@ -158,7 +163,12 @@ def test_inputs_tell_records_apart(sample_encoder, small_sample):
     def inputs(settings=None, seed=0, **record) -> str:
         settings = settings or FinetuneConfig(epochs=10)
         return Recorder(
-            sample_encoder, small_sample, settings, RecordConfig(**record), seed=seed
+            sample_encoder,
+            dlc.Images(small_sample),
+            settings,
+            RecordConfig(**record),
+            seed=seed,
+            conventions=Conventions.of("default"),
         ).inputs
 
     others = [
@@ -174,7 +184,7 @@ def test_inputs_tell_records_apart(sample_encoder, small_sample):
 
 
 def test_one_epoch_is_early_and_last(sample_encoder, small_sample):
-    arguments = {**HEAD, "epochs": 1, "num_runs": 1, "early_fraction": 0.1}
+    arguments = {**HEAD, "epochs": 1, "record": RecordConfig(1, 0.1)}
     record = record_training(sample_encoder, small_sample, **arguments)
     np.testing.assert_array_equal(record.early_logits[0], record.logits)
     assert record.correct.shape == (1, 60)
@@ -200,7 +210,7 @@ def test_a_stopped_record_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", stops)
         with pytest.raises(Stopped):
-            record_training(sample_encoder, small_sample, folder=tmp_path, **HEAD)
+            record_training(sample_encoder, small_sample, run=dlc.Run(tmp_path), **HEAD)
     assert not (tmp_path / "record.npz").exists()
     epochs, epoch_of = [], Finetuner._epoch
 
@@ -209,7 +219,7 @@ def test_a_stopped_record_goes_on(
         return epoch_of(self, progress, positions, seed, epoch)
 
     monkeypatch.setattr(Finetuner, "_epoch", counted)
-    record = record_training(sample_encoder, small_sample, folder=tmp_path, **HEAD)
+    record = record_training(sample_encoder, small_sample, run=dlc.Run(tmp_path), **HEAD)
     assert_same(record, head_record)
     order = [(3, 1), (3, 2), (3, 3), (3, 4), (4, 1), (4, 2), (5, 1), (5, 2)]
     # the save before the failed one may not have been whole yet
@@ -219,7 +229,7 @@ def test_a_stopped_record_goes_on(
 def test_a_finished_record_is_read(
     sample_encoder, small_sample, head_record, tmp_path, monkeypatch
 ):
-    record = record_training(sample_encoder, small_sample, folder=tmp_path, **HEAD)
+    record = record_training(sample_encoder, small_sample, run=dlc.Run(tmp_path), **HEAD)
     assert_same(record, head_record)
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     each = ("", "/metrics.jsonl", "/per_class_accuracy.csv", "/run.json")
@@ -230,31 +240,37 @@ def test_a_finished_record_is_read(
     assert json.loads(lines[-1])["elapsed_s"] > 0
     with monkeypatch.context() as patch:
         patch.setattr(Finetuner, "_epoch", None)
-        again = record_training(sample_encoder, small_sample, folder=tmp_path, **HEAD)
+        again = record_training(sample_encoder, small_sample, run=dlc.Run(tmp_path), **HEAD)
     assert_same(again, record)
     assert again.seconds == record.seconds
-    for other in ({"seed": 4}, {"num_runs": 2}, {"early_fraction": 0.25}, {"epochs": 5}):
+    for other in (
+        {"seed": 4},
+        {"record": RecordConfig(2, 0.5)},
+        {"record": RecordConfig(3, 0.25)},
+        {"epochs": 5},
+    ):
+        arguments = {**HEAD, **other, "run": dlc.Run(tmp_path)}
         with pytest.raises(dlc.InputError, match="holds a run with other"):
-            record_training(sample_encoder, small_sample, folder=tmp_path, **{**HEAD, **other})
+            record_training(sample_encoder, small_sample, **arguments)
     (tmp_path / "record.npz").write_bytes(b"PK\x03\x04 not all of it")
     with pytest.raises(dlc.InputError, match=r"record\.npz: not a training record.*Delete it"):
-        record_training(sample_encoder, small_sample, folder=tmp_path, **HEAD)
+        record_training(sample_encoder, small_sample, run=dlc.Run(tmp_path), **HEAD)
 
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on(sample_encoder, small_sample, head_record, tmp_path):
     """Killed outright, wherever it is, when it has just seen the third epoch."""
-    arguments = {**HEAD, "epochs": 30, "num_runs": 1}
+    arguments = {**HEAD, "epochs": 30, "record": RecordConfig(1, 0.5)}
     script = f"""
 import numpy as np
 import dlc_jax as dlc
-from dlc_jax.training.images import record_training
+from dlc_jax.training.images import FinetuneConfig, RecordConfig, record_training
 
 sample = dlc.load_dataset("demo:caltech15/train")
 some = np.concatenate([np.flatnonzero(sample.labels == j)[:4] for j in range(15)])
 encoder = dlc.load_encoder("resnet18", "demo:resnet18")
 arguments = {arguments!r}
-record_training(encoder, sample.subset(some), folder={str(tmp_path)!r}, **arguments)
+record_training(encoder, sample.subset(some), run=dlc.Run({str(tmp_path)!r}), **arguments)
 """
     with subprocess.Popen([sys.executable, "-c", script]) as process:
         deadline = time.monotonic() + 120
@@ -263,7 +279,7 @@ record_training(encoder, sample.subset(some), folder={str(tmp_path)!r}, **argume
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
-    resumed = record_training(sample_encoder, small_sample, folder=tmp_path, **arguments)
+    resumed = record_training(sample_encoder, small_sample, run=dlc.Run(tmp_path), **arguments)
     assert_same(resumed, record_training(sample_encoder, small_sample, **arguments))
 
 
@@ -274,34 +290,32 @@ def test_unreadable_images(sample_encoder, small_sample, tmp_path):
     name = str(small_sample.ids[11])
     with pytest.raises(dlc.InputError, match=name):
         record_training(sample_encoder, broken, **HEAD)
-    record = record_training(sample_encoder, broken, on_corrupt="skip", **HEAD)
+    images = dlc.Images(broken, on_corrupt="skip")
+    record = record_training(sample_encoder, images, **HEAD)
     assert list(record.skipped) == [name]
     whole = small_sample.subset(np.setdiff1d(np.arange(60), [11]))
     assert_same(record, record_training(sample_encoder, whole, **HEAD), but=("skipped",))
-    cache = dlc.ImageCache(str(tmp_path / "cache"))
+    images = dataclasses.replace(images, cache=dlc.ImageCache(str(tmp_path / "cache")))
     for _ in range(2):
-        folder = tmp_path / "record"
-        kept = record_training(
-            sample_encoder, broken, on_corrupt="skip", cache=cache, folder=folder, **HEAD
-        )
+        run = dlc.Run(tmp_path / "record")
+        kept = record_training(sample_encoder, images, run=run, **HEAD)
         assert_same(kept, record)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"num_runs": 0}, r"record\.num_runs: must be >= 1"),
-        ({"early_fraction": 0.0}, r"record\.early_fraction: must be > 0"),
-        ({"early_fraction": 1.1}, r"record\.early_fraction: must be <= 1"),
-        ({"early_fraction": float("nan")}, r"record\.early_fraction"),
+        ({"record": RecordConfig(num_runs=0)}, r"record\.num_runs: must be >= 1"),
+        ({"record": RecordConfig(3, 0.0)}, r"record\.early_fraction: must be > 0"),
+        ({"record": RecordConfig(3, 1.1)}, r"record\.early_fraction: must be <= 1"),
+        ({"record": RecordConfig(3, float("nan"))}, r"record\.early_fraction"),
         ({"epochs": 0}, r"finetune\.epochs: recording needs 1 or more"),
         ({"epochs": -1}, r"finetune\.epochs: must be >= 0"),
         ({"seed": -1}, "seed: expected an integer"),
         ({"seed": 2**32 - 2}, "seed of the last run: expected an integer"),
         ({"mode": "offical"}, "Did you mean 'official'"),
-        ({"on_corrupt": "ignore"}, r"dataset\.on_corrupt"),
         ({"image_size": 4}, r"encoder\.image_size"),
-        ({"learning_rate": 1e30, "linear_probe": True}, "not finite"),
+        ({"learning_rate": 1e30, "settings": HEAD_ONLY}, "not finite"),
     ],
 )
 def test_values_out_of_range(sample_encoder, small_sample, arguments, says):
@@ -309,15 +323,20 @@ def test_values_out_of_range(sample_encoder, small_sample, arguments, says):
         record_training(sample_encoder, small_sample, **{**FAST, **arguments})
 
 
+def test_what_to_do_with_unreadable_images_is_checked(sample_encoder, small_sample):
+    with pytest.raises(dlc.InputError, match=r"dataset\.on_corrupt"):
+        record_training(sample_encoder, dlc.Images(small_sample, on_corrupt="ignore"), **FAST)
+
+
 def test_defaults_are_those_of_finetune_and_the_configuration():
     import inspect
 
     parameters = inspect.signature(record_training).parameters
     theirs = inspect.signature(dlc.finetune).parameters
-    own = {field.name: field.default for field in dataclasses.fields(RecordConfig)}
-    for name, parameter in parameters.items():
-        if name in own:
-            assert parameter.default == own[name], name
-        elif name != "seed":
-            assert parameter.default == theirs[name].default, name
-    assert set(theirs) - set(parameters) == {"kept", "test", "test_every"}
+    for name in parameters.keys() & theirs.keys() - {"seed"}:
+        assert parameters[name].default == theirs[name].default, name
+    assert parameters["settings"].default == FinetuneConfig()
+    assert parameters["record"].default == RecordConfig() == RecordConfig(None, 0.2)
+    assert parameters["seed"].default == 0
+    assert set(theirs) - set(parameters) == {"kept", "test", "folder"}
+    assert set(parameters) - set(theirs) == {"record", "progress"}

@@ -19,11 +19,12 @@ from dlc_jax.preprocess import load_images
 from dlc_jax.training.images.batches import Batch
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.training.optimiser import learning_rates, torch_sgd
-from dlc_jax.types import by_path
+from dlc_jax.types import Conventions, by_path
 
 CLASSES = 5
 SGD = {"momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
 RATE, SIZE, EPOCHS = 1e-2, 32, 10  # the rate falls after epochs 5 and 7
+MILESTONES = (0.5, 0.75)
 
 
 def pretrained_resnet(timm):
@@ -110,7 +111,7 @@ def train_ours(encoder, head, data, epochs=EPOCHS, **changes) -> tuple[TrainStat
     state = TrainState.start(encoder.params, encoder.statistics, head, sgd)
     network = Network.of(encoder, "float32")
     losses = []
-    for rate in learning_rates(epochs, RATE):
+    for rate in learning_rates(epochs, RATE, MILESTONES, floors_milestones=True):
         for images, labels in data:
             batch = Batch.padded(images, labels, SIZE)
             state, metrics = train_step(network, sgd, state, *batch, jnp.float32(rate))
@@ -217,12 +218,14 @@ def test_learning_rates_are_multisteplrs(epochs, mode):
         expected.append(optimiser.param_groups[0]["lr"])
         optimiser.step()
         scheduler.step()
-    assert learning_rates(epochs, 1e-3, mode=mode) == pytest.approx(expected, rel=1e-12)
+    floors = Conventions.of(mode).floors_milestones
+    found = learning_rates(epochs, 1e-3, MILESTONES, floors_milestones=floors)
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_papers_decays():
-    rates = learning_rates(50)
+    rates = learning_rates(50, 1e-3, MILESTONES, floors_milestones=True)
     assert [rates.index(rate) for rate in sorted(set(rates), reverse=True)] == [0, 25, 37]
-    official = learning_rates(50, mode="official")
+    official = learning_rates(50, 1e-3, MILESTONES, floors_milestones=False)
     assert [official.index(rate) for rate in sorted(set(official), reverse=True)] == [0, 25]
-    assert learning_rates(100, milestones=(0.29,)).index(1e-4) == 29
+    assert learning_rates(100, 1e-3, (0.29,), floors_milestones=True).index(1e-4) == 29

@@ -1,8 +1,10 @@
 """Runs of LoRA fine-tuning: stopped and resumed, on disk, and bad input."""
 
+import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -59,7 +61,8 @@ def samples(num, seed=0):
 
 DATA = samples(21)
 OPTIONS = {"epochs": 3, "batch_size": 4, "optimiser": "adamw", "learning_rate": 1e-2}
-OPTIONS |= {"warmup_steps": 2, "checkpoint_steps": 1}
+SETTINGS = dlc.LoraConfig(warmup_steps=2, checkpoint_steps=1)
+OPTIONS |= {"settings": SETTINGS}
 
 
 def adapter_of(result):
@@ -114,7 +117,8 @@ def test_a_stopped_run_ends_as_one_that_was_not(model, tmp_path, monkeypatch):
 )
 def test_what_saves_memory_or_time_changes_nothing(model, options):
     base = dlc.finetune_lora(model, DATA, **OPTIONS)
-    other = dlc.finetune_lora(model, DATA, **OPTIONS, **options)
+    settings = dataclasses.replace(SETTINGS, **options)
+    other = dlc.finetune_lora(model, DATA, **{**OPTIONS, "settings": settings})
     for path, value in adapter_of(base).items():
         np.testing.assert_allclose(adapter_of(other)[path], value, atol=2e-4, err_msg=path)
     assert other.history[-1]["train_loss"] == pytest.approx(base.history[-1]["train_loss"], 1e-4)
@@ -162,19 +166,28 @@ def test_kept_goes_by_ids(model):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"targets": ("q_proj", "lm_head")}, "lora.targets: unknown value 'lm_head'"),
-        ({"targets": ()}, "lora.targets: expected one or more"),
-        ({"rank": 0}, "lora.rank: must be >= 1"),
+        (
+            {"settings": dlc.LoraConfig(targets=("q_proj", "lm_head"))},
+            "lora.targets: unknown value 'lm_head'",
+        ),
+        ({"settings": dlc.LoraConfig(targets=())}, "lora.targets: expected one or more"),
+        ({"settings": dlc.LoraConfig(rank=0)}, "lora.rank: must be >= 1"),
         ({"optimiser": "adam"}, "lora.optimiser: unknown value 'adam'"),
         ({"learning_rate": 0.0}, "lora.learning_rate: must be > 0"),
-        ({"learning_rate": 1e30, "warmup_steps": 0, "optimiser": "sgd"}, "not finite, at step"),
+        (
+            {
+                "learning_rate": 1e30,
+                "optimiser": "sgd",
+                "settings": dataclasses.replace(SETTINGS, warmup_steps=0),
+            },
+            "not finite, at step",
+        ),
         (
             {
                 "learning_rate": 3e38,
-                "weight_decay": 1e3,
                 "batch_size": 100,
                 "epochs": 1,
-                "warmup_steps": 0,
+                "settings": dataclasses.replace(SETTINGS, weight_decay=1e3, warmup_steps=0),
             },
             "gave an adapter with NaN or infinite values",
         ),
@@ -196,6 +209,12 @@ def test_what_is_too_long_or_has_an_adapter_is_refused(model):
     tuned = dlc.finetune_lora(model, DATA, [0], **OPTIONS).model
     with pytest.raises(ValueError, match="has an adapter, expected a model without one"):
         dlc.finetune_lora(tuned, DATA, **OPTIONS)
+
+
+def test_other_devices_than_the_models_are_refused(model):
+    two = dlc.Run(mesh=jax.sharding.Mesh(np.array(jax.devices()[:1] * 2), "data"))
+    with pytest.raises(dlc.InputError, match="run.mesh: other devices than those of the model"):
+        dlc.finetune_lora(model, DATA, run=two, **OPTIONS)
 
 
 def test_a_folder_tells_what_was_run(model, tmp_path):

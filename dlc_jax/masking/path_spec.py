@@ -1,0 +1,124 @@
+"""Which masked copies of a network are probed, as settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Int64
+
+from dlc_jax import checks
+from dlc_jax.masking.importance import MASKINGS
+from dlc_jax.masking.schedules import AUTO, OFFICIAL_LENGTH, PLACEMENTS, SCHEDULES, midpoints
+from dlc_jax.types import Conventions, overridden, setting
+
+SomePath = TypeVar("SomePath", bound="PathSpec")
+
+
+class PathCounts(NamedTuple):
+    """How many of the least important weights go, at every step of the path.
+
+    Attributes:
+      grid: Numbers of weights.
+      steps: Which of these steps are probes, ascending.
+    """
+
+    grid: Int64[np.ndarray, " steps"]
+    steps: Int64[np.ndarray, " m"]
+
+    @property
+    def chosen(self) -> Int64[np.ndarray, " m"]:
+        """How many weights each probe zeroes."""
+        return self.grid[self.steps]
+
+
+@dataclasses.dataclass(frozen=True)
+class PathSpec:
+    """The learning path: masked copies of a network, each with more weights zeroed.
+
+    Attributes:
+      schedule: `linear` (paper) or `geometric` (released code); None lets `mode` decide.
+      num_probes: m; with placement `grid`, the first m steps of the path. `auto`: 5 midpoints of
+        the whole path, and three times as many as long as `certify` does not find them enough.
+      agreement: With `auto`: the lower end of Spearman's interval that is enough, in (0, 1].
+      placement: `grid`, or `midpoint`: of the m steps of the whole path (linear: all below full
+        sparsity; geometric: 50), the steps floor((j + 0.5) m / num_probes).
+      max_sparsity: Steps that zero a larger share are cut off the path, in (0, 1].
+      step: Share zeroed per step, in (0, 1): of all weights (linear) or of the remaining ones
+        (geometric).
+      masking: `l1`, magnitude, or `random`.
+      augment: Whether each probe sees a fresh random crop and flip, as in the released code; of
+        images only.
+    Source: Jiang et al. 2025, section 3.
+
+    Example: `dlc.probe(encoder, dataset, path=dlc.PathSpec(num_probes=8, placement="midpoint"))`.
+    """
+
+    schedule: str | None = setting(None, f"{', '.join(SCHEDULES)}; None: by mode")
+    num_probes: int | str = setting(
+        50, "masked networks; with placement grid the path's first steps; auto: as it takes"
+    )
+    agreement: float = setting(0.98, "auto: least Spearman correlation with the ranking by all")
+    placement: str = setting("grid", f"{', '.join(PLACEMENTS)}: midpoint spreads num_probes")
+    max_sparsity: float = setting(1.0, "cuts the path, in (0, 1]")
+    step: float = setting(0.02, "share of weights zeroed per step")
+    masking: str = setting("l1", ", ".join(MASKINGS))
+    augment: bool = setting(False, "fresh random crop and flip for every probe")
+
+    def for_mode(self: SomePath, mode: str) -> SomePath:
+        """Returns the path with the schedule that `mode` decides filled in, checked.
+
+        Raises:
+          ValueError: an unknown name, a value out of range, or a path that reaches full sparsity.
+        """
+        found = overridden(self, schedule=self.schedule or Conventions.of(mode).schedule)
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Raises ValueError unless these describe a path; names are those of the configuration."""
+        if self.schedule is not None:
+            checks.one_of("probe.schedule", self.schedule, SCHEDULES)
+        checks.one_of("probe.placement", self.placement, PLACEMENTS)
+        checks.at_least("probe.step", self.step, 0, exclusive=True)
+        checks.at_most("probe.step", self.step, 1, exclusive=True)
+        checks.at_least("probe.max_sparsity", self.max_sparsity, 0, exclusive=True)
+        checks.at_most("probe.max_sparsity", self.max_sparsity, 1)
+        checks.at_least("probe.agreement", self.agreement, 0, exclusive=True)
+        checks.at_most("probe.agreement", self.agreement, 1)
+        checks.one_of("probe.masking", self.masking, MASKINGS)
+        if isinstance(self.num_probes, str):
+            if self.num_probes != AUTO:
+                raise checks.InputError(
+                    f"probe.num_probes: expected {AUTO!r} or an integer >= 1, got "
+                    f"{self.num_probes!r}."
+                )
+            return
+        checks.at_least("probe.num_probes", self.num_probes, 1)
+        longest = math.ceil(round(1 / self.step, 9))
+        if self.schedule == "linear" and self.num_probes > longest:
+            raise checks.InputError(
+                f"probe.num_probes: {self.num_probes} probes at step {self.step} run past full "
+                f"sparsity; at most {longest}, or a smaller probe.step."
+            )
+
+    def counts(self, num_weights: int) -> PathCounts:
+        """Returns how many weights the steps of the path zero, and which of them are probes.
+
+        Args:
+          num_weights: N, prunable weights of the whole network.
+        """
+        assert self.schedule is not None  # see `for_mode`
+        whole = OFFICIAL_LENGTH
+        if self.schedule == "linear":
+            whole = math.ceil(round(1 / self.step, 9))
+        asked = whole if self.num_probes == AUTO else int(self.num_probes)
+        length = asked if self.placement == "grid" else max(whole, asked)
+        counts = np.asarray(SCHEDULES[self.schedule](num_weights, self.step, length), np.int64)
+        most = round(self.max_sparsity * num_weights)
+        counts = counts[(counts <= most) & (counts < num_weights)]
+        if self.placement == "grid" or asked >= len(counts):
+            return PathCounts(counts, np.arange(len(counts)))
+        return PathCounts(counts, midpoints(len(counts), asked))

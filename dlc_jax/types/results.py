@@ -1,0 +1,175 @@
+"""What probing, recording, selecting and fine-tuning hand on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
+
+from dlc_jax.types.tuning import Choice
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProbeLosses:
+    """What the probes measured: one loss per masked network and sample.
+
+    Attributes:
+      losses: [m, n] cross-entropy in nats; higher is harder.
+      sparsity: [m] share of the prunable weights that each probe zeroes, ascending.
+      labels: [n] class ids.
+      ids: [n] sample ids, in the scored order.
+      prototypes: [c, d] class means of the unmasked features.
+      class_names: One name per class.
+      skipped: Samples that could not be decoded and were left out (`on_corrupt="skip"`), id: why.
+      steps: [m] which steps of the path the probes are, from 0; None: not known.
+      num_steps: All that the path has.
+    """
+
+    losses: Float32[np.ndarray, "m n"]
+    sparsity: Float32[np.ndarray, " m"]
+    labels: Int32[np.ndarray, " n"]
+    ids: np.ndarray
+    prototypes: Float32[np.ndarray, "c d"]
+    class_names: tuple[str, ...]
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    steps: Int64[np.ndarray, " m"] | None = None
+    num_steps: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ResponseLosses:
+    """How well a language model, not masked, predicts responses.
+
+    Attributes:
+      losses: [n] mean cross-entropy per token of the response given its prompt, in nats.
+      alone: [n] the same without the prompt.
+      num_tokens: [n] tokens of the response.
+      ids: [n] sample ids.
+      after_prefix: [n] mean cross-entropy with only `### Response:` before the response; None where
+        it was not measured.
+    """
+
+    losses: Float32[np.ndarray, " n"]
+    alone: Float32[np.ndarray, " n"]
+    num_tokens: Int64[np.ndarray, " n"]
+    ids: np.ndarray
+    after_prefix: Float32[np.ndarray, " n"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingRecord:
+    """What fine-tuning on a whole data set showed of every sample.
+
+    Attributes:
+      correct: [e, n] whether a sample was classified right when it came up in an epoch of the first
+        run: in training mode, on the augmented view that it was trained on.
+      logits: [n, c] after the last epoch of the first run, evaluation mode, evaluation crops.
+      early_logits: [r, n, c] the same after the early epoch of each of r runs.
+      early_squared_norms: [r, n] squared norm of the last layer's input there. GraNd needs no more
+        of the features, so memory stays O(n).
+      early_epoch: After which the early ones were taken, from 1.
+      batch_size: Samples per training step.
+      labels: [n] class ids.
+      ids: [n] sample ids.
+      class_names: One name per class.
+      seconds: All that it took: training and recording, of interrupted runs too.
+      num_epochs: Trained by all runs together.
+      skipped: Samples that could not be decoded and were left out (`on_corrupt="skip"`), id: why.
+    """
+
+    correct: Bool[np.ndarray, "e n"]
+    logits: Float32[np.ndarray, "n c"]
+    early_logits: Float32[np.ndarray, "r n c"]
+    early_squared_norms: Float32[np.ndarray, "r n"]
+    early_epoch: int
+    batch_size: int
+    labels: Int32[np.ndarray, " n"]
+    ids: np.ndarray
+    class_names: tuple[str, ...]
+    seconds: float
+    num_epochs: int
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def probabilities(self) -> Float32[np.ndarray, "n c"]:
+        """Softmax of `logits`."""
+        powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection:
+    """A kept subset.
+
+    Attributes:
+      indices: Kept positions in the scored order, int64, ascending.
+      method: Name of the selector.
+      keep_fraction: Fraction kept, in (0, 1).
+      split: FlexRand's gamma, the share of a class that counts as easy, or `auto`; None for other
+        methods.
+      seed: Seed of the draw.
+      mode: `default` or `official`.
+      num_kept_per_class: [c] kept samples of each class.
+      single_sample_classes: Class ids that have one sample only (kept, in default mode and where
+        classes are selected from one by one).
+      min_per_class: Least samples that were to be kept of a class.
+      variant: Of the method: `published`, or `deepcore` with that library's slip.
+      allocation: How the total was shared among classes: `proportional` or `nucs`.
+      per_class: Whether each class was selected from; False: all samples as one group.
+      chosen: What `auto` stood for; None where it was not asked for.
+      labels_fingerprint: Of all labels it was selected from; None where that is not known.
+      ids: Kept sample ids, in the order of `indices`; None where `select` was not given any.
+      scored_ids: [n] ids of all samples it was selected from, in their order; None likewise.
+    """
+
+    indices: Int64[np.ndarray, " kept"]
+    method: str
+    keep_fraction: float
+    split: float | str | None
+    seed: int
+    mode: str
+    num_kept_per_class: Int64[np.ndarray, " c"]
+    single_sample_classes: tuple[int, ...] = ()
+    min_per_class: int = 0
+    variant: str = "published"
+    allocation: str = "proportional"
+    per_class: bool = True
+    chosen: Choice | None = None
+    labels_fingerprint: str | None = None
+    ids: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    scored_ids: np.ndarray | None = dataclasses.field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a fine-tuning run ended with.
+
+    Attributes:
+      test_accuracy: Of the last epoch, never the best one, in percent; None without a test set.
+      per_class_accuracy: [c] in percent; NaN for a class without test samples; None likewise.
+      predictions: [n] predicted class of every test sample that could be read; None likewise.
+      num_kept: Training samples.
+      absent_classes: Names of classes that no kept training sample has.
+      history: One dictionary per epoch: epoch, learning_rate, train_loss (nats), train_accuracy
+        (percent), images_per_s (compilation counts), elapsed_s, and test_accuracy where it was
+        measured.
+      weights: `{"encoder": ..., "head": {"kernel": [d, c], "bias": [c]}}` after the last epoch;
+        float32; the encoder's part is what `Encoder.params` takes.
+      seconds: Time of all epochs, those of interrupted runs too.
+      skipped_test: Test samples left out as unreadable (`on_corrupt="skip"`), id: why.
+    """
+
+    test_accuracy: float | None
+    per_class_accuracy: Float64[np.ndarray, " c"] | None
+    predictions: Int32[np.ndarray, " n"] | None = dataclasses.field(repr=False)
+    num_kept: int
+    absent_classes: tuple[str, ...]
+    history: list[dict[str, Any]] = dataclasses.field(repr=False)
+    weights: dict[str, Any] = dataclasses.field(repr=False)
+    seconds: float
+    skipped_test: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,96 @@
+"""Settings as dataclasses, and what `mode` decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dlc_jax import checks
+
+Settings = TypeVar("Settings")
+
+
+def setting(default: Any, doc: str) -> Any:
+    """Returns a dataclass field of a configuration, with what `--help` says of it."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def overridden(settings: Settings, **values: Any) -> Settings:
+    """Returns the settings, a dataclass, with those of these values that are not None."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(settings, **given) if given else settings  # type: ignore[type-var]
+
+
+def as_tuple(value: Any) -> Any:
+    """Returns an array, a list or one number or text as a tuple; anything else as it is."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (str, numbers.Real)):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Conventions:
+    """What `mode` decides: the paper's way, or the released code's where that differs.
+
+    Attributes:
+      mode: `default` or `official`.
+      schedule: The learning path's, where none is asked for (Q1).
+      pooling: How a ViT's tokens become features, where nothing is asked for (Q2).
+      deep_images: What becomes of more than 8 bits a channel, where nothing is asked for.
+      num_runs: Runs of a training record, where no number is asked for.
+      imagenet_normalised: Whether every encoder takes ImageNet's mean and deviation (Q11).
+      ties_as_torch: Whether torch's order decides between equally small weights.
+      floors_milestones: Whether the learning rate falls after whole epochs only (Q6).
+      draws_as_released: Whether samples are rounded, drawn and sorted as the released code does it,
+        which knows some splits and keep fractions only, and nothing of ids.
+    """
+
+    mode: str
+    schedule: str
+    pooling: str
+    deep_images: str
+    num_runs: int
+    imagenet_normalised: bool
+    ties_as_torch: bool
+    floors_milestones: bool
+    draws_as_released: bool
+
+    @classmethod
+    def of(cls, mode: str) -> Conventions:
+        """Returns the conventions of that name; ValueError if there are none."""
+        checks.mode(mode)
+        return _CONVENTIONS[mode]
+
+
+_CONVENTIONS = {
+    found.mode: found
+    for found in (
+        Conventions(
+            mode="default",
+            schedule="linear",
+            pooling="mean",
+            deep_images="error",
+            num_runs=3,
+            imagenet_normalised=False,
+            ties_as_torch=False,
+            floors_milestones=True,
+            draws_as_released=False,
+        ),
+        Conventions(
+            mode="official",
+            schedule="geometric",
+            pooling="scalar",
+            deep_images="clip",
+            num_runs=10,
+            imagenet_normalised=True,
+            ties_as_torch=True,
+            floors_milestones=False,
+            draws_as_released=True,
+        ),
+    )
+}

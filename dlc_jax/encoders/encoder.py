@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dlc_jax import checks
-from dlc_jax.types import Conventions, Params, by_path, path_name
+from dlc_jax.types import Conventions, Params, by_path, overridden, path_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -91,21 +91,45 @@ class Encoder:
 
     @classmethod
     def from_module(
-        cls, module: nnx.Module, is_prunable: Callable[[str], bool], **fields
+        cls,
+        module: nnx.Module,
+        is_prunable: Callable[[str], bool],
+        *,
+        name: str | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        pooling: str | None = None,
+        image_size: int | None = None,
+        module_order: Callable[[str], Any] | None = None,
+        head: str | None = None,
     ) -> Encoder:
         """Wraps an NNX module that maps normalised images to features, a map or tokens.
 
         The module is taken as it is, put into evaluation mode. Fine-tuning puts it into training
         mode; `nnx.BatchNorm` then also counts the padding of a short last batch, which repeats real
         samples (`dlc_jax.encoders.layers.BatchNorm` does not).
+
+        Args:
+          module: Put into evaluation mode.
+          is_prunable, name, mean, std, pooling, image_size, module_order, head: See `Encoder`; None
+            is its default.
         """
         module.eval()
         graph, state = nnx.split(module)
-        return cls(
+        encoder = cls(
             params=nnx.to_pure_dict(state),
             is_prunable=is_prunable,
             **module_functions(graph, state),
-            **fields,
+        )
+        return overridden(
+            encoder,
+            name=name,
+            mean=mean,
+            std=std,
+            pooling=pooling,
+            image_size=image_size,
+            module_order=module_order,
+            head=head,
         )
 
     def for_mode(self, mode: str) -> Encoder:

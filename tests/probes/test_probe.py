@@ -278,6 +278,11 @@ def test_own_networks_as_module_or_as_function():
     images = random_images(30)
     dataset = dlc.array_dataset(images, np.arange(30) % 3)
     from_module = dlc.Encoder.from_module(module, lambda path: path.endswith("kernel"))
+    assert (from_module.name, from_module.head, from_module.image_size) == ("custom", "mean", None)
+    other = dlc.Encoder.from_module(
+        module, lambda _: True, name="tiny", mean=(0.5,) * 3, head="cls"
+    )
+    assert (other.name, other.mean, other.head) == ("tiny", (0.5, 0.5, 0.5), "cls")
 
     def apply(params, x):
         hidden = jnp.maximum(x.mean((1, 2)) @ params["a"] + params["c"], 0)

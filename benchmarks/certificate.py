@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 from absl import app, flags
 
-from dlc_jax.probes.certificate import KEEP_FRACTIONS, Interval, certify_losses, compare
+from dlc_jax.probes.certificate import Interval, certify_losses, compare
+from dlc_jax.types import KEEP_FRACTIONS
 
 _SHARE = flags.DEFINE_float("share", 0.5, "Of the samples, in a part.")
 _NUM = flags.DEFINE_integer("num", 20, "Parts.")

@@ -28,10 +28,10 @@ from absl import app, flags
 import dlc_jax as dlc
 from benchmarks.measuring import flexrand_overlap, linear_path, random_encoder, save
 from dlc_jax.masking import masked
-from dlc_jax.probes.certificate import KEEP_FRACTIONS, compare
+from dlc_jax.probes.certificate import compare
 from dlc_jax.probes.kernel import losses_of_batches
 from dlc_jax.training.images.step import initial_head
-from dlc_jax.types import by_path
+from dlc_jax.types import KEEP_FRACTIONS, by_path
 
 _COMPUTE = flags.DEFINE_string("compute", None, "File for the arrays that this device computes.")
 _COMPARE = flags.DEFINE_list("compare", [], "Files: CPU, device, the device's second run.")

@@ -16,7 +16,8 @@ from absl import app, flags
 
 import dlc_jax as dlc
 from benchmarks.measuring import flexrand_overlap, save
-from dlc_jax.probes.certificate import KEEP_FRACTIONS, compare
+from dlc_jax.probes.certificate import compare
+from dlc_jax.types import KEEP_FRACTIONS
 
 _DATASET = flags.DEFINE_string("dataset", "demo:caltech15/train", "Source.")
 _ENCODER = flags.DEFINE_string("encoder", "resnet18", "Its architecture.")

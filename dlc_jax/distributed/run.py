@@ -15,9 +15,9 @@ class Run:
     """Where a call keeps its work, on which devices it runs, and whether it shows bars.
 
     Attributes:
-      folder: The same call resumes from what is finished there, on other devices too. Of probes it
-        is scratch, yours to remove afterwards, and processes of `jax.distributed` that are given
-        the same mesh and folder share the work; of training it also keeps the result. None:
+      folder: The same call resumes from what is finished there, on other devices too. For probes
+        it is scratch, yours to remove afterwards, and processes of `jax.distributed` that are given
+        the same mesh and folder share the work; training also leaves its result there. None:
         nowhere.
       mesh: Devices, from `make_mesh`: batches are divided among its axis `data`, probes among
         `probe`. Losses of probes are the same on any mesh, training is so to rounding. None: the

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dlc_jax import checks
-from dlc_jax.types import Conventions, Params, by_path, overridden, path_name
+from dlc_jax.types import Conventions, Params, by_path, path_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -116,20 +116,20 @@ class Encoder:
         """
         module.eval()
         graph, state = nnx.split(module)
-        encoder = cls(
+        given: dict[str, Any] = {
+            "name": name,
+            "mean": mean,
+            "std": std,
+            "pooling": pooling,
+            "image_size": image_size,
+            "module_order": module_order,
+            "head": head,
+        }
+        return cls(
             params=nnx.to_pure_dict(state),
             is_prunable=is_prunable,
             **module_functions(graph, state),
-        )
-        return overridden(
-            encoder,
-            name=name,
-            mean=mean,
-            std=std,
-            pooling=pooling,
-            image_size=image_size,
-            module_order=module_order,
-            head=head,
+            **{field: value for field, value in given.items() if value is not None},
         )
 
     def for_mode(self, mode: str) -> Encoder:

@@ -18,9 +18,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int64
 
 from dlc_jax import checks
-from dlc_jax.types import ProbeLosses
+from dlc_jax.types import KEEP_FRACTIONS, ProbeLosses
 
-KEEP_FRACTIONS = tuple(k / 10 for k in range(1, 10))
 _EXPONENTS = np.linspace(0.5, 0.95, 10)  # 0.5: increments do not depend on each other
 _EXPONENT = 0.75  # of two probes, which cannot tell; measured: 0.7 to 0.85
 _SMOOTHER = 0.5  # of the logarithm of deviations; measured, see BUILD_NOTES, "Certificate"

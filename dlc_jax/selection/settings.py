@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from dlc_jax import checks
-from dlc_jax.probes.certificate import KEEP_FRACTIONS
 from dlc_jax.scores import SCORES, column_name
 from dlc_jax.selection import (
     ALLOCATIONS,
@@ -21,7 +20,7 @@ from dlc_jax.selection import (
     check_text_split,
     has_split,
 )
-from dlc_jax.types import Conventions, setting
+from dlc_jax.types import KEEP_FRACTIONS, Conventions, setting
 
 # of methods, and of scores that methods use
 _VARIANTS = tuple(dict.fromkeys([*VARIANTS, *(v for s in SCORES.values() for v in s.variants)]))

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from dlc_jax import checks
 from dlc_jax.distributed import Run
-from dlc_jax.probes.certificate import KEEP_FRACTIONS
 from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, Candidates, Rules, id_keys, lots
 from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
 from dlc_jax.tuning.linear import LinearProbeConfig
 from dlc_jax.tuning.trials import LinearTrials, Trial, Trials
 from dlc_jax.types import (
+    KEEP_FRACTIONS,
     Choice,
     Gap,
     Tried,
@@ -90,7 +90,7 @@ def tune(
       splits: FlexRand's gammas to compare; 0.5 always is.
       num_repeats: Held-out parts; multiples of five hold every sample out equally often.
       min_per_class: See `Rules`.
-      seed: Of parts and draws.
+      seed: Seed of parts and draws.
       run: Devices of this process that linear heads are divided among, and whether to show a bar;
         see `Run`. Its folder must be None; `FinetuneTrials` can be given one.
     Returns:
@@ -131,7 +131,7 @@ def tune(
     elif not isinstance(trials, Trials):
         raise checks.InputError(
             "trials: expected dlc.LinearProbeConfig(...), or what trains otherwise, such as "
-            f"dlc.FinetuneTrials(...), got {trials!r}."
+            f"dlc.FinetuneTrials(...), got {checks.shortened(repr(trials))}."
         )
     cells = _cells(keep_fractions, methods, splits)
     ids = None if ids is None else np.asarray(ids, np.str_)

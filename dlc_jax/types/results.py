@@ -69,13 +69,13 @@ class TrainingRecord:
       early_logits: [r, n, c] the same after the early epoch of each of r runs.
       early_squared_norms: [r, n] squared norm of the last layer's input there. GraNd needs no more
         of the features, so memory stays O(n).
-      early_epoch: After which the early ones were taken, from 1.
+      early_epoch: Epoch, from 1, after which the early ones were taken.
       batch_size: Samples per training step.
       labels: [n] class ids.
       ids: [n] sample ids.
       class_names: One name per class.
       seconds: All that it took: training and recording, of interrupted runs too.
-      num_epochs: Trained by all runs together.
+      num_epochs: Epochs trained by all runs together.
       skipped: Samples that could not be decoded and were left out (`on_corrupt="skip"`), id: why.
     """
 
@@ -115,11 +115,11 @@ class Selection:
       single_sample_classes: Class ids that have one sample only (kept, in default mode and where
         classes are selected from one by one).
       min_per_class: Least samples that were to be kept of a class.
-      variant: Of the method: `published`, or `deepcore` with that library's slip.
+      variant: The method's: `published`, or `deepcore` with that library's slip.
       allocation: How the total was shared among classes: `proportional` or `nucs`.
       per_class: Whether each class was selected from; False: all samples as one group.
       chosen: What `auto` stood for; None where it was not asked for.
-      labels_fingerprint: Of all labels it was selected from; None where that is not known.
+      labels_fingerprint: SHA-256 of all labels it was selected from; None if not known.
       ids: Kept sample ids, in the order of `indices`; None where `select` was not given any.
       scored_ids: [n] ids of all samples it was selected from, in their order; None likewise.
     """
@@ -150,7 +150,7 @@ class RunResult:
     """What a fine-tuning run ended with.
 
     Attributes:
-      test_accuracy: Of the last epoch, never the best one, in percent; None without a test set.
+      test_accuracy: Percent, after the last epoch, never the best one; None without a test set.
       per_class_accuracy: [c] in percent; NaN for a class without test samples; None likewise.
       predictions: [n] predicted class of every test sample that could be read; None likewise.
       num_kept: Training samples.

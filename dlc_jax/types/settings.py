@@ -10,6 +10,7 @@ import numpy as np
 
 from dlc_jax import checks
 
+KEEP_FRACTIONS = tuple(k / 10 for k in range(1, 10))  # the paper's
 Settings = TypeVar("Settings")
 
 

@@ -19,7 +19,7 @@ class Gap(NamedTuple):
 
     Attributes:
       mean: In percentage points; positive is better.
-      half_width: Of the 95 % interval, in points.
+      half_width: Half the width of the 95 % interval, in points.
       p_value: One-sided: how likely a gap so large is where there is none.
     """
 
@@ -82,12 +82,12 @@ class Tuning:
       tried: Every way of choosing at every keep fraction.
       methods: What method "auto" stands for, one per keep fraction, ascending.
       splits: What split "auto" stands for, likewise.
-      full_accuracy: Of training on everything, in percent.
+      full_accuracy: Accuracy of training on everything, in percent.
       trained: `linear_probe` or `finetune`.
       num_repeats: Validation splits.
       min_per_class: Least samples that were to be kept of a class.
-      scores_fingerprint: Of the scores and labels it was made from.
-      features_fingerprint: Of the features; None where there were none.
+      scores_fingerprint: SHA-256 of the scores and labels it was made from.
+      features_fingerprint: SHA-256 of the features; None where there were none.
       seconds: Time of everything.
     """
 

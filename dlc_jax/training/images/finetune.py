@@ -49,7 +49,7 @@ def finetune(
       epochs, batch_size, learning_rate: Instead of those in `settings`.
       seed: Seed of head, data order and augmentation; None takes that of the selection, or 0.
       folder: Where metrics.jsonl, per_class_accuracy.csv, run.json and checkpoint/ go; a run that
-        was stopped goes on from its last whole checkpoint there. None: that of `run`.
+        was stopped resumes at its last whole checkpoint there. None: that of `run`.
       settings: Optimiser, schedule, augmentation and number type; see `FinetuneConfig`.
       mode: `default`, or `official` for the released code's decay (Q6) and normalisation (Q11).
       run: Devices, bars and folder; see `Run`. Every batch is divided among the devices; loss and

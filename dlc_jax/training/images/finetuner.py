@@ -175,7 +175,7 @@ class Finetuner:
         observer: Observer | None = None,
         stop_after: int | None = None,
     ) -> RunResult:
-        """Trains on these positions, or goes on where a stopped run in `folder` ended.
+        """Trains on these positions, or resumes a stopped run in `folder`.
 
         Args:
           positions: Ascending, in the data set.

@@ -38,12 +38,12 @@ def record_training(
         without the unreadable ones.
       image_size, mode: See `finetune`.
       epochs, batch_size, learning_rate: Instead of those in `settings`.
-      seed: Of the first run; the others count on from it.
+      seed: Seed of the first run; the others count on from it.
       settings: How to fine-tune, for 1 epoch or more; see `FinetuneConfig`.
       record: How many runs, and the early epoch; see `RecordConfig`.
       progress: Instead of that in `run`.
-      run: Folder, devices of this process, and bars; see `Run`. A call that was stopped goes on
-        from the last whole checkpoint in the folder, and a finished one is read. It holds
+      run: Folder, devices of this process, and bars; see `Run`. A call that was stopped resumes
+        at the last whole checkpoint in the folder, and a finished one is read. It holds
         record.npz, and of each run seed_<seed>/metrics.jsonl.
     Raises:
       ValueError: a folder that holds another record, is in use or cannot be written to; an

@@ -99,7 +99,7 @@ class Recorder:
         return int(self._settings.epochs)
 
     def run(self) -> TrainingRecord | None:
-        """Trains and records, or goes on where a stopped call in the folder ended.
+        """Trains and records, or resumes a stopped call in the folder.
 
         Returns:
           The record; None in processes that help the first one with it.

@@ -42,9 +42,9 @@ def finetune_lora(
       kept: A `Selection`, positions in the data, or None for all of it.
       test: Its loss is measured after the last step, and used for nothing else.
       epochs, batch_size, optimiser, learning_rate: Instead of those in `settings`.
-      seed: Of the adapter's start and of the data order; None takes the selection's, or 0.
+      seed: Seed of the adapter's start and of the data order; None takes the selection's, or 0.
       folder: Where adapter/ (as PEFT reads it), metrics.jsonl and run.json go; a run that was
-        stopped goes on from its last whole checkpoint there, a finished one is read. None: that of
+        stopped resumes at its last whole checkpoint there, a finished one is read. None: that of
         `run`.
       settings: Size of the change, optimiser and schedule; see `LoraConfig`. Its `dtype` is not
         used: the model has one.

@@ -33,7 +33,7 @@ from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.tune import run_tune
 from dlc_jax.training.images import class_ids_by_name
 from dlc_jax.tuning import linear_probes
-from dlc_jax.workspace import artefacts
+from dlc_jax.workspace import Workspace, artefacts
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where scores are, or go.")
@@ -53,7 +53,7 @@ def main(_: list[str]) -> None:
     )
     pipeline.run(config, workdir)
     samples = artefacts.read_scores(workdir)
-    tuning = run_tune(config, workdir, samples, dlc.load_dataset, print)
+    tuning = run_tune(config, Workspace(workdir), samples, dlc.load_dataset)
     known = SelectionInputs(config, workdir, samples, tuning)
     cells = [cell for cell in config.selection.cells() if AUTO not in cell]
     for way in (("random", None), (AUTO, None), ("flexrand", 0.5), ("flexrand", AUTO)):

@@ -33,6 +33,7 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import dlc_jax as dlc  # noqa: E402
+from dlc_jax.workspace import Record, artefacts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -130,3 +131,13 @@ def narrow(model) -> None:
         if isinstance(module, torch.nn.Linear):
             new = torch.nn.Linear(module.in_features // 4, module.out_features)
             setattr(parent, leaf, new)
+
+
+def record_scores(workdir: Path, facts: dict, settings: dict) -> None:
+    """Records losses and table in a work directory as the stage `score` does."""
+    paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES)]
+    encoder = {"name": "", "weights": ""} | settings.get("encoder", {})
+    asked = {"dataset": {"train": facts["dataset"]["source"]}, "encoder": encoder}
+    outputs = artefacts.file_hashes(workdir, paths)
+    settings = settings | {"asked": asked}
+    Record("score", "losses", 1, {}, settings, outputs, 0.0, {}, [], facts).write(workdir)

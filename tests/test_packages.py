@@ -105,6 +105,47 @@ def test_nothing_is_imported_behind_the_contracts():
                 assert "dlc_jax" not in named or path.parent.name == "dlc_jax", (path, named)
 
 
+KEYS = {"workspace/keys.py"}
+# Name -> where it may be read; the package's version has no part in a key, see keys.py
+READERS = {
+    "__version__": KEYS | {"__init__.py", "version.py"},
+    "importlib.metadata": KEYS,
+    "features.version": KEYS,
+    "RESULT_NUMBERS": KEYS | {"workspace/records.py"},
+    "def json_hash": KEYS,
+    "def key_of": KEYS,
+}
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Returns every name, attribute, import and definition, also with what is before its dot."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found |= {node.attr, f"{getattr(node.value, 'id', '')}.{node.attr}"}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None)
+            found |= {alias.name for alias in node.names} | ({module} if module else set())
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.FunctionDef):
+            found.add(f"def {node.name}")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)  # of getattr
+    return found
+
+
+def test_versions_and_numbers_of_results_are_read_in_one_place():
+    package = ROOT / "dlc_jax"
+    files = {
+        path.relative_to(package).as_posix(): names_in(ast.parse(path.read_text()))
+        for path in package.rglob("*.py")
+    }
+    for name, allowed in READERS.items():
+        assert {file for file, names in files.items() if name in names} == allowed, name
+
+
 def test_few_modules_lie_loose():
     loose = sorted(path.name for path in (ROOT / "dlc_jax").glob("*.py"))
     assert len(loose) <= MOST_LOOSE, loose

@@ -303,6 +303,10 @@ def test_every_file_of_images_has_its_name(workdir):
         *(f"finetune/{cell}/metrics.jsonl" for cell in runs),
         *(f"finetune/{cell}/per_class_accuracy.csv" for cell in runs),
         *(f"finetune/{cell}/run.json" for cell in runs),
+        *(f"records/{name}.json" for name in ("score", "features", "training", "table", "tune")),
+        *(f"records/{name}.json" for name in ("select", "finetune", "report")),
+        *(f"records/selections/{cell}.json" for cell in CELLS),
+        *(f"records/exports/{cell}/kept.txt.json" for cell in CELLS),
     }
     assert found - training == expected
     for cell in runs:
@@ -416,6 +420,9 @@ def test_every_file_of_instructions_has_its_name(tmp_path):
         *(f"finetune/{cell}/run.json", f"finetune/{cell}/adapter/adapter_config.json"),
         f"finetune/{cell}/adapter/adapter_model.safetensors",
         *("evaluate/base/keep_0.00-seed_0.json", f"evaluate/{cell}.json"),
+        *(f"records/{name}.json" for name in ("score", "select", "finetune", "evaluate", "report")),
+        *(f"records/selections/{cell}.json", f"records/exports/{cell}/kept.jsonl.json"),
+        *("records/evaluate/base/keep_0.00-seed_0.json", f"records/evaluate/{cell}.json"),
     }
     columns = pq.read_schema(tmp_path / "run/scores/scores.parquet").names
     others = ["perplexity", "ifd", "ifd_superfiltering", "ifd_cherry", "length"]

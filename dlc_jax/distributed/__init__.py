@@ -11,7 +11,7 @@ from dlc_jax.distributed.mesh import (
     said_of,
     use_all_cores,
 )
-from dlc_jax.distributed.run import Run
+from dlc_jax.distributed.run import Run, hides_bar
 from dlc_jax.distributed.sharding import (
     by_rows,
     fetch,
@@ -24,6 +24,7 @@ from dlc_jax.distributed.sharding import (
     partition,
     place,
     place_rows,
+    positions_from_first,
     replicated,
     rows_here,
     sharding_of,
@@ -43,6 +44,7 @@ __all__ = [
     "filled_up",
     "from_first",
     "from_rows_here",
+    "hides_bar",
     "make_mesh",
     "mesh_of",
     "on_every_device",
@@ -51,6 +53,7 @@ __all__ = [
     "partition",
     "place",
     "place_rows",
+    "positions_from_first",
     "replicated",
     "rows_here",
     "said_of",

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 
@@ -30,6 +30,7 @@ _SLURM_PORTS = range(20_000, 50_000)
 _numbers = itertools.count()  # of messages; all processes pass the same ones in the same order
 _heartbeat_s = 0
 _place: Place | None = None  # of this process, from the start of `start` on
+_is_alone = False  # whether the first process computes what no other takes part in
 _have_met = False  # JAX sets its client before it has connected, when it must not be used yet
 Value = TypeVar("Value")
 
@@ -265,7 +266,7 @@ def on_first(compute: Callable[[], Value]) -> Value | None:
     Raises:
       ValueError: in all processes, if it or OSError is raised in the first.
     """
-    if count() == 1:
+    if _is_alone or count() == 1:
         return compute()
     key, value = f"{_PREFIX}/said/{next(_numbers)}", None
     if is_first():
@@ -283,13 +284,18 @@ def told_by_first(compute: Callable[[], Value]) -> Value:
     Raises:
       ValueError: in all processes, if it or OSError is raised in the first.
     """
-    if count() == 1:
+    if _is_alone or count() == 1:
         return compute()
     key = f"{_PREFIX}/said/{next(_numbers)}"
     if is_first():
         return _told(key, compute, lambda value: value)
     value: Value = _heard(key)
     return value
+
+
+def refuse(message: str) -> NoReturn:
+    """Raises ValueError in all processes, which have found the same; the first one's is shown."""
+    raise checks.SharedError(message) if is_first() else SaidByFirst(message)
 
 
 def wait_for_all() -> None:
@@ -303,7 +309,7 @@ def everyones(value: Any) -> list[Any]:
     Args:
       value: What JSON can hold.
     """
-    if count() == 1:
+    if _is_alone or count() == 1:
         return [value]
     folder = f"{_PREFIX}/all/{next(_numbers)}"
     client().key_value_set(f"{folder}/{index()}", json.dumps(value))
@@ -327,11 +333,15 @@ def client() -> Any:
 
 
 def _told(key: str, compute: Callable[[], Value], tell: Callable[[Value], Any]) -> Value:
+    global _is_alone
+    _is_alone = True
     try:
         value = compute()
     except (checks.InputError, OSError) as error:
         client().key_value_set(key, json.dumps({"error": str(error)}))
         raise checks.SharedError(str(error)) from error
+    finally:
+        _is_alone = False
     client().key_value_set(key, json.dumps({"value": tell(value)}))
     return value
 

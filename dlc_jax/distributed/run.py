@@ -8,6 +8,12 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from dlc_jax import checks
+from dlc_jax.distributed import processes
+
+
+def hides_bar(progress: bool) -> bool | None:
+    """Returns tqdm's `disable`: the first process shows a bar, if asked for."""
+    return None if progress and processes.is_first() else True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Run:
       mesh: Devices, from `make_mesh`: batches are divided among its axis `data`, probes among
         `probe`. Losses of probes are the same on any mesh, training is so to rounding. None: the
         default device.
-      progress: Whether to show bars on the terminal.
+      progress: Whether to show bars on the terminal, of the first process where there are more.
     Raises:
       ValueError: a folder that is no path, or a mesh that is none.
 

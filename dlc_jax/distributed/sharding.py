@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dlc_jax.distributed import processes
 from dlc_jax.distributed.mesh import AXES, FSDP
 from dlc_jax.types import Params
 
@@ -31,6 +32,7 @@ _RULES = (
     (r"embedding/embedding|.*kernel", True),
 )
 Tree = TypeVar("Tree")
+Value = TypeVar("Value")
 
 
 def partition(path: str, shape: Sequence[int], num_devices: int) -> PartitionSpec:
@@ -145,16 +147,28 @@ def from_rows_here(mesh: Mesh, rows: np.ndarray, num_rows: int) -> jax.Array:
     return jax.make_array_from_process_local_data(by_rows(mesh), rows, (num_rows, *rows.shape[1:]))
 
 
-def from_first(mesh: Mesh, tree: Tree) -> Tree:
-    """Returns the first process's arrays, as each device of the mesh holds them all.
+def from_first(mesh: Mesh, tree: Tree, told: Value) -> tuple[Tree, Value]:
+    """Returns what the first process has, its arrays as each device of the mesh holds them all.
 
     Args:
       mesh: The devices.
       tree: Host arrays; those of other processes decide shapes and types alone.
+      told: What JSON can hold.
     """
     if mesh.is_multi_process:
         tree = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
-    return replicated(mesh, tree)
+        told = processes.told_by_first(lambda: told)
+    return replicated(mesh, tree), told
+
+
+def positions_from_first(found: np.ndarray | None) -> np.ndarray:
+    """Returns the positions, [k] int64, that the first process gives, in all processes."""
+    if processes.count() == 1:
+        assert found is not None
+        return found
+    num = processes.told_by_first(lambda: 0 if found is None else len(found))
+    mine = np.zeros(num, np.int32) if found is None else found.astype(np.int32)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.int64)
 
 
 def replicated(mesh: Mesh, tree: Tree) -> Tree:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from dlc_jax import signals
 from dlc_jax.distributed import processes
 from dlc_jax.signals import Stopped
 
-__all__ = ["Stopped", "at_steps", "check", "is_due"]
+__all__ = ["Stopped", "at_steps", "check", "is_due", "stop_together"]
 
 _STEPS_LATE = 2  # so that no step waits for the answer of the one before
 _pending: collections.deque[jax.Array] = collections.deque()  # answers that nobody waits for yet
@@ -48,6 +49,15 @@ def is_due() -> bool:
     number = int(_pending.popleft())
     signals.note(number)
     return number > 0
+
+
+def stop_together() -> NoReturn:
+    """Raises `Stopped` once all processes have come here.
+
+    The end of one would end another that still writes what it leaves.
+    """
+    processes.wait_for_all()
+    raise Stopped
 
 
 def _largest(value: int) -> jax.Array:

@@ -27,6 +27,15 @@ DECODER = "decoder"  # as `encoder.name`
 _USUAL_LENGTH = 2048  # tokens
 _SAMPLE = "demo:tiny-llama"
 # not consolidated.safetensors: the same weights once more, in Mistral's own layout
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 MODEL_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja")
 
 
@@ -117,6 +126,14 @@ class LanguageModel:
     def tokenizer(self) -> Any:
         """The tokenizer of transformers; ValueError if the folder has none that can be read."""
         return _tokenizer_in(self.folder)
+
+    @functools.cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 over the files of the tokenizer, chat templates included."""
+        digest = hashlib.sha256()
+        for path in sorted({path for name in TOKENIZER_FILES for path in self.folder.glob(name)}):
+            digest.update(f"{path.name}\0".encode() + path.read_bytes())
+        return digest.hexdigest()
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, Int64
 from tqdm import tqdm
 
 from dlc_jax import checks, signals
-from dlc_jax.distributed import fetch, on_every_device, over_devices
+from dlc_jax.distributed import fetch, hides_bar, on_every_device, over_devices
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.preprocess.tokens import (
@@ -95,7 +95,7 @@ def continuation_log_likelihoods(
     logs = np.zeros(len(judged.pairs))
     is_likeliest = np.ones(len(judged.pairs), bool)
     with tqdm(
-        total=len(inputs), desc="likelihoods", unit="row", disable=None if progress else True
+        total=len(inputs), desc="likelihoods", unit="row", disable=hides_bar(progress)
     ) as bar:
         for batch, chosen, width in _batches(inputs, judged, tokens_per_batch, max_length):
             signals.poll()

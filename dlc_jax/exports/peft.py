@@ -23,7 +23,7 @@ from dlc_jax.encoders.projection import TARGETS, Adapter
 from dlc_jax.encoders.stored_tensors import headers
 from dlc_jax.encoders.weights import opened
 from dlc_jax.types import by_path, path_name
-from dlc_jax.workspace import artefacts
+from dlc_jax.workspace import artefacts, records
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -106,7 +106,7 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise checks.InputError(f"{path}: not there; expected a folder with a PEFT adapter.")
-    artefacts.check_is_as_recorded(folder)
+    records.check_beside_run(folder)
     adapter = _adapter_of(artefacts.read_json(path), path)
     shapes = model.architecture.with_adapter(adapter).abstract_adapter()
     names = _adapter_names(model, by_path(shapes))

@@ -58,11 +58,11 @@ _check: Callable[[], None] | None = None
 def guarded_by(check: Callable[[], None]) -> Iterator[None]:
     """Calls `check`, which may raise, before anything is written, removed or moved in here."""
     global _check
-    _check = check
+    before, _check = _check, check
     try:
         yield
     finally:
-        _check = None
+        _check = before
 
 
 def _check_may_write() -> None:
@@ -166,12 +166,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, doing: str = "fine-tuning") -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it; a process that ends lets go.
 
-    Args:
-      folder: Which.
-      doing: What is done there, for others that come.
     Raises:
       ValueError: another process is in there, or the folder cannot be made.
     """
@@ -185,7 +182,7 @@ def locked(folder: Path, doing: str = "fine-tuning") -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise checks.InputError(
-                f"{folder}: another process is {doing} there; wait, or use another folder."
+                f"{folder}: another process is running there; wait, or use another folder."
             ) from error
         except OSError:
             pass  # a file system that has no locks

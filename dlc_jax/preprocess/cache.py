@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import PIL
 from jaxtyping import UInt8
-from PIL import features
 
 from dlc_jax import checks
 from dlc_jax.files.json_files import SHA256, parse_json
 from dlc_jax.types import Dataset, setting
 from dlc_jax.workspace import artefacts
+from dlc_jax.workspace.keys import decoder, json_hash
 
 _GIB = 2**30
 _BLOCK = 64  # rows per checksum
@@ -197,11 +196,11 @@ def _key(dataset: Dataset, image_size: int, part: range | None = None) -> str:
     of: dict[str, Any] = {
         "dataset": dataset.fingerprint,
         "transform": f"resize {round(image_size * 256 / 224)}, centre crop {image_size}",
-        "decoder": [PIL.__version__, features.version("jpg")],
+        "decoder": decoder(),
     }
     if part not in (None, range(len(dataset))):
         of["part"] = [part.start, part.stop]
-    return artefacts.json_hash(of)[:32]
+    return json_hash(of)[:32]
 
 
 def _opened(entry: Path, num_images: int, image_size: int) -> CachedCrops | None:
@@ -233,7 +232,7 @@ def _opened(entry: Path, num_images: int, image_size: int) -> CachedCrops | None
 
 def _index_hash(entry: Path, index: dict[str, Any]) -> str:
     """Returns the SHA-256 of an index and of the key of its entry."""
-    return artefacts.json_hash([entry.name, index])
+    return json_hash([entry.name, index])
 
 
 def _checksums(pixels: UInt8[np.ndarray, "n s s 3"]) -> Iterator[int]:

@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dlc_jax import checks
+from dlc_jax.distributed import hides_bar
 from dlc_jax.preprocess.cache import CachedCrops, ImageCache
 from dlc_jax.preprocess.decode import decode, resize_and_crop
 from dlc_jax.preprocess.deep import MID_GREY
@@ -193,5 +194,5 @@ def load_images(
 
 def shown(items: Iterator[Item], what: str, num: int, progress: bool) -> Iterator[Item]:
     """Returns the items with a bar that counts them, if asked for and on a terminal."""
-    hidden = None if progress else True
+    hidden = hides_bar(progress)
     return iter(tqdm(items, what, num, unit="img", disable=hidden, leave=False))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
@@ -28,8 +27,7 @@ from dlc_jax.probes.program import Masks, Program
 from dlc_jax.probes.rounds import until_it_ranks
 from dlc_jax.probes.settings import Compute
 from dlc_jax.types import Conventions, Dataset, ProbeLosses, overridden
-from dlc_jax.version import __version__
-from dlc_jax.workspace import artefacts
+from dlc_jax.workspace.keys import key_of, machine
 
 
 def features(
@@ -54,8 +52,8 @@ def features(
     encoder = encoder.for_mode(mode)
     encoder.check_image_size(images.size)
     batch_size = compute.images_per_call(images.size)
-    decisive = ["features", images.size, batch_size, compute.dtype, images.on_corrupt, mode]
-    parts = _parts(run, encoder, images.dataset, decisive)
+    decisive = [images.size, batch_size, compute.dtype, images.on_corrupt, mode]
+    parts = _parts("features", run, encoder, images.dataset, decisive)
     team = _team(run.mesh, parts)
     work, program = _first_pass(encoder, images, compute, run, team)
     return measure_features(work, program.features_of, on_corrupt=images.on_corrupt, parts=parts)
@@ -119,7 +117,7 @@ def probe(
     decisive = [path.schedule, path.step, path.num_probes, path.placement, path.max_sparsity]
     decisive += [path.masking, images.size, batch_size, compute.chunk, compute.dtype, path.augment]
     decisive += [images.on_corrupt, seed, mode]
-    parts = _parts(run, encoder, dataset, decisive)
+    parts = _parts("losses", run, encoder, dataset, decisive)
     team = _team(run.mesh, parts)
     probes = learning_path(encoder, path, seed, Conventions.of(mode))
     crops = RandomCrops(dataset, images.size, seed) if path.augment else None
@@ -182,14 +180,12 @@ def _first_pass(
     return Pass(reader, layout, team, batch_size, run.progress), program
 
 
-def _parts(run: Run, encoder: Encoder, dataset: Dataset, decisive: list[Any]) -> Parts:
+def _parts(kind: str, run: Run, encoder: Encoder, dataset: Dataset, decisive: list[Any]) -> Parts:
     """Returns where that is kept which this encoder, data set, program and machine give."""
     if run.path is None:
         return Parts()
-    device = jax.devices()[0]
-    machine = (jax.__version__, device.platform, device.device_kind)
-    inputs = (__version__, machine, encoder.fingerprint, dataset.fingerprint, decisive)
-    return Parts(run.path / artefacts.json_hash(inputs)[:16])
+    inputs = [machine(), encoder.fingerprint, dataset.fingerprint, decisive]
+    return Parts(run.path / key_of(kind, inputs)[:16])
 
 
 def _team(mesh: Mesh | None, parts: Parts) -> Team:

@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int64
 from tqdm import tqdm
 
 from dlc_jax import checks, signals
-from dlc_jax.distributed import Team
+from dlc_jax.distributed import Team, hides_bar
 from dlc_jax.preprocess import Reader, in_batches
 from dlc_jax.probes.parts import Parts
 from dlc_jax.probes.prototypes import ClassSums
@@ -272,7 +272,7 @@ def _shards_done(
         desc=what,
         unit="img x probe" if num_probes else "img",
         unit_scale=bool(num_probes),
-        disable=None if work.progress else True,
+        disable=hides_bar(work.progress),
         leave=bool(num_probes),
     )
     waiting = list(shards)

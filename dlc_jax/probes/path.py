@@ -21,7 +21,7 @@ from dlc_jax.masking import (
     weight_importance,
 )
 from dlc_jax.types import Conventions, by_path
-from dlc_jax.workspace import artefacts
+from dlc_jax.workspace.keys import json_hash
 
 
 class LearningPath(NamedTuple):
@@ -55,7 +55,7 @@ class LearningPath(NamedTuple):
     @property
     def name(self) -> str:
         """Of these probes among others of the path."""
-        return artefacts.json_hash(self.steps.tolist())[:8]
+        return json_hash(self.steps.tolist())[:8]
 
     def only(self, steps: Int64[np.ndarray, " k"]) -> LearningPath:
         """Returns the path with these of its steps as probes."""

@@ -22,6 +22,7 @@ from dlc_jax.distributed import (
     Team,
     fetch,
     filled_up,
+    hides_bar,
     mesh_of,
     on_every_device,
     over_devices,
@@ -45,8 +46,7 @@ from dlc_jax.probes.parts import Parts
 from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.probes.rounds import until_it_ranks
 from dlc_jax.types import Conventions, Params, ProbeLosses, ResponseLosses, overridden
-from dlc_jax.version import __version__
-from dlc_jax.workspace import artefacts
+from dlc_jax.workspace.keys import key_of, machine
 
 _FEWEST_PARTS, _MOST_BATCHES, _MOST_PARTS = 64, 16, 4096  # see `_Work._size`
 RESPONSES_PATH = PathSpec(num_probes=8, placement="midpoint")
@@ -262,11 +262,9 @@ class _Work(NamedTuple):
             )
         if run.path is None:
             return cls(model, data, plans, Parts(), team, run.progress)
-        device = jax.devices()[0]
-        machine = (jax.__version__, device.platform, device.device_kind)
-        inputs: list[Any] = [__version__, machine, model.fingerprint, data.fingerprint]
+        inputs: list[Any] = [machine(), model.fingerprint, data.fingerprint]
         inputs += [tokens_per_batch, *decisive]
-        parts = Parts(run.path / artefacts.json_hash(inputs)[:16], writes=_writes(team))
+        parts = Parts(run.path / key_of("response losses", inputs)[:16], writes=_writes(team))
         return cls(model, data, plans, parts, team, run.progress)
 
     def measured(
@@ -282,7 +280,7 @@ class _Work(NamedTuple):
             total=sum(len(plan.positions) for k in mine for plan in self._plans_of(k)),
             desc="losses",
             unit="row",
-            disable=None if self.progress else True,
+            disable=hides_bar(self.progress),
         ) as bar:
             for number in mine:
                 plans = self._plans_of(number)

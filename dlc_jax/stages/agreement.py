@@ -14,15 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from dlc_jax import checks
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import processes
 from dlc_jax.types import ROWS_OF_DIGEST, Dataset, file_of
-from dlc_jax.version import __version__
-from dlc_jax.workspace import artefacts
+from dlc_jax.workspace import artefacts, keys
 
 _FEW_BLOCKS = 64  # of a data set that every process reads all of
 _READERS = 2  # processes that read a sample of a larger one
@@ -40,7 +37,7 @@ def agree(facts: Mapping[str, Any], of: str = "") -> None:
     for number, theirs in enumerate(others, start=1):
         for name in [*first, *theirs]:
             if (mine := first.get(name)) != (other := theirs.get(name)):
-                _refuse(
+                processes.refuse(
                     f"{of}{name}: process {number} has {_shown(other)}, "
                     f"process 0 has {_shown(mine)}; expected the same in all processes."
                 )
@@ -51,7 +48,8 @@ def agree_on_settings(config: Config, workdir: str) -> None:
     settings = _flat(config.to_dict())
     of_machine = [name for name in settings if name.startswith("cache.")]
     facts = {f"config.{name}": settings[name] for name in settings if name not in of_machine}
-    facts |= {"version of dlc_jax": __version__, "version of jax": jax.__version__}
+    versions = keys.versions()
+    facts |= {f"version of {name}": versions[name] for name in ("dlc_jax", "jax")}
     agree({"workdir": workdir} | facts)
 
 
@@ -79,7 +77,7 @@ def agree_on_images(dataset: Dataset) -> None:
         for block, digest in zip(*found, strict=True):
             if digests.setdefault(block, digest) != digest:
                 _same_rows(dataset.name, ids, lambda i: dataset.row_digest(i).hex(), [block])
-                _refuse(f"{dataset.name}: does not give the same images twice.")
+                processes.refuse(f"{dataset.name}: does not give the same images twice.")
     dataset.__dict__["fingerprint"] = dataset.fingerprint_of([digests[block] for block in blocks])
 
 
@@ -136,14 +134,10 @@ def _same_rows(
             )
             names = processes.everyones(str(ids[block * ROWS_OF_DIGEST + place]))
             of = f" ({names[number]!r} there)" if names[number] != names[0] else ""
-            _refuse(
+            processes.refuse(
                 f"{name}: sample {names[0]!r} of process 0 is not the same in process {number}{of};"
                 " expected the same data in all processes."
             )
-
-
-def _refuse(message: str) -> None:
-    raise checks.SharedError(message) if processes.is_first() else processes.SaidByFirst(message)
 
 
 def _digest(text: str | bytes) -> str:

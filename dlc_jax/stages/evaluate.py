@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ import jax
 
 from dlc_jax import checks
 from dlc_jax.config import Config
-from dlc_jax.distributed import processes
-from dlc_jax.distributed.processes import on_first, told_by_first
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.evaluation import Mmlu, evaluate_mmlu, load_mmlu
 from dlc_jax.exports.peft import load_adapter
@@ -22,13 +20,14 @@ from dlc_jax.stages.finetune import load_model
 from dlc_jax.stages.sweep_results import (
     BASE_CELL,
     evaluation_file,
-    facts_of,
     read_evaluation,
+    read_run,
+    run_folder,
     write_results,
 )
 from dlc_jax.training.folder import ADAPTER
-from dlc_jax.version import __version__
-from dlc_jax.workspace import artefacts, provenance
+from dlc_jax.workspace import Workspace, Written, artefacts, records
+from dlc_jax.workspace.keys import key_of
 
 # What the stage `finetune` records of the models it trained.
 _TRAINED = {
@@ -45,16 +44,17 @@ def check_questions(config: Config) -> None:
     agree({mmlu.name: mmlu.fingerprint})
 
 
-def run_evaluate(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+def run_evaluate(config: Config, workspace: Workspace) -> None:
     """Asks MMLU of the model as it is and with the adapter of every finished run.
 
-    Writes `evaluate/<method>/<cell>.json` and `results.csv`. Who was asked the same is not asked
-    again.
+    Writes `evaluate/<method>/<cell>.json` and `results.csv`. Answers that are there are not
+    computed again.
 
     Raises:
       ValueError: no questions, no run that is finished, or runs of another model.
     """
     start = time.perf_counter()
+    workdir, echo = workspace
     mmlu = _questions(config)
     base = load_model(config)
     fingerprint = base.fingerprint
@@ -62,83 +62,111 @@ def run_evaluate(config: Config, workdir: Path, echo: Callable[[str], None]) -> 
     def finished() -> list[Any]:
         return [[*cell, run] for cell, run in _finished(config, workdir, base).items()]
 
-    found = {Cell(*cell): run for *cell, run in told_by_first(finished)}
+    found = {Cell(*cell): run for *cell, run in workspace.broadcast(finished)}
     runs = {BASE_CELL: fingerprint, **found}
     if num_missing := len(config.runs()) + 1 - len(runs):
         echo(f"evaluate: note: {num_missing} runs are not finished, and not asked")
     echo(f"evaluate: {len(runs)} models on {mmlu.name}")
-    settings = [config.evaluation.num_shots, config.evaluation.limit]
-    asked = artefacts.json_hash([__version__, mmlu.fingerprint, fingerprint, *settings])
     for number, (cell, run) in enumerate(runs.items(), start=1):
-        said = _evaluate(config, workdir, base, mmlu, cell, {"asked": asked, "run": run})
-        if said is not None:
+        step = AnswersStep(config, mmlu, base, cell, run, workdir)
+        if workspace.ensure(step):
+            said = workspace.broadcast(step.said)
             echo(f"evaluate: {number}/{len(runs)} {cell.name}: {said}")
-
-    def keep() -> None:
-        write_results(workdir)
-        seconds = time.perf_counter() - start
-        made_with = {"evaluation": config.to_dict()["evaluation"], "mmlu": mmlu.fingerprint}
-        inputs, paths = artefacts.json_hash([asked, list(runs.values())]), [Path(artefacts.RESULTS)]
-        provenance.record(workdir, "evaluate", inputs, paths, seconds, {}, made_with)
-
-    on_first(keep)
+    workspace.alone(lambda: write_results(workdir))
+    made_with = {"evaluation": config.to_dict()["evaluation"], "mmlu": mmlu.fingerprint}
+    workspace.note("evaluate", made_with, time.perf_counter() - start)
     echo(f"files: {workdir}/ ({artefacts.RESULTS}, {artefacts.EVALUATE}/)")
 
 
-def _evaluate(
-    config: Config,
-    workdir: Path,
-    base: LanguageModel,
-    mmlu: Mmlu,
-    cell: Cell,
-    asked: dict[str, str],
-) -> str | None:
-    """Asks the model of a cell; returns what to say of it, None if it was asked the same before."""
-    path = evaluation_file(workdir, cell)
+@dataclasses.dataclass(frozen=True, eq=False)
+class AnswersStep:
+    """Accuracies of a model on the questions, `evaluate/<method>/<cell>.json`.
 
-    def was_asked() -> bool:
-        known = read_evaluation(workdir, cell)
-        return all(known.get(name) == value for name, value in asked.items())
+    Attributes:
+      base: Model as it was before fine-tuning.
+      cell: Cell whose adapter is loaded; `BASE_CELL`: none.
+      run: Identity of the run that made the adapter, or fingerprint of `base`.
+      root: Work directory.
+    """
 
-    if told_by_first(was_asked):
-        return None
-    model = base
-    if cell != BASE_CELL:
-        adapter = _run_folder(workdir, cell) / ADAPTER
-        artefacts.pull(adapter)
-        model = load_adapter(base, adapter)
-    found = _measured(config, model, mmlu)
-    on_first(lambda: artefacts.write_json(path, {"cell": cell._asdict(), **asked, **found}))
-    return _said(found)
+    config: Config
+    mmlu: Mmlu
+    base: LanguageModel
+    cell: Cell
+    run: str
+    root: Path
+
+    kind = "answers"
+    stage = "evaluate"
+    obsolete = ()
+
+    @property
+    def name(self) -> str:
+        return f"{artefacts.EVALUATE}/{self.cell.name}"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (f"{self.name}.json",)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"cell": self.cell._asdict(), "asked": self._asked, "run": self.run}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "num_shots": self.config.evaluation.num_shots,
+            "limit": self.config.evaluation.limit,
+        }
+
+    @property
+    def _asked(self) -> str:
+        """Hash of questions, base model and settings, which comparable answers share."""
+        model = [self.base.fingerprint, self.base.tokenizer_fingerprint]
+        return key_of(self.kind, [self.mmlu.fingerprint, *model, self.settings])
+
+    def compute(self, scratch: Path) -> dict[str, Any]:
+        model = self.base
+        if self.cell != BASE_CELL:
+            adapter = run_folder(self.root, self.cell) / ADAPTER
+            artefacts.pull(adapter)
+            model = load_adapter(self.base, adapter)
+        return _measured(self.config, model, self.mmlu)
+
+    def said(self) -> str:
+        """Returns the line to print of answers that are there."""
+        found = read_evaluation(self.root, self.cell)
+        said = f"{found['result']['test_accuracy']:.2f} % of {found['num_questions']} questions"
+        if num_cut := found["num_truncated"]:
+            said += f" ({num_cut} prompts cut at their beginning)"
+        return said
+
+    def write(self, root: Path, found: dict[str, Any]) -> Written:
+        what = {"cell": self.cell._asdict(), "asked": self._asked, "run": self.run}
+        artefacts.write_json(evaluation_file(root, self.cell), what | found)
+        return Written(self.files)
 
 
 def _finished(config: Config, workdir: Path, base: LanguageModel) -> dict[Cell, str]:
-    """Returns the inputs of every finished run; ValueError if they are of another model."""
-    trained = provenance.settings_of(workdir, "finetune", _TRAINED)
+    """Returns the identity of every finished run; ValueError if they are of another model."""
+    trained = records.settings_of(workdir, "finetune", _TRAINED)
     if trained is not None and trained["encoder_fingerprint"] != base.fingerprint:
         raise checks.InputError(
             f"evaluate: the runs in {workdir} are not of {base.name} in "
             f"{base.architecture.dtype}; expected encoder.weights and lora.dtype as in the stage "
             f"'finetune', {trained['encoder']['weights']} in {trained['lora']['dtype']}."
         )
-    facts = {cell: facts_of(workdir, cell) for cell in config.runs()}
-    found = {cell: known["inputs"] for cell, known in facts.items() if "result" in known}
+    runs = {cell: read_run(workdir, cell) for cell in config.runs()}
+    found = {
+        cell: run.identity
+        for cell, run in runs.items()
+        if run is not None and records.RESULT in run.facts
+    }
     if not found:
         raise checks.InputError(
-            f"evaluate: none of {len(facts)} runs is finished; run the stage 'finetune' first."
+            f"evaluate: none of {len(runs)} runs is finished; run the stage 'finetune' first."
         )
     return found
-
-
-def _run_folder(workdir: Path, cell: Cell) -> Path:
-    return workdir / artefacts.FINETUNE / cell.name
-
-
-def _said(found: dict[str, Any]) -> str:
-    said = f"{found['result']['test_accuracy']:.2f} % of {found['num_questions']} questions"
-    if num_cut := found["num_truncated"]:
-        said += f" ({num_cut} prompts cut at their beginning)"
-    return said
 
 
 def _measured(config: Config, model: LanguageModel, mmlu: Mmlu) -> dict[str, Any]:
@@ -148,7 +176,7 @@ def _measured(config: Config, model: LanguageModel, mmlu: Mmlu) -> dict[str, Any
         num_shots=config.evaluation.num_shots,
         limit=config.evaluation.limit,
         tokens_per_batch=config.probe.tokens_per_batch,
-        progress=processes.is_first(),
+        progress=True,
     )
     return {
         "result": {"test_accuracy": found.accuracy, **found.by_group},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.config import Config
+from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.exports import EXPORTS, PARTS, RELEASED, export, part_positions
 from dlc_jax.exports.image_folder import check_has_files
 from dlc_jax.exports.images import check_fit_png
@@ -26,10 +29,11 @@ from dlc_jax.exports.released import (
 from dlc_jax.masking import PathSpec
 from dlc_jax.selection import AUTO, Cell
 from dlc_jax.stages.score_instructions import load_configured_instructions
+from dlc_jax.stages.selection_files import FOLDER, files_of, read_selection
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.what_was_scored import check_is_what_was_scored
 from dlc_jax.types import Dataset
-from dlc_jax.workspace import artefacts, provenance
+from dlc_jax.workspace import Workspace, Written, artefacts, keys, records
 
 # What names in the released layout are made of.
 _SETTINGS = {
@@ -39,12 +43,54 @@ _SETTINGS = {
 _RELEASED_ROOTS = {"kept": "idxs", "dropped": "idxs-dropped"}  # for the released --idxs_dir
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExportStep:
+    """One part of a selection in one form, below `exports/`.
+
+    Attributes:
+      path: Path of the file or folder below the work directory.
+      is_folder: Whether it is a folder.
+      source: Data, selection, form and part that it is made from.
+      put: Writes it, whole or not at all.
+    """
+
+    path: str
+    is_folder: bool
+    source: Mapping[str, Any]
+    put: Callable[[Path], Any]
+
+    kind = "export"
+    stage = "export"
+    obsolete = ()
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return () if self.is_folder else (self.path,)
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        return self.source
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"form": self.source["form"]}
+
+    def compute(self, scratch: Path) -> None:
+        """Nothing: what is exported is on disk."""
+
+    def write(self, root: Path, _: None) -> Written:
+        self.put(root / self.path)
+        if not self.is_folder:
+            return Written(self.files)
+        return Written(f"{self.path}/{name}" for name in artefacts.names_below(root / self.path))
+
+
 def run_exports(
-    config: Config,
-    workdir: Path,
-    known: SelectionInputs,
-    dataset: Dataset,
-    echo: Callable[[str], None],
+    config: Config, workspace: Workspace, known: SelectionInputs, dataset: Dataset
 ) -> None:
     """Writes `exports/<method>/<cell>/<part><suffix>`, each whole or not there at all.
 
@@ -54,44 +100,49 @@ def run_exports(
       ValueError: data that are not those that were scored, a selection that is not there, a sample
         that cannot be read; with `released` what `released_path` and `match_samples` refuse.
     """
-    check_is_what_was_scored(workdir, dataset)
+    root = workspace.root
+    check_is_what_was_scored(root, dataset)
     cells, parts = config.selection.cells(), config.export.parts
     released: dict[tuple[Cell, str], Path] = {}
     if RELEASED in config.export.forms:
-        released = _released_paths(config, workdir, *_made_with(workdir))
-    positions = {}
+        released = _released_paths(config, root, *_made_with(root))
+    steps: list[ExportStep] = []
+    positions: dict[str, np.ndarray] = {}
     for cell in cells:
-        kept = dataclasses.replace(known.read(cell), scored_ids=known.samples.ids)
-        folder = workdir / artefacts.EXPORTS / cell.name
+        kept = read_selection(workspace, known, cell)
+        kept = dataclasses.replace(kept, scored_ids=known.samples.ids)
         for form in config.export.forms:
             for part in parts:
                 if form == RELEASED:
-                    path = released[cell, part]
-                    positions[path] = part_positions(dataset, kept, part, str(path))
-                else:
-                    path = folder / f"{part}{EXPORTS[form].suffix}"
-                    export(dataset, kept, path, form=form, part=part, overwrite=True)
-    if released:
-        _write_released(config, dataset, positions)
-    num_each = len(config.export.forms) * len(parts)
-    echo(f"export: {len(cells) * num_each} exports of {len(cells)} selections written")
-    echo(f"files: {workdir / artefacts.EXPORTS}/")
+                    path = released[cell, part].relative_to(root).as_posix()
+                    positions[path] = part_positions(dataset, kept, part, str(root / path))
+                    continue
+                suffix = EXPORTS[form].suffix
+                path = f"{artefacts.EXPORTS}/{cell.name}/{part}{suffix}"
+                put = functools.partial(export, dataset, kept, form=form, part=part, overwrite=True)
+                source = _source(root, cell, form, part, f"{dataset.name} {dataset.fingerprint}")
+                steps.append(ExportStep(path, not suffix.startswith("."), source, put))
+    for path, some in _in_released_order(config, dataset, positions).items():
+        source = {"form": RELEASED, "positions": keys.json_hash(some.tolist())}
+        steps.append(ExportStep(path, False, source, functools.partial(_write_positions, some)))
+    _export(workspace, steps, len(cells))
 
 
-def run_exports_instructions(
-    config: Config, workdir: Path, known: SelectionInputs, echo: Callable[[str], None]
-) -> None:
+def run_exports_instructions(config: Config, workspace: Workspace, known: SelectionInputs) -> None:
     """Writes `exports/<method>/<cell>/<part>.<form>`: rows with all their original fields.
 
     Raises:
       ValueError: data that are not those that were scored, a selection that is not there.
     """
     data = load_configured_instructions(config, config.dataset.train)
-    check_is_what_was_scored(workdir, data)
+    root = workspace.root
+    check_is_what_was_scored(root, data)
+    # the fingerprint is of what is trained on; these have other fields, in an order, as well
+    rows = keys.json_hash([json.dumps(row, default=str) for row in data.rows])
     data = data.subset(np.flatnonzero(np.isin(data.ids, known.samples.ids)))  # others are neither
-    cells = config.selection.cells()
+    cells, steps = config.selection.cells(), []
     for cell in cells:
-        kept = known.read(cell)
+        kept = read_selection(workspace, known, cell)
         assert kept.ids is not None  # it was read with them
         is_kept = np.isin(data.ids, kept.ids)
         parts = {"kept": is_kept, "dropped": ~is_kept}
@@ -100,13 +151,35 @@ def run_exports_instructions(
                 raise checks.InputError(
                     f"{cell.name}: nothing is {part}, so there is nothing to write."
                 )
-            some = data.subset(np.flatnonzero(parts[part]))
+            some = np.flatnonzero(parts[part])
             for form in config.export.forms:
-                path = workdir / artefacts.EXPORTS / cell.name / f"{part}.{form}"
-                INSTRUCTION_EXPORTS[form](some, path)
-    num_each = len(config.export.forms) * len(config.export.parts)
-    echo(f"export: {len(cells) * num_each} exports of {len(cells)} selections written")
-    echo(f"files: {workdir / artefacts.EXPORTS}/")
+                path = f"{artefacts.EXPORTS}/{cell.name}/{part}.{form}"
+                put = functools.partial(_write_rows, data, some, form)
+                source = _source(root, cell, form, part, rows)
+                steps.append(ExportStep(path, False, source, put))
+    _export(workspace, steps, len(cells))
+
+
+def _write_rows(data: Instructions, positions: np.ndarray, form: str, path: Path) -> None:
+    INSTRUCTION_EXPORTS[form](data.subset(positions), path)
+
+
+def _export(workspace: Workspace, steps: list[ExportStep], num_cells: int) -> None:
+    made = [step for step in steps if workspace.ensure(step) is not None]
+    if made:
+        workspace.say(f"export: {len(made)} exports of {num_cells} selections written")
+    else:
+        workspace.say("export: unchanged, not written again")
+    workspace.say(f"files: {workspace.root / artefacts.EXPORTS}/")
+
+
+def _source(root: Path, cell: Cell, form: str, part: str, data: str) -> dict[str, Any]:
+    """Returns what decides an export of a selection that is there."""
+    positions = files_of(cell)[0].as_posix()
+    selection = records.read(root, f"{FOLDER}/{cell.name}")
+    assert selection is not None  # it was read
+    made_from = {"selection": selection.key, "kept": selection.outputs[positions]}
+    return {"form": form, "part": part, "dataset": data, **made_from}
 
 
 def check_takes_forms(config: Config, workdir: Path) -> None:
@@ -166,11 +239,11 @@ def _check_can_be_written(path: Path, workdir: Path, *, is_folder: bool) -> None
 
 def _made_with(workdir: Path) -> tuple[dict[str, Any], int]:
     """Returns the settings that the scores were made with, and how many probes there were."""
-    made_with = provenance.settings_of(workdir, "score", _SETTINGS)
+    made_with = records.settings_of(workdir, "score", _SETTINGS)
     if made_with is None:
         raise checks.InputError(
-            f"{workdir / artefacts.PROVENANCE}: does not say with what the scores were made, which "
-            f"the form {RELEASED!r} names its files by; expected scores of the stage 'score'."
+            f"{workdir / records.file_of('score')}: not there, which says with what the scores "
+            f"were made; the form {RELEASED!r} names its files by that. Run the stage 'score'."
         )
     return made_with, _num_probes(workdir)
 
@@ -223,13 +296,20 @@ def _check_placement(probe: dict[str, Any]) -> None:
         )
 
 
-def _write_released(config: Config, dataset: Dataset, positions: dict[Path, np.ndarray]) -> None:
-    """Writes positions in the released order; every sample is looked up and compared once."""
+def _in_released_order(
+    config: Config, dataset: Dataset, positions: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns positions in the released order; every sample is looked up and compared once."""
+    if not positions:
+        return {}
     samples = np.unique(np.concatenate(list(positions.values())))
     order = np.full(len(dataset), -1, np.int64)
     order[samples] = match_samples(
         dataset, samples, str(config.export.datasets_dir), str(config.export.released_name)
     )
-    for path, some in positions.items():
-        with artefacts.atomic(path) as file:
-            np.save(file, np.sort(order[some]))
+    return {path: np.sort(order[some]) for path, some in positions.items()}
+
+
+def _write_positions(positions: np.ndarray, path: Path) -> None:
+    with artefacts.atomic(path) as file:
+        np.save(file, positions)

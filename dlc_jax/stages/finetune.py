@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from pathlib import Path
 
 from dlc_jax.config import Config
 from dlc_jax.distributed import Run, processes
-from dlc_jax.distributed.processes import on_first
 from dlc_jax.encoders.huggingface import read_config
 from dlc_jax.encoders.language_model import (
     MODEL_FILES,
@@ -20,24 +17,18 @@ from dlc_jax.encoders.language_model import (
 )
 from dlc_jax.preprocess.tokens import Tokenised, check_vocabulary, tokenise
 from dlc_jax.stages.agreement import agree, agree_on_files, agree_on_instructions
-from dlc_jax.stages.score import (
-    Load,
-    dataset_facts,
-    load_configured,
-    mid_grey_note,
-)
+from dlc_jax.stages.measurements import dataset_facts, mid_grey_note
+from dlc_jax.stages.score import Load, load_configured
 from dlc_jax.stages.score_instructions import load_configured_instructions
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.sweep import run_sweep
 from dlc_jax.stages.sweep_results import (
     BASE_CELL,
-    evaluation_file,
-    read_evaluation,
 )
 from dlc_jax.stages.what_was_scored import scored_encoder
 from dlc_jax.training.images import Finetuner
 from dlc_jax.training.lora.tuner import LoraTuner
-from dlc_jax.workspace import artefacts, provenance
+from dlc_jax.workspace import Workspace, artefacts, records
 
 
 def source_of_test_set(config: Config) -> str:
@@ -47,11 +38,7 @@ def source_of_test_set(config: Config) -> str:
 
 
 def run_finetune(
-    config: Config,
-    workdir: Path,
-    known: SelectionInputs | None,
-    load: Load,
-    echo: Callable[[str], None],
+    config: Config, workspace: Workspace, known: SelectionInputs | None, load: Load
 ) -> list[str]:
     """Fine-tunes the encoder on every selected cell and on the whole set.
 
@@ -62,6 +49,7 @@ def run_finetune(
     Raises:
       ValueError: see `run_sweep`.
     """
+    workdir, echo = workspace
     encoder = load_configured(config, None if "score" in config.stages else echo)
     agree({f"encoder.weights {config.encoder.weights}": encoder.fingerprint})
     scored = scored_encoder(workdir, encoder.for_mode(config.mode).fingerprint)
@@ -76,21 +64,16 @@ def run_finetune(
         test,
         config.finetune,
         config.conventions,
-        Run(None, config.mesh.make(), processes.is_first()),
+        Run(None, config.mesh.make(), progress=True),
     )
-    end = run_sweep(config, workdir, known, dataset, make_tuner, echo)
-    if known is None:
-        return end.failures
+    end = run_sweep(config, workspace, known, dataset, make_tuner)
     settings = config.to_dict()
     made_with = {key: settings[key] for key in ("mode", "dataset", "encoder", "finetune")}
     made_with |= {"encoder_fingerprint": encoder.for_mode(config.mode).fingerprint}
     made_with |= {"test_fingerprint": test.fingerprint}
     if test.mid_grey:
         echo(mid_grey_note("finetune", sorted(test.mid_grey)))
-    inputs = artefacts.json_hash([made_with, settings["selection"], known.samples.fingerprint])
-    paths = [Path(artefacts.RESULTS)]
-    facts = {"test_dataset": dataset_facts(test)}
-    provenance.record(workdir, "finetune", inputs, paths, end.seconds, facts, made_with)
+    workspace.note("finetune", made_with, end.seconds, {"test_dataset": dataset_facts(test)})
     echo(f"files: {workdir}/ ({artefacts.RESULTS}, {artefacts.FINETUNE}/)")
     return end.failures
 
@@ -114,7 +97,7 @@ def check_instructions(config: Config) -> None:
 
 
 def run_finetune_instructions(
-    config: Config, workdir: Path, known: SelectionInputs | None, echo: Callable[[str], None]
+    config: Config, workspace: Workspace, known: SelectionInputs | None
 ) -> list[str]:
     """Trains an adapter on every selected cell and on the whole set.
 
@@ -125,11 +108,12 @@ def run_finetune_instructions(
     Raises:
       ValueError: see `run_sweep`.
     """
+    workdir, echo = workspace
     data = load_configured_instructions(config, config.dataset.train)
     model = load_model(config)
     max_length = model.max_length(config.encoder.max_length)
     fingerprint = model.fingerprint  # of all processes, where they share the weights
-    on_first(lambda: _forget_other_base(workdir, fingerprint))
+    workspace.alone(lambda: _set_other_base_aside(workspace, fingerprint))
     scored = scored_encoder(workdir, fingerprint)
     if scored not in (None, model.name):  # of the same name, it is read in another type
         echo(f"finetune: note: the model is {model.name}; the scores are of {scored}")
@@ -150,18 +134,14 @@ def run_finetune_instructions(
             test=None if test is None else tokenised(test),
             max_length=max_length,
             tokens_per_batch=config.probe.tokens_per_batch,
-            progress=processes.is_first(),
+            progress=True,
         )
 
-    end = run_sweep(config, workdir, known, data, make_tuner, echo)
-    if known is None:
-        return end.failures
+    end = run_sweep(config, workspace, known, data, make_tuner)
     settings = config.to_dict()
     made_with = {key: settings[key] for key in ("dataset", "encoder", "lora")}
     made_with |= {"encoder_fingerprint": model.fingerprint}
-    inputs = artefacts.json_hash([made_with, settings["selection"], known.samples.fingerprint])
-    paths = [Path(artefacts.RESULTS)]
-    provenance.record(workdir, "finetune", inputs, paths, end.seconds, {}, made_with)
+    workspace.note("finetune", made_with, end.seconds)
     echo(f"files: {workdir}/ ({artefacts.RESULTS}, {artefacts.FINETUNE}/)")
     return end.failures
 
@@ -172,8 +152,8 @@ def load_model(config: Config) -> LanguageModel:
     return load_language_model(weights, dtype=dtype, mesh=config.mesh.make())
 
 
-def _forget_other_base(workdir: Path, fingerprint: str) -> None:
-    """Deletes what was measured of another model before it was fine-tuned."""
-    path = evaluation_file(workdir, BASE_CELL)
-    if read_evaluation(workdir, BASE_CELL).get("run") != fingerprint:
-        artefacts.remove(path)
+def _set_other_base_aside(workspace: Workspace, fingerprint: str) -> None:
+    """Sets aside the answers of another model before it was fine-tuned."""
+    record = records.read(workspace.root, f"{artefacts.EVALUATE}/{BASE_CELL.name}")
+    if record is not None and record.key.get("run") != fingerprint:
+        workspace.set_aside(record)

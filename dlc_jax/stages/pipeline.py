@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,6 @@ from dlc_jax import checks
 from dlc_jax.checks.escaping import show
 from dlc_jax.config import Config, DatasetConfig
 from dlc_jax.datasets.files import left_out_text
-from dlc_jax.distributed import processes
-from dlc_jax.distributed.processes import on_first
 from dlc_jax.stages.agreement import agree_on_images
 from dlc_jax.stages.evaluate import check_questions, run_evaluate
 from dlc_jax.stages.export import (
@@ -29,13 +26,10 @@ from dlc_jax.stages.finetune import (
     run_finetune_instructions,
     source_of_test_set,
 )
+from dlc_jax.stages.measurements import check_scores_are_whole
 from dlc_jax.stages.plan import run_plan
 from dlc_jax.stages.report import print_summary, report_if_it_can, report_of_these_results
-from dlc_jax.stages.score import (
-    Load,
-    check_scores_are_whole,
-    run_score,
-)
+from dlc_jax.stages.score import Load, run_score
 from dlc_jax.stages.score_instructions import run_score_instructions
 from dlc_jax.stages.select import run_select
 from dlc_jax.stages.selection_inputs import SelectionInputs
@@ -43,7 +37,7 @@ from dlc_jax.stages.tune import run_tune
 from dlc_jax.stages.what_was_scored import check_names_what_was_scored
 from dlc_jax.training.images import class_ids_by_name
 from dlc_jax.types import Dataset
-from dlc_jax.workspace import artefacts, lease
+from dlc_jax.workspace import Workspace, artefacts
 
 
 class _Sources:
@@ -86,29 +80,26 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = show) -> No
     Raises:
       ValueError: anything wrong with the work directory, data, encoder or configuration.
     """
-    if not processes.is_first():
-        echo = _say_nothing
+    workspace = Workspace.of(workdir, echo)
     if "plan" in config.stages:
-        on_first(lambda: run_plan(config, echo))
+        workspace.alone(lambda: run_plan(config, workspace.say))
         if config.stages == ("plan",):
             return
         rest = tuple(stage for stage in config.stages if stage != "plan")
         config = dataclasses.replace(config, stages=rest)
     if {"score", "finetune", "evaluate"} & set(config.stages):
         config.mesh.make()
-    on_first(lambda: check_takes_forms(config, workdir))
-    with contextlib.ExitStack() as stack:
-        on_first(lambda: stack.enter_context(lease.held(lease.place_of(workdir), echo)))
-        _run_stages(config, workdir, echo)
+    workspace.alone(lambda: check_takes_forms(config, workdir))
+    with workspace.held():
+        _run_stages(config, workspace)
 
 
-def _run_stages(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+def _run_stages(config: Config, workspace: Workspace) -> None:
     """Runs the stages in a work directory that nobody else writes to."""
-    on_first(lambda: artefacts.prepare_workdir(workdir))
-    load = _Sources(config.dataset, echo)
+    load = _Sources(config.dataset, workspace.say)
     # a mistake in what comes later should not cost a scoring pass first
     if "export" in config.stages:
-        on_first(lambda: _check_exports(config, workdir, load))
+        workspace.alone(lambda: _check_exports(config, workspace.root, load))
     if config.is_of_instructions:
         check_instructions(config)
         if "evaluate" in config.stages:
@@ -120,17 +111,19 @@ def _run_stages(config: Config, workdir: Path, echo: Callable[[str], None]) -> N
     resolved = config
     if "score" in config.stages:
         if config.is_of_instructions:
-            run_score_instructions(config, workdir, echo)
+            run_score_instructions(config, workspace)
         else:
-            resolved = run_score(config, workdir, load.together, echo)
+            resolved = run_score(config, workspace, load.together)
     failures = []
     if config.stages == ("report",):
-        on_first(lambda: check_names_what_was_scored(config, workdir, load, echo))
+        workspace.alone(
+            lambda: check_names_what_was_scored(config, workspace.root, load, workspace.say)
+        )
     else:
-        with report_of_these_results(workdir):
-            failures = _use_scores(config, resolved.to_dict(), workdir, load, echo)
+        with report_of_these_results(workspace):
+            failures = _use_scores(config, resolved.to_dict(), workspace, load)
     if "report" in config.stages:
-        on_first(lambda: report_if_it_can(config, workdir, bool(failures), echo))
+        workspace.alone(lambda: report_if_it_can(config, workspace, bool(failures)))
     if failures:
         raise checks.SharedError(f"{len(failures)} runs failed: {checks.joined(failures, '; ')}")
 
@@ -142,67 +135,56 @@ def _check_exports(config: Config, workdir: Path, load: Load) -> None:
         check_has_forms(config, workdir, load(config.dataset.train))
 
 
-def _say_nothing(line: str) -> None:
-    """Takes the lines of processes other than the first."""
-
-
 def _use_scores(
-    config: Config,
-    settings: dict[str, Any],
-    workdir: Path,
-    load: _Sources,
-    echo: Callable[[str], None],
+    config: Config, settings: dict[str, Any], workspace: Workspace, load: _Sources
 ) -> list[str]:
     """Runs what starts from scores on disk; returns a line for every run that failed.
 
     What scoring resolved is for `config.json`: another encoder may be fine-tuned than was scored.
     """
-    known = on_first(lambda: _until_exports(config, settings, workdir, load, echo))
+    known = workspace.alone(lambda: _until_exports(config, settings, workspace, load))
     failures = []
     if "finetune" in config.stages:
         if config.is_of_instructions:
-            failures = run_finetune_instructions(config, workdir, known, echo)
+            failures = run_finetune_instructions(config, workspace, known)
         else:
-            failures = run_finetune(config, workdir, known, load.together, echo)
+            failures = run_finetune(config, workspace, known, load.together)
     if "evaluate" in config.stages:
-        run_evaluate(config, workdir, echo)
+        run_evaluate(config, workspace)
     return failures
 
 
 def _until_exports(
-    config: Config,
-    settings: dict[str, Any],
-    workdir: Path,
-    load: Load,
-    echo: Callable[[str], None],
+    config: Config, settings: dict[str, Any], workspace: Workspace, load: Load
 ) -> SelectionInputs:
     """Runs what one process does: tunes, selects, prints a summary and exports."""
-    check_scores_are_whole(workdir)
-    samples = artefacts.read_scores(workdir)
+    root = workspace.root
+    check_scores_are_whole(root)
+    samples = artefacts.read_scores(root)
     if "score" not in config.stages:  # the rest of the file still describes the scores
-        check_names_what_was_scored(config, workdir, load, echo)
+        check_names_what_was_scored(config, root, load, workspace.say)
         others = {"seed", "dataset", "encoder", "cache", "probe", "record", "mesh"}
         if "finetune" not in config.stages:
             others |= {"finetune", "lora"}
         if "evaluate" not in config.stages:
             others |= {"evaluation"}
         mine = {key: value for key, value in settings.items() if key not in others}
-        found = artefacts.read_json(workdir / artefacts.CONFIG, {"dataset?": dict})
+        found = artefacts.read_json(root / artefacts.CONFIG, {"dataset?": dict})
         if "finetune" in config.stages and "dataset" in found:
             mine["dataset"] = found["dataset"] | {"test": config.dataset.test}
         settings |= found | mine
-    artefacts.write_json(workdir / artefacts.CONFIG, settings)
+    artefacts.write_json(root / artefacts.CONFIG, settings)
     tuning = None
     if "tune" in config.stages or ("select" in config.stages and config.need.tuning):
-        tuning = run_tune(config, workdir, samples, load, echo)
-    known, shown = SelectionInputs(config, workdir, samples, tuning), None
+        tuning = run_tune(config, workspace, samples, load)
+    known, shown = SelectionInputs(config, root, samples, tuning), None
     if "select" in config.stages:
-        shown = run_select(config, workdir, known, echo)
+        shown = run_select(config, workspace, known)
     if "score" in config.stages or "select" in config.stages:
-        print_summary(workdir, samples, shown, config.is_of_instructions, echo)
+        print_summary(workspace, samples, shown, config.is_of_instructions)
     if "export" in config.stages:
         if config.is_of_instructions:
-            run_exports_instructions(config, workdir, known, echo)
+            run_exports_instructions(config, workspace, known)
         else:
-            run_exports(config, workdir, known, load(config.dataset.train), echo)
+            run_exports(config, workspace, known, load(config.dataset.train))
     return known

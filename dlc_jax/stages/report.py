@@ -3,54 +3,113 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dlc_jax import checks, reports
 from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
-from dlc_jax.distributed import processes
+from dlc_jax.reports.results import Row
 from dlc_jax.selection import Cell
 from dlc_jax.stages.score_instructions import READABLE
+from dlc_jax.stages.selection_files import pruning_seconds
 from dlc_jax.stages.sweep_results import (
     note_on_chance,
     what_is_finished,
 )
+from dlc_jax.stages.what_was_scored import skipped_samples
 from dlc_jax.types import Selection
-from dlc_jax.workspace import artefacts, provenance
+from dlc_jax.workspace import Workspace, Written, artefacts, records
 from dlc_jax.workspace.artefacts import ScoredSamples
 
+_FIGURES = ("png", "svg")
 
-def report_if_it_can(
-    config: Config, workdir: Path, failed: bool, echo: Callable[[str], None]
-) -> None:
+
+def report_if_it_can(config: Config, workspace: Workspace, failed: bool) -> None:
     """Prints and saves the report; where runs failed, what it lacks is only printed."""
     try:
-        _report(config, workdir, echo)
+        _report(config, workspace)
     except checks.InputError as error:
         if not failed:
             raise
-        echo(f"report: {error}")
+        workspace.say(f"report: {error}")
 
 
 @contextlib.contextmanager
-def report_of_these_results(workdir: Path) -> Iterator[None]:
+def report_of_these_results(workspace: Workspace) -> Iterator[None]:
     """Deletes the report if the results change meanwhile: it would be of other runs."""
-    before = artefacts.read_bytes(workdir / artefacts.RESULTS)
+    results = workspace.root / artefacts.RESULTS
+    before = artefacts.read_bytes(results)
     try:
         yield
     finally:
-        changed = artefacts.read_bytes(workdir / artefacts.RESULTS) != before
-        if changed and processes.is_first():
-            artefacts.remove(workdir / artefacts.REPORT)
+        if artefacts.read_bytes(results) != before:
+            workspace.remove(records.file_of(ReportStep.name))
+            workspace.remove(artefacts.REPORT)
 
 
-def _report(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReportStep:
+    """Table and figure of `results.csv`, `report/`.
+
+    Attributes:
+      text: What is written, Markdown.
+      results: SHA-256 of `results.csv`.
+      rows: What is drawn; without a gap to random there is no figure.
+      title: Title of the figure.
+    """
+
+    text: str
+    results: str
+    rows: list[Row]
+    title: str
+
+    name = "report"
+    kind = "report"
+    stage = "report"
+    obsolete = ()
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"text": self.text, "results": self.results, "title": self.title}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def has_figure(self) -> bool:
+        return any(row.gap is not None for row in self.rows)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        figures = (f"gap_to_random.{kind}" for kind in _FIGURES if self.has_figure)
+        return tuple(f"{artefacts.REPORT}/{name}" for name in ("results.md", *figures))
+
+    def compute(self, scratch: Path) -> None:
+        """Nothing: it is cheap to write."""
+
+    def write(self, root: Path, _: None) -> Written:
+        table, *figures = self.files
+        with artefacts.atomic(root / table, "w") as file:
+            file.write(self.text)
+        if figures:
+            figure = reports.gap_to_random(self.rows, self.title)
+        for kind, name in zip(_FIGURES, figures, strict=False):
+            with artefacts.atomic(root / name) as file:
+                figure.savefig(file, format=kind, dpi=150)
+        return Written(self.files)
+
+
+def _report(config: Config, workspace: Workspace) -> None:
     """Prints and saves what `results.csv` says."""
-    seconds = provenance.pruning_seconds(workdir)
+    workdir, echo = workspace
+    seconds = pruning_seconds(workdir)
     results = [
         result._replace(pruning_seconds=seconds.get(Cell(*result[:4]).name, math.nan))
         for result in reports.read_results(workdir / artefacts.RESULTS)
@@ -60,29 +119,26 @@ def _report(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
     if note := note_on_chance(workdir):
         said += f"\n\n{note}"
     echo(f"\n{said}\n\n{table}\n")
-    with artefacts.atomic(workdir / artefacts.REPORT / "results.md", "w") as file:
-        file.write(f"{said}\n\n{table}\n")
-    if all(row.gap is None for row in rows):
-        echo("report: no figure: there is no gap to random; add random to selection.methods")
-        return
     shape = {"dataset": {"train": str}, "encoder": {"name": str}}
-    trained = provenance.settings_of(workdir, "finetune", shape) or config.to_dict()
+    trained = records.settings_of(workdir, "finetune", shape) or config.to_dict()
     title = f"{trained['dataset']['train']}, {trained['encoder']['name']}"
-    figure = reports.gap_to_random(rows, title)
-    for kind in ("png", "svg"):
-        with artefacts.atomic(workdir / artefacts.REPORT / f"gap_to_random.{kind}") as file:
-            figure.savefig(file, format=kind, dpi=150)
-    echo(f"files: {workdir}/{artefacts.REPORT}/ (results.md, gap_to_random.png, .svg)")
+    made_of = artefacts.file_hash(workdir / artefacts.RESULTS)
+    step = ReportStep(f"{said}\n\n{table}\n", made_of, rows, title)
+    workspace.ensure(step)
+    if step.has_figure:
+        echo(f"files: {workdir}/{artefacts.REPORT}/ (results.md, gap_to_random.png, .svg)")
+    else:
+        echo("report: no figure: there is no gap to random; add random to selection.methods")
 
 
 def print_summary(
-    workdir: Path,
+    workspace: Workspace,
     samples: ScoredSamples,
     shown: Selection | None,
     is_of_instructions: bool,
-    echo: Callable[[str], None],
 ) -> None:
     """Prints a table of classes, what was left out, and how long each stage took."""
+    workdir, echo = workspace
     indices = None
     echo("")
     if shown is not None:
@@ -101,17 +157,14 @@ def print_summary(
     if singles:
         names = checks.listed(map(visible, singles))
         echo(f"classes of one sample (in mode 'default' always kept): {names}")
-    known = provenance.read(workdir)
-    skipped = known.get("dataset", {}).get("skipped", {})
-    if skipped:
+    if skipped := skipped_samples(workdir):
         kind = "" if is_of_instructions else "unreadable "
         echo(f"{kind}samples left out: {len(skipped)}, listed in {artefacts.PROVENANCE}")
-    stages = known.get("stages", {})
+    seconds = {record.step: record.seconds for record in records.matching(workdir, "*")}
     parts = ("score", "features", "training", "tune", "select")
-    seconds = {name: stages[name]["seconds"] for name in parts if name in stages}
     echo(
         "seconds, when last run: "
-        + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        + ", ".join(f"{name} {seconds[name]:.1f}" for name in parts if name in seconds)
     )
     picture = READABLE if is_of_instructions else artefacts.PICTURE
     echo(f"files: {workdir}/ ({artefacts.SCORES}, {picture}, selections/)")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,8 +14,7 @@ from jax.sharding import Mesh
 from dlc_jax import checks, reports
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions, load_instructions
-from dlc_jax.distributed import Run, Team, processes, said_of
-from dlc_jax.distributed.processes import on_first, told_by_first
+from dlc_jax.distributed import Run, Team, said_of
 from dlc_jax.encoders.language_model import (
     LanguageModel,
     load_language_model,
@@ -25,11 +23,11 @@ from dlc_jax.encoders.language_model import (
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.responses import measure_responses, probe_responses
 from dlc_jax.scores import SCORES, column_name, score
-from dlc_jax.stages.score import write_certificate
+from dlc_jax.stages.measurements import NOT_IN_LOSSES, write_certificate
 from dlc_jax.types import ProbeLosses, ResponseLosses
-from dlc_jax.version import __version__
-from dlc_jax.workspace import artefacts, provenance
+from dlc_jax.workspace import Workspace, Written, artefacts
 from dlc_jax.workspace.artefacts import ScoredSamples
+from dlc_jax.workspace.keys import json_hash
 
 READABLE = "scores/easiest_hardest.md"
 
@@ -40,7 +38,7 @@ def load_configured_instructions(config: Config, source: str) -> Instructions:
     return load_instructions(source, config.dataset.template, tokenizer=tokenizer)
 
 
-def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], None]) -> None:
+def run_score_instructions(config: Config, workspace: Workspace) -> None:
     """Scores instructions by DLC, perplexity, IFD and length, unless that is done.
 
     Writes `scores/losses.npz`, `scores/scores.parquet` and `scores/easiest_hardest.md`.
@@ -48,95 +46,124 @@ def run_score_instructions(config: Config, workdir: Path, echo: Callable[[str], 
     Raises:
       ValueError: anything wrong with data or model.
     """
-    start = time.perf_counter()
     data = load_configured_instructions(config, config.dataset.train)
     mesh = config.mesh.make()
     model = load_language_model(
         config.encoder.weights, dtype=config.probe.dtype, mesh=Team.of(mesh).mesh
     )
-    max_length = model.max_length(config.encoder.max_length)
-    made_with = {
-        "seed": config.seed,
-        "probe": {k: v for k, v in config.to_dict()["probe"].items() if k != "tokens_per_batch"},
-        "max_length": max_length,
-        "on_corrupt": config.dataset.on_corrupt,
-        "category": config.dataset.category,
-    }
-    inputs = artefacts.json_hash([__version__, made_with, data.fingerprint, model.fingerprint])
-    if told_by_first(lambda: provenance.is_done(workdir, "score", inputs)):
-        echo("score: unchanged, not run again")
-        return
-    if config.dataset.category is not None:
-        data.categories(config.dataset.category)  # a mistake there should not cost a pass first
-    echo(f"score: {len(data)} instructions, {model.name} on {said_of(mesh)}")
-    tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=config.dataset.on_corrupt)
-    _tell_of_cuts(tokens, max_length, echo)
-    kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
-    probes, responses = _measured(config, workdir, model, kept, tokens, mesh)
-    processes.wait_for_all()  # what comes goes when it is done, and all read it until here
+    _ = model.fingerprint  # of all processes, where they share the weights
+    if not workspace.ensure(ResponsesStep(config, data, model, mesh, workspace.say)):
+        workspace.say("score: unchanged, not run again")
 
-    def keep() -> None:
-        samples = _write(config, workdir, kept, probes, responses, echo)
-        with artefacts.atomic(workdir / READABLE, "w") as file:
-            file.write(reports.easiest_hardest_text(kept, samples.scores["dlc"]))
+
+class _Measured(NamedTuple):
+    """What two passes over instructions give.
+
+    Attributes:
+      data: Instructions that were not left out.
+      tokens: Their tokens, and which were left out.
+    """
+
+    data: Instructions
+    tokens: Tokenised
+    probes: ProbeLosses
+    responses: ResponseLosses
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ResponsesStep:
+    """Losses of responses, all scores made of them, and a text of the extremes."""
+
+    config: Config
+    data: Instructions
+    model: LanguageModel
+    mesh: Mesh
+    say: Callable[[str], None]
+
+    name = "score"
+    kind = "response losses"
+    stage = "score"
+    files = (artefacts.LOSSES, artefacts.SCORES, READABLE)
+    obsolete = (artefacts.UNFINISHED,)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return self._how | {
+            "data": self.data.fingerprint,
+            "model": self.model.fingerprint,
+            "tokenizer": self.model.tokenizer_fingerprint,
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._how | {"asked": self.config.asked}
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        config = self.config
+        probes = {k: v for k, v in config.to_dict()["probe"].items() if k not in NOT_IN_LOSSES}
+        return {
+            "seed": config.seed,
+            "probe": probes,
+            "max_length": self._max_length,
+            "on_corrupt": config.dataset.on_corrupt,
+            "category": self._categories,
+        }
+
+    @property
+    def _categories(self) -> str | None:
+        """Hash of the classes that a column gives; ValueError where there is no such column."""
+        column = self.config.dataset.category
+        if column is None:
+            return None
+        labels, names = self.data.categories(column)
+        return json_hash([column, labels.tolist(), names])
+
+    @property
+    def _max_length(self) -> int:
+        return self.model.max_length(self.config.encoder.max_length)
+
+    def compute(self, scratch: Path) -> _Measured:
+        config, data, model, mesh, say = (self.config, self.data, self.model, self.mesh, self.say)
+        say(f"score: {len(data)} instructions, {model.name} on {said_of(mesh)}")
+        on_corrupt = config.dataset.on_corrupt
+        tokens = tokenise(data, model.tokenizer, self._max_length, on_corrupt=on_corrupt)
+        _note_cuts(tokens, self._max_length, say)
+        kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
+        how: dict[str, Any] = {
+            "tokens_per_batch": config.probe.tokens_per_batch,
+            "run": Run(scratch, mesh, progress=True),
+        }
+        probes = probe_responses(model, tokens, path=config.probe, seed=config.seed, **how)
+        max_length = config.encoder.max_length
+        responses = measure_responses(model, kept, max_length=max_length, tokens=tokens, **how)
+        return _Measured(kept, tokens, probes, responses)
+
+    def write(self, root: Path, found: _Measured) -> Written:
+        config, probes = self.config, found.probes
+        labels, class_names = probes.labels, probes.class_names
+        if config.dataset.category is not None:
+            labels, class_names = found.data.categories(config.dataset.category)
+        scores = {"dlc": score(probes), **_other_scores(config, found.responses, self.say)}
+        artefacts.write_losses(
+            root, losses=probes.losses, sparsity=probes.sparsity, labels=labels, ids=probes.ids
+        )
+        artefacts.write_scores(root, ScoredSamples(probes.ids, labels, class_names, scores))
+        with artefacts.atomic(root / READABLE, "w") as file:
+            file.write(reports.easiest_hardest_text(found.data, scores["dlc"]))
         facts = {
             "dataset": {
-                "source": data.name,
-                "fingerprint": data.fingerprint,
-                "num_samples": len(data),
-                "num_truncated": int(tokens.truncated.sum()),
-                "skipped": tokens.skipped,
+                "source": self.data.name,
+                "fingerprint": self.data.fingerprint,
+                "num_samples": len(self.data),
+                "num_truncated": int(found.tokens.truncated.sum()),
+                "skipped": found.tokens.skipped,
             },
-            "encoder": {"name": model.name, "fingerprint": model.fingerprint},
+            "encoder": {"name": self.model.name, "fingerprint": self.model.fingerprint},
         }
-        paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES), Path(READABLE)]
-        of_classes = dataclasses.replace(probes, labels=samples.labels)
-        paths += write_certificate(workdir, of_classes, config.seed, echo)
-        seconds = time.perf_counter() - start
-        settings = made_with | {"asked": config.asked}
-        provenance.record(workdir, "score", inputs, paths, seconds, facts, settings)
-        artefacts.remove(workdir / artefacts.SHARDS)  # finished
-
-    on_first(keep)
-
-
-def _measured(
-    config: Config,
-    workdir: Path,
-    model: LanguageModel,
-    data: Instructions,
-    tokens: Tokenised,
-    mesh: Mesh,
-) -> tuple[ProbeLosses, ResponseLosses]:
-    """Measures losses, in all processes."""
-    how: dict[str, Any] = {
-        "tokens_per_batch": config.probe.tokens_per_batch,
-        "run": Run(workdir / artefacts.SHARDS, mesh, processes.is_first()),
-    }
-    probes = probe_responses(model, tokens, path=config.probe, seed=config.seed, **how)
-    max_length = config.encoder.max_length
-    return probes, measure_responses(model, data, max_length=max_length, tokens=tokens, **how)
-
-
-def _write(
-    config: Config,
-    workdir: Path,
-    data: Instructions,
-    probes: ProbeLosses,
-    responses: ResponseLosses,
-    echo: Callable[[str], None],
-) -> ScoredSamples:
-    """Writes losses and scores."""
-    labels, class_names = probes.labels, probes.class_names
-    if config.dataset.category is not None:
-        labels, class_names = data.categories(config.dataset.category)
-    scores = {"dlc": score(probes), **_other_scores(config, responses, echo)}
-    artefacts.write_losses(
-        workdir, losses=probes.losses, sparsity=probes.sparsity, labels=labels, ids=probes.ids
-    )
-    samples = ScoredSamples(probes.ids, labels, class_names, scores)
-    artefacts.write_scores(workdir, samples)
-    return samples
+        of_classes = dataclasses.replace(probes, labels=labels)
+        certificate = write_certificate(root, of_classes, config.seed, self.say)
+        return Written([*self.files, *certificate], facts)
 
 
 def _other_scores(
@@ -157,7 +184,7 @@ def _other_scores(
     return scores
 
 
-def _tell_of_cuts(tokens: Tokenised, max_length: int, echo: Callable[[str], None]) -> None:
+def _note_cuts(tokens: Tokenised, max_length: int, echo: Callable[[str], None]) -> None:
     if num := int(tokens.truncated.sum()):
         echo(f"score: note: {num} of {len(tokens)} are cut off at {max_length} tokens")
     if tokens.skipped:

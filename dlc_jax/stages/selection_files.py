@@ -1,10 +1,10 @@
-"""Selections on disk: kept positions, their manifests, and what is done with superseded ones."""
+"""Selections on disk: kept positions, and manifests that describe them."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,97 +12,117 @@ import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.files import array_files
-from dlc_jax.files.json_files import SHA256, read_json
+from dlc_jax.files.json_files import check_shape, read_json
 from dlc_jax.selection import Cell
+from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.types import Choice, Selection, labels_fingerprint
-from dlc_jax.version import __version__
-from dlc_jax.workspace import artefacts
+from dlc_jax.workspace import Workspace, Written, artefacts, keys, records
 from dlc_jax.workspace.artefacts import ScoredSamples
 
-_WORD = re.compile(r"[\w.+-]{1,40}")
+FOLDER = "selections"
+EARLIER = "earlier_seconds"  # of measuring and tuning, which a selection waits for
 CELL = {"method": str, "keep_fraction": float, "split": (float, str, None), "seed": int}
-_IDS = {"count": int, "sha256": SHA256}
 CHOICE = {"keep_fraction": float, "method": str, "split": (float, None), "why": str}
-_MANIFEST = CELL | {
-    "version?": _WORD,
-    "mode": _WORD,
-    "chosen": (CHOICE, None),
-    "num_samples": int,
-    "kept": _IDS,
-    "dropped": _IDS,
-    "how": dict,
-    "scores_fingerprint": SHA256,
-}
+_MANIFEST = CELL | {"chosen": (CHOICE, None)}
 
 
-def write_selection(
-    workdir: Path, selection: Selection, samples: ScoredSamples, facts: Mapping[str, Any]
-) -> list[Path]:
-    """Writes kept positions and their manifest.
+@dataclasses.dataclass(frozen=True, eq=False)
+class SelectionStep:
+    """Kept positions of a cell, and their manifest, `selections/<method>/<cell>`."""
 
-    Args:
-      workdir: Where `selections/` is.
-      selection: What to write.
-      samples: What it was selected from.
-      facts: What the manifest also says: `how` it was selected, `scores_fingerprint`.
-    Returns:
-      Both paths, below the work directory.
-    """
-    cell = Cell(selection.method, selection.keep_fraction, selection.split, selection.seed)
-    paths = files_of(cell)
-    kept = np.zeros(len(samples.ids), bool)
-    kept[selection.indices] = True
-    sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
-    manifest = {
-        **cell._asdict(),
-        "version": __version__,
-        "mode": selection.mode,
-        "chosen": None if selection.chosen is None else selection.chosen._asdict(),
-        "num_samples": len(kept),
-        "kept": _ids_summary(samples, kept),
-        "dropped": _ids_summary(samples, ~kept),
-        "per_class": {
-            name: {"samples": int(size), "kept": int(num)}
-            for name, size, num in zip(
-                samples.class_names, sizes, selection.num_kept_per_class, strict=True
-            )
-        },
-        "single_sample_classes": [samples.class_names[j] for j in selection.single_sample_classes],
-        **facts,
-    }
-    with artefacts.atomic(workdir / paths[0]) as file:
-        np.save(file, selection.indices)
-    artefacts.write_json(workdir / paths[1], manifest)
-    return paths
+    known: SelectionInputs
+    cell: Cell
+
+    kind = "selection"
+    stage = "select"
+    obsolete = ()
+
+    @property
+    def name(self) -> str:
+        return f"{FOLDER}/{self.cell.name}"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(path.as_posix() for path in files_of(self.cell))
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {
+            "cell": self.cell._asdict(),
+            "mode": self.known.mode,
+            "how": self.known.how(self.cell),
+            "scores_fingerprint": self.known.fingerprint(self.cell.method),
+            "num_samples": len(self.known.samples.ids),
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"mode": self.known.mode, **self.known.how(self.cell)}
+
+    def compute(self, scratch: Path) -> Selection:
+        return self.known.select(self.cell)
+
+    def write(self, root: Path, selection: Selection) -> Written:
+        samples = self.known.samples
+        kept = np.zeros(len(samples.ids), bool)
+        kept[selection.indices] = True
+        sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
+        key = self.key
+        manifest = {
+            **self.cell._asdict(),
+            "version": keys.versions()["dlc_jax"],
+            "mode": selection.mode,
+            "chosen": None if selection.chosen is None else selection.chosen._asdict(),
+            "num_samples": len(kept),
+            "kept": _ids_summary(samples, kept),
+            "dropped": _ids_summary(samples, ~kept),
+            "per_class": {
+                name: {"samples": int(size), "kept": int(num)}
+                for name, size, num in zip(
+                    samples.class_names, sizes, selection.num_kept_per_class, strict=True
+                )
+            },
+            "single_sample_classes": [
+                samples.class_names[j] for j in selection.single_sample_classes
+            ],
+            "how": key["how"],
+            "scores_fingerprint": key["scores_fingerprint"],
+        }
+        positions, described = files_of(self.cell)
+        with artefacts.atomic(root / positions) as file:
+            np.save(file, selection.indices)
+        artefacts.write_json(root / described, manifest)
+        return Written(self.files, {EARLIER: round(self.known.earlier_seconds(self.cell), 3)})
+
+    def read(self, root: Path) -> Selection:
+        """Reads the selection, with the ids of the kept samples."""
+        path, described = (root / file for file in files_of(self.cell))
+        samples, how = self.known.samples, self.known.how(self.cell)
+        chosen = read_json(described, _MANIFEST)["chosen"]
+        indices = array_files.read_npy(path)
+        checks.positions(str(path), indices, len(samples.ids))
+        return Selection(
+            indices=indices,
+            **self.cell._asdict(),
+            mode=self.known.mode,
+            **{name: value for name, value in how.items() if name not in ("score", "tuning")},
+            chosen=None if chosen is None else choice_of(chosen),
+            num_kept_per_class=np.bincount(
+                samples.labels[indices], minlength=len(samples.class_names)
+            ),
+            labels_fingerprint=labels_fingerprint(samples.labels),
+            ids=samples.ids[indices],
+        )
 
 
-def files_of(cell: Cell) -> list[Path]:
-    """Returns the files of a cell, kept positions and manifest, below the work directory."""
-    return [Path("selections") / f"{cell.name}{suffix}" for suffix in (".npy", ".json")]
+def read_selection(workspace: Workspace, known: SelectionInputs, cell: Cell) -> Selection:
+    """Returns the selection of a cell, which the stage `select` has made.
 
-
-def read_selection(
-    workdir: Path,
-    samples: ScoredSamples,
-    cell: Cell,
-    *,
-    how: Mapping[str, Any],
-    scores_fingerprint: str,
-    mode: str,
-) -> Selection:
-    """Reads what `write_selection` wrote, with the ids of the kept samples.
-
-    Args:
-      workdir, samples: As for `write_selection`.
-      cell: Which.
-      how: What decides a selection of the method besides its cell; see `SelectionConfig.how`.
-      scores_fingerprint: Fingerprint of what the method uses, as it is now.
-      mode: `default` or `official`.
     Raises:
-      ValueError: it is not there, is of another cell, was made by another version, from other
-        scores, in another mode or another way, or is not what its manifest says.
+      ValueError: it is not there, is of another cell, was made from other scores, in another mode
+        or another way, or its files have changed since.
     """
-    path, described = (workdir / file for file in files_of(cell))
+    path, described = (workspace.root / file for file in files_of(cell))
     manifest = read_json(described, _MANIFEST)
     if not path.exists() or not manifest:
         raise checks.InputError(f"{path}: not there; run the stage 'select' for it first.")
@@ -111,36 +131,23 @@ def read_selection(
             f"{described}: is of {cell_of(manifest).name}, expected {cell.name}. "
             "Run the stage 'select' again."
         )
-    here: dict[str, Any] = {"scores_fingerprint": scores_fingerprint, "mode": mode}
-    here |= {"version": __version__, "num_samples": len(samples.ids)}
-    found = {**{name: manifest.get(name) for name in here}, **manifest["how"]}
-    for name, value in {**here, **how}.items():
-        if found.get(name) != value:
-            raise checks.InputError(
-                f"{path}: selected with {name} {_short(found.get(name))}, expected "
-                f"{_short(value)}. Run the stage 'select' again."
-            )
-    indices = array_files.read_npy(path)
-    checks.positions(str(path), indices, len(samples.ids))
-    kept = np.zeros(len(samples.ids), bool)
-    kept[indices] = True
-    for part, some in (("kept", kept), ("dropped", ~kept)):
-        if _ids_summary(samples, some) != manifest[part]:
-            raise checks.InputError(
-                f"{path}: its {len(indices)} positions are not the {manifest['kept']['count']} "
-                "that its manifest was written for. Run the stage 'select' again."
-            )
-    indices, chosen = np.flatnonzero(kept), manifest["chosen"]
-    return Selection(
-        indices=indices,
-        **cell._asdict(),
-        mode=mode,
-        **{name: value for name, value in how.items() if name not in ("score", "tuning")},
-        chosen=None if chosen is None else choice_of(chosen),
-        num_kept_per_class=np.bincount(samples.labels[indices], minlength=len(samples.class_names)),
-        labels_fingerprint=labels_fingerprint(samples.labels),
-        ids=samples.ids[indices],
-    )
+    step = SelectionStep(known, cell)
+    workspace.check(step)
+    return step.read(workspace.root)
+
+
+def pruning_seconds(root: Path) -> dict[str, float]:
+    """Returns the time that it took to know what to keep, in seconds, by the name of the cell."""
+    found = {}
+    for record in records.matching(root, f"{FOLDER}/*/*"):
+        check_shape(record.facts, {EARLIER: float}, root / records.file_of(record.step), "facts")
+        found[record.step.removeprefix(f"{FOLDER}/")] = record.seconds + record.facts[EARLIER]
+    return found
+
+
+def files_of(cell: Cell) -> list[Path]:
+    """Returns the files of a cell, kept positions and manifest, below the work directory."""
+    return [Path(FOLDER) / f"{cell.name}{suffix}" for suffix in (".npy", ".json")]
 
 
 def cell_of(facts: Mapping[str, Any]) -> Cell:
@@ -157,44 +164,3 @@ def _ids_summary(samples: ScoredSamples, some: np.ndarray) -> dict[str, Any]:
     """Count, and SHA-256 of the sorted ids joined by newlines, of the samples that [n] marks."""
     ids = samples.ids[samples.by_id[some[samples.by_id]]].tolist()
     return {"count": len(ids), "sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest()}
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:14]
-
-
-def set_superseded_aside(
-    workdir: Path,
-    fingerprints: Mapping[str, str],
-    mode: str,
-    how_of: Callable[[Cell], Mapping[str, Any]],
-) -> int:
-    """Moves selections of other scores, made another way or in another mode to `superseded/`.
-
-    Args:
-      workdir: Where `selections/` is.
-      fingerprints: Fingerprint of what each method uses, by method.
-      mode: `default` or `official`.
-      how_of: What decides a selection besides.
-    Returns:
-      How many were moved.
-    """
-    moved = 0
-    for manifest in sorted(workdir.glob("selections/*/*.json")):
-        facts = read_json(manifest, _MANIFEST)
-        made_from, version = facts["scores_fingerprint"], facts.get("version")
-        expected = fingerprints.get(manifest.parent.name)
-        folder = f"{made_from[:12]}-{facts['mode']}"
-        if version != __version__:
-            folder += f"-{version}"
-        elif (made_from, facts["mode"]) == (expected, mode):
-            how, cell = facts["how"], cell_of(facts)
-            if manifest == workdir / files_of(cell)[1] and how == how_of(cell):
-                continue
-            folder += f"-{artefacts.json_hash(how)[:6]}"
-        target = workdir / "superseded" / folder / manifest.parent.name
-        for path in (manifest.with_suffix(".npy"), manifest):
-            if path.exists():
-                artefacts.move(path, target / path.name)
-        moved += 1
-    return moved

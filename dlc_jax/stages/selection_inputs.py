@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dlc_jax import checks
 from dlc_jax.config import Config
 from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO, SELECTORS, Candidates, Cell
-from dlc_jax.stages import selection_files
+from dlc_jax.stages.measurements import check_is_of_these_scores
 from dlc_jax.training.images import read_record
 from dlc_jax.types import Selection, Tuning
-from dlc_jax.workspace import artefacts, provenance
+from dlc_jax.workspace import artefacts, records
 from dlc_jax.workspace.artefacts import ScoredSamples
+from dlc_jax.workspace.keys import json_hash
 
 # Parts of the stage `score`, by what a method needs.
 _STAGES_FOR = {"features": {"features"}, "probabilities": {"training"}}
@@ -37,7 +35,7 @@ class SelectionInputs:
     def __init__(
         self, config: Config, workdir: Path, samples: ScoredSamples, tuning: Tuning | None = None
     ):
-        self.samples = samples
+        self.samples, self.mode = samples, config.mode
         self._config, self._workdir, self._tuning = config, workdir, tuning
         self._fingerprints: dict[str, str] = {}
         self._candidates: dict[tuple[str, bool, bool], Candidates] = {}
@@ -46,13 +44,13 @@ class SelectionInputs:
     def features(self) -> np.ndarray:
         """[n, d]; raises ValueError if they were not measured."""
         path, name = artefacts.FEATURES, "features"
-        provenance.check_is_whole(self._workdir, name)
+        check_is_of_these_scores(self._workdir, name)
         return artefacts.read_array(self._workdir, path, name, self.samples)
 
     @functools.cached_property
     def probabilities(self) -> np.ndarray:
         """[n, c] after training on everything; raises ValueError if that was not recorded."""
-        provenance.check_is_whole(self._workdir, "training")
+        check_is_of_these_scores(self._workdir, "training")
         return read_record(self._workdir / artefacts.TRAINING, self.samples.ids).probabilities
 
     def how(self, cell: Cell) -> dict[str, Any]:
@@ -60,11 +58,26 @@ class SelectionInputs:
         method, _, split, _ = cell
         how = self._config.selection.how(method)
         if AUTO in (method, split):
-            how["tuning"] = artefacts.json_hash(self._config.decides_auto)
+            how["tuning"] = self._tuned_from
         return how
 
-    def stages(self, cell: Cell) -> set[str]:
-        """Returns the stages that the selection of a cell waits for."""
+    @functools.cached_property
+    def _tuned_from(self) -> str:
+        """Hash of what decides what `auto` stands for, besides the keep fraction."""
+        tuning = records.read(self._workdir, "tune")
+        key = {} if tuning is None else tuning.key
+        found = {name: value for name, value in key.items() if name != "keep_fractions"}
+        return json_hash([self._config.decides_auto, found])
+
+    def earlier_seconds(self, cell: Cell) -> float:
+        """Returns the time that the selection of a cell waits for: of measuring and tuning."""
+        return sum(self._seconds.get(name, 0.0) for name in self._waits_for(cell))
+
+    @functools.cached_property
+    def _seconds(self) -> dict[str, float]:
+        return {record.step: record.seconds for record in records.matching(self._workdir, "*")}
+
+    def _waits_for(self, cell: Cell) -> set[str]:
         method, _, split, _ = cell
         selection, scored = self._config.selection, set()
         if method == AUTO or SELECTORS[method].needs == "scores" or self._by_difficulty:
@@ -100,14 +113,6 @@ class SelectionInputs:
             arrays |= {needs: self.probabilities}
         return self.samples.fingerprint_of(arrays)
 
-    def fingerprints(self, methods: Iterable[str]) -> dict[str, str]:
-        """Returns those of methods whose inputs are there."""
-        found = {}
-        for method in methods:
-            with contextlib.suppress(checks.InputError):
-                found[method] = self.fingerprint(method)
-        return found
-
     def select(self, cell: Cell) -> Selection:
         """Selects a cell."""
         method, keep_fraction, split, seed = cell
@@ -137,20 +142,3 @@ class SelectionInputs:
             mode=self._config.mode,
             rules=selection.rules_of(method),
         )
-
-    def read(self, cell: Cell) -> Selection:
-        """Reads the selection of a cell; see `selection_files.read_selection` for errors.
-
-        Raises:
-          ValueError: also if its files are not as the stage `select` left them.
-        """
-        found = selection_files.read_selection(
-            self._workdir,
-            self.samples,
-            cell,
-            how=self.how(cell),
-            scores_fingerprint=self.fingerprint(cell[0]),
-            mode=self._config.mode,
-        )
-        provenance.check_is_as_left(self._workdir, "select", selection_files.files_of(cell))
-        return found

@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 from dlc_jax import checks
 from dlc_jax.checks.escaping import csv_cell
 from dlc_jax.config import Config
-from dlc_jax.files.json_files import NAME, SHA256, check_shape
+from dlc_jax.files.json_files import NAME, check_shape
 from dlc_jax.selection import FULL, Cell
 from dlc_jax.stages.selection_files import CELL, cell_of
-from dlc_jax.training.folder import PER_CLASS, RUN, RunFolder
-from dlc_jax.workspace import artefacts
+from dlc_jax.training.folder import PER_CLASS, read_metrics
+from dlc_jax.workspace import Record, artefacts, records
 
 BASE = "base"
 COLUMNS = ("method", "keep_fraction", "split", "seed", "num_kept", "test_accuracy", "seconds")
 # What instructions have besides: nats per response token, and accuracies on parts of MMLU.
 _MORE_COLUMNS = ("test_loss", "humanities", "social_sciences", "stem", "other")
-_RUN = {"shared?": SHA256, "cell?": CELL, "settings?": dict}
+_RESULT = {"num_kept": int, "seconds": float, "test_accuracy?": (float, None)}
+_RUN = {"cell": CELL, "result?": _RESULT}
 _EVALUATION = {
     "asked": str,
     "run": str,
@@ -39,14 +40,14 @@ BASE_CELL = Cell(BASE, 0.0, None, 0)
 def what_is_finished(config: Config, workdir: Path) -> str:
     """Returns how much of a sweep `results.csv` holds, and how its runs were trained."""
     known, unreadable = read_runs(workdir)
-    finished = {name for name, facts in known.items() if "result" in facts}
+    finished = {name for name, run in known.items() if records.RESULT in run.facts}
     asked = {cell.name for cell in config.runs()}
     said = f"{len(asked & finished)} of the {len(asked)} runs asked for are finished"
     if others := len(finished - asked):
         said += f"; {others} others are in the table as well"
     if unreadable:
         said += f"; left out: {'; '.join(unreadable.values()).removesuffix('.')}"
-    settings = next((known[name].get("settings") for name in sorted(finished)), None)
+    settings = next((known[name].settings for name in sorted(finished)), None)
     if settings is None:
         return f"{said}."
     mine = dataclasses.asdict(config.training)
@@ -102,11 +103,14 @@ def note_on_chance(workdir: Path) -> str:
 def _end_of(path: Path) -> _End | None:
     """Reads how a run on images ended; None if it has not, was not trained, or is unreadable."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, csv.Error):
-        result = RunFolder(path).facts().get("result", {})
+        run = records.read(path, records.RUN)
+        if run is None:
+            return None
+        result = run.facts[records.RESULT]
         with open(path / PER_CLASS, newline="") as file:
             tested = [int(row["num_test"]) for row in csv.DictReader(file)]
         accuracies = (
-            float(RunFolder(path).read_metrics()[-1]["train_accuracy"]),
+            float(read_metrics(path)[-1]["train_accuracy"]),
             float(result["test_accuracy"]),
         )
         return _End(
@@ -119,11 +123,11 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
     """Writes `results.csv` from every finished run in the work directory, in a fixed order."""
     rows: list[dict[str, Any]] = []
     base = read_evaluation(workdir, BASE_CELL)
-    for facts in read_runs(workdir)[0].values():
-        if "result" in facts and "cell" in facts:
-            cell = cell_of(facts["cell"])
-            measured = _measured(workdir, cell, facts["inputs"], base.get("asked"))
-            rows.append({**facts["result"], **cell._asdict(), **measured})
+    for run in read_runs(workdir)[0].values():
+        if records.RESULT in run.facts:
+            cell = cell_of(run.facts["cell"])
+            measured = _measured(workdir, cell, run.identity, base.get("asked"))
+            rows.append({**run.facts[records.RESULT], **cell._asdict(), **measured})
     if base:
         rows.append({**BASE_CELL._asdict(), "num_kept": 0, "seconds": 0.0, **base["result"]})
     rows.sort(
@@ -145,31 +149,40 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def facts_of(workdir: Path, cell: Cell) -> dict[str, Any]:
-    """Returns the `run.json` of a cell, {} before its run has started.
+def run_folder(workdir: Path, cell: Cell) -> Path:
+    """Returns the folder of the run of a cell."""
+    return workdir / artefacts.FINETUNE / cell.name
+
+
+def read_run(workdir: Path, cell: Cell) -> Record | None:
+    """Returns the record of a cell's run, finished or not; None before it has started.
 
     Raises:
       ValueError: it is damaged, or of another cell.
     """
-    return _read_run(workdir / artefacts.FINETUNE / cell.name, cell.name)
+    return _read_run(run_folder(workdir, cell), cell.name)
 
 
-def _read_run(folder: Path, name: str) -> dict[str, Any]:
-    facts = RunFolder(folder).facts()
-    check_shape(facts, _RUN, folder / RUN)
-    _check_cell(facts, name, folder / RUN)
-    return facts
+def _read_run(folder: Path, name: str) -> Record | None:
+    run, path = records.read(folder, records.RUN), folder / records.file_of(records.RUN)
+    if run is not None:
+        check_shape(run.facts, _RUN, path)
+        _check_cell(run.facts, name, path)
+    return run
 
 
-def read_runs(workdir: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Returns the `run.json` of runs, and why others are unreadable, by the name of the cell."""
+def read_runs(workdir: Path) -> tuple[dict[str, Record], dict[str, str]]:
+    """Returns the records of runs, and why others are unreadable, by the name of the cell."""
     runs, unreadable = {}, {}
     for path in (workdir / artefacts.FINETUNE).glob("*/*"):
         name = f"{path.parent.name}/{path.name}"
         try:
-            runs[name] = _read_run(path, name)
+            run = _read_run(path, name)
         except (checks.InputError, OSError) as error:
             unreadable[name] = str(error)
+            continue
+        if run is not None:
+            runs[name] = run
     return runs, unreadable
 
 

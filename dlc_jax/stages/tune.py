@@ -15,20 +15,21 @@ from dlc_jax import reports
 from dlc_jax.checks.escaping import csv_cell
 from dlc_jax.config import Config
 from dlc_jax.distributed import Run, make_mesh
+from dlc_jax.stages.measurements import check_is_of_these_scores
 from dlc_jax.stages.score import Load, load_configured
 from dlc_jax.stages.selection_files import CHOICE, choice_of
 from dlc_jax.stages.what_was_scored import check_is_what_was_scored
 from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
 from dlc_jax.types import Gap, Tried, Tuning
-from dlc_jax.version import __version__
-from dlc_jax.workspace import artefacts, provenance
+from dlc_jax.workspace import Record, Workspace, Written, artefacts, records
 from dlc_jax.workspace.artefacts import ScoredSamples
 
 _FILE = f"{artefacts.TUNING}/tuning.json"
 _TABLE = f"{artefacts.TUNING}/tuning.csv"
+# what fine-tuning on subsets has so far, and its records
+_TRIALS = tuple(f"{artefacts.TUNING}/{name}" for name in ("trials", records.FOLDER))
 _REPORT = f"{artefacts.TUNING}/tuning.md"
 _FIGURE = f"{artefacts.TUNING}/curve.png"
-_TRIALS = f"{artefacts.TUNING}/trials"
 _GAPS = ("to_random", "to_full", "to_even")
 _TRIED = {"keep_fraction": float, "method": str, "split": (float, None), "accuracy": float}
 _GAP = [float, float, float]
@@ -47,9 +48,7 @@ _TUNING = {
 }
 
 
-def run_tune(
-    config: Config, workdir: Path, samples: ScoredSamples, load: Load, echo: Callable[[str], None]
-) -> Tuning:
+def run_tune(config: Config, workspace: Workspace, samples: ScoredSamples, load: Load) -> Tuning:
     """Tunes on held-out parts of the training data, or reads the results of an earlier run.
 
     The test set is not loaded here. Writes tuning.json (all of it), tuning.csv (a row per way of
@@ -58,29 +57,88 @@ def run_tune(
     Raises:
       ValueError: features that are not there, data that were not scored; see also `tune`.
     """
+    say = workspace.say
     score = config.selection.score_of("flexrand")
     arrays = {score: samples.score(score)}
     if config.tuning.needs_features:
-        provenance.check_is_whole(workdir, "features")
-        arrays["features"] = artefacts.read_array(workdir, artefacts.FEATURES, "features", samples)
-    trials = _finetune_trials(config, workdir, samples, load)
-    made_with = config.decides_auto | {"keep_fractions": config.selection.keep_fractions}
-    trained = None if trials is None else trials.fingerprint
-    inputs = artefacts.json_hash(
-        [__version__, config.decides_auto, samples.fingerprint_of(arrays), trained]
-    )
-    if provenance.is_done(workdir, "tune", inputs) and _covers(workdir, config):
-        echo("tune: unchanged, not run again")
-        tuning = read_tuning(workdir)
-    else:
-        echo(f"tune: by {config.tuning.by}, {config.tuning.num_repeats} held-out fifths")
+        check_is_of_these_scores(workspace.root, "features")
+        arrays["features"] = artefacts.read_array(
+            workspace.root, artefacts.FEATURES, "features", samples
+        )
+    trials = _finetune_trials(config, workspace, samples, load)
+    step = TuningStep(config, samples, arrays, trials, config.selection.keep_fractions, say)
+    step = step.covered_by(records.read(workspace.root, step.name))
+    if not workspace.ensure(step):
+        say("tune: unchanged, not run again")
+    tuning = step.read(workspace.root)
+    curve = keep_curve(tuning, tolerance=config.tuning.tolerance)
+    table = reports.tuning_table(tuning, curve)
+    with artefacts.atomic(workspace.root / _REPORT, "w") as file:
+        file.write(f"{table}\n")
+    say(f"\n{table}\n")
+    say(f"files: {workspace.root}/{artefacts.TUNING}/ (tuning.md, tuning.csv, curve.png)")
+    return tuning
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TuningStep:
+    """Accuracies on held-out parts of the training data, by way of choosing, `tuning/`.
+
+    Attributes:
+      config: Checked configuration.
+      samples: Samples with their scores.
+      arrays: Score that hardness is measured by, [n], and features, [n, d], where they are used.
+      trials: Fine-tuning of held-out parts; None: linear heads.
+      keep_fractions: Keep fractions to tune; each is tuned as if there were no others.
+      say: Takes each line meant for the user.
+    """
+
+    config: Config
+    samples: ScoredSamples
+    arrays: dict[str, np.ndarray]
+    trials: FinetuneTrials | None
+    keep_fractions: tuple[float, ...]
+    say: Callable[[str], None]
+
+    name = "tune"
+    kind = "tuning"
+    stage = "tune"
+    files = (_FILE, _TABLE, _FIGURE)
+    obsolete = _TRIALS
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {
+            "decides_auto": self.config.decides_auto,
+            "scores": self.samples.fingerprint_of(self.arrays),
+            "trained": None if self.trials is None else self.trials.fingerprint,
+            "keep_fractions": self.keep_fractions,
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.config.decides_auto | {"keep_fractions": self.keep_fractions}
+
+    def covered_by(self, known: Record | None) -> TuningStep:
+        """Returns the step of a tuning that has these keep fractions and more, or this step."""
+        theirs = [] if known is None else known.key.get("keep_fractions")
+        if known is None or not isinstance(theirs, list):
+            return self
+        wider = dataclasses.replace(self, keep_fractions=tuple(theirs))
+        covers = all(fraction in theirs for fraction in self.keep_fractions)
+        return wider if covers and known.difference(wider) is None else self
+
+    def compute(self, scratch: Path) -> Tuning:
+        config, trials = self.config, self.trials
+        self.say(f"tune: by {config.tuning.by}, {config.tuning.num_repeats} held-out fifths")
+        score = config.selection.score_of("flexrand")
         tuning = tune(
-            arrays[score],
-            samples.labels,
-            ids=samples.ids,
-            features=arrays.get("features"),
+            self.arrays[score],
+            self.samples.labels,
+            ids=self.samples.ids,
+            features=self.arrays.get("features"),
             trials=trials or config.linear_probe,
-            keep_fractions=config.selection.keep_fractions,
+            keep_fractions=self.keep_fractions,
             methods=config.tuning.methods,
             splits=config.tuning.splits,
             num_repeats=config.tuning.num_repeats,
@@ -88,64 +146,44 @@ def run_tune(
             seed=config.seed,
             run=Run(mesh=make_mesh(devices=jax.local_devices()), progress=True),
         )
-        if trials is not None:
-            seconds = tuning.seconds + trials.earlier_seconds
-            tuning = dataclasses.replace(tuning, seconds=seconds)
-        _write(workdir, tuning)
-        paths = [Path(name) for name in (_FILE, _TABLE, _FIGURE)]
-        provenance.record(workdir, "tune", inputs, paths, tuning.seconds, {}, made_with)
-        artefacts.remove(workdir / _TRIALS)  # finished
-    curve = keep_curve(tuning, tolerance=config.tuning.tolerance)
-    table = reports.tuning_table(tuning, curve)
-    with artefacts.atomic(workdir / _REPORT, "w") as file:
-        file.write(f"{table}\n")
-    echo(f"\n{table}\n")
-    echo(f"files: {workdir}/{artefacts.TUNING}/ (tuning.md, tuning.csv, curve.png)")
-    return tuning
+        if trials is None:
+            return tuning
+        return dataclasses.replace(tuning, seconds=tuning.seconds + trials.earlier_seconds)
 
+    def write(self, root: Path, tuning: Tuning) -> Written:
+        with artefacts.atomic(root / _TABLE, "w") as file:
+            table = csv.writer(file, lineterminator="\n")
+            gaps = [f"{name}{part}" for name in _GAPS for part in ("", "_half_width", "_p_value")]
+            table.writerow(["keep_fraction", "method", "split", "accuracy", *gaps])
+            for row in tuning.tried:
+                numbers = [gap for name in _GAPS for gap in getattr(row, name) or ("", "", "")]
+                cells = [row.keep_fraction, csv_cell(row.method), row.split, row.accuracy, *numbers]
+                table.writerow(cells)
+        with artefacts.atomic(root / _FIGURE) as file:
+            reports.tuning_figure(tuning).savefig(file, format="png", dpi=150)
+        artefacts.write_json(root / _FILE, _to_json(tuning))
+        return Written(self.files, seconds=tuning.seconds)
 
-def read_tuning(workdir: Path) -> Tuning:
-    """Reads `tuning/tuning.json`; ValueError where it is damaged."""
-    return _from_json(artefacts.read_json(workdir / _FILE, _TUNING))
-
-
-def _covers(workdir: Path, config: Config) -> bool:
-    """Whether every keep fraction was tuned; each is tuned as if there were no others."""
-    known = provenance.settings_of(workdir, "tune", {"keep_fractions": [float]})
-    assert known is not None  # the stage ran
-    return set(config.selection.keep_fractions) <= set(known["keep_fractions"])
+    def read(self, root: Path) -> Tuning:
+        return _from_json(artefacts.read_json(root / _FILE, _TUNING))
 
 
 def _finetune_trials(
-    config: Config, workdir: Path, samples: ScoredSamples, load: Load
+    config: Config, workspace: Workspace, samples: ScoredSamples, load: Load
 ) -> FinetuneTrials | None:
     """Returns what fine-tunes; None where linear heads are trained instead."""
     if config.tuning.by == "linear_probe":
         return None
     dataset = load(config.dataset.train)
-    check_is_what_was_scored(workdir, dataset)
+    check_is_what_was_scored(workspace.root, dataset)
     scored = np.flatnonzero(np.isin(dataset.ids, samples.ids))  # others could not be read
     return FinetuneTrials(
         load_configured(config),
         config.images(dataset.subset(scored)),
         config.finetune,
         mode=config.mode,
-        run=Run(workdir / _TRIALS, make_mesh(devices=jax.local_devices())),
+        run=Run(workspace.root / artefacts.TUNING, make_mesh(devices=jax.local_devices())),
     )
-
-
-def _write(workdir: Path, tuning: Tuning) -> None:
-    with artefacts.atomic(workdir / _TABLE, "w") as file:
-        table = csv.writer(file, lineterminator="\n")
-        gaps = [f"{name}{part}" for name in _GAPS for part in ("", "_half_width", "_p_value")]
-        table.writerow(["keep_fraction", "method", "split", "accuracy", *gaps])
-        for row in tuning.tried:
-            numbers = [gap for name in _GAPS for gap in getattr(row, name) or ("", "", "")]
-            cells = [row.keep_fraction, csv_cell(row.method), row.split, row.accuracy, *numbers]
-            table.writerow(cells)
-    with artefacts.atomic(workdir / _FIGURE) as file:
-        reports.tuning_figure(tuning).savefig(file, format="png", dpi=150)
-    artefacts.write_json(workdir / _FILE, _to_json(tuning))
 
 
 def _to_json(tuning: Tuning) -> dict[str, Any]:

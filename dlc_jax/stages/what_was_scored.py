@@ -11,16 +11,21 @@ from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.encoders.language_model import load_language_model
 from dlc_jax.masking import AUTO
-from dlc_jax.stages.score import NOT_IN_LOSSES, Load, load_configured
+from dlc_jax.stages.measurements import NOT_IN_LOSSES
+from dlc_jax.stages.score import Load, load_configured
 from dlc_jax.stages.score_instructions import load_configured_instructions
 from dlc_jax.types import Dataset
-from dlc_jax.workspace import provenance
+from dlc_jax.workspace import records
 
 _SETTINGS = {
-    "asked?": {"dataset": {"train": str}, "encoder": {"name": str, "weights": str}},
+    "asked": {"dataset": {"train": str}, "encoder": {"name": str, "weights": str}},
     "encoder?": dict,
     "probe": dict,
     "seed": int,
+}
+_FACTS = {
+    "dataset?": {"source": str, "fingerprint": str, "skipped?": dict},
+    "encoder?": {"name": str, "fingerprint": str},
 }
 # Settings that do not decide the losses, by what is scored.
 _NOT_OF_DATA = ("train", "test", "on_corrupt")
@@ -43,24 +48,15 @@ def check_names_what_was_scored(
     Raises:
       ValueError: another data set or encoder, naming both.
     """
-    known = provenance.settings_of(workdir, "score", _SETTINGS)
+    known = records.settings_of(workdir, "score", _SETTINGS)
     if known is None:
         return
-    known = {"asked": _asked_before(workdir, known), **known}
     if config.dataset.train:
         _check_dataset(config, workdir, known, load)
     names_trained = {"finetune", "evaluate"} & set(config.stages) or config.stages == ("report",)
     if config.encoder.weights and not names_trained:
         _check_encoder(config, workdir, known)
     _note_probes(config, known, echo)
-
-
-def _asked_before(workdir: Path, known: dict[str, Any]) -> dict[str, Any]:
-    """Returns what is known of scores that an earlier version made."""
-    source = provenance.read(workdir).get("dataset", {}).get("source", "")
-    encoder = {"name": "", "weights": ""} | known.get("encoder", {})
-    named = {name: encoder[name] for name in ("name", "weights", "image_size") if name in encoder}
-    return {"dataset": {"train": source}, "encoder": named}
 
 
 def _check_dataset(config: Config, workdir: Path, known: dict[str, Any], load: Load) -> None:
@@ -97,7 +93,7 @@ def _check_encoder(config: Config, workdir: Path, known: dict[str, Any]) -> None
         return load_configured(config).for_mode(config.mode).fingerprint
 
     fingerprint = _loaded("encoder.weights", named, scored, workdir, found)
-    expected = provenance.read(workdir).get("encoder", {}).get("fingerprint", fingerprint)
+    expected = _scored(workdir, "encoder").get("fingerprint", fingerprint)
     if fingerprint != expected:
         raise checks.InputError(
             f"encoder.weights: {named} is not what was scored in {workdir}: its fingerprint is "
@@ -154,7 +150,7 @@ def _note_probes(config: Config, known: dict[str, Any], echo: Callable[[str], No
 
 def check_is_what_was_scored(workdir: Path, dataset: Dataset | Instructions) -> None:
     """Raises unless the data set is the one that the scores in the work directory are of."""
-    scored = provenance.read(workdir).get("dataset", {})
+    scored = _scored(workdir, "dataset")
     fingerprint = scored.get("fingerprint", dataset.fingerprint)
     if fingerprint != dataset.fingerprint:
         raise checks.InputError(
@@ -164,9 +160,21 @@ def check_is_what_was_scored(workdir: Path, dataset: Dataset | Instructions) -> 
         )
 
 
+def _scored(workdir: Path, what: str) -> dict[str, Any]:
+    """Returns the facts about the data set or encoder that was scored, {} of scores without."""
+    found: dict[str, Any] = records.facts_of(workdir, "score", _FACTS).get(what, {})
+    return found
+
+
+def skipped_samples(workdir: Path) -> dict[str, str]:
+    """Returns the ids of samples that were left out when the others were scored, and why."""
+    skipped: dict[str, str] = _scored(workdir, "dataset").get("skipped", {})
+    return skipped
+
+
 def scored_encoder(workdir: Path, fingerprint: str) -> str | None:
     """Returns name and weights of the encoder that was scored; None if it has this fingerprint."""
-    scored = provenance.read(workdir).get("encoder", {})
+    scored = _scored(workdir, "encoder")
     if scored.get("fingerprint", fingerprint) == fingerprint:
         return None
     return " ".join(str(scored[key]) for key in ("name", "weights") if key in scored)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -17,19 +16,14 @@ from dlc_jax import checks
 from dlc_jax.distributed import Run
 from dlc_jax.encoders import Encoder
 from dlc_jax.files import array_files
-from dlc_jax.files.array_files import Expected
 from dlc_jax.preprocess import Images
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.tuning.linear import LinearProbeConfig, linear_probes
 from dlc_jax.types import Conventions, Dataset
-from dlc_jax.workspace import artefacts
+from dlc_jax.workspace import Workspace, Written, artefacts, records
+from dlc_jax.workspace.keys import json_hash
 
-_OUTCOME = {
-    "predictions": Expected("i", 1),
-    "seconds": Expected("f", 0),
-    "inputs": Expected("U", 0),
-}
 TRIALS = ("linear_probe", "finetune")
 
 
@@ -129,7 +123,7 @@ class FinetuneTrials:
         self._encoder, self._dataset = encoder, self._images.dataset
         self._settings, self._conventions, self._run = settings, Conventions.of(mode), run
         self.earlier_seconds = 0.0
-        self._counted: set[Path] = set()  # outcomes whose seconds are known
+        self._counted: set[str] = set()  # outcomes whose seconds are known
 
     @functools.cached_property
     def _finetuner(self) -> Finetuner:
@@ -153,37 +147,64 @@ class FinetuneTrials:
         return np.stack([self._predictions(trial)[held_out] == labels for trial in trials])
 
     def _predictions(self, trial: Trial) -> Int32[np.ndarray, " n"]:
-        path, inputs = self._run.path, ""
-        if path is not None:
-            inputs = self._finetuner.inputs(trial.positions, trial.seed)
-            path /= f"{inputs[:32]}.npz"
-            found = self._known(path, inputs)
-            if found is not None:
-                return found
-        start = time.perf_counter()
-        predictions = self._finetuner.run(trial.positions, trial.seed).predictions
+        step = _TrialStep(self._finetuner, trial)
+        if self._run.path is None:
+            return step.compute(None)
+        workspace = Workspace(self._run.path)
+        if (made := workspace.ensure(step)) is not None:
+            self._counted.add(step.name)
+            return made.value
+        record = records.read(workspace.root, step.name)
+        if record is not None and step.name not in self._counted:
+            self.earlier_seconds += record.seconds
+            self._counted.add(step.name)
+        return step.read(workspace.root)
+
+
+class _TrialStep(NamedTuple):
+    """Predictions of a model that was fine-tuned on a subset, for every sample, [n]."""
+
+    finetuner: Finetuner
+    trial: Trial
+
+    @property
+    def kind(self) -> str:
+        return self.finetuner.kind
+
+    @property
+    def stage(self) -> str:
+        return "tune"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        kept = json_hash(self.trial.positions.tolist())
+        return {"shared": self.finetuner.fingerprint, "kept": kept, "seed": int(self.trial.seed)}
+
+    @property
+    def name(self) -> str:
+        return f"trials/{json_hash(self.key)[:32]}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def obsolete(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (f"{self.name}.npy",)
+
+    def compute(self, scratch: Path | None) -> Int32[np.ndarray, " n"]:
+        predictions = self.finetuner.run(self.trial.positions, self.trial.seed).predictions
         assert predictions is not None  # there is a test set
-        if path is not None:
-            self._counted.add(path)
-            with artefacts.atomic(path) as file:
-                seconds = np.array(time.perf_counter() - start)
-                outcome = {"predictions": predictions, "seconds": seconds}
-                np.savez(file, allow_pickle=False, inputs=np.array(inputs), **outcome)
         return predictions
 
-    def _known(self, path: Path, inputs: str) -> Int32[np.ndarray, " n"] | None:
-        """Returns the predictions of this very trial; None where it has to be run."""
-        if not path.exists():
-            return None
-        try:
-            found = array_files.read_npz(path, _OUTCOME)
-            if str(found["inputs"]) != inputs or len(found["predictions"]) != len(self._dataset):
-                raise checks.InputError(
-                    f"of inputs {str(found['inputs'])[:12]}, expected {inputs[:12]}"
-                )
-        except checks.InputError as error:
-            print(f"note: {path}: damaged, the trial is run again: {error}")
-            return None
-        self.earlier_seconds += 0.0 if path in self._counted else float(found["seconds"])
-        self._counted.add(path)
-        return found["predictions"]
+    def write(self, root: Path, predictions: Int32[np.ndarray, " n"]) -> Written:
+        with artefacts.atomic(root / self.files[0]) as file:
+            np.save(file, predictions, allow_pickle=False)
+        return Written(self.files)
+
+    def read(self, root: Path) -> Int32[np.ndarray, " n"]:
+        return array_files.read_npy(root / self.files[0])

@@ -12,7 +12,7 @@ from jaxtyping import Int64, Integer, UInt64
 from tqdm import tqdm
 
 from dlc_jax import checks
-from dlc_jax.distributed import Run
+from dlc_jax.distributed import Run, hides_bar
 from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, Candidates, Rules, id_keys, lots
 from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
 from dlc_jax.tuning.linear import LinearProbeConfig
@@ -230,7 +230,7 @@ def _try_all(
     num_held_out = np.zeros(len(labels), np.int64)
     num_right = np.zeros((len(cells), len(labels)), np.int32)
     accuracy = np.zeros((len(cells), num_repeats))
-    shown = tqdm(range(num_repeats), "tune", unit="split", disable=None if progress else True)
+    shown = tqdm(range(num_repeats), "tune", unit="split", disable=hides_bar(progress))
     for repeat in shown:
         part = _parts(labels, keys, seed, repeat // _NUM_PARTS)
         fit = np.flatnonzero(part != repeat % _NUM_PARTS)

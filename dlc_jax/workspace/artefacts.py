@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,17 @@ from dlc_jax.files.array_files import Expected
 from dlc_jax.files.arrow import pa, pq
 
 # used as parts of this module
-from dlc_jax.files.json_files import NAME, SHA256, check_shape
+from dlc_jax.files.json_files import check_shape
 from dlc_jax.files.json_files import read_json as read_json
 from dlc_jax.files.whole_files import atomic as atomic
 from dlc_jax.files.whole_files import atomic_folder as atomic_folder
 from dlc_jax.files.whole_files import clear_leftovers as clear_leftovers
 from dlc_jax.files.whole_files import is_mirrored as is_mirrored
 from dlc_jax.files.whole_files import is_temporary as is_temporary
-from dlc_jax.files.whole_files import locked as locked
 from dlc_jax.files.whole_files import move as move
 from dlc_jax.files.whole_files import pull as pull
-from dlc_jax.files.whole_files import push as push
 from dlc_jax.files.whole_files import remove as remove
+from dlc_jax.workspace.keys import plain
 
 CONFIG = "config.json"
 PROVENANCE = "provenance.json"
@@ -40,12 +39,11 @@ FEATURES = "scores/features.npz"
 TRAINING = "scores/training"
 CERTIFICATE = "scores/certificate.json"
 PICTURE = "scores/easiest_hardest.png"
-SHARDS = "unfinished"
+UNFINISHED = "unfinished"
 TUNING = "tuning"
 RESULTS = "results.csv"
 REPORT = "report"
 FINETUNE = "finetune"
-RUN = "run.json"
 EVALUATE = "evaluate"
 EXPORTS = "exports"
 _LOSSES = {
@@ -61,9 +59,11 @@ _FOLDERS = (
     TRAINING,
     f"{TRAINING}/*",
     f"{TRAINING}/*/seen",
-    f"{SHARDS}/*",
+    f"{UNFINISHED}/*",
+    f"{UNFINISHED}/*/*",
+    "records/**",
     TUNING,
-    f"{TUNING}/*",
+    f"{TUNING}/**",
     "selections/*",
     f"{FINETUNE}/*/*",
     f"{EVALUATE}/*",
@@ -115,9 +115,12 @@ class ScoredSamples:
         return digest.hexdigest()
 
 
-def prepare_workdir(workdir: Path) -> None:
+def prepare_workdir(workdir: Path, option: str = "--workdir") -> None:
     """Makes the work directory, and clears temporary files of runs that were killed.
 
+    Args:
+      workdir: Folder.
+      option: Name of the option that gave it, for messages.
     Raises:
       ValueError: it cannot be written to.
     """
@@ -128,7 +131,7 @@ def prepare_workdir(workdir: Path) -> None:
         remove(workdir / ".writable")
     except OSError as error:
         raise checks.InputError(
-            f"--workdir: cannot write to {workdir}: {error.strerror or error}."
+            f"{option}: cannot write to {workdir}: {error.strerror or error}."
         ) from error
     for folders in _FOLDERS:
         clear_leftovers(workdir, folders)
@@ -137,7 +140,7 @@ def prepare_workdir(workdir: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON; numbers that are not finite, which JSON has no form of, as null."""
     with atomic(path, "w") as file:
-        json.dump(finite(value), file, indent=2, default=_plain, allow_nan=False)
+        json.dump(finite(value), file, indent=2, default=plain, allow_nan=False)
         file.write("\n")
 
 
@@ -146,27 +149,17 @@ def read_bytes(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
 
 
-def json_hash(value: Any) -> str:
-    """Returns the SHA-256 of a value's JSON, keys sorted."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
-
-
-def finite(value: Any) -> Any:
-    """Returns the value with None for every number in it that is NaN or infinite."""
+def finite(value: Any, otherwise: Callable[[float], Any] = lambda _: None) -> Any:
+    """Returns the value with None, or other values, for numbers in it that are NaN or infinite."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value if math.isfinite(value) else otherwise(value)
     if isinstance(value, Mapping):
-        return {key: finite(some) for key, some in value.items()}
-    return [finite(some) for some in value] if isinstance(value, (list, tuple)) else value
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's numbers, which users' loops hand over, as Python's."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} is not JSON")
+        return {key: finite(some, otherwise) for key, some in value.items()}
+    return (
+        [finite(some, otherwise) for some in value] if isinstance(value, (list, tuple)) else value
+    )
 
 
 def write_losses(workdir: Path, **arrays: np.ndarray) -> None:
@@ -242,13 +235,6 @@ def _check_columns(path: Path, schema: pa.Schema, class_names: Any) -> None:
             raise checks.InputError(f"{path}: column {name} is {kind}, expected {expected}.")
 
 
-def same_arrays(some: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> bool:
-    """Whether both have the same names and values."""
-    return some.keys() == others.keys() and all(
-        np.array_equal(array, others[name]) for name, array in some.items()
-    )
-
-
 def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np.ndarray:
     """Reads what a stage left of every sample, [n, d].
 
@@ -313,43 +299,20 @@ def hashes_below(folder: Path | None, names: list[str] | None = None) -> dict[st
     return {} if folder is None else file_hashes(folder, chosen)
 
 
-def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """Returns a phrase for the first file whose SHA-256 is not the expected one, None for none."""
+def difference(
+    expected: Mapping[str, Any], found: Mapping[str, Any], between: str = " "
+) -> str | None:
+    """Returns a phrase for the first file whose SHA-256 is not the expected one, None for none.
+
+    Args:
+      expected, found: SHA-256 by name.
+      between: Text between the name and what is wrong with it.
+    """
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
-            return f"{name} is missing"
+            return f"{name}{between}is missing"
         if name not in expected:
-            return f"{name} does not belong there"
+            return f"{name}{between}does not belong there"
         if expected[name] != found[name]:
-            return f"{name} does not have the content that was written (SHA-256 differs)"
+            return f"{name}{between}does not have the content that was written (SHA-256 differs)"
     return None
-
-
-def check_is_as_recorded(folder: Path) -> None:
-    """Raises if `run.json` beside a folder records other files in it: those a finished run left.
-
-    Raises:
-      ValueError: a file is missing or has another content.
-    """
-    recorded = read_json(folder.parent / RUN, {"files?": {NAME: SHA256}}).get("files", {})
-    files = {
-        name.removeprefix(f"{folder.name}/"): value
-        for name, value in recorded.items()
-        if name.startswith(f"{folder.name}/")
-    }
-    if damage := difference(files, hashes_below(folder, [*files])):
-        raise checks.InputError(
-            f"{folder}: {damage}; expected what the run recorded in {folder.parent / RUN}. Run the "
-            "stage 'finetune' again."
-        )
-
-
-def are_intact(
-    workdir: Path, hashes: Mapping[str, str | None], needed: Iterable[Path] = ()
-) -> bool:
-    """Whether every file, and those that are needed, are there with the content written."""
-    paths = [Path(name) for name in hashes]
-    if not {path.as_posix() for path in needed} <= set(hashes):
-        return False
-    present = all((workdir / path).is_file() for path in paths)
-    return present and file_hashes(workdir, paths) == hashes

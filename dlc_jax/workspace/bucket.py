@@ -34,7 +34,7 @@ from dlc_jax import checks
 from dlc_jax.distributed import processes
 from dlc_jax.files import whole_files
 from dlc_jax.files.json_files import BELOW, parse_json
-from dlc_jax.workspace import artefacts, lease
+from dlc_jax.workspace import artefacts, lease, records
 from dlc_jax.workspace.object_store import ObjectStore
 
 _PENDING = ".pending.json"
@@ -42,8 +42,9 @@ _TO_DO = {"move?": [BELOW, BELOW], "remove?": BELOW}
 _FILES, _KNOWN = "files", "known.jsonl"
 _SETTLE_S = 2.0
 _FETCHED = ".fetched"
-# Written for others: may be large, and no stage reads it.
-_NOT_FETCHED = artefacts.EXPORTS
+# Written for others: may be large, and no stage reads it. Without their records they are written
+# again on another machine.
+_NOT_FETCHED = (artefacts.EXPORTS, f"{records.FOLDER}/{artefacts.EXPORTS}")
 
 
 class LeaseObject(NamedTuple):
@@ -111,7 +112,7 @@ def work_in(
     files = home / _FILES
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(whole_files.locked(home, "running"))
+            stack.enter_context(whole_files.locked(home))
         except checks.InputError as error:
             raise checks.InputError(f"{store.url}: its local copy {error}") from error
         stack.enter_context(_only_for_now(home))
@@ -197,7 +198,7 @@ class Bucket:
         for known in self._local_names(name):
             if known not in found or known in stale:
                 (self._files / known).unlink()
-        exported = set(_below(stale, _NOT_FETCHED))
+        exported = {known for known in stale if _is_export(known)}
         for known in exported:
             self._note(known, Held(found[known]))
         _remove_empty_folders(path)
@@ -300,8 +301,8 @@ class Bucket:
     def _is_current(self, name: str, version: str) -> bool:
         """Whether the file is like this version of the object."""
         found = self._held(name, version)
-        is_needed = not _below([name], _NOT_FETCHED)
-        return self._known.get(name) == found and (found.size is not None or not is_needed)
+        is_enough = found.size is not None or _is_export(name)
+        return self._known.get(name) == found and is_enough
 
     def _held(self, name: str, version: str) -> Held:
         """Returns what to note of an object that the file, if there is one, is like."""
@@ -345,6 +346,10 @@ def _read_known(path: Path) -> dict[str, Held]:
         with whole_files.atomic(path, "w") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in known.items())
     return known
+
+
+def _is_export(name: str) -> bool:
+    return any(_below([name], folder) for folder in _NOT_FETCHED)
 
 
 def _below(names: Iterable[str], name: str) -> list[str]:

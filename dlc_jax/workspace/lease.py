@@ -134,7 +134,9 @@ def place_of(workdir: Path) -> Place:
 
 
 @contextlib.contextmanager
-def held(place: Place, say: Callable[[str], None] = print) -> Iterator[None]:
+def held(
+    place: Place, say: Callable[[str], None] = print, option: str = "--workdir"
+) -> Iterator[None]:
     """Holds the lease of a work directory in here, and lets nothing be written without it.
 
     Waits up to a minute for a lease that shows no sign of life; its holder may have died.
@@ -142,17 +144,18 @@ def held(place: Place, say: Callable[[str], None] = print) -> Iterator[None]:
     Args:
       place: Where the lease is.
       say: Takes a line if this has to wait.
+      option: Name of the option that gave the place, for messages.
     Raises:
       ValueError: another run holds it, or it cannot be written.
       Lost: from a write in here, if another run took the lease because this process was suspended
         for more than a minute.
     """
-    lease = _Lease(place)
+    lease = _Lease(place, option)
     try:
         lease.acquire(say)
     except OSError as error:
         raise checks.InputError(
-            f"--workdir: cannot write to {place.name}: {error.strerror or error}."
+            f"{option}: cannot write to {place.name}: {error.strerror or error}."
         ) from error
     thread = threading.Thread(target=lease.keep, name="lease", daemon=True)
     thread.start()
@@ -168,7 +171,8 @@ def held(place: Place, say: Callable[[str], None] = print) -> Iterator[None]:
 class _Lease:
     """The lease of this process, and what it knows of another's."""
 
-    def __init__(self, place: Place):
+    def __init__(self, place: Place, option: str):
+        self._option = option
         self._place, self._token, self._renewals = place, uuid.uuid4().hex, 0
         self._since = _now()
         self._sure_at = _clock()  # when it was last known to be ours
@@ -265,7 +269,7 @@ class _Lease:
     def _refusal(self, content: bytes | None) -> str:
         return (
             f"{self._place.name}: in use: {_who(content)}. One run at a time may work there; wait "
-            "until it ends, or use another --workdir."
+            f"until it ends, or use another {self._option}."
         )
 
 

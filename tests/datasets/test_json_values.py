@@ -10,7 +10,7 @@ import pytest
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.exports.instructions import write_rows_jsonl, write_rows_parquet
-from dlc_jax.training.folder import RunFolder
+from dlc_jax.training.folder import read_metrics, write_metrics
 from dlc_jax.workspace import artefacts
 
 
@@ -110,12 +110,11 @@ def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
 
 
 def test_a_run_that_diverged_leaves_json_and_is_read_back(tmp_path):
-    folder = RunFolder(tmp_path)
     history = [{"epoch": 1, "train_loss": math.nan}, {"epoch": 2, "train_loss": 0.5}]
-    folder.write_metrics(history)
+    write_metrics(tmp_path, history)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line, parse_constant=refuse) for line in lines]
     assert found == [{"epoch": 1, "train_loss": None}, {"epoch": 2, "train_loss": 0.5}]
-    back = folder.read_metrics()
+    back = read_metrics(tmp_path)
     assert math.isnan(back[0].pop("train_loss"))
     assert back == [{"epoch": 1}, history[1]]

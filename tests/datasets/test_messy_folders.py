@@ -24,8 +24,8 @@ from dlc_jax.datasets.parts import concatenate
 from dlc_jax.files import image_files
 from dlc_jax.preprocess import decode
 from dlc_jax.preprocess.inspection import inspect
+from dlc_jax.stages.measurements import dataset_facts
 from dlc_jax.stages.pipeline import _Sources
-from dlc_jax.stages.score import dataset_facts
 from dlc_jax.training.images import FinetuneConfig, Finetuner, class_ids_by_name
 from dlc_jax.types import Conventions
 

@@ -289,6 +289,32 @@ def test_a_sweep_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_training_record_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_path):
+    """Only the first process keeps what the runs of a record show."""
+    arguments = [*SCORE, *SWEEP, *data["odd"], "--config.stages=score,select"]
+    arguments += ["--config.selection.methods=el2n,forgetting", "--config.finetune.epochs=4"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(2, whole, arguments)
+    started = start(2, stopped, arguments)
+    deadline = time.monotonic() + 120
+    while not list(stopped.glob("scores/training/seed_*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+    codes, said = ended(started)
+    assert codes == [processes.RESTART] * 2, said
+    assert not (stopped / "scores/training/record.npz").exists()
+    run(2, stopped, arguments)
+    check_same(stopped, whole)
+    name = "scores/training/record.npz"
+    with np.load(whole / name) as a, np.load(stopped / name) as b:
+        for key in set(a.files) - {"facts"}:  # seconds are among the facts
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+@pytest.mark.slow
 def test_a_mistake_ends_all_with_one_line(data, tmp_path):
     codes, said = ended(start(2, tmp_path, [*SCORE, *data["odd"], "--config.mesh.probe=2"]))
     assert codes == [2, 2]

@@ -232,9 +232,10 @@ def test_selections_are_exported_for_other_programs(workdir, tmp_path, sample):
         "--config.export.forms=ids,parquet,image_folder",
         "--config.export.parts=kept,dropped",
     )
-    for _ in range(2):  # again over what is there
-        printed = run(*arguments).stdout
-        assert "export: 6 exports of 1 selections written" in printed
+    assert "export: 6 exports of 1 selections written" in run(*arguments).stdout
+    assert "export: unchanged, not written again" in run(*arguments).stdout
+    (tmp_path / "exports" / "hardest" / "keep_0.10-seed_1" / "kept.txt").write_text("mine")
+    assert "export: 1 exports of 1 selections written" in run(*arguments).stdout
     place = tmp_path / "exports" / "hardest" / "keep_0.10-seed_1"
     kept = np.load(tmp_path / "selections" / "hardest" / "keep_0.10-seed_1.npy")
     assert (place / "kept.txt").read_text().splitlines() == sample.ids[kept].tolist()

@@ -103,7 +103,7 @@ def error(ours, theirs, is_token):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", [pytest.param("left", marks=pytest.mark.slow), "right"])
 def test_logits_are_those_of_torch(torch_models, name, side):
     folder, model = torch_models[name]
     config = read_config(folder)

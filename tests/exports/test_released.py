@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, encoded, require_shared
+from conftest import ROOT, encoded, record_scores, require_shared
 from PIL import Image
 
 import dlc_jax as dlc
@@ -21,7 +21,7 @@ from dlc_jax.exports.released import released_order, released_path, released_pos
 from dlc_jax.preprocess.decode import decode
 from dlc_jax.selection import Cell
 from dlc_jax.stages import pipeline
-from dlc_jax.workspace import artefacts, provenance
+from dlc_jax.workspace import artefacts
 
 VARIANTS = ("737-700", "F-16A/B", "Tu-134")
 
@@ -509,9 +509,8 @@ def scored(workdir: Path, source: str, num_probes: int = 3, **probe) -> dlc.Data
             "masking": "random", "step": 0.05, "num_probes": 3, "placement": "grid", **probe
         },
     }  # fmt: skip
-    paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES)]
     facts = {"dataset": {"source": source, "fingerprint": dataset.fingerprint}}
-    provenance.record(workdir, "score", "", paths, 0.0, facts, made_with)
+    record_scores(workdir, facts, made_with)
     return dataset
 
 
@@ -570,8 +569,8 @@ def test_settings_and_scores_that_cannot_be_named(pictures, tmp_path):
         with pytest.raises(dlc.InputError, match=says):
             pipeline.run(Config.of(settings(root, **{key: value})), workdir, lambda line: None)
         assert not (workdir / "exports").exists()
-    (workdir / artefacts.PROVENANCE).unlink()
-    with pytest.raises(dlc.InputError, match="does not say with what the scores were made"):
+    (workdir / "records" / "score.json").unlink()
+    with pytest.raises(dlc.InputError, match="which says with what the scores were made"):
         pipeline.run(Config.of(settings(root)), workdir, lambda line: None)
 
 

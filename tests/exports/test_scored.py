@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import encoded, random_images
+from conftest import encoded, random_images, record_scores
 
 import dlc_jax as dlc
 from dlc_jax.config import Config
 from dlc_jax.exports import EXPORTS
 from dlc_jax.exports.released import released_positions
 from dlc_jax.stages import pipeline
-from dlc_jax.workspace import artefacts, provenance
+from dlc_jax.workspace import artefacts
 
 SECRET = b"the user's private key"
 UNREAD = (0, 7)  # rows of the table that name no readable image
@@ -150,8 +150,7 @@ def scored_workdir(workdir: Path, dataset: dlc.Dataset, rows: np.ndarray) -> Non
     samples = artefacts.ScoredSamples(ids, labels, dataset.class_names, {"dlc": scores})
     artefacts.write_scores(workdir, samples)
     facts = {"dataset": {"source": dataset.name, "fingerprint": dataset.fingerprint}}
-    paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES)]
-    provenance.record(workdir, "score", "", paths, 0.0, facts, MADE_WITH)
+    record_scores(workdir, facts, MADE_WITH)
 
 
 def test_the_stage_exports_what_was_scored(table, tmp_path):
@@ -194,10 +193,8 @@ def test_instructions_that_were_skipped_are_in_neither_part(tmp_path, form):
     samples = artefacts.ScoredSamples(data.ids[some], labels, ("all",), {"dlc": scores})
     artefacts.write_scores(workdir, samples)
     facts = {"dataset": {"source": data.name, "fingerprint": data.fingerprint}}
-    paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES)]
     encoder = {"name": "decoder", "weights": "none"}
-    made_with = {**MADE_WITH, "encoder": encoder}
-    provenance.record(workdir, "score", "", paths, 0.0, facts, made_with)
+    record_scores(workdir, facts, {**MADE_WITH, "encoder": encoder})
     values = {
         "stages": ("select", "export"),
         "encoder": encoder,

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 from dlc_jax.stages.sweep_results import note_on_chance
+from dlc_jax.workspace import Record
 
 
 def run_folder(workdir, name, train, test, num_classes=15, num_kept=750, num_test=20):
@@ -14,7 +15,8 @@ def run_folder(workdir, name, train, test, num_classes=15, num_kept=750, num_tes
     folder = workdir / "finetune" / name
     folder.mkdir(parents=True)
     result = {"num_kept": num_kept, "test_accuracy": test, "seconds": 1.0}
-    (folder / "run.json").write_text(json.dumps({"inputs": "0" * 64, "result": result}))
+    facts = {"result": result}
+    Record("run", "fine-tuning", 1, {}, {}, {}, 1.0, {}, [], facts).write(folder)
     lines = [{"epoch": 1, "train_accuracy": 50.0}, {"epoch": 2, "train_accuracy": train}]
     if train is None:
         lines = [{"epoch": 0}]

@@ -10,9 +10,11 @@ import pytest
 from conftest import subset
 
 import dlc_jax as dlc
-from dlc_jax.training.checkpoints import Checkpoints
-from dlc_jax.training.folder import SEEN, RunFolder
+from dlc_jax.training.folder import SEEN, write_metrics
 from dlc_jax.training.images import Finetuner
+from dlc_jax.training.run_step import RunStep
+from dlc_jax.workspace import Workspace, records
+from dlc_jax.workspace.checkpoints import Checkpoints
 
 HISTORY = [{"epoch": 1, "train_loss": 0.5}]
 
@@ -160,6 +162,14 @@ HEAD = {"image_size": 32, "epochs": 2, "batch_size": 16, "learning_rate": 0.05}
 HEAD |= {"settings": dlc.FinetuneConfig(linear_probe=True, augment=False)}
 
 
+def damage_of(folder: Path) -> str | None:
+    """Returns what has changed in the folder of a finished run."""
+    run = records.read(folder, records.RUN)
+    assert run is not None
+    assert "result" in run.facts
+    return run.damage(folder)
+
+
 @pytest.mark.parametrize("what", ["checkpoint", "table"])
 def test_a_damaged_finished_run_is_done_again(
     sample_encoder, small_sample, tmp_path, monkeypatch, capsys, what
@@ -167,16 +177,13 @@ def test_a_damaged_finished_run_is_done_again(
     small = subset(small_sample, np.arange(20))
     arguments = {**HEAD, "test": small, "folder": tmp_path}
     expected = dlc.finetune(sample_encoder, small, **arguments)
-    run = RunFolder(tmp_path)
-    inputs = run.facts()["inputs"]
-    assert run.is_finished(inputs)
+    assert damage_of(tmp_path) is None
     place = tmp_path / ("checkpoint" if what == "checkpoint" else "per_class_accuracy.csv")
     path = max(files_of(place) or [place], key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert not run.is_finished(inputs)
-    assert f"{path.relative_to(tmp_path)} does not have the content" in capsys.readouterr().out
+    assert f"{path.relative_to(tmp_path)} does not have the content" in str(damage_of(tmp_path))
     epochs, real = [], Finetuner._epoch
     monkeypatch.setattr(Finetuner, "_epoch", lambda *a: epochs.append(a[-1]) or real(*a))
     again = dlc.finetune(sample_encoder, small, **arguments)
@@ -186,25 +193,55 @@ def test_a_damaged_finished_run_is_done_again(
     np.testing.assert_array_equal(
         again.weights["head"]["kernel"], expected.weights["head"]["kernel"]
     )
-    assert run.is_finished(inputs)
+    assert damage_of(tmp_path) is None
+
+
+class OneCheckpoint:
+    """Trains nothing, and leaves what a run leaves."""
+
+    kind = "fine-tuning"
+    files = ("metrics.jsonl",)
+    keeps_weights = True
+    fingerprint = "ab" * 32
+
+    def run(self, positions, seed, folder=None):
+        with folder.checkpoints() as checkpoints:
+            checkpoints.save(1, state(1.0), HISTORY)
+        return dlc.RunResult(None, None, None, len(positions), (), HISTORY, {}, 1.0)
+
+    def write(self, folder, result):
+        write_metrics(folder, result.history)
+        return {"num_kept": result.num_kept, "seconds": result.seconds}
 
 
 def test_weights_that_the_user_deleted_are_not_made_again(tmp_path):
-    run = RunFolder(tmp_path, ("metrics.jsonl",), pytest.fail)
-    run.claim("ab" * 32, {})
-    run.write_metrics(HISTORY)
-    with run.checkpoints() as checkpoints:
-        checkpoints.save(1, state(1.0), HISTORY)
-    run.conclude({"num_kept": 3, "seconds": 1.0}, keep_weights=True)
+    workspace = Workspace(tmp_path, pytest.fail)
+    step = RunStep(OneCheckpoint(), np.arange(3), 0, tmp_path)
+    assert workspace.ensure(step) is not None
+    assert any(name.startswith("checkpoint/1/") for name in records.read(tmp_path, "run").outputs)
     shutil.rmtree(tmp_path / "checkpoint")
-    assert run.is_finished("ab" * 32)
+    assert workspace.ensure(step) is None
 
 
 def test_a_finished_run_without_checksums_is_not_finished(tmp_path):
+    said: list[str] = []
+    workspace = Workspace(tmp_path, said.append)
+    step = RunStep(OneCheckpoint(), np.arange(3), 0, tmp_path)
+    workspace.ensure(step)
+    path = tmp_path / "run.json"
+    facts = json.loads(path.read_text())
+    kept = {k: v for k, v in facts["outputs"].items() if k != "metrics.jsonl"}
+    path.write_text(json.dumps(facts | {"outputs": kept}))
+    assert not workspace.has(step)
+    assert workspace.ensure(step) is not None
+    assert said == [f"note: {path}: has no checksum of metrics.jsonl; it is made again"]
+    assert workspace.has(step)
+
+
+def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
     (tmp_path / "run.json").write_text(
         json.dumps({"inputs": "ab" * 32, "result": {"num_kept": 1, "seconds": 2.0}})
     )
-    said: list[str] = []
-    assert not RunFolder(tmp_path, (), said.append).is_finished("ab" * 32)
-    assert "run.json has no checksums of its files" in said[0]
-    assert "result" not in json.loads((tmp_path / "run.json").read_text())
+    step = RunStep(OneCheckpoint(), np.arange(3), 0, tmp_path)
+    with pytest.raises(dlc.InputError, match=r"run\.json: was written by dlc_jax 0\.1"):
+        Workspace(tmp_path).make(step)

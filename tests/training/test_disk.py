@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import dlc_jax as dlc
-from dlc_jax.training.checkpoints import Checkpoints
 from dlc_jax.training.images import Finetuner
+from dlc_jax.workspace.checkpoints import Checkpoints
 
 FAST = {"image_size": 32, "epochs": 4, "batch_size": 16, "learning_rate": 0.05}
 

@@ -14,6 +14,7 @@ from dlc_jax.tuning import FinetuneTrials, Trial
 from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
 from dlc_jax.tuning.tune import _method
 from dlc_jax.types import Choice, Gap, Tried, Tuning
+from dlc_jax.workspace import records
 
 FAST = dlc.LinearProbeConfig(epochs=8, batch_size=32, learning_rate=0.1)
 
@@ -347,8 +348,9 @@ def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_pat
     )
     for _ in range(2):
         np.testing.assert_array_equal(later(asked, held_out), correct)
-        files = [np.load(path) for path in (tmp_path / "trials").glob("*.npz")]
-        assert later.earlier_seconds == pytest.approx(sum(file["seconds"] for file in files))
+        known = records.matching(tmp_path / "trials", "trials/*")
+        assert len(known) == 2
+        assert later.earlier_seconds == pytest.approx(sum(record.seconds for record in known))
 
 
 def test_one_class_or_equal_scores_or_features_are_defined():

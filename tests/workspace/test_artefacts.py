@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -9,10 +8,14 @@ import numpy as np
 import pytest
 
 import dlc_jax as dlc
+from dlc_jax.config import Config
 from dlc_jax.files import whole_files
 from dlc_jax.selection import Cell
-from dlc_jax.stages import selection_files, what_was_scored
-from dlc_jax.workspace import artefacts
+from dlc_jax.stages import what_was_scored
+from dlc_jax.stages.select import run_select
+from dlc_jax.stages.selection_files import read_selection
+from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.workspace import Record, Workspace, artefacts, records
 from dlc_jax.workspace.artefacts import ScoredSamples
 
 
@@ -90,68 +93,81 @@ def test_cell_names_do_not_collide(cell, name):
     assert Cell("random", *cell).name == f"random/{name}"
 
 
-HOW = {"score": "dlc", "per_class": True, "min_per_class": 0}
+CELL = Cell("easiest", 0.3, None, 0)
 
 
-def write(folder, samples, **choices) -> list:
-    kept = dlc.select(samples.scores["dlc"], samples.labels, keep_fraction=0.3, **choices)
-    facts = {"how": HOW, "scores_fingerprint": samples.fingerprint}
-    return selection_files.write_selection(folder, kept, samples, facts)
+def known(folder, samples, mode="default", **selection) -> SelectionInputs:
+    values = {"stages": ("select",), "mode": mode, "selection": {"keep_fractions": (0.3,)}}
+    values["selection"] |= {"methods": ("easiest",), "seeds": (0,)} | selection
+    return SelectionInputs(Config.of(values), folder, samples)
 
 
-def test_selections_of_other_scores_are_set_aside_not_lost(tmp_path, samples):
-    paths = write(tmp_path, samples)
-    known = {"flexrand": samples.fingerprint}
-    aside = functools.partial(selection_files.set_superseded_aside, tmp_path, how_of=lambda _: HOW)
-    assert aside(known, "default") == 0
-    assert aside({"flexrand": "x"}, "default") == 1
-    folder = f"{samples.fingerprint[:12]}-default"
-    for path in paths:
-        assert not (tmp_path / path).exists()
-        moved = tmp_path / "superseded" / folder / path.relative_to("selections")
-        assert moved.exists()
+def select(folder, inputs: SelectionInputs) -> list[str]:
+    said = []
+    run_select(inputs._config, Workspace(folder, said.append), inputs)
+    return said
+
+
+def rescored(samples) -> ScoredSamples:
+    return dataclasses.replace(samples, scores={"dlc": samples.scores["dlc"][::-1].copy()})
+
+
+def files_below(folder) -> dict:
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_selections_of_other_scores_are_set_aside_not_lost_and_come_back(tmp_path, samples):
+    select(tmp_path, known(tmp_path, samples))
+    selected = files_below(tmp_path / "selections")
+    assert "moved to superseded" not in "".join(select(tmp_path, known(tmp_path, samples)))
+    said = select(tmp_path, known(tmp_path, rescored(samples)))
+    assert said[0].startswith("select: 1 selections of other scores or mode moved to superseded/")
+    other = files_below(tmp_path / "selections")
+    assert other.keys() == selected.keys()
+    assert other != selected
+    (aside,) = (tmp_path / "superseded").iterdir()
+    assert files_below(aside / "selections") == selected
+    select(tmp_path, known(tmp_path, samples))
+    assert files_below(tmp_path / "selections") == selected
+    (aside,) = (tmp_path / "superseded").glob("*/selections/*/*.npy")
+    assert aside.read_bytes() == next(v for k, v in other.items() if k.suffix == ".npy")
 
 
 def test_selections_of_the_other_mode_are_set_aside(tmp_path, samples):
-    write(tmp_path, samples)
-    known = {"flexrand": samples.fingerprint}
-    aside = functools.partial(selection_files.set_superseded_aside, tmp_path, how_of=lambda _: HOW)
-    assert aside(known, "official") == 1
+    select(tmp_path, known(tmp_path, samples))
+    said = select(tmp_path, known(tmp_path, samples, "official", keep_fractions=(0.3,)))
+    assert said[0].startswith("select: 1 selections")
 
 
 def test_selections_made_another_way_are_set_aside_and_do_not_replace_each_other(tmp_path, samples):
-    known = {"flexrand": samples.fingerprint}
-    for num in range(1, 4):
-        write(tmp_path, samples)
-        manifest = next((tmp_path / "selections").glob("*/*.json"))
-        facts = json.loads(manifest.read_text())
-        manifest.write_text(json.dumps(facts | {"how": HOW | {"min_per_class": num}}))
-        moved = selection_files.set_superseded_aside(tmp_path, known, "default", lambda _: HOW)
-        assert moved == 1
-        assert len(list((tmp_path / "superseded").glob("*/*/*.npy"))) == num
+    for num in range(4):
+        select(tmp_path, known(tmp_path, samples, min_per_class=num))
+        assert len(list((tmp_path / "superseded").glob("*/*/*/*.npy"))) == num
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({}, None),
-        ({"scores_fingerprint": "f" * 64}, "selected with scores_fingerprint .*, expected 'fff"),
-        ({"mode": "official"}, "selected with mode 'default', expected 'official'"),
-        ({"how": {**HOW, "min_per_class": 2}}, "selected with min_per_class 0, expected 2"),
-        ({"how": {**HOW, "score": "entropy"}}, "selected with score 'dlc', expected 'entropy'"),
-        ({"how": {**HOW, "per_class": False}}, "selected with per_class True, expected False"),
+        ({"scores": 1}, "made with scores_fingerprint .*, expected "),
+        ({"mode": "official"}, 'made with mode "default", expected "official"'),
+        ({"min_per_class": 2}, "made with how.min_per_class 0, expected 2"),
+        ({"allocation": "nucs"}, 'made with how.allocation "proportional", expected "nucs"'),
     ],
 )
 def test_a_selection_made_another_way_is_not_read(tmp_path, samples, changes, says):
-    write(tmp_path, samples, method="easiest")
-    arguments = {"how": HOW, "scores_fingerprint": samples.fingerprint, "mode": "default"}
-    cell = Cell("easiest", 0.3, None, 0)
+    select(tmp_path, known(tmp_path, samples))
+    if changes.pop("scores", None):
+        samples = rescored(samples)
+    inputs, workspace = known(tmp_path, samples, **changes), Workspace(tmp_path)
     if says is None:
-        found = selection_files.read_selection(tmp_path, samples, cell, **arguments)
+        found = read_selection(workspace, inputs, CELL)
         assert found.indices.tolist() == [0, 1, 2, 3, 4, 5]
         return
     with pytest.raises(ValueError, match=says):
-        selection_files.read_selection(tmp_path, samples, cell, **(arguments | changes))
+        read_selection(workspace, inputs, CELL)
 
 
 def test_manifests_tell_kept_and_dropped(tmp_path, samples):
@@ -159,7 +175,7 @@ def test_manifests_tell_kept_and_dropped(tmp_path, samples):
 
     shuffled = np.random.default_rng(0).permutation(samples.ids)
     samples = dataclasses.replace(samples, ids=shuffled)
-    write(tmp_path, samples, method="easiest")
+    select(tmp_path, known(tmp_path, samples))
     manifest = json.loads((tmp_path / "selections/easiest/keep_0.30-seed_0.json").read_text())
     ids = "\n".join(sorted(samples.ids[:6]))
     assert manifest["kept"] == {"count": 6, "sha256": hashlib.sha256(ids.encode()).hexdigest()}
@@ -177,14 +193,23 @@ def test_provenance_that_is_no_object_is_refused(tmp_path):
 def test_the_scored_encoder_is_named_where_it_is_another(tmp_path):
     scored = {"name": "resnet18", "weights": "demo:resnet18", "fingerprint": "ab"}
     assert what_was_scored.scored_encoder(tmp_path, "cd") is None  # of the user's own scores
-    artefacts.write_json(tmp_path / artefacts.PROVENANCE, {"encoder": scored})
+    facts = {"dataset": {"source": "", "fingerprint": ""}, "encoder": scored}
+    Record("score", "losses", 1, {}, {}, {}, 1.0, {}, [], facts).write(tmp_path)
     assert what_was_scored.scored_encoder(tmp_path, "ab") is None
     assert what_was_scored.scored_encoder(tmp_path, "cd") == "resnet18 demo:resnet18"
 
 
-@pytest.mark.parametrize("files", [[], None, {"adapter/x": 3}])
-def test_checksums_of_another_shape_are_refused_by_name(tmp_path, files):
+@pytest.mark.parametrize("outputs", [[], None, {"adapter/x": 3}])
+def test_checksums_of_another_shape_are_refused_by_name(tmp_path, outputs):
     (tmp_path / "adapter").mkdir()
-    artefacts.write_json(tmp_path / "run.json", {"files": files})
-    with pytest.raises(dlc.InputError, match=r"run.json: files(\.adapter/x)? is .*, expected "):
-        artefacts.check_is_as_recorded(tmp_path / "adapter")
+    Record("run", "adapter", 1, {}, {}, {}, 1.0, {}, [], {}).write(tmp_path)
+    found = json.loads((tmp_path / "run.json").read_text())
+    artefacts.write_json(tmp_path / "run.json", found | {"outputs": outputs})
+    with pytest.raises(dlc.InputError, match=r"run.json: outputs(\.adapter/x)? is .*, expected "):
+        records.check_beside_run(tmp_path / "adapter")
+
+
+def test_run_json_of_another_program_says_nothing_of_an_adapter(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    artefacts.write_json(tmp_path / "run.json", {"files": {"adapter/x": "0" * 64}})
+    records.check_beside_run(tmp_path / "adapter")

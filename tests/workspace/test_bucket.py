@@ -149,6 +149,10 @@ def test_all_artefacts_are_in_the_bucket(scored, plain):
         [
             "config.json",
             "provenance.json",
+            "records/score.json",
+            "records/select.json",
+            "records/selections/random/keep_0.10-seed_1.json",
+            "records/table.json",
             "scores/certificate.json",
             "scores/easiest_hardest.png",
             "scores/losses.npz",

@@ -3,22 +3,24 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import encoded, random_images
+from conftest import ROOT, encoded, random_images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dlc_jax as dlc
-from dlc_jax.config import Config
+from dlc_jax.config import STAGES, Config
 from dlc_jax.selection import Cell
-from dlc_jax.stages import pipeline, sweep_results, what_was_scored
-from dlc_jax.stages import score as score_stage
+from dlc_jax.stages import measurements, pipeline, sweep_results, what_was_scored
+from dlc_jax.stages.selection_files import read_selection
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.types import ProbeLosses
-from dlc_jax.workspace import artefacts, provenance
+from dlc_jax.workspace import Record, Workspace, artefacts, records
 
 CELLS = [Cell("easiest", 0.5, None, 0), Cell("random", 0.5, None, 0), Cell("random", 0.5, None, 1)]
 
@@ -58,7 +60,7 @@ def fixed_losses(encoder, images, **_) -> ProbeLosses:
 def run(settings_: Config, workdir: Path) -> str:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score_stage, "probe", fixed_losses)
+        patch.setattr(measurements, "probe", fixed_losses)
         pipeline.run(settings_, workdir, said.append)
     return "\n".join(said)
 
@@ -108,9 +110,9 @@ def test_a_selection_of_another_cell_is_refused(place, source, target):
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("version", "0.0.1", "selected with version '0.0.1', expected"),
-        ("num_samples", 11, "selected with num_samples 11, expected 12"),
-        ("dropped", {"count": 6, "sha256": "0" * 64}, "are not the 6 that its manifest"),
+        ("version", "0.0.1", "json: does not have the content that was written"),
+        ("num_samples", 11, "json: does not have the content that was written"),
+        ("dropped", {"count": 6, "sha256": "0" * 64}, "json: does not have the content"),
         ("seed", 5, "is of random/keep_0.50-seed_5, expected random/keep_0.50-seed_1"),
         ("keep_fraction", 0.3, "is of random/keep_0.30-seed_1, expected"),
         ("split", 0.5, "is of random/keep_0.50-split_0.50-seed_1, expected"),
@@ -130,26 +132,28 @@ def test_a_selection_whose_manifest_was_made_to_fit_is_refused(place):
         )
     file = selection_file(place, CELLS[1], ".json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": CELLS[1].seed}))
-    with pytest.raises(dlc.InputError, match=rf"{CELLS[1].name}\.json does not have the content"):
+    with pytest.raises(dlc.InputError, match=rf"{CELLS[1].name}\.json: does not have the content"):
         run(config("export"), place / "run")
     run(config(), place / "run")
     run(config("export"), place / "run")
 
 
-def run_facts(cell: Cell) -> dict:
+def write_run(workdir: Path, cell: Cell, of: Cell) -> None:
+    """Writes what a finished run leaves in its record."""
     result = {"num_kept": 6, "test_accuracy": 50.0, "seconds": 1.0}
-    inputs = {"inputs": "a" * 64, "shared": "b" * 64}
-    return inputs | {"cell": cell._asdict(), "settings": {}, "result": result}
+    facts = {"cell": of._asdict(), "scores": "b" * 64, "result": result}
+    run = Record("run", "fine-tuning", 1, {"kept": "a" * 64}, {}, {}, 1.0, {}, [], facts)
+    run.write(workdir / "finetune" / cell.name)
 
 
 def test_a_run_of_another_cell_is_refused_and_not_in_the_table(tmp_path):
     for cell, of in ((CELLS[0], CELLS[0]), (CELLS[1], CELLS[0])):
-        path = tmp_path / "finetune" / cell.name / "run.json"
-        artefacts.write_json(path, run_facts(of))
-    assert sweep_results.facts_of(tmp_path, CELLS[0])["inputs"] == "a" * 64
+        write_run(tmp_path, cell, of)
+    path = tmp_path / "finetune" / CELLS[1].name / "run.json"
+    assert sweep_results.read_run(tmp_path, CELLS[0]).key == {"kept": "a" * 64}
     says = f"{path}: is of {CELLS[0].name}, expected {CELLS[1].name}"
     with pytest.raises(dlc.InputError, match=says):
-        sweep_results.facts_of(tmp_path, CELLS[1])
+        sweep_results.read_run(tmp_path, CELLS[1])
     rows = sweep_results.write_results(tmp_path)
     assert [(row["method"], row["num_kept"]) for row in rows] == [("easiest", 6)]
     said = sweep_results.what_is_finished(config(), tmp_path)
@@ -181,7 +185,7 @@ def test_data_that_were_not_scored_are_refused_by_every_stage(place, stages):
     said = str(caught.value)
     assert f"folder:{place}/others is not what was scored in {place}/run" in said
     assert "(folder:images)" in said
-    fingerprint = provenance.read(place / "run")["dataset"]["fingerprint"]
+    fingerprint = records.read(place / "run", "score").facts["dataset"]["fingerprint"]
     assert f"expected {fingerprint[:12]}" in said
     assert (place / "run" / "config.json").read_bytes() == before
 
@@ -214,7 +218,7 @@ def test_another_encoder_is_refused_unless_it_is_fine_tuned(place, sample_encode
             run(config(stages, encoder=moved), place / "run")
         said = str(caught.value)
         assert "resnet18 elsewhere/model.safetensors is not what was scored" in said
-        fingerprint = provenance.read(place / "run")["encoder"]["fingerprint"]
+        fingerprint = records.read(place / "run", "score").facts["encoder"]["fingerprint"]
         assert f"expected {fingerprint[:12]} (resnet18 demo:resnet18)" in said
     tuned = config("finetune", encoder=moved, dataset={"test": "folder:images"})
     what_was_scored.check_names_what_was_scored(tuned, place / "run", dlc.load_dataset, print)
@@ -250,8 +254,9 @@ def use(workdir: Path, config_: Config) -> None:
     """Calls what reads a work directory: every stage but training itself."""
     run(config_, workdir)
     for cell in CELLS:
-        SelectionInputs(config_, workdir, artefacts.read_scores(workdir)).read(cell)
-        sweep_results.facts_of(workdir, cell)
+        known = SelectionInputs(config_, workdir, artefacts.read_scores(workdir))
+        read_selection(Workspace(workdir), known, cell)
+        sweep_results.read_run(workdir, cell)
         sweep_results.read_evaluation(workdir, cell)
     sweep_results.what_is_finished(config_, workdir)
     what_was_scored.check_is_what_was_scored(workdir, dlc.load_dataset(config_.dataset.train))
@@ -260,6 +265,10 @@ def use(workdir: Path, config_: Config) -> None:
 DAMAGED = (
     "provenance.json",
     "config.json",
+    "records/score.json",
+    "records/table.json",
+    "records/select.json",
+    *(f"records/selections/{cell.name}.json" for cell in CELLS[1:]),
     *(f"selections/{cell.name}.json" for cell in CELLS[1:]),
     f"finetune/{CELLS[0].name}/run.json",
     f"evaluate/{CELLS[0].name}.json",
@@ -269,7 +278,7 @@ VALUES = st.sampled_from([None, True, -1, 0, 0.5, 10**30, "", "text", "../../x",
 
 def write_others(workdir: Path) -> None:
     """Adds what fine-tuning and evaluating leave."""
-    artefacts.write_json(workdir / DAMAGED[-2], run_facts(CELLS[0]))
+    write_run(workdir, CELLS[0], CELLS[0])
     found = {"asked": "x", "run": "a" * 64, "result": {"test_accuracy": 25.0}}
     found |= {"num_questions": 4, "num_truncated": 0}
     artefacts.write_json(workdir / DAMAGED[-1], found)
@@ -343,7 +352,7 @@ def test_json_changed_anywhere_is_used_or_refused_in_one_line(place, tmp_path, d
         b'{"seconds": ' + b"9" * 5000 + b"}",
     ],
 )
-@pytest.mark.parametrize("name", ["provenance.json", DAMAGED[2]])
+@pytest.mark.parametrize("name", ["provenance.json", "records/score.json", DAMAGED[5], DAMAGED[7]])
 def test_files_that_are_no_json_objects_are_refused_by_name(place, content, name):
     (place / "run" / name).write_bytes(content)
     with pytest.raises(dlc.InputError) as caught:
@@ -355,53 +364,134 @@ def test_files_that_are_no_json_objects_are_refused_by_name(place, content, name
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"stages": []}, "stages is a list of 0 values, expected an object"),
-        ({"stages": {"score": {}}}, "stages.score.inputs is missing, expected text"),
-        ({"stages": {"score": "x"}}, "stages.score is 'x', expected an object"),
-        ({"pruning_seconds": {"a": "2"}}, "pruning_seconds.a is '2', expected a number"),
-        ({"dataset": []}, "dataset is a list of 0 values, expected an object"),
+        ({"key": []}, "key is a list of 0 values, expected an object"),
+        (
+            {"outputs": {"scores/losses.npz": "x"}},
+            "outputs.scores/losses.npz is 'x', expected ",
+        ),
+        ({"seconds": "2"}, "seconds is '2', expected a number"),
+        ({"settings": {}}, "settings.asked is missing, expected an object"),
+        ({"dataset": []}, "facts.dataset is a list of 0 values, expected an object"),
     ],
 )
-def test_provenance_of_another_shape_names_the_field(place, change, says):
-    file = place / "run" / "provenance.json"
+def test_records_of_another_shape_name_the_field(place, change, says):
+    file = place / "run" / "records" / "score.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(dlc.InputError) as caught:
         run(config(), place / "run")
     assert str(caught.value).startswith(f"{file}: {says}")
 
 
+SCORE, SELECTION = "score", f"selections/{CELLS[1].name}"
+
+
 @pytest.mark.parametrize("outputs", [[], {"../images/a/0.png": "0" * 64}, {"/etc/passwd": ""}])
-@pytest.mark.parametrize("stage", ["score", "select"])
-def test_outputs_that_are_no_files_of_the_work_directory_are_refused(place, outputs, stage):
-    file = place / "run" / "provenance.json"
-    facts = json.loads(file.read_text())
-    facts["stages"][stage]["outputs"] = outputs
-    file.write_text(json.dumps(facts))
-    with pytest.raises(dlc.InputError, match=rf"provenance\.json: stages\.{stage}\.outputs"):
+@pytest.mark.parametrize("name", [SCORE, SELECTION])
+def test_outputs_that_are_no_files_of_the_work_directory_are_refused(place, outputs, name):
+    file = place / "run" / "records" / f"{name}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"outputs": outputs}))
+    with pytest.raises(dlc.InputError, match=rf"{name}\.json: outputs"):
         run(config(), place / "run")
 
 
-def test_a_stage_that_left_nothing_is_not_done(place):
-    file = place / "run" / "provenance.json"
-    facts = json.loads(file.read_text())
-    for stage in ("score", "select"):
-        assert provenance.is_done(place / "run", stage, facts["stages"][stage]["inputs"])
-        facts["stages"][stage]["outputs"] = {}
-    file.write_text(json.dumps(facts))
-    for stage in ("score", "select"):
-        assert not provenance.is_done(place / "run", stage, facts["stages"][stage]["inputs"])
-    with pytest.raises(dlc.InputError, match="not as the stage 'score' left it"):
+def test_a_result_without_files_is_not_done(place):
+    for name in (SCORE, SELECTION):
+        file = place / "run" / "records" / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"outputs": {}}))
+    with pytest.raises(dlc.InputError, match="not of the losses beside it"):
         run(config(), place / "run")
-    assert "unchanged" not in run(config("score,select"), place / "run")
+    said = run(config("score,select"), place / "run")
+    assert "unchanged" not in said
+    assert "select: 1 selections written" in said
+    assert "unchanged" in run(config("score,select"), place / "run")
 
 
 def test_a_selection_that_is_not_among_the_outputs_is_not_done(place):
-    file = place / "run" / "provenance.json"
+    file = place / "run" / "records" / f"{SELECTION}.json"
     facts = json.loads(file.read_text())
-    outputs = facts["stages"]["select"]["outputs"]
-    facts["stages"]["select"]["outputs"] = dict(list(outputs.items())[:-1])
+    facts["outputs"] = dict(list(facts["outputs"].items())[:-1])
     file.write_text(json.dumps(facts))
-    assert "select: unchanged" not in run(config(), place / "run")
+    assert "select: 1 selections written" in run(config(), place / "run")
+
+
+def test_the_provenance_is_a_view_of_the_records(place):
+    file = place / "run" / "provenance.json"
+    view = json.loads(file.read_text())
+    assert view["stages"].keys() >= {"score", "table", "select"}
+    file.write_text(json.dumps(view | {"stages": {}, "dataset": {}}))
+    assert "unchanged" in run(config("score"), place / "run")
+    file.unlink()
+    run(config(selection={"seeds": (0, 1, 2)}), place / "run")
+    assert json.loads(file.read_text())["stages"].keys() == view["stages"].keys()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def as_0_1_left_it(workdir: Path) -> None:
+    """Makes a work directory what dlc_jax 0.1.1 would have left of it, with a run."""
+    view = json.loads((workdir / "provenance.json").read_text())
+    versions = view["versions"] | {"dlc_jax": "0.1.1"}
+    stages = {}
+    for stage in ("score", "select"):
+        found = view["stages"][stage]
+        kept = {name: found[name] for name in ("settings", "devices", "seconds", "outputs")}
+        stages[stage] = kept | {"inputs": "a" * 64, "versions": versions}
+    facts = {name: view[name] for name in ("dataset", "encoder", "pruning_seconds", "devices")}
+    old = facts | {"versions": versions, "stages": stages}
+    artefacts.write_json(workdir / "provenance.json", old)
+    shutil.rmtree(workdir / "records")
+    result = {"num_kept": 6, "test_accuracy": 50.0, "seconds": 1.0}
+    run_ = {"inputs": "a" * 64, "shared": "b" * 64, "cell": CELLS[0]._asdict(), "settings": {}}
+    artefacts.write_json(
+        workdir / "finetune" / CELLS[0].name / "run.json", run_ | {"result": result}
+    )
+    (workdir / "unfinished").mkdir()
+    (workdir / "unfinished" / ".part.dlc_jax-elsewhere-1.tmp").write_text("of a run elsewhere")
+
+
+SETS_OF_STAGES = (
+    *(stage for stage in STAGES if stage != "plan"),
+    "score,select",
+    "tune,select,export,finetune,report",
+)
+
+
+@pytest.mark.parametrize("stages", SETS_OF_STAGES)
+def test_a_work_directory_of_0_1_is_refused_and_not_touched(place, stages):
+    as_0_1_left_it(place / "run")
+    before = contents(place / "run")
+    with pytest.raises(dlc.InputError) as caught:
+        run(config(stages, dataset={"test": "folder:images"}), place / "run")
+    said = str(caught.value)
+    assert said.startswith(f"{place}/run: was made by dlc_jax 0.1.1, ")
+    assert "expected a new --workdir, or dlc_jax 0.1.1 to continue this one." in said
+    assert "\n" not in said
+    assert contents(place / "run") == before
+
+
+def test_the_command_refuses_a_work_directory_of_0_1(place):
+    as_0_1_left_it(place / "run")
+    before = contents(place / "run")
+    command = (sys.executable, "-m", "dlc_jax.main", f"--config={ROOT}/configs/demo.py")
+    done = subprocess.run(
+        (*command, f"--workdir={place}/run"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {place}/run: was made by dlc_jax 0.1.1, ")
+    assert done.stderr.count("\n") == 1
+    assert contents(place / "run") == before
+
+
+@pytest.mark.parametrize("theirs", ["0.1\n.1", 1, None, ""])
+def test_a_version_that_is_none_is_refused_in_one_line(place, theirs):
+    path = place / "run" / "provenance.json"
+    artefacts.write_json(path, {"versions": {"dlc_jax": theirs}})
+    with pytest.raises(dlc.InputError) as caught:
+        run(config(), place / "run")
+    assert str(caught.value).startswith(f"{path}: versions.dlc_jax is ")
+    assert "\n" not in str(caught.value)
 
 
 def header(shape: str, descr: str = "<i8", magic: bytes = b"\x93NUMPY\x01\x00") -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from dlc_jax.distributed import Run
 from dlc_jax.encoders import Encoder
 from dlc_jax.preprocess import Images, check_dataset
 from dlc_jax.selection import kept_positions
-from dlc_jax.training.folder import RunFolder
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig
+from dlc_jax.training.run_step import RunStep
 from dlc_jax.types import Conventions, Dataset, RunResult, Selection, overridden
+from dlc_jax.workspace import Workspace
 
 
 def finetune(
@@ -76,4 +78,9 @@ def finetune(
     if seed is None:
         seed = kept.seed if isinstance(kept, Selection) else 0
     finetuner = Finetuner(encoder, images, test, settings, Conventions.of(mode), run)
-    return finetuner.run(positions, seed, None if run.path is None else RunFolder(run.path))
+    if run.path is None:
+        return finetuner.run(positions, seed)
+    workspace, used = Workspace(run.path), dataclasses.asdict(settings)
+    step = RunStep(finetuner, positions, seed, run.path, used=used, say=workspace.say)
+    with workspace.held("folder"):
+        return workspace.make(step)

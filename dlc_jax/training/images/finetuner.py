@@ -20,18 +20,23 @@ from dlc_jax.distributed import (
     Run,
     from_first,
     from_rows_here,
+    hides_bar,
     one_device,
-    processes,
     rows_here,
     stopping,
 )
-from dlc_jax.distributed.processes import told_by_first
 from dlc_jax.encoders import Encoder
 from dlc_jax.preprocess import Images
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.selection import kept_positions
-from dlc_jax.training.checkpoints import Checkpoints
-from dlc_jax.training.folder import STOPPED, RunFolder
+from dlc_jax.training.folder import (
+    METRICS,
+    PER_CLASS,
+    STOPPED,
+    RunFolder,
+    write_metrics,
+    write_per_class,
+)
 from dlc_jax.training.images import evaluation
 from dlc_jax.training.images.batches import training_batches
 from dlc_jax.training.images.data import RunData, class_ids_by_name
@@ -42,8 +47,9 @@ from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head,
 from dlc_jax.training.optimiser import learning_rates
 from dlc_jax.training.order import epoch_order
 from dlc_jax.types import Conventions, Dataset, RunResult, Selection
-from dlc_jax.version import __version__
-from dlc_jax.workspace import artefacts
+from dlc_jax.workspace import Workspace, artefacts
+from dlc_jax.workspace.checkpoints import Checkpoints
+from dlc_jax.workspace.keys import key_of
 
 
 class _Left(Exception):
@@ -96,6 +102,9 @@ class Finetuner:
         )
         self._test_set = None if test is None else self._data.test_set(test)
 
+    kind = "fine-tuning"
+    files = (METRICS, PER_CLASS)
+
     @property
     def skipped_test(self) -> dict[str, str]:
         """Test samples left out as unreadable, id: why."""
@@ -104,9 +113,9 @@ class Finetuner:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that its runs have in common."""
-        return artefacts.json_hash(
+        return key_of(
+            "fine-tuning",
             {
-                "version": __version__,
                 "settings": self._settings.decisive,
                 "mode": self._mode,
                 "image_size": self._images.size,
@@ -116,8 +125,13 @@ class Finetuner:
                 "statistics": sorted(self._encoder.statistics),
                 "dataset": self._dataset.fingerprint,
                 "test": self._test.fingerprint if self._test is not None else None,
-            }
+            },
         )
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the last checkpoint of a finished run is kept."""
+        return self._settings.keep_weights
 
     @property
     def notes(self) -> list[str]:
@@ -138,15 +152,6 @@ class Finetuner:
         return kept_positions(self._dataset, kept)
 
     @staticmethod
-    def folder(path: Path) -> RunFolder:
-        """Returns where a run is kept."""
-        return RunFolder(path)
-
-    @staticmethod
-    def complete(folder: RunFolder) -> None:
-        """Nothing is left to do for a finished run."""
-
-    @staticmethod
     def said(result: RunResult) -> str:
         """Returns the line to print at the end of a run."""
         absent = result.absent_classes
@@ -156,21 +161,11 @@ class Finetuner:
             + (f", no sample of {checks.listed(absent)}" if absent else "")
         )
 
-    def inputs(
-        self, positions: Int64[np.ndarray, " k"], seed: int, stop_after: int | None = None
-    ) -> str:
-        """SHA-256 over all that decides how a run ends."""
-        run = {"shared": self.fingerprint, "kept": positions.tolist(), "seed": int(seed)}
-        if stop_after is not None:
-            run["stop_after"] = stop_after
-        return artefacts.json_hash(run)
-
     def run(
         self,
         positions: Int64[np.ndarray, " k"],
         seed: int,
         folder: RunFolder | None = None,
-        facts: dict[str, Any] | None = None,
         *,
         observer: Observer | None = None,
         stop_after: int | None = None,
@@ -179,10 +174,9 @@ class Finetuner:
 
         Args:
           positions: Ascending, in the data set.
-          seed: Of head, data order and augmentation.
-          folder: Where the run is kept; None: nowhere.
-          facts: What `run.json` also says.
-          observer: Told of every epoch; its time counts as the epoch's.
+          seed: Seed of head, data order and augmentation.
+          folder: Where the run keeps its state; None: nowhere.
+          observer: Sees every epoch; its time counts as the epoch's.
           stop_after: Epochs to end after, on the schedule of all; None: all.
 
         On a mesh of several processes all of them call this, and the first alone gives a folder.
@@ -192,8 +186,6 @@ class Finetuner:
         with contextlib.ExitStack() as stack:
             checkpoints = None
             if folder is not None:
-                stack.enter_context(artefacts.locked(folder.path))
-                folder.claim(self.inputs(positions, seed, stop_after), facts or {})
                 checkpoints = stack.enter_context(folder.checkpoints())
             # what is kept nowhere need not be brought to an end
             if folder is not None or self._mesh.is_multi_process:
@@ -212,14 +204,24 @@ class Finetuner:
                     folder.write_metrics(progress.history)
             if checkpoints is not None:
                 checkpoints.wait()
-            result = self._result(progress, positions)
-            if folder is not None:
-                num_test = None
-                if self._test_set is not None:
-                    num_test = self._count(self._test_set.labels)
-                names, keep = self._dataset.class_names, self._settings.keep_weights
-                folder.finish(result, names, num_test, keep)
-        return result
+            return self._result(progress, positions)
+
+    def write(self, folder: Path, result: RunResult) -> dict[str, Any]:
+        """Writes metrics and accuracies of a finished run; returns a summary of its result."""
+        write_metrics(folder, result.history)
+        num_test = None if self._test_set is None else self._count(self._test_set.labels)
+        write_per_class(folder, result, self._dataset.class_names, num_test)
+        return {
+            "num_kept": result.num_kept,
+            "test_accuracy": result.test_accuracy,
+            "absent_classes": result.absent_classes,
+            "skipped_test": result.skipped_test,
+            "seconds": result.seconds,
+        }
+
+    @staticmethod
+    def complete(workspace: Workspace) -> None:
+        """Nothing is left to do for a finished run."""
 
     def _start(
         self, seed: int, folder: RunFolder | None, checkpoints: Checkpoints | None
@@ -233,10 +235,7 @@ class Finetuner:
                 saved = stopped.restore(new.state)
             if saved is not None and len(Progress.of(*saved).history) >= len(progress.history):
                 progress = Progress.of(*saved)
-        if self._mesh.is_multi_process:
-            told = told_by_first(lambda: progress.told)
-            progress = Progress.of(progress.state, told)
-        return progress._replace(state=from_first(self._mesh, progress.state))
+        return Progress.of(*from_first(self._mesh, progress.state, progress.told))
 
     def _num_steps(self, positions: Int64[np.ndarray, " k"]) -> int:
         """Returns how many an epoch has."""
@@ -268,7 +267,7 @@ class Finetuner:
             initial=before.num_steps,
             unit="step",
             leave=False,
-            disable=None if self._progress else True,
+            disable=hides_bar(self._progress),
         )
         for step, (batch, num_real) in enumerate(bar, start=before.num_steps + 1):
             state, metrics = train_step(self._network, self._sgd, state, *batch, rate)
@@ -300,8 +299,7 @@ class Finetuner:
             artefacts.remove(folder.stopped)  # of an earlier stop
             with folder.checkpoints(STOPPED) as stopped:
                 stopped.save(left.open.num_steps, left.state, left.told)
-        processes.wait_for_all()  # or the end of another process would end the writing one
-        raise stopping.Stopped
+        stopping.stop_together()
 
     def _batches(
         self, positions: Int64[np.ndarray, " k"], seed: int, epoch: int, first: int

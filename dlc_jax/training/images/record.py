@@ -6,9 +6,10 @@ from dlc_jax import checks
 from dlc_jax.distributed import Run
 from dlc_jax.encoders import Encoder
 from dlc_jax.preprocess import Images
-from dlc_jax.training.images.recorder import Recorder
+from dlc_jax.training.images.recorder import Recorder, RecordStep
 from dlc_jax.training.images.settings import FinetuneConfig, RecordConfig
 from dlc_jax.types import Conventions, Dataset, TrainingRecord, overridden
+from dlc_jax.workspace import Workspace
 
 
 def record_training(
@@ -63,6 +64,9 @@ def record_training(
         conventions=Conventions.of(mode),
         run=overridden(run, progress=progress),
     )
-    found = recorder.run()
-    assert found is not None  # there is no other process to help
-    return found
+    if run.path is None:
+        return recorder.record(recorder.run())
+    workspace, step = Workspace(run.path), RecordStep(recorder, run.path)
+    with workspace.held("folder"):
+        workspace.ensure(step)
+    return step.read()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,19 +13,21 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from dlc_jax import checks
-from dlc_jax.distributed import Run, one_device, processes
-from dlc_jax.distributed.processes import told_by_first
+from dlc_jax.checks.escaping import show
+from dlc_jax.distributed import Run
 from dlc_jax.encoders import Encoder
 from dlc_jax.files import array_files
 from dlc_jax.files.array_files import Expected
 from dlc_jax.files.json_files import NAME, parse_json
 from dlc_jax.preprocess import Images
-from dlc_jax.training.folder import SEEN, RunFolder
+from dlc_jax.training.folder import CHECKPOINT, SEEN, RunFolder
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig, RecordConfig
 from dlc_jax.training.images.step import TrainState
-from dlc_jax.types import Conventions, TrainingRecord
-from dlc_jax.workspace import artefacts
+from dlc_jax.training.run_step import RunStep
+from dlc_jax.types import Conventions, RunResult, TrainingRecord
+from dlc_jax.workspace import Workspace, Written, artefacts, records
+from dlc_jax.workspace.keys import json_hash
 
 RECORD = "record.npz"
 _ARRAYS = {
@@ -74,102 +76,33 @@ class Recorder:
         if settings.epochs == 0:
             raise checks.InputError("finetune.epochs: recording needs 1 or more, got 0.")
         self._images, self._dataset, self._settings = images, images.dataset, settings
-        self._folder, self._mesh = run.path, run.mesh or one_device()
         self.early_epoch = max(1, round(record.early_fraction * settings.epochs))
         num_runs = record.num_runs or conventions.num_runs
         checks.seed(seed)
         checks.seed(seed + num_runs - 1, "seed of the last run")
         self.seeds = range(int(seed), int(seed) + num_runs)
 
-    @functools.cached_property
-    def inputs(self) -> str:
-        """SHA-256 over all that decides the record."""
-        shared = self._finetuner.fingerprint
-        return artefacts.json_hash(
-            {
-                "shared": shared,
-                "seeds": [self.seeds.start, self.seeds.stop],
-                "early_epoch": self.early_epoch,
-            }
-        )
+    @property
+    def key(self) -> dict[str, Any]:
+        """Everything that decides the record."""
+        return {
+            "shared": self._finetuner.fingerprint,
+            "seeds": [self.seeds.start, self.seeds.stop],
+            "early_epoch": self.early_epoch,
+        }
 
     @property
     def num_epochs(self) -> int:
-        """Of the first run."""
+        """Number of epochs of the first run."""
         return int(self._settings.epochs)
 
-    def run(self) -> TrainingRecord | None:
-        """Trains and records, or resumes a stopped call in the folder.
+    def run(self, root: Path | None = None, say: Callable[[str], None] = show) -> WatchedRuns:
+        """Trains, in all processes of the mesh.
 
-        Returns:
-          The record; None in processes that help the first one with it.
+        Args:
+          root: Folder below which every run keeps its state; None: nowhere.
+          say: Takes a line for each checkpoint that is damaged.
         """
-        folder = self._folder
-        if folder is None:
-            return self._record(None)
-        if self._helps:
-            if not told_by_first(lambda: False):
-                self._runs(None)
-            return None
-        with artefacts.locked(folder):
-            artefacts.clear_leftovers(folder)
-            # the inputs of the first run do not contain the other settings of the record
-            run = RunFolder(folder, (RECORD,))
-            record = self._finished(run)
-            if record is None:
-                run.claim(self.inputs, {})
-            if self._mesh.is_multi_process:
-                is_there = record is not None
-                told_by_first(lambda: is_there)
-            if record is None:
-                record = self._record(folder)
-                _write(folder / RECORD, record)
-                summary = {"num_kept": len(record.ids), "seconds": record.seconds}
-                run.conclude(summary, keep_weights=True)
-            for seed in self.seeds:  # also if killed after the record was written
-                RunFolder(_run_path(folder, seed)).drop_weights()
-                artefacts.remove(_run_path(folder, seed) / SEEN)
-        return record
-
-    def _finished(self, run: RunFolder) -> TrainingRecord | None:
-        """Returns the record if it is there; raises ValueError unless it is as it was written."""
-        path, facts = run.path / RECORD, run.facts()
-        if facts.get("inputs") != self.inputs or "result" not in facts or not path.exists():
-            return None
-        if damage := run.damage():
-            raise checks.InputError(
-                f"{path}: not a training record: {damage}. Delete it to record again."
-            )
-        return _read(path)
-
-    @property
-    def _helps(self) -> bool:
-        """Whether this process trains with another, which keeps the record."""
-        return self._mesh.is_multi_process and not processes.is_first()
-
-    def _record(self, folder: Path | None) -> TrainingRecord:
-        positions, skipped, runs, seconds = self._runs(folder)
-        epochs = range(1, self._settings.epochs + 1)
-        early = f"epoch_{self.early_epoch}"
-        return TrainingRecord(
-            correct=np.stack([runs[0].get(f"correct_{epoch}") for epoch in epochs]),
-            logits=runs[0].get(f"epoch_{self._settings.epochs}_logits"),
-            early_logits=np.stack([seen.get(f"{early}_logits") for seen in runs]),
-            early_squared_norms=np.stack([seen.get(f"{early}_squared_norms") for seen in runs]),
-            early_epoch=self.early_epoch,
-            batch_size=int(self._settings.batch_size),
-            labels=self._dataset.labels[positions],
-            ids=self._dataset.ids[positions],
-            class_names=self._dataset.class_names,
-            seconds=seconds,
-            num_epochs=int(self._settings.epochs) + (len(runs) - 1) * self.early_epoch,
-            skipped=skipped,
-        )
-
-    def _runs(
-        self, folder: Path | None
-    ) -> tuple[Int64[np.ndarray, " n"], dict[str, str], list[_Seen], float]:
-        """Returns the positions, samples that are left out, what each run showed, and seconds."""
         start = time.perf_counter()
         positions = np.arange(len(self._dataset))
         skipped: dict[str, str] = {}
@@ -178,20 +111,97 @@ class Recorder:
         seconds = time.perf_counter() - start
         runs = []
         for seed in self.seeds:
-            path = None if folder is None else _run_path(folder, seed)
-            seen = _Seen({}, None if path is None else path / SEEN)
             last = self._settings.epochs if seed == self.seeds.start else self.early_epoch
-            watch = _Watch(self._finetuner, positions, (self.early_epoch, last), seen)
-            result = self._finetuner.run(
-                positions,
-                seed,
-                None if path is None else RunFolder(path),
-                observer=watch,
-                stop_after=last,
-            )
-            seconds += result.seconds
-            runs.append(seen)
-        return positions, skipped, runs, seconds
+            tuner = _WatchedTuner(self._finetuner, self.early_epoch, last)
+            if root is None:
+                found = tuner.run(positions, seed)
+            else:
+                workspace = Workspace(root / _run_name(seed), say)
+                found = workspace.make(RunStep(tuner, positions, seed, workspace.root, say=say))
+            seconds += found.seconds
+            runs.append(found.seen)
+        return WatchedRuns(positions, skipped, runs, seconds)
+
+    def record(self, runs: WatchedRuns) -> TrainingRecord:
+        """Returns the record of runs that this process has seen, or that are in its folder."""
+        epochs = range(1, self._settings.epochs + 1)
+        early = f"epoch_{self.early_epoch}"
+        seen = runs.seen
+        return TrainingRecord(
+            correct=np.stack([seen[0].get(f"correct_{epoch}") for epoch in epochs]),
+            logits=seen[0].get(f"epoch_{self._settings.epochs}_logits"),
+            early_logits=np.stack([some.get(f"{early}_logits") for some in seen]),
+            early_squared_norms=np.stack([some.get(f"{early}_squared_norms") for some in seen]),
+            early_epoch=self.early_epoch,
+            batch_size=int(self._settings.batch_size),
+            labels=self._dataset.labels[runs.positions],
+            ids=self._dataset.ids[runs.positions],
+            class_names=self._dataset.class_names,
+            seconds=runs.seconds,
+            num_epochs=int(self._settings.epochs) + (len(seen) - 1) * self.early_epoch,
+            skipped=runs.skipped,
+        )
+
+
+class WatchedRuns(NamedTuple):
+    """Runs of a record.
+
+    Attributes:
+      positions: [n] samples that they train on.
+      skipped: Samples that are left out, id: why.
+      seen: What each run showed.
+      seconds: Time of all.
+    """
+
+    positions: Int64[np.ndarray, " n"]
+    skipped: dict[str, str]
+    seen: list[_Seen]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordStep:
+    """A training record and the runs that it is made of, in a folder of their own."""
+
+    recorder: Recorder
+    root: Path
+    say: Callable[[str], None] = show
+
+    name = records.RUN
+    kind = "training record"
+    stage = "score"
+    files = (RECORD,)
+    optional = ()
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return self.recorder.key
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def compute(self, scratch: Path | None) -> WatchedRuns:
+        return self.recorder.run(self.root, self.say)
+
+    def write(self, root: Path, runs: WatchedRuns) -> Written:
+        _write(root / RECORD, self.recorder.record(runs))
+        return Written(self.files, seconds=runs.seconds)
+
+    @property
+    def obsolete(self) -> tuple[str, ...]:
+        names = (CHECKPOINT, SEEN)
+        return tuple(f"{_run_name(seed)}/{n}" for seed in self.recorder.seeds for n in names)
+
+    def read(self) -> TrainingRecord:
+        """Returns the record that was written."""
+        record = _read(self.root / RECORD)
+        assert record is not None  # it was made
+        return record
 
 
 class _Seen(NamedTuple):
@@ -213,24 +223,60 @@ class _Seen(NamedTuple):
         return array_files.read_npy(self.folder / f"{name}.npy")
 
 
-class _Watch(NamedTuple):
-    """Sees to it that what a run shows is kept before its checkpoint counts."""
+class _Watched(NamedTuple):
+    """How a run ended, and what it showed."""
 
-    finetuner: Finetuner
-    positions: Int64[np.ndarray, " n"]
-    epochs: tuple[int, ...]  # after which to look at logits
+    result: RunResult
     seen: _Seen
 
-    def __call__(self, epoch: int, state: TrainState, correct: Bool[np.ndarray, " n"]) -> None:
-        self.seen.put(f"correct_{epoch}", correct)
-        if epoch in self.epochs:
-            logits, squared_norms = self.finetuner.outputs(state, self.positions)
-            self.seen.put(f"epoch_{epoch}_logits", logits)
-            self.seen.put(f"epoch_{epoch}_squared_norms", squared_norms)
+    @property
+    def seconds(self) -> float:
+        return self.result.seconds
 
 
-def _run_path(folder: Path, seed: int) -> Path:
-    return folder / f"seed_{seed}"
+@dataclasses.dataclass(frozen=True)
+class _WatchedTuner:
+    """Runs of a tuner that are watched, and may end before their schedule does.
+
+    Attributes:
+      early_epoch, last_epoch: Epochs after which logits are looked at; the run ends with the last.
+    """
+
+    tuner: Finetuner
+    early_epoch: int
+    last_epoch: int
+
+    kind = Finetuner.kind
+    files = Finetuner.files
+    keeps_weights = True  # until the record is made of all runs
+
+    @property
+    def fingerprint(self) -> str:
+        return json_hash([self.tuner.fingerprint, self.early_epoch, self.last_epoch])
+
+    def run(
+        self, positions: Int64[np.ndarray, " n"], seed: int, folder: RunFolder | None = None
+    ) -> _Watched:
+        """Trains; what the run shows is kept before its checkpoint counts."""
+        seen = _Seen({}, None if folder is None else folder.path / SEEN)
+
+        def watch(epoch: int, state: TrainState, correct: Bool[np.ndarray, " n"]) -> None:
+            seen.put(f"correct_{epoch}", correct)
+            if epoch in (self.early_epoch, self.last_epoch):
+                logits, squared_norms = self.tuner.outputs(state, positions)
+                seen.put(f"epoch_{epoch}_logits", logits)
+                seen.put(f"epoch_{epoch}_squared_norms", squared_norms)
+
+        last = self.last_epoch
+        result = self.tuner.run(positions, seed, folder, observer=watch, stop_after=last)
+        return _Watched(result, seen)
+
+    def write(self, folder: Path, found: _Watched) -> dict[str, Any]:
+        return self.tuner.write(folder, found.result)
+
+
+def _run_name(seed: int) -> str:
+    return f"seed_{seed}"
 
 
 def _write(path: Path, record: TrainingRecord) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.tuner import LoraResult, LoraTuner
+from dlc_jax.training.run_step import RunStep
 from dlc_jax.types import Selection, overridden
+from dlc_jax.workspace import Workspace
 
 
 def finetune_lora(
@@ -77,5 +80,12 @@ def finetune_lora(
     tuner = LoraTuner(model, data, settings, test=test, progress=run.progress)
     if seed is None:
         seed = kept.seed if isinstance(kept, Selection) else 0
-    where = None if run.path is None else tuner.folder(run.path)
-    return tuner.run(tuner.positions(kept), seed, where)
+    positions = tuner.positions(kept)
+    if run.path is None:
+        return tuner.run(positions, seed)
+    workspace, used = Workspace(run.path), dataclasses.asdict(settings)
+    step = RunStep(tuner, positions, seed, run.path, used=used, say=workspace.say)
+    with workspace.held("folder"):
+        workspace.ensure(step)
+        tuner.complete(workspace)
+    return tuner.read(run.path)

@@ -21,14 +21,13 @@ from dlc_jax.distributed import (
     Team,
     fetch,
     from_first,
+    hides_bar,
     mesh_of,
     on_every_device,
     over_devices,
-    processes,
     stopping,
     whole_rows,
 )
-from dlc_jax.distributed.processes import told_by_first
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.exports.peft import (
     ADAPTER_CONFIG,
@@ -40,15 +39,22 @@ from dlc_jax.exports.peft import (
 from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, Tokenised
 from dlc_jax.probes.responses import response_losses
 from dlc_jax.selection.kept import kept_rows
-from dlc_jax.training.checkpoints import Checkpoints
-from dlc_jax.training.folder import ADAPTER, MERGED, METRICS, RunFolder
+from dlc_jax.training.folder import (
+    ADAPTER,
+    MERGED,
+    METRICS,
+    RunFolder,
+    read_metrics,
+    write_metrics,
+)
 from dlc_jax.training.lora.batches import rows_of_step
 from dlc_jax.training.lora.progress import Plan, Progress, initial_adapter
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Optimiser, Sums, add_rows, take_step
 from dlc_jax.types import Selection, by_path
-from dlc_jax.version import __version__
-from dlc_jax.workspace import artefacts
+from dlc_jax.workspace import Workspace, Written, artefacts, records
+from dlc_jax.workspace.checkpoints import Checkpoints
+from dlc_jax.workspace.keys import key_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,20 +124,23 @@ class LoraTuner:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that its runs have in common."""
-        return artefacts.json_hash(
+        return key_of(
+            "adapter",
             {
-                "version": __version__,
                 "settings": self._settings.decisive,
                 "model": self._model.fingerprint,
                 "data": self._data.fingerprint,
                 "test": None if self._test is None else self._test.fingerprint,
-            }
+            },
         )
 
-    def inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> str:
-        """SHA-256 over all that decides how a run ends."""
-        run = {"shared": self.fingerprint, "kept": positions.tolist(), "seed": int(seed)}
-        return artefacts.json_hash(run)
+    kind = "adapter"
+    files = (METRICS, *(f"{ADAPTER}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)))
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the last checkpoint of a finished run is kept."""
+        return self._settings.keep_weights
 
     @property
     def notes(self) -> list[str]:
@@ -154,49 +163,58 @@ class LoraTuner:
         loss = "" if result.test_loss is None else f"test loss {result.test_loss:.4f}, "
         return f"{loss}{result.num_kept} samples, {result.seconds:.1f} s"
 
-    def folder(self, path: Path) -> RunFolder:
-        """Returns where a run is kept."""
-        adapter = (f"{ADAPTER}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
-        return RunFolder(path, (METRICS, *adapter))
-
-    def complete(self, folder: RunFolder) -> None:
-        """Writes what a finished run was not asked for when it ran: the merged model."""
-        if self._settings.merge and not (folder.path / MERGED / "config.json").is_file():
-            write_merged(load_adapter(self._model, folder.path / ADAPTER), folder.path / MERGED)
-            folder.record_files()
+    def complete(self, workspace: Workspace) -> None:
+        """Writes the merged model of a finished run, where it is asked for."""
+        if self._settings.merge:
+            workspace.ensure(MergedStep(self._model, workspace.root))
 
     def run(
         self,
         positions: Int64[np.ndarray, " k"],
         seed: int,
         folder: RunFolder | None = None,
-        facts: dict[str, Any] | None = None,
     ) -> LoraResult:
-        """Trains on these positions, or goes on where a stopped run in `folder` ended.
+        """Trains on these positions, or resumes a stopped run in `folder`.
 
         Args:
           positions: Ascending, in the data.
-          seed: Of the adapter's start and of the data order.
-          folder: Where the run is kept; None: nowhere.
-          facts: What `run.json` also says.
+          seed: Seed of the adapter's start and of the data order.
+          folder: Where the run keeps its state; None: nowhere.
         """
         checks.seed(seed)
-        if folder is not None and folder.is_finished(self.inputs(positions, seed)):
-            return self._finished(folder)
         plan = Plan.of(self._settings, positions, seed)
         with contextlib.ExitStack() as stack:
             checkpoints = None
             if folder is not None:
-                stack.enter_context(artefacts.locked(folder.path))
-                folder.claim(self.inputs(positions, seed), facts or {})
                 checkpoints = stack.enter_context(folder.checkpoints())
             progress = self._start(seed, checkpoints)
             progress = self._train(plan, progress, folder, checkpoints)
             if checkpoints is not None:
                 checkpoints.wait()
-            result = self._result(progress, len(positions))
-            self._write(result, folder)
-        return result
+            return self._result(progress, len(positions))
+
+    def write(self, folder: Path, result: LoraResult) -> dict[str, Any]:
+        """Writes adapter and metrics of a finished run; returns a summary of its result."""
+        write_adapter(result.model, folder / ADAPTER)
+        write_metrics(folder, result.history)
+        return {
+            "num_kept": result.num_kept,
+            "test_loss": result.test_loss,
+            "seconds": result.seconds,
+        }
+
+    def read(self, folder: Path) -> LoraResult:
+        """Returns the result of a finished run."""
+        record = records.read(folder, records.RUN)
+        assert record is not None  # it is finished
+        summary = record.facts[records.RESULT]
+        return LoraResult(
+            model=load_adapter(self._model, folder / ADAPTER),
+            num_kept=summary["num_kept"],
+            test_loss=summary.get("test_loss"),
+            history=read_metrics(folder),
+            seconds=summary["seconds"],
+        )
 
     @property
     def _is_shared(self) -> bool:
@@ -214,10 +232,7 @@ class LoraTuner:
             progress = Progress.of(checkpoints.restore(progress.state)) or progress
         if (mesh := self._mesh) is None:
             return progress
-        if mesh.is_multi_process:
-            told = told_by_first(lambda: progress.told)
-            progress = progress._replace(history=told[:-1], open=told[-1])
-        return progress._replace(state=from_first(mesh, progress.state))
+        return Progress.of(from_first(mesh, progress.state, progress.told)) or progress
 
     def _train(
         self,
@@ -233,7 +248,7 @@ class LoraTuner:
             desc="fine-tuning",
             unit="step",
             leave=False,
-            disable=None if self._progress else True,
+            disable=hides_bar(self._progress),
         )
         may_stop = checkpoints is not None or self._is_shared
         with bar, stopping.at_steps() if may_stop else contextlib.nullcontext():
@@ -252,8 +267,7 @@ class LoraTuner:
                 if leaves:
                     if checkpoints is not None:
                         checkpoints.wait()
-                    processes.wait_for_all()  # or the end of another would end the writing one
-                    raise stopping.Stopped
+                    stopping.stop_together()
         return progress
 
     def _step(self, plan: Plan, progress: Progress, step: int) -> Progress:
@@ -298,33 +312,37 @@ class LoraTuner:
             test_loss = float(np.average(losses, weights=self._test.num_response))
         return LoraResult(model, num_kept, test_loss, progress.history, progress.elapsed_s)
 
-    def _finished(self, folder: RunFolder) -> LoraResult:
-        summary = folder.facts()["result"]
-        self.complete(folder)
-        model = load_adapter(self._model, folder.path / ADAPTER)
-        return LoraResult(
-            model=model,
-            num_kept=summary["num_kept"],
-            test_loss=summary.get("test_loss"),
-            history=folder.read_metrics(),
-            seconds=summary["seconds"],
-        )
 
-    def _write(self, result: LoraResult, folder: RunFolder | None) -> None:
-        if folder is None:
-            return
-        write_adapter(result.model, folder.path / ADAPTER)
-        if self._settings.merge:
-            write_merged(result.model, folder.path / MERGED)
-        folder.write_metrics(result.history)
-        folder.conclude(
-            {
-                "num_kept": result.num_kept,
-                "test_loss": result.test_loss,
-                "seconds": result.seconds,
-            },
-            self._settings.keep_weights,
-        )
+@dataclasses.dataclass(frozen=True, eq=False)
+class MergedStep:
+    """The model with the adapter of a run added, in `merged/` beside it."""
+
+    model: LanguageModel
+    root: Path  # folder of the run
+
+    name = "adapter/merged"
+    kind = "adapter"
+    stage = "finetune"
+    obsolete = ()
+    files = (f"{MERGED}/config.json",)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        run = records.read(self.root, records.RUN)
+        assert run is not None  # it is finished
+        adapter = {name: sha for name, sha in run.outputs.items() if name.startswith(ADAPTER)}
+        return {"model": self.model.fingerprint, "adapter": adapter}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def compute(self, scratch: Path) -> LanguageModel:
+        return load_adapter(self.model, self.root / ADAPTER)
+
+    def write(self, root: Path, model: LanguageModel) -> Written:
+        write_merged(model, root / MERGED)
+        return Written(f"{MERGED}/{name}" for name in artefacts.names_below(root / MERGED))
 
 
 def _check_finite(progress: Progress) -> None:

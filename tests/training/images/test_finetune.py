@@ -16,7 +16,7 @@ import dlc_jax as dlc
 from dlc_jax.checks.escaping import csv_text
 from dlc_jax.preprocess import load_images
 from dlc_jax.probes.kernel import features_of_batch
-from dlc_jax.training.folder import RunFolder
+from dlc_jax.training.folder import write_per_class
 from dlc_jax.training.images import FinetuneConfig, Finetuner
 from dlc_jax.training.images.batches import training_batches
 from dlc_jax.training.images.data import RunData
@@ -429,7 +429,7 @@ else:
 
 
 def test_folders_that_cannot_be_used(sample_encoder, small_sample, tmp_path):
-    with pytest.raises(ValueError, match="/proc/nowhere: cannot be used"):
+    with pytest.raises(ValueError, match="folder: cannot write to /proc/nowhere: "):
         dlc.finetune(sample_encoder, small_sample, folder="/proc/nowhere", **FAST)
     dlc.finetune(sample_encoder, small_sample, folder=tmp_path, **{**FAST, "epochs": 0})
     other = dataclasses.replace(sample_encoder, head="cls")
@@ -607,11 +607,10 @@ def test_subsets_of_a_data_set(small_sample):
 
 
 def test_class_names_are_no_formulas_and_no_controls_in_the_table(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.claim("inputs", {})
     accuracy = np.array([100.0, 0.0, 50.0])
     result = dlc.RunResult(60.0, accuracy, None, 3, (), [], {}, 1.0)
-    folder.finish(result, ("=HYPERLINK(1)", "a\x1b[2J\nb", "'@x"), np.array([1, 2, 2]), True)
+    class_names = ("=HYPERLINK(1)", "a\x1b[2J\nb", "'@x")
+    write_per_class(tmp_path, result, class_names, np.array([1, 2, 2]))
     with open(tmp_path / "per_class_accuracy.csv", newline="") as file:
         names = [row["class_name"] for row in csv.DictReader(file)]
     assert names == ["'=HYPERLINK(1)", r"a\x1b[2J\nb", "''@x"]

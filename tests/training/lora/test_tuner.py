@@ -241,7 +241,9 @@ def test_a_damaged_adapter_is_named_and_made_again(model, tmp_path, capsys, name
     with pytest.raises(dlc.InputError, match=f"{name} does not have the content that was written"):
         dlc.load_adapter(model, adapter)
     again = dlc.finetune_lora(model, DATA, kept, **options)
-    assert f"run: finished, but adapter/{name} does not have" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"run/adapter/{name}: does not have the content that was written" in said
+    assert "it is made again" in said
     for path, value in adapter_of(whole).items():
         np.testing.assert_array_equal(adapter_of(again)[path], value, err_msg=path)
     read = dlc.load_adapter(model, adapter)

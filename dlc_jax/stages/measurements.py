@@ -1,0 +1,386 @@
+"""The results of the stage `score`: what decides each, how it is made, what it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from dlc_jax import checks, reports
+from dlc_jax.checks.escaping import visible
+from dlc_jax.config import Config
+from dlc_jax.distributed import Run, processes, said_of
+from dlc_jax.encoders import Encoder
+from dlc_jax.masking import AUTO
+from dlc_jax.probes import certify, features, probe
+from dlc_jax.scores import SCORES, column_name, score
+from dlc_jax.training.images import Recorder, read_record
+from dlc_jax.training.images.recorder import RECORD, RecordStep
+from dlc_jax.types import Dataset, ProbeLosses
+from dlc_jax.workspace import Workspace, Written, artefacts, records
+from dlc_jax.workspace.artefacts import ScoredSamples
+
+# Settings that change speed and memory, but not what comes out.
+NOT_IN_LOSSES = ("batch_size", "chunk", "tokens_per_batch")
+_SHORT_PATH = 0.5  # sparsity; both schedules of 50 probes go beyond it
+_MADE = {"features": "features", "training": "record of training"}  # for messages
+_TRAINING_FILE = f"{artefacts.TRAINING}/{RECORD}"
+
+
+class Scored(NamedTuple):
+    """What is scored, and how.
+
+    Attributes:
+      config: Configuration with what the encoder decides filled in.
+      dataset: Training data.
+      encoder: As `mode` has it.
+      say: Takes each line meant for the user.
+    """
+
+    config: Config
+    dataset: Dataset
+    encoder: Encoder
+    say: Callable[[str], None]
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """Data, encoder and how images are seen, which decide every measurement."""
+        return {
+            "dataset": self.dataset.fingerprint,
+            "encoder": self.encoder.fingerprint,
+            "image_size": self.config.encoder.image_size,
+            "mode": self.config.mode,
+            "on_corrupt": self.config.dataset.on_corrupt,
+        }
+
+    def run(self, scratch: Path) -> Run:
+        """Where and on what measurements run."""
+        return Run(scratch, self.config.mesh.make(of_cores=True), progress=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossesStep:
+    """Losses of every probe and sample, their certificate, and a picture of the extremes."""
+
+    scored: Scored
+    asked: dict[str, Any]  # settings as the user gave them
+
+    name = "score"
+    kind = "losses"
+    stage = "score"
+    files = (artefacts.LOSSES, artefacts.PICTURE)
+    obsolete = (artefacts.UNFINISHED,)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        config = self.scored.config
+        probes = {k: v for k, v in config.to_dict()["probe"].items() if k not in NOT_IN_LOSSES}
+        if config.probe.num_probes != AUTO:
+            del probes["agreement"]
+        return {"seed": config.seed, "probe": probes, "made_of": self.scored.made_of}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        values = self.scored.config.to_dict()
+        used = {name: values[name] for name in ("mode", "seed", "encoder", "probe")}
+        return used | {"asked": self.asked}
+
+    def compute(self, scratch: Path) -> ProbeLosses:
+        config, dataset, encoder, say = self.scored
+        run = self.scored.run(scratch)
+        assert run.mesh is not None
+        say(
+            f"score: {len(dataset)} samples of {dataset.num_classes} classes, "
+            f"{encoder.name} on {said_of(run.mesh)}"
+        )
+        if config.cache.max_gib and not config.cache.takes(len(dataset), config.encoder.image_size):
+            say(
+                f"score: note: decoded images are more than cache.max_gib={config.cache.max_gib:g};"
+                " they are decoded twice, and not kept"
+            )
+        probes = probe(
+            encoder,
+            config.images(dataset),
+            mode=config.mode,
+            seed=config.seed,
+            path=config.probe,
+            compute=config.probe,
+            run=run,
+        )
+        dataset.mid_grey.update(*processes.everyones(sorted(dataset.mid_grey)))
+        if dataset.mid_grey:
+            say(mid_grey_note("score", sorted(dataset.mid_grey)))
+        _say_path(config, probes, say)
+        return probes
+
+    def write(self, root: Path, probes: ProbeLosses) -> Written:
+        config, dataset, encoder, say = self.scored
+        artefacts.write_losses(
+            root,
+            losses=probes.losses,
+            sparsity=probes.sparsity,
+            labels=probes.labels,
+            ids=probes.ids,
+        )
+        positions = np.flatnonzero(np.isin(dataset.ids, list(probes.skipped), invert=True))
+        picture = reports.easiest_hardest(dataset, positions, score(probes))
+        with artefacts.atomic(root / artefacts.PICTURE) as file:
+            picture.save(file, "PNG", optimize=True)
+        facts = {
+            "dataset": _scored_facts(dataset, probes),
+            "encoder": _encoder_facts(encoder, config.encoder.weights),
+        }
+        certificate = write_certificate(root, probes, config.seed, say)
+        return Written([*self.files, *certificate], facts)
+
+
+def _say_path(config: Config, probes: ProbeLosses, echo: Callable[[str], None]) -> None:
+    echo(f"score: {len(probes.sparsity)} probes up to sparsity {probes.sparsity[-1]:.2f}")
+    is_grid = config.probe.placement == "grid" and config.probe.num_probes != AUTO
+    if is_grid and probes.sparsity[-1] < _SHORT_PATH:
+        echo(
+            "score: note: the path stops early, where losses are nearly the unmasked network's; "
+            "--config.probe.placement=midpoint spreads the probes over all of it"
+        )
+
+
+def write_certificate(
+    root: Path, probes: ProbeLosses, seed: int, echo: Callable[[str], None]
+) -> list[str]:
+    """Prints and writes how far the ranking can be trusted; returns the files written."""
+    if len(probes.losses) < 2:
+        echo("score: note: one probe, whose ranking cannot be compared with that of more")
+        return []
+    found = certify(probes, seed=seed)
+    echo(f"score: {found}")
+    artefacts.write_json(root / artefacts.CERTIFICATE, found.to_dict())
+    return [artefacts.CERTIFICATE]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeaturesStep:
+    """Features of the unmasked encoder, [n, d], `scores/features.npz`."""
+
+    scored: Scored
+
+    name = "features"
+    kind = "features"
+    stage = "score"
+    files = (artefacts.FEATURES,)
+    obsolete = (artefacts.UNFINISHED,)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"dtype": self.scored.config.probe.dtype, "made_of": self.scored.made_of}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"dtype": self.scored.config.probe.dtype}
+
+    def compute(self, scratch: Path) -> Float32[np.ndarray, "n d"]:
+        config, dataset, encoder, say = self.scored
+        found = features(
+            encoder,
+            config.images(dataset),
+            mode=config.mode,
+            compute=config.probe,
+            run=self.scored.run(scratch),
+        )
+        say(f"features: {found.shape[1]} of each sample")
+        return found
+
+    def write(self, root: Path, found: Float32[np.ndarray, "n d"]) -> Written:
+        ids = artefacts.read_scores(root).ids
+        with artefacts.atomic(root / artefacts.FEATURES) as file:
+            np.savez(file, allow_pickle=False, features=found, ids=ids)
+        return Written(self.files)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingStep:
+    """A record of training on the whole set, `scores/training/record.npz`."""
+
+    scored: Scored
+    recorder: Recorder
+    root: Path  # work directory
+
+    name = "training"
+    kind = "training record"
+    stage = "score"
+    files = (_TRAINING_FILE,)
+    obsolete = ()
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"training": self.recorder.key, "made_of": self.scored.made_of}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        values = self.scored.config.to_dict()
+        return {name: values[name] for name in ("mode", "seed", "finetune", "record")}
+
+    def compute(self, scratch: Path) -> RecordStep:
+        """Trains in `scores/training/`, where checkpoints stay until the record is written."""
+        say = self.scored.say
+        step = RecordStep(self.recorder, self.root / artefacts.TRAINING, say)
+        Workspace(step.root, say).ensure(step)
+        return step
+
+    def write(self, root: Path, step: RecordStep) -> Written:
+        record = step.read()
+        if not np.array_equal(artefacts.read_scores(root).ids, record.ids):
+            raise checks.InputError(
+                f"{root / artefacts.TRAINING}: records other samples than {artefacts.SCORES} has; "
+                "run the stage 'score' in another work directory."
+            )
+        return Written(self.files, seconds=record.seconds)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TableStep:
+    """A row for each sample, a column for each score, `scores/scores.parquet`.
+
+    Attributes:
+      root: Work directory that holds losses and, perhaps, a training record.
+    """
+
+    scored: Scored
+    root: Path
+
+    name = "table"
+    kind = "scores"
+    stage = "score"
+    files = (artefacts.SCORES,)
+    obsolete = ()
+
+    @functools.cached_property
+    def key(self) -> dict[str, Any]:
+        losses = records.read(self.root, "score")
+        assert losses is not None  # it has been made
+        training = self._training(losses)
+        return {
+            "losses": losses.outputs[artefacts.LOSSES],
+            "training": None if training is None else training.outputs[_TRAINING_FILE],
+            "made_of": self.scored.made_of,
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def _training(self, losses: records.Record) -> records.Record | None:
+        """Returns the training record of these samples, where there is one."""
+        found = records.read(self.root, "training")
+        if found is None or _TRAINING_FILE not in found.outputs:
+            return None
+        is_it = _have_one_origin(found, losses) and found.damage(self.root) is None
+        return found if is_it else None
+
+    def compute(self, scratch: Path) -> ScoredSamples:
+        found = artefacts.read_losses(self.root)
+        columns = {"dlc": score(found["losses"])}
+        if self.key["training"] is not None:
+            record = read_record(self.root / artefacts.TRAINING, found["ids"])
+            columns |= {
+                column_name(name, variant): score(record, method=name, variant=variant)
+                for name, method in SCORES.items()
+                if method.of == "training"
+                for variant in method.variants
+            }
+        names = self.scored.dataset.class_names
+        return ScoredSamples(found["ids"], found["labels"], names, columns)
+
+    def write(self, root: Path, samples: ScoredSamples) -> Written:
+        artefacts.write_scores(root, samples)
+        return Written(self.files)
+
+
+def check_scores_are_whole(root: Path) -> None:
+    """Raises ValueError where files of `scores/` are not as the stage `score` left them."""
+    losses, table = records.read(root, "score"), records.read(root, "table")
+    if losses is None and table is None:
+        return  # scores of the user's own
+    if losses is None:
+        raise checks.InputError(
+            f"{root / artefacts.SCORES}: the losses that it was made from are not there any more; "
+            "run the stage 'score' again."
+        )
+    has_table = artefacts.SCORES in losses.outputs  # of instructions
+    for record in (losses,) if has_table or table is None else (losses, table):
+        if damage := record.damage(root):
+            raise checks.InputError(
+                f"{root}/scores: not as the stage 'score' left it ({damage}); run that stage again."
+            )
+    made_from = None if table is None else table.key.get("losses")
+    if not has_table and made_from != losses.outputs.get(artefacts.LOSSES):
+        raise checks.InputError(
+            f"{root / artefacts.SCORES}: not of the losses beside it (a run was stopped while it "
+            "wrote); run the stage 'score' again."
+        )
+
+
+def check_is_of_these_scores(root: Path, name: str) -> None:
+    """Raises ValueError unless features, or the training record, are of what was scored."""
+    record, losses = records.read(root, name), records.read(root, "score")
+    if record is None or losses is None or not _have_one_origin(record, losses):
+        damage: str | None = f"has no {_MADE[name]} of these scores"
+    else:
+        damage = record.damage(root)
+    if damage is not None:
+        raise checks.InputError(
+            f"{root}/scores: {damage}; run the stage 'score' with the same settings of selection "
+            "and tuning first."
+        )
+
+
+def _have_one_origin(record: records.Record, losses: records.Record) -> bool:
+    """Whether both are of the same data and encoder, and images that are seen the same way."""
+    return "made_of" in losses.key and record.key.get("made_of") == losses.key["made_of"]
+
+
+def mid_grey_note(stage: str, ids: list[str]) -> str:
+    """Returns the note on constant images, which `min_max` cannot stretch."""
+    return (
+        f"{stage}: note: {len(ids)} constant images are mid-grey by dataset.deep_images=min_max: "
+        f"{checks.listed(map(visible, ids))}"
+    )
+
+
+def dataset_facts(dataset: Dataset) -> dict[str, Any]:
+    """Returns facts about a data set, scored or only tested on, for its record."""
+    return {
+        "source": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "num_samples": len(dataset),
+        "num_classes": dataset.num_classes,
+        "label_table": dataset.label_table,
+        "empty_classes": dataset.empty_classes,
+        "left_out": dataset.left_out,
+        "deep_images": dataset.deep_images,
+        "mid_grey": sorted(dataset.mid_grey),
+    }
+
+
+def _scored_facts(dataset: Dataset, probes: ProbeLosses) -> dict[str, Any]:
+    sizes = np.bincount(probes.labels, minlength=dataset.num_classes)
+    return dataset_facts(dataset) | {
+        "skipped": probes.skipped,
+        "single_sample_classes": [dataset.class_names[j] for j in np.flatnonzero(sizes == 1)],
+    }
+
+
+def _encoder_facts(encoder: Encoder, weights: str) -> dict[str, Any]:
+    return {
+        "name": encoder.name,
+        "weights": weights,
+        "fingerprint": encoder.fingerprint,
+        "mean": encoder.mean,
+        "std": encoder.std,
+        "normalisation": encoder.normalisation,
+        "pooling": encoder.pooling,
+    }

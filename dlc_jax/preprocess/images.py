@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,21 @@ class Images:
             check_dataset("images", given)
             given = cls(given)
         return overridden(given, size=image_size)
+
+    def made_of(self, encoder: str, mode: str) -> dict[str, Any]:
+        """Returns what decides every measurement of these images, for keys of results.
+
+        Args:
+          encoder: Fingerprint of the encoder, as the mode has it.
+          mode: `default` or `official`.
+        """
+        return {
+            "dataset": self.dataset.fingerprint,
+            "encoder": encoder,
+            "image_size": self.size,
+            "mode": mode,
+            "on_corrupt": self.on_corrupt,
+        }
 
     def evaluation_crops(
         self, part: range | None = None, progress: bool = False

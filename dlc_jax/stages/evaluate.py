@@ -142,8 +142,7 @@ class AnswersStep:
         return said
 
     def write(self, root: Path, found: dict[str, Any]) -> Written:
-        what = {"cell": self.cell._asdict(), "asked": self._asked, "run": self.run}
-        artefacts.write_json(evaluation_file(root, self.cell), what | found)
+        artefacts.write_json(evaluation_file(root, self.cell), self.key | found)
         return Written(self.files)
 
 

@@ -48,15 +48,15 @@ class ExportStep:
     """One part of a selection in one form, below `exports/`.
 
     Attributes:
-      path: Path of the file or folder below the work directory.
+      name: Path of the file or folder below the work directory.
       is_folder: Whether it is a folder.
-      source: Data, selection, form and part that it is made from.
+      key: Data, selection, form and part that it is made from.
       put: Writes it, whole or not at all.
     """
 
-    path: str
+    name: str
     is_folder: bool
-    source: Mapping[str, Any]
+    key: Mapping[str, Any]
     put: Callable[[Path], Any]
 
     kind = "export"
@@ -64,29 +64,21 @@ class ExportStep:
     obsolete = ()
 
     @property
-    def name(self) -> str:
-        return self.path
-
-    @property
     def files(self) -> tuple[str, ...]:
-        return () if self.is_folder else (self.path,)
-
-    @property
-    def key(self) -> Mapping[str, Any]:
-        return self.source
+        return () if self.is_folder else (self.name,)
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"form": self.source["form"]}
+        return {"form": self.key["form"]}
 
     def compute(self, scratch: Path) -> None:
         """Nothing: what is exported is on disk."""
 
     def write(self, root: Path, _: None) -> Written:
-        self.put(root / self.path)
+        self.put(root / self.name)
         if not self.is_folder:
             return Written(self.files)
-        return Written(f"{self.path}/{name}" for name in artefacts.names_below(root / self.path))
+        return Written(f"{self.name}/{name}" for name in artefacts.names_below(root / self.name))
 
 
 def run_exports(

@@ -19,17 +19,16 @@ from dlc_jax.encoders import Encoder
 from dlc_jax.masking import AUTO
 from dlc_jax.probes import certify, features, probe
 from dlc_jax.scores import SCORES, column_name, score
-from dlc_jax.training.images import Recorder, read_record
-from dlc_jax.training.images.recorder import RECORD, RecordStep
+from dlc_jax.training.images import read_record
+from dlc_jax.training.images.recorder import RECORD
 from dlc_jax.types import Dataset, ProbeLosses
-from dlc_jax.workspace import Workspace, Written, artefacts, records
+from dlc_jax.workspace import Written, artefacts, records
 from dlc_jax.workspace.artefacts import ScoredSamples
 
 # Settings that change speed and memory, but not what comes out.
 NOT_IN_LOSSES = ("batch_size", "chunk", "tokens_per_batch")
 _SHORT_PATH = 0.5  # sparsity; both schedules of 50 probes go beyond it
 _MADE = {"features": "features", "training": "record of training"}  # for messages
-_TRAINING_FILE = f"{artefacts.TRAINING}/{RECORD}"
 
 
 class Scored(NamedTuple):
@@ -50,13 +49,8 @@ class Scored(NamedTuple):
     @property
     def made_of(self) -> dict[str, Any]:
         """Data, encoder and how images are seen, which decide every measurement."""
-        return {
-            "dataset": self.dataset.fingerprint,
-            "encoder": self.encoder.fingerprint,
-            "image_size": self.config.encoder.image_size,
-            "mode": self.config.mode,
-            "on_corrupt": self.config.dataset.on_corrupt,
-        }
+        images = self.config.images(self.dataset)
+        return images.made_of(self.encoder.fingerprint, self.config.mode)
 
     def run(self, scratch: Path) -> Run:
         """Where and on what measurements run."""
@@ -202,46 +196,6 @@ class FeaturesStep:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TrainingStep:
-    """A record of training on the whole set, `scores/training/record.npz`."""
-
-    scored: Scored
-    recorder: Recorder
-    root: Path  # work directory
-
-    name = "training"
-    kind = "training record"
-    stage = "score"
-    files = (_TRAINING_FILE,)
-    obsolete = ()
-
-    @property
-    def key(self) -> dict[str, Any]:
-        return {"training": self.recorder.key, "made_of": self.scored.made_of}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        values = self.scored.config.to_dict()
-        return {name: values[name] for name in ("mode", "seed", "finetune", "record")}
-
-    def compute(self, scratch: Path) -> RecordStep:
-        """Trains in `scores/training/`, where checkpoints stay until the record is written."""
-        say = self.scored.say
-        step = RecordStep(self.recorder, self.root / artefacts.TRAINING, say)
-        Workspace(step.root, say).ensure(step)
-        return step
-
-    def write(self, root: Path, step: RecordStep) -> Written:
-        record = step.read()
-        if not np.array_equal(artefacts.read_scores(root).ids, record.ids):
-            raise checks.InputError(
-                f"{root / artefacts.TRAINING}: records other samples than {artefacts.SCORES} has; "
-                "run the stage 'score' in another work directory."
-            )
-        return Written(self.files, seconds=record.seconds)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class TableStep:
     """A row for each sample, a column for each score, `scores/scores.parquet`.
 
@@ -262,10 +216,9 @@ class TableStep:
     def key(self) -> dict[str, Any]:
         losses = records.read(self.root, "score")
         assert losses is not None  # it has been made
-        training = self._training(losses)
         return {
             "losses": losses.outputs[artefacts.LOSSES],
-            "training": None if training is None else training.outputs[_TRAINING_FILE],
+            "training": self._training(losses),
             "made_of": self.scored.made_of,
         }
 
@@ -273,13 +226,12 @@ class TableStep:
     def settings(self) -> dict[str, Any]:
         return {}
 
-    def _training(self, losses: records.Record) -> records.Record | None:
-        """Returns the training record of these samples, where there is one."""
-        found = records.read(self.root, "training")
-        if found is None or _TRAINING_FILE not in found.outputs:
+    def _training(self, losses: records.Record) -> str | None:
+        """Returns the SHA-256 of the training record of these samples, where there is one."""
+        folder, found = _record_of(self.root, "training")
+        if found is None or not _have_one_origin(found, losses) or found.damage(folder):
             return None
-        is_it = _have_one_origin(found, losses) and found.damage(self.root) is None
-        return found if is_it else None
+        return found.outputs.get(RECORD)
 
     def compute(self, scratch: Path) -> ScoredSamples:
         found = artefacts.read_losses(self.root)
@@ -326,16 +278,23 @@ def check_scores_are_whole(root: Path) -> None:
 
 def check_is_of_these_scores(root: Path, name: str) -> None:
     """Raises ValueError unless features, or the training record, are of what was scored."""
-    record, losses = records.read(root, name), records.read(root, "score")
+    (folder, record), losses = _record_of(root, name), records.read(root, "score")
     if record is None or losses is None or not _have_one_origin(record, losses):
         damage: str | None = f"has no {_MADE[name]} of these scores"
     else:
-        damage = record.damage(root)
+        damage = record.damage(folder)
     if damage is not None:
         raise checks.InputError(
             f"{root}/scores: {damage}; run the stage 'score' with the same settings of selection "
             "and tuning first."
         )
+
+
+def _record_of(root: Path, name: str) -> tuple[Path, records.Record | None]:
+    """Returns the folder of features, or of the training record, and their record if finished."""
+    folder, step = (root, name) if name != "training" else (root / artefacts.TRAINING, records.RUN)
+    record = records.read(folder, step)
+    return folder, record if record is not None and record.outputs else None
 
 
 def _have_one_origin(record: records.Record, losses: records.Record) -> bool:

@@ -16,7 +16,6 @@ from dlc_jax.stages.measurements import (
     LossesStep,
     Scored,
     TableStep,
-    TrainingStep,
 )
 from dlc_jax.training.images import Recorder
 from dlc_jax.training.images.recorder import RecordStep
@@ -94,17 +93,18 @@ def _record_training(scored: Scored, encoder: Encoder, workspace: Workspace) -> 
         run=Run(None, config.mesh.make(), progress=True),
     )
 
+    step, training = RecordStep(recorder, folder, workspace.say), Workspace(folder, workspace.say)
+
     def make_room() -> bool:
         """Moves training of other settings out of the way; returns whether this one is there."""
-        step = RecordStep(recorder, folder)
         there = records.read(folder, records.RUN)
         if there is not None and there.difference(step):
-            workspace.remove(records.file_of(TrainingStep.name))
+            workspace.remove(records.file_of("training"))  # how the stage ran
             workspace.set_folder_aside(artefacts.TRAINING, f"training-{there.identity[:12]}")
             _write_table(scored, workspace)  # columns were of that training
         identity = records.identity_of(step)
         workspace.take_folders_back(artefacts.TRAINING, f"training-{identity[:12]}")
-        return Workspace(folder).has(step)
+        return training.has(step)
 
     if workspace.broadcast(make_room):
         workspace.say("training record: unchanged, not made again")
@@ -113,7 +113,10 @@ def _record_training(scored: Scored, encoder: Encoder, workspace: Workspace) -> 
             f"training record: {recorder.num_epochs} epochs on everything, and "
             f"{recorder.early_epoch} in {len(recorder.seeds) - 1} more runs"
         )
-    workspace.ensure(TrainingStep(scored, recorder, workspace.root))
+    training.ensure(step)
+    values = config.to_dict()
+    made_with = {name: values[name] for name in ("mode", "seed", "finetune", "record")}
+    workspace.note("training", made_with, workspace.broadcast(lambda: step.seconds))
 
 
 def _write_table(scored: Scored, workspace: Workspace) -> None:

@@ -109,7 +109,7 @@ class _Sweep(NamedTuple):
             cell.seed,
             run_folder(self.workdir, cell),
             facts=facts,
-            used=dataclasses.asdict(self.config.training),
+            settings=dataclasses.asdict(self.config.training),
             say=self.of(cell).say,
         )
 

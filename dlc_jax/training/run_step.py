@@ -74,6 +74,12 @@ class Tuner(Trains[Result], Protocol[Result]):
         ...
 
 
+def key_of_run(fingerprint: str, positions: Int64[np.ndarray, " k"], seed: int) -> dict[str, Any]:
+    """Returns what decides a run: what it shares with others, kept samples and seed."""
+    kept = keys.json_hash(positions.tolist())
+    return {"shared": fingerprint, "kept": kept, "seed": int(seed)}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunStep:
     """A run of a tuner in a folder of its own.
@@ -84,7 +90,7 @@ class RunStep:
       seed: Seed of the run.
       root: Folder of the run.
       facts: What `run.json` holds besides, from the start of the run on.
-      used: Settings as the user knows them.
+      settings: Settings as the user knows them.
       say: Takes a line for each checkpoint that is damaged.
     """
 
@@ -93,7 +99,7 @@ class RunStep:
     seed: int
     root: Path
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    used: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     say: Callable[[str], None] = show
 
     name = records.RUN
@@ -103,21 +109,9 @@ class RunStep:
     def kind(self) -> str:
         return self.tuner.kind
 
-    @property
-    def key(self) -> dict[str, Any]:
-        return {
-            "shared": self.tuner.fingerprint,
-            "kept": self._kept,
-            "seed": int(self.seed),
-        }
-
     @functools.cached_property
-    def _kept(self) -> str:
-        return keys.json_hash(self.positions.tolist())
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return self.used
+    def key(self) -> dict[str, Any]:
+        return key_of_run(self.tuner.fingerprint, self.positions, self.seed)
 
     @property
     def files(self) -> tuple[str, ...]:

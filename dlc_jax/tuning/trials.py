@@ -19,6 +19,7 @@ from dlc_jax.files import array_files
 from dlc_jax.preprocess import Images
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig
+from dlc_jax.training.run_step import key_of_run
 from dlc_jax.tuning.linear import LinearProbeConfig, linear_probes
 from dlc_jax.types import Conventions, Dataset
 from dlc_jax.workspace import Workspace, Written, artefacts, records
@@ -177,8 +178,7 @@ class _TrialStep(NamedTuple):
 
     @property
     def key(self) -> dict[str, Any]:
-        kept = json_hash(self.trial.positions.tolist())
-        return {"shared": self.finetuner.fingerprint, "kept": kept, "seed": int(self.trial.seed)}
+        return key_of_run(self.finetuner.fingerprint, *self.trial)
 
     @property
     def name(self) -> str:

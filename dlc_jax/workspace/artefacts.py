@@ -66,6 +66,7 @@ _FOLDERS = (
     f"{TUNING}/**",
     "selections/*",
     f"{FINETUNE}/*/*",
+    f"{FINETUNE}/*/*/records/**",
     f"{EVALUATE}/*",
     f"{EXPORTS}/*/*",
     f"{EXPORTS}/idxs*/*/*/*/*",

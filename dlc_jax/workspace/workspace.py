@@ -78,7 +78,7 @@ class Workspace(NamedTuple):
         Raises:
           ValueError: whatever the step raises; a record that is damaged.
         """
-        if not told_by_first(lambda: self._take_or_set_aside(step)):
+        if not told_by_first(lambda: self._is_there_or_restored(step)):
             return Made(self.make(step))
         if records.is_run(step):  # a kill may have come between record and deletion
             on_first(lambda: self._delete(step.obsolete))
@@ -184,8 +184,16 @@ class Workspace(NamedTuple):
         seconds: float,
         facts: Mapping[str, Any] = {},
     ) -> None:
-        """Records that a stage of many results ran, for readers alone."""
-        on_first(lambda: self._put(Record.of_stage(stage, settings, seconds, facts)))
+        """Records how a stage ran whose results have records elsewhere, unless that is known."""
+
+        def put() -> None:
+            record = Record.of_stage(stage, settings, seconds, facts)
+            there = records.read(self.root, stage)
+            known = ("settings", "seconds", "facts")
+            if there is None or any(getattr(there, n) != getattr(record, n) for n in known):
+                self._put(record)
+
+        on_first(put)
 
     def _prepare(self, option: str) -> None:
         artefacts.prepare_workdir(self.root, option)
@@ -217,8 +225,8 @@ class Workspace(NamedTuple):
         Record.of(self.root, step, Written((), facts)).write(self.root)
         return facts
 
-    def _take_or_set_aside(self, step: Step[Any]) -> bool:
-        """Whether the result is there; another of this name makes room for what is set aside.
+    def _is_there_or_restored(self, step: Step[Any]) -> bool:
+        """Whether the result is there; one that was set aside is restored first.
 
         While files are moved, the record is in the work directory and not in `superseded/`, so that
         the next call brings the result together again, in one place or the other.
@@ -245,7 +253,7 @@ class Workspace(NamedTuple):
             self._show()
 
     def _show(self) -> None:
-        """Writes `provenance.json`, a view of the records, unless it is there."""
+        """Writes `provenance.json`, a view of the records, unless it is up to date."""
         found = records.matching(self.root, "*")
         newest = max(found, key=self._written_at)
         view: dict[str, Any] = {}

@@ -260,20 +260,25 @@ def test_killed_in_scoring_the_others_name_it_and_any_number_goes_on(
     check_same(tmp_path, alone["odd"])
 
 
+def stop_when(started, workdir: Path, pattern: str) -> tuple[list[int], list[str]]:
+    """Sends SIGTERM to all as soon as there is such a file; returns what `ended` does."""
+    deadline = time.monotonic() + 120
+    while not list(workdir.glob(pattern)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+    return ended(started)
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_path):
     arguments = [*SCORE, *SWEEP, *data["odd"]]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(2, whole, arguments)
     started = start(2, stopped, arguments)
-    deadline = time.monotonic() + 120
-    while not list(stopped.glob("finetune/*/*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-    codes, said = ended(started)
+    codes, said = stop_when(started, stopped, "finetune/*/*/metrics.jsonl")
     assert codes in ([processes.RESTART] * 2, [0, 0]), said
     run(2, stopped, arguments)
     check_same(stopped, whole)
@@ -296,14 +301,7 @@ def test_a_training_record_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(2, whole, arguments)
     started = start(2, stopped, arguments)
-    deadline = time.monotonic() + 120
-    while not list(stopped.glob("scores/training/seed_*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-    codes, said = ended(started)
+    codes, said = stop_when(started, stopped, "scores/training/seed_*/metrics.jsonl")
     assert codes == [processes.RESTART] * 2, said
     assert not (stopped / "scores/training/record.npz").exists()
     run(2, stopped, arguments)

@@ -19,6 +19,7 @@ from dlc_jax.selection import Cell
 from dlc_jax.stages import measurements, pipeline, sweep_results, what_was_scored
 from dlc_jax.stages.selection_files import read_selection
 from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.training.images import Finetuner, read_record
 from dlc_jax.types import ProbeLosses
 from dlc_jax.workspace import Record, Workspace, artefacts, records
 
@@ -557,3 +558,34 @@ def test_losses_that_are_damaged_or_would_unpack_to_more_are_refused(place):
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(dlc.InputError, match=r"losses\.npz: cannot be read as arrays"):
         artefacts.read_losses(place / "run")
+
+
+@pytest.mark.slow
+def test_training_of_other_settings_is_set_aside_with_its_columns_and_comes_back(
+    place, monkeypatch
+):
+    """No column of the table is ever of another training record than the one beside it."""
+    epochs, real = [], Finetuner._epoch
+    monkeypatch.setattr(Finetuner, "_epoch", lambda *a: epochs.append(a[-1]) or real(*a))
+
+    def score(num_epochs: int) -> tuple[bytes, bytes]:
+        sections = {"selection": {"methods": ("hardest",), "score": "el2n"}}
+        sections |= {"finetune": {"epochs": num_epochs, "batch_size": 6}}
+        sections |= {"record": {"num_runs": 1}}
+        run(config("score,select", **sections), place / "run")
+        scores = place / "run" / "scores"
+        columns = artefacts.read_scores(place / "run").scores
+        record = read_record(scores / "training", artefacts.read_scores(place / "run").ids)
+        np.testing.assert_array_equal(columns["el2n"], dlc.score(record, method="el2n"))
+        return (scores / "training/record.npz").read_bytes(), columns["el2n"].tobytes()
+
+    one = score(1)
+    two = score(2)
+    assert one != two
+    assert epochs == [1, 1, 2]
+    assert score(1) == one
+    assert score(2) == two
+    assert epochs == [1, 1, 2]
+    stages = json.loads((place / "run" / "provenance.json").read_text())["stages"]
+    assert stages["training"]["settings"]["finetune"]["epochs"] == 2
+    assert stages["training"]["seconds"] > 0

@@ -81,6 +81,6 @@ def finetune(
     if run.path is None:
         return finetuner.run(positions, seed)
     workspace, used = Workspace(run.path), dataclasses.asdict(settings)
-    step = RunStep(finetuner, positions, seed, run.path, used=used, say=workspace.say)
+    step = RunStep(finetuner, positions, seed, run.path, settings=used, say=workspace.say)
     with workspace.held("folder"):
         return workspace.make(step)

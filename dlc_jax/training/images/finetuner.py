@@ -117,16 +117,17 @@ class Finetuner:
             "fine-tuning",
             {
                 "settings": self._settings.decisive,
-                "mode": self._mode,
-                "image_size": self._images.size,
-                "on_corrupt": self._images.on_corrupt,
-                "encoder": self._encoder.fingerprint,
+                **self.made_of,
                 "head": self._encoder.head,
                 "statistics": sorted(self._encoder.statistics),
-                "dataset": self._dataset.fingerprint,
                 "test": self._test.fingerprint if self._test is not None else None,
             },
         )
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """Data, encoder and how images are seen."""
+        return self._images.made_of(self._encoder.fingerprint, self._mode)
 
     @property
     def keeps_weights(self) -> bool:

@@ -86,6 +86,7 @@ class Recorder:
     def key(self) -> dict[str, Any]:
         """Everything that decides the record."""
         return {
+            "made_of": self._finetuner.made_of,
             "shared": self._finetuner.fingerprint,
             "seeds": [self.seeds.start, self.seeds.stop],
             "early_epoch": self.early_epoch,
@@ -196,6 +197,12 @@ class RecordStep:
     def obsolete(self) -> tuple[str, ...]:
         names = (CHECKPOINT, SEEN)
         return tuple(f"{_run_name(seed)}/{n}" for seed in self.recorder.seeds for n in names)
+
+    @property
+    def seconds(self) -> float:
+        """Time that the record took, once it is written."""
+        record = records.read(self.root, self.name)
+        return 0.0 if record is None else record.seconds
 
     def read(self) -> TrainingRecord:
         """Returns the record that was written."""

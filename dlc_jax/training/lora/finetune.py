@@ -84,7 +84,7 @@ def finetune_lora(
     if run.path is None:
         return tuner.run(positions, seed)
     workspace, used = Workspace(run.path), dataclasses.asdict(settings)
-    step = RunStep(tuner, positions, seed, run.path, used=used, say=workspace.say)
+    step = RunStep(tuner, positions, seed, run.path, settings=used, say=workspace.say)
     with workspace.held("folder"):
         workspace.ensure(step)
         tuner.complete(workspace)

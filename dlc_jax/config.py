@@ -16,6 +16,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
+from tabulate import tabulate
 
 from dlc_jax import checks
 from dlc_jax.datasets import load_dataset
@@ -386,13 +387,11 @@ def default_config() -> ConfigDict:
 
 def describe() -> str:
     """Returns one line per key: name, default, meaning."""
-    rows = [(f"--config.{key}", repr(default), doc) for key, default, doc in _keys(Config, "")]
-    width = max(len(name) for name, _, _ in rows)
-    lines = []
-    for name, default, doc in rows:
-        shown = default if len(default) <= 24 else default[:21] + "..."
-        lines.append(f"  {name:<{width}}  {shown:<24}  {doc}")
-    return "\n".join(lines)
+    rows = [
+        (f"  --config.{key}", checks.shortened(repr(default), 24), doc)
+        for key, default, doc in _keys(Config, "")
+    ]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True, preserve_whitespace=True)
 
 
 def known_keys() -> list[str]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from tabulate import tabulate
 
 from dlc_jax.checks.escaping import markdown_text, visible
 
 _MAX_CLASSES = 50
 _MAX_ID = 36
+_AS_IT_IS: dict[str, Any] = {"disable_numparse": True, "preserve_whitespace": True}
 
 
 def class_table(
@@ -50,29 +53,17 @@ def class_table(
     num_kept = str(int(is_kept.sum())) if kept is not None else "-"
     rows.append(("all", str(len(labels)), num_kept, "", ""))
     rows = [(_shorten(a), b, c, _shorten(d), _shorten(e)) for a, b, c, d, e in rows]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i in (1, 2) else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, *rows]
-    ]
+    alignment = ("left", "right", "right", "left", "left")
+    lines = tabulate([header, *rows], tablefmt="plain", colalign=alignment, **_AS_IT_IS).split("\n")
     if len(class_names) > _MAX_CLASSES:
         lines.insert(-1, f"... {len(class_names) - _MAX_CLASSES} more classes")
     return "\n".join(lines)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table with columns of even width, which shows every cell as it is."""
-    lines = [header, *([markdown_text(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    shown = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
-    shown.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(shown)
+    """Returns a Markdown table that shows every cell as it is."""
+    shown = [[markdown_text(cell) for cell in row] for row in rows]
+    return tabulate(shown, header, tablefmt="github", **_AS_IT_IS)
 
 
 def _shorten(text: str) -> str:

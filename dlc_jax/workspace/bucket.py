@@ -4,12 +4,9 @@ All work is done in a local copy; what is made whole there is put into the bucke
 is removed or moved there is removed or moved in the bucket. The bucket is the truth: a run begins
 by making the local copy like it, so that it goes on on any machine.
 
-Folders are no single objects. What is about to be done to one is first written to `_PENDING`, and
-a run that finds that there brings it to its end, so that each is done whole or not at all:
-
-  put     {"remove": name}, then its files; found, the folder is removed
-  remove  {"remove": name}, then it is deleted; found, it is deleted
-  move    {"move": [name, to]}, then copied and deleted; found, it is moved
+Folders are no single objects. One that is put or removed is in the bucket in part until that is
+done; whoever reads it compares what is there with the checksums in a record. One that is moved is a
+run: its record is copied last and deleted first, so that a folder without one is no run.
 
 The first process does all of this. Others put single files, parts of a measurement, and pull what
 they are told to read.
@@ -28,17 +25,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dlc_jax import checks
 from dlc_jax.distributed import processes
 from dlc_jax.files import whole_files
-from dlc_jax.files.json_files import BELOW, parse_json
 from dlc_jax.workspace import artefacts, lease, records
 from dlc_jax.workspace.object_store import ObjectStore
 
-_PENDING = ".pending.json"
-_TO_DO = {"move?": [BELOW, BELOW], "remove?": BELOW}
 _FILES, _KNOWN = "files", "known.jsonl"
 _SETTLE_S = 2.0
 _FETCHED = ".fetched"
@@ -170,7 +164,6 @@ class Bucket:
         self._store, self._files = store, home / _FILES
         self._list = home / _KNOWN
         self._known = _read_known(self._list)
-        self._is_pending = False
         self._lock = threading.RLock()
 
     @property
@@ -187,9 +180,6 @@ class Bucket:
         """Makes a file or folder like the bucket's."""
         name = self._name(path)
         found = self._store.list(name)
-        if _PENDING in found:
-            self._settle(found)
-            found = self._store.list(name)
         found.pop(lease.FILE, None)
         for known in _below(self._known, name):
             if known not in found:
@@ -216,66 +206,42 @@ class Bucket:
         links = [known for known in names if (self._files / known).is_symlink()]
         if links:
             raise checks.InputError(f"{self._files / links[0]}: a bucket holds no links.")
-        with self._pending({"remove": name}):
-            self._delete(_below(self._known, name))
-            self._store.put((known, self._files / known) for known in names)
-            for known, version in self._store.list(name).items():
-                self._note(known, self._held(known, version))
+        self._delete([known for known in _below(self._known, name) if known not in names])
+        self._expect(names)
+        self._store.put((known, self._files / known) for known in names)
+        self._note_all(name)
 
     @_one_at_a_time
     def remove(self, path: Path) -> None:
         """Removes a file or folder, if it is there."""
         name = self._name(path)
-        names = _below(self._known, name)
-        if names in ([], [name]):
-            self._delete(names)
-            return
-        with self._pending({"remove": name}):
-            self._delete(names)
+        record, others = _of_run(name, _below(self._known, name))
+        self._delete(record)
+        self._delete(others)
 
     @_one_at_a_time
     def move(self, source: Path, target: Path) -> None:
-        """Moves a file or folder to where nothing is, or a file to where another one is."""
+        """Moves a file to where one may be, or the folder of a run to where nothing is."""
         name, to = self._name(source), self._name(target)
-        names = _below(self._known, name)
-        moved = {known: to + known.removeprefix(name) for known in names}
-        pending = self._pending({"move": [name, to]})
-        with contextlib.nullcontext() if names in ([], [name]) else pending:
-            self._store.copy(moved.items())
+        record, others = _of_run(name, _below(self._known, name))
+        moved = {known: to + known.removeprefix(name) for known in [*others, *record]}
+        self._expect(moved.values())
+        for names in (others, record):
+            self._store.copy((known, moved[known]) for known in names)
+        for names in (record, others):
             self._delete(names)
-            for known, version in self._store.list(to).items() if names else ():
-                self._note(known, self._held(known, version))
+        if moved:
+            self._note_all(to)
 
-    @contextlib.contextmanager
-    def _pending(self, what: dict[str, Any]) -> Iterator[None]:
-        """Says what is about to be done, until it is."""
-        if self._is_pending:  # what failed, or was stopped, in this run
-            self._settle(self._store.list())
-        self._is_pending = True
-        self._store.write(_PENDING, json.dumps(what).encode())
-        yield
-        self._store.delete([_PENDING])
-        self._is_pending = False
+    def _expect(self, names: Iterable[str]) -> None:
+        """Notes objects that will be there, whatever becomes of what puts them there."""
+        for name in names:
+            self._note(name, Held(""))
 
-    def _settle(self, found: dict[str, str]) -> None:
-        """Brings to its end what was begun before and is not done."""
-        if _PENDING in found:
-            path = self._files / _PENDING
-            what = parse_json(self._store.read(_PENDING), _TO_DO, path)
-            if len(what) != 1 or not what.keys() <= {"move", "remove"}:
-                named = checks.listed(map(repr, what)) if what else "nothing"
-                raise checks.InputError(
-                    f"{path}: says {named}, expected either 'move' or 'remove'."
-                )
-            name, to = what.get("move", (what.get("remove"), None))
-            names = _below(found, name)
-            if to is not None:
-                self._store.copy((known, to + known.removeprefix(name)) for known in names)
-                for known, version in self._store.list(to).items():
-                    self._note(known, Held(version))  # whatever the file is
-            self._delete(names)
-            self._store.delete([_PENDING])
-        self._is_pending = False
+    def _note_all(self, name: str) -> None:
+        """Notes the objects called so or below it, which the files are like."""
+        for known, version in self._store.list(name).items():
+            self._note(known, self._held(known, version))
 
     def _fetch(self, versions: dict[str, str]) -> None:
         places = {name: self._files / name for name in versions}
@@ -357,6 +323,12 @@ def _below(names: Iterable[str], name: str) -> list[str]:
     if not name:
         return list(names)
     return [known for known in names if known == name or known.startswith(f"{name}/")]
+
+
+def _of_run(name: str, names: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the record that makes the folder of this name a run, if it is one, and the rest."""
+    record = f"{name}/{records.file_of(records.RUN)}"
+    return [known for known in names if known == record], [n for n in names if n != record]
 
 
 def _remove_empty_folders(root: Path) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import re
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -61,6 +60,7 @@ class ObjectStore:
         self.url = url.rstrip("/")
         try:
             import fsspec
+            import tenacity  # noqa: F401, used by each request
 
             # others may write there, so that nothing may be remembered
             self._files, self._root = fsspec.core.url_to_fs(
@@ -68,7 +68,8 @@ class ObjectStore:
             )
         except ImportError as error:
             protocol = url.partition("://")[0]
-            install = f"{EXTRA} ({error})" if protocol in _OF_EXTRA else str(error)
+            is_of_extra = protocol in _OF_EXTRA or isinstance(error, ModuleNotFoundError)
+            install = f"{EXTRA} ({error})" if is_of_extra else str(error)
             raise checks.InputError(
                 f"--workdir: {protocol}:// needs a package that is not installed: {install}."
             ) from error
@@ -204,27 +205,27 @@ class ObjectStore:
         self._patiently(what, some)
 
     def _patiently(self, what: str, do: Callable[[], Value], name: str = "") -> Value:
-        """Does it, again and again while it fails in passing and the bucket was reached before."""
-        place = f"{self.url}/{name}".rstrip("/")
-        until = time.monotonic() + (_PATIENCE_S if self._was_reached else 0.0)
-        wait_s = 1.0
-        while True:
-            try:
-                value = do()
-                self._was_reached = True
-                return value
-            except checks.InputError:
+        """Does it, again while it fails in passing and the bucket was reached before."""
+        import tenacity  # with the extra alone
+
+        again = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_may_pass),
+            stop=tenacity.stop_after_delay(_PATIENCE_S if self._was_reached else 0.0),
+            wait=tenacity.wait_exponential(max=_LONGEST_WAIT_S),
+            reraise=True,
+        )
+        try:
+            value = again(do)
+        except Exception as error:
+            if isinstance(error, checks.InputError) or _is_of_own_disk(error):
                 raise
-            except Exception as error:
-                if _is_of_own_disk(error):
-                    raise
-                said = f"{place}: cannot {what}: {_reason(error)}."
-                if not _may_pass(error) or not self._was_reached:
-                    raise checks.InputError(said) from error
-                if time.monotonic() > until:
-                    raise Unreachable(said) from error
-            time.sleep(wait_s)
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+            place = f"{self.url}/{name}".rstrip("/")
+            said = f"{place}: cannot {what}: {_reason(error)}."
+            if _may_pass(error) and self._was_reached:
+                raise Unreachable(said) from error
+            raise checks.InputError(said) from error
+        self._was_reached = True
+        return value
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -232,6 +233,8 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _may_pass(error: BaseException) -> bool:
+    if not isinstance(error, Exception) or _is_of_own_disk(error):
+        return False
     code = getattr(error, "code", None)  # of gcsfs, a number or text
     if str(code) in ("408", "429") or str(code).startswith("5"):
         return True

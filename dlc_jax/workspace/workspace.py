@@ -20,6 +20,7 @@ from dlc_jax.workspace.records import FolderStep, Record, Step, Value, Written
 
 Computed = TypeVar("Computed")
 _LAYOUT = 2  # of a work directory; 0.1 had none
+_RUNS = (f"{artefacts.FINETUNE}/*/*", artefacts.TRAINING)  # folders that are moved whole
 _PROVENANCE = {"layout?": int, "versions?": {"dlc_jax?": re.compile(r"[\w.+-]{1,40}")}}
 
 
@@ -198,6 +199,18 @@ class Workspace(NamedTuple):
     def _prepare(self, option: str) -> None:
         artefacts.prepare_workdir(self.root, option)
         self._check_layout()
+        if artefacts.is_mirrored(self.root):
+            self._end_moves()
+
+    def _end_moves(self) -> None:
+        """Removes what moves of runs left that were stopped, which a bucket does file by file."""
+        for pattern in _RUNS:
+            for aside in sorted(self.root.glob(f"{records.SUPERSEDED}/*/{pattern}")):
+                here = self.root.joinpath(*aside.relative_to(self.root).parts[2:])
+                if not _is_run(aside):
+                    artefacts.remove(aside)
+                elif not _is_run(here):
+                    artefacts.remove(here)
 
     def _check_layout(self) -> None:
         found = read_json(self.root / artefacts.PROVENANCE, _PROVENANCE)
@@ -270,6 +283,10 @@ class Workspace(NamedTuple):
 
     def _written_at(self, record: Record) -> int:
         return (self.root / records.file_of(record.step)).stat().st_mtime_ns
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / records.file_of(records.RUN)).is_file()
 
 
 def _say_nothing(line: str) -> None:

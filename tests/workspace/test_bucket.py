@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import http.server
 import json
 import logging
@@ -17,13 +18,16 @@ import time
 from pathlib import Path
 
 import fsspec
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
 from moto.server import ThreadedMotoServer
+from test_records import Text
 
 from dlc_jax import checks
-from dlc_jax.workspace import artefacts, bucket, lease, object_store
+from dlc_jax.workspace import Workspace, Written, artefacts, bucket, lease, object_store
+from dlc_jax.workspace.checkpoints import Checkpoints
 from dlc_jax.workspace.object_store import ObjectStore
 
 SCORE = (
@@ -506,103 +510,180 @@ class Killed(BaseException):
     pass
 
 
-def dies(monkeypatch, method: str, after: int) -> None:
-    """Ends the run when so many objects were put, copied or deleted."""
-    do, num_done = getattr(ObjectStore, method), [0]
+def dies(monkeypatch, after: int) -> None:
+    """Ends the run when so many objects were put, copied or deleted, the lease aside."""
+    num_done = [0]
 
-    def some(store, items):
-        for item in items:
-            if num_done[0] == after:
-                raise Killed
-            num_done[0] += 1
-            do(store, [item])
+    def counted(method: str):
+        do = getattr(ObjectStore, method)
 
-    monkeypatch.setattr(ObjectStore, method, some)
+        def some(store, items):
+            for item in list(items):
+                if item != lease.FILE:
+                    if num_done[0] == after:
+                        raise Killed
+                    num_done[0] += 1
+                do(store, [item])
+
+        return some
+
+    for method in ("put", "copy", "delete"):
+        monkeypatch.setattr(ObjectStore, method, counted(method))
 
 
-@pytest.mark.parametrize("after", [1, 3])
-@pytest.mark.parametrize(
-    ("what", "method", "expected"),
-    [
-        # no half folder
-        ("put", "put", ["other"]),
-        ("replace", "put", ["other"]),
-        # what was begun is brought to its end
-        ("remove", "delete", ["other"]),
-        ("move", "copy", ["aside/d/in/w", "aside/d/in/x", "aside/d/in/y", "aside/d/in/z", "other"]),
-        (
-            "move",
-            "delete",
-            ["aside/d/in/w", "aside/d/in/x", "aside/d/in/y", "aside/d/in/z", "other"],
-        ),
-    ],
-)
-def test_folders_are_done_whole_or_not_at_all(
-    what, method, expected, after, request, tmp_path, monkeypatch
+def is_killed(monkeypatch, after: int, url: str, home: Path, do) -> bool:
+    """Does it in a work directory; returns whether it was killed on the way."""
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        with opened(url, home, patch) as (folder, _), Workspace.of(folder, print).held():
+            dies(patch, after)
+            do(Workspace.of(folder, lambda line: None))
+        return False
+    return True
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(bucket, "_SETTLE_S", 0.0)
+
+
+def held_bucket(url: str, home: Path, monkeypatch):
+    stack = contextlib.ExitStack()
+    folder, _ = stack.enter_context(opened(url, home, monkeypatch))
+    workspace = Workspace.of(folder, lambda line: None)
+    stack.enter_context(workspace.held())
+    return stack, workspace
+
+
+CELL, GROUP = "finetune/dlc/keep_0.30-seed_1", "finetune-0123456789ab"
+OF_RUN = {"run.json": "{}", "metrics.json": "1", "checkpoint/1/x": "2", "checkpoint/1/y": "3"}
+
+
+@pytest.mark.parametrize("machine", ["one", "two"])
+@pytest.mark.parametrize("goes", ["aside", "back"])
+def test_a_run_that_is_moved_is_never_there_in_part(
+    goes, machine, request, tmp_path, monkeypatch, at_once
 ):
-    url = f"memory://bucket/{request.node.name}"
-    texts = {"w": "1", "x": "1", "y": "1", "z": "1"}
-    with opened(url, tmp_path / "one", monkeypatch) as (folder, _):
-        write(folder / "other", "")
-        if what != "put":
-            write_folder(folder / "d", **texts)
-    with (
-        monkeypatch.context() as patch,
-        contextlib.suppress(Killed),
-        opened(url, tmp_path / "one", patch) as (folder, _),
-    ):
-        dies(patch, method, after)
-        if what == "remove":
-            artefacts.remove(folder / "d")
-        elif what == "move":
-            artefacts.move(folder / "d", folder / "aside" / "d")
-        else:
-            write_folder(folder / "d", **texts)
-        raise AssertionError("it was to be killed")
-    with opened(url, tmp_path / "two", monkeypatch) as (folder, _):
-        artefacts.prepare_workdir(folder)
-        assert local_names(folder) == expected
-    assert names(url) == expected
+    def put_aside(workspace: Workspace) -> None:
+        workspace.set_folder_aside(CELL, GROUP)
+
+    def take_back(workspace: Workspace) -> None:
+        workspace.take_folders_back("finetune/*/*", GROUP)
+
+    def texts(folder: Path) -> dict[str, str]:
+        return {name: (folder / name).read_text() for name in local_names(folder)}
+
+    move, other = (put_aside, take_back) if goes == "aside" else (take_back, put_aside)
+    for after in range(100):
+        url = f"memory://bucket/{request.node.name}-{after}"
+        stack, workspace = held_bucket(url, tmp_path / "one", monkeypatch)
+        with stack:
+            for name, text in OF_RUN.items():
+                write(workspace.root / CELL / name, text)
+            if goes == "back":
+                put_aside(workspace)
+        if not is_killed(monkeypatch, after, url, tmp_path / "one", move):
+            break
+        stack, workspace = held_bucket(url, tmp_path / machine, monkeypatch)
+        with stack:
+            places = [workspace.root / CELL, workspace.root / "superseded" / GROUP / CELL]
+            there = [place for place in places if place.exists()]
+            assert there
+            assert all(texts(place) == OF_RUN for place in there)
+            for again in (move, other, move):
+                if again is take_back or places[0].exists():
+                    again(workspace)
+            assert texts(places[goes == "aside"]) == OF_RUN
+    assert after == 2 * len(OF_RUN)
 
 
-def test_a_run_that_goes_on_after_a_failure_settles_it_first(url, tmp_path, monkeypatch):
+@dataclasses.dataclass
+class Folder(Text):
+    """A folder whose files are called by the key."""
+
+    kind: str = "export"
+    name: str = "exports/kept"
+    files: tuple = ()
+    obsolete: tuple = ()
+
+    def write(self, root: Path, text: str) -> Written:
+        write_folder(root / "exports" / "kept", both=text, **{f"only{self.key['seed']}": text})
+        place = "exports/kept/in"
+        return Written((f"{place}/both", f"{place}/only{self.key['seed']}"))
+
+
+@pytest.mark.parametrize("machine", ["one", "two"])
+@pytest.mark.parametrize("kind", [pytest.param(Text, marks=pytest.mark.slow), Folder])
+def test_results_of_a_bucket_are_whole_wherever_a_run_is_killed(
+    kind, machine, request, tmp_path, monkeypatch, at_once
+):
+    one, two = kind({"seed": 1}), kind({"seed": 2})
+
+    def make_both(workspace: Workspace) -> None:
+        for step in (one, two, one):
+            workspace.ensure(step)
+
+    for after in range(100):
+        url = f"memory://bucket/{request.node.name}-{after}"
+        was_killed = is_killed(monkeypatch, after, url, tmp_path / "one", make_both)
+        for step in (two, one):
+            stack, workspace = held_bucket(url, tmp_path / machine, monkeypatch)
+            with stack:
+                workspace.ensure(step)
+                assert workspace.has(step)
+        paths = {name for name in names(url) if name.startswith("exports/")}
+        if kind is Folder:
+            assert paths == {"exports/kept/in/both", "exports/kept/in/only1"}
+        assert json.loads(ObjectStore(url).read(f"records/{one.name}.json"))["key"] == one.key
+        if not was_killed:
+            break
+    assert after > 10
+
+
+def test_what_failed_half_way_is_known_all_the_same(url, tmp_path, monkeypatch):
     with opened(url, tmp_path, monkeypatch) as (folder, _):
         write_folder(folder / "d", x="1", y="1", z="1")
-        write_folder(folder / "e", x="1", y="1", z="1")
         with monkeypatch.context() as patch:
-            dies(patch, "delete", 1)
+            dies(patch, 1)
             with pytest.raises(Killed):
                 artefacts.remove(folder / "d")
-        artefacts.remove(folder / "e")
+        with monkeypatch.context() as patch:
+            dies(patch, 2)
+            with pytest.raises(Killed):
+                write_folder(folder / "d", u="2", v="2", w="2")
+        assert names(url) == ["d/in/z"]
+        with monkeypatch.context() as patch:
+            dies(patch, 4)
+            with pytest.raises(Killed):
+                write_folder(folder / "d", u="2", v="2", w="2")
+        assert names(url) == ["d/in/u"]
+        write_folder(folder / "d", v="3")
+        assert names(url) == ["d/in/v"]
+        artefacts.remove(folder / "d")
         assert names(url) == []
 
 
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        ("{}", "says nothing, expected either 'move' or 'remove'"),
-        ('{"remove": "d", "move": ["d", "e"]}', "says 'remove', 'move', expected either"),
-        ('{"delete": "d"}', "says 'delete', expected either"),
-        ('{"remove": ""}', "remove is '', expected a path"),
-        ('{"remove": null}', "remove is None, expected a path"),
-        ('{"move": ["d"]}', "move is a list of 1 values, expected a list of 2"),
-        ('{"move": ["", "e"]}', r"move\[0\] is '', expected a path"),
-        ("[]", "expected a JSON object"),
-    ],
-)
-def test_what_was_begun_is_refused_unless_it_names_a_folder(
-    content, found, url, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("after", [0, 3, 6])
+def test_a_checkpoint_that_was_put_in_part_is_not_used(after, request, tmp_path, monkeypatch):
+    url, like = f"memory://bucket/{request.node.name}", {"w": jnp.zeros(3)}
     with opened(url, tmp_path / "one", monkeypatch) as (folder, _):
-        write_folder(folder / "d", x="1", y="1")
-    ObjectStore(url).write(".pending.json", content.encode())
-    with (
-        pytest.raises(checks.InputError, match=found) as error,
-        opened(url, tmp_path / "two", monkeypatch) as (folder, _),
-    ):
+        with Checkpoints(folder / "checkpoint", "inputs") as checkpoints:
+            checkpoints.save(1, {"w": jnp.ones(3)}, [{"epoch": 1}])
+        checkpoints = Checkpoints(folder / "checkpoint", "inputs")
+        with monkeypatch.context() as patch, checkpoints:
+            dies(patch, after)
+            checkpoints.save(2, {"w": jnp.full(3, 2.0)}, [{"epoch": 2}])
+            with pytest.raises(Killed):
+                checkpoints.wait()
+    said: list[str] = []
+    with opened(url, tmp_path / "two", monkeypatch) as (folder, _):
         artefacts.prepare_workdir(folder)
-    assert str(error.value).startswith(f"{url}/.pending.json: ")
-    assert names(url) == [".pending.json", "d/in/x", "d/in/y"]
+        with Checkpoints(folder / "checkpoint", "inputs", say=said.append) as checkpoints:
+            state, history = checkpoints.restore(like)
+            checkpoints.save(2, {"w": jnp.full(3, 2.0)}, [{"epoch": 2}])
+        assert {path.name for path in (folder / "checkpoint").iterdir()} == {"2"}
+    assert (state["w"].tolist(), history) == ([1.0, 1.0, 1.0], [{"epoch": 1}])
+    assert [line.split(": ")[2] for line in said] == ["damaged, not used"] * (after > 0)
+    assert all(name.startswith("checkpoint/2/") for name in names(url))
 
 
 def test_one_run_at_a_time(url, tmp_path, monkeypatch):
@@ -653,7 +734,7 @@ def test_a_network_that_comes_back_and_one_that_does_not(url, tmp_path, monkeypa
     with opened(url, tmp_path, monkeypatch) as (folder, _):
         write(folder / "a", "1")
         waits: list[float] = []
-        monkeypatch.setattr(object_store.time, "sleep", waits.append)
+        monkeypatch.setattr(time, "sleep", waits.append)
         monkeypatch.setattr(ObjectStore, "_path", path)
         write(folder / "a", "2")
         assert waits == [1.0, 2.0]

@@ -312,7 +312,7 @@ class Config:
         if self.mode != "default":
             raise checks.InputError("mode: of instructions there is no 'official' code.")
         need = self.need
-        if need.features or need.training:
+        if need.measured or need.training:
             raise checks.InputError(
                 "selection.methods: of instructions there are neither features nor a record of "
                 "training; expected methods that need only scores, such as flexrand, easiest, ccs."
@@ -350,8 +350,10 @@ class Config:
         """What the stages need, apart from DLC."""
         need = self.selection.need
         tuning = need.tuning or "tune" in self.stages
-        features = tuning and self.tuning.needs_features
-        return Need(need.features or features, need.training, tuning)
+        measured = dict.fromkeys(need.measured)
+        if tuning and self.tuning.needs_features:
+            measured["features"] = None
+        return Need(tuple(measured), need.training, tuning)
 
     @property
     def decides_auto(self) -> dict[str, Any]:

@@ -111,7 +111,8 @@ READERS = {
     "__version__": KEYS | {"__init__.py", "version.py"},
     "importlib.metadata": KEYS,
     "features.version": KEYS,
-    "RESULT_NUMBERS": KEYS | {"workspace/records.py"},
+    "RESULT_NUMBERS": KEYS,
+    "result_number": KEYS | {"workspace/records.py"},
     "def json_hash": KEYS,
     "def key_of": KEYS,
 }

@@ -125,9 +125,8 @@ class ImageWork:
         padded = self.scoring().num_probes
         losses = seen(f"losses of {m} probes", m, decodes=each_time, crops=n * m * augment)
         tasks.append(losses._replace(device_flops=rows * padded * self.forward_flops))
-        if self.config.need.features:
-            tasks.append(seen("features", 1, decodes=each_time))
-        return tasks
+        names = self.config.need.measured
+        return tasks + [seen(name, 1, decodes=each_time) for name in names]
 
     def _seen(self, stage: str, name: str, passes: int, rows: int, **work: Any) -> Task:
         n, flops = self.num_samples, self.forward_flops

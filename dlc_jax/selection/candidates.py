@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from dlc_jax.selection.lots import id_keys
 from dlc_jax.selection.methods import (
     AUTO,
     DEFAULT_METHOD,
+    INPUTS,
     SELECTORS,
     check_cell,
 )
@@ -31,21 +32,13 @@ from dlc_jax.types import (
     scores_fingerprint,
 )
 
-_SOURCES = {
-    "scores": "dlc.score(...)",
-    "features": "dlc.features(...)",
-    "probabilities": "dlc.record_training(...)",
-}
-_CHECKS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
-    "features": functools.partial(checks.features_fit_labels, "features"),
-    "probabilities": checks.probabilities_fit_labels,
-}
+_SOURCES = {"scores": "dlc.score(...)"} | {name: some.source for name, some in INPUTS.items()}
 
 
 class _Grouping(NamedTuple):
     """What decides groups and the order in them."""
 
-    by: str  # `nothing`, `scores`, `features` or `probabilities`
+    by: str  # `nothing`, `scores`, or one of `INPUTS`
     per_class: bool
     as_released: bool  # drawn and sorted as the released code does it
 
@@ -55,9 +48,13 @@ class Candidates:
 
     Lots are kept as well, of every seed 1 to 4 bytes a sample.
 
+    Arrays are looked at when a cell first needs them, and must not change afterwards.
+
     Args:
-      scores, labels, ids, features, probabilities: As for `dlc_jax.select`. They are looked at when
-        a cell first needs them, and must not change afterwards.
+      scores, labels, ids, features, probabilities: As for `dlc_jax.select`.
+      inputs: Arrays [n, d] by name, for methods that need others of `INPUTS`.
+    Raises:
+      ValueError: an input that no method needs.
     """
 
     def __init__(
@@ -68,8 +65,11 @@ class Candidates:
         ids: np.ndarray | None = None,
         features: np.ndarray | None = None,
         probabilities: np.ndarray | None = None,
+        inputs: Mapping[str, np.ndarray] = {},
     ):
-        given = {"scores": scores, "features": features, "probabilities": probabilities}
+        for name in inputs:
+            checks.one_of("inputs", name, INPUTS)
+        given = {"scores": scores, "features": features, "probabilities": probabilities, **inputs}
         self._given = {k: None if v is None else np.asarray(v) for k, v in given.items()}
         self._given_labels, self._given_ids = np.asarray(labels), ids
         self._groups_by: dict[_Grouping, tuple[list[int], list[Group]]] = {}
@@ -200,7 +200,7 @@ class Candidates:
 
     def _check_all_there(self, method: str, allocation: str) -> None:
         needs, score = SELECTORS[method].needs, SELECTORS[method].score
-        if needs in self._given and self._given[needs] is None:
+        if needs in _SOURCES and self._given.get(needs) is None:
             source = _SOURCES[needs] if score is None else f"{score!r} of dlc.record_training(...)"
             raise checks.InputError(f"{needs}: method {method!r} needs them; see {source}.")
         if allocation == "nucs" and self._given["scores"] is None:
@@ -234,12 +234,12 @@ class Candidates:
         return self._groups_by[how]
 
     def _rows(self, needs: str) -> np.ndarray | None:
-        """Returns the features or probabilities if the method needs them."""
-        if needs not in _CHECKS:
+        """Returns the input that the method needs, if it needs one."""
+        if needs not in INPUTS:
             return None
         rows = self._given[needs]
         assert rows is not None
-        _CHECKS[needs](rows, self._labels)
+        INPUTS[needs].check(rows, self._labels)
         return rows
 
     def _choice(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
+
+import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.selection import flexrand, geometry, official, strata, topk
@@ -38,13 +41,37 @@ def _two_decimals(value: float) -> str:
     return f"{value:.2f}" if round(value, 2) == value else repr(value)
 
 
+class Input(NamedTuple):
+    """An array [n, d] that methods need besides scores.
+
+    Attributes:
+      check: Raises ValueError unless the array fits labels [n].
+      source: Call that returns it, for messages.
+      of: Where the stage `score` takes it from: the `encoder`, or a record of `training`.
+    """
+
+    check: Callable[[np.ndarray, np.ndarray], None]
+    source: str
+    of: str = "encoder"
+
+
+INPUTS: Mapping[str, Input] = {
+    "features": Input(
+        functools.partial(checks.features_fit_labels, "features"), "dlc.features(...)"
+    ),
+    "probabilities": Input(
+        checks.probabilities_fit_labels, "dlc.record_training(...)", of="training"
+    ),
+}
+
+
 class Method(NamedTuple):
     """A selector, and what it takes.
 
     Attributes:
       select: Picks from one class, or from all samples.
       has_split: Whether it takes FlexRand's gamma.
-      needs: What it needs: `nothing`, `scores`, `features` or `probabilities`.
+      needs: What it needs: `nothing`, `scores`, or one of `INPUTS`.
       variants: The published definition, and others.
       score: Name of the score it is meant for; None: any score.
     """

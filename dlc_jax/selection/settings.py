@@ -12,6 +12,7 @@ from dlc_jax.selection import (
     AUTO,
     DEFAULT_METHOD,
     DEFAULT_SPLIT,
+    INPUTS,
     SELECTORS,
     VARIANTS,
     Cell,
@@ -30,12 +31,12 @@ class Need(NamedTuple):
     """What the selected methods need, apart from DLC.
 
     Attributes:
-      features: Of the unmasked encoder.
+      measured: Inputs that the encoder gives, such as features.
       training: A record of training on the whole set.
       tuning: What `auto` stands for.
     """
 
-    features: bool
+    measured: tuple[str, ...]
     training: bool
     tuning: bool
 
@@ -138,9 +139,10 @@ class SelectionConfig:
         known = [SELECTORS[method] for method in self.methods if method in SELECTORS]
         names = {method.score or self.score for method in known} | {self.score}
         tuning = AUTO in self.methods or (AUTO in self.splits and "flexrand" in self.methods)
+        inputs = dict.fromkeys(method.needs for method in known if method.needs in INPUTS)
         return Need(
-            features=any(method.needs == "features" for method in known),
+            measured=tuple(name for name in inputs if INPUTS[name].of == "encoder"),
             training=any(SCORES[name].of == "training" for name in names)
-            or any(method.needs == "probabilities" for method in known),
+            or any(INPUTS[name].of == "training" for name in inputs),
             tuning=tuning,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from dlc_jax.encoders import Encoder
 from dlc_jax.masking import AUTO
 from dlc_jax.probes import certify, features, probe
 from dlc_jax.scores import SCORES, column_name, score
+from dlc_jax.selection import INPUTS
 from dlc_jax.training.images import read_record
 from dlc_jax.training.images.recorder import RECORD
 from dlc_jax.types import Dataset, ProbeLosses
@@ -28,7 +29,6 @@ from dlc_jax.workspace.artefacts import ScoredSamples
 # Settings that change speed and memory, but not what comes out.
 NOT_IN_LOSSES = ("batch_size", "chunk", "tokens_per_batch")
 _SHORT_PATH = 0.5  # sparsity; both schedules of 50 probes go beyond it
-_MADE = {"features": "features", "training": "record of training"}  # for messages
 
 
 class Scored(NamedTuple):
@@ -156,17 +156,39 @@ def write_certificate(
     return [artefacts.CERTIFICATE]
 
 
+def _features(scored: Scored, run: Run) -> Float32[np.ndarray, "n d"]:
+    config, dataset, encoder, _ = scored
+    images, compute = config.images(dataset), config.probe
+    return features(encoder, images, mode=config.mode, compute=compute, run=run)
+
+
+# How the inputs of selectors that the encoder gives are measured, by their names in `INPUTS`.
+MEASURED: Mapping[str, Callable[[Scored, Run], Float32[np.ndarray, "n d"]]] = {
+    "features": _features,
+}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class FeaturesStep:
-    """Features of the unmasked encoder, [n, d], `scores/features.npz`."""
+class InputStep:
+    """An input of selectors, an array [n, d], `scores/<name>.npz`.
+
+    Attributes:
+      name: One of `MEASURED`.
+    """
 
     scored: Scored
+    name: str
 
-    name = "features"
-    kind = "features"
     stage = "score"
-    files = (artefacts.FEATURES,)
     obsolete = (artefacts.UNFINISHED,)
+
+    @property
+    def kind(self) -> str:
+        return self.name
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (_file_of(self.name),)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -177,22 +199,37 @@ class FeaturesStep:
         return {"dtype": self.scored.config.probe.dtype}
 
     def compute(self, scratch: Path) -> Float32[np.ndarray, "n d"]:
-        config, dataset, encoder, say = self.scored
-        found = features(
-            encoder,
-            config.images(dataset),
-            mode=config.mode,
-            compute=config.probe,
-            run=self.scored.run(scratch),
-        )
-        say(f"features: {found.shape[1]} of each sample")
+        found = MEASURED[self.name](self.scored, self.scored.run(scratch))
+        self.scored.say(f"{self.name}: {found.shape[1]} of each sample")
         return found
 
     def write(self, root: Path, found: Float32[np.ndarray, "n d"]) -> Written:
         ids = artefacts.read_scores(root).ids
-        with artefacts.atomic(root / artefacts.FEATURES) as file:
-            np.savez(file, allow_pickle=False, features=found, ids=ids)
+        with artefacts.atomic(root / _file_of(self.name)) as file:
+            np.savez(file, allow_pickle=False, ids=ids, **{self.name: found})
         return Written(self.files)
+
+
+def record_with(name: str) -> str:
+    """Returns the name of the record of what an input comes from."""
+    return name if INPUTS[name].of == "encoder" else "training"
+
+
+def read_input(root: Path, name: str, samples: ScoredSamples) -> np.ndarray:
+    """Reads an input of selectors, [n, d].
+
+    Raises:
+      ValueError: it was not measured, or is not of these scores.
+    """
+    check_is_of_these_scores(root, record_with(name))
+    if name in MEASURED:
+        return artefacts.read_array(root, _file_of(name), name, samples)
+    found: np.ndarray = getattr(read_record(root / artefacts.TRAINING, samples.ids), name)
+    return found
+
+
+def _file_of(name: str) -> str:
+    return f"scores/{name}.npz"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -277,10 +314,11 @@ def check_scores_are_whole(root: Path) -> None:
 
 
 def check_is_of_these_scores(root: Path, name: str) -> None:
-    """Raises ValueError unless features, or the training record, are of what was scored."""
+    """Raises ValueError unless an input, or the training record, is of what was scored."""
     (folder, record), losses = _record_of(root, name), records.read(root, "score")
     if record is None or losses is None or not _have_one_origin(record, losses):
-        damage: str | None = f"has no {_MADE[name]} of these scores"
+        what = "record of training" if name == "training" else name
+        damage: str | None = f"has no {what} of these scores"
     else:
         damage = record.damage(folder)
     if damage is not None:
@@ -291,7 +329,7 @@ def check_is_of_these_scores(root: Path, name: str) -> None:
 
 
 def _record_of(root: Path, name: str) -> tuple[Path, records.Record | None]:
-    """Returns the folder of features, or of the training record, and their record if finished."""
+    """Returns the folder of an input, or of the training record, and its record if finished."""
     folder, step = (root, name) if name != "training" else (root / artefacts.TRAINING, records.RUN)
     record = records.read(folder, step)
     return folder, record if record is not None and record.outputs else None

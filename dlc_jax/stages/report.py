@@ -16,6 +16,7 @@ from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
 from dlc_jax.reports.results import Row
 from dlc_jax.selection import Cell
+from dlc_jax.stages.measurements import MEASURED
 from dlc_jax.stages.score_instructions import READABLE
 from dlc_jax.stages.selection_files import pruning_seconds
 from dlc_jax.stages.sweep_results import (
@@ -161,7 +162,7 @@ def print_summary(
         kind = "" if is_of_instructions else "unreadable "
         echo(f"{kind}samples left out: {len(skipped)}, listed in {artefacts.PROVENANCE}")
     seconds = {record.step: record.seconds for record in records.matching(workdir, "*")}
-    parts = ("score", "features", "training", "tune", "select")
+    parts = ("score", *MEASURED, "training", "tune", "select")
     echo(
         "seconds, when last run: "
         + ", ".join(f"{name} {seconds[name]:.1f}" for name in parts if name in seconds)

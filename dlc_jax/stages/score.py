@@ -12,7 +12,7 @@ from dlc_jax.distributed import Run
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.stages.agreement import agree
 from dlc_jax.stages.measurements import (
-    FeaturesStep,
+    InputStep,
     LossesStep,
     Scored,
     TableStep,
@@ -54,8 +54,9 @@ def run_score(config: Config, workspace: Workspace, load: Load) -> Config:
     if not workspace.ensure(LossesStep(scored, config.asked)):
         workspace.say("score: unchanged, not run again")
     workspace.alone(lambda: _write_table(scored, workspace))
-    if config.need.features and not workspace.ensure(FeaturesStep(scored)):
-        workspace.say("features: unchanged, not measured again")
+    for name in config.need.measured:
+        if not workspace.ensure(InputStep(scored, name)):
+            workspace.say(f"{name}: unchanged, not measured again")
     if config.need.training:
         _record_training(scored, encoder, workspace)
         workspace.alone(lambda: _write_table(scored, workspace))

@@ -10,20 +10,16 @@ import numpy as np
 
 from dlc_jax.config import Config
 from dlc_jax.scores import SCORES
-from dlc_jax.selection import AUTO, SELECTORS, Candidates, Cell
-from dlc_jax.stages.measurements import check_is_of_these_scores
-from dlc_jax.training.images import read_record
+from dlc_jax.selection import AUTO, INPUTS, SELECTORS, Candidates, Cell
+from dlc_jax.stages.measurements import read_input, record_with
 from dlc_jax.types import Selection, Tuning
-from dlc_jax.workspace import artefacts, records
+from dlc_jax.workspace import records
 from dlc_jax.workspace.artefacts import ScoredSamples
 from dlc_jax.workspace.keys import json_hash
 
-# Parts of the stage `score`, by what a method needs.
-_STAGES_FOR = {"features": {"features"}, "probabilities": {"training"}}
-
 
 class SelectionInputs:
-    """Scores, features, probabilities and tuning of the samples of a work directory.
+    """Scores, inputs of selectors and tuning of the samples of a work directory.
 
     Args:
       config: Says which methods, and how they select.
@@ -38,20 +34,20 @@ class SelectionInputs:
         self.samples, self.mode = samples, config.mode
         self._config, self._workdir, self._tuning = config, workdir, tuning
         self._fingerprints: dict[str, str] = {}
-        self._candidates: dict[tuple[str, bool, bool], Candidates] = {}
+        self._inputs: dict[str, np.ndarray] = {}
+        self._candidates: dict[tuple[str, ...], Candidates] = {}
 
-    @functools.cached_property
-    def features(self) -> np.ndarray:
-        """[n, d]; raises ValueError if they were not measured."""
-        path, name = artefacts.FEATURES, "features"
-        check_is_of_these_scores(self._workdir, name)
-        return artefacts.read_array(self._workdir, path, name, self.samples)
+    def input(self, name: str) -> np.ndarray:
+        """Returns one of `INPUTS`, [n, d]; raises ValueError if it was not measured."""
+        if name not in self._inputs:
+            self._inputs[name] = read_input(self._workdir, name, self.samples)
+        return self._inputs[name]
 
-    @functools.cached_property
-    def probabilities(self) -> np.ndarray:
-        """[n, c] after training on everything; raises ValueError if that was not recorded."""
-        check_is_of_these_scores(self._workdir, "training")
-        return read_record(self._workdir / artefacts.TRAINING, self.samples.ids).probabilities
+    def _inputs_of(self, method: str) -> list[str]:
+        """Returns the names of the inputs that a method, or `auto`, uses."""
+        if method == AUTO:
+            return ["features"] if self._config.tuning.needs_features else []
+        return [name for name in INPUTS if name == SELECTORS[method].needs]
 
     def how(self, cell: Cell) -> dict[str, Any]:
         """Returns what decides the selection of a cell besides the scores that it uses."""
@@ -84,10 +80,8 @@ class SelectionInputs:
             of = SCORES[selection.score_name(method)].of
             scored = {"training" if of == "training" else "score"}
         if AUTO in (method, split):
-            return (
-                scored | {"tune"} | ({"features"} if self._config.tuning.needs_features else set())
-            )
-        return scored | _STAGES_FOR.get(SELECTORS[method].needs, set())
+            return scored | {"tune", *self._inputs_of(AUTO)}
+        return scored | {record_with(name) for name in self._inputs_of(method)}
 
     @property
     def _by_difficulty(self) -> bool:
@@ -100,38 +94,25 @@ class SelectionInputs:
         return self._fingerprints[method]
 
     def _fingerprint(self, method: str) -> str:
-        needs = "scores"
-        if method != AUTO:
-            needs = SELECTORS[method].needs
-        name = self._config.selection.score_of(method)
-        arrays = {"dlc": self.samples.scores["dlc"]}  # unless other scores are named
-        if needs == "scores" or self._by_difficulty:
-            arrays = {name: self.samples.score(name)}
-        if needs == "features" or (method == AUTO and self._config.tuning.needs_features):
-            arrays |= {"features": self.features}
-        if needs == "probabilities":
-            arrays |= {needs: self.probabilities}
-        return self.samples.fingerprint_of(arrays)
+        by_scores = method == AUTO or SELECTORS[method].needs == "scores" or self._by_difficulty
+        name = self._config.selection.score_of(method) if by_scores else "dlc"
+        arrays = {name: self.samples.score(name)}
+        return self.samples.fingerprint_of(
+            arrays | {name: self.input(name) for name in self._inputs_of(method)}
+        )
 
     def select(self, cell: Cell) -> Selection:
         """Selects a cell."""
         method, keep_fraction, split, seed = cell
         tuned = AUTO in (method, split)
-        by_features = (
-            SELECTORS[method].needs == "features"
-            if method != AUTO
-            else (self._config.tuning.needs_features)
-        )
-        by_probabilities = method != AUTO and SELECTORS[method].needs == "probabilities"
         selection = self._config.selection
-        by = (selection.score_of(method), by_features, by_probabilities)
+        by = (selection.score_of(method), *self._inputs_of(method))
         if by not in self._candidates:
             self._candidates[by] = Candidates(
                 self.samples.score(by[0]),
                 self.samples.labels,
                 ids=self.samples.ids,
-                features=self.features if by_features else None,
-                probabilities=self.probabilities if by_probabilities else None,
+                inputs={name: self.input(name) for name in by[1:]},
             )
         return self._candidates[by].select(
             method=method,

@@ -15,7 +15,7 @@ from dlc_jax import reports
 from dlc_jax.checks.escaping import csv_cell
 from dlc_jax.config import Config
 from dlc_jax.distributed import Run, make_mesh
-from dlc_jax.stages.measurements import check_is_of_these_scores
+from dlc_jax.stages.measurements import read_input
 from dlc_jax.stages.score import Load, load_configured
 from dlc_jax.stages.selection_files import CHOICE, choice_of
 from dlc_jax.stages.what_was_scored import check_is_what_was_scored
@@ -61,10 +61,7 @@ def run_tune(config: Config, workspace: Workspace, samples: ScoredSamples, load:
     score = config.selection.score_of("flexrand")
     arrays = {score: samples.score(score)}
     if config.tuning.needs_features:
-        check_is_of_these_scores(workspace.root, "features")
-        arrays["features"] = artefacts.read_array(
-            workspace.root, artefacts.FEATURES, "features", samples
-        )
+        arrays["features"] = read_input(workspace.root, "features", samples)
     trials = _finetune_trials(config, workspace, samples, load)
     step = TuningStep(config, samples, arrays, trials, config.selection.keep_fractions, say)
     step = step.covered_by(records.read(workspace.root, step.name))

@@ -24,7 +24,7 @@ class Trains(Protocol[Result]):
     """Fine-tunes on subsets of one data set.
 
     Attributes:
-      kind: Kind of result, in `keys.RESULT_NUMBERS`.
+      kind: Kind of result; see `Step`.
       files: Files that every finished run has in its folder.
       keeps_weights: Whether the last checkpoint of a finished run is kept.
       fingerprint: SHA-256 over all that its runs have in common.

@@ -33,11 +33,11 @@ NUM_REPEATS = 25
 _NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
 _LEVEL = 0.05  # most likely to prefer something at a keep fraction where nothing is better
 _RANDOM = ("random", None)
-# others need a record of training, which has seen the labels of what is held out
+# a record of training has seen the labels of what is held out
 _CAN_BE_TRIED = [
     name
     for name, method in SELECTORS.items()
-    if method.score is None and method.needs != "probabilities"
+    if method.score is None and method.needs in ("nothing", "scores", "features")
 ]
 
 

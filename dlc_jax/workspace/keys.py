@@ -21,20 +21,8 @@ from PIL import features
 
 from dlc_jax.version import __version__
 
-RESULT_NUMBERS = {
-    "losses": 1,
-    "response losses": 1,
-    "features": 1,
-    "training record": 1,
-    "scores": 1,
-    "tuning": 1,
-    "selection": 1,
-    "fine-tuning": 1,
-    "adapter": 1,
-    "answers": 1,
-    "export": 1,
-    "report": 1,
-}
+# Numbers of kinds of results that were raised; every other kind has number 1.
+RESULT_NUMBERS = {"report": 2}
 # Kinds that can be made again from other results: they are replaced, not set aside.
 DERIVED = ("scores", "export", "report")
 _PACKAGES = (
@@ -50,14 +38,19 @@ _PACKAGES = (
 )
 
 
+def result_number(kind: str) -> int:
+    """Returns the number of a kind of result."""
+    return RESULT_NUMBERS.get(kind, 1)
+
+
 def key_of(kind: str, decisive: Any) -> str:
     """Returns the SHA-256 of what decides a result, and of the number of its kind.
 
     Args:
-      kind: In `RESULT_NUMBERS`.
+      kind: Kind of result.
       decisive: Everything that decides the result, as JSON has it; names in any order.
     """
-    return json_hash([kind, RESULT_NUMBERS[kind], decisive])
+    return json_hash([kind, result_number(kind), decisive])
 
 
 def json_hash(value: Any) -> str:

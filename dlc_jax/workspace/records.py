@@ -62,7 +62,7 @@ class Step(Protocol[Value]):
 
     Attributes:
       name: Path of the record below `records/`, without its suffix.
-      kind: Kind of result, in `keys.RESULT_NUMBERS`.
+      kind: Kind of result, which has a number; see `keys.result_number`.
       stage: Stage of the command that makes it, for messages.
       key: Everything that decides the result, as JSON has it.
       settings: Settings as the user knows them, for readers.
@@ -161,7 +161,7 @@ class Record:
         return cls(
             step=step.name,
             kind=step.kind,
-            number=keys.RESULT_NUMBERS[step.kind],
+            number=keys.result_number(step.kind),
             key=_key_of(step),
             settings=as_json(step.settings),
             outputs=_hashes(root, written.files),
@@ -185,7 +185,7 @@ class Record:
         """Returns a phrase for the first thing in which the step differs; None if it does not."""
         if self.step != step.name:
             return f"is of {self.step}, expected {step.name}"
-        number = keys.RESULT_NUMBERS[step.kind]
+        number = keys.result_number(step.kind)
         if self.kind != step.kind:
             return f"is of kind {self.kind!r}, expected {step.kind!r}"
         if self.number != number:
@@ -341,7 +341,7 @@ def check_beside_run(folder: Path) -> None:
 
 def group_folder(step: Step[Any]) -> Path:
     """Returns where results of the same settings are kept once others have replaced them."""
-    number = keys.RESULT_NUMBERS[step.kind]
+    number = keys.result_number(step.kind)
     return Path(SUPERSEDED) / _group(step.kind, number, _key_of(step))
 
 

@@ -1,4 +1,4 @@
-"""Small results of every kind in `RESULT_NUMBERS`, from inputs that are made here."""
+"""Small results of every kind of step, from inputs that are made here."""
 
 from __future__ import annotations
 

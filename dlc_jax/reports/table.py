@@ -63,7 +63,9 @@ def class_table(
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a Markdown table that shows every cell as it is."""
     shown = [[markdown_text(cell) for cell in row] for row in rows]
-    return tabulate(shown, header, tablefmt="github", **_AS_IT_IS)
+    # as a header, it would be two wider than its text; as a row, it comes below the line
+    line, names, *others = tabulate([header, *shown], tablefmt="github", **_AS_IT_IS).split("\n")
+    return "\n".join([names, line, *others])
 
 
 def _shorten(text: str) -> str:

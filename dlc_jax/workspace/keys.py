@@ -22,7 +22,7 @@ from PIL import features
 from dlc_jax.version import __version__
 
 # Numbers of kinds of results that were raised; every other kind has number 1.
-RESULT_NUMBERS = {"report": 2}
+RESULT_NUMBERS: dict[str, int] = {}
 # Kinds that can be made again from other results: they are replaced, not set aside.
 DERIVED = ("scores", "export", "report")
 _PACKAGES = (

@@ -10,8 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.exports.image_folder import write_image_folder, write_image_links
-from dlc_jax.exports.lists import write_ids, write_jsonl, write_manifest, write_positions
+from dlc_jax.exports.image_folder import check_has_files, write_image_folder, write_image_links
+from dlc_jax.exports.images import check_fit_png
+from dlc_jax.exports.lists import (
+    check_ids_are_lines,
+    write_ids,
+    write_jsonl,
+    write_manifest,
+    write_positions,
+)
 from dlc_jax.exports.part import PARTS, Part, part_of, part_positions
 from dlc_jax.exports.tables import write_hub_folder, write_parquet
 from dlc_jax.types import Dataset, Selection, file_of
@@ -24,22 +31,25 @@ class Export(NamedTuple):
 
     Attributes:
       write: Takes the part and where to write; the place is whole or not there at all.
-      suffix: Of the file; none for a folder.
+      suffix: Of the file; what a folder's name ends in begins with no dot.
+      check: Raises ValueError, from the data set and a name for the message, for samples that the
+        form cannot hold; so early that no scoring pass is spent on them.
     """
 
     write: Callable[[Part, Path], None]
     suffix: str
+    check: Callable[[Dataset, str], None] | None = None
 
 
 EXPORTS: Mapping[str, Export] = {
     "npy": Export(write_positions, ".npy"),
-    "ids": Export(write_ids, ".txt"),
+    "ids": Export(write_ids, ".txt", check_ids_are_lines),
     "jsonl": Export(write_jsonl, ".jsonl"),
     "json": Export(write_manifest, ".json"),
-    "parquet": Export(write_parquet, ".parquet"),
-    "image_folder": Export(write_image_folder, "-images"),
-    "image_links": Export(write_image_links, "-links"),
-    "hf": Export(write_hub_folder, "-hf"),
+    "parquet": Export(write_parquet, ".parquet", check_fit_png),
+    "image_folder": Export(write_image_folder, "-images", check_fit_png),
+    "image_links": Export(write_image_links, "-links", check_has_files),
+    "hf": Export(write_hub_folder, "-hf", check_fit_png),
 }
 # Of the stage only: its paths tell with what the scores were made, and it reads other files.
 RELEASED = "released"

@@ -11,6 +11,7 @@ import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.exports.part import Part
+from dlc_jax.types import Dataset
 from dlc_jax.workspace import artefacts
 
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
@@ -24,14 +25,14 @@ def write_positions(part: Part, path: Path) -> None:
 
 def write_ids(part: Part, path: Path) -> None:
     """Writes an id per line, UTF-8."""
-    check_ids_are_lines(part.samples.ids, str(path))
+    check_ids_are_lines(part.samples, str(path))
     with artefacts.atomic(path) as file:
         file.writelines(f"{name}\n".encode() for name in part.samples.ids.tolist())
 
 
-def check_ids_are_lines(ids: np.ndarray, where: str) -> None:
+def check_ids_are_lines(samples: Dataset, where: str) -> None:
     """Raises ValueError, naming it, for an id that is empty or holds a line break of any kind."""
-    broken = [name for name in ids.tolist() if name.splitlines() != [name]]
+    broken = [name for name in samples.ids.tolist() if name.splitlines() != [name]]
     if broken:
         raise checks.InputError(
             f"{where}: id {broken[0]!r} is not one line of text; use form jsonl."

@@ -16,10 +16,7 @@ from dlc_jax import checks
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.exports import EXPORTS, PARTS, RELEASED, export, part_positions
-from dlc_jax.exports.image_folder import check_has_files
-from dlc_jax.exports.images import check_fit_png
 from dlc_jax.exports.instructions import INSTRUCTION_CHECKS, INSTRUCTION_EXPORTS
-from dlc_jax.exports.lists import check_ids_are_lines
 from dlc_jax.exports.released import (
     check_names_match,
     match_samples,
@@ -195,12 +192,9 @@ def check_takes_forms(config: Config, workdir: Path) -> None:
 def check_has_forms(config: Config, workdir: Path, dataset: Dataset) -> None:
     """Raises for a form that the data set cannot be written in, before a scoring pass is spent."""
     forms = config.export.forms
-    if "ids" in forms:
-        check_ids_are_lines(dataset.ids, "export.forms")
-    if "image_links" in forms:
-        check_has_files(dataset, "export.forms")
-    if {"parquet", "hf", "image_folder"} & set(forms):
-        check_fit_png(dataset, "export.forms")
+    for check in dict.fromkeys(EXPORTS[form].check for form in forms if form in EXPORTS):
+        if check is not None:
+            check(dataset, "export.forms")
     if RELEASED in forms:
         made_with, num_probes = config.to_dict(), 1  # how many there will be is nothing to refuse
         if "score" not in config.stages:

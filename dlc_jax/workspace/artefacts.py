@@ -52,24 +52,17 @@ _LOSSES = {
     "ids": Expected("U", 1),
 }
 _ROWS = 8192  # written and read at a time, so that memory does not grow with the data set
+# Where temporary files may be left; not in image folders, below exports/, which are large.
 _FOLDERS = (
     "",
-    "scores",
-    TRAINING,
-    f"{TRAINING}/*",
+    "*",
+    "*/*",
+    "*/*/*",
     f"{TRAINING}/*/seen",
-    f"{UNFINISHED}/*",
-    f"{UNFINISHED}/*/*",
     "records/**",
-    TUNING,
     f"{TUNING}/**",
-    "selections/*",
-    f"{FINETUNE}/*/*",
     f"{FINETUNE}/*/*/records/**",
-    f"{EVALUATE}/*",
-    f"{EXPORTS}/*/*",
     f"{EXPORTS}/idxs*/*/*/*/*",
-    REPORT,
 )
 
 

@@ -17,6 +17,7 @@ from dlc_jax.exports.peft import load_adapter
 from dlc_jax.selection import Cell
 from dlc_jax.stages.agreement import agree
 from dlc_jax.stages.finetune import load_model
+from dlc_jax.stages.job import Job
 from dlc_jax.stages.sweep_results import (
     BASE_CELL,
     evaluation_file,
@@ -26,7 +27,7 @@ from dlc_jax.stages.sweep_results import (
     write_results,
 )
 from dlc_jax.training.folder import ADAPTER
-from dlc_jax.workspace import Workspace, Written, artefacts, records
+from dlc_jax.workspace import Written, artefacts, records
 from dlc_jax.workspace.keys import key_of
 
 # What the stage `finetune` records of the models it trained.
@@ -44,7 +45,7 @@ def check_questions(config: Config) -> None:
     agree({mmlu.name: mmlu.fingerprint})
 
 
-def run_evaluate(config: Config, workspace: Workspace) -> None:
+def run(job: Job) -> None:
     """Asks MMLU of the model as it is and with the adapter of every finished run.
 
     Writes `evaluate/<method>/<cell>.json` and `results.csv`. Answers that are there are not
@@ -54,6 +55,7 @@ def run_evaluate(config: Config, workspace: Workspace) -> None:
       ValueError: no questions, no run that is finished, or runs of another model.
     """
     start = time.perf_counter()
+    config, workspace = job.config, job.workspace
     workdir, echo = workspace
     mmlu = _questions(config)
     base = load_model(config)

@@ -25,6 +25,7 @@ from dlc_jax.exports.released import (
 )
 from dlc_jax.masking import PathSpec
 from dlc_jax.selection import AUTO, Cell
+from dlc_jax.stages.job import Job
 from dlc_jax.stages.score_instructions import load_configured_instructions
 from dlc_jax.stages.selection_files import FOLDER, files_of, read_selection
 from dlc_jax.stages.selection_inputs import SelectionInputs
@@ -76,6 +77,19 @@ class ExportStep:
         if not self.is_folder:
             return Written(self.files)
         return Written(f"{self.name}/{name}" for name in artefacts.names_below(root / self.name))
+
+
+def run(job: Job) -> None:
+    """Exports, in the first process."""
+
+    def export_all(known: SelectionInputs) -> None:
+        config, workspace = job.config, job.workspace
+        if config.is_of_instructions:
+            run_exports_instructions(config, workspace, known)
+        else:
+            run_exports(config, workspace, known, job.load(config.dataset.train))
+
+    job.on_scores(export_all)
 
 
 def run_exports(

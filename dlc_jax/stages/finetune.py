@@ -17,6 +17,7 @@ from dlc_jax.encoders.language_model import (
 )
 from dlc_jax.preprocess.tokens import Tokenised, check_vocabulary, tokenise
 from dlc_jax.stages.agreement import agree, agree_on_files, agree_on_instructions
+from dlc_jax.stages.job import Job
 from dlc_jax.stages.measurements import dataset_facts, mid_grey_note
 from dlc_jax.stages.score import Load, load_configured
 from dlc_jax.stages.score_instructions import load_configured_instructions
@@ -35,6 +36,15 @@ def source_of_test_set(config: Config) -> str:
     """Returns the source of the test set, which fine-tuning of images needs."""
     assert config.dataset.test is not None  # checked with the configuration
     return config.dataset.test
+
+
+def run(job: Job) -> None:
+    """Fine-tunes on every cell; runs that fail are in `job.failures`."""
+    config, workspace, known = job.config, job.workspace, job.known
+    if config.is_of_instructions:
+        job.failures += run_finetune_instructions(config, workspace, known)
+    else:
+        job.failures += run_finetune(config, workspace, known, job.load_together)
 
 
 def run_finetune(

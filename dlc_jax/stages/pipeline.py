@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dlc_jax import checks
 from dlc_jax.checks.escaping import show
-from dlc_jax.config import Config, DatasetConfig
+from dlc_jax.config import INSTRUCTION_STAGES, STAGES, Config, DatasetConfig
 from dlc_jax.datasets.files import left_out_text
 from dlc_jax.stages.agreement import agree_on_images
-from dlc_jax.stages.evaluate import check_questions, run_evaluate
+from dlc_jax.stages.evaluate import check_questions
 from dlc_jax.stages.export import (
     check_has_forms,
     check_has_forms_instructions,
     check_takes_forms,
-    run_exports,
-    run_exports_instructions,
 )
 from dlc_jax.stages.finetune import (
     check_instructions,
-    run_finetune,
-    run_finetune_instructions,
     source_of_test_set,
 )
+from dlc_jax.stages.job import Job, Stage
 from dlc_jax.stages.measurements import check_scores_are_whole
 from dlc_jax.stages.plan import run_plan
 from dlc_jax.stages.report import print_summary, report_if_it_can, report_of_these_results
 from dlc_jax.stages.score import Load, run_score
 from dlc_jax.stages.score_instructions import run_score_instructions
-from dlc_jax.stages.select import run_select
 from dlc_jax.stages.selection_inputs import SelectionInputs
-from dlc_jax.stages.tune import run_tune
 from dlc_jax.stages.what_was_scored import check_names_what_was_scored
 from dlc_jax.training.images import class_ids_by_name
 from dlc_jax.types import Dataset
 from dlc_jax.workspace import Workspace, artefacts
+
+_BESIDE_SCORES = ("plan", "score", "report")  # before there are any, or of results
 
 
 class _Sources:
@@ -108,24 +106,29 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
         class_ids_by_name(
             load.together(source_of_test_set(config)), load.together(config.dataset.train)
         )
-    resolved = config
+    settings = config.to_dict()
     if "score" in config.stages:
         if config.is_of_instructions:
             run_score_instructions(config, workspace)
         else:
-            resolved = run_score(config, workspace, load.together)
-    failures = []
+            settings = run_score(config, workspace, load.together).to_dict()
+    job = Job(config, workspace, load, load.together)
     if config.stages == ("report",):
         workspace.alone(
             lambda: check_names_what_was_scored(config, workspace.root, load, workspace.say)
         )
     else:
         with report_of_these_results(workspace):
-            failures = _use_scores(config, resolved.to_dict(), workspace, load)
+            job.known = workspace.alone(lambda: _read_scores(config, settings, workspace, load))
+            for name in INSTRUCTION_STAGES if config.is_of_instructions else STAGES:
+                if name in config.stages and name not in _BESIDE_SCORES:
+                    stage: Stage = importlib.import_module(f"{__package__}.{name}")
+                    stage.run(job)
     if "report" in config.stages:
-        workspace.alone(lambda: report_if_it_can(config, workspace, bool(failures)))
-    if failures:
-        raise checks.SharedError(f"{len(failures)} runs failed: {checks.joined(failures, '; ')}")
+        workspace.alone(lambda: report_if_it_can(config, workspace, bool(job.failures)))
+    if job.failures:
+        said = checks.joined(job.failures, "; ")
+        raise checks.SharedError(f"{len(job.failures)} runs failed: {said}")
 
 
 def _check_exports(config: Config, workdir: Path, load: Load) -> None:
@@ -135,29 +138,13 @@ def _check_exports(config: Config, workdir: Path, load: Load) -> None:
         check_has_forms(config, workdir, load(config.dataset.train))
 
 
-def _use_scores(
-    config: Config, settings: dict[str, Any], workspace: Workspace, load: _Sources
-) -> list[str]:
-    """Runs what starts from scores on disk; returns a line for every run that failed.
+def _read_scores(
+    config: Config, settings: dict[str, Any], workspace: Workspace, load: Load
+) -> SelectionInputs:
+    """Reads what is selected from, and writes `config.json`.
 
     What scoring resolved is for `config.json`: another encoder may be fine-tuned than was scored.
     """
-    known = workspace.alone(lambda: _until_exports(config, settings, workspace, load))
-    failures = []
-    if "finetune" in config.stages:
-        if config.is_of_instructions:
-            failures = run_finetune_instructions(config, workspace, known)
-        else:
-            failures = run_finetune(config, workspace, known, load.together)
-    if "evaluate" in config.stages:
-        run_evaluate(config, workspace)
-    return failures
-
-
-def _until_exports(
-    config: Config, settings: dict[str, Any], workspace: Workspace, load: Load
-) -> SelectionInputs:
-    """Runs what one process does: tunes, selects, prints a summary and exports."""
     root = workspace.root
     check_scores_are_whole(root)
     samples = artefacts.read_scores(root)
@@ -174,17 +161,6 @@ def _until_exports(
             mine["dataset"] = found["dataset"] | {"test": config.dataset.test}
         settings |= found | mine
     artefacts.write_json(root / artefacts.CONFIG, settings)
-    tuning = None
-    if "tune" in config.stages or ("select" in config.stages and config.need.tuning):
-        tuning = run_tune(config, workspace, samples, load)
-    known, shown = SelectionInputs(config, root, samples, tuning), None
-    if "select" in config.stages:
-        shown = run_select(config, workspace, known)
-    if "score" in config.stages or "select" in config.stages:
-        print_summary(workspace, samples, shown, config.is_of_instructions)
-    if "export" in config.stages:
-        if config.is_of_instructions:
-            run_exports_instructions(config, workspace, known)
-        else:
-            run_exports(config, workspace, known, load(config.dataset.train))
-    return known
+    if "score" in config.stages and "select" not in config.stages:
+        print_summary(workspace, samples, None, config.is_of_instructions)
+    return SelectionInputs(config, root, samples)

@@ -25,14 +25,14 @@ class SelectionInputs:
       config: Says which methods, and how they select.
       workdir: Where `scores/` is.
       samples: Ids, labels and scores.
-      tuning: What `auto` stands for; None where nothing is selected by it.
+      tuning: What `auto` stands for, if that is known yet; an attribute of this name holds it.
     """
 
     def __init__(
         self, config: Config, workdir: Path, samples: ScoredSamples, tuning: Tuning | None = None
     ):
         self.samples, self.mode = samples, config.mode
-        self._config, self._workdir, self._tuning = config, workdir, tuning
+        self.tuning, self._config, self._workdir = tuning, config, workdir
         self._fingerprints: dict[str, str] = {}
         self._inputs: dict[str, np.ndarray] = {}
         self._candidates: dict[tuple[str, ...], Candidates] = {}
@@ -119,7 +119,7 @@ class SelectionInputs:
             keep_fraction=keep_fraction,
             split=split,
             seed=seed,
-            tuning=self._tuning if tuned else None,
+            tuning=self.tuning if tuned else None,
             mode=self._config.mode,
             rules=selection.rules_of(method),
         )

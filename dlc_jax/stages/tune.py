@@ -15,9 +15,11 @@ from dlc_jax import reports
 from dlc_jax.checks.escaping import csv_cell
 from dlc_jax.config import Config
 from dlc_jax.distributed import Run, make_mesh
+from dlc_jax.stages.job import Job
 from dlc_jax.stages.measurements import read_input
 from dlc_jax.stages.score import Load, load_configured
 from dlc_jax.stages.selection_files import CHOICE, choice_of
+from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.what_was_scored import check_is_what_was_scored
 from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
 from dlc_jax.types import Gap, Tried, Tuning
@@ -46,6 +48,15 @@ _TUNING = {
     "features_fingerprint": (str, None),
     "seconds": float,
 }
+
+
+def run(job: Job) -> None:
+    """Tunes, in the first process."""
+
+    def tune_or_read(known: SelectionInputs) -> None:
+        known.tuning = run_tune(job.config, job.workspace, known.samples, job.load)
+
+    job.on_scores(tune_or_read)
 
 
 def run_tune(config: Config, workspace: Workspace, samples: ScoredSamples, load: Load) -> Tuning:

@@ -144,7 +144,7 @@ class ImageFinetuning:
         network = Network.linear_probe()
         if not self.settings.linear_probe:
             network = Network.of(self.encoder, _kept_in(self.settings.dtype))
-        return functools.partial(train_step, network, self._sgd)
+        return functools.partial(train_step, network, Sgd.of(self.settings))
 
     def arguments(self) -> tuple[Any, ...]:
         """Returns shapes and types of what `program` takes on one device."""
@@ -159,14 +159,9 @@ class ImageFinetuning:
             start = functools.partial(
                 TrainState.start, self.encoder.params, self.encoder.statistics
             )
-        state = jax.eval_shape(lambda head: start(head, self._sgd), head)
+        state = jax.eval_shape(lambda head: start(head, Sgd.of(self.settings)), head)
         labels, real = Shape((num_rows,), jnp.int32), Shape((num_rows,), jnp.float32)
         return state, inputs, labels, real, Shape((), jnp.float32)
-
-    @property
-    def _sgd(self) -> Sgd:
-        settings = self.settings
-        return Sgd(settings.momentum, settings.weight_decay, settings.nesterov)
 
 
 def prunable_of(encoder: Encoder) -> tuple[str, ...]:

@@ -89,7 +89,7 @@ class Finetuner:
             settings.milestones,
             floors_milestones=conventions.floors_milestones,
         )
-        self._sgd = Sgd(settings.momentum, settings.weight_decay, settings.nesterov)
+        self._sgd = Sgd.of(settings)
         whole = Network.of(self._encoder, settings.dtype)
         assert whole.forward is not None
         self._forward = whole.forward

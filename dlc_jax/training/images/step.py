@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dlc_jax.encoders import Encoder, join_statistics, precision_of, split_statistics
 from dlc_jax.probes.kernel import Forward, cast, pooled
+from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.optimiser import torch_sgd
 from dlc_jax.types import Params
 
@@ -46,11 +47,16 @@ class Network(NamedTuple):
 
 
 class Sgd(NamedTuple):
-    """Constants of the optimiser."""
+    """Constants of a step, which its program is specialised to."""
 
     momentum: float
     weight_decay: float
     nesterov: bool
+
+    @classmethod
+    def of(cls, settings: FinetuneConfig) -> Sgd:
+        """Returns those of a run."""
+        return cls(settings.momentum, settings.weight_decay, settings.nesterov)
 
 
 class TrainState(NamedTuple):

@@ -25,7 +25,7 @@ from dlc_jax.distributed import by_rows, one_device, place, replicated, whole_on
 from dlc_jax.encoders import precision_of
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.images.step import Sgd, initial_head
-from dlc_jax.training.optimiser import learning_rates, torch_sgd
+from dlc_jax.training.optimiser import learning_rates
 from dlc_jax.training.order import epoch_order
 from dlc_jax.types import Conventions, Selection, as_tuple, labels_fingerprint, setting
 
@@ -265,7 +265,7 @@ def _train(
     """Returns what the heads get right, and the heads."""
     sgd = Sgd(settings.momentum, settings.weight_decay, settings.nesterov)
     trained = jax.tree.map(lambda *leaves: place(np.stack(leaves), by_rows(mesh)), *starts)
-    heads = _Heads(trained, jax.vmap(torch_sgd(0.0, **sgd._asdict()).init)(trained))
+    heads = _Heads(trained, jax.vmap(sgd.at(0.0).init)(trained))
     sizes = np.array([len(subset) for subset in cells.subsets], np.int32)
     num_kept = place(sizes, by_rows(mesh))
     length = num_steps * settings.batch_size
@@ -380,7 +380,7 @@ def _step(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return (losses * real).sum() / real.sum()
 
-    optimiser = torch_sgd(learning_rate, **sgd._asdict())
+    optimiser = sgd.at(learning_rate)
     updates, state = optimiser.update(jax.grad(loss_of)(head.trained), head.optimiser, head.trained)
     return _Heads(optax.apply_updates(head.trained, updates), state)
 

@@ -58,6 +58,15 @@ class Sgd(NamedTuple):
         """Returns those of a run."""
         return cls(settings.momentum, settings.weight_decay, settings.nesterov)
 
+    def at(self, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        """Returns torch.optim.SGD at a learning rate."""
+        return torch_sgd(
+            learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+        )
+
 
 class TrainState(NamedTuple):
     """All that a step changes.
@@ -79,7 +88,7 @@ class TrainState(NamedTuple):
         """The state before the first step; whatever the encoder comes in, it trains in float32."""
         encoder, others = split_statistics(cast(params, "float32"), statistics)
         trained = {"encoder": encoder, "head": head}
-        optimiser = torch_sgd(0.0, **sgd._asdict()).init(trained)
+        optimiser = sgd.at(0.0).init(trained)
         return jax.tree.map(jnp.asarray, cls(trained, others, optimiser))
 
     def weights(self) -> dict[str, Any]:
@@ -156,9 +165,7 @@ def train_step(
     (loss, (statistics, correct)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
         state.trained
     )
-    updates, optimiser = torch_sgd(learning_rate, **sgd._asdict()).update(
-        gradients, state.optimiser, state.trained
-    )
+    updates, optimiser = sgd.at(learning_rate).update(gradients, state.optimiser, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     return TrainState(trained, statistics, optimiser), StepMetrics(loss, correct)
 

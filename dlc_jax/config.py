@@ -168,7 +168,8 @@ class ExportConfig:
     pretrain: str = setting("fully", f"its --pretrain: {' or '.join(PRETRAINS)}; form released")
 
     def check(self) -> None:
-        for key, choices in (("forms", FORMS), ("parts", PARTS)):
+        forms = dict.fromkeys([*FORMS, *INSTRUCTION_EXPORTS])
+        for key, choices in (("forms", forms), ("parts", PARTS)):
             values = getattr(self, key)
             if not values:
                 raise checks.InputError(
@@ -285,6 +286,9 @@ class Config:
     def _check_kind(self) -> None:
         """Raises ValueError where something asked for is not there for this kind of data."""
         if not self.is_of_instructions:
+            if "export" in self.stages:
+                for form in self.export.forms:
+                    checks.one_of("export.forms, of images", form, FORMS)
             if self.mesh.fsdp > 1:
                 raise checks.InputError(
                     f"mesh.fsdp: {self.mesh.fsdp}; expected 1: it spreads the weights of a "

@@ -288,7 +288,7 @@ class Config:
         if not self.is_of_instructions:
             if "export" in self.stages:
                 for form in self.export.forms:
-                    checks.one_of("export.forms, of images", form, FORMS)
+                    checks.one_of("export.forms", form, FORMS)
             if self.mesh.fsdp > 1:
                 raise checks.InputError(
                     f"mesh.fsdp: {self.mesh.fsdp}; expected 1: it spreads the weights of a "

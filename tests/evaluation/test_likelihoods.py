@@ -57,7 +57,7 @@ def greedy(model, context, num):
 PAIRS = random_pairs((1, 1), (5, 3), (40, 1), (39, 140), (1, 200), (250, 30), (300, 1), (256, 1))
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 8192])
+@pytest.mark.parametrize("tokens_per_batch", [pytest.param(1, marks=pytest.mark.slow), 8192])
 def test_sums_are_those_of_torch_in_any_batch(models, tokens_per_batch):
     model, theirs = models
     best = [(context, greedy(theirs, context, 4)) for context, _ in PAIRS[:4]]

@@ -276,8 +276,20 @@ def test_an_encoder_without_prunable_parameters_is_refused(sample_encoder):
         prunable_paths(sample_encoder.params, lambda path: False)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("masking", ["l1", "random", "steps"])
+@pytest.mark.parametrize(
+    ("dtype", "masking"),
+    [
+        ("float32", "l1"),
+        ("float32", "random"),
+        ("float32", "steps"),
+        ("bfloat16", "l1"),
+        pytest.param("bfloat16", "random", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "steps", marks=pytest.mark.slow),
+        pytest.param("float16", "l1", marks=pytest.mark.slow),
+        pytest.param("float16", "random", marks=pytest.mark.slow),
+        pytest.param("float16", "steps", marks=pytest.mark.slow),
+    ],
+)
 @given(num_values=st.integers(1, 30), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=15, deadline=None)
 def test_counting_finds_the_masks_that_sorting_finds(dtype, masking, num_values, seed):

@@ -75,7 +75,7 @@ def test_official_losses_are_those_of_torch(timm, sample_encoder, small_sample, 
 @pytest.mark.parametrize(
     "compute",
     [
-        dlc.Compute(batch_size=7),
+        pytest.param(dlc.Compute(batch_size=7), marks=pytest.mark.slow),
         pytest.param(dlc.Compute(batch_size=1000), marks=pytest.mark.slow),
         dlc.Compute(chunk=3),
         pytest.param(dlc.Compute(chunk=7), marks=pytest.mark.slow),
@@ -118,7 +118,8 @@ def test_features_are_what_prototypes_average(sample_encoder, small_sample, refe
     np.testing.assert_allclose(reference.prototypes, means, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 8])
 def test_each_program_is_traced_once(sample_encoder, sample, chunk):
     traces = []
 

@@ -75,7 +75,7 @@ def torch_losses(model, data):
     return np.array(found)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 300, 8192])
+@pytest.mark.parametrize("tokens_per_batch", [pytest.param(1, marks=pytest.mark.slow), 300, 8192])
 def test_losses_are_those_of_torch(models, tokens_per_batch):
     ours = response_losses(models[0], DATA, tokens_per_batch=tokens_per_batch)
     np.testing.assert_allclose(ours, torch_losses(models[1], DATA), atol=1e-5)

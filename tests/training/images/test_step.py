@@ -32,7 +32,8 @@ def one_step(encoder: dlc.Encoder, batch: Batch, dtype: str = "float32"):
     return train_step(Network.of(encoder, dtype), SGD, state, *batch, jnp.float32(0.1))
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 5])
 def test_padding_changes_nothing(sample_encoder, size):
     images, labels = random_images(8, 64), np.arange(8, dtype=np.int32)
     short = Batch.padded(images[:size], labels[:size], 8)

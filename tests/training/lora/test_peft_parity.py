@@ -138,7 +138,7 @@ def torch_steps(model, data, settings, order, rates):
     [
         pytest.param("Llama", "sgd", 1e-2, False, marks=pytest.mark.slow),
         pytest.param("Llama", "sgd", 1e-2, True, marks=pytest.mark.slow),
-        ("Llama", "adamw", 1e-2, False),
+        pytest.param("Llama", "adamw", 1e-2, False, marks=pytest.mark.slow),
         pytest.param("Mistral", "sgd", 1e-2, True, marks=pytest.mark.slow),
         pytest.param("Gemma2", "sgd", 1e-2, False, marks=pytest.mark.slow),
     ],

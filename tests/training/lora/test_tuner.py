@@ -110,7 +110,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"packing": True},
+        pytest.param({"packing": True}, marks=pytest.mark.slow),
         pytest.param({"rows_at_once": 3}, marks=pytest.mark.slow),
         pytest.param({"rematerialise": False}, marks=pytest.mark.slow),
     ],

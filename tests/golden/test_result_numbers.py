@@ -23,6 +23,7 @@ FILE = Path(__file__).parent / "data" / "results.json"
 RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
 RECORD = "python tests/golden/test_result_numbers.py"
 KINDS = list(dict.fromkeys([*RECORDED, *(made.kind for made in MADE)]))
+SLOW = ("training record", "response losses", "adapter")  # to compile
 ROOT = Path(__file__).parents[2]
 
 
@@ -83,7 +84,9 @@ def test_every_kind_is_recorded_and_no_other():
     assert RESULT_NUMBERS.keys() <= kinds
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS]
+)
 def test_values_change_with_the_number_only(kind):
     number = result_number(kind)
     recorded = RECORDED.get(kind, {"number": None, "values": {}})

@@ -267,8 +267,8 @@ def test_masked_leaves_other_parameters_alone(sample_encoder):
         if path not in prunable:
             np.testing.assert_array_equal(result[path], leaf)
         else:
-            zeroed = np.asarray(result[path]) == 0
-            np.testing.assert_array_equal(np.asarray(result[path])[~zeroed], leaf[~zeroed])
+            there = np.asarray(result[path])
+            np.testing.assert_array_equal(there, np.where(there == 0, 0, leaf))
 
 
 def test_an_encoder_without_prunable_parameters_is_refused(sample_encoder):
@@ -282,7 +282,7 @@ def test_an_encoder_without_prunable_parameters_is_refused(sample_encoder):
         ("float32", "l1"),
         ("float32", "random"),
         ("float32", "steps"),
-        ("bfloat16", "l1"),
+        pytest.param("bfloat16", "l1", marks=pytest.mark.slow),
         pytest.param("bfloat16", "random", marks=pytest.mark.slow),
         pytest.param("bfloat16", "steps", marks=pytest.mark.slow),
         pytest.param("float16", "l1", marks=pytest.mark.slow),

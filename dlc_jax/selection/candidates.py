@@ -32,7 +32,7 @@ from dlc_jax.types import (
     scores_fingerprint,
 )
 
-_SOURCES = {"scores": "dlc.score(...)"} | {name: some.source for name, some in INPUTS.items()}
+_SCORES = "dlc.score(...)"
 
 
 class _Grouping(NamedTuple):
@@ -200,13 +200,13 @@ class Candidates:
 
     def _check_all_there(self, method: str, allocation: str) -> None:
         needs, score = SELECTORS[method].needs, SELECTORS[method].score
-        if needs in _SOURCES and self._given.get(needs) is None:
-            source = _SOURCES[needs] if score is None else f"{score!r} of dlc.record_training(...)"
+        if needs != "nothing" and self._given.get(needs) is None:
+            source = INPUTS[needs].source if needs in INPUTS else _SCORES
+            if score is not None:
+                source = f"{score!r} of dlc.record_training(...)"
             raise checks.InputError(f"{needs}: method {method!r} needs them; see {source}.")
         if allocation == "nucs" and self._given["scores"] is None:
-            raise checks.InputError(
-                f"scores: allocation 'nucs' needs them; see {_SOURCES['scores']}."
-            )
+            raise checks.InputError(f"scores: allocation 'nucs' needs them; see {_SCORES}.")
 
     def _groups(self, how: _Grouping) -> tuple[list[int], list[Group]]:
         """Returns the labels there are (0 for all samples), and the samples of each."""

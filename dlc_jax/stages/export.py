@@ -89,7 +89,7 @@ def run(job: Job) -> None:
         else:
             run_exports(config, workspace, known, job.load(config.dataset.train))
 
-    job.on_scores(export_all)
+    job.with_scores(export_all)
 
 
 def run_exports(

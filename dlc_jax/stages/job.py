@@ -32,7 +32,7 @@ class Job:
     known: SelectionInputs | None = None
     failures: list[str] = dataclasses.field(default_factory=list)
 
-    def on_scores(self, do: Callable[[SelectionInputs], None]) -> None:
+    def with_scores(self, do: Callable[[SelectionInputs], None]) -> None:
         """Does something in the first process, which alone has the scores.
 
         Raises:

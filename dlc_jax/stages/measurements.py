@@ -206,7 +206,7 @@ class InputStep:
     def write(self, root: Path, found: Float32[np.ndarray, "n d"]) -> Written:
         ids = artefacts.read_scores(root).ids
         with artefacts.atomic(root / _file_of(self.name)) as file:
-            np.savez(file, allow_pickle=False, ids=ids, **{self.name: found})
+            np.savez(file, allow_pickle=False, **{self.name: found}, ids=ids)
         return Written(self.files)
 
 

@@ -25,7 +25,7 @@ def run(job: Job) -> None:
         shown = run_select(config, workspace, known)
         print_summary(workspace, known.samples, shown, config.is_of_instructions)
 
-    job.on_scores(select)
+    job.with_scores(select)
 
 
 def run_select(config: Config, workspace: Workspace, known: SelectionInputs) -> Selection:

@@ -56,7 +56,7 @@ def run(job: Job) -> None:
     def tune_or_read(known: SelectionInputs) -> None:
         known.tuning = run_tune(job.config, job.workspace, known.samples, job.load)
 
-    job.on_scores(tune_or_read)
+    job.with_scores(tune_or_read)
 
 
 def run_tune(config: Config, workspace: Workspace, samples: ScoredSamples, load: Load) -> Tuning:

@@ -206,7 +206,8 @@ class Bucket:
         links = [known for known in names if (self._files / known).is_symlink()]
         if links:
             raise checks.InputError(f"{self._files / links[0]}: a bucket holds no links.")
-        self._delete([known for known in _below(self._known, name) if known not in names])
+        mine = set(names)
+        self._delete([known for known in _below(self._known, name) if known not in mine])
         self._expect(names)
         self._store.put((known, self._files / known) for known in names)
         self._note_all(name)

@@ -209,7 +209,7 @@ class Workspace(NamedTuple):
                 here = self.root.joinpath(*aside.relative_to(self.root).parts[2:])
                 if not _is_run(aside):
                     artefacts.remove(aside)
-                elif not _is_run(here):
+                elif here.exists() and not _is_run(here):
                     artefacts.remove(here)
 
     def _check_layout(self) -> None:

@@ -31,9 +31,9 @@ class Export(NamedTuple):
 
     Attributes:
       write: Takes the part and where to write; the place is whole or not there at all.
-      suffix: Of the file; what a folder's name ends in begins with no dot.
-      check: Raises ValueError, from the data set and a name for the message, for samples that the
-        form cannot hold; so early that no scoring pass is spent on them.
+      suffix: End of the file's name, from its dot on, or of the folder's, without one.
+      check: Raises ValueError for samples that the form cannot hold, before a scoring pass is spent
+        on them; takes the data set and a name for the message.
     """
 
     write: Callable[[Part, Path], None]

@@ -54,7 +54,7 @@ class Candidates:
       scores, labels, ids, features, probabilities: As for `dlc_jax.select`.
       inputs: Arrays [n, d] by name, for methods that need others of `INPUTS`.
     Raises:
-      ValueError: an input that no method needs.
+      ValueError: an input that is not in `INPUTS`.
     """
 
     def __init__(

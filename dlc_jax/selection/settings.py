@@ -31,7 +31,7 @@ class Need(NamedTuple):
     """What the selected methods need, apart from DLC.
 
     Attributes:
-      measured: Inputs that the encoder gives, such as features.
+      measured: Inputs measured with the encoder, such as features.
       training: A record of training on the whole set.
       tuning: What `auto` stands for.
     """

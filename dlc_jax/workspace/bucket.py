@@ -4,9 +4,9 @@ All work is done in a local copy; what is made whole there is put into the bucke
 is removed or moved there is removed or moved in the bucket. The bucket is the truth: a run begins
 by making the local copy like it, so that it goes on on any machine.
 
-Folders are no single objects. One that is put or removed is in the bucket in part until that is
-done; whoever reads it compares what is there with the checksums in a record. One that is moved is a
-run: its record is copied last and deleted first, so that a folder without one is no run.
+A folder is many objects, so it may be there in part. What is put or removed is compared with the
+checksums in its record before it is used. What is moved is the folder of a run, whose record is
+copied last and deleted first: without its record, a folder is no run.
 
 The first process does all of this. Others put single files, parts of a measurement, and pull what
 they are told to read.
@@ -235,12 +235,12 @@ class Bucket:
             self._note_all(to)
 
     def _expect(self, names: Iterable[str]) -> None:
-        """Notes objects that will be there, whatever becomes of what puts them there."""
+        """Notes objects about to be written, so that they are known if writing fails half-way."""
         for name in names:
             self._note(name, Held(""))
 
     def _note_all(self, name: str) -> None:
-        """Notes the objects called so or below it, which the files are like."""
+        """Notes the objects of this name or below it; the files have their content."""
         for known, version in self._store.list(name).items():
             self._note(known, self._held(known, version))
 

@@ -203,7 +203,7 @@ class Workspace(NamedTuple):
             self._end_moves()
 
     def _end_moves(self) -> None:
-        """Removes what moves of runs left that were stopped, which a bucket does file by file."""
+        """Removes what interrupted moves of runs left; a bucket moves file by file."""
         for pattern in _RUNS:
             for aside in sorted(self.root.glob(f"{records.SUPERSEDED}/*/{pattern}")):
                 here = self.root.joinpath(*aside.relative_to(self.root).parts[2:])

@@ -286,9 +286,8 @@ class Config:
     def _check_kind(self) -> None:
         """Raises ValueError where something asked for is not there for this kind of data."""
         if not self.is_of_instructions:
-            if "export" in self.stages:
-                for form in self.export.forms:
-                    checks.one_of("export.forms", form, FORMS)
+            for form in self.export.forms:
+                checks.one_of("export.forms", form, FORMS)
             if self.mesh.fsdp > 1:
                 raise checks.InputError(
                     f"mesh.fsdp: {self.mesh.fsdp}; expected 1: it spreads the weights of a "
@@ -318,8 +317,8 @@ class Config:
         need = self.need
         if need.measured or need.training:
             raise checks.InputError(
-                "selection.methods: of instructions there are neither features nor a record of "
-                "training; expected methods that need only scores, such as flexrand, easiest, ccs."
+                "selection.methods: instructions have neither features nor a training record; "
+                "expected methods that need only scores, such as flexrand, easiest, ccs."
             )
         if "evaluate" in self.stages and self.evaluation.mmlu is None:
             raise checks.InputError(

@@ -31,9 +31,9 @@ class Export(NamedTuple):
 
     Attributes:
       write: Takes the part and where to write; the place is whole or not there at all.
-      suffix: End of the file's name, from its dot on, or of the folder's, without one.
-      check: Raises ValueError for samples that the form cannot hold, before a scoring pass is spent
-        on them; takes the data set and a name for the message.
+      suffix: Ending of the file name, with its dot; that of a folder's name has none.
+      check: Raises ValueError for samples that the form cannot hold; takes the data set and a name
+        for the message. Called before scoring.
     """
 
     write: Callable[[Part, Path], None]

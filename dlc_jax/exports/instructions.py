@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlc_jax import checks
 from dlc_jax.datasets.instructions import Instructions
@@ -76,11 +76,21 @@ def _column(values: list[Any]) -> pa.Array:
         return pa.array(values, pa.uint64())
 
 
-INSTRUCTION_EXPORTS: Mapping[str, Callable[[Instructions, Path], None]] = {
-    "jsonl": write_rows_jsonl,
-    "parquet": write_rows_parquet,
-}
-INSTRUCTION_CHECKS: Mapping[str, Callable[[Instructions], None]] = {
-    "jsonl": check_jsonl_holds,
-    "parquet": check_parquet_holds,
+class InstructionExport(NamedTuple):
+    """How a form of instructions is written.
+
+    Attributes:
+      write: Takes the rows and a path; the file is whole or not there at all.
+      suffix: Ending of the file name, with its dot.
+      check: Raises ValueError for rows that the form cannot hold. Called before scoring.
+    """
+
+    write: Callable[[Instructions, Path], None]
+    suffix: str
+    check: Callable[[Instructions], None]
+
+
+INSTRUCTION_EXPORTS: Mapping[str, InstructionExport] = {
+    "jsonl": InstructionExport(write_rows_jsonl, ".jsonl", check_jsonl_holds),
+    "parquet": InstructionExport(write_rows_parquet, ".parquet", check_parquet_holds),
 }

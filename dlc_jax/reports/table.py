@@ -63,7 +63,7 @@ def class_table(
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a Markdown table that shows every cell as it is."""
     shown = [[markdown_text(cell) for cell in row] for row in rows]
-    # as a header, it would be two wider than its text; as a row, it comes below the line
+    # tabulate widens headers by two; given as a row, the header comes after the rule
     line, names, *others = tabulate([header, *shown], tablefmt="github", **_AS_IT_IS).split("\n")
     return "\n".join([names, line, *others])
 

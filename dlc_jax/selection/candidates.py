@@ -48,13 +48,13 @@ class Candidates:
 
     Lots are kept as well, of every seed 1 to 4 bytes a sample.
 
-    Arrays are looked at when a cell first needs them, and must not change afterwards.
+    Arrays are checked when a cell first needs them; do not change them afterwards.
 
     Args:
       scores, labels, ids, features, probabilities: As for `dlc_jax.select`.
-      inputs: Arrays [n, d] by name, for methods that need others of `INPUTS`.
+      inputs: Other arrays of `INPUTS`, [n, d], by name.
     Raises:
-      ValueError: an input that is not in `INPUTS`.
+      ValueError: an unknown input, or one that is given twice.
     """
 
     def __init__(
@@ -67,9 +67,12 @@ class Candidates:
         probabilities: np.ndarray | None = None,
         inputs: Mapping[str, np.ndarray] = {},
     ):
+        given = {"scores": scores, "features": features, "probabilities": probabilities}
         for name in inputs:
             checks.one_of("inputs", name, INPUTS)
-        given = {"scores": scores, "features": features, "probabilities": probabilities, **inputs}
+            if given.get(name) is not None:
+                raise checks.InputError(f"inputs: {name!r} is given twice; expected it once.")
+        given |= inputs
         self._given = {k: None if v is None else np.asarray(v) for k, v in given.items()}
         self._given_labels, self._given_ids = np.asarray(labels), ids
         self._groups_by: dict[_Grouping, tuple[list[int], list[Group]]] = {}

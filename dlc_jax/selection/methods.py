@@ -42,12 +42,12 @@ def _two_decimals(value: float) -> str:
 
 
 class Input(NamedTuple):
-    """An array [n, d] that methods need besides scores.
+    """An array [n, d] that some methods need instead of scores.
 
     Attributes:
       check: Raises ValueError unless the array fits labels [n].
       source: Call that returns it, for messages.
-      of: Where the stage `score` takes it from: the `encoder`, or a record of `training`.
+      of: Source in the stage `score`: `encoder`, or a record of `training`.
     """
 
     check: Callable[[np.ndarray, np.ndarray], None]

@@ -31,7 +31,7 @@ class Need(NamedTuple):
     """What the selected methods need, apart from DLC.
 
     Attributes:
-      measured: Inputs measured with the encoder, such as features.
+      measured: Names of the inputs to measure with the encoder, such as `features`.
       training: A record of training on the whole set.
       tuning: What `auto` stands for.
     """

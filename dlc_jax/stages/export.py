@@ -16,7 +16,7 @@ from dlc_jax import checks
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.exports import EXPORTS, PARTS, RELEASED, export, part_positions
-from dlc_jax.exports.instructions import INSTRUCTION_CHECKS, INSTRUCTION_EXPORTS
+from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
 from dlc_jax.exports.released import (
     check_names_match,
     match_samples,
@@ -80,7 +80,7 @@ class ExportStep:
 
 
 def run(job: Job) -> None:
-    """Exports, in the first process."""
+    """Writes the exports, in the first process."""
 
     def export_all(known: SelectionInputs) -> None:
         config, workspace = job.config, job.workspace
@@ -156,7 +156,8 @@ def run_exports_instructions(config: Config, workspace: Workspace, known: Select
                 )
             some = np.flatnonzero(parts[part])
             for form in config.export.forms:
-                path = f"{artefacts.EXPORTS}/{cell.name}/{part}.{form}"
+                suffix = INSTRUCTION_EXPORTS[form].suffix
+                path = f"{artefacts.EXPORTS}/{cell.name}/{part}{suffix}"
                 put = functools.partial(_write_rows, data, some, form)
                 source = _source(root, cell, form, part, rows)
                 steps.append(ExportStep(path, False, source, put))
@@ -164,7 +165,7 @@ def run_exports_instructions(config: Config, workspace: Workspace, known: Select
 
 
 def _write_rows(data: Instructions, positions: np.ndarray, form: str, path: Path) -> None:
-    INSTRUCTION_EXPORTS[form](data.subset(positions), path)
+    INSTRUCTION_EXPORTS[form].write(data.subset(positions), path)
 
 
 def _export(workspace: Workspace, steps: list[ExportStep], num_cells: int) -> None:
@@ -194,11 +195,12 @@ def check_takes_forms(config: Config, workdir: Path) -> None:
             "export.forms: a bucket cannot hold image_links; expected image_folder, or a --workdir "
             "that is no bucket."
         )
+    forms = INSTRUCTION_EXPORTS if config.is_of_instructions else EXPORTS
     for cell in config.selection.cells():
         for part in config.export.parts:
             for form in config.export.forms:
                 if form != RELEASED:
-                    suffix = EXPORTS[form].suffix
+                    suffix = forms[form].suffix
                     path = workdir / artefacts.EXPORTS / cell.name / f"{part}{suffix}"
                     _check_can_be_written(path, workdir, is_folder=not suffix.startswith("."))
 
@@ -224,7 +226,7 @@ def check_has_forms_instructions(config: Config) -> None:
     """Raises for a form that cannot hold the rows, before a scoring pass is spent."""
     data = load_configured_instructions(config, config.dataset.train)
     for form in config.export.forms:
-        INSTRUCTION_CHECKS[form](data)
+        INSTRUCTION_EXPORTS[form].check(data)
 
 
 def _check_can_be_written(path: Path, workdir: Path, *, is_folder: bool) -> None:

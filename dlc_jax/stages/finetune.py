@@ -39,7 +39,7 @@ def source_of_test_set(config: Config) -> str:
 
 
 def run(job: Job) -> None:
-    """Fine-tunes on every cell; runs that fail are in `job.failures`."""
+    """Fine-tunes on every cell; adds a line to `job.failures` for each run that fails."""
     config, workspace, known = job.config, job.workspace, job.known
     if config.is_of_instructions:
         job.failures += run_finetune_instructions(config, workspace, known)

@@ -9,19 +9,21 @@ from typing import Protocol, runtime_checkable
 from dlc_jax.config import Config
 from dlc_jax.stages.score import Load
 from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.types import Selection
 from dlc_jax.workspace import Workspace
 
 
 @dataclasses.dataclass
 class Job:
-    """A command that uses scores on disk.
+    """State shared by the stages that use scores.
 
     Attributes:
       config: Checked configuration.
-      workspace: Work directory, which nobody else writes to.
+      workspace: Work directory, held by this run.
       load: Loads a data set by its source, in one process.
-      load_together: Loads it in all processes at once, which must see the same samples.
-      known: Scores and what selections need beside them; None in processes other than the first.
+      load_together: Loads a data set in all processes and checks that they agree.
+      known: Scores and other inputs of selections; None in processes other than the first.
+      shown: Selection that the summary shows; None before one is made.
       failures: A line for each run that failed; the others go on.
     """
 
@@ -30,10 +32,11 @@ class Job:
     load: Load
     load_together: Load
     known: SelectionInputs | None = None
+    shown: Selection | None = None
     failures: list[str] = dataclasses.field(default_factory=list)
 
     def with_scores(self, do: Callable[[SelectionInputs], None]) -> None:
-        """Does something in the first process, which alone has the scores.
+        """Calls `do` in the first process, the only one that holds the scores.
 
         Raises:
           ValueError: in all processes, if it or OSError is raised in the first.
@@ -48,7 +51,7 @@ class Job:
 
 @runtime_checkable
 class Stage(Protocol):
-    """A module of this package, called as its stage is, that uses scores."""
+    """A module of this package named after its stage, which uses scores."""
 
     def run(self, job: Job, /) -> None:
         """Runs the stage, in all processes.

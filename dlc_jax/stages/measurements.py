@@ -162,10 +162,20 @@ def _features(scored: Scored, run: Run) -> Float32[np.ndarray, "n d"]:
     return features(encoder, images, mode=config.mode, compute=compute, run=run)
 
 
-# How the inputs of selectors that the encoder gives are measured, by their names in `INPUTS`.
-MEASURED: Mapping[str, Callable[[Scored, Run], Float32[np.ndarray, "n d"]]] = {
-    "features": _features,
-}
+class Measurement(NamedTuple):
+    """How an input of selectors is measured with the encoder.
+
+    Attributes:
+      measure: Returns the array, [n, d], in the order of the samples that were scored.
+      settings: Names of the settings of `probe` that decide it, beside data and encoder.
+    """
+
+    measure: Callable[[Scored, Run], Float32[np.ndarray, "n d"]]
+    settings: tuple[str, ...] = ("dtype",)
+
+
+# By names in `INPUTS`.
+MEASURED: Mapping[str, Measurement] = {"features": Measurement(_features)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,7 +194,7 @@ class InputStep:
 
     @property
     def kind(self) -> str:
-        return self.name
+        return self.name.replace("_", " ")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -192,14 +202,15 @@ class InputStep:
 
     @property
     def key(self) -> dict[str, Any]:
-        return {"dtype": self.scored.config.probe.dtype, "made_of": self.scored.made_of}
+        return {**self.settings, "made_of": self.scored.made_of}
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"dtype": self.scored.config.probe.dtype}
+        probe = self.scored.config.probe
+        return {name: getattr(probe, name) for name in MEASURED[self.name].settings}
 
     def compute(self, scratch: Path) -> Float32[np.ndarray, "n d"]:
-        found = MEASURED[self.name](self.scored, self.scored.run(scratch))
+        found = MEASURED[self.name].measure(self.scored, self.scored.run(scratch))
         self.scored.say(f"{self.name}: {found.shape[1]} of each sample")
         return found
 
@@ -211,7 +222,7 @@ class InputStep:
 
 
 def record_with(name: str) -> str:
-    """Returns the name of the record of what an input comes from."""
+    """Returns the name of the record that an input is read with."""
     return name if INPUTS[name].of == "encoder" else "training"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ from dlc_jax.training.images import class_ids_by_name
 from dlc_jax.types import Dataset
 from dlc_jax.workspace import Workspace, artefacts
 
-_BESIDE_SCORES = ("plan", "score", "report")  # before there are any, or of results
+_BESIDE_SCORES = ("plan", "score", "report")  # run before there are scores, or on results.csv
 
 
 class _Sources:
@@ -124,11 +125,17 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
                 if name in config.stages and name not in _BESIDE_SCORES:
                     stage: Stage = importlib.import_module(f"{__package__}.{name}")
                     stage.run(job)
+                if name == "select" and {"score", "select"} & set(config.stages):
+                    job.with_scores(functools.partial(_summarise, job))
     if "report" in config.stages:
         workspace.alone(lambda: report_if_it_can(config, workspace, bool(job.failures)))
     if job.failures:
-        said = checks.joined(job.failures, "; ")
-        raise checks.SharedError(f"{len(job.failures)} runs failed: {said}")
+        lines = checks.joined(job.failures, "; ")
+        raise checks.SharedError(f"{len(job.failures)} runs failed: {lines}")
+
+
+def _summarise(job: Job, known: SelectionInputs) -> None:
+    print_summary(job.workspace, known.samples, job.shown, job.config.is_of_instructions)
 
 
 def _check_exports(config: Config, workdir: Path, load: Load) -> None:
@@ -141,9 +148,9 @@ def _check_exports(config: Config, workdir: Path, load: Load) -> None:
 def _read_scores(
     config: Config, settings: dict[str, Any], workspace: Workspace, load: Load
 ) -> SelectionInputs:
-    """Reads what is selected from, and writes `config.json`.
+    """Reads the scores and writes `config.json`.
 
-    What scoring resolved is for `config.json`: another encoder may be fine-tuned than was scored.
+    The file gets the settings that scoring resolved; fine-tuning may use another encoder.
     """
     root = workspace.root
     check_scores_are_whole(root)
@@ -161,6 +168,4 @@ def _read_scores(
             mine["dataset"] = found["dataset"] | {"test": config.dataset.test}
         settings |= found | mine
     artefacts.write_json(root / artefacts.CONFIG, settings)
-    if "score" in config.stages and "select" not in config.stages:
-        print_summary(workspace, samples, None, config.is_of_instructions)
     return SelectionInputs(config, root, samples)

@@ -101,10 +101,10 @@ def _record_training(scored: Scored, encoder: Encoder, workspace: Workspace) -> 
         there = records.read(folder, records.RUN)
         if there is not None and there.difference(step):
             workspace.remove(records.file_of("training"))  # how the stage ran
-            workspace.set_folder_aside(artefacts.TRAINING, f"training-{there.identity[:12]}")
+            workspace.set_run_aside(artefacts.TRAINING, f"training-{there.identity[:12]}")
             _write_table(scored, workspace)  # columns were of that training
         identity = records.identity_of(step)
-        workspace.take_folders_back(artefacts.TRAINING, f"training-{identity[:12]}")
+        workspace.take_runs_back(artefacts.TRAINING, f"training-{identity[:12]}")
         return training.has(step)
 
     if workspace.broadcast(make_room):

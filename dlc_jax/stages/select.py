@@ -7,7 +7,6 @@ import time
 from dlc_jax.config import Config
 from dlc_jax.selection import Cell
 from dlc_jax.stages.job import Job
-from dlc_jax.stages.report import print_summary
 from dlc_jax.stages.selection_files import FOLDER, SelectionStep, pruning_seconds
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.tune import run_tune
@@ -16,14 +15,13 @@ from dlc_jax.workspace import Record, Workspace, records
 
 
 def run(job: Job) -> None:
-    """Selects, in the first process, and prints a summary."""
+    """Selects, in the first process."""
 
     def select(known: SelectionInputs) -> None:
         config, workspace = job.config, job.workspace
         if config.need.tuning and known.tuning is None:
             known.tuning = run_tune(config, workspace, known.samples, job.load)
-        shown = run_select(config, workspace, known)
-        print_summary(workspace, known.samples, shown, config.is_of_instructions)
+        job.shown = run_select(config, workspace, known)
 
     job.with_scores(select)
 

@@ -25,7 +25,7 @@ class SelectionInputs:
       config: Says which methods, and how they select.
       workdir: Where `scores/` is.
       samples: Ids, labels and scores.
-      tuning: What `auto` stands for, if that is known yet; an attribute of this name holds it.
+      tuning: What `auto` stands for; None until it is known. An attribute, too.
     """
 
     def __init__(

@@ -158,8 +158,8 @@ class _Sweep(NamedTuple):
         step, there = self.step(cell, positions), read_run(self.workdir, cell)
         folder, group = f"{artefacts.FINETUNE}/{cell.name}", f"{artefacts.FINETUNE}-"
         if there is not None and there.difference(step):
-            self.workspace.set_folder_aside(folder, group + there.identity[:12])
-        self.workspace.take_folders_back(folder, group + records.identity_of(step)[:12])
+            self.workspace.set_run_aside(folder, group + there.identity[:12])
+        self.workspace.take_runs_back(folder, group + records.identity_of(step)[:12])
         return positions
 
     def _kept(self, cell: Cell) -> Selection:
@@ -182,13 +182,13 @@ class _Sweep(NamedTuple):
         for name, record in sorted(runs.items()):
             shared = {part: (record.key | record.facts).get(part) for part in self.shared}
             if shared != self.shared:
-                self.workspace.set_folder_aside(f"{artefacts.FINETUNE}/{name}", _group(shared))
+                self.workspace.set_run_aside(f"{artefacts.FINETUNE}/{name}", _group(shared))
                 num_moved += 1
         for reason in unreadable.values():
             echo(f"finetune: note: a run is left out of {artefacts.RESULTS}: {reason}")
         if num_moved:
             echo(f"finetune: {num_moved} runs of other settings or scores moved to superseded/")
-        self.workspace.take_folders_back(f"{artefacts.FINETUNE}/*/*", _group(self.shared))
+        self.workspace.take_runs_back(f"{artefacts.FINETUNE}/*/*", _group(self.shared))
 
 
 def _group(shared: Mapping[str, Any]) -> str:

@@ -51,7 +51,7 @@ _TUNING = {
 
 
 def run(job: Job) -> None:
-    """Tunes, in the first process."""
+    """Tunes, or reads the results of an earlier run, in the first process."""
 
     def tune_or_read(known: SelectionInputs) -> None:
         known.tuning = run_tune(job.config, job.workspace, known.samples, job.load)

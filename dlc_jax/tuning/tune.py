@@ -33,7 +33,7 @@ NUM_REPEATS = 25
 _NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
 _LEVEL = 0.05  # most likely to prefer something at a keep fraction where nothing is better
 _RANDOM = ("random", None)
-# a record of training has seen the labels of what is held out
+# features alone are measured before tuning; a training record has seen the held-out labels
 _CAN_BE_TRIED = [
     name
     for name, method in SELECTORS.items()

@@ -52,16 +52,22 @@ _LOSSES = {
     "ids": Expected("U", 1),
 }
 _ROWS = 8192  # written and read at a time, so that memory does not grow with the data set
-# Where temporary files may be left; not in image folders, below exports/, which are large.
+# Where temporary files may be left. Not inside exported image folders, which are large.
 _FOLDERS = (
     "",
     "*",
-    "*/*",
-    "*/*/*",
+    TRAINING,
+    f"{TRAINING}/*",
     f"{TRAINING}/*/seen",
+    f"{UNFINISHED}/*",
+    f"{UNFINISHED}/*/*",
     "records/**",
     f"{TUNING}/**",
+    "selections/*",
+    f"{FINETUNE}/*/*",
     f"{FINETUNE}/*/*/records/**",
+    f"{EVALUATE}/*",
+    f"{EXPORTS}/*/*",
     f"{EXPORTS}/idxs*/*/*/*/*",
 )
 

@@ -9,7 +9,7 @@ checksums in its record before it is used. What is moved is the folder of a run,
 copied last and deleted first: without its record, a folder is no run.
 
 The first process does all of this. Others put single files, parts of a measurement, and pull what
-they are told to read.
+they read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,16 +181,13 @@ class Bucket:
         name = self._name(path)
         found = self._store.list(name)
         found.pop(lease.FILE, None)
-        for known in _below(self._known, name):
-            if known not in found:
-                self._note(known, None)
+        self._note({known: None for known in _below(self._known, name) if known not in found})
         stale = {known for known in found if not self._is_current(known, found[known])}
         for known in self._local_names(name):
             if known not in found or known in stale:
                 (self._files / known).unlink()
         exported = {known for known in stale if _is_export(known)}
-        for known in exported:
-            self._note(known, Held(found[known]))
+        self._note({known: Held(found[known]) for known in exported})
         _remove_empty_folders(path)
         self._fetch({known: found[known] for known in sorted(stale - exported)})
 
@@ -200,7 +197,7 @@ class Bucket:
         name = self._name(path)
         if path.is_file():
             self._store.put([(name, path)])
-            self._note(name, self._held(name, self._store.version(name)))
+            self._note({name: self._held(name, self._store.version(name))})
             return
         names = self._local_names(name)
         links = [known for known in names if (self._files / known).is_symlink()]
@@ -222,7 +219,7 @@ class Bucket:
 
     @_one_at_a_time
     def move(self, source: Path, target: Path) -> None:
-        """Moves a file to where one may be, or the folder of a run to where nothing is."""
+        """Moves a file, replacing any at the target, or a run's folder to an empty place."""
         name, to = self._name(source), self._name(target)
         record, others = _of_run(name, _below(self._known, name))
         moved = {known: to + known.removeprefix(name) for known in [*others, *record]}
@@ -236,13 +233,12 @@ class Bucket:
 
     def _expect(self, names: Iterable[str]) -> None:
         """Notes objects about to be written, so that they are known if writing fails half-way."""
-        for name in names:
-            self._note(name, Held(""))
+        self._note(dict.fromkeys(names, Held("")))
 
     def _note_all(self, name: str) -> None:
-        """Notes the objects of this name or below it; the files have their content."""
-        for known, version in self._store.list(name).items():
-            self._note(known, self._held(known, version))
+        """Notes every object at or below this name as equal to its local file."""
+        found = self._store.list(name)
+        self._note({known: self._held(known, version) for known, version in found.items()})
 
     def _fetch(self, versions: dict[str, str]) -> None:
         places = {name: self._files / name for name in versions}
@@ -258,12 +254,11 @@ class Bucket:
             raise OSError(error.errno, error.strerror, str(self._files)) from error
         for name, path in places.items():
             os.replace(temporary[name], path)
-            self._note(name, self._held(name, versions[name]))
+            self._note({name: self._held(name, versions[name])})
 
     def _delete(self, names: list[str]) -> None:
         self._store.delete(names)
-        for name in names:
-            self._note(name, None)
+        self._note(dict.fromkeys(names))
 
     def _is_current(self, name: str, version: str) -> bool:
         """Whether the file is like this version of the object."""
@@ -278,14 +273,14 @@ class Bucket:
             return Held(version, stat.st_size, stat.st_mtime_ns)
         return Held(version)
 
-    def _note(self, name: str, held: Held | None) -> None:
-        """Notes an object and its file, or that there is none."""
-        if held is None:
-            self._known.pop(name, None)
-        else:
-            self._known[name] = held
+    def _note(self, found: Mapping[str, Held | None]) -> None:
+        """Notes objects and their files, or that there are none."""
         with open(self._list, "a") as file:
-            file.write(json.dumps([name, held]) + "\n")
+            for name, held in found.items():
+                self._known.pop(name, None)
+                if held is not None:
+                    self._known[name] = held
+                file.write(json.dumps([name, held]) + "\n")
 
     def _name(self, path: Path) -> str:
         name = path.relative_to(self._files).as_posix()
@@ -327,7 +322,7 @@ def _below(names: Iterable[str], name: str) -> list[str]:
 
 
 def _of_run(name: str, names: list[str]) -> tuple[list[str], list[str]]:
-    """Returns the record that makes the folder of this name a run, if it is one, and the rest."""
+    """Splits names into the record of the run in this folder, if there is one, and the others."""
     record = f"{name}/{records.file_of(records.RUN)}"
     return [known for known in names if known == record], [n for n in names if n != record]
 

@@ -21,7 +21,7 @@ from PIL import features
 
 from dlc_jax.version import __version__
 
-# Numbers of kinds of results that were raised; every other kind has number 1.
+# Result numbers above 1, by kind of result; every other kind has number 1.
 RESULT_NUMBERS: dict[str, int] = {}
 # Kinds that can be made again from other results: they are replaced, not set aside.
 DERIVED = ("scores", "export", "report")
@@ -39,7 +39,7 @@ _PACKAGES = (
 
 
 def result_number(kind: str) -> int:
-    """Returns the number of a kind of result."""
+    """Returns the result number of a kind of result."""
     return RESULT_NUMBERS.get(kind, 1)
 
 

@@ -43,7 +43,7 @@ Value = TypeVar("Value")
 class Unreachable(BaseException):
     """The bucket is not there any more. No `Exception`: nothing on the way should go on after it.
 
-    What is in the bucket is whole, so the same command can go on from there.
+    Results in the bucket are valid or known to be incomplete, so the same command can resume.
     """
 
 
@@ -60,7 +60,6 @@ class ObjectStore:
         self.url = url.rstrip("/")
         try:
             import fsspec
-            import tenacity  # noqa: F401, used by each request
 
             # others may write there, so that nothing may be remembered
             self._files, self._root = fsspec.core.url_to_fs(
@@ -68,8 +67,7 @@ class ObjectStore:
             )
         except ImportError as error:
             protocol = url.partition("://")[0]
-            is_of_extra = protocol in _OF_EXTRA or isinstance(error, ModuleNotFoundError)
-            install = f"{EXTRA} ({error})" if is_of_extra else str(error)
+            install = f"{EXTRA} ({error})" if protocol in _OF_EXTRA else str(error)
             raise checks.InputError(
                 f"--workdir: {protocol}:// needs a package that is not installed: {install}."
             ) from error
@@ -205,8 +203,8 @@ class ObjectStore:
         self._patiently(what, some)
 
     def _patiently(self, what: str, do: Callable[[], Value], name: str = "") -> Value:
-        """Does it, again while it fails in passing and the bucket was reached before."""
-        import tenacity  # with the extra alone
+        """Calls `do`; retries errors that may pass, if the bucket was reached before."""
+        import tenacity  # which a local work directory does without
 
         again = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_may_pass),
@@ -220,10 +218,10 @@ class ObjectStore:
             if isinstance(error, checks.InputError) or _is_of_own_disk(error):
                 raise
             place = f"{self.url}/{name}".rstrip("/")
-            said = f"{place}: cannot {what}: {_reason(error)}."
+            message = f"{place}: cannot {what}: {_reason(error)}."
             if _may_pass(error) and self._was_reached:
-                raise Unreachable(said) from error
-            raise checks.InputError(said) from error
+                raise Unreachable(message) from error
+            raise checks.InputError(message) from error
         self._was_reached = True
         return value
 

@@ -20,7 +20,7 @@ from dlc_jax.workspace.records import FolderStep, Record, Step, Value, Written
 
 Computed = TypeVar("Computed")
 _LAYOUT = 2  # of a work directory; 0.1 had none
-_RUNS = (f"{artefacts.FINETUNE}/*/*", artefacts.TRAINING)  # folders that are moved whole
+_RUN_FOLDERS = (f"{artefacts.FINETUNE}/*/*", artefacts.TRAINING)  # folders that are moved whole
 _PROVENANCE = {"layout?": int, "versions?": {"dlc_jax?": re.compile(r"[\w.+-]{1,40}")}}
 
 
@@ -152,13 +152,13 @@ class Workspace(NamedTuple):
         if processes.is_first():
             artefacts.remove(self.root / name)
 
-    def set_folder_aside(self, name: str, group: str) -> None:
+    def set_run_aside(self, name: str, group: str) -> None:
         """Moves a folder to `superseded/`; an older one of its name and group makes place."""
         target = self.root / records.SUPERSEDED / group / name
         artefacts.remove(target)
         artefacts.move(self.root / name, target)
 
-    def take_folders_back(self, pattern: str, group: str) -> None:
+    def take_runs_back(self, pattern: str, group: str) -> None:
         """Moves folders of a group back, such as `finetune/*/*`, to where none are."""
         aside = self.root / records.SUPERSEDED / group
         for path in sorted(aside.glob(pattern)):
@@ -203,13 +203,16 @@ class Workspace(NamedTuple):
             self._end_moves()
 
     def _end_moves(self) -> None:
-        """Removes what interrupted moves of runs left; a bucket moves file by file."""
-        for pattern in _RUNS:
+        """Deletes what interrupted moves of runs left behind: a bucket moves a folder by files.
+
+        A move that was interrupted between its two parts leaves the run in both places.
+        """
+        for pattern in _RUN_FOLDERS:
             for aside in sorted(self.root.glob(f"{records.SUPERSEDED}/*/{pattern}")):
                 here = self.root.joinpath(*aside.relative_to(self.root).parts[2:])
-                if not _is_run(aside):
+                if not _holds_run(aside):
                     artefacts.remove(aside)
-                elif here.exists() and not _is_run(here):
+                elif here.exists() and not _holds_run(here):
                     artefacts.remove(here)
 
     def _check_layout(self) -> None:
@@ -285,7 +288,7 @@ class Workspace(NamedTuple):
         return (self.root / records.file_of(record.step)).stat().st_mtime_ns
 
 
-def _is_run(folder: Path) -> bool:
+def _holds_run(folder: Path) -> bool:
     return (folder / records.file_of(records.RUN)).is_file()
 
 

@@ -11,6 +11,7 @@ from conftest import encoded, random_images
 
 import dlc_jax as dlc
 from dlc_jax.config import Config
+from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS, InstructionExport
 from dlc_jax.stages import pipeline
 from dlc_jax.workspace import artefacts
 
@@ -178,3 +179,22 @@ def test_rows_of_instructions_that_have_no_form(tmp_path, value, form, says):
     other = {"jsonl": "parquet", "parquet": "jsonl"}[form]
     with pytest.raises(AssertionError, match="scored"):
         run(tmp_path / "run", source, export__forms=(other,), **of)
+
+
+def test_a_form_of_instructions_alone_is_checked_and_placed_as_such(tmp_path, monkeypatch):
+    def check(data):
+        raise dlc.InputError(f"{len(data)} rows of no such form")
+
+    form = InstructionExport(lambda data, path: None, ".alpaca.json", check)
+    monkeypatch.setitem(INSTRUCTION_EXPORTS, "alpaca", form)
+    (tmp_path / "x.jsonl").write_text('{"id": "a", "prompt": "b", "response": "c"}\n')
+    of = {"encoder__name": "decoder", "encoder__weights": "demo:tiny-llama"}
+    place = tmp_path / "run" / "exports" / CELL / "kept.alpaca.json"
+    place.mkdir(parents=True)
+    source = f"jsonl:{tmp_path}/x.jsonl"
+    with pytest.raises(dlc.InputError, match=r"kept\.alpaca\.json: is a folder"):
+        run(tmp_path / "run", source, export__forms=("alpaca",), **of)
+    with pytest.raises(dlc.InputError, match="^1 rows of no such form"):
+        run(tmp_path / "other", source, export__forms=("alpaca",), **of)
+    with pytest.raises(dlc.InputError, match="^export.forms: unknown value 'alpaca'"):
+        run(tmp_path / "third", folder(tmp_path), export__forms=("alpaca",))

@@ -110,6 +110,7 @@ def test_losses_scores_and_kept_sets_end_to_end(recorded, probes):
     assert shared / total >= 0.99
 
 
+@pytest.mark.slow
 def test_masks_have_the_recorded_hashes_and_counts(golden, encoder, recorded):
     """The recorded hash is of packed bits, 1 = kept, in torch's layout and module order."""
     prunable = prunable_paths(encoder.params, encoder.is_prunable)

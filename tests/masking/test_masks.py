@@ -52,7 +52,8 @@ def torch_masks_of_path(modules, counts, method):
     return path
 
 
-@pytest.mark.parametrize("schedule", [pytest.param("linear", marks=pytest.mark.slow), "geometric"])
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["linear", "geometric"])
 def test_masks_are_torchs_at_every_step(timm, tmp_path, schedule):
     import torch
     from safetensors.torch import save_file

@@ -159,6 +159,7 @@ def test_losses_that_do_not_fit_a_host(measured, monkeypatch):
     assert settings["probe.num_probes"] == "40"
 
 
+@pytest.mark.slow
 def test_a_processors_memory_is_its_hosts(measured, monkeypatch):
     monkeypatch.setattr(host, "resident_bytes", lambda: 0)
     for module in (machine, sections):

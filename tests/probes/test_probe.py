@@ -196,6 +196,7 @@ def test_midpoint_probes_are_probes_of_the_grid(sample_encoder, small_sample):
     np.testing.assert_allclose(few.losses, grid.losses[[2, 7, 12, 17]], atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "geometric"])
 def test_official_midpoint_probes_are_official_probes_of_the_grid(sample_encoder, schedule):
     """The weights are half precision: which of the equal ones go depends on every step before."""

@@ -6,6 +6,7 @@ import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.reports import class_table, easiest_hardest, easiest_hardest_text
 from dlc_jax.reports import lettering as lettering_module
+from dlc_jax.reports.table import markdown
 
 
 def test_table_names_extremes_and_counts_kept():
@@ -17,6 +18,22 @@ def test_table_names_extremes_and_counts_kept():
         ["ant", "2", "1", "b", "a"],
         ["bee", "3", "2", "d", "e"],
         ["all", "5", "3"],
+    ]
+
+
+def test_tables_are_these_to_the_byte_and_wide_characters_take_two_columns():
+    table = class_table(("ant", "犬"), np.array([0, 1]), np.zeros(2), np.array(["1e3", " b"]), None)
+    assert table.split("\n") == [
+        "class  samples  kept  easiest  hardest",
+        "ant          1     -  1e3      1e3",
+        "犬           1     -   b        b",
+        "all          2     -",
+    ]
+    assert markdown(["keep", "", "a|b"], [["0.10", "犬", "x"], ["1", "", "|"]]).split("\n") == [
+        "| keep |    | a|b |",
+        "|------|----|-----|",
+        "| 0.10 | 犬 | x   |",
+        "| 1    |    | \\|  |",
     ]
 
 

@@ -8,17 +8,20 @@ import pytest
 
 import dlc_jax as dlc
 from dlc_jax import checks
-from dlc_jax.config import Config
+from dlc_jax.config import STAGES, Config
 from dlc_jax.selection import INPUTS, SELECTORS, Candidates
 from dlc_jax.selection.geometry import k_center_greedy
 from dlc_jax.selection.methods import Input, Method
 from dlc_jax.stages import pipeline
-from dlc_jax.stages.measurements import MEASURED, read_input
+from dlc_jax.stages.measurements import MEASURED, Measurement, read_input
 from dlc_jax.workspace import artefacts, records
 
 
-def test_each_input_of_the_encoder_has_a_measurement():
-    assert MEASURED.keys() == {name for name, some in INPUTS.items() if some.of == "encoder"}
+def test_each_input_can_be_measured_or_read_and_its_record_has_a_name_of_its_own():
+    of = {name: some.of for name, some in INPUTS.items()}
+    assert MEASURED.keys() == {name for name in of if of[name] == "encoder"}
+    assert {name for name in of if of[name] == "training"} <= {*dir(dlc.TrainingRecord)}
+    assert not INPUTS.keys() & {*STAGES, "table", "training", "ids"}
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def brightness(monkeypatch):
     check = functools.partial(checks.features_fit_labels, "brightness")
     monkeypatch.setitem(INPUTS, "brightness", Input(check, "a call"))
     monkeypatch.setitem(SELECTORS, "most_different", Method(k_center_greedy, needs="brightness"))
-    monkeypatch.setitem(MEASURED, "brightness", measure)
+    monkeypatch.setitem(MEASURED, "brightness", Measurement(measure, ("dtype", "step")))
     return measured
 
 
@@ -71,6 +74,9 @@ def test_a_new_input_is_measured_recorded_and_selected_by(brightness, tmp_path):
     run()
     assert "brightness: unchanged, not measured again" in said
     assert brightness == [24]
+    run(probe={"num_probes": 2, "step": 0.03})  # a setting that decides it
+    assert brightness == [24, 24]
+    assert records.read(root, "brightness").key["step"] == 0.03
     (root / "scores/brightness.npz").unlink()
     with pytest.raises(dlc.InputError, match=r"brightness\.npz is missing; run the stage 'score'"):
         read_input(root, "brightness", artefacts.read_scores(root))
@@ -82,3 +88,6 @@ def test_inputs_that_are_missing_or_unknown_are_named(brightness):
         dlc.select(None, labels, method="most_different", keep_fraction=0.5)
     with pytest.raises(dlc.InputError, match=r"^inputs: unknown value 'bright'; .*brightness"):
         Candidates(None, labels, inputs={"bright": np.zeros((6, 1))})
+    features = np.zeros((6, 1))
+    with pytest.raises(dlc.InputError, match=r"^inputs: 'features' is given twice"):
+        Candidates(None, labels, features=features, inputs={"features": features})

@@ -3,9 +3,10 @@
 import importlib
 import inspect
 
+import numpy as np
 import pytest
 
-from dlc_jax.config import INSTRUCTION_STAGES, STAGES
+from dlc_jax.config import INSTRUCTION_STAGES, STAGES, Config
 from dlc_jax.stages import pipeline
 from dlc_jax.stages.job import Job, Stage
 
@@ -20,3 +21,34 @@ def test_each_stage_that_uses_scores_is_a_module_that_runs(name):
     (parameter,) = signature.parameters.values()
     assert parameter.annotation is Job
     assert signature.return_annotation is None
+
+
+@pytest.mark.slow
+def test_the_summary_comes_after_tuning_and_before_exports(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.arange(40) % 2)
+    values = {
+        "dataset": {"train": f"npz:{tmp_path}/x.npz"},
+        "encoder": {"name": "resnet18", "weights": "demo:resnet18", "image_size": 32},
+        "probe": {"num_probes": 2},
+        "selection": {"methods": ("easiest",), "keep_fractions": (0.5,)},
+        "tuning": {"methods": ("easiest",), "num_repeats": 5},
+    }
+
+    def places(*stages: str) -> list[int]:
+        """Returns where tuning, the summary and exports end in what the stages print."""
+        said: list[str] = []
+        config = Config.of({**values, "stages": stages})
+        pipeline.run(config, tmp_path / "run", said.append)
+        starts = (f"files: {tmp_path}/run/tuning", "seconds, when last run: ", "export: ")
+        found = [[n for n, line in enumerate(said) if line.startswith(start)] for start in starts]
+        assert all(len(lines) <= 1 for lines in found)
+        (summary,) = found[1]
+        assert ("tune " in said[summary]) == ("tune" in stages)
+        return [lines[0] for lines in found if lines]
+
+    assert len(places("score")) == 1
+    for stages in (("score", "tune"), ("score", "tune", "select", "export")):
+        order = places(*stages)
+        assert order == sorted(order)
+        assert len(order) == 2 + ("export" in stages)

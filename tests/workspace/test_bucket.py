@@ -554,20 +554,23 @@ def held_bucket(url: str, home: Path, monkeypatch):
     return stack, workspace
 
 
-CELL, GROUP = "finetune/dlc/keep_0.30-seed_1", "finetune-0123456789ab"
+FOLDERS = {"finetune/dlc/keep_0.30-seed_1": "finetune/*/*", "scores/training": "scores/training"}
+GROUP = "finetune-0123456789ab"
 OF_RUN = {"run.json": "{}", "metrics.json": "1", "checkpoint/1/x": "2", "checkpoint/1/y": "3"}
 
 
 @pytest.mark.parametrize("machine", ["one", "two"])
-@pytest.mark.parametrize("goes", ["aside", "back"])
+@pytest.mark.parametrize(
+    ("goes", "name"), [*(("aside", name) for name in FOLDERS), ("back", next(iter(FOLDERS)))]
+)
 def test_a_run_that_is_moved_is_never_there_in_part(
-    goes, machine, request, tmp_path, monkeypatch, at_once
+    goes, name, machine, request, tmp_path, monkeypatch, at_once
 ):
     def put_aside(workspace: Workspace) -> None:
-        workspace.set_folder_aside(CELL, GROUP)
+        workspace.set_run_aside(name, GROUP)
 
     def take_back(workspace: Workspace) -> None:
-        workspace.take_folders_back("finetune/*/*", GROUP)
+        workspace.take_runs_back(FOLDERS[name], GROUP)
 
     def texts(folder: Path) -> dict[str, str]:
         return {name: (folder / name).read_text() for name in local_names(folder)}
@@ -577,15 +580,15 @@ def test_a_run_that_is_moved_is_never_there_in_part(
         url = f"memory://bucket/{request.node.name}-{after}"
         stack, workspace = held_bucket(url, tmp_path / "one", monkeypatch)
         with stack:
-            for name, text in OF_RUN.items():
-                write(workspace.root / CELL / name, text)
+            for file, text in OF_RUN.items():
+                write(workspace.root / name / file, text)
             if goes == "back":
                 put_aside(workspace)
         if not is_killed(monkeypatch, after, url, tmp_path / "one", move):
             break
         stack, workspace = held_bucket(url, tmp_path / machine, monkeypatch)
         with stack:
-            places = [workspace.root / CELL, workspace.root / "superseded" / GROUP / CELL]
+            places = [workspace.root / name, workspace.root / "superseded" / GROUP / name]
             there = [place for place in places if place.exists()]
             assert there
             assert all(texts(place) == OF_RUN for place in there)
@@ -593,7 +596,28 @@ def test_a_run_that_is_moved_is_never_there_in_part(
                 if again is take_back or places[0].exists():
                     again(workspace)
             assert texts(places[goes == "aside"]) == OF_RUN
+            assert not places[goes != "aside"].exists()
     assert after == 2 * len(OF_RUN)
+
+
+def test_a_run_that_began_beside_one_that_is_set_aside_stays(url, tmp_path, monkeypatch, at_once):
+    name, aside = next(iter(FOLDERS)), f"superseded/{GROUP}"
+    expected = {f"{name}/run.json", f"{name}/error.txt", f"{aside}/{name}/run.json"}
+    for place in ("one", "two"):
+        stack, workspace = held_bucket(url, tmp_path / place, monkeypatch)
+        with stack:
+            for file in expected:
+                write(workspace.root / file, "{}")
+    assert {*names(url)} == expected
+
+
+def test_in_a_folder_nothing_is_taken_for_a_move_that_was_stopped(tmp_path):
+    files = [f"superseded/{GROUP}/{name}/{file}" for name in FOLDERS for file in ("a", "b")]
+    files += [f"{name}/notes.txt" for name in FOLDERS]
+    for file in files:
+        write(tmp_path / file, "mine")
+    with Workspace.of(tmp_path, print).held():
+        assert {*files} <= {*local_names(tmp_path)}
 
 
 @dataclasses.dataclass
@@ -611,6 +635,19 @@ class Folder(Text):
         return Written((f"{place}/both", f"{place}/only{self.key['seed']}"))
 
 
+def texts_of(step: Text) -> dict[str, str]:
+    """Returns what the step's files have to hold."""
+    text = json.dumps(step.key)
+    if isinstance(step, Folder):
+        place = "exports/kept/in"
+        return {f"{place}/both": text, f"{place}/only{step.key['seed']}": text}
+    return {name: f"{name} {text}" for name in step.files}
+
+
+def content(workspace: Workspace, step: Text) -> dict[str, str]:
+    return {name: (workspace.root / name).read_text() for name in texts_of(step)}
+
+
 @pytest.mark.parametrize("machine", ["one", "two"])
 @pytest.mark.parametrize("kind", [pytest.param(Text, marks=pytest.mark.slow), Folder])
 def test_results_of_a_bucket_are_whole_wherever_a_run_is_killed(
@@ -625,11 +662,19 @@ def test_results_of_a_bucket_are_whole_wherever_a_run_is_killed(
     for after in range(100):
         url = f"memory://bucket/{request.node.name}-{after}"
         was_killed = is_killed(monkeypatch, after, url, tmp_path / "one", make_both)
+        stack, workspace = held_bucket(url, tmp_path / machine, monkeypatch)
+        with stack:
+            for step in (one, two):
+                if workspace.has(step):
+                    assert content(workspace, step) == texts_of(step)
         for step in (two, one):
             stack, workspace = held_bucket(url, tmp_path / machine, monkeypatch)
             with stack:
                 workspace.ensure(step)
                 assert workspace.has(step)
+        assert {name: ObjectStore(url).read(name).decode() for name in texts_of(one)} == texts_of(
+            one
+        )
         paths = {name for name in names(url) if name.startswith("exports/")}
         if kind is Folder:
             assert paths == {"exports/kept/in/both", "exports/kept/in/only1"}

@@ -47,7 +47,7 @@ class Network(NamedTuple):
 
 
 class Sgd(NamedTuple):
-    """Constants of a step, which its program is specialised to."""
+    """Constants of an optimiser step; the compiled program is specialised to them."""
 
     momentum: float
     weight_decay: float
@@ -55,11 +55,11 @@ class Sgd(NamedTuple):
 
     @classmethod
     def of(cls, settings: FinetuneConfig) -> Sgd:
-        """Returns those of a run."""
+        """Returns the constants in the settings of a run."""
         return cls(settings.momentum, settings.weight_decay, settings.nesterov)
 
     def at(self, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-        """Returns torch.optim.SGD at a learning rate."""
+        """Returns torch.optim.SGD with this learning rate."""
         return torch_sgd(
             learning_rate,
             momentum=self.momentum,

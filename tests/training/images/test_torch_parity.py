@@ -119,12 +119,13 @@ def train_ours(encoder, head, data, epochs=EPOCHS, **changes) -> tuple[TrainStat
     return state, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "make", "loss_tolerance"),
     [
         # on some CPUs a sign flips in a ReLU, also between float32 and float64 of torch
         ("resnet18", pretrained_resnet, 1e-4),
-        pytest.param("vit_small_patch16_224", small_vit, 1e-5, marks=pytest.mark.slow),
+        ("vit_small_patch16_224", small_vit, 1e-5),
     ],
 )
 def test_fifty_steps_move_every_tensor_as_torch_does(

@@ -178,6 +178,7 @@ def test_images_are_decoded_once_with_a_cache_and_twice_without(
     assert not counted
 
 
+@pytest.mark.slow
 def test_each_program_is_compiled_once(sample_encoder, small_sample):
     options = {"image_size": 40, "compute": dlc.Compute(batch_size=16)}  # the last batch is smaller
     programs = (features_of_batches, losses_of_batches)

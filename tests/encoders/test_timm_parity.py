@@ -84,7 +84,9 @@ def test_random_weights(timm, tmp_path, name, narrowed, image_size):
     )
 
 
-@pytest.mark.parametrize("where", ["demo", "encoders/resnet18_tin64"])
+@pytest.mark.parametrize(
+    "where", ["demo", pytest.param("encoders/resnet18_tin64", marks=pytest.mark.slow)]
+)
 def test_real_checkpoints(timm, sample, where):
     from safetensors.torch import load_file
 

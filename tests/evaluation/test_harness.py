@@ -202,6 +202,7 @@ def test_shots_that_are_not_there_are_missed_only_if_needed(place, tmp_path):
         evaluate_mmlu(model, mmlu)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"add_bos_token": False, "max_length": 100}])
 def test_every_kind_of_log_likelihood_is_that_of_lm_eval(place, options):
     theirs, ours = both(place / "model", **options)

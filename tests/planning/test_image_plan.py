@@ -90,6 +90,7 @@ def test_the_command(tmp_path):
     assert list(tmp_path.iterdir()) == []  # neither a work directory nor a cache
 
 
+@pytest.mark.slow
 def test_break_even_of_known_speeds(measured, monkeypatch):
     decoding = decoding_speed(dlc.load_dataset("demo:caltech15/train"), 64)
     decoding = decoding._replace(seconds=1e-3, crop_seconds=1e-3)
@@ -122,6 +123,7 @@ def test_what_does_not_fit_a_device_is_refused(measured, monkeypatch, stage, set
     refused(configured(("plan", stage), **{key: 2 * value}))  # no less than it takes
 
 
+@pytest.mark.slow
 def test_weights_that_fit_nowhere(measured, monkeypatch):
     with_devices_of(monkeypatch, MIB)
     error, settings = refused(configured(("plan", "score")))

@@ -72,6 +72,7 @@ def test_stopped_at_any_moment_it_ends_with_the_same_bits(
         assert probes.skipped == undisturbed.skipped
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_read_again(sample_encoder, small_sample, tmp_path):
     dlc.probe(sample_encoder, small_sample, **OPTIONS, run=dlc.Run(folder=tmp_path))
     failing = dataclasses.replace(small_sample, images=Failing(small_sample.images, 0))

@@ -122,7 +122,14 @@ def test_each_head_is_the_one_that_finetune_trains(sample, sample_encoder):
         assert found.accuracy[number] == pytest.approx(alone.test_accuracy)
 
 
-@pytest.mark.parametrize("changes", [{"chunk": 3}, {"memory_mib": 0.02}, {"memory_mib": 1e-9}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"chunk": 3},
+        {"memory_mib": 0.02},
+        pytest.param({"memory_mib": 1e-9}, marks=pytest.mark.slow),
+    ],
+)
 def test_how_they_are_put_together_changes_nothing(data, changes):
     kept = cells(data[1])
     plain = probes_of(data, kept)

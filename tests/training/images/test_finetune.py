@@ -564,6 +564,7 @@ def test_defaults_are_the_papers_in_function_and_configuration():
     assert {key: getattr(FinetuneConfig(), key) for key in paper} == paper
 
 
+@pytest.mark.slow
 def test_keywords_go_before_settings(sample_encoder, small_sample, tmp_path):
     settings = FinetuneConfig(epochs=3, batch_size=30, learning_rate=0.01, milestones=(0.5,))
     settings = dataclasses.replace(settings, linear_probe=True)

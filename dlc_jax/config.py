@@ -317,7 +317,7 @@ class Config:
         need = self.need
         if need.measured or need.training:
             raise checks.InputError(
-                "selection.methods: instructions have neither features nor a training record; "
+                "selection.methods: instructions have neither features nor a record of training; "
                 "expected methods that need only scores, such as flexrand, easiest, ccs."
             )
         if "evaluate" in self.stages and self.evaluation.mmlu is None:

@@ -52,9 +52,8 @@ def main(_: list[str]) -> None:
         ),
     )
     pipeline.run(config, workdir)
-    samples = artefacts.read_scores(workdir)
-    tuning = run_tune(config, Workspace(workdir), samples, dlc.load_dataset)
-    known = SelectionInputs(config, workdir, samples, tuning)
+    known = SelectionInputs(config, workdir, artefacts.read_scores(workdir))
+    known.tuning = run_tune(config, Workspace(workdir), known, dlc.load_dataset)
     cells = [cell for cell in config.selection.cells() if AUTO not in cell]
     for way in (("random", None), (AUTO, None), ("flexrand", 0.5), ("flexrand", AUTO)):
         for keep in config.selection.keep_fractions:
@@ -78,7 +77,7 @@ def accuracies(config: Config, known: SelectionInputs, cells: list[Cell]) -> np.
     images = dlc.Images(test, config.encoder.image_size, cache=config.cache)
     kept = [known.select(cell) for cell in cells]
     found = linear_probes(
-        known.features,
+        known.input("features"),
         known.samples.labels,
         [*kept, np.arange(len(known.samples.ids))],
         seeds=[*(cell[3] for cell in cells), 0],

@@ -65,7 +65,8 @@ def select(
 ) -> Selection:
     """Picks the samples to keep; every cell stands alone, whatever else is selected.
 
-    `Candidates` does the same for many cells of large data sets, and sorts them once.
+    `Candidates` does the same for many cells of large data sets, sorts them once, and takes
+    arrays of all `INPUTS`.
 
     Args:
       scores: [n] hardness, higher is harder; from `score`, `record_training` or your own. None

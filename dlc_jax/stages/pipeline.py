@@ -125,6 +125,7 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
                 if name in config.stages and name not in _BESIDE_SCORES:
                     stage: Stage = importlib.import_module(f"{__package__}.{name}")
                     stage.run(job)
+                # of scores, and of a selection if there is one
                 if name == "select" and {"score", "select"} & set(config.stages):
                     job.with_scores(functools.partial(_summarise, job))
     if "report" in config.stages:

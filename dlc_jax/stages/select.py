@@ -20,7 +20,7 @@ def run(job: Job) -> None:
     def select(known: SelectionInputs) -> None:
         config, workspace = job.config, job.workspace
         if config.need.tuning and known.tuning is None:
-            known.tuning = run_tune(config, workspace, known.samples, job.load)
+            known.tuning = run_tune(config, workspace, known, job.load)
         job.shown = run_select(config, workspace, known)
 
     job.with_scores(select)

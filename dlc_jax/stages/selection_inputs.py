@@ -25,14 +25,15 @@ class SelectionInputs:
       config: Says which methods, and how they select.
       workdir: Where `scores/` is.
       samples: Ids, labels and scores.
-      tuning: What `auto` stands for; None until it is known. An attribute, too.
+
+    Attributes:
+      tuning: What `auto` stands for; None until it is known.
     """
 
-    def __init__(
-        self, config: Config, workdir: Path, samples: ScoredSamples, tuning: Tuning | None = None
-    ):
+    def __init__(self, config: Config, workdir: Path, samples: ScoredSamples):
         self.samples, self.mode = samples, config.mode
-        self.tuning, self._config, self._workdir = tuning, config, workdir
+        self.tuning: Tuning | None = None
+        self._config, self._workdir = config, workdir
         self._fingerprints: dict[str, str] = {}
         self._inputs: dict[str, np.ndarray] = {}
         self._candidates: dict[tuple[str, ...], Candidates] = {}

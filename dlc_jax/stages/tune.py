@@ -16,7 +16,6 @@ from dlc_jax.checks.escaping import csv_cell
 from dlc_jax.config import Config
 from dlc_jax.distributed import Run, make_mesh
 from dlc_jax.stages.job import Job
-from dlc_jax.stages.measurements import read_input
 from dlc_jax.stages.score import Load, load_configured
 from dlc_jax.stages.selection_files import CHOICE, choice_of
 from dlc_jax.stages.selection_inputs import SelectionInputs
@@ -54,12 +53,12 @@ def run(job: Job) -> None:
     """Tunes, or reads the results of an earlier run, in the first process."""
 
     def tune_or_read(known: SelectionInputs) -> None:
-        known.tuning = run_tune(job.config, job.workspace, known.samples, job.load)
+        known.tuning = run_tune(job.config, job.workspace, known, job.load)
 
     job.with_scores(tune_or_read)
 
 
-def run_tune(config: Config, workspace: Workspace, samples: ScoredSamples, load: Load) -> Tuning:
+def run_tune(config: Config, workspace: Workspace, known: SelectionInputs, load: Load) -> Tuning:
     """Tunes on held-out parts of the training data, or reads the results of an earlier run.
 
     The test set is not loaded here. Writes tuning.json (all of it), tuning.csv (a row per way of
@@ -68,11 +67,11 @@ def run_tune(config: Config, workspace: Workspace, samples: ScoredSamples, load:
     Raises:
       ValueError: features that are not there, data that were not scored; see also `tune`.
     """
-    say = workspace.say
+    say, samples = workspace.say, known.samples
     score = config.selection.score_of("flexrand")
     arrays = {score: samples.score(score)}
     if config.tuning.needs_features:
-        arrays["features"] = read_input(workspace.root, "features", samples)
+        arrays["features"] = known.input("features")
     trials = _finetune_trials(config, workspace, samples, load)
     step = TuningStep(config, samples, arrays, trials, config.selection.keep_fractions, say)
     step = step.covered_by(records.read(workspace.root, step.name))

@@ -4,9 +4,9 @@ All work is done in a local copy; what is made whole there is put into the bucke
 is removed or moved there is removed or moved in the bucket. The bucket is the truth: a run begins
 by making the local copy like it, so that it goes on on any machine.
 
-A folder is many objects, so it may be there in part. What is put or removed is compared with the
-checksums in its record before it is used. What is moved is the folder of a run, whose record is
-copied last and deleted first: without its record, a folder is no run.
+A folder is many objects, so it may be there in part. One that is put or removed is compared with
+the checksums in its record, or of its checkpoint, before it is used. Only folders of runs are
+moved: their record is copied last and deleted first, so that a folder without it is no run.
 
 The first process does all of this. Others put single files, parts of a measurement, and pull what
 they read.

@@ -3,8 +3,8 @@
 import importlib
 import inspect
 
-import numpy as np
 import pytest
+from test_measurements import settings_of_few_images
 
 from dlc_jax.config import INSTRUCTION_STAGES, STAGES, Config
 from dlc_jax.stages import pipeline
@@ -25,15 +25,9 @@ def test_each_stage_that_uses_scores_is_a_module_that_runs(name):
 
 @pytest.mark.slow
 def test_the_summary_comes_after_tuning_and_before_exports(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
-    np.savez(tmp_path / "x.npz", images=images, labels=np.arange(40) % 2)
-    values = {
-        "dataset": {"train": f"npz:{tmp_path}/x.npz"},
-        "encoder": {"name": "resnet18", "weights": "demo:resnet18", "image_size": 32},
-        "probe": {"num_probes": 2},
-        "selection": {"methods": ("easiest",), "keep_fractions": (0.5,)},
-        "tuning": {"methods": ("easiest",), "num_repeats": 5},
-    }
+    values = settings_of_few_images(tmp_path)
+    values["selection"] = {"methods": ("easiest",), "keep_fractions": (0.5,)}
+    values["tuning"] = {"methods": ("easiest",), "num_repeats": 5}
 
     def places(*stages: str) -> list[int]:
         """Returns where tuning, the summary and exports end in what the stages print."""

@@ -28,9 +28,9 @@ from dlc_jax.reports.results import Interval
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO, SELECTORS, Cell
 from dlc_jax.stages import pipeline
-from dlc_jax.stages.score import load_configured
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.tune import run_tune
+from dlc_jax.tasks.images import load_configured
 from dlc_jax.training.images import class_ids_by_name
 from dlc_jax.tuning import linear_probes
 from dlc_jax.workspace import Workspace, artefacts

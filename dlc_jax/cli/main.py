@@ -19,7 +19,7 @@ from dlc_jax.config import Config, describe, known_keys
 from dlc_jax.distributed import processes, use_all_cores
 from dlc_jax.distributed.watch import end, watched
 from dlc_jax.stages import pipeline
-from dlc_jax.stages.agreement import agree_on_settings
+from dlc_jax.tasks.agreement import agree_on_settings
 from dlc_jax.workspace import bucket, lease
 from dlc_jax.workspace.object_store import Unreachable
 

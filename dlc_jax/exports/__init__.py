@@ -23,7 +23,7 @@ from dlc_jax.exports.part import PARTS, Part, part_of, part_positions
 from dlc_jax.exports.tables import write_hub_folder, write_parquet
 from dlc_jax.types import Dataset, Selection, file_of
 
-__all__ = ["EXPORTS", "FORMS", "PARTS", "RELEASED", "export", "part_positions"]
+__all__ = ["EXPORTS", "FORMS", "PARTS", "RELEASED", "Export", "export", "part_positions"]
 
 
 class Export(NamedTuple):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
+from dlc_jax import checks
 from dlc_jax.config import Config
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import DecoderConfig
-from dlc_jax.encoders.language_model import longest_sequence
+from dlc_jax.encoders.huggingface import read_config, read_config_alone
+from dlc_jax.encoders.language_model import longest_sequence, model_folder
+from dlc_jax.encoders.paper_models import PAPER_MODELS
 from dlc_jax.planning import tables
 from dlc_jax.planning.instruction_work import InstructionWork
 from dlc_jax.planning.knobs import ways_on_processor
@@ -145,3 +149,36 @@ def _fewer(job: Job) -> Callable[[int], str]:
         return "try fewer instructions, or a host with more memory"
 
     return way
+
+
+def model_sizes(weights: str) -> DecoderConfig:
+    """Returns sizes and switches of a model; those of the paper's need no network.
+
+    Args:
+      weights: As for `load_language_model`. Of a hub id, `config.json` alone is fetched.
+    Raises:
+      ValueError: see `load_language_model`.
+    """
+    if weights in PAPER_MODELS and not Path(weights).is_dir():
+        return PAPER_MODELS[weights]
+    if is_local(weights) or not checks.is_hub_id(weights):
+        return read_config(model_folder(weights))
+    import huggingface_hub  # only when a hub id is used: the import costs half a second
+
+    try:
+        config = Path(huggingface_hub.hf_hub_download(weights, "config.json"))
+        return read_config_alone(config.parent)
+    except checks.InputError:
+        raise
+    except Exception as error:  # its errors for no network, no such id and no access vary
+        raise checks.InputError(
+            f"encoder.weights: {weights!r} is no local folder, and its config.json could not be "
+            f"fetched from the Hugging Face hub ({checks.first_line(error)}). Without network the "
+            f"plan knows {', '.join(PAPER_MODELS)}; of another model, give a folder that has its "
+            "config.json."
+        ) from error
+
+
+def is_local(weights: str) -> bool:
+    """Whether a model is bundled or in a folder here."""
+    return weights.startswith("demo:") or Path(weights).expanduser().is_dir()

@@ -12,11 +12,9 @@ import jax
 from dlc_jax import checks
 from dlc_jax.config import Config
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.evaluation import Mmlu, evaluate_mmlu, load_mmlu
+from dlc_jax.evaluation import Mmlu, evaluate_mmlu
 from dlc_jax.exports.peft import load_adapter
 from dlc_jax.selection import Cell
-from dlc_jax.stages.agreement import agree
-from dlc_jax.stages.finetune import load_model
 from dlc_jax.stages.job import Job
 from dlc_jax.stages.sweep_results import (
     BASE_CELL,
@@ -26,6 +24,7 @@ from dlc_jax.stages.sweep_results import (
     run_folder,
     write_results,
 )
+from dlc_jax.tasks.instructions import load_model, load_questions
 from dlc_jax.training.folder import ADAPTER
 from dlc_jax.workspace import Written, artefacts, records
 from dlc_jax.workspace.keys import key_of
@@ -36,13 +35,6 @@ _TRAINED = {
     "encoder": {"weights": str},
     "lora": {"dtype": str},
 }
-
-
-def check_questions(config: Config) -> None:
-    """Raises ValueError where the questions cannot be asked, before a scoring pass is spent."""
-    mmlu = _questions(config)
-    mmlu.check_shots(config.evaluation.num_shots)
-    agree({mmlu.name: mmlu.fingerprint})
 
 
 def run(job: Job) -> None:
@@ -57,7 +49,7 @@ def run(job: Job) -> None:
     start = time.perf_counter()
     config, workspace = job.config, job.workspace
     workdir, echo = workspace
-    mmlu = _questions(config)
+    mmlu = load_questions(config)
     base = load_model(config)
     fingerprint = base.fingerprint
 
@@ -186,8 +178,3 @@ def _measured(config: Config, model: LanguageModel, mmlu: Mmlu) -> dict[str, Any
         "num_truncated": found.num_truncated,
         "devices": [device.device_kind for device in jax.devices()],
     }
-
-
-def _questions(config: Config) -> Mmlu:
-    assert config.evaluation.mmlu is not None  # checked with the configuration
-    return load_mmlu(config.evaluation.mmlu)

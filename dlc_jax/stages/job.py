@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from dlc_jax.config import Config
-from dlc_jax.stages.score import Load
 from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.tasks import Task
 from dlc_jax.types import Selection
 from dlc_jax.workspace import Workspace
 
@@ -20,8 +20,7 @@ class Job:
     Attributes:
       config: Checked configuration.
       workspace: Work directory, held by this run.
-      load: Loads a data set by its source, in one process.
-      load_together: Loads a data set in all processes and checks that they agree.
+      task: The kind of data, with these settings.
       known: Scores and other inputs of selections; None in processes other than the first.
       shown: Selection that the summary shows; None before one is made.
       failures: A line for each run that failed; the others go on.
@@ -29,8 +28,7 @@ class Job:
 
     config: Config
     workspace: Workspace
-    load: Load
-    load_together: Load
+    task: Task
     known: SelectionInputs | None = None
     shown: Selection | None = None
     failures: list[str] = dataclasses.field(default_factory=list)

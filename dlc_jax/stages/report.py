@@ -15,15 +15,14 @@ from dlc_jax import checks, reports
 from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
 from dlc_jax.reports.results import Row
-from dlc_jax.selection import Cell
-from dlc_jax.stages.measurements import MEASURED
-from dlc_jax.stages.score_instructions import READABLE
+from dlc_jax.selection import INPUTS, Cell
 from dlc_jax.stages.selection_files import pruning_seconds
 from dlc_jax.stages.sweep_results import (
     note_on_chance,
     what_is_finished,
 )
-from dlc_jax.stages.what_was_scored import skipped_samples
+from dlc_jax.tasks import Task
+from dlc_jax.tasks.measurements import skipped_samples
 from dlc_jax.types import Selection
 from dlc_jax.workspace import Workspace, Written, artefacts, records
 from dlc_jax.workspace.artefacts import ScoredSamples
@@ -136,7 +135,7 @@ def print_summary(
     workspace: Workspace,
     samples: ScoredSamples,
     shown: Selection | None,
-    is_of_instructions: bool,
+    task: Task,
 ) -> None:
     """Prints a table of classes, what was left out, and how long each stage took."""
     workdir, echo = workspace
@@ -159,13 +158,11 @@ def print_summary(
         names = checks.listed(map(visible, singles))
         echo(f"classes of one sample (in mode 'default' always kept): {names}")
     if skipped := skipped_samples(workdir):
-        kind = "" if is_of_instructions else "unreadable "
-        echo(f"{kind}samples left out: {len(skipped)}, listed in {artefacts.PROVENANCE}")
+        echo(f"{task.left_out}: {len(skipped)}, listed in {artefacts.PROVENANCE}")
     seconds = {record.step: record.seconds for record in records.matching(workdir, "*")}
-    parts = ("score", *MEASURED, "training", "tune", "select")
+    parts = ("score", *INPUTS, "training", "tune", "select")
     echo(
         "seconds, when last run: "
         + ", ".join(f"{name} {seconds[name]:.1f}" for name in parts if name in seconds)
     )
-    picture = READABLE if is_of_instructions else artefacts.PICTURE
-    echo(f"files: {workdir}/ ({artefacts.SCORES}, {picture}, selections/)")
+    echo(f"files: {workdir}/ ({artefacts.SCORES}, {task.easiest_hardest}, selections/)")

@@ -7,11 +7,11 @@ import time
 from dlc_jax.config import Config
 from dlc_jax.selection import Cell
 from dlc_jax.stages.job import Job
-from dlc_jax.stages.selection_files import FOLDER, SelectionStep, pruning_seconds
+from dlc_jax.stages.selection_files import SelectionStep, pruning_seconds
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.tune import run_tune
 from dlc_jax.types import Selection
-from dlc_jax.workspace import Record, Workspace, records
+from dlc_jax.workspace import Record, Workspace, artefacts, records
 
 
 def run(job: Job) -> None:
@@ -20,7 +20,7 @@ def run(job: Job) -> None:
     def select(known: SelectionInputs) -> None:
         config, workspace = job.config, job.workspace
         if config.need.tuning and known.tuning is None:
-            known.tuning = run_tune(config, workspace, known, job.load)
+            known.tuning = run_tune(config, workspace, known, job.task.load)
         job.shown = run_select(config, workspace, known)
 
     job.with_scores(select)
@@ -76,7 +76,7 @@ def _set_superseded_aside(workspace: Workspace, known: SelectionInputs) -> int:
     """Moves selections of other scores, of another mode or made another way to `superseded/`."""
     found = [
         record
-        for record in records.matching(workspace.root, f"{FOLDER}/*/*")
+        for record in records.matching(workspace.root, f"{artefacts.SELECTIONS}/*/*")
         if not _is_current(record, known)
     ]
     for record in found:

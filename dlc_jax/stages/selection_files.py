@@ -19,7 +19,6 @@ from dlc_jax.types import Choice, Selection, labels_fingerprint
 from dlc_jax.workspace import Workspace, Written, artefacts, keys, records
 from dlc_jax.workspace.artefacts import ScoredSamples
 
-FOLDER = "selections"
 EARLIER = "earlier_seconds"  # of measuring and tuning, which a selection waits for
 CELL = {"method": str, "keep_fraction": float, "split": (float, str, None), "seed": int}
 CHOICE = {"keep_fraction": float, "method": str, "split": (float, None), "why": str}
@@ -39,7 +38,7 @@ class SelectionStep:
 
     @property
     def name(self) -> str:
-        return f"{FOLDER}/{self.cell.name}"
+        return f"{artefacts.SELECTIONS}/{self.cell.name}"
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -139,15 +138,17 @@ def read_selection(workspace: Workspace, known: SelectionInputs, cell: Cell) -> 
 def pruning_seconds(root: Path) -> dict[str, float]:
     """Returns the time that it took to know what to keep, in seconds, by the name of the cell."""
     found = {}
-    for record in records.matching(root, f"{FOLDER}/*/*"):
+    for record in records.matching(root, f"{artefacts.SELECTIONS}/*/*"):
         check_shape(record.facts, {EARLIER: float}, root / records.file_of(record.step), "facts")
-        found[record.step.removeprefix(f"{FOLDER}/")] = record.seconds + record.facts[EARLIER]
+        found[record.step.removeprefix(f"{artefacts.SELECTIONS}/")] = (
+            record.seconds + record.facts[EARLIER]
+        )
     return found
 
 
 def files_of(cell: Cell) -> list[Path]:
     """Returns the files of a cell, kept positions and manifest, below the work directory."""
-    return [Path(FOLDER) / f"{cell.name}{suffix}" for suffix in (".npy", ".json")]
+    return [Path(artefacts.SELECTIONS) / f"{cell.name}{suffix}" for suffix in (".npy", ".json")]
 
 
 def cell_of(facts: Mapping[str, Any]) -> Cell:

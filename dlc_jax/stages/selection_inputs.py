@@ -11,7 +11,7 @@ import numpy as np
 from dlc_jax.config import Config
 from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO, INPUTS, SELECTORS, Candidates, Cell
-from dlc_jax.stages.measurements import read_input, record_with
+from dlc_jax.tasks.measurements import read_input, record_with
 from dlc_jax.types import Selection, Tuning
 from dlc_jax.workspace import records
 from dlc_jax.workspace.artefacts import ScoredSamples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +15,16 @@ from jaxtyping import Int64
 from dlc_jax import checks
 from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
-from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import positions_from_first, said_of, stopping
 from dlc_jax.selection import FULL, Cell
 from dlc_jax.stages.selection_files import read_selection
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.sweep_results import read_run, read_runs, run_folder, write_results
-from dlc_jax.stages.what_was_scored import check_is_what_was_scored
+from dlc_jax.tasks.measurements import check_is_what_was_scored
+from dlc_jax.tasks.task import Training
 from dlc_jax.training.folder import ERROR
 from dlc_jax.training.run_step import RunStep, Tuner
-from dlc_jax.types import Dataset, Selection
+from dlc_jax.types import Selection
 from dlc_jax.workspace import Workspace, artefacts, records
 from dlc_jax.workspace.keys import json_hash
 
@@ -45,8 +45,7 @@ def run_sweep(
     config: Config,
     workspace: Workspace,
     known: SelectionInputs | None,
-    dataset: Dataset | Instructions,
-    make_tuner: Callable[[], Tuner],
+    training: Training,
 ) -> SweepEnd:
     """Runs what is not finished yet, and rewrites `results.csv` after every run.
 
@@ -54,15 +53,14 @@ def run_sweep(
       config: Checked configuration.
       workspace: Where scores and selections are.
       known: What was scored, and what the methods use; None in processes other than the first.
-      dataset: What to train on.
-      make_tuner: Makes what trains on it; called once nothing else can go wrong.
+      training: What to train, and on what.
     Raises:
       ValueError: what no run can do without: data that are not those that were scored, a test set
         that does not fit; or every run failed.
     """
     workdir, echo = workspace
-    workspace.alone(lambda: check_is_what_was_scored(workdir, dataset))
-    tuner = make_tuner()
+    workspace.alone(lambda: check_is_what_was_scored(workdir, training.data))
+    tuner = training.make_tuner()
     sweep = _Sweep(config, workspace, known, tuner)
     workspace.alone(sweep.make_room)
     # a table of runs set aside would be taken for this sweep's

@@ -16,10 +16,10 @@ from dlc_jax.checks.escaping import csv_cell
 from dlc_jax.config import Config
 from dlc_jax.distributed import Run, make_mesh
 from dlc_jax.stages.job import Job
-from dlc_jax.stages.score import Load, load_configured
 from dlc_jax.stages.selection_files import CHOICE, choice_of
 from dlc_jax.stages.selection_inputs import SelectionInputs
-from dlc_jax.stages.what_was_scored import check_is_what_was_scored
+from dlc_jax.tasks.images import load_configured
+from dlc_jax.tasks.measurements import check_is_what_was_scored
 from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
 from dlc_jax.types import Gap, Tried, Tuning
 from dlc_jax.workspace import Record, Workspace, Written, artefacts, records
@@ -53,12 +53,14 @@ def run(job: Job) -> None:
     """Tunes, or reads the results of an earlier run, in the first process."""
 
     def tune_or_read(known: SelectionInputs) -> None:
-        known.tuning = run_tune(job.config, job.workspace, known, job.load)
+        known.tuning = run_tune(job.config, job.workspace, known, job.task.load)
 
     job.with_scores(tune_or_read)
 
 
-def run_tune(config: Config, workspace: Workspace, known: SelectionInputs, load: Load) -> Tuning:
+def run_tune(
+    config: Config, workspace: Workspace, known: SelectionInputs, load: Callable[[str], Any]
+) -> Tuning:
     """Tunes on held-out parts of the training data, or reads the results of an earlier run.
 
     The test set is not loaded here. Writes tuning.json (all of it), tuning.csv (a row per way of
@@ -176,7 +178,7 @@ class TuningStep:
 
 
 def _finetune_trials(
-    config: Config, workspace: Workspace, samples: ScoredSamples, load: Load
+    config: Config, workspace: Workspace, samples: ScoredSamples, load: Callable[[str], Any]
 ) -> FinetuneTrials | None:
     """Returns what fine-tunes; None where linear heads are trained instead."""
     if config.tuning.by == "linear_probe":

@@ -40,6 +40,7 @@ CERTIFICATE = "scores/certificate.json"
 PICTURE = "scores/easiest_hardest.png"
 UNFINISHED = "unfinished"
 TUNING = "tuning"
+SELECTIONS = "selections"
 RESULTS = "results.csv"
 REPORT = "report"
 FINETUNE = "finetune"
@@ -63,7 +64,7 @@ _FOLDERS = (
     f"{UNFINISHED}/*/*",
     "records/**",
     f"{TUNING}/**",
-    "selections/*",
+    f"{SELECTIONS}/*",
     f"{FINETUNE}/*/*",
     f"{FINETUNE}/*/*/records/**",
     f"{EVALUATE}/*",

@@ -16,7 +16,7 @@ from conftest import encoded, random_images
 from PIL import Image
 
 import dlc_jax as dlc
-from dlc_jax.config import DatasetConfig
+from dlc_jax.config import Config
 from dlc_jax.datasets.files import left_out_text
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.datasets.labels import encode_labels
@@ -24,8 +24,8 @@ from dlc_jax.datasets.parts import concatenate
 from dlc_jax.files import image_files
 from dlc_jax.preprocess import decode
 from dlc_jax.preprocess.inspection import inspect
-from dlc_jax.stages.measurements import dataset_facts
-from dlc_jax.stages.pipeline import _Sources
+from dlc_jax.tasks.image_measurements import dataset_facts
+from dlc_jax.tasks.images import ImageTask
 from dlc_jax.training.images import FinetuneConfig, Finetuner, class_ids_by_name
 from dlc_jax.types import Conventions
 
@@ -43,7 +43,8 @@ def folder(root: Path, *names: str, content: bytes = PNG) -> str:
 
 def told(source: str, **settings) -> list[str]:
     lines: list[str] = []
-    _Sources(DatasetConfig(deep_images="error", **settings), lines.append)(source)
+    config = Config.of({"stages": ("report",), "dataset": {"deep_images": "error", **settings}})
+    ImageTask(config, lines.append).load(source)
     return lines
 
 

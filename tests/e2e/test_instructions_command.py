@@ -166,7 +166,7 @@ def test_categories_are_classes_and_other_scores_select(place, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--config.selection.methods=herding",), "neither features nor a record"),
+        (("--config.selection.methods=herding",), "instructions have no features"),
         (("--config.stages=tune",), "stages: unknown value 'tune'"),
         (("--config.dataset.category=topic",), "no text in column 'topic'"),
         (("--config.dataset.template=prompt",), "no text in column 'prompt'"),

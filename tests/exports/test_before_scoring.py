@@ -13,6 +13,8 @@ import dlc_jax as dlc
 from dlc_jax.config import Config
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS, InstructionExport
 from dlc_jax.stages import pipeline
+from dlc_jax.tasks.images import ImageTask
+from dlc_jax.tasks.instructions import InstructionTask
 from dlc_jax.workspace import artefacts
 
 CONTENT = [encoded(image) for image in random_images(8, 8)]
@@ -24,8 +26,8 @@ def unscored(monkeypatch):
     def scored(*args):
         raise AssertionError("scored")
 
-    monkeypatch.setattr(pipeline, "run_score", scored)
-    monkeypatch.setattr(pipeline, "run_score_instructions", scored)
+    for task in (ImageTask, InstructionTask):
+        monkeypatch.setattr(task, "score", scored)
 
 
 def run(workdir, train, **changes):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from results_by_kind import MADE
 
-from dlc_jax.stages.measurements import MEASURED
+from dlc_jax.tasks.image_measurements import MEASURED
 from dlc_jax.workspace.keys import RESULT_NUMBERS, result_number
 
 FILE = Path(__file__).parent / "data" / "results.json"

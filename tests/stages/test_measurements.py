@@ -11,12 +11,13 @@ from conftest import random_images
 
 import dlc_jax as dlc
 from dlc_jax import checks
-from dlc_jax.config import STAGES, Config
+from dlc_jax.config import KINDS, Config
 from dlc_jax.selection import INPUTS, SELECTORS, Candidates
 from dlc_jax.selection.geometry import k_center_greedy
 from dlc_jax.selection.methods import Input, Method
 from dlc_jax.stages import pipeline
-from dlc_jax.stages.measurements import MEASURED, Measurement, read_input
+from dlc_jax.tasks.image_measurements import MEASURED, Measurement
+from dlc_jax.tasks.measurements import read_input
 from dlc_jax.workspace import artefacts, records
 
 
@@ -34,7 +35,7 @@ def test_each_input_can_be_measured_or_read_and_its_record_has_a_name_of_its_own
     of = {name: some.of for name, some in INPUTS.items()}
     assert MEASURED.keys() == {name for name in of if of[name] == "encoder"}
     assert {name for name in of if of[name] == "training"} <= {*dir(dlc.TrainingRecord)}
-    assert not INPUTS.keys() & {*STAGES, "table", "training", "ids"}
+    assert not INPUTS.keys() & {*KINDS[0].stages, "table", "training", "ids"}
 
 
 @pytest.fixture

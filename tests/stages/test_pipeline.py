@@ -6,11 +6,11 @@ import inspect
 import pytest
 from test_measurements import settings_of_few_images
 
-from dlc_jax.config import INSTRUCTION_STAGES, STAGES, Config
+from dlc_jax.config import KINDS, Config
 from dlc_jax.stages import pipeline
 from dlc_jax.stages.job import Job, Stage
 
-ALL = dict.fromkeys([*STAGES, *INSTRUCTION_STAGES])
+ALL = dict.fromkeys(stage for kind in KINDS for stage in kind.stages)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in pipeline._BESIDE_SCORES])

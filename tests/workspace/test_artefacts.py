@@ -11,10 +11,10 @@ import dlc_jax as dlc
 from dlc_jax.config import Config
 from dlc_jax.files import whole_files
 from dlc_jax.selection import Cell
-from dlc_jax.stages import what_was_scored
 from dlc_jax.stages.select import run_select
 from dlc_jax.stages.selection_files import read_selection
 from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.tasks import measurements
 from dlc_jax.workspace import Record, Workspace, artefacts, records
 from dlc_jax.workspace.artefacts import ScoredSamples
 
@@ -192,11 +192,11 @@ def test_provenance_that_is_no_object_is_refused(tmp_path):
 
 def test_the_scored_encoder_is_named_where_it_is_another(tmp_path):
     scored = {"name": "resnet18", "weights": "demo:resnet18", "fingerprint": "ab"}
-    assert what_was_scored.scored_encoder(tmp_path, "cd") is None  # of the user's own scores
+    assert measurements.scored_encoder(tmp_path, "cd") is None  # of the user's own scores
     facts = {"dataset": {"source": "", "fingerprint": ""}, "encoder": scored}
     Record("score", "losses", 1, {}, {}, {}, 1.0, {}, [], facts).write(tmp_path)
-    assert what_was_scored.scored_encoder(tmp_path, "ab") is None
-    assert what_was_scored.scored_encoder(tmp_path, "cd") == "resnet18 demo:resnet18"
+    assert measurements.scored_encoder(tmp_path, "ab") is None
+    assert measurements.scored_encoder(tmp_path, "cd") == "resnet18 demo:resnet18"
 
 
 @pytest.mark.parametrize("outputs", [[], None, {"adapter/x": 3}])

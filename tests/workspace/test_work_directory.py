@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dlc_jax as dlc
-from dlc_jax.config import STAGES, Config
+from dlc_jax.config import KINDS, Config
 from dlc_jax.selection import Cell
 from dlc_jax.stages import measurements, pipeline, sweep_results, what_was_scored
 from dlc_jax.stages.selection_files import read_selection
@@ -453,7 +453,7 @@ def as_0_1_left_it(workdir: Path) -> None:
 
 
 SETS_OF_STAGES = (
-    *(stage for stage in STAGES if stage != "plan"),
+    *(stage for stage in KINDS[0].stages if stage != "plan"),
     "score,select",
     "tune,select,export,finetune,report",
 )

@@ -1,9 +1,8 @@
-"""The stage `score` of instructions: DLC, and scores that two passes give besides."""
+"""What is measured of instructions: losses of responses under every probe, and without."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,47 +12,19 @@ from jax.sharding import Mesh
 
 from dlc_jax import checks, reports
 from dlc_jax.config import Config
-from dlc_jax.datasets.instructions import Instructions, load_instructions
-from dlc_jax.distributed import Run, Team, said_of
-from dlc_jax.encoders.language_model import (
-    LanguageModel,
-    load_language_model,
-    load_tokenizer,
-)
+from dlc_jax.datasets.instructions import Instructions
+from dlc_jax.distributed import Run, said_of
+from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.responses import measure_responses, probe_responses
 from dlc_jax.scores import SCORES, column_name, score
-from dlc_jax.stages.measurements import NOT_IN_LOSSES, write_certificate
+from dlc_jax.tasks.measurements import NOT_IN_LOSSES, write_certificate
 from dlc_jax.types import ProbeLosses, ResponseLosses
-from dlc_jax.workspace import Workspace, Written, artefacts
+from dlc_jax.workspace import Written, artefacts
 from dlc_jax.workspace.artefacts import ScoredSamples
 from dlc_jax.workspace.keys import json_hash
 
 READABLE = "scores/easiest_hardest.md"
-
-
-def load_configured_instructions(config: Config, source: str) -> Instructions:
-    """Loads training or test data as the configuration says."""
-    tokenizer = functools.partial(load_tokenizer, config.encoder.weights)
-    return load_instructions(source, config.dataset.template, tokenizer=tokenizer)
-
-
-def run_score_instructions(config: Config, workspace: Workspace) -> None:
-    """Scores instructions by DLC, perplexity, IFD and length, unless that is done.
-
-    Writes `scores/losses.npz`, `scores/scores.parquet` and `scores/easiest_hardest.md`.
-
-    Raises:
-      ValueError: anything wrong with data or model.
-    """
-    data = load_configured_instructions(config, config.dataset.train)
-    mesh = config.mesh.make()
-    model = load_language_model(
-        config.encoder.weights, dtype=config.probe.dtype, mesh=Team.of(mesh).mesh
-    )
-    _ = model.fingerprint  # of all processes, where they share the weights
-    if not workspace.ensure(ResponsesStep(config, data, model, mesh, workspace.say)):
-        workspace.say("score: unchanged, not run again")
 
 
 class _Measured(NamedTuple):

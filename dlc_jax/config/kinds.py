@@ -1,0 +1,85 @@
+"""Kinds of data: which stages, scores and forms of export each has, and settings it has not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dlc_jax import checks
+from dlc_jax.encoders import ENCODERS
+from dlc_jax.encoders.language_model import DECODER
+from dlc_jax.exports import EXPORTS, RELEASED, Export
+from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS, InstructionExport
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of data, and what there is for it.
+
+    Attributes:
+      name: Plural noun for messages.
+      encoders: Values of `encoder.name` that stand for it.
+      stages: Stages, in the order in which they run.
+      training: Section of the settings that the stage `finetune` uses.
+      needs_test: Whether fine-tuning needs a test set.
+      measures: Sources of scores and of inputs of selectors: `losses` of probes, `encoder`
+        (features), `training` (a record of it), `responses`.
+      forms: Forms of export; None stands for one that chooses all of its paths.
+      only: Settings that have one value here, by their dotted names: the value, and why.
+    """
+
+    name: str
+    encoders: tuple[str, ...]
+    stages: tuple[str, ...]
+    training: str
+    needs_test: bool
+    measures: frozenset[str]
+    forms: Mapping[str, Export | InstructionExport | None]
+    only: Mapping[str, tuple[Any, str]]
+
+
+_NO_COLUMN = "instructions have no such column, their classes come from dataset.category"
+KINDS = (
+    Kind(
+        name="images",
+        encoders=tuple(ENCODERS),
+        stages=("plan", "score", "tune", "select", "export", "finetune", "report"),
+        training="finetune",
+        needs_test=True,
+        measures=frozenset({"losses", "encoder", "training"}),
+        forms={**EXPORTS, RELEASED: None},
+        only={"mesh.fsdp": (1, "spreads the weights of a language model")},
+    ),
+    Kind(
+        name="instructions",
+        encoders=(DECODER,),
+        stages=("plan", "score", "select", "export", "finetune", "evaluate", "report"),
+        training="lora",
+        needs_test=False,
+        measures=frozenset({"losses", "responses"}),
+        forms=INSTRUCTION_EXPORTS,
+        only={
+            "mode": ("default", "there is no 'official' code of instructions"),
+            "dataset.image_column": (None, _NO_COLUMN),
+            "dataset.label_column": (None, _NO_COLUMN),
+            "probe.augment": (False, "instructions have no crops"),
+            "mesh.probe": (
+                1,
+                "the masked copies of a language model are not divided among devices; its weights "
+                "are, by mesh.fsdp",
+            ),
+        },
+    ),
+)
+ENCODER_NAMES = tuple(name for kind in KINDS for name in kind.encoders)
+
+
+def kind_of(encoder_name: str) -> Kind:
+    """Returns the kind of data that an encoder is for.
+
+    Raises:
+      ValueError: an unknown encoder.
+    """
+    checks.one_of("encoder.name", encoder_name, ENCODER_NAMES)
+    return next(kind for kind in KINDS if encoder_name in kind.encoders)

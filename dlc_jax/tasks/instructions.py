@@ -1,0 +1,192 @@
+"""Instructions: scored by a language model that adapters are then trained for."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlc_jax import checks
+from dlc_jax.config import Config
+from dlc_jax.datasets.instructions import Instructions, load_instructions
+from dlc_jax.distributed import Team, processes
+from dlc_jax.encoders.huggingface import read_config
+from dlc_jax.encoders.language_model import (
+    MODEL_FILES,
+    LanguageModel,
+    load_language_model,
+    load_tokenizer,
+    longest_sequence,
+    model_folder,
+)
+from dlc_jax.evaluation import Mmlu, load_mmlu
+from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
+from dlc_jax.planning.instruction_plan import is_local, model_sizes, plan_devices, plan_work
+from dlc_jax.planning.instruction_work import InstructionWork, Lengths
+from dlc_jax.planning.machine import Mesh
+from dlc_jax.preprocess.tokens import Tokenised, check_vocabulary, tokenise
+from dlc_jax.selection import Cell
+from dlc_jax.tasks.agreement import agree, agree_on_files, agree_on_instructions
+from dlc_jax.tasks.export_step import ExportStep, export_steps
+from dlc_jax.tasks.instruction_measurements import READABLE, ResponsesStep
+from dlc_jax.tasks.measurements import scored_encoder
+from dlc_jax.tasks.task import Sources, Training
+from dlc_jax.training.lora.tuner import LoraTuner
+from dlc_jax.types import Selection
+from dlc_jax.workspace import Workspace, keys
+
+
+class InstructionTask:
+    """See `Task`.
+
+    Args:
+      config: Checked configuration.
+      say: Takes each line meant for the user.
+    """
+
+    easiest_hardest = READABLE
+    left_out = "samples left out"
+    encoder_settings = ("name", "max_length")
+
+    def __init__(self, config: Config, say: Callable[[str], None]):
+        self._config, self._say = config, say
+        self._sources = Sources(self._read, agree_on_instructions)
+        self.load = self._sources.load
+
+    def _read(self, source: str) -> Instructions:
+        tokenizer = functools.partial(load_tokenizer, self._config.encoder.weights)
+        return load_instructions(source, self._config.dataset.template, tokenizer=tokenizer)
+
+    def encoder_fingerprint(self) -> str:
+        config = self._config
+        return load_language_model(config.encoder.weights, dtype=config.probe.dtype).fingerprint
+
+    def check(self, workspace: Workspace) -> None:
+        config = self._config
+        stages, weights = {*config.stages}, config.encoder.weights
+        if "export" in stages:
+            workspace.alone(self._check_exports)
+        if {"score", "finetune", "evaluate"} & stages and processes.count() > 1:
+            agree_on_files(model_folder(weights), MODEL_FILES)
+        if {"score", "finetune"} & stages:
+            self._sources.load_together(config.dataset.train)
+        if "finetune" in stages and config.dataset.test is not None:
+            sizes, tokenizer = read_config(model_folder(weights)), load_tokenizer(weights)
+            max_length = longest_sequence(sizes, weights, config.encoder.max_length)
+            data = self._sources.load_together(config.dataset.test)
+            tokens = tokenise(data, tokenizer, max_length, on_corrupt=config.dataset.on_corrupt)
+            check_vocabulary(tokens.named, sizes.vocab_size, tokenizer.convert_ids_to_tokens)
+        if "evaluate" in stages:
+            mmlu = load_questions(config)
+            mmlu.check_shots(config.evaluation.num_shots)
+            agree({mmlu.name: mmlu.fingerprint})
+
+    def _check_exports(self) -> None:
+        data = self.load(self._config.dataset.train)
+        for form in self._config.export.forms:
+            INSTRUCTION_EXPORTS[form].check(data)
+
+    def score(self, workspace: Workspace) -> Config:
+        config = self._config
+        data, mesh = self.load(config.dataset.train), config.mesh.make()
+        model = load_language_model(
+            config.encoder.weights, dtype=config.probe.dtype, mesh=Team.of(mesh).mesh
+        )
+        _ = model.fingerprint  # of all processes, where they share the weights
+        if not workspace.ensure(ResponsesStep(config, data, model, mesh, workspace.say)):
+            workspace.say("score: unchanged, not run again")
+        return config
+
+    def exports(self, kept: Mapping[Cell, Selection], root: Path) -> Iterable[ExportStep]:
+        data = self.load(self._config.dataset.train)
+        # the fingerprint is of what is trained on; these have other fields, in an order, as well
+        rows = keys.json_hash([json.dumps(row, default=str) for row in data.rows])
+        return export_steps(self._config, root, kept, rows, self._writer)
+
+    def _writer(self, kept: Selection, form: str, part: str) -> Callable[[Path], Any]:
+        data = self.load(self._config.dataset.train)
+        is_part = np.isin(data.ids, np.asarray(kept.ids))
+        if part == "dropped":
+            is_part = ~is_part & np.isin(
+                data.ids, np.asarray(kept.scored_ids)
+            )  # others are neither
+        if not is_part.any():
+            cell = Cell(kept.method, kept.keep_fraction, kept.split, kept.seed)
+            raise checks.InputError(
+                f"{cell.name}: nothing is {part}, so there is nothing to write."
+            )
+        return functools.partial(_write_rows, data, np.flatnonzero(is_part), form)
+
+    def training(self, workspace: Workspace) -> Training:
+        config = self._config
+        data, model = self.load(config.dataset.train), load_model(config)
+        max_length = model.max_length(config.encoder.max_length)
+        fingerprint = model.fingerprint  # of all processes, where they share the weights
+        scored = scored_encoder(workspace.root, fingerprint)
+        if scored not in (None, model.name):  # of the same name, it is read in another type
+            self._say(f"finetune: note: the model is {model.name}; the scores are of {scored}")
+
+        def tokenised(source: str) -> Tokenised:
+            on_corrupt = config.dataset.on_corrupt
+            return tokenise(self.load(source), model.tokenizer, max_length, on_corrupt=on_corrupt)
+
+        def make_tuner() -> LoraTuner:
+            test = config.dataset.test
+            return LoraTuner(
+                model,
+                tokenised(config.dataset.train),
+                config.lora,
+                test=None if test is None else tokenised(test),
+                max_length=max_length,
+                tokens_per_batch=config.probe.tokens_per_batch,
+                progress=True,
+            )
+
+        settings = config.to_dict()
+        return Training(
+            data,
+            fingerprint,
+            make_tuner,
+            {
+                **{name: settings[name] for name in ("dataset", "encoder", "lora")},
+                "encoder_fingerprint": fingerprint,
+            },
+            dict,
+        )
+
+    def plan(self, mesh: Mesh) -> list[str]:
+        config, say = self._config, self._say
+        weights, test = config.encoder.weights, config.dataset.test
+        sizes = model_sizes(weights)
+        problems = plan_devices(config, sizes, mesh, say)
+        try:
+            data = self.load(config.dataset.train)
+            num_test = 0 if test is None else len(self.load(test))
+        except checks.InputError as error:  # a model can be planned for before there are data
+            say(f"note: no passes and no time, since there are no data: {error}")
+            return list(problems.values())
+        tokenizer = load_tokenizer(weights) if is_local(weights) else None
+        max_length = longest_sequence(sizes, weights, config.encoder.max_length)
+        lengths = Lengths.of(data, tokenizer, max_length)
+        work = InstructionWork(config, sizes, mesh, len(data), num_test, lengths)
+        return list((problems | plan_work(work, say)).values())
+
+
+def _write_rows(data: Instructions, positions: np.ndarray, form: str, path: Path) -> None:
+    INSTRUCTION_EXPORTS[form].write(data.subset(positions), path)
+
+
+def load_model(config: Config) -> LanguageModel:
+    """Loads the model over all devices of all processes."""
+    weights, dtype = config.encoder.weights, config.lora.dtype
+    return load_language_model(weights, dtype=dtype, mesh=config.mesh.make())
+
+
+def load_questions(config: Config) -> Mmlu:
+    """Loads the questions that the stage `evaluate` asks."""
+    assert config.evaluation.mmlu is not None  # checked with the configuration
+    return load_mmlu(config.evaluation.mmlu)

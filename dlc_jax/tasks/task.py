@@ -1,0 +1,132 @@
+"""What the stages ask of a kind of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+
+from dlc_jax.config import Config
+from dlc_jax.planning.machine import Mesh
+from dlc_jax.selection import Cell
+from dlc_jax.tasks.export_step import ExportStep
+from dlc_jax.training.run_step import Tuner
+from dlc_jax.types import Selection
+from dlc_jax.workspace import Workspace
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A data set of any kind.
+
+    Attributes:
+      ids: [n] stable names, unique.
+      name: Name of the source.
+      fingerprint: SHA-256 over all that scores and training depend on.
+    """
+
+    @property
+    def ids(self) -> np.ndarray: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def __len__(self) -> int: ...
+
+
+class Training(NamedTuple):
+    """What the stage `finetune` trains, and on what.
+
+    Attributes:
+      data: Training data.
+      fingerprint: SHA-256 over the encoder or model before training.
+      make_tuner: Makes what trains; called once nothing else can go wrong.
+      settings: Settings and fingerprints for the record of the stage.
+      facts: Returns what else the record holds; called after training.
+    """
+
+    data: Samples
+    fingerprint: str
+    make_tuner: Callable[[], Tuner]
+    settings: dict[str, Any]
+    facts: Callable[[], dict[str, Any]]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A kind of data with the settings of a run; data and encoder are loaded once.
+
+    Attributes:
+      easiest_hardest: File that shows them, below the work directory.
+      left_out: Noun phrase for samples that were left out when the others were scored.
+      encoder_settings: Settings of `encoder` that decide the scores of this kind of data, beside
+        the weights.
+    """
+
+    @property
+    def easiest_hardest(self) -> str: ...
+    @property
+    def left_out(self) -> str: ...
+    @property
+    def encoder_settings(self) -> tuple[str, ...]: ...
+
+    def encoder_fingerprint(self) -> str:
+        """Returns the SHA-256 over the encoder or model as it is scored with."""
+        ...
+
+    def load(self, source: str, /) -> Samples:
+        """Returns a data set by its source."""
+        ...
+
+    def check(self, workspace: Workspace, /) -> None:
+        """Raises ValueError for mistakes in later stages, before a scoring pass is spent."""
+        ...
+
+    def score(self, workspace: Workspace, /) -> Config:
+        """Scores what is not scored yet; returns the configuration as the encoder resolves it."""
+        ...
+
+    def exports(self, kept: Mapping[Cell, Selection], root: Path, /) -> Iterable[ExportStep]:
+        """Returns the exports asked for, in the work directory `root`."""
+        ...
+
+    def training(self, workspace: Workspace, /) -> Training:
+        """Returns what is fine-tuned, loaded in all processes."""
+        ...
+
+    def plan(self, mesh: Mesh, /) -> list[str]:
+        """Prints what a run takes of devices, hosts and time; returns what does not fit."""
+        ...
+
+
+Loaded = TypeVar("Loaded")
+
+
+class Sources(Generic[Loaded]):
+    """Data sets by source, loaded once: stages share them and their fingerprints.
+
+    Args:
+      read: Loads a data set, in one process.
+      agree: Raises ValueError unless all processes see the same samples.
+    """
+
+    def __init__(self, read: Callable[[str], Loaded], agree: Callable[[Loaded], None]):
+        self._read, self._agree = read, agree
+        self._found: dict[str, Loaded] = {}
+        self._agreed: set[str] = set()
+
+    def load(self, source: str) -> Loaded:
+        """Returns a data set in one process."""
+        if source not in self._found:
+            self._found[source] = self._read(source)
+        return self._found[source]
+
+    def load_together(self, source: str) -> Loaded:
+        """Returns a data set in all processes, which must see the same samples."""
+        data = self.load(source)
+        if source not in self._agreed:
+            self._agree(data)
+            self._agreed.add(source)
+        return data

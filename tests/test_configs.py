@@ -45,7 +45,7 @@ def test_every_file_is_valid_and_its_command_names_it(name):
     config = Config.of(values)
     assert config.encoder.weights
     for source in (config.dataset.train, config.dataset.test or config.dataset.train):
-        known = ROW_SOURCES if config.kind.name == "instructions" else SOURCES
+        known = ROW_SOURCES if config.data_kind.name == "instructions" else SOURCES
         assert source.partition(":")[0] in known
     commands = re.findall(r"^python -m dlc_jax\.main .*--config=(\S+)", doc, re.MULTILINE)
     choice = f":{presets.DEFAULT_MODEL}" if name in CHOICES else ""

@@ -14,7 +14,7 @@ from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS, InstructionExport
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class DataKind:
     """A kind of data, and what there is for it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Kind:
 
 _NO_COLUMN = "instructions have no such column, their classes come from dataset.category"
 KINDS = (
-    Kind(
+    DataKind(
         name="images",
         encoders=tuple(ENCODERS),
         stages=("plan", "score", "tune", "select", "export", "finetune", "report"),
@@ -51,7 +51,7 @@ KINDS = (
         forms={**EXPORTS, RELEASED: None},
         only={"mesh.fsdp": (1, "spreads the weights of a language model")},
     ),
-    Kind(
+    DataKind(
         name="instructions",
         encoders=(DECODER,),
         stages=("plan", "score", "select", "export", "finetune", "evaluate", "report"),
@@ -75,7 +75,7 @@ KINDS = (
 ENCODER_NAMES = tuple(name for kind in KINDS for name in kind.encoders)
 
 
-def kind_of(encoder_name: str) -> Kind:
+def data_kind_of(encoder_name: str) -> DataKind:
     """Returns the kind of data that an encoder is for.
 
     Raises:

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from dlc_jax import checks
 from dlc_jax.config import reading
-from dlc_jax.config.kinds import KINDS, Kind, kind_of
+from dlc_jax.config.kinds import KINDS, DataKind, data_kind_of
 from dlc_jax.config.sections import (
     DatasetConfig,
     EncoderConfig,
@@ -78,7 +78,7 @@ class Config:
     def check(self) -> None:
         checks.mode(self.mode)
         checks.seed(self.seed)
-        kind = self.kind
+        kind = self.data_kind
         if not self.stages:
             raise checks.InputError(f"stages: expected one or more of {', '.join(kind.stages)}.")
         for stage in self.stages:
@@ -121,14 +121,14 @@ class Config:
         return Images(dataset, self.encoder.image_size, self.dataset.on_corrupt, self.cache)
 
     @property
-    def kind(self) -> Kind:
-        """Kind of data that is pruned, by the encoder."""
-        return kind_of(self.encoder.name)
+    def data_kind(self) -> DataKind:
+        """DataKind of data that is pruned, by the encoder."""
+        return data_kind_of(self.encoder.name)
 
     @property
     def training(self) -> FinetuneConfig | LoraConfig:
         """How the stage `finetune` trains."""
-        section: FinetuneConfig | LoraConfig = getattr(self, self.kind.training)
+        section: FinetuneConfig | LoraConfig = getattr(self, self.data_kind.training)
         return section
 
     def runs(self) -> list[Cell]:
@@ -138,7 +138,7 @@ class Config:
 
     def _check_kind(self) -> None:
         """Raises ValueError where something asked for is not there for this kind of data."""
-        kind, need = self.kind, self.need
+        kind, need = self.data_kind, self.need
         for key, (value, why) in kind.only.items():
             if (found := operator.attrgetter(key)(self)) != value:
                 raise checks.InputError(f"{key}: {why}; expected {value!r}, got {found!r}.")
@@ -165,7 +165,7 @@ class Config:
             )
         if "export" in self.stages:
             for form in self.export.forms:
-                checks.one_of(f"export.forms, of {kind.name}", form, kind.forms)
+                checks.one_of("export.forms", form, kind.forms)
 
     def _check_tuning(self) -> None:
         if self.mode == "official":

@@ -66,7 +66,7 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
     else:
         with report_of_these_results(workspace):
             job.known = workspace.alone(lambda: _read_scores(config, settings, workspace, task))
-            for name in config.kind.stages:
+            for name in config.data_kind.stages:
                 if name in config.stages and name not in _BESIDE_SCORES:
                     stage: Stage = importlib.import_module(f"{__package__}.{name}")
                     stage.run(job)

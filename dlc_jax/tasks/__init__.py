@@ -23,4 +23,4 @@ def task_of(config: Config, say: Callable[[str], None]) -> Task:
       config: Checked configuration.
       say: Takes each line meant for the user.
     """
-    return TASKS[config.kind.name](config, say)
+    return TASKS[config.data_kind.name](config, say)

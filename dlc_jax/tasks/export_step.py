@@ -76,7 +76,7 @@ def export_steps(
     """
     for cell, selection in kept.items():
         for form in config.export.forms:
-            if (written := config.kind.forms[form]) is None:
+            if (written := config.data_kind.forms[form]) is None:
                 continue
             for part in config.export.parts:
                 path = f"{artefacts.EXPORTS}/{cell.name}/{part}{written.suffix}"
@@ -101,7 +101,7 @@ def check_can_be_written(config: Config, root: Path) -> None:
             "that is no bucket."
         )
     for form in config.export.forms:
-        if (written := config.kind.forms[form]) is None:
+        if (written := config.data_kind.forms[form]) is None:
             continue
         for cell in config.selection.cells():
             for part in config.export.parts:

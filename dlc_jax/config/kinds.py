@@ -40,7 +40,7 @@ class DataKind:
 
 
 _NO_COLUMN = "instructions have no such column, their classes come from dataset.category"
-KINDS = (
+_KINDS = (
     DataKind(
         name="images",
         encoders=tuple(ENCODERS),
@@ -72,7 +72,7 @@ KINDS = (
         },
     ),
 )
-ENCODER_NAMES = tuple(name for kind in KINDS for name in kind.encoders)
+KINDS: Mapping[str, DataKind] = {kind.name: kind for kind in _KINDS}
 
 
 def data_kind_of(encoder_name: str) -> DataKind:
@@ -81,5 +81,6 @@ def data_kind_of(encoder_name: str) -> DataKind:
     Raises:
       ValueError: an unknown encoder.
     """
-    checks.one_of("encoder.name", encoder_name, ENCODER_NAMES)
-    return next(kind for kind in KINDS if encoder_name in kind.encoders)
+    kinds = {name: kind for kind in KINDS.values() for name in kind.encoders}
+    checks.one_of("encoder.name", encoder_name, kinds)
+    return kinds[encoder_name]

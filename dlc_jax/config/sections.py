@@ -143,7 +143,7 @@ class ExportConfig:
     pretrain: str = setting("fully", f"its --pretrain: {' or '.join(PRETRAINS)}; form released")
 
     def check(self) -> None:
-        forms = dict.fromkeys(form for kind in KINDS for form in kind.forms)
+        forms = dict.fromkeys(form for kind in KINDS.values() for form in kind.forms)
         for key, choices in (("forms", forms), ("parts", PARTS)):
             values = getattr(self, key)
             if not values:

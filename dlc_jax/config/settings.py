@@ -43,7 +43,7 @@ class Config:
     seed: int = setting(0, "seed of random masking and augmentation")
     stages: tuple[str, ...] = setting(
         _DEFAULT_STAGES,
-        "what to run; " + "; ".join(f"of {k.name} {', '.join(k.stages)}" for k in KINDS),
+        "what to run; " + "; ".join(f"of {k.name} {', '.join(k.stages)}" for k in KINDS.values()),
     )
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
@@ -143,7 +143,7 @@ class Config:
             if (found := operator.attrgetter(key)(self)) != value:
                 raise checks.InputError(f"{key}: {why}; expected {value!r}, got {found!r}.")
         source = SCORES[self.selection.score].of
-        for other in KINDS:
+        for other in KINDS.values():
             if source in other.measures - kind.measures:
                 raise checks.InputError(
                     f"selection.score: {self.selection.score!r} is of {other.name}; expected "

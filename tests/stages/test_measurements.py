@@ -35,7 +35,7 @@ def test_each_input_can_be_measured_or_read_and_its_record_has_a_name_of_its_own
     of = {name: some.of for name, some in INPUTS.items()}
     assert MEASURED.keys() == {name for name in of if of[name] == "encoder"}
     assert {name for name in of if of[name] == "training"} <= {*dir(dlc.TrainingRecord)}
-    assert not INPUTS.keys() & {*KINDS[0].stages, "table", "training", "ids"}
+    assert not INPUTS.keys() & {*KINDS["images"].stages, "table", "training", "ids"}
 
 
 @pytest.fixture

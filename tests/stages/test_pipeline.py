@@ -10,7 +10,7 @@ from dlc_jax.config import KINDS, Config
 from dlc_jax.stages import pipeline
 from dlc_jax.stages.job import Job, Stage
 
-ALL = dict.fromkeys(stage for kind in KINDS for stage in kind.stages)
+ALL = dict.fromkeys(stage for kind in KINDS.values() for stage in kind.stages)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in pipeline._BESIDE_SCORES])

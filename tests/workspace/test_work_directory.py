@@ -453,7 +453,7 @@ def as_0_1_left_it(workdir: Path) -> None:
 
 
 SETS_OF_STAGES = (
-    *(stage for stage in KINDS[0].stages if stage != "plan"),
+    *(stage for stage in KINDS["images"].stages if stage != "plan"),
     "score,select",
     "tune,select,export,finetune,report",
 )

@@ -44,7 +44,7 @@ class Template(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
+class TextColumns:
     """Rows with the prompt and the response in columns of text.
 
     Attributes:
@@ -107,8 +107,10 @@ def _as_it_is(row: Row) -> str:
     return row["prompt"]
 
 
-_ALPACA = Columns("alpaca", ("instruction",), "output", ("input",), _alpaca, _instruction_and_input)
-_PROMPT = Columns("prompt", ("prompt",), "response", (), _as_it_is, _as_it_is)
+_ALPACA = TextColumns(
+    "alpaca", ("instruction",), "output", ("input",), _alpaca, _instruction_and_input
+)
+_PROMPT = TextColumns("prompt", ("prompt",), "response", (), _as_it_is, _as_it_is)
 
 
 def _chat(rows: Rows, tokenizer: Any) -> Texts:

@@ -26,7 +26,7 @@ class Mirror(Protocol):
 
     @property
     def lease(self) -> Any:
-        """Where a run keeps its lease of it; see `lease.Place`."""
+        """Where a run keeps its lease of it; see `lease.LeasePlace`."""
         ...
 
     def covers(self, path: Path, /) -> bool:

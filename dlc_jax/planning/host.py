@@ -13,7 +13,7 @@ import jax
 from dlc_jax.planning.image_memory import num_features
 from dlc_jax.planning.image_work import ImageWork
 from dlc_jax.planning.machine import is_processor, num_here, resident_bytes
-from dlc_jax.planning.memory import Part, tree_bytes
+from dlc_jax.planning.memory import Memory, tree_bytes
 from dlc_jax.preprocess import ImageCache
 
 _AHEAD_PER_THREAD, _STEPS_AHEAD = 8, 8  # decoded images and training batches that wait
@@ -21,7 +21,7 @@ _SORTED = 12  # bytes for each weight while thresholds are found
 _CHECKED = 2  # bytes for each loss while they are checked
 
 
-def scoring_parts(work: ImageWork) -> list[Part]:
+def scoring_parts(work: ImageWork) -> list[Memory]:
     """Returns the memory of a process that scores; what the cache has is mapped, not held."""
     dataset, probe = work.dataset, work.config.probe
     num_losses = int(probe.num_probes) * len(dataset)
@@ -31,16 +31,16 @@ def scoring_parts(work: ImageWork) -> list[Part]:
     weights = sum(leaf.size for leaf in jax.tree.leaves(work.encoder.params))
     return [
         *_always(work),
-        Part(
+        Memory(
             f"losses [{probe.num_probes}, {len(dataset)}], and their check", 4 * num_losses
         )._replace(num_bytes=(4 + _CHECKED) * num_losses),
-        Part("thresholds: weights sorted", _SORTED * weights),
-        Part("images that wait", waiting * image),
+        Memory("thresholds: weights sorted", _SORTED * weights),
+        Memory("images that wait", waiting * image),
         *_of_devices(work.scoring().plan().num_bytes),
     ]
 
 
-def finetuning_parts(work: ImageWork) -> list[Part]:
+def finetuning_parts(work: ImageWork) -> list[Memory]:
     """Returns the memory of a process that fine-tunes."""
     settings, size = work.config.finetune, work.config.encoder.image_size
     image = 3 * size**2
@@ -54,26 +54,26 @@ def finetuning_parts(work: ImageWork) -> list[Part]:
     job = work.finetuning()
     return [
         *_always(work),
-        Part("decoded images kept (finetune.image_memory_gib)", kept),
-        Part("evaluation crops to train on", fixed),
-        Part("test images", test),
-        Part("batches that wait", _STEPS_AHEAD * settings.batch_size * image),
-        Part("checkpoint on its way to disk", tree_bytes(job.arguments()[0])),
+        Memory("decoded images kept (finetune.image_memory_gib)", kept),
+        Memory("evaluation crops to train on", fixed),
+        Memory("test images", test),
+        Memory("batches that wait", _STEPS_AHEAD * settings.batch_size * image),
+        Memory("checkpoint on its way to disk", tree_bytes(job.arguments()[0])),
         *_of_devices(job.plan().num_bytes),
     ]
 
 
-def _always(work: ImageWork) -> list[Part]:
+def _always(work: ImageWork) -> list[Memory]:
     listing = work.dataset.ids.nbytes + work.dataset.labels.nbytes
     return [
-        Part("programs, libraries, encoder", max(0, resident_bytes() - listing)),
-        Part("ids and labels", listing),
+        Memory("programs, libraries, encoder", max(0, resident_bytes() - listing)),
+        Memory("ids and labels", listing),
     ]
 
 
-def _of_devices(num_bytes: int) -> list[Part]:
+def _of_devices(num_bytes: int) -> list[Memory]:
     """Devices that are processors have their memory here."""
-    return [Part("what devices hold", num_bytes * num_here(local=True) * is_processor())]
+    return [Memory("what devices hold", num_bytes * num_here(local=True) * is_processor())]
 
 
 class Disk(NamedTuple):

@@ -17,7 +17,7 @@ from dlc_jax.encoders import Encoder
 from dlc_jax.masking import Thresholds, prunable_paths
 from dlc_jax.planning.liveness import peak_bytes
 from dlc_jax.planning.machine import is_processor
-from dlc_jax.planning.memory import MemoryPlan, Part, tree_bytes
+from dlc_jax.planning.memory import Memory, MemoryPlan, tree_bytes
 from dlc_jax.probes.kernel import Forward, features_of_batch, losses_of_batches
 from dlc_jax.training.images import FinetuneConfig
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
@@ -61,13 +61,13 @@ class ImageScoring:
         peak = peak_bytes(self.program(), *arguments)
         losses = 4 * self.num_probes * self.batch_size
         parts = [
-            Part("weights", tree_bytes(params)),
-            Part("importance of weights", 4 * sum(w.size for w in self._prunable().values())),
-            Part("masked weights", masked),
-            Part("masked weights in another layout", masked),
-            Part("activations", max(0, peak - masked)),
-            Part("images, as they come and normalised", self._image_bytes(images)),
-            Part("thresholds, prototypes, losses", tree_bytes((thresholds, prototypes)) + losses),
+            Memory("weights", tree_bytes(params)),
+            Memory("importance of weights", 4 * sum(w.size for w in self._prunable().values())),
+            Memory("masked weights", masked),
+            Memory("masked weights in another layout", masked),
+            Memory("activations", max(0, peak - masked)),
+            Memory("images, as they come and normalised", self._image_bytes(images)),
+            Memory("thresholds, prototypes, losses", tree_bytes((thresholds, prototypes)) + losses),
         ]
         return MemoryPlan(tuple(part for part in parts if part.num_bytes))
 
@@ -129,13 +129,13 @@ class ImageFinetuning:
         peak = peak_bytes(self.program(), *arguments)
         frozen = tree_bytes(shapes(self.encoder.params)) if self.settings.linear_probe else 0
         parts = [
-            Part("encoder, not trained", frozen),
-            Part("weights", trained + tree_bytes(state.statistics)),
-            Part("optimiser", tree_bytes(state.optimiser)),
-            Part("both after a step, and gradients", after),
-            Part("weights in another layout", 0 if self.settings.linear_probe else trained),
-            Part("activations", max(0, peak - after)),
-            Part("batches, as they come", _BATCHES * tree_bytes(inputs)),
+            Memory("encoder, not trained", frozen),
+            Memory("weights", trained + tree_bytes(state.statistics)),
+            Memory("optimiser", tree_bytes(state.optimiser)),
+            Memory("both after a step, and gradients", after),
+            Memory("weights in another layout", 0 if self.settings.linear_probe else trained),
+            Memory("activations", max(0, peak - after)),
+            Memory("batches, as they come", _BATCHES * tree_bytes(inputs)),
         ]
         return MemoryPlan(tuple(part for part in parts if part.num_bytes))
 

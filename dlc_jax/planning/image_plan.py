@@ -9,7 +9,7 @@ from dlc_jax.planning.host import Disk, cache_disk, finetuning_parts, scoring_pa
 from dlc_jax.planning.image_work import ImageWork
 from dlc_jax.planning.knobs import fits, ways_on_processor
 from dlc_jax.planning.machine import is_processor, this_machine
-from dlc_jax.planning.memory import Job
+from dlc_jax.planning.memory import DeviceJob
 from dlc_jax.planning.outlook import Speeds, paybacks
 from dlc_jax.planning.sections import (
     Echo,
@@ -26,12 +26,12 @@ _GIB = 1 << 30
 
 def plan_images(work: ImageWork, decoding: Decoding, echo: Echo) -> list[str]:
     """Prints the plan; returns what does not fit."""
-    echo(f"\n{tables.work_table(work.tasks())}\n")
+    echo(f"\n{tables.work_table(work.costs())}\n")
     no_room = _tell_bytes(work, decoding, echo)
     problems: dict[str, str] = {}
     machine = this_machine(work.mesh.num_devices)
     stages = planned_stages(work.config)
-    jobs: dict[str, Job] = {"score": work.scoring(), "finetune": work.finetuning()}
+    jobs: dict[str, DeviceJob] = {"score": work.scoring(), "finetune": work.finetuning()}
     said = {"score": _of_scoring(work), "finetune": _of_finetuning(work)}
     for stage in stages:
         problems |= tell_devices(stage, said[stage], [machine], [jobs[stage]], echo)
@@ -65,8 +65,8 @@ def _tell_bytes(work: ImageWork, decoding: Decoding, echo: Echo) -> list[str]:
     size, n = work.config.encoder.image_size, work.num_samples
     stored = n * decoding.num_bytes
     crops = 3 * n * size**2
-    scoring = [task for task in work.tasks() if task.stage == "score"]
-    times = sum(task.decodes for task in scoring) // n
+    scoring = [cost for cost in work.costs() if cost.stage == "score"]
+    times = sum(cost.decodes for cost in scoring) // n
     reads = f"{_often(times + 1)}: content hash, and every time they are decoded"
     echo(
         f"images on disk: about {tables.amount(stored)} ({decoding.num_read} looked at), read "
@@ -76,12 +76,12 @@ def _tell_bytes(work: ImageWork, decoding: Decoding, echo: Echo) -> list[str]:
         f"decoded: {n:,} x {size} x {size} x 3 = {tables.amount(crops)}, {_often(times)} for "
         "scoring"
     )
-    if seen := sum(task.decodes for task in work.tasks() if task.is_training and task.crops):
+    if seen := sum(cost.decodes for cost in work.costs() if cost.is_training and cost.crops):
         echo(
             f"decoded at full size to be cropped anew in every epoch: {seen:,} images, "
             f"{tables.amount(3 * seen * decoding.pixels)}; {tables.gib(work.kept_image_bytes)} kept"
         )
-    num_passes = sum(task.name != "decode into the cache" for task in scoring)
+    num_passes = sum(cost.name != "decode into the cache" for cost in scoring)
     return _tell_cache(work, num_passes, echo) if scoring else []
 
 
@@ -157,10 +157,10 @@ def _tell_time(work: ImageWork, decoding: Decoding, echo: Echo) -> None:
         f"{1 / decoding.crop_seconds:,.0f} random crops, on all cores of this host"
     )
     speeds = Speeds.of(work.mesh, speed.flops_per_s, decoding.seconds, decoding.crop_seconds)
-    tasks = work.tasks()
-    seconds = [speeds.seconds(task) for task in tasks]
-    tell_time(tasks, seconds, echo)
-    pruning = sum(s for s, task in zip(seconds, tasks, strict=True) if task.stage == "score")
+    costs = work.costs()
+    seconds = [speeds.seconds(cost) for cost in costs]
+    tell_time(costs, seconds, echo)
+    pruning = sum(s for s, cost in zip(seconds, costs, strict=True) if cost.stage == "score")
     if not pruning:
         return
     epochs, augmented = config.finetune.epochs, work.config.finetune.augment

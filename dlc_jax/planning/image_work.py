@@ -20,7 +20,7 @@ from dlc_jax.planning.image_memory import (
     shapes,
 )
 from dlc_jax.planning.machine import Mesh
-from dlc_jax.planning.work import Task, kept_by_run, planned_stages
+from dlc_jax.planning.work import Cost, kept_by_run, planned_stages
 from dlc_jax.probes.kernel import Forward, features_of_batch
 from dlc_jax.probes.passes import Layout
 from dlc_jax.selection import DEFAULT_SPLIT, has_split
@@ -107,32 +107,32 @@ class ImageWork:
         """Samples of the process that has most."""
         return max(len(self._layout.samples_of(team)) for team in self._teams)
 
-    def tasks(self) -> list[Task]:
+    def costs(self) -> list[Cost]:
         """Returns the parts of the run in their order, those of the stages that are planned."""
-        tasks = [*self._scoring(), *self._record(), *self._trials(), *self._sweep()]
-        return [task for task in tasks if task.stage in planned_stages(self.config)]
+        costs = [*self._scoring(), *self._record(), *self._trials(), *self._sweep()]
+        return [cost for cost in costs if cost.stage in planned_stages(self.config)]
 
-    def _scoring(self) -> list[Task]:
+    def _scoring(self) -> list[Cost]:
         n, m = self.num_samples, int(self.config.probe.num_probes)
         rows = max(map(self._rows_of, self._teams))
         seen = functools.partial(self._seen, "score", rows=rows)
-        tasks = []
+        costs = []
         if self.is_cached:
-            tasks.append(Task("score", "decode into the cache", 1, n, 0, 0, decodes=n))
+            costs.append(Cost("score", "decode into the cache", 1, n, 0, 0, decodes=n))
         each_time = 0 if self.is_cached else n
         augment = self.config.probe.augment
-        tasks.append(seen("prototypes", 1, decodes=each_time, crops=n * augment))
+        costs.append(seen("prototypes", 1, decodes=each_time, crops=n * augment))
         padded = self.scoring().num_probes
         losses = seen(f"losses of {m} probes", m, decodes=each_time, crops=n * m * augment)
-        tasks.append(losses._replace(device_flops=rows * padded * self.forward_flops))
+        costs.append(losses._replace(device_flops=rows * padded * self.forward_flops))
         names = self.config.need.measured
-        return tasks + [seen(name, 1, decodes=each_time) for name in names]
+        return costs + [seen(name, 1, decodes=each_time) for name in names]
 
-    def _seen(self, stage: str, name: str, passes: int, rows: int, **work: Any) -> Task:
+    def _seen(self, stage: str, name: str, passes: int, rows: int, **work: Any) -> Cost:
         n, flops = self.num_samples, self.forward_flops
-        return Task(stage, name, passes, passes * n, passes * n * flops, rows * flops, **work)
+        return Cost(stage, name, passes, passes * n, passes * n * flops, rows * flops, **work)
 
-    def _record(self) -> list[Task]:
+    def _record(self) -> list[Cost]:
         """The record of training, of which scores are made."""
         if not self.config.need.training:
             return []
@@ -156,7 +156,7 @@ class ImageWork:
             looked = looked._replace(decodes=looks * n)
         return [first.plus(rest), looked]
 
-    def _trials(self) -> list[Task]:
+    def _trials(self) -> list[Cost]:
         """Fine-tuning on parts of the training data, where `auto` is decided so."""
         tuning = self.config.tuning
         if not self.config.need.tuning or tuning.by != "finetune":
@@ -170,21 +170,21 @@ class ImageWork:
         rows = self._padded_rows(self.num_samples) * len(kept)
         return [trained, self._seen("score", "tests of trials", len(kept), rows)]
 
-    def _sweep(self) -> list[Task]:
+    def _sweep(self) -> list[Cost]:
         settings = self.config.finetune
         kept = kept_by_run(self.config, self.counts)
         name = f"fine-tuning, {len(kept)} runs"
-        tasks = [self._trained("finetune", name, kept, settings.epochs)]
+        costs = [self._trained("finetune", name, kept, settings.epochs)]
         if not self.num_test:
-            return tasks
+            return costs
         num_tests = len(kept)
         if settings.test_every:
             num_tests += len(kept) * (max(0, settings.epochs - 1) // settings.test_every)
         seen = num_tests * self.num_test
         rows = num_tests * self._padded_rows(self.num_test)
         flops = self.forward_flops
-        tasks.append(
-            Task(
+        costs.append(
+            Cost(
                 "finetune",
                 f"tests, {self.num_test} images",
                 num_tests,
@@ -194,9 +194,9 @@ class ImageWork:
                 decodes=self.num_test,
             )
         )
-        return tasks
+        return costs
 
-    def _trained(self, stage: str, name: str, kept: list[int], epochs: int) -> Task:
+    def _trained(self, stage: str, name: str, kept: list[int], epochs: int) -> Cost:
         """Runs on so many samples each, that share decoded images."""
         settings, n = self.config.finetune, self.num_samples
         seen, flops = sum(kept) * epochs, self.training_flops
@@ -210,7 +210,7 @@ class ImageWork:
             of_all = min(self.mesh.num_hosts * decodes, seen)
             decodes, crops = round(share * of_all + (1 - share) * seen), seen
         work = (seen * flops + once, rows * flops + once, decodes, crops, True)
-        return Task(stage, name, passes, seen, *work)
+        return Cost(stage, name, passes, seen, *work)
 
     @property
     def kept_image_bytes(self) -> int:

@@ -25,7 +25,7 @@ from dlc_jax.planning.machine import (
     resident_bytes,
     this_machine,
 )
-from dlc_jax.planning.memory import Finetuning, Job, Part, Scoring, tree_bytes
+from dlc_jax.planning.memory import DeviceJob, Finetuning, Memory, Scoring, tree_bytes
 from dlc_jax.planning.outlook import Speeds, paybacks
 from dlc_jax.planning.sections import (
     Echo,
@@ -79,7 +79,7 @@ def finetuning(config: Config, sizes: DecoderConfig, mesh: Mesh) -> Finetuning:
     return Finetuning(sizes, config.lora, max_length, mesh.fsdp, mesh.data * mesh.probe)
 
 
-def _said(job: Job) -> str:
+def _said(job: DeviceJob) -> str:
     if isinstance(job, Scoring):
         return (
             f"{job.num_probes} probes in {job.dtype}, {job.tokens_per_batch} tokens per batch, "
@@ -96,10 +96,10 @@ def _said(job: Job) -> str:
 
 def plan_work(work: InstructionWork, echo: Echo) -> dict[str, str]:
     """Prints passes, memory of hosts, time and break-even; returns what does not fit."""
-    tasks, lengths = work.tasks(), work.lengths
+    costs, lengths = work.costs(), work.lengths
     echo(
         f"\n{work.num_samples:,} instructions of {lengths.whole} tokens, padding included "
-        f"({lengths.said})\n\n{tables.work_table(tasks)}\n"
+        f"({lengths.said})\n\n{tables.work_table(costs)}\n"
     )
     problems = _tell_host(work, echo)
     config = work.config
@@ -107,9 +107,9 @@ def plan_work(work: InstructionWork, echo: Echo) -> dict[str, str]:
     speed = block_speed(work.sizes, config.probe.dtype, tokens, lengths.whole)
     echo(f"measured: {speed.said}")
     speeds = Speeds.of(work.mesh, speed.flops_per_s)
-    seconds = [speeds.seconds(task) for task in tasks]
-    tell_time(tasks, seconds, echo)
-    pruning = sum(s for s, task in zip(seconds, tasks, strict=True) if task.stage == "score")
+    seconds = [speeds.seconds(cost) for cost in costs]
+    tell_time(costs, seconds, echo)
+    pruning = sum(s for s, cost in zip(seconds, costs, strict=True) if cost.stage == "score")
     if pruning:
         n, epochs, fractions = work.num_samples, config.lora.epochs, config.selection.keep_fractions
         each = speeds.training_seconds(work.training_flops / work.mesh.num_devices, 0.0)
@@ -121,28 +121,30 @@ def plan_work(work: InstructionWork, echo: Echo) -> dict[str, str]:
 
 def _tell_host(work: InstructionWork, echo: Echo) -> dict[str, str]:
     config, n = work.config, work.num_samples
-    jobs: dict[str, Job] = {
+    jobs: dict[str, DeviceJob] = {
         "score": scoring(config, work.sizes, work.mesh),
         "finetune": finetuning(config, work.sizes, work.mesh),
     }
     lora = Architecture(work.sizes, config.lora.dtype, config.lora.adapter)
     held = {
-        "score": Part("losses", 4 * n * int(config.probe.num_probes)),
-        "finetune": Part("checkpoint on its way to disk", 2 * tree_bytes(lora.abstract_adapter())),
+        "score": Memory("losses", 4 * n * int(config.probe.num_probes)),
+        "finetune": Memory(
+            "checkpoint on its way to disk", 2 * tree_bytes(lora.abstract_adapter())
+        ),
     }
     stages = {}
     for stage in planned_stages(config):
         on_devices = jobs[stage].plan().num_bytes * num_here(local=True) * is_processor()
         stages[stage] = [
-            Part("programs, libraries, instructions", resident_bytes()),
-            Part("tokens", _TOKEN * n * work.lengths.whole),
+            Memory("programs, libraries, instructions", resident_bytes()),
+            Memory("tokens", _TOKEN * n * work.lengths.whole),
             held[stage],
-            Part("what devices hold", on_devices),
+            Memory("what devices hold", on_devices),
         ]
     return tell_host(stages, {stage: _fewer(jobs[stage]) for stage in stages}, echo)
 
 
-def _fewer(job: Job) -> Callable[[int], str]:
+def _fewer(job: DeviceJob) -> Callable[[int], str]:
     def way(excess: int) -> str:
         if is_processor():
             return ways_on_processor(job, excess)

@@ -18,7 +18,7 @@ from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.machine import Mesh
-from dlc_jax.planning.work import Task, kept_by_run, planned_stages
+from dlc_jax.planning.work import Cost, kept_by_run, planned_stages
 from dlc_jax.preprocess.tokens import bucket_length, tokenise
 from dlc_jax.training.lora.batches import Rows
 from dlc_jax.training.lora.step import Sums, add_rows
@@ -88,7 +88,7 @@ class InstructionWork:
     num_test: int
     lengths: Lengths
 
-    def tasks(self) -> list[Task]:
+    def costs(self) -> list[Cost]:
         """Returns the parts of the run in their order, those of the stages that are planned."""
         n, m = self.num_samples, int(self.config.probe.num_probes)
         whole, alone = (
@@ -99,7 +99,7 @@ class InstructionWork:
         name = f"LoRA, {len(kept)} runs"
         training = self._task("finetune", name, sum(kept), self.training_flops)
         training = _times(training, self.config.lora.epochs)
-        tasks = [
+        costs = [
             self._task("score", f"losses of {m} probes", n, whole, m),
             self._task("score", "losses with and without prompts", n, whole + 2 * alone)._replace(
                 passes=_UNMASKED_PASSES, num_samples=_UNMASKED_PASSES * n
@@ -108,12 +108,12 @@ class InstructionWork:
         ]
         if self.num_test:
             name = f"tests, {self.num_test} instructions"
-            tasks.append(self._task("finetune", name, self.num_test, whole, len(kept)))
-        return [task for task in tasks if task.stage in planned_stages(self.config)]
+            costs.append(self._task("finetune", name, self.num_test, whole, len(kept)))
+        return [cost for cost in costs if cost.stage in planned_stages(self.config)]
 
-    def _task(self, stage: str, name: str, num: int, flops: int, passes: int = 1) -> Task:
+    def _task(self, stage: str, name: str, num: int, flops: int, passes: int = 1) -> Cost:
         total = passes * num * flops
-        return Task(stage, name, passes, passes * num, total, -(-total // self.mesh.num_devices))
+        return Cost(stage, name, passes, passes * num, total, -(-total // self.mesh.num_devices))
 
     def forward_flops(self, length: int) -> int:
         """Of one row in a batch of its like, with the logits of all its tokens."""
@@ -168,9 +168,9 @@ class InstructionWork:
         return np.array([self.num_samples])
 
 
-def _times(task: Task, number: int) -> Task:
-    return task._replace(
-        num_samples=task.num_samples * number,
-        flops=task.flops * number,
-        device_flops=task.device_flops * number,
+def _times(cost: Cost, number: int) -> Cost:
+    return cost._replace(
+        num_samples=cost.num_samples * number,
+        flops=cost.flops * number,
+        device_flops=cost.device_flops * number,
     )

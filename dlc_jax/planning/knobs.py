@@ -8,17 +8,17 @@ from typing import Any
 
 from dlc_jax.planning.image_memory import ImageFinetuning, ImageScoring
 from dlc_jax.planning.machine import USABLE, Machine, is_processor, num_here
-from dlc_jax.planning.memory import Finetuning, Job, Scoring, first_that_fits, halves
+from dlc_jax.planning.memory import DeviceJob, Finetuning, Scoring, first_that_fits, halves
 
 _MOST_DEVICES = 256
 
 
-def fits(job: Job, machine: Machine) -> bool:
+def fits(job: DeviceJob, machine: Machine) -> bool:
     """Whether a device of the machine holds its part of the job."""
     return job.plan().num_bytes <= machine.limit
 
 
-def ways_out(job: Job, machine: Machine) -> str:
+def ways_out(job: DeviceJob, machine: Machine) -> str:
     """Returns the settings each of which alone would make it fit, changed as little as can be."""
     ways = [
         way for knob in _knobs(job) if (way := first_that_fits(knob, machine.limit)) is not None
@@ -28,14 +28,14 @@ def ways_out(job: Job, machine: Machine) -> str:
     return f"try {', or '.join(ways)}"
 
 
-def ways_on_processor(job: Job, excess: int) -> str:
+def ways_on_processor(job: DeviceJob, excess: int) -> str:
     """Returns the settings with which a processor's devices take so much less of their host."""
     count = num_here(local=True)
     left = job.plan().num_bytes - -(-excess // count)
     return ways_out(job, Machine("", count, int(left / USABLE)))
 
 
-Knob = list[tuple[str, Job]]  # a setting with its values, in the order to try
+Knob = list[tuple[str, DeviceJob]]  # a setting with its values, in the order to try
 
 
 def _knobs(job: Any) -> Iterator[Knob]:
@@ -100,7 +100,7 @@ def _of_image_finetuning(job: ImageFinetuning) -> Iterator[Knob]:
         yield [(f"mesh.data=-1 on {way.partition('=')[2]} devices", bigger) for way, bigger in more]
 
 
-def _doubled(setting: str, value: int, others: int, with_value: Callable[[int], Job]) -> Knob:
+def _doubled(setting: str, value: int, others: int, with_value: Callable[[int], DeviceJob]) -> Knob:
     """Tries more devices, `others` of them for each that the setting has."""
     values = [value << i for i in range(1, 9)]
     return [

@@ -31,7 +31,7 @@ _KEYS = 3 * 4  # bytes per weight of a leaf that is counted: its key, its bin, i
 _BINS = 1 << 16
 
 
-class Part(NamedTuple):
+class Memory(NamedTuple):
     """Memory of one kind.
 
     Attributes:
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 class MemoryPlan(NamedTuple):
     """Memory of one job on every device."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Memory, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -104,13 +104,13 @@ class Scoring:
         importance = 4 * num_prunable // self.fsdp if self.masking == "random" else 0
         masked = -(-num_prunable * item // (self.config.depth * self.fsdp))
         parts = [
-            Part("weights", weight_bytes(whole, self.fsdp)),
-            Part("importance of weights", importance),
-            Part("thresholds: keys of a layer, counts", counted, (_COUNTING,)),
-            Part("masked weights of a block", masked, (_BLOCKS,)),
+            Memory("weights", weight_bytes(whole, self.fsdp)),
+            Memory("importance of weights", importance),
+            Memory("thresholds: keys of a layer, counts", counted, (_COUNTING,)),
+            Memory("masked weights of a block", masked, (_BLOCKS,)),
             _gathered(whole, self.fsdp, num_blocks=2),
-            Part("activations of a block", _forward(whole, num_rows, length), (_BLOCKS,)),
-            Part("logits of some positions", _logits(whole, num_rows, length), (_LOGITS,)),
+            Memory("activations of a block", _forward(whole, num_rows, length), (_BLOCKS,)),
+            Memory("logits of some positions", _logits(whole, num_rows, length), (_LOGITS,)),
             _all_rows(whole, num_rows, length, self.fsdp),
         ]
         return MemoryPlan(tuple(part for part in parts if part.num_bytes))
@@ -151,14 +151,14 @@ class Finetuning:
         # without rematerialisation, the gradient uses the gathered weights again
         num_gathered = 2 if lora.rematerialise else depth
         parts = [
-            Part("weights", weight_bytes(_frozen(whole), self.fsdp)),
-            Part("adapter", adapter),
-            Part(f"optimiser ({lora.optimiser})", optimiser),
-            Part("gradients: sums, and a call's", 2 * adapter),
+            Memory("weights", weight_bytes(_frozen(whole), self.fsdp)),
+            Memory("adapter", adapter),
+            Memory(f"optimiser ({lora.optimiser})", optimiser),
+            Memory("gradients: sums, and a call's", 2 * adapter),
             _gathered(whole, self.fsdp, num_gathered),
-            Part("activations kept", kept),
-            Part("activations of a block", block, (_BLOCKS,)),
-            Part(
+            Memory("activations kept", kept),
+            Memory("activations of a block", block, (_BLOCKS,)),
+            Memory(
                 "logits of some positions",
                 _logits(whole, num_rows, self.max_length, gradient=True),
                 (_LOGITS,),
@@ -169,7 +169,7 @@ class Finetuning:
 
 
 @runtime_checkable
-class Job(Protocol):
+class DeviceJob(Protocol):
     """What takes memory of devices."""
 
     def plan(self) -> MemoryPlan:
@@ -191,7 +191,7 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def first_that_fits(jobs: Iterable[tuple[str, Job]], limit: int) -> str | None:
+def first_that_fits(jobs: Iterable[tuple[str, DeviceJob]], limit: int) -> str | None:
     """Returns the name of the first job that takes at most `limit` bytes; None: there is none."""
     return next((name for name, job in jobs if job.plan().num_bytes <= limit), None)
 
@@ -202,7 +202,7 @@ def halves(value: int, least: int) -> list[int]:
     return [value >> i for i in range(1, count + 1)]
 
 
-def _gathered(architecture: Architecture, fsdp: int, num_blocks: int) -> Part:
+def _gathered(architecture: Architecture, fsdp: int, num_blocks: int) -> Memory:
     """One block is used while the next one comes in, unless all are kept."""
     of_blocks = sum(
         leaf.size * leaf.dtype.itemsize
@@ -213,16 +213,16 @@ def _gathered(architecture: Architecture, fsdp: int, num_blocks: int) -> Part:
     num_blocks = min(num_blocks, depth)
     when = (_BLOCKS,) if num_blocks < depth else (_ALWAYS,)
     num_bytes = 0 if fsdp == 1 else of_blocks * num_blocks // depth
-    return Part(f"gathered weights of {num_blocks} blocks", num_bytes, when)
+    return Memory(f"gathered weights of {num_blocks} blocks", num_bytes, when)
 
 
-def _all_rows(architecture: Architecture, num_rows: int, length: int, fsdp: int) -> Part:
+def _all_rows(architecture: Architecture, num_rows: int, length: int, fsdp: int) -> Memory:
     """Embedding and head are spread by tokens of the vocabulary: there every device sees all rows.
 
     Before, and after what is summed up over devices.
     """
     hidden = _hidden(architecture, num_rows * fsdp, length)
-    return Part("first and last layer of all rows", 0 if fsdp == 1 else 2 * tree_bytes(hidden))
+    return Memory("first and last layer of all rows", 0 if fsdp == 1 else 2 * tree_bytes(hidden))
 
 
 @functools.lru_cache

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dlc_jax.planning.machine import Mesh, is_processor, num_here
-from dlc_jax.planning.work import Task
+from dlc_jax.planning.work import Cost
 
 FACTOR = 2.0  # that a prediction may be off by, either way
 
@@ -35,11 +35,11 @@ class Speeds(NamedTuple):
         hosts = mesh.num_hosts
         return cls(flops_per_s, decode_seconds / hosts, crop_seconds / hosts, is_processor())
 
-    def seconds(self, task: Task) -> float:
-        """Returns the expected seconds of a task."""
+    def seconds(self, cost: Cost) -> float:
+        """Returns the expected seconds of a cost."""
         return self._both(
-            task.device_flops / self.flops_per_s,
-            task.decodes * self.decode_seconds + task.crops * self.crop_seconds,
+            cost.device_flops / self.flops_per_s,
+            cost.decodes * self.decode_seconds + cost.crops * self.crop_seconds,
         )
 
     def training_seconds(self, flops: float, num_crops: float = 1.0) -> float:

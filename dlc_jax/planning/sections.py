@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from dlc_jax.planning import tables
 from dlc_jax.planning.knobs import fits, ways_out
 from dlc_jax.planning.machine import USABLE, Machine, host_memory
-from dlc_jax.planning.memory import Job, Part
+from dlc_jax.planning.memory import DeviceJob, Memory
 from dlc_jax.planning.outlook import Payback
-from dlc_jax.planning.work import Task
+from dlc_jax.planning.work import Cost
 
 _SHARE = f"{USABLE:.0%}".replace("%", " %")
 Echo = Callable[[str], None]
 
 
 def tell_devices(
-    stage: str, said: str, machines: Sequence[Machine], jobs: Sequence[Job], echo: Echo
+    stage: str, said: str, machines: Sequence[Machine], jobs: Sequence[DeviceJob], echo: Echo
 ) -> dict[str, str]:
     """Prints what a stage takes of devices.
 
@@ -43,7 +43,7 @@ def tell_devices(
 
 
 def tell_host(
-    stages: dict[str, list[Part]], ways: dict[str, Callable[[int], str]], echo: Echo
+    stages: dict[str, list[Memory]], ways: dict[str, Callable[[int], str]], echo: Echo
 ) -> dict[str, str]:
     """Prints what a process takes of its host.
 
@@ -65,9 +65,9 @@ def tell_host(
     return problems
 
 
-def tell_time(tasks: Sequence[Task], seconds: Sequence[float], echo: Echo) -> None:
+def tell_time(costs: Sequence[Cost], seconds: Sequence[float], echo: Echo) -> None:
     """Prints how long every part is expected to take."""
-    echo(f"\n{tables.time_table(tasks, seconds)}\n")
+    echo(f"\n{tables.time_table(costs, seconds)}\n")
     echo("(without compiling, and as fast as in the seconds measured: within a factor of 2)")
 
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 from dlc_jax.planning.machine import USABLE, Machine
-from dlc_jax.planning.memory import MemoryPlan, Part
+from dlc_jax.planning.memory import Memory, MemoryPlan
 from dlc_jax.planning.outlook import FACTOR, Payback
-from dlc_jax.planning.work import Task
+from dlc_jax.planning.work import Cost
 from dlc_jax.reports.table import markdown
 
 _GIB, _MIB = 1 << 30, 1 << 20
@@ -32,7 +32,7 @@ def device_table(machines: Sequence[Machine], plans: Sequence[MemoryPlan]) -> st
     return markdown([f"{said} per device", *(machine.name for machine in machines)], rows)
 
 
-def host_table(stages: dict[str, list[Part]], limit: int) -> str:
+def host_table(stages: dict[str, list[Memory]], limit: int) -> str:
     """Returns what every process takes of its host, a column per stage."""
     found = {stage: {p.name: p.num_bytes for p in parts} for stage, parts in stages.items()}
     names = dict.fromkeys(name for parts in found.values() for name in parts)
@@ -52,29 +52,29 @@ def host_table(stages: dict[str, list[Part]], limit: int) -> str:
     return markdown([f"{said} per process", *stages], rows)
 
 
-def work_table(tasks: Sequence[Task]) -> str:
+def work_table(costs: Sequence[Cost]) -> str:
     """Returns passes, samples and operations of every part of a run."""
     rows = [
         [
-            task.stage,
-            task.name,
-            f"{task.passes:,}",
-            f"{task.num_samples:,}",
-            f"{task.flops / 1e12:,.4g}",
-            f"{task.decodes:,}" if task.decodes else "-",
+            cost.stage,
+            cost.name,
+            f"{cost.passes:,}",
+            f"{cost.num_samples:,}",
+            f"{cost.flops / 1e12:,.4g}",
+            f"{cost.decodes:,}" if cost.decodes else "-",
         ]
-        for task in tasks
+        for cost in costs
     ]
     header = ["stage", "part", "passes", "samples in all", "TFLOP", "images decoded"]
     return markdown(header, rows)
 
 
-def time_table(tasks: Sequence[Task], seconds: Sequence[float]) -> str:
+def time_table(costs: Sequence[Cost], seconds: Sequence[float]) -> str:
     """Returns how long every part is expected to take, and within what range."""
     rows = [
-        [task.stage, task.name, *_range(each)] for task, each in zip(tasks, seconds, strict=True)
+        [cost.stage, cost.name, *_range(each)] for cost, each in zip(costs, seconds, strict=True)
     ]
-    if len(tasks) > 1:
+    if len(costs) > 1:
         rows.append(["", "all", *_range(sum(seconds))])
     return markdown(["stage", "part", "expected", "between"], rows)
 

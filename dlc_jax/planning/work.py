@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from dlc_jax.config import Config
 
 
-class Task(NamedTuple):
+class Cost(NamedTuple):
     """A part of a run.
 
     Attributes:
@@ -35,7 +35,7 @@ class Task(NamedTuple):
     crops: int = 0
     is_training: bool = False
 
-    def plus(self, other: Task) -> Task:
+    def plus(self, other: Cost) -> Cost:
         """Returns both as one part."""
         return self._replace(
             passes=self.passes + other.passes,

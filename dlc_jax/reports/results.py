@@ -50,7 +50,7 @@ class Result(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Interval:
+class SeedMean:
     """Mean over seeds and half the width of its 95 % interval (Student's t).
 
     Attributes:
@@ -64,7 +64,7 @@ class Interval:
     num_seeds: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
+    def of(cls, values: Sequence[float]) -> SeedMean:
         """Returns the interval of one or more values."""
         from scipy import stats  # a third of a second, which only reports need
 
@@ -92,8 +92,8 @@ class Row(NamedTuple):
 
     label: str
     keep_fraction: float
-    accuracy: Interval
-    gap: Interval | None
+    accuracy: SeedMean
+    gap: SeedMean | None
     pruning_seconds: float = math.nan
     test_loss: float = math.nan
 
@@ -199,9 +199,9 @@ def summarise(results: Sequence[Result]) -> list[Row]:
             for seed in by_seed
             if seed in random and label not in _REFERENCES
         ]
-        accuracy = Interval.of([result.test_accuracy for result in by_seed.values()])
+        accuracy = SeedMean.of([result.test_accuracy for result in by_seed.values()])
         seconds = [result.pruning_seconds for result in by_seed.values()]
-        gap = Interval.of(pairs) if pairs else None
+        gap = SeedMean.of(pairs) if pairs else None
         loss = float(np.mean([result.test_loss for result in by_seed.values()]))
         rows.append(Row(label, keep_fraction, accuracy, gap, float(np.mean(seconds)), loss))
     return rows

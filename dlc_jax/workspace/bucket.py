@@ -42,7 +42,7 @@ _NOT_FETCHED = (artefacts.EXPORTS, f"{records.FOLDER}/{artefacts.EXPORTS}")
 
 
 class LeaseObject(NamedTuple):
-    """The lease of a work directory in a bucket; see `lease.Place`."""
+    """The lease of a work directory in a bucket; see `lease.LeasePlace`."""
 
     store: ObjectStore
 

@@ -36,7 +36,7 @@ class Lost(BaseException):
 
 
 @runtime_checkable
-class Place(Protocol):
+class LeasePlace(Protocol):
     """Where a lease is kept."""
 
     @property
@@ -126,16 +126,16 @@ class Folder(NamedTuple):
             temporary.unlink(missing_ok=True)
 
 
-def place_of(workdir: Path) -> Place:
+def place_of(workdir: Path) -> LeasePlace:
     """Returns where the lease of a work directory is: in it, or in the bucket that it is like."""
     mirror = whole_files.mirror_of(workdir)
-    place: Place = Folder(str(workdir)) if mirror is None else mirror.lease
+    place: LeasePlace = Folder(str(workdir)) if mirror is None else mirror.lease
     return place
 
 
 @contextlib.contextmanager
 def held(
-    place: Place, say: Callable[[str], None] = print, option: str = "--workdir"
+    place: LeasePlace, say: Callable[[str], None] = print, option: str = "--workdir"
 ) -> Iterator[None]:
     """Holds the lease of a work directory in here, and lets nothing be written without it.
 
@@ -171,7 +171,7 @@ def held(
 class _Lease:
     """The lease of this process, and what it knows of another's."""
 
-    def __init__(self, place: Place, option: str):
+    def __init__(self, place: LeasePlace, option: str):
         self._option = option
         self._place, self._token, self._renewals = place, uuid.uuid4().hex, 0
         self._since = _now()

@@ -65,7 +65,7 @@ class Workspace(NamedTuple):
             yield
 
     @property
-    def _place(self) -> lease.Place:
+    def _place(self) -> lease.LeasePlace:
         """Where the lease is: of the work directory that the folder is in, if it is in one."""
         above = self.root.resolve().parents
         whole = (path for path in above if (path / artefacts.PROVENANCE).is_file())

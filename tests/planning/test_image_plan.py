@@ -94,7 +94,7 @@ def test_the_command(tmp_path):
 def test_break_even_of_known_speeds(measured, monkeypatch):
     decoding = decoding_speed(dlc.load_dataset("demo:caltech15/train"), 64)
     decoding = decoding._replace(seconds=1e-3, crop_seconds=1e-3)
-    monkeypatch.setattr("dlc_jax.tasks.images.decoding_speed", lambda *_: decoding)
+    monkeypatch.setattr("dlc_jax.costs.images.decoding_speed", lambda *_: decoding)
     config = configured(("plan", "score"), selection__keep_fractions=(0.2,))
     text = told(config)
     encoder = dlc.load_encoder("resnet18", "demo:resnet18").for_mode("default")
@@ -241,7 +241,7 @@ def test_predicted_seconds_are_those_of_a_run(sample, sample_encoder):
         decoding = decoding_speed(sample, 64)
         speed = scoring_speed(work.scoring()).flops_per_s
         speeds = Speeds.of(work.mesh, speed, decoding.seconds, decoding.crop_seconds)
-        predicted = sum(map(speeds.seconds, work.tasks()))
+        predicted = sum(map(speeds.seconds, work.costs()))
         start = time.perf_counter()
         dlc.probe(sample_encoder, sample, **settings)
         ratios.append((time.perf_counter() - start) / predicted)

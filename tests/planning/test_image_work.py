@@ -48,15 +48,15 @@ def made(dataset, sample_encoder):
 
 
 def by_name(work):
-    return {task.name: task for task in work.tasks()}
+    return {cost.name: cost for cost in work.costs()}
 
 
 def test_scoring_with_the_cache(made):
     work = made()
-    tasks, flops = by_name(work), work.forward_flops
-    assert tasks["decode into the cache"].decodes == N
-    assert tasks["prototypes"][2:] == (1, N, N * flops, 6 * 16 * flops, 0, 0, False)
-    assert tasks[f"losses of {M} probes"][2:] == (
+    costs, flops = by_name(work), work.forward_flops
+    assert costs["decode into the cache"].decodes == N
+    assert costs["prototypes"][2:] == (1, N, N * flops, 6 * 16 * flops, 0, 0, False)
+    assert costs[f"losses of {M} probes"][2:] == (
         M,
         M * N,
         M * N * flops,
@@ -65,7 +65,7 @@ def test_scoring_with_the_cache(made):
         0,
         False,
     )
-    assert sum(task.decodes for task in work.tasks() if task.stage == "score") == N
+    assert sum(cost.decodes for cost in work.costs() if cost.stage == "score") == N
 
 
 def test_a_record_is_planned_at_the_size_of_the_images(dataset, sample_encoder):
@@ -78,15 +78,15 @@ def test_a_record_is_planned_at_the_size_of_the_images(dataset, sample_encoder):
 
 def test_scoring_without_the_cache(made):
     work = made(cache__max_gib=0.0)
-    tasks = by_name(work)
-    assert "decode into the cache" not in tasks
-    assert tasks["prototypes"].decodes == tasks[f"losses of {M} probes"].decodes == N
+    costs = by_name(work)
+    assert "decode into the cache" not in costs
+    assert costs["prototypes"].decodes == costs[f"losses of {M} probes"].decodes == N
 
 
 def test_crops_that_every_probe_sees(made):
-    tasks = by_name(made(probe__augment=True))
-    assert (tasks["prototypes"].decodes, tasks["prototypes"].crops) == (N, N)
-    assert tasks[f"losses of {M} probes"].crops == M * N
+    costs = by_name(made(probe__augment=True))
+    assert (costs["prototypes"].decodes, costs["prototypes"].crops) == (N, N)
+    assert costs[f"losses of {M} probes"].crops == M * N
 
 
 def test_devices_share_samples_and_probes(made):
@@ -103,14 +103,14 @@ def test_devices_share_samples_and_probes(made):
 
 def test_the_sweep(made):
     work = made()
-    tasks = by_name(work)
-    runs = tasks["fine-tuning, 3 runs"]  # everything, a tenth and a half, by classes of 30
+    costs = by_name(work)
+    runs = costs["fine-tuning, 3 runs"]  # everything, a tenth and a half, by classes of 30
     assert runs.passes == 3 * 4
     assert runs.num_samples == 4 * (90 + 9 + 45) == runs.crops
     assert runs.flops == runs.num_samples * work.training_flops
     assert runs.device_flops == 4 * (3 + 1 + 2) * 32 * work.training_flops
     assert runs.decodes == N
-    tests = tasks["tests, 30 images"]
+    tests = costs["tests, 30 images"]
     assert (tests.num_samples, tests.decodes) == (3 * 30, 30)
     assert 2.7 < work.training_flops / work.forward_flops < 3.1
 
@@ -120,19 +120,19 @@ def test_images_that_are_not_kept_are_decoded_in_every_epoch(made):
     half = made(finetune__image_memory_gib=everything / 2 / 2**30)
     seen = 4 * (90 + 9 + 45)
     assert by_name(half)["fine-tuning, 3 runs"].decodes == N // 2 + seen // 2
-    assert made(finetune__augment=False).tasks()[-2].decodes == N
+    assert made(finetune__augment=False).costs()[-2].decodes == N
 
 
 def test_what_methods_go_by(made):
     assert "features" not in by_name(made())
-    tasks = by_name(made(selection__methods=("herding",)))
-    assert tasks["features"].num_samples == N
+    costs = by_name(made(selection__methods=("herding",)))
+    assert costs["features"].num_samples == N
     work = made(selection__methods=("entropy",))
-    tasks = by_name(work)
-    record = tasks["training record"]  # four epochs, and one in two more runs
+    costs = by_name(work)
+    record = costs["training record"]  # four epochs, and one in two more runs
     assert (record.passes, record.num_samples) == (6, 6 * N)
     assert record.flops == 6 * N * work.training_flops
-    assert tasks["outputs for the record"].passes == 4
+    assert costs["outputs for the record"].passes == 4
 
 
 def test_trials_of_tuning(made):
@@ -149,7 +149,7 @@ def test_trials_of_tuning(made):
 def test_only_what_is_asked_for(made):
     work = made()
     config = dataclasses.replace(work.config, stages=("plan", "score", "select"))
-    assert {t.stage for t in dataclasses.replace(work, config=config).tasks()} == {"score"}
+    assert {t.stage for t in dataclasses.replace(work, config=config).costs()} == {"score"}
 
 
 def test_memory_of_hosts(made):

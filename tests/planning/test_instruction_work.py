@@ -67,7 +67,7 @@ def test_blocks_are_added_up():
 def test_passes_and_devices():
     sizes = read_config(model_folder("demo:tiny-llama"))
     one, four = (
-        {task.name: task for task in made(sizes, mesh, num_probes=8).tasks()}
+        {cost.name: cost for cost in made(sizes, mesh, num_probes=8).costs()}
         for mesh in (Mesh(1, 1, 1), Mesh(2, 1, 2))
     )
     losses = one["losses of 8 probes"]

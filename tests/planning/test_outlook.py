@@ -8,7 +8,7 @@ import pytest
 from dlc_jax.planning import outlook, tables
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.planning.outlook import Speeds, paybacks
-from dlc_jax.planning.work import Task
+from dlc_jax.planning.work import Cost
 
 
 def test_pruning_is_won_back():
@@ -28,12 +28,12 @@ def test_nothing_is_won_back_where_nothing_is_dropped():
 
 
 def test_a_processor_decodes_or_computes(monkeypatch):
-    task = Task("score", "", 1, 100, 1000, 1000, decodes=10, crops=20)
+    cost = Cost("score", "", 1, 100, 1000, 1000, decodes=10, crops=20)
     speeds = Speeds.of(Mesh(1, 1, 1), 100.0, 0.5, 0.25)
-    assert speeds.seconds(task) == 10 + 10 * 0.5 + 20 * 0.25
+    assert speeds.seconds(cost) == 10 + 10 * 0.5 + 20 * 0.25
     monkeypatch.setattr(outlook, "is_processor", lambda: False)
     speeds = Speeds.of(Mesh(1, 1, 1), 100.0, 0.5, 0.25)
-    assert speeds.seconds(task) == 10  # decoded meanwhile
+    assert speeds.seconds(cost) == 10  # decoded meanwhile
 
 
 def test_devices_of_one_processor_share_it(monkeypatch):

@@ -14,7 +14,7 @@ from dlc_jax.reports import (
     summarise,
     tuning_figure,
 )
-from dlc_jax.reports.results import Interval, Result
+from dlc_jax.reports.results import Result, SeedMean
 from dlc_jax.types import Choice, Gap, Tried, Tuning
 
 HEADER = "method,keep_fraction,split,seed,num_kept,test_accuracy,seconds\n"
@@ -114,7 +114,7 @@ def test_gaps_that_are_all_equal_are_not_better(gain):
 def test_intervals_are_students():
     values = [1.0, 2.0, 4.0, 8.0]
     low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
-    interval = Interval.of(values)
+    interval = SeedMean.of(values)
     assert (interval.mean, interval.num_seeds) == (3.75, 4)
     assert interval.half_width == pytest.approx((high - low) / 2)
 

@@ -18,7 +18,7 @@ from dlc_jax.planning.knobs import ways_out
 from dlc_jax.planning.liveness import peak_bytes
 from dlc_jax.planning.machine import Machine
 from dlc_jax.planning.memory import Finetuning, Scoring, weight_bytes
-from dlc_jax.stages import plan as plan_stage
+from dlc_jax.stages.plan import run_plan
 from dlc_jax.training.lora.settings import LoraConfig
 
 GIB = 1 << 30
@@ -129,7 +129,7 @@ def test_the_command(tmp_path):
 
 def told(config) -> str:
     lines: list[str] = []
-    plan_stage.run_plan(Config.of(config), lines.append)
+    run_plan(Config.of(config), lines.append)
     return "\n".join(lines)
 
 
@@ -174,6 +174,6 @@ def test_a_folder_needs_its_sizes_only(tmp_path):
     from test_sharded import SIZES
 
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
-    assert plan_stage.model_sizes(str(tmp_path)).depth == 6
+    assert instruction_plan.model_sizes(str(tmp_path)).depth == 6
     with pytest.raises(checks.InputError, match="no folder 'nowhere'"):
-        plan_stage.model_sizes("nowhere")
+        instruction_plan.model_sizes("nowhere")

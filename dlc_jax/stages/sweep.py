@@ -23,7 +23,8 @@ from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.sweep_results import read_run, read_runs, run_folder, write_results
 from dlc_jax.stages.what_was_scored import check_is_what_was_scored
 from dlc_jax.training.folder import ERROR
-from dlc_jax.training.run_step import RunStep, Tuner
+from dlc_jax.training.loop import Trainer
+from dlc_jax.training.run_step import RunStep
 from dlc_jax.types import Dataset, Selection
 from dlc_jax.workspace import Workspace, artefacts, records
 from dlc_jax.workspace.keys import json_hash
@@ -46,7 +47,7 @@ def run_sweep(
     workspace: Workspace,
     known: SelectionInputs | None,
     dataset: Dataset | Instructions,
-    make_tuner: Callable[[], Tuner],
+    make_tuner: Callable[[], Trainer[Any]],
 ) -> SweepEnd:
     """Runs what is not finished yet, and rewrites `results.csv` after every run.
 
@@ -86,7 +87,7 @@ class _Sweep(NamedTuple):
     config: Config
     workspace: Workspace
     known: SelectionInputs | None
-    tuner: Tuner
+    tuner: Trainer[Any]
 
     @property
     def workdir(self) -> Path:

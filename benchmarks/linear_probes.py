@@ -18,6 +18,7 @@ from absl import app, flags
 
 import dlc_jax as dlc
 from dlc_jax.training.images import FinetuneConfig, Finetuner
+from dlc_jax.training.loop import train
 from dlc_jax.training.order import epoch_order
 from dlc_jax.tuning.linear import train_epoch
 from dlc_jax.types import Conventions
@@ -62,7 +63,7 @@ def main(_: list[str]) -> None:
 
     def finetune() -> None:
         for cell in some:
-            finetuner.run(cell.indices, cell.seed)
+            train(finetuner, cell.indices, cell.seed)
 
     together()  # compiles
     compiled = train_epoch._cache_size()

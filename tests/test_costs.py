@@ -20,9 +20,8 @@ from dlc_jax.probes.kernel import Forward, features_of_batches, losses_of_batche
 from dlc_jax.training.images.batches import Batch
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.training.lora.batches import Rows
-from dlc_jax.training.lora.progress import initial_adapter
 from dlc_jax.training.lora.settings import LoraConfig
-from dlc_jax.training.lora.step import Sums, add_rows
+from dlc_jax.training.lora.step import Sums, add_rows, initial_adapter
 
 SLACK = 1.05
 

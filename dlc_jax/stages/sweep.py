@@ -23,7 +23,8 @@ from dlc_jax.stages.sweep_results import read_run, read_runs, run_folder, write_
 from dlc_jax.tasks.measurements import check_is_what_was_scored
 from dlc_jax.tasks.task import Training
 from dlc_jax.training.folder import ERROR
-from dlc_jax.training.run_step import RunStep, Tuner
+from dlc_jax.training.loop import Trainer
+from dlc_jax.training.run_step import RunStep
 from dlc_jax.types import Selection
 from dlc_jax.workspace import Workspace, artefacts, records
 from dlc_jax.workspace.keys import json_hash
@@ -60,14 +61,14 @@ def run_sweep(
     """
     workdir, echo = workspace
     workspace.alone(lambda: check_is_what_was_scored(workdir, training.data))
-    tuner = training.make_tuner()
-    sweep = _Sweep(config, workspace, known, tuner)
+    trainer = training.make_trainer()
+    sweep = _Sweep(config, workspace, known, trainer)
     workspace.alone(sweep.make_room)
     # a table of runs set aside would be taken for this sweep's
     workspace.alone(lambda: write_results(workdir))
     cells = config.runs()
     echo(f"finetune: {len(cells)} runs on {said_of(config.mesh.make())}")
-    for note in tuner.notes:
+    for note in trainer.notes:
         echo(visible(f"finetune: {note}"))
     failures = sweep.run_all(cells)
     if len(failures) == len(cells):
@@ -84,7 +85,7 @@ class _Sweep(NamedTuple):
     config: Config
     workspace: Workspace
     known: SelectionInputs | None
-    tuner: Tuner
+    trainer: Trainer[Any]
 
     @property
     def workdir(self) -> Path:
@@ -94,7 +95,7 @@ class _Sweep(NamedTuple):
     def shared(self) -> dict[str, str]:
         """What its runs have in common."""
         assert self.known is not None
-        return {"shared": self.tuner.fingerprint, "scores": self.known.samples.fingerprint}
+        return {"shared": self.trainer.fingerprint, "scores": self.known.samples.fingerprint}
 
     def step(self, cell: Cell, positions: Int64[np.ndarray, " k"]) -> RunStep:
         """Returns the run of a cell; other processes than the first know less of it."""
@@ -102,7 +103,7 @@ class _Sweep(NamedTuple):
         if self.known is not None:
             facts["scores"] = self.known.samples.fingerprint
         return RunStep(
-            self.tuner,
+            self.trainer,
             positions,
             cell.seed,
             run_folder(self.workdir, cell),
@@ -147,12 +148,12 @@ class _Sweep(NamedTuple):
         positions = positions_from_first(mine)
         step, workspace = self.step(cell, positions), self.of(cell)
         made = workspace.ensure(step)
-        workspace.alone(lambda: self.tuner.complete(workspace))
-        return None if made is None else self.tuner.said(made.value)
+        workspace.alone(lambda: self.trainer.complete(workspace))
+        return None if made is None else self.trainer.said(made.value)
 
     def _make_room_for(self, cell: Cell) -> Int64[np.ndarray, " k"]:
         """Returns what the run trains on, once a run on other samples is out of its folder."""
-        positions = self.tuner.positions(self._kept(cell))
+        positions = self.trainer.positions(self._kept(cell))
         step, there = self.step(cell, positions), read_run(self.workdir, cell)
         folder, group = f"{artefacts.FINETUNE}/{cell.name}", f"{artefacts.FINETUNE}-"
         if there is not None and there.difference(step):

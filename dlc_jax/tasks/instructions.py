@@ -134,7 +134,7 @@ class InstructionTask:
             on_corrupt = config.dataset.on_corrupt
             return tokenise(self.load(source), model.tokenizer, max_length, on_corrupt=on_corrupt)
 
-        def make_tuner() -> LoraTuner:
+        def make_trainer() -> LoraTuner:
             test = config.dataset.test
             return LoraTuner(
                 model,
@@ -150,7 +150,7 @@ class InstructionTask:
         return Training(
             data,
             fingerprint,
-            make_tuner,
+            make_trainer,
             {
                 **{name: settings[name] for name in ("dataset", "encoder", "lora")},
                 "encoder_fingerprint": fingerprint,

@@ -12,7 +12,7 @@ from dlc_jax.config import Config
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.selection import Cell
 from dlc_jax.tasks.export_step import ExportStep
-from dlc_jax.training.run_step import Tuner
+from dlc_jax.training.loop import Trainer
 from dlc_jax.types import Selection
 from dlc_jax.workspace import Workspace
 
@@ -42,14 +42,14 @@ class Training(NamedTuple):
     Attributes:
       data: Training data.
       fingerprint: SHA-256 over the encoder or model before training.
-      make_tuner: Makes what trains; called once nothing else can go wrong.
+      make_trainer: Makes what trains; called once nothing else can go wrong.
       settings: Settings and fingerprints for the record of the stage.
       facts: Returns what else the record holds; called after training.
     """
 
     data: Samples
     fingerprint: str
-    make_tuner: Callable[[], Tuner]
+    make_trainer: Callable[[], Trainer[Any]]
     settings: dict[str, Any]
     facts: Callable[[], dict[str, Any]]
 

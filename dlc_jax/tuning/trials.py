@@ -19,6 +19,7 @@ from dlc_jax.files import array_files
 from dlc_jax.preprocess import Images
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig
+from dlc_jax.training.loop import train
 from dlc_jax.training.run_step import key_of_run
 from dlc_jax.tuning.linear import LinearProbeConfig, linear_probes
 from dlc_jax.types import Conventions, Dataset
@@ -197,7 +198,7 @@ class _TrialStep(NamedTuple):
         return (f"{self.name}.npy",)
 
     def compute(self, scratch: Path | None) -> Int32[np.ndarray, " n"]:
-        predictions = self.finetuner.run(self.trial.positions, self.trial.seed).predictions
+        predictions = train(self.finetuner, self.trial.positions, self.trial.seed).predictions
         assert predictions is not None  # there is a test set
         return predictions
 

@@ -13,6 +13,7 @@ import dlc_jax as dlc
 from dlc_jax.encoders import layers
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig
+from dlc_jax.training.loop import train
 from dlc_jax.types import Conventions, by_path
 
 MESHES = {  # data, probe
@@ -111,7 +112,7 @@ def _finetuned(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, dict]:
 
     def run(mesh: Mesh | None) -> dict[str, np.ndarray]:
         tuner = Finetuner(encoder, images, None, settings, conventions, dlc.Run(mesh=mesh))
-        weights = tuner.run(np.arange(BATCH * NUM_STEPS), seed=0).weights
+        weights = train(tuner, np.arange(BATCH * NUM_STEPS), seed=0).weights
         return {path: np.asarray(leaf) for path, leaf in by_path(weights).items()}
 
     one, two = run(None), run(mesh_of(2))

@@ -16,10 +16,11 @@ from dlc_jax.masking.thresholds import Thresholds
 from dlc_jax.planning.memory import Finetuning, Scoring
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.responses import _probe_losses, probe_responses, response_losses
+from dlc_jax.training.loop import train
 from dlc_jax.training.lora.batches import Rows
 from dlc_jax.training.lora.settings import LoraConfig
-from dlc_jax.training.lora.step import Sums, add_rows
-from dlc_jax.training.lora.tuner import LoraTuner, initial_adapter
+from dlc_jax.training.lora.step import Sums, add_rows, initial_adapter
+from dlc_jax.training.lora.tuner import LoraTuner
 from dlc_jax.types import by_path
 
 NUM_PROBES, ROWS, LENGTH = 4, 8, 128
@@ -74,7 +75,7 @@ def _two_steps(model: LanguageModel, data: Tokenised) -> dict[str, list[float]]:
         epochs=2, batch_size=13, rows_at_once=5, **{**LORA, **fast, "optimiser": "sgd"}
     )
     tuner = LoraTuner(model, data, settings)
-    leaves = by_path(tuner.run(np.arange(13), seed=0).model.params)
+    leaves = by_path(train(tuner, np.arange(13), seed=0).model.params)
     moved: dict[str, list[float]] = {"lora_a": [], "lora_b": []}
     for path, start in by_path(initial_adapter(tuner._architecture, 0)).items():
         change = (np.asarray(leaves[path]) - start).ravel()[::5]

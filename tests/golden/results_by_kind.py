@@ -32,8 +32,8 @@ from dlc_jax.reports.results import Result, results_table, summarise
 from dlc_jax.scores import SCORES
 from dlc_jax.selection import SELECTORS
 from dlc_jax.training.images.step import initial_head
-from dlc_jax.training.lora.progress import initial_adapter
 from dlc_jax.training.lora.settings import learning_rates
+from dlc_jax.training.lora.step import initial_adapter
 from dlc_jax.training.optimiser import learning_rates as image_learning_rates
 from dlc_jax.training.order import epoch_order
 from dlc_jax.types import Conventions, by_path, path_name

@@ -65,8 +65,7 @@ def differences(kind: str, new: dict[str, Any], tolerances: dict[str, float]) ->
 
 
 # Classes that have a kind which is not a text in them; `Expected` is an array, not a result.
-WITHOUT_KIND = {"Step", "Record", "InputStep", "RunStep", "Trains", "_TrialStep", "_WatchedTuner"}
-WITHOUT_KIND |= {"Expected"}
+WITHOUT_KIND = {"Step", "Record", "InputStep", "RunStep", "Trainer", "_TrialStep", "Expected"}
 
 
 def kinds_in_the_package() -> tuple[set[str], set[str]]:

@@ -21,7 +21,7 @@ from dlc_jax.tasks import TASKS, Task
 from dlc_jax.tasks.export_step import export_steps
 from dlc_jax.tasks.measurements import TableStep, write_certificate
 from dlc_jax.tasks.task import Sources, Training
-from dlc_jax.training.folder import METRICS, write_metrics
+from dlc_jax.training.folder import METRICS, read_metrics, write_metrics
 from dlc_jax.types import ProbeLosses
 from dlc_jax.workspace import Written, artefacts
 
@@ -42,9 +42,9 @@ class Rows:
     def fingerprint(self):
         return hashlib.sha256(self.features.tobytes() + self.labels.tobytes()).hexdigest()
 
-    def class_means(self, some=slice(None)):
-        features, labels = self.features[some], self.labels[some]
-        return np.stack([features[labels == j].mean(axis=0) for j in (0, 1)])
+    @property
+    def class_means(self):
+        return np.stack([self.features[self.labels == j].mean(axis=0) for j in (0, 1)])
 
 
 def load_rows(source: str) -> Rows:
@@ -78,7 +78,7 @@ class RowLossesStep:
 
     def compute(self, scratch: Path) -> ProbeLosses:
         data, width = self.data, self.data.features.shape[1]
-        means = data.class_means()
+        means = data.class_means
         shown = [np.arange(width) >= num for num in range(width)]
         losses = [
             prototype_loss(
@@ -109,45 +109,70 @@ class RowLossesStep:
         return Written([*self.files, *write_certificate(root, probes, 0, lambda line: None)], facts)
 
 
-class NearestMean(NamedTuple):
-    """Accuracy of a classifier by the nearest class mean of what is kept, in percent."""
+class Nearest(NamedTuple):
+    """Accuracy of a classifier by the nearest class mean, in percent."""
 
     accuracy: float
     num_kept: int
+    history: list[dict[str, Any]]
     seconds: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RowTuner:
-    train: Rows
-    test: Rows
+class RowTrainer:
+    """Adds up the rows of each class, a batch in every step."""
 
     kind = "rows"
     files = (METRICS,)
     keeps_weights = False
+    num_epochs = 2
+    batch_size = 16
+    checkpoint_steps = 0
+    shows_bars = False
+    remedy = "nothing to try"
+    mesh = None
     notes = ()
 
-    @property
-    def fingerprint(self):
-        return self.train.fingerprint + self.test.fingerprint
+    def __init__(self, train: Rows, test: Rows):
+        self._train, self._test = train, test
+        self.fingerprint = train.fingerprint + test.fingerprint
 
     def positions(self, kept):
-        return np.flatnonzero(np.isin(self.train.ids, kept.ids))
+        return np.flatnonzero(np.isin(self._train.ids, kept.ids))
+
+    def start(self, positions, seed):
+        return np.zeros((2, self._train.features.shape[1]))
+
+    def rates(self, steps_per_epoch):
+        return [1.0] * (steps_per_epoch * self.num_epochs)
+
+    def batches(self, positions, seed, epoch, first):
+        for start in range(first * self.batch_size, len(positions), self.batch_size):
+            yield positions[start : start + self.batch_size]
+
+    def step(self, state, batch, rate):
+        features, labels = self._train.features[batch], self._train.labels[batch]
+        sums = [features[labels == label].sum(axis=0) for label in (0, 1)]
+        return state + sums, lambda: {"loss": 0.0, "num_rows": len(batch)}
+
+    def line(self, progress, rate):
+        return {"epoch": len(progress.history) + 1, **progress.sums}
+
+    def result(self, progress, positions):
+        counts = np.bincount(self._train.labels[positions], minlength=2)
+        means = progress.state / (self.num_epochs * counts[:, None])
+        distances = np.square(self._test.features[:, None] - means).sum(axis=2)
+        right = distances.argmin(axis=1) == self._test.labels
+        return Nearest(100 * float(right.mean()), len(positions), progress.history)
+
+    def write(self, folder, result):
+        write_metrics(folder, result.history)
+        return {"num_kept": result.num_kept, "test_accuracy": result.accuracy, "seconds": 0.0}
 
     def said(self, result):
         return f"test accuracy {result.accuracy:.2f} %"
 
     def complete(self, workspace):
         pass
-
-    def run(self, positions, seed, folder=None):
-        distances = self.test.features[:, None] - self.train.class_means(positions)
-        found = np.square(distances).sum(axis=2).argmin(axis=1)
-        return NearestMean(100 * float(np.mean(found == self.test.labels)), len(positions))
-
-    def write(self, folder, result):
-        write_metrics(folder, [{"epoch": 1}])
-        return {"num_kept": result.num_kept, "test_accuracy": result.accuracy, "seconds": 0.0}
 
 
 class RowTask:
@@ -185,7 +210,7 @@ class RowTask:
         train = self.load(self._config.dataset.train)
         test = self.load(str(self._config.dataset.test))
         asked = {**self._config.asked, "encoder": {"name": "rows"}}
-        return Training(train, "none", lambda: RowTuner(train, test), asked, dict)
+        return Training(train, "none", lambda: RowTrainer(train, test), asked, dict)
 
     def plan(self, mesh):
         self._say("plan: no time at all")
@@ -257,8 +282,12 @@ def test_another_kind_needs_no_change_of_any_stage(rows, tmp_path):
 
     with open(root / "results.csv", newline="") as file:
         results = {row["method"]: row for row in csv.DictReader(file)}
-    expected = RowTuner(train, test).run(kept, seed=1).accuracy
+    means = dataclasses.replace(train, features=train.features[kept], labels=train.labels[kept])
+    distances = np.square(test.features[:, None] - means.class_means).sum(axis=2)
+    expected = 100 * np.mean(distances.argmin(axis=1) == test.labels)
     assert float(results["easiest"]["test_accuracy"]) == expected
+    metrics = read_metrics(root / "finetune" / "easiest" / "keep_0.50-seed_1")
+    assert [(line["epoch"], line["num_rows"]) for line in metrics] == [(1, 20), (2, 20)]
     assert results.keys() == {"full", "random", "easiest"}
 
     again = run(tmp_path, every[1:])

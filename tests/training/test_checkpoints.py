@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import subset
+from counter import Counter
 
 import dlc_jax as dlc
-from dlc_jax.training.folder import SEEN, write_metrics
+from dlc_jax.training.folder import SEEN
 from dlc_jax.training.images import Finetuner
 from dlc_jax.training.run_step import RunStep
 from dlc_jax.workspace import Workspace, records
@@ -184,8 +185,8 @@ def test_a_damaged_finished_run_is_done_again(
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert f"{path.relative_to(tmp_path)} does not have the content" in str(damage_of(tmp_path))
-    epochs, real = [], Finetuner._epoch
-    monkeypatch.setattr(Finetuner, "_epoch", lambda *a: epochs.append(a[-1]) or real(*a))
+    epochs, real = [], Finetuner.batches
+    monkeypatch.setattr(Finetuner, "batches", lambda *a: epochs.append(a[3]) or real(*a))
     again = dlc.finetune(sample_encoder, small, **arguments)
     assert epochs == ([1, 2] if what == "checkpoint" else [])
     said = capsys.readouterr().out
@@ -196,29 +197,11 @@ def test_a_damaged_finished_run_is_done_again(
     assert damage_of(tmp_path) is None
 
 
-class OneCheckpoint:
-    """Trains nothing, and leaves what a run leaves."""
-
-    kind = "fine-tuning"
-    files = ("metrics.jsonl",)
-    keeps_weights = True
-    fingerprint = "ab" * 32
-
-    def run(self, positions, seed, folder=None):
-        with folder.checkpoints() as checkpoints:
-            checkpoints.save(1, state(1.0), HISTORY)
-        return dlc.RunResult(None, None, None, len(positions), (), HISTORY, {}, 1.0)
-
-    def write(self, folder, result):
-        write_metrics(folder, result.history)
-        return {"num_kept": result.num_kept, "seconds": result.seconds}
-
-
 def test_weights_that_the_user_deleted_are_not_made_again(tmp_path):
     workspace = Workspace(tmp_path, pytest.fail)
-    step = RunStep(OneCheckpoint(), np.arange(3), 0, tmp_path)
+    step = RunStep(Counter(), np.arange(3), 0, tmp_path)
     assert workspace.ensure(step) is not None
-    assert any(name.startswith("checkpoint/1/") for name in records.read(tmp_path, "run").outputs)
+    assert any(name.startswith("checkpoint/2/") for name in records.read(tmp_path, "run").outputs)
     shutil.rmtree(tmp_path / "checkpoint")
     assert workspace.ensure(step) is None
 
@@ -226,7 +209,7 @@ def test_weights_that_the_user_deleted_are_not_made_again(tmp_path):
 def test_a_finished_run_without_checksums_is_not_finished(tmp_path):
     said: list[str] = []
     workspace = Workspace(tmp_path, said.append)
-    step = RunStep(OneCheckpoint(), np.arange(3), 0, tmp_path)
+    step = RunStep(Counter(), np.arange(3), 0, tmp_path)
     workspace.ensure(step)
     path = tmp_path / "run.json"
     facts = json.loads(path.read_text())
@@ -242,6 +225,6 @@ def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
     (tmp_path / "run.json").write_text(
         json.dumps({"inputs": "ab" * 32, "result": {"num_kept": 1, "seconds": 2.0}})
     )
-    step = RunStep(OneCheckpoint(), np.arange(3), 0, tmp_path)
+    step = RunStep(Counter(), np.arange(3), 0, tmp_path)
     with pytest.raises(dlc.InputError, match=r"run\.json: was written by dlc_jax 0\.1"):
         Workspace(tmp_path).make(step)

@@ -23,19 +23,19 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     The second checkpoint is still being written then, and may or may not be the last good one.
     """
     undisturbed = dlc.finetune(sample_encoder, small_sample, folder=tmp_path / "a", **FAST)
-    real = Finetuner._epoch
+    real = Finetuner.batches
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     epochs = []
 
-    def filling(self, progress, positions, seed, epoch):
+    def filling(self, positions, seed, epoch, first):
         epochs.append(epoch)
         if epoch == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        return real(self, progress, positions, seed, epoch)
+        return real(self, positions, seed, epoch, first)
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(Finetuner, "_epoch", filling)
+            patch.setattr(Finetuner, "batches", filling)
             with pytest.raises(
                 ValueError,
                 match=r"cannot write a checkpoint: File too large\. The last whole one, [12], is",
@@ -48,7 +48,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     (last,) = (int(path.name) for path in (tmp_path / "b" / "checkpoint").glob("[0-9]"))
     assert last in (1, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "_epoch", lambda *a: epochs.append(("again", a[-1])) or real(*a))
+        patch.setattr(Finetuner, "batches", lambda *a: epochs.append(("again", a[3])) or real(*a))
         resumed = dlc.finetune(sample_encoder, small_sample, folder=tmp_path / "b", **FAST)
     again = [epoch for epoch in epochs if isinstance(epoch, tuple)]
     assert again == [("again", epoch) for epoch in range(last + 1, 5)]

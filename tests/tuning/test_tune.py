@@ -336,7 +336,7 @@ def test_fine_tuning_trials_are_runs_of_finetune(sample, sample_encoder, tmp_pat
     def refuse(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("dlc_jax.training.images.finetuner.Finetuner.run", refuse)
+    monkeypatch.setattr("dlc_jax.tuning.trials.train", refuse)
     np.testing.assert_array_equal(trials(asked, held_out), correct)
     assert trials.earlier_seconds == 0  # they are its own
     later = FinetuneTrials(

@@ -565,8 +565,8 @@ def test_training_of_other_settings_is_set_aside_with_its_columns_and_comes_back
     place, monkeypatch
 ):
     """No column of the table is ever of another training record than the one beside it."""
-    epochs, real = [], Finetuner._epoch
-    monkeypatch.setattr(Finetuner, "_epoch", lambda *a: epochs.append(a[-1]) or real(*a))
+    epochs, real = [], Finetuner.batches
+    monkeypatch.setattr(Finetuner, "batches", lambda *a: epochs.append(a[3]) or real(*a))
 
     def score(num_epochs: int) -> tuple[bytes, bytes]:
         sections = {"selection": {"methods": ("hardest",), "score": "el2n"}}

@@ -15,6 +15,7 @@ from dlc_jax.preprocess import Images, check_dataset
 from dlc_jax.selection import kept_positions
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig
+from dlc_jax.training.loop import train
 from dlc_jax.training.run_step import RunStep
 from dlc_jax.types import Conventions, Dataset, RunResult, Selection, overridden
 from dlc_jax.workspace import Workspace
@@ -79,7 +80,7 @@ def finetune(
         seed = kept.seed if isinstance(kept, Selection) else 0
     finetuner = Finetuner(encoder, images, test, settings, Conventions.of(mode), run)
     if run.path is None:
-        return finetuner.run(positions, seed)
+        return train(finetuner, positions, seed)
     workspace, used = Workspace(run.path), dataclasses.asdict(settings)
     step = RunStep(finetuner, positions, seed, run.path, settings=used, say=workspace.say)
     with workspace.held("folder"):

@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 
 from dlc_jax import checks
 from dlc_jax.checks.escaping import show
-from dlc_jax.distributed import Run
+from dlc_jax.distributed import Run, processes
 from dlc_jax.encoders import Encoder
 from dlc_jax.files import array_files
 from dlc_jax.files.array_files import Expected
 from dlc_jax.files.json_files import NAME, parse_json
 from dlc_jax.preprocess import Images
-from dlc_jax.training.folder import CHECKPOINT, SEEN, RunFolder
+from dlc_jax.training.folder import CHECKPOINT, SEEN
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig, RecordConfig
 from dlc_jax.training.images.step import TrainState
+from dlc_jax.training.loop import EpochSums, train
+from dlc_jax.training.order import epoch_order
 from dlc_jax.training.run_step import RunStep
-from dlc_jax.types import Conventions, RunResult, TrainingRecord
+from dlc_jax.types import Conventions, TrainingRecord
 from dlc_jax.workspace import Workspace, Written, artefacts, records
-from dlc_jax.workspace.keys import json_hash
 
 RECORD = "record.npz"
 _ARRAYS = {
@@ -112,15 +113,17 @@ class Recorder:
         seconds = time.perf_counter() - start
         runs = []
         for seed in self.seeds:
+            folder = None if root is None else root / _run_name(seed)
+            seen = _Seen({}, folder / SEEN if folder is not None and processes.is_first() else None)
             last = self._settings.epochs if seed == self.seeds.start else self.early_epoch
-            tuner = _WatchedTuner(self._finetuner, self.early_epoch, last)
-            if root is None:
-                found = tuner.run(positions, seed)
+            watch = _Watch(self._finetuner, positions, seed, self.early_epoch, last, seen)
+            if folder is None:
+                result = train(self._finetuner, positions, seed, watch=watch)
             else:
-                workspace = Workspace(root / _run_name(seed), say)
-                found = workspace.make(RunStep(tuner, positions, seed, workspace.root, say=say))
-            seconds += found.seconds
-            runs.append(found.seen)
+                step = RunStep(self._finetuner, positions, seed, folder, say=say, watch=watch)
+                result = Workspace(folder, say).make(step)
+            seconds += result.seconds
+            runs.append(seen)
         return WatchedRuns(positions, skipped, runs, seconds)
 
     def record(self, runs: WatchedRuns) -> TrainingRecord:
@@ -230,56 +233,35 @@ class _Seen(NamedTuple):
         return array_files.read_npy(self.folder / f"{name}.npy")
 
 
-class _Watched(NamedTuple):
-    """How a run ended, and what it showed."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Watch:
+    """Keeps what a run shows of every sample.
 
-    result: RunResult
+    Attributes:
+      finetuner, positions, seed: Trainer, samples and seed of the run.
+      early_epoch, last_epoch: Epochs after which logits are looked at; the run ends with the last.
+      seen: Where it is kept.
+    """
+
+    finetuner: Finetuner
+    positions: Int64[np.ndarray, " n"]
+    seed: int
+    early_epoch: int
+    last_epoch: int
     seen: _Seen
 
     @property
-    def seconds(self) -> float:
-        return self.result.seconds
+    def key(self) -> list[int]:
+        return [self.early_epoch, self.last_epoch]
 
-
-@dataclasses.dataclass(frozen=True)
-class _WatchedTuner:
-    """Runs of a tuner that are watched, and may end before their schedule does.
-
-    Attributes:
-      early_epoch, last_epoch: Epochs after which logits are looked at; the run ends with the last.
-    """
-
-    tuner: Finetuner
-    early_epoch: int
-    last_epoch: int
-
-    kind = Finetuner.kind
-    files = Finetuner.files
-    keeps_weights = True  # until the record is made of all runs
-
-    @property
-    def fingerprint(self) -> str:
-        return json_hash([self.tuner.fingerprint, self.early_epoch, self.last_epoch])
-
-    def run(
-        self, positions: Int64[np.ndarray, " n"], seed: int, folder: RunFolder | None = None
-    ) -> _Watched:
-        """Trains; what the run shows is kept before its checkpoint counts."""
-        seen = _Seen({}, None if folder is None else folder.path / SEEN)
-
-        def watch(epoch: int, state: TrainState, correct: Bool[np.ndarray, " n"]) -> None:
-            seen.put(f"correct_{epoch}", correct)
-            if epoch in (self.early_epoch, self.last_epoch):
-                logits, squared_norms = self.tuner.outputs(state, positions)
-                seen.put(f"epoch_{epoch}_logits", logits)
-                seen.put(f"epoch_{epoch}_squared_norms", squared_norms)
-
-        last = self.last_epoch
-        result = self.tuner.run(positions, seed, folder, observer=watch, stop_after=last)
-        return _Watched(result, seen)
-
-    def write(self, folder: Path, found: _Watched) -> dict[str, Any]:
-        return self.tuner.write(folder, found.result)
+    def __call__(self, epoch: int, state: TrainState, sums: EpochSums) -> None:
+        order = np.argsort(epoch_order(self.positions, self.seed, epoch))  # positions ascend
+        correct = np.frombuffer(sums["correct"].encode(), np.uint8) == ord("1")
+        self.seen.put(f"correct_{epoch}", correct[order])
+        if epoch in (self.early_epoch, self.last_epoch):
+            logits, squared_norms = self.finetuner.outputs(state, self.positions)
+            self.seen.put(f"epoch_{epoch}_logits", logits)
+            self.seen.put(f"epoch_{epoch}_squared_norms", squared_norms)
 
 
 def _run_name(seed: int) -> str:

@@ -12,6 +12,7 @@ from dlc_jax import checks
 from dlc_jax.distributed import Run, mesh_of
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.preprocess.tokens import Tokenised
+from dlc_jax.training.loop import train
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.tuner import LoraResult, LoraTuner
 from dlc_jax.training.run_step import RunStep
@@ -82,7 +83,7 @@ def finetune_lora(
         seed = kept.seed if isinstance(kept, Selection) else 0
     positions = tuner.positions(kept)
     if run.path is None:
-        return tuner.run(positions, seed)
+        return train(tuner, positions, seed)
     workspace, used = Workspace(run.path), dataclasses.asdict(settings)
     step = RunStep(tuner, positions, seed, run.path, settings=used, say=workspace.say)
     with workspace.held("folder"):

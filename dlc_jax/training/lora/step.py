@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -14,7 +16,7 @@ from dlc_jax.encoders.architecture import Architecture, joined
 from dlc_jax.training.lora.batches import Rows
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.optimiser import torch_sgd
-from dlc_jax.types import Params
+from dlc_jax.types import Params, path_name
 
 
 class Optimiser(NamedTuple):
@@ -45,6 +47,29 @@ class LoraState(NamedTuple):
 
     adapter: Params
     optimiser: optax.OptState
+
+    @classmethod
+    def start(cls, adapter: Params, optimiser: Optimiser) -> LoraState:
+        """Returns the state before the first step."""
+        adapter = jax.tree.map(jnp.asarray, adapter)
+        return cls(adapter, optimiser.at(0.0).init(adapter))
+
+
+def initial_adapter(architecture: Architecture, seed: int) -> Params:
+    """Returns an adapter that changes nothing yet, as PEFT starts it.
+
+    lora_a is uniform within 1 / sqrt(inputs), lora_b zero; (seed, path) decide every draw.
+    """
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = path_name(path)
+        if name.endswith("lora_b"):
+            return np.zeros(leaf.shape, np.float32)
+        bound = leaf.shape[0] ** -0.5
+        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        return generator.uniform(-bound, bound, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, architecture.abstract_adapter())
 
 
 class Sums(NamedTuple):

@@ -1,12 +1,10 @@
-"""The loop of LoRA fine-tuning: steps over a kept set, checkpoints, and the adapter at the end."""
+"""LoRA fine-tuning: batches, steps, the adapter at the end, and what runs of a sweep share."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int64
-from tqdm import tqdm
 
 from dlc_jax import checks
 from dlc_jax.distributed import (
     Team,
     fetch,
-    from_first,
-    hides_bar,
     mesh_of,
     on_every_device,
     over_devices,
-    stopping,
     whole_rows,
 )
 from dlc_jax.encoders.language_model import LanguageModel
@@ -43,17 +37,23 @@ from dlc_jax.training.folder import (
     ADAPTER,
     MERGED,
     METRICS,
-    RunFolder,
     read_metrics,
     write_metrics,
 )
+from dlc_jax.training.loop import EpochSums, Progress
 from dlc_jax.training.lora.batches import rows_of_step
-from dlc_jax.training.lora.progress import Plan, Progress, initial_adapter
-from dlc_jax.training.lora.settings import LoraConfig
-from dlc_jax.training.lora.step import Optimiser, Sums, add_rows, take_step
+from dlc_jax.training.lora.settings import LoraConfig, learning_rates
+from dlc_jax.training.lora.step import (
+    LoraState,
+    Optimiser,
+    Sums,
+    add_rows,
+    initial_adapter,
+    take_step,
+)
+from dlc_jax.training.order import epoch_order
 from dlc_jax.types import Selection, by_path
 from dlc_jax.workspace import Workspace, Written, artefacts, records
-from dlc_jax.workspace.checkpoints import Checkpoints
 from dlc_jax.workspace.keys import key_of
 
 
@@ -79,7 +79,7 @@ class LoraResult:
 
 
 class LoraTuner:
-    """Runs on subsets of one data set that share programs, weights and the test set.
+    """Trains on subsets of one data set; runs share programs, weights and the test set.
 
     Args:
       model, data, test, progress: See `finetune_lora`.
@@ -105,7 +105,10 @@ class LoraTuner:
         model.check_has_no_adapter()
         self._model, self._data, self._test, self._settings = model, data, test, settings
         self._max_length = max_length or model.config.max_length
-        self._tokens_per_batch, self._progress = tokens_per_batch, progress
+        self._tokens_per_batch, self.shows_bars = tokens_per_batch, progress
+        self.num_epochs, self.batch_size = settings.epochs, settings.batch_size
+        self.checkpoint_steps = settings.checkpoint_steps
+        self.keeps_weights = settings.keep_weights
         for name, some in (("data", data), ("test", test)):
             if some is not None:
                 _check_lengths(name, some, self._max_length)
@@ -114,7 +117,7 @@ class LoraTuner:
             model.architecture.with_adapter(settings.adapter), rematerialise=settings.rematerialise
         )
         self._optimiser = Optimiser.of(settings)
-        mesh = self._mesh
+        mesh = self.mesh
         if settings.merge and mesh is not None and Team.of(mesh).mesh.is_multi_process:
             raise checks.InputError(
                 "lora.merge: True, but no process has all weights; expected mesh.fsdp to divide "
@@ -135,12 +138,16 @@ class LoraTuner:
         )
 
     kind = "adapter"
-    files = (METRICS, *(f"{ADAPTER}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)))
+    files: tuple[str, ...] = (
+        METRICS,
+        *(f"{ADAPTER}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)),
+    )
+    remedy = "try a smaller lora.learning_rate, such as a tenth of it"
 
     @property
-    def keeps_weights(self) -> bool:
-        """Whether the last checkpoint of a finished run is kept."""
-        return self._settings.keep_weights
+    def mesh(self) -> Mesh | None:
+        """Devices that the model was loaded on; None: the default one."""
+        return mesh_of(self._model.params)
 
     @property
     def notes(self) -> list[str]:
@@ -168,31 +175,6 @@ class LoraTuner:
         if self._settings.merge:
             workspace.ensure(MergedStep(self._model, workspace.root))
 
-    def run(
-        self,
-        positions: Int64[np.ndarray, " k"],
-        seed: int,
-        folder: RunFolder | None = None,
-    ) -> LoraResult:
-        """Trains on these positions, or resumes a stopped run in `folder`.
-
-        Args:
-          positions: Ascending, in the data.
-          seed: Seed of the adapter's start and of the data order.
-          folder: Where the run keeps its state; None: nowhere.
-        """
-        checks.seed(seed)
-        plan = Plan.of(self._settings, positions, seed)
-        with contextlib.ExitStack() as stack:
-            checkpoints = None
-            if folder is not None:
-                checkpoints = stack.enter_context(folder.checkpoints())
-            progress = self._start(seed, checkpoints)
-            progress = self._train(plan, progress, folder, checkpoints)
-            if checkpoints is not None:
-                checkpoints.wait()
-            return self._result(progress, len(positions))
-
     def write(self, folder: Path, result: LoraResult) -> dict[str, Any]:
         """Writes adapter and metrics of a finished run; returns a summary of its result."""
         write_adapter(result.model, folder / ADAPTER)
@@ -216,92 +198,62 @@ class LoraTuner:
             seconds=summary["seconds"],
         )
 
-    @property
-    def _is_shared(self) -> bool:
-        """Whether several processes train together."""
-        return self._mesh is not None and self._mesh.is_multi_process
+    def start(self, positions: Int64[np.ndarray, " k"], seed: int) -> LoraState:
+        """Returns the state before the first step, of an adapter that changes nothing yet."""
+        return LoraState.start(initial_adapter(self._architecture, seed), self._optimiser)
 
-    @property
-    def _mesh(self) -> Mesh | None:
-        return mesh_of(self._model.params)
+    def rates(self, steps_per_epoch: int) -> list[float]:
+        """Returns the learning rate of every step."""
+        num_steps, settings = steps_per_epoch * self.num_epochs, self._settings
+        return learning_rates(num_steps, settings.learning_rate, settings.warmup_steps)
 
-    def _start(self, seed: int, checkpoints: Checkpoints | None) -> Progress:
-        """Returns where a run begins, in all processes: new, or where the first one left it."""
-        progress = Progress.start(initial_adapter(self._architecture, seed), self._optimiser)
-        if checkpoints is not None:
-            progress = Progress.of(checkpoints.restore(progress.state)) or progress
-        if (mesh := self._mesh) is None:
-            return progress
-        return Progress.of(from_first(mesh, progress.state, progress.told)) or progress
+    def batches(
+        self, positions: Int64[np.ndarray, " k"], seed: int, epoch: int, first: int
+    ) -> Iterator[Int64[np.ndarray, " b"]]:
+        """Yields the positions of the samples of every step."""
+        order = epoch_order(positions, seed, epoch)
+        for start in range(first * self.batch_size, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
 
-    def _train(
-        self,
-        plan: Plan,
-        progress: Progress,
-        folder: RunFolder | None,
-        checkpoints: Checkpoints | None,
-    ) -> Progress:
-        num_steps = len(plan.rates)
-        bar = tqdm(
-            total=num_steps,
-            initial=progress.step,
-            desc="fine-tuning",
-            unit="step",
-            leave=False,
-            disable=hides_bar(self._progress),
-        )
-        may_stop = checkpoints is not None or self._is_shared
-        with bar, stopping.at_steps() if may_stop else contextlib.nullcontext():
-            for step in range(progress.step, num_steps):
-                progress = self._step(plan, progress, step)
-                ends = (step + 1) % plan.steps_per_epoch == 0
-                if ends:
-                    progress = progress.epoch_ended(plan, step)
-                leaves = stopping.is_due()
-                if checkpoints is not None and folder is not None:
-                    if ends or leaves or (step + 1) % self._settings.checkpoint_steps == 0:
-                        checkpoints.save(step + 1, progress.state, progress.told)
-                    if ends:
-                        folder.write_metrics(progress.history)
-                bar.update()
-                if leaves:
-                    if checkpoints is not None:
-                        checkpoints.wait()
-                    stopping.stop_together()
-        return progress
-
-    def _step(self, plan: Plan, progress: Progress, step: int) -> Progress:
-        start = time.perf_counter()
-        state, some = progress.state, plan.positions_of(step)
+    def step(
+        self, state: LoraState, batch: Int64[np.ndarray, " b"], rate: float
+    ) -> tuple[LoraState, Callable[[], EpochSums]]:
+        """Adds up the gradients of some rows after others, and takes a step of the optimiser."""
         params, settings = self._model.params, self._settings
         sums = on_every_device(params, Sums.zero(state.adapter))
         rows_at_once = whole_rows(params, settings.rows_at_once)
         batches = rows_of_step(
-            self._data, some, rows_at_once, self._max_length, packing=settings.packing
+            self._data, batch, rows_at_once, self._max_length, packing=settings.packing
         )
         num_tokens = 0
         for rows in batches:
             num_tokens += int(rows.counts.sum())
             rows = over_devices(params, rows)
             sums = add_rows(self._architecture, params, state.adapter, rows, sums)
-        loss = float(fetch(sums.loss))
-        if not np.isfinite(loss):
-            raise checks.SharedError(
-                f"fine-tuning gave a loss ({loss}) that is not finite, at step {step + 1}, "
-                f"learning rate {plan.rates[step]:g}; try a smaller lora.learning_rate, such as a "
-                "tenth of it."
-            )
         state = take_step(
-            self._optimiser,
-            state,
-            sums.gradients,
-            jnp.float32(num_tokens),
-            jnp.float32(plan.rates[step]),
+            self._optimiser, state, sums.gradients, jnp.float32(num_tokens), jnp.float32(rate)
         )
-        num_read = sum(len(self._data.tokens[i]) for i in some)
-        return progress.after(state, loss, num_tokens, num_read, time.perf_counter() - start)
+        loss, num_read = sums.loss, sum(len(self._data.tokens[i]) for i in batch)
+        return state, lambda: {
+            "loss": float(fetch(loss)),
+            "num_tokens": num_tokens,
+            "num_read": num_read,
+        }
 
-    def _result(self, progress: Progress, num_kept: int) -> LoraResult:
+    def line(self, progress: Progress, rate: float) -> dict[str, Any]:
+        """Returns the metrics of an epoch."""
+        epoch, sums = len(progress.history) + 1, progress.sums
+        return {
+            "epoch": epoch,
+            "step": epoch * progress.num_steps,
+            "learning_rate": rate,
+            "train_loss": sums["loss"] / sums["num_tokens"],
+            "tokens_per_s": round(sums["num_read"] / sums["elapsed_s"], 1),
+            "elapsed_s": round(progress.elapsed_s, 3),
+        }
+
+    def result(self, progress: Progress, positions: Int64[np.ndarray, " k"]) -> LoraResult:
+        """Returns model and history, and tests; ValueError if the adapter is not finite."""
         model = self._model.with_adapter(self._settings.adapter, progress.state.adapter)
         _check_finite(progress)
         test_loss = None
@@ -310,7 +262,7 @@ class LoraTuner:
                 model, self._test, tokens_per_batch=self._tokens_per_batch
             ).astype(np.float64)
             test_loss = float(np.average(losses, weights=self._test.num_response))
-        return LoraResult(model, num_kept, test_loss, progress.history, progress.elapsed_s)
+        return LoraResult(model, len(positions), test_loss, progress.history, progress.elapsed_s)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -389,15 +389,15 @@ def test_half_precision_encoders_are_trained_in_float32(small_sample):
 def test_a_linear_probe_on_disk_goes_on(sample_encoder, small_sample, tmp_path, monkeypatch):
     arguments = {**FAST, "epochs": 4, "settings": HEAD_ONLY}
     undisturbed = dlc.finetune(sample_encoder, small_sample, **arguments)
-    real = Finetuner._epoch
+    real = Finetuner.batches
 
-    def stops(self, progress, positions, seed, epoch):
+    def stops(self, positions, seed, epoch, first):
         if epoch == 3:
             raise KeyboardInterrupt
-        return real(self, progress, positions, seed, epoch)
+        return real(self, positions, seed, epoch, first)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "_epoch", stops)
+        patch.setattr(Finetuner, "batches", stops)
         with pytest.raises(KeyboardInterrupt):
             dlc.finetune(sample_encoder, small_sample, folder=tmp_path, **arguments)
     resumed = dlc.finetune(sample_encoder, small_sample, folder=tmp_path, **arguments)
@@ -494,26 +494,26 @@ def test_a_run_on_disk_goes_on_where_it_stopped(
     undisturbed = dlc.finetune(
         sample_encoder, small_sample, test=test_set, folder=tmp_path / "a", **arguments
     )
-    real = Finetuner._epoch
+    real = Finetuner.batches
 
-    def fails_in_the_third(self, progress, positions, seed, epoch):
+    def fails_in_the_third(self, positions, seed, epoch, first):
         if epoch == 3:
             raise RuntimeError("power cut")
-        return real(self, progress, positions, seed, epoch)
+        return real(self, positions, seed, epoch, first)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "_epoch", fails_in_the_third)
+        patch.setattr(Finetuner, "batches", fails_in_the_third)
         with pytest.raises(RuntimeError, match="power cut"):
             dlc.finetune(
                 sample_encoder, small_sample, test=test_set, folder=tmp_path / "b", **arguments
             )
     epochs = []
 
-    def counted(self, progress, positions, seed, epoch):
+    def counted(self, positions, seed, epoch, first):
         epochs.append(epoch)
-        return real(self, progress, positions, seed, epoch)
+        return real(self, positions, seed, epoch, first)
 
-    monkeypatch.setattr(Finetuner, "_epoch", counted)
+    monkeypatch.setattr(Finetuner, "batches", counted)
     resumed = dlc.finetune(
         sample_encoder, small_sample, test=test_set, folder=tmp_path / "b", **arguments
     )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +21,10 @@ from dlc_jax.training.images import (
     RecordConfig,
     Recorder,
     record_training,
+    recorder,
 )
+from dlc_jax.training.loop import train
+from dlc_jax.training.order import epoch_order
 from dlc_jax.types import Conventions, TrainingRecord
 from dlc_jax.workspace.checkpoints import Checkpoints
 
@@ -49,13 +53,13 @@ def assert_same_weights(one: dlc.RunResult, two: dlc.RunResult) -> None:
 @pytest.fixture
 def results(monkeypatch) -> list[tuple[int, dlc.RunResult]]:
     """Takes seed and result of every run."""
-    found, real = [], Finetuner.run
+    found, real = [], recorder.train
 
-    def kept(self, positions, seed, *args, **kwargs):
-        found.append((seed, real(self, positions, seed, *args, **kwargs)))
+    def kept(trainer, positions, seed, *args, **kwargs):
+        found.append((seed, real(trainer, positions, seed, *args, **kwargs)))
         return found[-1][1]
 
-    monkeypatch.setattr(Finetuner, "run", kept)
+    monkeypatch.setattr(recorder, "train", kept)
     return found
 
 
@@ -101,6 +105,17 @@ def test_a_recorded_run_is_the_run_of_finetune(sample_encoder, small_sample, res
     assert record.class_names == small_sample.class_names
 
 
+class Listing(NamedTuple):
+    """Takes what there is to see of every epoch."""
+
+    last_epoch: int
+    seen: list
+    key = ()
+
+    def __call__(self, *told):
+        self.seen.append(told)
+
+
 def test_the_early_epoch_of_the_first_run_is_that_of_a_run_that_ends_there(
     sample_encoder, small_sample, head_record
 ):
@@ -111,14 +126,15 @@ def test_the_early_epoch_of_the_first_run_is_that_of_a_run_that_ends_there(
     positions = np.arange(60)
     for run, seed in enumerate((3, 4, 5)):
         seen = []
-        finetuner.run(positions, seed, observer=lambda *told: seen.append(told), stop_after=2)  # noqa: B023
+        train(finetuner, positions, seed, watch=Listing(2, seen))
         assert [epoch for epoch, _, _ in seen] == [1, 2]
         logits, squared_norms = finetuner.outputs(seen[-1][1], positions)
         np.testing.assert_array_equal(head_record.early_logits[run], logits)
         np.testing.assert_array_equal(head_record.early_squared_norms[run], squared_norms)
         if run == 0:
-            for epoch, _, correct in seen:
-                np.testing.assert_array_equal(head_record.correct[epoch - 1], correct)
+            for epoch, _, sums in seen:
+                correct = head_record.correct[epoch - 1][epoch_order(positions, seed, epoch)]
+                assert "".join("1" if one else "0" for one in correct) == sums["correct"]
 
 
 def test_a_recorded_linear_probe_is_finetunes(sample_encoder, small_sample, head_record, results):
@@ -213,13 +229,13 @@ def test_a_stopped_record_goes_on(
         with pytest.raises(Stopped):
             record_training(sample_encoder, small_sample, run=dlc.Run(tmp_path), **HEAD)
     assert not (tmp_path / "record.npz").exists()
-    epochs, epoch_of = [], Finetuner._epoch
+    epochs, batches_of = [], Finetuner.batches
 
-    def counted(self, progress, positions, seed, epoch):
+    def counted(self, positions, seed, epoch, first):
         epochs.append((seed, epoch))
-        return epoch_of(self, progress, positions, seed, epoch)
+        return batches_of(self, positions, seed, epoch, first)
 
-    monkeypatch.setattr(Finetuner, "_epoch", counted)
+    monkeypatch.setattr(Finetuner, "batches", counted)
     record = record_training(sample_encoder, small_sample, run=dlc.Run(tmp_path), **HEAD)
     assert_same(record, head_record)
     order = [(3, 1), (3, 2), (3, 3), (3, 4), (4, 1), (4, 2), (5, 1), (5, 2)]
@@ -240,7 +256,7 @@ def test_a_finished_record_is_read(
     assert len(lines) == 4
     assert json.loads(lines[-1])["elapsed_s"] > 0
     with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "_epoch", None)
+        patch.setattr(Finetuner, "batches", None)
         again = record_training(sample_encoder, small_sample, run=dlc.Run(tmp_path), **HEAD)
     assert_same(again, record)
     assert again.seconds == record.seconds

@@ -14,8 +14,10 @@ import dlc_jax as dlc
 from dlc_jax.encoders.projection import TARGETS, Adapter
 from dlc_jax.exports.peft import load_adapter, write_adapter, write_merged
 from dlc_jax.preprocess.tokens import Tokenised
+from dlc_jax.training.loop import train
 from dlc_jax.training.lora.settings import LoraConfig, learning_rates
-from dlc_jax.training.lora.tuner import LoraTuner, initial_adapter
+from dlc_jax.training.lora.step import initial_adapter
+from dlc_jax.training.lora.tuner import LoraTuner
 from dlc_jax.types import by_path
 
 FAMILIES = {
@@ -165,7 +167,7 @@ def test_twenty_steps_are_those_of_peft(
     )
     model = dlc.load_language_model(str(folders[family]), dtype="float32")
     tuner = LoraTuner(model, data, settings)
-    result = tuner.run(np.arange(len(data)), seed=3)
+    result = train(tuner, np.arange(len(data)), seed=3)
     start = initial_adapter(tuner._architecture, 3)
     theirs = peft_of(folders[family], settings, start)
     plan = [

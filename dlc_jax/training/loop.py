@@ -1,0 +1,308 @@
+"""The loop of fine-tuning: steps and epochs, resumed where a run was stopped, and kept on disk."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int64
+from tqdm import tqdm
+
+from dlc_jax import checks
+from dlc_jax.distributed import from_first, hides_bar, stopping
+from dlc_jax.training.folder import STOPPED, RunFolder
+from dlc_jax.types import Selection
+from dlc_jax.workspace import Workspace
+from dlc_jax.workspace.checkpoints import Checkpoints
+
+Result = TypeVar("Result")
+EpochSums = dict[str, Any]  # numbers, and texts that grow
+_STEPS_LATE = 2  # sums of a step are waited for so late, so that the device is never idle
+
+
+class Progress(NamedTuple):
+    """A run after some of its steps.
+
+    Attributes:
+      state: All that a step changes.
+      history: A line per finished epoch.
+      sums: Added up over the steps of the epoch after these: `num_steps`, `elapsed_s`, `loss`, and
+        what else the trainer adds; empty before the first one.
+    """
+
+    state: Any
+    history: list[dict[str, Any]]
+    sums: EpochSums
+
+    @classmethod
+    def of(cls, state: Any, told: list[dict[str, Any]]) -> Progress:
+        """Returns what a checkpoint holds."""
+        if told and "num_steps" in told[-1]:
+            return cls(state, told[:-1], told[-1])
+        return cls(state, told, {})
+
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        """For a checkpoint: the lines, and last the sums, if any."""
+        return [*self.history, self.sums] if self.sums else self.history
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps since the last finished epoch."""
+        return int(self.sums.get("num_steps", 0))
+
+    @property
+    def elapsed_s(self) -> float:
+        """Time of all steps."""
+        of_epochs = self.history[-1].get("elapsed_s", 0.0) if self.history else 0.0
+        return of_epochs + self.sums.get("elapsed_s", 0.0)
+
+
+@runtime_checkable
+class Trainer(Protocol[Result]):
+    """Fine-tunes on subsets of one data set.
+
+    Attributes:
+      kind: Kind of result; see `Step`.
+      files: Files that every finished run has in its folder.
+      keeps_weights: Whether the last checkpoint of a finished run is kept.
+      num_epochs: Passes over the kept samples.
+      batch_size: Samples per step.
+      checkpoint_steps: Steps between checkpoints, which are numbered by steps; 0: there is one
+        after every epoch, and they are numbered by epochs.
+      shows_bars: Whether to show bars.
+      remedy: What to try where a loss is not finite.
+      mesh: Devices; None: the default one.
+      fingerprint: SHA-256 over all that its runs have in common.
+      notes: What the user should know before the first run.
+    """
+
+    kind: str
+    files: tuple[str, ...]
+    keeps_weights: bool
+    num_epochs: int
+    batch_size: int
+    checkpoint_steps: int
+    shows_bars: bool
+    remedy: str
+
+    @property
+    def mesh(self) -> Mesh | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def notes(self) -> list[str]: ...
+
+    def positions(self, kept: Selection, /) -> Int64[np.ndarray, " k"]:
+        """Returns where the kept samples are in the data set."""
+        ...
+
+    def start(self, positions: Int64[np.ndarray, " k"], seed: int, /) -> Any:
+        """Returns the state before the first step."""
+        ...
+
+    def rates(self, steps_per_epoch: int, /) -> list[float]:
+        """Returns the learning rate of every step of a run."""
+        ...
+
+    def batches(
+        self, positions: Int64[np.ndarray, " k"], seed: int, epoch: int, first: int, /
+    ) -> Iterator[Any]:
+        """Yields the batches of an epoch but for the first ones; epochs count from 1."""
+        ...
+
+    def step(self, state: Any, batch: Any, rate: float, /) -> tuple[Any, Callable[[], EpochSums]]:
+        """Takes a step; returns the new state, and what waits for the step's part of the sums."""
+        ...
+
+    def line(self, progress: Progress, rate: float, /) -> dict[str, Any]:
+        """Returns the metrics of an epoch all of whose steps are done, `elapsed_s` among them."""
+        ...
+
+    def result(self, progress: Progress, positions: Int64[np.ndarray, " k"], /) -> Result:
+        """Returns what a run ends with."""
+        ...
+
+    def write(self, folder: Path, result: Result, /) -> dict[str, Any]:
+        """Writes the files of a finished run; returns a summary of its result."""
+        ...
+
+    def said(self, result: Result, /) -> str:
+        """Returns the line to print at the end of a run."""
+        ...
+
+    def complete(self, workspace: Workspace, /) -> None:
+        """Adds to the folder of a finished run what is asked for besides."""
+        ...
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """Sees every epoch of a run before the epoch's checkpoint counts; its time is the epoch's.
+
+    Attributes:
+      last_epoch: Epoch that the run ends after, on the schedule of all.
+      key: What decides what it keeps.
+    """
+
+    @property
+    def last_epoch(self) -> int: ...
+    @property
+    def key(self) -> list[Any]: ...
+
+    def __call__(self, epoch: int, state: Any, sums: EpochSums, /) -> None:
+        """Takes the state after an epoch, and the sums over its steps."""
+        ...
+
+
+def train(
+    trainer: Trainer[Result],
+    positions: Int64[np.ndarray, " k"],
+    seed: int,
+    folder: RunFolder | None = None,
+    watch: Watch | None = None,
+) -> Result:
+    """Trains on some samples, or resumes a run that was stopped.
+
+    On a mesh of several processes all of them call this, and the first alone gives a folder.
+
+    Args:
+      trainer: What trains.
+      positions: Kept samples, ascending, in the data set.
+      seed: Seed of the first state, data order and augmentation.
+      folder: Where the run keeps its state; None: nowhere.
+      watch: Sees every epoch.
+    """
+    checks.seed(seed)
+    progress, mesh = Progress(trainer.start(positions, seed), [], {}), trainer.mesh
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if folder is not None:
+            checkpoints = stack.enter_context(folder.checkpoints())
+            progress = _restored(progress, folder, checkpoints)
+        if mesh is not None:
+            progress = Progress.of(*from_first(mesh, progress.state, progress.told))
+        # what is kept nowhere need not be brought to an end
+        if folder is not None or (mesh is not None and mesh.is_multi_process):
+            stack.enter_context(stopping.at_steps())
+        steps_per_epoch = -(-len(positions) // trainer.batch_size)
+        rates = trainer.rates(steps_per_epoch)
+        loop = _Loop(trainer, positions, seed, steps_per_epoch, rates, folder, checkpoints, watch)
+        last = trainer.num_epochs if watch is None else watch.last_epoch
+        while len(progress.history) < last:
+            progress = loop.epoch(progress)
+    return trainer.result(progress, positions)
+
+
+def not_finite(what: str, step: int, rate: float, remedy: str) -> checks.SharedError:
+    """Returns the error of a run that has gone astray."""
+    return checks.SharedError(
+        f"fine-tuning gave {what} not finite, at step {step}, learning rate {rate:g}; {remedy}."
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Loop:
+    """What the epochs of a run share; see `train`."""
+
+    trainer: Trainer[Any]
+    positions: Int64[np.ndarray, " k"]
+    seed: int
+    steps_per_epoch: int
+    rates: list[float]
+    folder: RunFolder | None
+    checkpoints: Checkpoints | None
+    watch: Watch | None
+
+    def epoch(self, progress: Progress) -> Progress:
+        """Takes the steps of an epoch that are not done yet."""
+        trainer, epoch, done = self.trainer, len(progress.history) + 1, progress.num_steps
+        before = (epoch - 1) * self.steps_per_epoch
+        bar = tqdm(
+            trainer.batches(self.positions, self.seed, epoch, done),
+            f"epoch {epoch}/{trainer.num_epochs}",
+            self.steps_per_epoch,
+            initial=done,
+            unit="step",
+            leave=False,
+            disable=hides_bar(trainer.shows_bars),
+        )
+        (state, history, sums), pending = progress, collections.deque[tuple[int, Any]]()
+        start = time.perf_counter()
+        for step, batch in enumerate(bar, start=before + done + 1):
+            state, added = trainer.step(state, batch, self.rates[step - 1])
+            pending.append((step, added))
+            ends, leaves = step == before + self.steps_per_epoch, stopping.is_due()
+            every = trainer.checkpoint_steps
+            saves = ends or (every > 0 and step % every == 0)
+            while len(pending) > (0 if saves or leaves else _STEPS_LATE):
+                sums = self._added(sums, *pending.popleft())
+            if not (saves or leaves):
+                continue
+            sums = _plus(sums, {"elapsed_s": time.perf_counter() - start})
+            progress = Progress(state, history, sums)
+            if ends:
+                progress = self._ended(progress, self.rates[step - 1])
+            if saves:
+                self._save(progress, step)
+            if leaves:
+                self._leave(progress, step, is_saved=saves)
+            start = time.perf_counter()
+        return progress
+
+    def _added(self, sums: EpochSums, step: int, added: Callable[[], EpochSums]) -> EpochSums:
+        """Returns the sums with the part of a step."""
+        more = {"num_steps": 1, **added()}
+        if not math.isfinite(loss := more["loss"]):
+            what = f"a loss ({loss}) that is"
+            raise not_finite(what, step, self.rates[step - 1], self.trainer.remedy)
+        return _plus(sums, more)
+
+    def _ended(self, progress: Progress, rate: float) -> Progress:
+        """Returns the progress with the line of an epoch, once it was watched."""
+        line = self.trainer.line(progress, rate)
+        if self.watch is not None:
+            start = time.perf_counter()
+            self.watch(line["epoch"], progress.state, progress.sums)
+            line["elapsed_s"] = round(line["elapsed_s"] + time.perf_counter() - start, 3)
+        return Progress(progress.state, [*progress.history, line], {})
+
+    def _save(self, progress: Progress, step: int) -> None:
+        """Keeps a run that goes on."""
+        if self.folder is not None and self.checkpoints is not None:
+            number = step if self.trainer.checkpoint_steps else len(progress.history)
+            self.checkpoints.save(number, progress.state, progress.told)
+            if not progress.sums:
+                self.folder.write_metrics(progress.history)
+
+    def _leave(self, progress: Progress, step: int, *, is_saved: bool) -> NoReturn:
+        """Keeps a run that has to stop, and stops."""
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        if self.folder is not None and not is_saved:
+            with self.folder.checkpoints(STOPPED) as stopped:
+                stopped.save(step, progress.state, progress.told)
+        stopping.stop_together()
+
+
+def _restored(new: Progress, folder: RunFolder, checkpoints: Checkpoints) -> Progress:
+    """Returns how far a run is on disk: after its last checkpoint, or where it was stopped."""
+    found = [checkpoints.restore(new.state)]
+    if folder.stopped.is_dir():
+        with folder.checkpoints(STOPPED) as stopped:
+            found.append(stopped.restore(new.state))
+    there = [new, *(Progress.of(*saved) for saved in found if saved is not None)]
+    return max(there, key=lambda progress: (len(progress.history), progress.num_steps))
+
+
+def _plus(sums: EpochSums, more: EpochSums) -> EpochSums:
+    added = {name: sums[name] + value for name, value in more.items() if name in sums}
+    return {**sums, **more, **added}

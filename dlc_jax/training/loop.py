@@ -106,7 +106,7 @@ class Trainer(Protocol[Result]):
         ...
 
     def start(self, positions: Int64[np.ndarray, " k"], seed: int, /) -> Any:
-        """Returns the state before the first step."""
+        """Returns the state before the first step, a tree of JAX arrays."""
         ...
 
     def rates(self, steps_per_epoch: int, /) -> list[float]:

@@ -140,7 +140,7 @@ class RowTrainer:
         return np.flatnonzero(np.isin(self._train.ids, kept.ids))
 
     def start(self, positions, seed):
-        return jnp.zeros((2, self._train.features.shape[1]))
+        return {"sums": jnp.zeros((2, self._train.features.shape[1]))}
 
     def rates(self, steps_per_epoch):
         return [1.0] * (steps_per_epoch * self.num_epochs)
@@ -152,14 +152,17 @@ class RowTrainer:
     def step(self, state, batch, rate):
         features, labels = self._train.features[batch], self._train.labels[batch]
         sums = [features[labels == label].sum(axis=0) for label in (0, 1)]
-        return state + jnp.stack(sums), lambda: {"loss": 0.0, "num_rows": len(batch)}
+        return {"sums": state["sums"] + jnp.stack(sums)}, lambda: {
+            "loss": 0.0,
+            "num_rows": len(batch),
+        }
 
     def line(self, progress, rate):
         return {"epoch": len(progress.history) + 1, **progress.sums}
 
     def result(self, progress, positions):
         counts = np.bincount(self._train.labels[positions], minlength=2)
-        means = np.asarray(progress.state) / (self.num_epochs * counts[:, None])
+        means = np.asarray(progress.state["sums"]) / (self.num_epochs * counts[:, None])
         distances = np.square(self._test.features[:, None] - means).sum(axis=2)
         right = distances.argmin(axis=1) == self._test.labels
         return Nearest(100 * float(right.mean()), len(positions), progress.history)

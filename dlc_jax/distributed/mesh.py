@@ -53,9 +53,9 @@ def make_mesh(
 def use_all_cores() -> None:
     """Makes a CPU device of every core, up to 8, before JAX has looked for devices.
 
-    A batch per core is scored faster than one batch by all cores (BUILD_NOTES, "A device per
-    core"). Nothing is changed where the number of CPU devices was chosen already, by
-    `JAX_NUM_CPU_DEVICES` or in `XLA_FLAGS`, and GPUs are used as before.
+    A batch per core is scored faster than one batch by all cores (docs/log/speed.md).
+    Nothing is changed where the number of CPU devices was chosen already, by `JAX_NUM_CPU_DEVICES`
+    or in `XLA_FLAGS`, and GPUs are used as before.
     """
     chosen = os.environ.get("JAX_NUM_CPU_DEVICES") or _FORCED in os.environ.get("XLA_FLAGS", "")
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 # Up to this many output positions (4 x 4) XLA's CPU convolution loses to one matmul over gathered
-# patches, at 2 x 2 by a factor of 98 (BUILD_NOTES, "Convolution on CPU").
+# patches, at 2 x 2 by a factor of 98 (docs/log/parity.md).
 _MAX_MATMUL_POSITIONS = 16
 
 
@@ -73,7 +73,7 @@ def max_pool(x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow i"]:
     """3 x 3 maximum, stride 2, padding 1.
 
     As maxima of shifted slices: XLA's windowed maximum takes fourteen times longer to differentiate
-    on CPU (BUILD_NOTES, "Training step on CPU"). Among equals the gradient goes to the first in
+    on CPU (docs/log/fine-tuning.md). Among equals the gradient goes to the first in
     row order, as in torch.
     """
     padding = ((0, 0), (1, 1), (1, 1), (0, 0))

@@ -22,7 +22,7 @@ from dlc_jax.types import KEEP_FRACTIONS, ProbeLosses
 
 _EXPONENTS = np.linspace(0.5, 0.95, 10)  # 0.5: increments do not depend on each other
 _EXPONENT = 0.75  # of two probes, which cannot tell; measured: 0.7 to 0.85
-_SMOOTHER = 0.5  # of the logarithm of deviations; measured, see BUILD_NOTES, "Certificate"
+_SMOOTHER = 0.5  # of the logarithm of deviations; measured, see docs/log/speed.md
 _NUM_SAMPLES = 20_000  # of large sets, so many are looked at
 _FINER = 4  # of a whole path, the comparison is with so many times the probes
 

@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16")
 _WHOLE = P()
 
 # XLA:CPU gives convolutions and matmuls to YNNPACK, which takes longer over them than XLA's own way
-# (BUILD_NOTES, "encoders without YNNPACK"). jaxlib knows the option from 0.9.0 on; what other
+# (docs/log/speed.md). jaxlib knows the option from 0.9.0 on; what other
 # platforms compile does not depend on it. JAX traces no program with options inside another.
 COMPILER_OPTIONS: dict[str, str | bool] | None = (
     {"xla_cpu_experimental_ynn_fusion_type": ""}  # of nothing

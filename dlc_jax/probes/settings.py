@@ -47,7 +47,7 @@ class Compute:
     def images_per_call(self, image_size: int) -> int:
         """Returns how many images a program call takes.
 
-        Source of `auto`: BUILD_NOTES, "A device per core".
+        Source of `auto`: docs/log/speed.md.
         """
         if not isinstance(self.batch_size, str):
             return self.batch_size
@@ -59,7 +59,7 @@ class Compute:
         """Returns how many probes to map side by side: at most `chunk`, more than half of it.
 
         Within that range, the number that leaves the fewest places of the last chunk empty. `auto`
-        is one after another: on CPU that is fastest for every architecture (BUILD_NOTES, "Chunk"),
+        is one after another: on CPU that is fastest for every architecture (docs/log/parity.md),
         since side by side convolutions become grouped ones and matmuls batched ones. Other backends
         take the same until they are measured.
         """

@@ -30,7 +30,7 @@ MILESTONES = (0.5, 0.75)
 def pretrained_resnet(timm):
     """The bundled encoder in timm. From random weights float32 and float64 torch part as well:
 
-    a sign that flips in a ReLU moves everything after some steps (BUILD_NOTES, "Trajectories").
+    a sign that flips in a ReLU moves everything after some steps (docs/log/fine-tuning.md).
     """
     from safetensors.torch import load_file
 

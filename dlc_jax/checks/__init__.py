@@ -7,6 +7,7 @@ from dlc_jax.checks.errors import (
     first_line,
     joined,
     listed,
+    problems,
     shortened,
 )
 from dlc_jax.checks.samples import (
@@ -70,6 +71,7 @@ __all__ = [
     "optimiser",
     "positions",
     "probabilities_fit_labels",
+    "problems",
     "prototypes_can_differ",
     "scores_fit_labels",
     "seed",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dlc_jax.checks.escaping import visible
@@ -33,6 +33,11 @@ def first_line(error: BaseException) -> str:
 def listed(names: Iterable[Any]) -> str:
     """Returns the names separated by commas; of more than ten, ten and how many more."""
     return joined(names, ", ")
+
+
+def problems(found: Mapping[str, Collection[Any]]) -> str:
+    """Returns what is wrong and where, such as `missing: a, b; unused: c`; "" if nothing is."""
+    return "; ".join(f"{what}: {listed(where)}" for what, where in found.items() if where)
 
 
 def joined(names: Iterable[Any], separator: str) -> str:

@@ -23,6 +23,7 @@ from dlc_jax.encoders.encoder import (
     precision_of,
     split_statistics,
 )
+from dlc_jax.encoders.stored_tensors import Table
 from dlc_jax.encoders.weights import assign, read_checkpoint, without_prefix
 
 __all__ = [
@@ -53,7 +54,7 @@ class Architecture(NamedTuple):
 
     build: Callable[[Mapping[str, tuple[int, ...]]], nnx.Module]
     image_size: Callable[[Mapping[str, tuple[int, ...]]], int | None]
-    names: tuple[tuple[str, str], ...]
+    names: Table
     ignored: tuple[str, ...]
     is_prunable: Callable[[str], bool]
     mean: tuple[float, ...]
@@ -149,7 +150,10 @@ def load_encoder(
         graph, state = _abstract(architecture, checkpoint.shapes)
     try:
         params = assign(
-            checkpoint, nnx.to_pure_dict(state), architecture.names, architecture.ignored
+            checkpoint.tensors,
+            nnx.to_pure_dict(state),
+            architecture.names,
+            architecture.ignored,
         )
     except checks.InputError as error:
         stated = checkpoint.config.get("architecture")

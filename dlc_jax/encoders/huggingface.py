@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.distributed import place
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import ACTIVATIONS, DecoderConfig, RopeScaling
 from dlc_jax.encoders.stored_tensors import (
-    StoredTensor,
+    AS_IT_IS,
+    LINEAR,
+    Stored,
+    Table,
     are_equal,
     has_weights,
+    misfits,
+    names_of,
     num_blocks,
-    read_tensor,
+    read_tensors,
     stored_tensors,
 )
 from dlc_jax.encoders.transformers_library import transformers_library
-from dlc_jax.encoders.weights import opened
 from dlc_jax.files.json_files import read_json
 from dlc_jax.types import Params, by_path, path_name
 
@@ -45,22 +46,25 @@ _SIZES = (
     "sliding_window",
 )
 
-# Path here -> name in a checkpoint; the first full match counts.
-_NAMES = (
-    (r"embedding/embedding", _EMBEDDING),
-    (r"norm/scale", "model.norm.weight"),
-    (r"head/kernel", _HEAD),
-    (r"blocks/(\d+)/attn/(\w+)/kernel", r"model.layers.\1.self_attn.\2.weight"),
-    (r"blocks/(\d+)/mlp/(\w+)/kernel", r"model.layers.\1.mlp.\2.weight"),
-    (r"blocks/(\d+)/attn_norm/scale", r"model.layers.\1.input_layernorm.weight"),
+_LAYER = r"model.layers.\1"
+_NAMES: Table = (
+    (r"embedding/embedding", _EMBEDDING, AS_IT_IS),
+    (r"norm/scale", "model.norm.weight", AS_IT_IS),
+    (r"head/kernel", _HEAD, LINEAR),
+    (r"blocks/(\d+)/attn/(\w+)/kernel", rf"{_LAYER}.self_attn.\2.weight", LINEAR),
+    (r"blocks/(\d+)/mlp/(\w+)/kernel", rf"{_LAYER}.mlp.\2.weight", LINEAR),
+    (r"blocks/(\d+)/attn_norm/scale", rf"{_LAYER}.input_layernorm.weight", AS_IT_IS),
 )
-_PLAIN_NORMS = (
-    (r"blocks/(\d+)/mlp_norm/scale", r"model.layers.\1.post_attention_layernorm.weight"),
-)
-_SANDWICH_NORMS = (
-    (r"blocks/(\d+)/attn_norm_after/scale", r"model.layers.\1.post_attention_layernorm.weight"),
-    (r"blocks/(\d+)/mlp_norm/scale", r"model.layers.\1.pre_feedforward_layernorm.weight"),
-    (r"blocks/(\d+)/mlp_norm_after/scale", r"model.layers.\1.post_feedforward_layernorm.weight"),
+_AFTER_ATTENTION = rf"{_LAYER}.post_attention_layernorm.weight"
+_PLAIN_NORMS: Table = ((r"blocks/(\d+)/mlp_norm/scale", _AFTER_ATTENTION, AS_IT_IS),)
+_SANDWICH_NORMS: Table = (
+    (r"blocks/(\d+)/attn_norm_after/scale", _AFTER_ATTENTION, AS_IT_IS),
+    (r"blocks/(\d+)/mlp_norm/scale", rf"{_LAYER}.pre_feedforward_layernorm.weight", AS_IT_IS),
+    (
+        r"blocks/(\d+)/mlp_norm_after/scale",
+        rf"{_LAYER}.post_feedforward_layernorm.weight",
+        AS_IT_IS,
+    ),
 )
 _IGNORED = (r".*rotary_emb\.inv_freq",)  # what old checkpoints hold besides weights
 
@@ -241,74 +245,33 @@ def read_params(
     """
     config, shapes = architecture.config, architecture.abstract_params()
     expected, tensors = by_path(shapes), stored_tensors(folder)
-    names = torch_names(config, expected)
+    names = stored_names(config, expected)
     if config.tied and _EMBEDDING not in tensors:  # then transformers uses the head for both
-        names = {path: _HEAD if name == _EMBEDDING else name for path, name in names.items()}
-    _check_tensors(folder, config, {names[path]: leaf for path, leaf in expected.items()}, tensors)
-    params: dict[str, jax.Array] = {}
-    not_finite = []
-    with contextlib.ExitStack() as stack:
-        paths = sorted({tensor.file for tensor in tensors.values()})
-        shards = {path: stack.enter_context(opened(path)) for path in paths}
-        for path, leaf in expected.items():
-            name = names[path]
-            value = read_tensor(shards[tensors[name].file], name)
-            with np.errstate(over="ignore"):  # what float16 cannot hold is refused below
-                value = value.astype(leaf.dtype)
-            if not np.isfinite(value.astype(np.float32)).all():
-                not_finite.append(name)
-            value = value.T if path.endswith("kernel") else value  # torch's [out, in]
-            where = None if sharding_of is None else sharding_of(path, leaf.shape)
-            params[path] = place(value, where)
+        names["embedding/embedding"] = Stored(_HEAD, AS_IT_IS)
+    ignored = [*_IGNORED, re.escape(_HEAD)] if config.tied else _IGNORED
+    wrong = misfits(expected, names, tensors, ignored)
+    misshaped = []
+    for path in wrong.misshaped:
+        name, axes = names[path]
+        shape = expected[path].shape
+        misshaped.append(f"{name} {tensors[name].shape}, not {shape[::-1] if axes else shape}")
+    problems = {
+        "tensors without a place": sorted(wrong.unused),
+        "tensors that are missing": [names[path].name for path in wrong.missing],
+        "tensors of another shape": sorted(misshaped),
+    }
+    _refuse(folder, problems)
+    params, not_finite = read_tensors(expected, names, tensors, sharding_of)
     _refuse(folder, {f"tensors with NaN or infinity in {architecture.dtype}": not_finite})
     return jax.tree_util.tree_map_with_path(lambda path, _: params[path_name(path)], shapes)
 
 
-def _check_tensors(
-    folder: Path,
-    config: DecoderConfig,
-    expected: Mapping[str, jax.ShapeDtypeStruct],
-    tensors: Mapping[str, StoredTensor],
-) -> None:
-    """Raises ValueError unless every parameter has a tensor of its shape, and nothing is left."""
-    ignored = [*_IGNORED, re.escape(_HEAD)] if config.tied else _IGNORED
-    unused = [
-        name
-        for name in sorted(tensors.keys() - expected.keys())
-        if not any(re.fullmatch(pattern, name) for pattern in ignored)
-    ]
-    missing = [name for name in expected if name not in tensors]
-    misshaped = []
-    for name in expected.keys() & tensors.keys():
-        shape, wanted = tensors[name].shape, expected[name].shape
-        if name != _EMBEDDING and not (config.tied and name == _HEAD):
-            wanted = wanted[::-1]  # torch's [out, in]
-        if shape != wanted:
-            misshaped.append(f"{name} {shape}, not {wanted}")
-    problems = {
-        "tensors without a place": unused,
-        "tensors that are missing": missing,
-        "tensors of another shape": sorted(misshaped),
-    }
-    _refuse(folder, problems)
-
-
-def torch_names(config: DecoderConfig, paths: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the name of each path in a Hugging Face checkpoint."""
-    table = _NAMES + (_SANDWICH_NORMS if config.sandwich else _PLAIN_NORMS)
-    found = {}
-    for path in paths:
-        match, template = next(
-            (match, template)
-            for pattern, template in table
-            if (match := re.fullmatch(pattern, path))
-        )
-        found[path] = match.expand(template)
-    return found
+def stored_names(config: DecoderConfig, paths: Iterable[str]) -> dict[str, Stored]:
+    """Returns how each path is stored in a Hugging Face checkpoint."""
+    return names_of(_NAMES + (_SANDWICH_NORMS if config.sandwich else _PLAIN_NORMS), paths)
 
 
 def _refuse(folder: Path, problems: Mapping[str, list[str]]) -> None:
     """Raises ValueError with everything that is wrong, if anything is."""
-    shown = {what: checks.listed(which) for what, which in problems.items() if which}
-    if found := "; ".join(f"{what}: {which}" for what, which in shown.items()):
+    if found := checks.problems(problems):
         raise checks.InputError(f"{folder}: {found}.")

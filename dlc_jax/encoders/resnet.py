@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dlc_jax.encoders.layers import BatchNorm, Conv, max_pool
+from dlc_jax.encoders.stored_tensors import AS_IT_IS, CONVOLUTION, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +98,12 @@ class ResNet(nnx.Module):
         return x
 
 
-# torch name -> path here; the head is not part of an encoder.
-NAMES = (
-    (r"(.*\.|)(conv\d)\.weight", r"\1\2.kernel"),
-    (r"(.*)\.downsample\.0\.weight", r"\1.downsample.conv.kernel"),
-    (r"(.*)\.downsample\.1\.(\w+)", r"\1.downsample.bn.\2"),
-    (r"(.*\.|)(bn\d)\.(\w+)", r"\1\2.\3"),
+# How parameters are stored; the head is not part of an encoder.
+NAMES: Table = (
+    (r"(.*)/downsample/conv/kernel", r"\1.downsample.0.weight", CONVOLUTION),
+    (r"(.*)/downsample/bn/(\w+)", r"\1.downsample.1.\2", AS_IT_IS),
+    (r"(.*conv\d)/kernel", r"\1.weight", CONVOLUTION),
+    (r"(.*bn\d)/(\w+)", r"\1.\2", AS_IT_IS),
 )
 IGNORED = (r"fc\.(weight|bias)", r".*\.num_batches_tracked")
 

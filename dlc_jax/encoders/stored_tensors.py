@@ -1,37 +1,177 @@
-"""The safetensors files of a Hugging Face model folder, and what their headers say."""
+"""Safetensors files, and the parameters that a table of names finds in them.
+
+A table has a row for every kind of parameter: a pattern of paths here, the tensor's name in torch,
+and torch's axes in the order that they have here. The first row whose pattern matches counts.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from dlc_jax import checks
-from dlc_jax.encoders.weights import opened
+from dlc_jax.datasets.files import regular
+from dlc_jax.distributed import place
 from dlc_jax.files.json_files import NAME, read_json
 
+WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
 _SHARD = re.compile(r"[^/\\\0]+")  # a file of the folder
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _BYTES_AT_ONCE = 64 * 2**20  # of a tensor that is compared
+
+Axes = tuple[int, ...]
+AS_IT_IS: Axes = ()
+LINEAR: Axes = (1, 0)  # [out, in] -> [in, out]
+CONVOLUTION: Axes = (2, 3, 1, 0)  # [out, in, h, w] -> [h, w, in, out]
+Table = tuple[tuple[str, str, Axes], ...]
+# Our names of the leaves of norm layers -> torch's
+_NORM_LEAVES = {"scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+class Stored(NamedTuple):
+    """How a parameter is stored.
+
+    Attributes:
+      name: In torch.
+      axes: Torch's axes in the order that they have here; empty: the same order.
+    """
+
+    name: str
+    axes: Axes
+
+    def shape_here(self, shape: Sequence[int], num_axes: int) -> tuple[int, ...]:
+        """Returns the shape here of a tensor of this shape, for a parameter of so many axes.
+
+        A convolution over patches is a linear layer here.
+        """
+        if len(shape) != len(self.axes):
+            return tuple(shape)
+        moved = tuple(shape[axis] for axis in self.axes)
+        if self.axes == CONVOLUTION and num_axes == len(LINEAR):
+            return (math.prod(moved[:-1]), moved[-1])
+        return moved
 
 
 class StoredTensor(NamedTuple):
     """Where a tensor is, and its shape as torch has it."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
+
+
+class Misfits(NamedTuple):
+    """Where stored tensors and a model differ.
+
+    Attributes:
+      unused: Names of tensors without a parameter.
+      missing: Paths of parameters without a tensor.
+      misshaped: Shapes here of tensors of another shape than the parameter, by its path.
+    """
+
+    unused: list[str]
+    missing: list[str]
+    misshaped: dict[str, tuple[int, ...]]
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Opens a safetensors file; ValueError where it, or a tensor in it, cannot be read."""
+    try:
+        # framework="flax" because NumPy's reader has no bfloat16
+        with safe_open(regular(path), framework="flax") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise checks.InputError(f"{path}: not a readable safetensors file: {error}.") from error
+
+
+def names_of(table: Table, paths: Iterable[str]) -> dict[str, Stored]:
+    """Returns how each of these parameters is stored."""
+    found = {}
+    for path in paths:
+        match, template, axes = next(
+            (match, template, axes)
+            for pattern, template, axes in table
+            if (match := re.fullmatch(pattern, path))
+        )
+        *modules, leaf = match.expand(template).replace("/", ".").split(".")
+        found[path] = Stored(".".join([*modules, _NORM_LEAVES.get(leaf, leaf)]), axes)
+    return found
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name fully matches one of the patterns."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def misfits(
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    names: Mapping[str, Stored],
+    tensors: Mapping[str, StoredTensor],
+    ignored: Collection[str] = (),
+) -> Misfits:
+    """Compares a model with the headers of stored tensors.
+
+    Args:
+      expected: Parameters by path.
+      names: How they are stored.
+      tensors: By name.
+      ignored: Patterns of names that are left out on purpose.
+    """
+    paths = {stored.name: path for path, stored in names.items()}
+    unused = [name for name in tensors if name not in paths and not matches(name, ignored)]
+    missing = [path for path in expected if names[path].name not in tensors]
+    shapes = {
+        path: names[path].shape_here(tensors[name].shape, expected[path].ndim)
+        for name in tensors
+        if (path := paths.get(name))
+    }
+    misshaped = {path: shape for path, shape in shapes.items() if shape != expected[path].shape}
+    return Misfits(unused, missing, misshaped)
+
+
+def read_tensors(
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    names: Mapping[str, Stored],
+    tensors: Mapping[str, StoredTensor],
+    sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> tuple[dict[str, jax.Array], list[str]]:
+    """Reads parameters one at a time.
+
+    Args:
+      expected, names, tensors: As for `misfits`; tensors that have the shapes of the parameters.
+      sharding_of: Path and shape -> where the parameter lies; None: on the default device.
+    Returns:
+      Parameters by path, and names of those with NaN or infinite values.
+    """
+    params, not_finite = {}, []
+    for path, leaf in expected.items():
+        name, axes = names[path]
+        with opened(tensors[name].file) as file, _on_host():
+            value = np.asarray(file.get_tensor(tensors[name].name))
+        with np.errstate(over="ignore"):  # what the type cannot hold is not finite
+            value = value.astype(leaf.dtype)
+        if not np.isfinite(value.astype(np.float32)).all():
+            not_finite.append(name)
+        value = (value.transpose(axes) if axes else value).reshape(leaf.shape)
+        where = None if sharding_of is None else sharding_of(path, leaf.shape)
+        params[path] = place(value, where)
+    return params, not_finite
 
 
 def has_weights(folder: Path) -> bool:
     """Whether the folder has weights, and not only a configuration."""
-    return (folder / _WHOLE).is_file() or (folder / _INDEX).is_file()
+    return (folder / WHOLE).is_file() or (folder / _INDEX).is_file()
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -43,11 +183,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
       ValueError: neither is there, a damaged index, a shard that is missing or does not hold what
         the index says, tensors that are not floating-point, such as those of a quantised model.
     """
-    if (folder / _WHOLE).is_file():
-        return headers(folder / _WHOLE)
+    if (folder / WHOLE).is_file():
+        return headers(folder / WHOLE)
     index = folder / _INDEX
     if not index.is_file():
-        raise checks.InputError(f"{folder}: neither {_WHOLE} nor {_INDEX} is there.")
+        raise checks.InputError(f"{folder}: neither {WHOLE} nor {_INDEX} is there.")
     table = read_json(index, {"weight_map": {NAME: _SHARD}})["weight_map"]
     shards = sorted(set(table.values()))
     if lost := [name for name in shards if not (folder / name).is_file()]:
@@ -66,23 +206,21 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def headers(path: Path) -> dict[str, StoredTensor]:
-    """Reads names and shapes of a file's tensors; ValueError where one is not floating-point."""
+def headers(path: Path, *, only_floats: bool = True) -> dict[str, StoredTensor]:
+    """Reads names and shapes of a file's tensors.
+
+    Raises:
+      ValueError: a file that cannot be read; with `only_floats` a tensor of another type.
+    """
     with opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         for name, some in slices.items():
-            if some.get_dtype() not in _FLOATS:
+            if only_floats and some.get_dtype() not in _FLOATS:
                 raise checks.InputError(
                     f"{path}: {name} is {some.get_dtype()}; expected {', '.join(_FLOATS)}, that "
                     "is, weights that are not quantised."
                 )
-        return {name: StoredTensor(path, tuple(s.get_shape())) for name, s in slices.items()}
-
-
-def read_tensor(file: Any, name: str) -> np.ndarray:
-    """Reads a tensor of an opened file to the host."""
-    with _on_host():
-        return np.asarray(file.get_tensor(name))
+        return {name: StoredTensor(path, name, tuple(s.get_shape())) for name, s in slices.items()}
 
 
 def _on_host() -> AbstractContextManager:

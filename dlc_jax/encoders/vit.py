@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dlc_jax.encoders.stored_tensors import AS_IT_IS, CONVOLUTION, LINEAR, Table
+
 _EPSILON = 1e-6
 PATCH_SIZE = 16
 
@@ -99,14 +101,13 @@ class ViT(nnx.Module):
         return self.norm(x)
 
 
-# torch name -> path here; the head is not part of an encoder.
-NAMES = (
-    (r"(cls_token|pos_embed)", r"\1"),
-    (r"patch_embed\.proj\.weight", r"patch_embed.kernel"),
-    (r"patch_embed\.proj\.bias", r"patch_embed.bias"),
-    (r"(blocks\.\d+\.(?:attn|mlp)\.\w+)\.weight", r"\1.kernel"),
-    (r"(blocks\.\d+\.(?:attn|mlp)\.\w+)\.bias", r"\1.bias"),
-    (r"(.*norm\d?)\.(weight|bias)", r"\1.\2"),
+# How parameters are stored; the head is not part of an encoder.
+NAMES: Table = (
+    (r"cls_token|pos_embed", r"\g<0>", AS_IT_IS),
+    (r"patch_embed/kernel", r"patch_embed.proj.weight", CONVOLUTION),
+    (r"patch_embed/bias", r"patch_embed.proj.bias", AS_IT_IS),
+    (r"(blocks/\d+/(?:attn|mlp)/\w+)/kernel", r"\1.weight", LINEAR),
+    (r"(.*)/(scale|bias)", r"\1.\2", AS_IT_IS),
 )
 IGNORED = (r"head\.(weight|bias)",)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from dlc_jax import checks
 from dlc_jax.distributed import fetch, on_every_device
 from dlc_jax.encoders import precision_of
 from dlc_jax.encoders.architecture import DTYPES
-from dlc_jax.encoders.huggingface import torch_names
+from dlc_jax.encoders.huggingface import stored_names
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.projection import TARGETS, Adapter
-from dlc_jax.encoders.stored_tensors import headers
-from dlc_jax.encoders.weights import opened
+from dlc_jax.encoders.stored_tensors import Stored, headers, misfits, read_tensors
 from dlc_jax.types import by_path, path_name
 from dlc_jax.workspace import artefacts, records
 
@@ -72,9 +71,10 @@ def write_adapter(model: LanguageModel, folder: str | Path) -> None:
     weights = by_path(model.architecture.abstract_adapter())
     leaves = by_path(model.params)
     names = _adapter_names(model, weights)
-    tensors = {names[path]: jnp.asarray(fetch(leaves[path]).T) for path in weights}
+    tensors = {names[path].name: jnp.asarray(fetch(leaves[path]).T) for path in weights}
     for name, tensor in tensors.items():
-        _check_finite(f"{model.name}: the adapter's {name}", tensor)
+        if not np.isfinite(np.asarray(tensor)).all():
+            raise _not_finite(f"{model.name}: the adapter's {name}")
     config = {
         "base_model_name_or_path": model.name,
         "bias": "none",
@@ -110,39 +110,38 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     adapter = _adapter_of(artefacts.read_json(path), path)
     shapes = model.architecture.with_adapter(adapter).abstract_adapter()
     names = _adapter_names(model, by_path(shapes))
-    found: dict[str, jax.Array] = {}
-    _check_tensors(model, folder / ADAPTER_WEIGHTS, names, by_path(shapes))
-    with opened(folder / ADAPTER_WEIGHTS) as file:
-        for place, name in names.items():
-            found[place] = jnp.asarray(file.get_tensor(name), jnp.float32).T
-            _check_finite(f"{folder / ADAPTER_WEIGHTS}: {name}", found[place])
+    found = _read_adapter(model, folder / ADAPTER_WEIGHTS, names, by_path(shapes))
     weights = jax.tree_util.tree_map_with_path(lambda place, _: found[path_name(place)], shapes)
     return model.with_adapter(adapter, on_every_device(model.params, weights))
 
 
-def _check_finite(name: str, tensor: jax.Array | np.ndarray) -> None:
-    if not np.isfinite(np.asarray(tensor)).all():
-        raise checks.InputError(f"{name} has NaN or infinite values; expected finite ones.")
+def _not_finite(name: str) -> checks.InputError:
+    return checks.InputError(f"{name} has NaN or infinite values; expected finite ones.")
 
 
-def _check_tensors(
+def _read_adapter(
     model: LanguageModel,
     file: Path,
-    names: Mapping[str, str],
+    names: Mapping[str, Stored],
     expected: Mapping[str, jax.ShapeDtypeStruct],
-) -> None:
-    """Raises ValueError unless the file has exactly these tensors in these shapes."""
+) -> dict[str, jax.Array]:
+    """Reads exactly these tensors in these shapes; ValueError where the file has others."""
     tensors = headers(file)
-    extra, lost = sorted(tensors.keys() - {*names.values()}), sorted({*names.values()} - {*tensors})
+    wrong = misfits(expected, names, tensors)
+    extra, lost = sorted(wrong.unused), sorted(names[path].name for path in wrong.missing)
     if extra or lost:
         raise checks.InputError(
             f"{file}: does not fit {model.name}: {len(lost)} tensors are missing "
             f"({checks.listed(lost)}), {len(extra)} have no place ({checks.listed(extra)})."
         )
-    for place, name in names.items():
-        shape, wanted = tensors[name].shape, expected[place].shape[::-1]
-        if shape != wanted:
-            raise checks.InputError(f"{file}: {name} is {shape}, expected {wanted}.")
+    for path in expected:
+        if path in wrong.misshaped:
+            name, wanted = names[path].name, expected[path].shape[::-1]
+            raise checks.InputError(f"{file}: {name} is {tensors[name].shape}, expected {wanted}.")
+    found, not_finite = read_tensors(expected, names, tensors)
+    for name in not_finite:
+        raise _not_finite(f"{file}: {name}")
+    return found
 
 
 def _adapter_of(config: Mapping[str, Any], path: Path) -> Adapter:
@@ -167,14 +166,15 @@ def _adapter_of(config: Mapping[str, Any], path: Path) -> Adapter:
     return Adapter(rank, float(alpha), tuple(sorted(targets, key=TARGETS.index)))
 
 
-def _adapter_names(model: LanguageModel, weights: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the name of each path in PEFT's file."""
+def _adapter_names(model: LanguageModel, weights: Iterable[str]) -> dict[str, Stored]:
+    """Returns how each path is stored in PEFT's file."""
     names = {}
     for path in weights:
         layer, _, matrix = path.rpartition("/")
         kernel = f"{layer}/kernel"
-        name = torch_names(model.config, {kernel: None})[kernel]
-        names[path] = f"{_PREFIX}{name.removesuffix('.weight')}.{_MATRICES[matrix]}.weight"
+        name, axes = stored_names(model.config, [kernel])[kernel]
+        name = f"{_PREFIX}{name.removesuffix('.weight')}.{_MATRICES[matrix]}.weight"
+        names[path] = Stored(name, axes)
     return names
 
 
@@ -213,8 +213,8 @@ def _write_shards(model: LanguageModel, place: Path) -> None:
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        names = torch_names(model.config, dict.fromkeys(paths))
-        tensors = {names[path]: _merged(model, leaves, path) for path in paths}
+        names = stored_names(model.config, paths)
+        tensors = {stored.name: _merged(model, leaves, path) for path, stored in names.items()}
         save_file(tensors, place / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import dlc_jax
 from dlc_jax.distributed import make_mesh, partition
 from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.huggingface import read_config, torch_names
+from dlc_jax.encoders.huggingface import read_config, stored_names
 from dlc_jax.planning.memory import weight_bytes
 from dlc_jax.types import by_path
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     leaves = by_path(Architecture(config, "float32").abstract_params())
     generator = np.random.default_rng(0)
     tensors = {}
-    for path, name in torch_names(config, leaves).items():
+    for path, (name, _) in stored_names(config, leaves).items():
         shape = leaves[path].shape
         shape = shape[::-1] if path.endswith("kernel") else shape
         tensors[name] = generator.normal(size=shape).astype(np.float32) / max(shape) ** 0.5

@@ -12,7 +12,7 @@ from conftest import require_shared
 
 from dlc_jax.datasets.instructions import instructions, load_instructions
 from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.huggingface import torch_names
+from dlc_jax.encoders.huggingface import stored_names
 from dlc_jax.encoders.language_model import load_language_model, load_tokenizer
 from dlc_jax.masking import PathSpec, exact_thresholds, masked, prunable_paths
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
@@ -318,8 +318,8 @@ def fnmatch_any(names, patterns):
 
 def test_every_parameter_has_a_name_of_its_own(models):
     leaves = by_path(models[0].params)
-    names = torch_names(models[0].config, leaves)
-    assert len(set(names.values())) == len(leaves) == 2 + 2 * 9 + 1
+    names = stored_names(models[0].config, leaves)
+    assert len({stored.name for stored in names.values()}) == len(leaves) == 2 + 2 * 9 + 1
 
 
 @pytest.fixture(scope="module")

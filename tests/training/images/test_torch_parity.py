@@ -1,6 +1,7 @@
 """Fine-tuning against torch and timm, step by step, on the same batches and initial weights."""
 
 import functools
+import tempfile
 from importlib import resources
 
 import jax
@@ -14,7 +15,7 @@ import dlc_jax as dlc
 from dlc_jax import encoders
 from dlc_jax.encoders import ENCODERS
 from dlc_jax.encoders.vit import ViTSize
-from dlc_jax.encoders.weights import Checkpoint, assign
+from dlc_jax.encoders.weights import assign, read_checkpoint
 from dlc_jax.preprocess import load_images
 from dlc_jax.training.images.batches import Batch
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
@@ -67,9 +68,14 @@ def encoder_of(name: str, model, tmp_path) -> dlc.Encoder:
 
 def as_ours(name: str, model, like) -> dict[str, np.ndarray]:
     """The encoder's and the head's tensors of a timm model, by our paths and in our layout."""
-    tensors = {key: value.detach().numpy().copy() for key, value in model.state_dict().items()}
+    from safetensors.torch import save_file
+
     architecture = ENCODERS[name]
-    params = assign(Checkpoint("timm", tensors, {}), like, architecture.names, architecture.ignored)
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/model.safetensors"
+        save_file(model.state_dict(), file)
+        tensors = read_checkpoint(file).tensors
+        params = assign(tensors, like, architecture.names, architecture.ignored)
     head = model.get_classifier()
     found = {path: np.asarray(leaf) for path, leaf in by_path(params).items()}
     found["head/kernel"] = head.weight.detach().numpy().T.copy()

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import jax
 
+from dlc_jax.planning.image_costs import ImageCosts
 from dlc_jax.planning.image_memory import num_features
-from dlc_jax.planning.image_work import ImageWork
 from dlc_jax.planning.machine import is_processor, num_here, resident_bytes
 from dlc_jax.planning.memory import Memory, tree_bytes
 from dlc_jax.preprocess import ImageCache
@@ -21,7 +21,7 @@ _SORTED = 12  # bytes for each weight while thresholds are found
 _CHECKED = 2  # bytes for each loss while they are checked
 
 
-def scoring_parts(work: ImageWork) -> list[Memory]:
+def scoring_parts(work: ImageCosts) -> list[Memory]:
     """Returns the memory of a process that scores; what the cache has is mapped, not held."""
     dataset, probe = work.dataset, work.config.probe
     num_losses = int(probe.num_probes) * len(dataset)
@@ -40,7 +40,7 @@ def scoring_parts(work: ImageWork) -> list[Memory]:
     ]
 
 
-def finetuning_parts(work: ImageWork) -> list[Memory]:
+def finetuning_parts(work: ImageCosts) -> list[Memory]:
     """Returns the memory of a process that fine-tunes."""
     settings, size = work.config.finetune, work.config.encoder.image_size
     image = 3 * size**2
@@ -63,7 +63,7 @@ def finetuning_parts(work: ImageWork) -> list[Memory]:
     ]
 
 
-def _always(work: ImageWork) -> list[Memory]:
+def _always(work: ImageCosts) -> list[Memory]:
     listing = work.dataset.ids.nbytes + work.dataset.labels.nbytes
     return [
         Memory("programs, libraries, encoder", max(0, resident_bytes() - listing)),

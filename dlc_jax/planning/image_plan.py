@@ -5,48 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dlc_jax.planning import tables
+from dlc_jax.planning.break_even import Speeds, paybacks
+from dlc_jax.planning.costs import num_kept, planned_stages
 from dlc_jax.planning.host import Disk, cache_disk, finetuning_parts, scoring_parts
-from dlc_jax.planning.image_work import ImageWork
-from dlc_jax.planning.knobs import fits, ways_on_processor
+from dlc_jax.planning.image_costs import ImageCosts
 from dlc_jax.planning.machine import is_processor, this_machine
 from dlc_jax.planning.memory import DeviceJob
-from dlc_jax.planning.outlook import Speeds, paybacks
-from dlc_jax.planning.sections import (
+from dlc_jax.planning.printing import (
     Echo,
-    tell_devices,
-    tell_host,
-    tell_payback,
-    tell_time,
+    print_devices,
+    print_host,
+    print_payback,
+    print_time,
 )
 from dlc_jax.planning.speed import Decoding, scoring_speed
-from dlc_jax.planning.work import num_kept, planned_stages
+from dlc_jax.planning.ways_to_fit import fits, ways_on_processor
 
 _GIB = 1 << 30
 
 
-def plan_images(work: ImageWork, decoding: Decoding, echo: Echo) -> list[str]:
+def plan_images(work: ImageCosts, decoding: Decoding, echo: Echo) -> list[str]:
     """Prints the plan; returns what does not fit."""
     echo(f"\n{tables.work_table(work.costs())}\n")
-    no_room = _tell_bytes(work, decoding, echo)
+    no_room = _print_bytes(work, decoding, echo)
     problems: dict[str, str] = {}
     machine = this_machine(work.mesh.num_devices)
     stages = planned_stages(work.config)
     jobs: dict[str, DeviceJob] = {"score": work.scoring(), "finetune": work.finetuning()}
     said = {"score": _of_scoring(work), "finetune": _of_finetuning(work)}
     for stage in stages:
-        problems |= tell_devices(stage, said[stage], [machine], [jobs[stage]], echo)
+        problems |= print_devices(stage, said[stage], [machine], [jobs[stage]], echo)
     parts: dict[str, Callable] = {"score": scoring_parts, "finetune": finetuning_parts}
     ways = {"score": _fewer_losses(work), "finetune": _fewer_images(work)}
     # of a processor the host's memory is the device's, and what else is there counts as well
-    problems |= tell_host({stage: parts[stage](work) for stage in stages}, ways, echo)
+    problems |= print_host({stage: parts[stage](work) for stage in stages}, ways, echo)
     if fits(work.scoring(), machine):
-        _tell_time(work, decoding, echo)
+        _print_time(work, decoding, echo)
     else:
         echo("time: not measured, since scoring does not fit")
     return [*problems.values(), *no_room]
 
 
-def _of_scoring(work: ImageWork) -> str:
+def _of_scoring(work: ImageCosts) -> str:
     job = work.scoring()
     return (
         f"{job.num_probes} probes per device in {job.dtype}, {job.chunk} at once, "
@@ -54,13 +54,13 @@ def _of_scoring(work: ImageWork) -> str:
     )
 
 
-def _of_finetuning(work: ImageWork) -> str:
+def _of_finetuning(work: ImageCosts) -> str:
     settings, each = work.config.finetune, work.finetuning().arguments()[1].shape[0]
     what = "a linear head" if settings.linear_probe else "all weights"
     return f"{what} in {settings.dtype}, batches of {settings.batch_size}, {each} per device"
 
 
-def _tell_bytes(work: ImageWork, decoding: Decoding, echo: Echo) -> list[str]:
+def _print_bytes(work: ImageCosts, decoding: Decoding, echo: Echo) -> list[str]:
     """Prints what is read, decoded and kept; returns what has no room."""
     size, n = work.config.encoder.image_size, work.num_samples
     stored = n * decoding.num_bytes
@@ -82,10 +82,10 @@ def _tell_bytes(work: ImageWork, decoding: Decoding, echo: Echo) -> list[str]:
             f"{tables.amount(3 * seen * decoding.pixels)}; {tables.gib(work.kept_image_bytes)} kept"
         )
     num_passes = sum(cost.name != "decode into the cache" for cost in scoring)
-    return _tell_cache(work, num_passes, echo) if scoring else []
+    return _print_cache(work, num_passes, echo) if scoring else []
 
 
-def _tell_cache(work: ImageWork, num_passes: int, echo: Echo) -> list[str]:
+def _print_cache(work: ImageCosts, num_passes: int, echo: Echo) -> list[str]:
     cache, size = work.config.cache, work.config.encoder.image_size
     disk = cache_disk(cache, work.num_each, size)
     needed = tables.amount(disk.needed)
@@ -122,7 +122,7 @@ def _gib_for(num_bytes: int) -> str:
     return f"{-(-num_bytes // _GIB)}"
 
 
-def _fewer_losses(work: ImageWork) -> Callable[[int], str]:
+def _fewer_losses(work: ImageCosts) -> Callable[[int], str]:
     def way(excess: int) -> str:
         probe, n = work.config.probe, work.num_samples
         left = int(probe.num_probes) - -(-excess // (6 * n))
@@ -135,7 +135,7 @@ def _fewer_losses(work: ImageWork) -> Callable[[int], str]:
     return way
 
 
-def _fewer_images(work: ImageWork) -> Callable[[int], str]:
+def _fewer_images(work: ImageCosts) -> Callable[[int], str]:
     def way(excess: int) -> str:
         left = (work.kept_image_bytes - excess) / _GIB
         settings = work.config.finetune
@@ -148,7 +148,7 @@ def _fewer_images(work: ImageWork) -> Callable[[int], str]:
     return way
 
 
-def _tell_time(work: ImageWork, decoding: Decoding, echo: Echo) -> None:
+def _print_time(work: ImageCosts, decoding: Decoding, echo: Echo) -> None:
     config, n = work.config, work.num_samples
     speed = scoring_speed(work.scoring())
     echo(f"measured: {speed.said}")
@@ -159,7 +159,7 @@ def _tell_time(work: ImageWork, decoding: Decoding, echo: Echo) -> None:
     speeds = Speeds.of(work.mesh, speed.flops_per_s, decoding.seconds, decoding.crop_seconds)
     costs = work.costs()
     seconds = [speeds.seconds(cost) for cost in costs]
-    tell_time(costs, seconds, echo)
+    print_time(costs, seconds, echo)
     pruning = sum(s for s, cost in zip(seconds, costs, strict=True) if cost.stage == "score")
     if not pruning:
         return
@@ -169,4 +169,4 @@ def _tell_time(work: ImageWork, decoding: Decoding, echo: Echo) -> None:
     least = config.selection.min_per_class
     kept = [num_kept(work.counts, fraction, least) for fraction in fractions]
     rows = paybacks(fractions, kept, n, epochs, pruning, each)
-    tell_payback(rows, epochs, pruning, n * epochs * each, echo)
+    print_payback(rows, epochs, pruning, n * epochs * each, echo)

@@ -15,8 +15,9 @@ from dlc_jax.encoders.huggingface import read_config, read_config_alone
 from dlc_jax.encoders.language_model import longest_sequence, model_folder
 from dlc_jax.encoders.paper_models import PAPER_MODELS
 from dlc_jax.planning import tables
-from dlc_jax.planning.instruction_work import InstructionWork
-from dlc_jax.planning.knobs import ways_on_processor
+from dlc_jax.planning.break_even import Speeds, paybacks
+from dlc_jax.planning.costs import num_kept, planned_stages
+from dlc_jax.planning.instruction_costs import InstructionCosts
 from dlc_jax.planning.machine import (
     Machine,
     Mesh,
@@ -26,16 +27,15 @@ from dlc_jax.planning.machine import (
     this_machine,
 )
 from dlc_jax.planning.memory import DeviceJob, Finetuning, Memory, Scoring, tree_bytes
-from dlc_jax.planning.outlook import Speeds, paybacks
-from dlc_jax.planning.sections import (
+from dlc_jax.planning.printing import (
     Echo,
-    tell_devices,
-    tell_host,
-    tell_payback,
-    tell_time,
+    print_devices,
+    print_host,
+    print_payback,
+    print_time,
 )
 from dlc_jax.planning.speed import block_speed
-from dlc_jax.planning.work import num_kept, planned_stages
+from dlc_jax.planning.ways_to_fit import ways_on_processor
 
 _GIB = 1 << 30
 REFERENCES = (Machine("1 x 80 GiB", 1, 80 * _GIB), Machine("8 x 24 GiB", 8, 24 * _GIB))
@@ -53,7 +53,7 @@ def plan_devices(config: Config, sizes: DecoderConfig, mesh: Mesh, echo: Echo) -
     for stage in planned_stages(config):
         make_job = scoring if stage == "score" else finetuning
         jobs = [make_job(config, sizes, some) for some in meshes]
-        problems |= tell_devices(stage, _said(jobs[0]), machines, jobs, echo)
+        problems |= print_devices(stage, _said(jobs[0]), machines, jobs, echo)
     echo("(parts that are never there at the same time are not added up)")
     return problems
 
@@ -94,32 +94,32 @@ def _said(job: DeviceJob) -> str:
     )
 
 
-def plan_work(work: InstructionWork, echo: Echo) -> dict[str, str]:
+def plan_work(work: InstructionCosts, echo: Echo) -> dict[str, str]:
     """Prints passes, memory of hosts, time and break-even; returns what does not fit."""
     costs, lengths = work.costs(), work.lengths
     echo(
         f"\n{work.num_samples:,} instructions of {lengths.whole} tokens, padding included "
         f"({lengths.said})\n\n{tables.work_table(costs)}\n"
     )
-    problems = _tell_host(work, echo)
+    problems = _print_host(work, echo)
     config = work.config
     tokens = config.probe.tokens_per_batch
     speed = block_speed(work.sizes, config.probe.dtype, tokens, lengths.whole)
     echo(f"measured: {speed.said}")
     speeds = Speeds.of(work.mesh, speed.flops_per_s)
     seconds = [speeds.seconds(cost) for cost in costs]
-    tell_time(costs, seconds, echo)
+    print_time(costs, seconds, echo)
     pruning = sum(s for s, cost in zip(seconds, costs, strict=True) if cost.stage == "score")
     if pruning:
         n, epochs, fractions = work.num_samples, config.lora.epochs, config.selection.keep_fractions
         each = speeds.training_seconds(work.training_flops / work.mesh.num_devices, 0.0)
         kept = [num_kept(work.counts, fraction) for fraction in fractions]
         rows = paybacks(fractions, kept, n, epochs, pruning, each)
-        tell_payback(rows, epochs, pruning, n * epochs * each, echo)
+        print_payback(rows, epochs, pruning, n * epochs * each, echo)
     return problems
 
 
-def _tell_host(work: InstructionWork, echo: Echo) -> dict[str, str]:
+def _print_host(work: InstructionCosts, echo: Echo) -> dict[str, str]:
     config, n = work.config, work.num_samples
     jobs: dict[str, DeviceJob] = {
         "score": scoring(config, work.sizes, work.mesh),
@@ -141,7 +141,7 @@ def _tell_host(work: InstructionWork, echo: Echo) -> dict[str, str]:
             held[stage],
             Memory("what devices hold", on_devices),
         ]
-    return tell_host(stages, {stage: _fewer(jobs[stage]) for stage in stages}, echo)
+    return print_host(stages, {stage: _fewer(jobs[stage]) for stage in stages}, echo)
 
 
 def _fewer(job: DeviceJob) -> Callable[[int], str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from dlc_jax.planning.break_even import FACTOR, Payback
+from dlc_jax.planning.costs import Cost
 from dlc_jax.planning.machine import USABLE, Machine
 from dlc_jax.planning.memory import Memory, MemoryPlan
-from dlc_jax.planning.outlook import FACTOR, Payback
-from dlc_jax.planning.work import Cost
 from dlc_jax.reports.table import markdown
 
 _GIB, _MIB = 1 << 30, 1 << 20

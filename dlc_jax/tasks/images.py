@@ -15,8 +15,8 @@ from dlc_jax.datasets.files import left_out_text
 from dlc_jax.distributed import Run
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.exports import EXPORTS, RELEASED, export
+from dlc_jax.planning.image_costs import ImageCosts
 from dlc_jax.planning.image_plan import plan_images
-from dlc_jax.planning.image_work import ImageWork
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.planning.speed import decoding_speed
 from dlc_jax.selection import Cell
@@ -216,7 +216,7 @@ class ImageTask:
             f"plan: {len(dataset):,} images of {dataset.num_classes} classes "
             f"({visible(dataset.name)}), {encoder.name} of {config.encoder.weights} at {size} px"
         )
-        work = ImageWork(config, encoder, dataset, mesh, num_test, decoding.pixels)
+        work = ImageCosts(config, encoder, dataset, mesh, num_test, decoding.pixels)
         return plan_images(work, decoding, say)
 
 

@@ -25,8 +25,8 @@ from dlc_jax.encoders.language_model import (
 )
 from dlc_jax.evaluation import Mmlu, load_mmlu
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
+from dlc_jax.planning.instruction_costs import InstructionCosts, Lengths
 from dlc_jax.planning.instruction_plan import is_local, model_sizes, plan_devices, plan_work
-from dlc_jax.planning.instruction_work import InstructionWork, Lengths
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.preprocess.tokens import Tokenised, check_vocabulary, tokenise
 from dlc_jax.selection import Cell
@@ -172,7 +172,7 @@ class InstructionTask:
         tokenizer = load_tokenizer(weights) if is_local(weights) else None
         max_length = longest_sequence(sizes, weights, config.encoder.max_length)
         lengths = Lengths.of(data, tokenizer, max_length)
-        work = InstructionWork(config, sizes, mesh, len(data), num_test, lengths)
+        work = InstructionCosts(config, sizes, mesh, len(data), num_test, lengths)
         return list((problems | plan_work(work, say)).values())
 
 

@@ -14,10 +14,10 @@ from dlc_jax.config import Config, default_config
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.paper_models import PAPER_MODELS
 from dlc_jax.planning import instruction_plan
-from dlc_jax.planning.knobs import ways_out
 from dlc_jax.planning.liveness import peak_bytes
 from dlc_jax.planning.machine import Machine
 from dlc_jax.planning.memory import Finetuning, Scoring, weight_bytes
+from dlc_jax.planning.ways_to_fit import ways_out
 from dlc_jax.stages.plan import run_plan
 from dlc_jax.training.lora.settings import LoraConfig
 

@@ -13,10 +13,10 @@ from conftest import ROOT, random_images
 import dlc_jax as dlc
 from dlc_jax import checks
 from dlc_jax.config import Config, default_config
-from dlc_jax.planning import host, image_plan, machine, sections
-from dlc_jax.planning.image_work import ImageWork
+from dlc_jax.planning import host, image_plan, machine, printing
+from dlc_jax.planning.break_even import Speeds
+from dlc_jax.planning.image_costs import ImageCosts
 from dlc_jax.planning.machine import Machine, Mesh
-from dlc_jax.planning.outlook import Speeds
 from dlc_jax.planning.speed import Speed, decoding_speed, scoring_speed
 from dlc_jax.stages.plan import run_plan
 
@@ -99,7 +99,7 @@ def test_break_even_of_known_speeds(measured, monkeypatch):
     text = told(config)
     encoder = dlc.load_encoder("resnet18", "demo:resnet18").for_mode("default")
     data = dlc.load_dataset("demo:caltech15/train")
-    work = ImageWork(config, encoder, data, Mesh(1, 1, 1), 300, 1.0)
+    work = ImageCosts(config, encoder, data, Mesh(1, 1, 1), 300, 1.0)
     pruning = 0.75 + 51 * 768 * work.forward_flops / 1e10
     saved = 600 * (work.training_flops / 1e10 + 1e-3)  # in an epoch
     epochs, runs = re.search(r"\| 0.20 .*\| ([\d.]+) +\| ([\d.]+) +\|", text).groups()
@@ -135,7 +135,7 @@ def test_weights_that_fit_nowhere(measured, monkeypatch):
 def test_images_that_do_not_fit_a_host(measured, monkeypatch):
     monkeypatch.setattr(host, "resident_bytes", lambda: 0)
     taken = sum(part.num_bytes for part in host.finetuning_parts(work_of(configured())))
-    monkeypatch.setattr(sections, "host_memory", lambda: int((taken - 10 * MIB) / 0.9))
+    monkeypatch.setattr(printing, "host_memory", lambda: int((taken - 10 * MIB) / 0.9))
     error, settings = refused(configured(("plan", "finetune")))
     assert "finetune takes" in error
     value = float(settings["finetune.image_memory_gib"])
@@ -143,11 +143,11 @@ def test_images_that_do_not_fit_a_host(measured, monkeypatch):
     told(configured(("plan", "finetune"), finetune__image_memory_gib=value))
 
 
-def work_of(config: Config) -> ImageWork:
+def work_of(config: Config) -> ImageCosts:
     encoder = dlc.load_encoder("resnet18", "demo:resnet18").for_mode("default")
     data = dlc.load_dataset("demo:caltech15/train")
     pixels = decoding_speed(data, 64).pixels
-    return ImageWork(config, encoder, data, Mesh(1, 1, 1), 300, pixels)
+    return ImageCosts(config, encoder, data, Mesh(1, 1, 1), 300, pixels)
 
 
 def test_losses_that_do_not_fit_a_host(measured, monkeypatch):
@@ -155,7 +155,7 @@ def test_losses_that_do_not_fit_a_host(measured, monkeypatch):
     monkeypatch.setattr(host, "resident_bytes", lambda: 0)
     taken = sum(part.num_bytes for part in host.scoring_parts(work_of(config)))
     excess = 6 * 750 * 10  # of ten probes
-    monkeypatch.setattr(sections, "host_memory", lambda: int((taken - excess) / 0.9) + 2)
+    monkeypatch.setattr(printing, "host_memory", lambda: int((taken - excess) / 0.9) + 2)
     error, settings = refused(config)
     assert "score takes" in error
     assert settings["probe.num_probes"] == "40"
@@ -164,7 +164,7 @@ def test_losses_that_do_not_fit_a_host(measured, monkeypatch):
 @pytest.mark.slow
 def test_a_processors_memory_is_its_hosts(measured, monkeypatch):
     monkeypatch.setattr(host, "resident_bytes", lambda: 0)
-    for module in (machine, sections):
+    for module in (machine, printing):
         monkeypatch.setattr(module, "host_memory", lambda: int(40 * MIB / 0.9))
     error, settings = refused(configured(("plan", "score")))
     assert error.count("score takes") == 1  # the stricter of both
@@ -233,7 +233,7 @@ def test_predicted_seconds_are_those_of_a_run(sample, sample_encoder):
     """Within a factor of three, of three tries: other work on the machine comes and goes."""
     config = configured(("plan", "score"), probe__num_probes=10, cache__max_gib=0.0)
     encoder = sample_encoder.for_mode("default")
-    work = ImageWork(config, encoder, sample, Mesh(1, 1, 1), 0, 1.0)
+    work = ImageCosts(config, encoder, sample, Mesh(1, 1, 1), 0, 1.0)
     settings = {"num_probes": 10, "image_size": 64, "compute": dlc.Compute(batch_size=128)}
     dlc.probe(sample_encoder, sample, **settings)  # compiles
     ratios = []

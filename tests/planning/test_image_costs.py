@@ -8,10 +8,10 @@ from conftest import random_images
 
 import dlc_jax as dlc
 from dlc_jax.config import Config, default_config
+from dlc_jax.planning.costs import num_kept
 from dlc_jax.planning.host import cache_disk, finetuning_parts, scoring_parts
-from dlc_jax.planning.image_work import ImageWork
+from dlc_jax.planning.image_costs import ImageCosts
 from dlc_jax.planning.machine import Mesh
-from dlc_jax.planning.work import num_kept
 from dlc_jax.preprocess import ImageCache
 
 N, M, SIZE = 90, 6, 32
@@ -40,9 +40,9 @@ def configured(**settings) -> Config:
 
 @pytest.fixture
 def made(dataset, sample_encoder):
-    def make(mesh=ONE, num_test=30, **settings) -> ImageWork:
+    def make(mesh=ONE, num_test=30, **settings) -> ImageCosts:
         encoder = sample_encoder.for_mode("default")
-        return ImageWork(configured(**settings), encoder, dataset, mesh, num_test, 1600.0)
+        return ImageCosts(configured(**settings), encoder, dataset, mesh, num_test, 1600.0)
 
     return make
 
@@ -72,7 +72,7 @@ def test_a_record_is_planned_at_the_size_of_the_images(dataset, sample_encoder):
     """An encoder may take images of one size alone."""
     encoder = dataclasses.replace(sample_encoder.for_mode("default"), image_size=SIZE)
     config = configured(selection__methods=("el2n",), selection__splits=(0.5,))
-    work = ImageWork(config, encoder, dataset, ONE, 30, 1600.0)
+    work = ImageCosts(config, encoder, dataset, ONE, 30, 1600.0)
     assert "training record" in by_name(work)
 
 

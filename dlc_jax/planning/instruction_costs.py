@@ -16,9 +16,9 @@ from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.planning.costs import Cost, kept_by_run, planned_stages
 from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.machine import Mesh
-from dlc_jax.planning.work import Cost, kept_by_run, planned_stages
 from dlc_jax.preprocess.tokens import bucket_length, tokenise
 from dlc_jax.training.lora.batches import Rows
 from dlc_jax.training.lora.step import Sums, add_rows
@@ -70,7 +70,7 @@ class Lengths(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class InstructionWork:
+class InstructionCosts:
     """All that a run does with instructions.
 
     Attributes:

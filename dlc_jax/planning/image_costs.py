@@ -12,6 +12,7 @@ from jaxtyping import Int64
 from dlc_jax.config import Config
 from dlc_jax.distributed import Team, one_device
 from dlc_jax.encoders import Encoder
+from dlc_jax.planning.costs import Cost, kept_by_run, planned_stages
 from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.image_memory import (
     ImageFinetuning,
@@ -20,7 +21,6 @@ from dlc_jax.planning.image_memory import (
     shapes,
 )
 from dlc_jax.planning.machine import Mesh
-from dlc_jax.planning.work import Cost, kept_by_run, planned_stages
 from dlc_jax.probes.kernel import Forward, features_of_batch
 from dlc_jax.probes.passes import Layout
 from dlc_jax.selection import DEFAULT_SPLIT, has_split
@@ -32,7 +32,7 @@ _GIB = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ImageWork:
+class ImageCosts:
     """All that a run does with images.
 
     Attributes:

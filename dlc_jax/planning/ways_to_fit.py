@@ -21,7 +21,9 @@ def fits(job: DeviceJob, machine: Machine) -> bool:
 def ways_out(job: DeviceJob, machine: Machine) -> str:
     """Returns the settings each of which alone would make it fit, changed as little as can be."""
     ways = [
-        way for knob in _knobs(job) if (way := first_that_fits(knob, machine.limit)) is not None
+        way
+        for values in _settings_to_change(job)
+        if (way := first_that_fits(values, machine.limit)) is not None
     ]
     if not ways:
         return f"no single setting helps, up to {_MOST_DEVICES} devices; change several"
@@ -35,10 +37,10 @@ def ways_on_processor(job: DeviceJob, excess: int) -> str:
     return ways_out(job, Machine("", count, int(left / USABLE)))
 
 
-Knob = list[tuple[str, DeviceJob]]  # a setting with its values, in the order to try
+Values = list[tuple[str, DeviceJob]]  # a setting with its values, in the order to try
 
 
-def _knobs(job: Any) -> Iterator[Knob]:
+def _settings_to_change(job: Any) -> Iterator[Values]:
     if isinstance(job, Scoring):
         yield _halved(job, "probe.tokens_per_batch", job.tokens_per_batch, 256)
         yield from _of_language_models(job)
@@ -54,7 +56,7 @@ def _knobs(job: Any) -> Iterator[Knob]:
         yield from _of_image_finetuning(job)
 
 
-def _halved(job: Any, setting: str, value: int, least: int) -> Knob:
+def _halved(job: Any, setting: str, value: int, least: int) -> Values:
     field = setting.rpartition(".")[2]
     return [
         (f"{setting}={num}", dataclasses.replace(job, **{field: num}))
@@ -62,7 +64,7 @@ def _halved(job: Any, setting: str, value: int, least: int) -> Knob:
     ]
 
 
-def _of_lora(job: Finetuning) -> Iterator[Knob]:
+def _of_lora(job: Finetuning) -> Iterator[Values]:
     if not job.lora.rematerialise:
         lora = dataclasses.replace(job.lora, rematerialise=True)
         yield [("lora.rematerialise=True", dataclasses.replace(job, lora=lora))]
@@ -73,7 +75,7 @@ def _of_lora(job: Finetuning) -> Iterator[Knob]:
     ]
 
 
-def _of_language_models(job: Scoring | Finetuning) -> Iterator[Knob]:
+def _of_language_models(job: Scoring | Finetuning) -> Iterator[Values]:
     yield [
         (f"encoder.max_length={num}", dataclasses.replace(job, max_length=num))
         for num in halves(job.max_length, 128)
@@ -83,7 +85,7 @@ def _of_language_models(job: Scoring | Finetuning) -> Iterator[Knob]:
     )
 
 
-def _of_image_finetuning(job: ImageFinetuning) -> Iterator[Knob]:
+def _of_image_finetuning(job: ImageFinetuning) -> Iterator[Values]:
     def with_settings(**changes: Any) -> ImageFinetuning:
         return dataclasses.replace(job, settings=dataclasses.replace(job.settings, **changes))
 
@@ -100,7 +102,9 @@ def _of_image_finetuning(job: ImageFinetuning) -> Iterator[Knob]:
         yield [(f"mesh.data=-1 on {way.partition('=')[2]} devices", bigger) for way, bigger in more]
 
 
-def _doubled(setting: str, value: int, others: int, with_value: Callable[[int], DeviceJob]) -> Knob:
+def _doubled(
+    setting: str, value: int, others: int, with_value: Callable[[int], DeviceJob]
+) -> Values:
     """Tries more devices, `others` of them for each that the setting has."""
     values = [value << i for i in range(1, 9)]
     return [

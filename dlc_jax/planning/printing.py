@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dlc_jax.planning import tables
-from dlc_jax.planning.knobs import fits, ways_out
+from dlc_jax.planning.break_even import Payback
+from dlc_jax.planning.costs import Cost
 from dlc_jax.planning.machine import USABLE, Machine, host_memory
 from dlc_jax.planning.memory import DeviceJob, Memory
-from dlc_jax.planning.outlook import Payback
-from dlc_jax.planning.work import Cost
+from dlc_jax.planning.ways_to_fit import fits, ways_out
 
 _SHARE = f"{USABLE:.0%}".replace("%", " %")
 Echo = Callable[[str], None]
 
 
-def tell_devices(
+def print_devices(
     stage: str, said: str, machines: Sequence[Machine], jobs: Sequence[DeviceJob], echo: Echo
 ) -> dict[str, str]:
     """Prints what a stage takes of devices.
 
     Args:
       stage, said: Which, and with which settings.
-      machines: This one first, whose misfit counts; of others it is only told.
+      machines: This one first, whose misfit counts; others are only printed.
       jobs: On each of them.
       echo: Takes each line meant for the user.
     """
@@ -42,7 +42,7 @@ def tell_devices(
     return problems
 
 
-def tell_host(
+def print_host(
     stages: dict[str, list[Memory]], ways: dict[str, Callable[[int], str]], echo: Echo
 ) -> dict[str, str]:
     """Prints what a process takes of its host.
@@ -50,7 +50,7 @@ def tell_host(
     Args:
       stages: Parts of memory by stage.
       ways: By stage, the bytes that are too many -> which setting to turn.
-      echo: See `tell_devices`.
+      echo: See `print_devices`.
     """
     limit = int(USABLE * host_memory())
     echo(f"\n{tables.host_table(stages, limit)}\n")
@@ -65,13 +65,13 @@ def tell_host(
     return problems
 
 
-def tell_time(costs: Sequence[Cost], seconds: Sequence[float], echo: Echo) -> None:
+def print_time(costs: Sequence[Cost], seconds: Sequence[float], echo: Echo) -> None:
     """Prints how long every part is expected to take."""
     echo(f"\n{tables.time_table(costs, seconds)}\n")
     echo("(without compiling, and as fast as in the seconds measured: within a factor of 2)")
 
 
-def tell_payback(
+def print_payback(
     paybacks: Sequence[Payback], epochs: int, pruning: float, full: float, echo: Echo
 ) -> None:
     """Prints after how much fine-tuning pruning has paid for itself.
@@ -81,7 +81,7 @@ def tell_payback(
       epochs: Of a run.
       pruning: Seconds of pruning.
       full: Seconds of a run on everything.
-      echo: See `tell_devices`.
+      echo: See `print_devices`.
     """
     echo(
         f"\nbreak-even: pruning takes {tables.duration(pruning)}, a run on everything "

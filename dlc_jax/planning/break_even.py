@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dlc_jax.planning.costs import Cost
 from dlc_jax.planning.machine import Mesh, is_processor, num_here
-from dlc_jax.planning.work import Cost
 
 FACTOR = 2.0  # that a prediction may be off by, either way
 

@@ -5,10 +5,10 @@ import math
 import jax
 import pytest
 
-from dlc_jax.planning import outlook, tables
+from dlc_jax.planning import break_even, tables
+from dlc_jax.planning.break_even import Speeds, paybacks
+from dlc_jax.planning.costs import Cost
 from dlc_jax.planning.machine import Mesh
-from dlc_jax.planning.outlook import Speeds, paybacks
-from dlc_jax.planning.work import Cost
 
 
 def test_pruning_is_won_back():
@@ -31,7 +31,7 @@ def test_a_processor_decodes_or_computes(monkeypatch):
     cost = Cost("score", "", 1, 100, 1000, 1000, decodes=10, crops=20)
     speeds = Speeds.of(Mesh(1, 1, 1), 100.0, 0.5, 0.25)
     assert speeds.seconds(cost) == 10 + 10 * 0.5 + 20 * 0.25
-    monkeypatch.setattr(outlook, "is_processor", lambda: False)
+    monkeypatch.setattr(break_even, "is_processor", lambda: False)
     speeds = Speeds.of(Mesh(1, 1, 1), 100.0, 0.5, 0.25)
     assert speeds.seconds(cost) == 10  # decoded meanwhile
 
@@ -39,7 +39,7 @@ def test_a_processor_decodes_or_computes(monkeypatch):
 def test_devices_of_one_processor_share_it(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda: 8)
     assert Speeds.of(Mesh(8, 1, 1), 80.0).flops_per_s == 10
-    monkeypatch.setattr(outlook, "is_processor", lambda: False)
+    monkeypatch.setattr(break_even, "is_processor", lambda: False)
     speeds = Speeds.of(Mesh(16, 1, 1), 80.0, 1.0)
     assert (speeds.flops_per_s, speeds.decode_seconds) == (80, 0.5)
 

@@ -12,7 +12,7 @@ from dlc_jax.encoders.huggingface import read_config
 from dlc_jax.encoders.language_model import load_tokenizer, model_folder
 from dlc_jax.encoders.paper_models import PAPER_MODELS
 from dlc_jax.planning.flops import count_flops
-from dlc_jax.planning.instruction_work import InstructionWork, Lengths
+from dlc_jax.planning.instruction_costs import InstructionCosts, Lengths
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.preprocess.tokens import bucket_length, tokenise
 
@@ -20,13 +20,13 @@ LENGTH = 512
 ONE = Mesh(1, 1, 1)
 
 
-def made(sizes, mesh=ONE, **probe) -> InstructionWork:
+def made(sizes, mesh=ONE, **probe) -> InstructionCosts:
     config = default_config()
     config.stages = ("plan",)
     config.encoder.name, config.encoder.weights = "decoder", "made in the test"
     config.probe.update(probe)
     config.selection.keep_fractions = (0.25,)
-    return InstructionWork(Config.of(config), sizes, mesh, 100, 10, Lengths(LENGTH, 128, ""))
+    return InstructionCosts(Config.of(config), sizes, mesh, 100, 10, Lengths(LENGTH, 128, ""))
 
 
 def matrices(sizes) -> int:

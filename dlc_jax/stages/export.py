@@ -18,15 +18,15 @@ def run(job: Job) -> None:
       ValueError: data that are not those that were scored, a selection that is not there, a sample
         that cannot be read, a form that cannot hold what is selected.
     """
-    job.with_scores(lambda known: _export(job, known))
+    job.with_scores(lambda inputs: _export(job, inputs))
 
 
-def _export(job: Job, known: SelectionInputs) -> None:
+def _export(job: Job, inputs: SelectionInputs) -> None:
     config, workspace = job.config, job.workspace
     check_is_what_was_scored(workspace.root, job.task.load(config.dataset.train))
     kept = {
         cell: dataclasses.replace(
-            read_selection(workspace, known, cell), scored_ids=known.samples.ids
+            read_selection(workspace, inputs, cell), scored_ids=inputs.samples.ids
         )
         for cell in config.selection.cells()
     }

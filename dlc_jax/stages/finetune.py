@@ -19,7 +19,7 @@ def run(job: Job) -> None:
     workspace = job.workspace
     training = job.task.training(workspace)
     workspace.alone(lambda: _set_other_base_aside(workspace, training.fingerprint))
-    end = run_sweep(job.config, workspace, job.known, training)
+    end = run_sweep(job.config, workspace, job.inputs, training)
     workspace.note("finetune", training.settings, end.seconds, training.facts())
     workspace.say(f"files: {workspace.root}/ ({artefacts.RESULTS}, {artefacts.FINETUNE}/)")
     job.failures += end.failures

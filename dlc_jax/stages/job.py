@@ -21,7 +21,7 @@ class Job:
       config: Checked configuration.
       workspace: Work directory, held by this run.
       task: The kind of data, with these settings.
-      known: Scores and other inputs of selections; None in processes other than the first.
+      inputs: Scores and other inputs of selections; None in processes other than the first.
       shown: Selection that the summary shows; None before one is made.
       failures: A line for each run that failed; the others go on.
     """
@@ -29,7 +29,7 @@ class Job:
     config: Config
     workspace: Workspace
     task: Task
-    known: SelectionInputs | None = None
+    inputs: SelectionInputs | None = None
     shown: Selection | None = None
     failures: list[str] = dataclasses.field(default_factory=list)
 
@@ -41,8 +41,8 @@ class Job:
         """
 
         def alone() -> None:
-            assert self.known is not None
-            do(self.known)
+            assert self.inputs is not None
+            do(self.inputs)
 
         self.workspace.alone(alone)
 

@@ -65,7 +65,7 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
         )
     else:
         with report_of_these_results(workspace):
-            job.known = workspace.alone(lambda: _read_scores(config, settings, workspace, task))
+            job.inputs = workspace.alone(lambda: _read_scores(config, settings, workspace, task))
             for name in config.data_kind.stages:
                 if name in config.stages and name not in _BESIDE_SCORES:
                     stage: Stage = importlib.import_module(f"{__package__}.{name}")
@@ -80,8 +80,8 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
         raise checks.SharedError(f"{len(job.failures)} runs failed: {lines}")
 
 
-def _summarise(job: Job, known: SelectionInputs) -> None:
-    print_summary(job.workspace, known.samples, job.shown, job.task)
+def _summarise(job: Job, inputs: SelectionInputs) -> None:
+    print_summary(job.workspace, inputs.samples, job.shown, job.task)
 
 
 def _read_scores(

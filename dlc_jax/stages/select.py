@@ -17,28 +17,28 @@ from dlc_jax.workspace import Record, Workspace, artefacts, records
 def run(job: Job) -> None:
     """Selects, in the first process."""
 
-    def select(known: SelectionInputs) -> None:
+    def select(inputs: SelectionInputs) -> None:
         config, workspace = job.config, job.workspace
-        if config.need.tuning and known.tuning is None:
-            known.tuning = run_tune(config, workspace, known, job.task.load)
-        job.shown = run_select(config, workspace, known)
+        if config.need.tuning and inputs.tuning is None:
+            inputs.tuning = run_tune(config, workspace, inputs, job.task.load)
+        job.shown = run_select(config, workspace, inputs)
 
     job.with_scores(select)
 
 
-def run_select(config: Config, workspace: Workspace, known: SelectionInputs) -> Selection:
+def run_select(config: Config, workspace: Workspace, inputs: SelectionInputs) -> Selection:
     """Writes every cell; returns the one the summary shows, the middle one of the first method.
 
     Args:
       config: Checked configuration.
       workspace: Where `selections/` goes.
-      known: What the methods use.
+      inputs: What the methods use.
     Raises:
       ValueError: something that a method needs is missing.
     """
     start, say = time.perf_counter(), workspace.say
     _note_another_mode(config, workspace)
-    num_aside = _set_superseded_aside(workspace, known)
+    num_aside = _set_superseded_aside(workspace, inputs)
     if num_aside:
         others = "of other scores or mode moved to superseded/, or made with other settings"
         say(f"select: {num_aside} selections {others}")
@@ -46,7 +46,7 @@ def run_select(config: Config, workspace: Workspace, known: SelectionInputs) -> 
     num_made = 0
     bare: set[float] = set()  # keep fractions already noted
     for cell in cells:
-        made = workspace.ensure(SelectionStep(known, cell))
+        made = workspace.ensure(SelectionStep(inputs, cell))
         if made is None:
             continue
         num_made += 1
@@ -55,8 +55,8 @@ def run_select(config: Config, workspace: Workspace, known: SelectionInputs) -> 
             bare.add(cell.keep_fraction)
             say(
                 f"select: note: keep fraction {cell.keep_fraction:g} keeps nothing of {num_lost} "
-                f"of {len(known.samples.class_names)} classes (budgets are rounded in every class; "
-                "selection.min_per_class=1 keeps one)"
+                f"of {len(inputs.samples.class_names)} classes (budgets are rounded in every "
+                "class; selection.min_per_class=1 keeps one)"
             )
     if num_made or num_aside:
         made_with = {"mode": config.mode, "selection": config.to_dict()["selection"]}
@@ -69,25 +69,25 @@ def run_select(config: Config, workspace: Workspace, known: SelectionInputs) -> 
     else:
         say("select: unchanged, not run again")
     of_first = [cell for cell in cells if cell.method == config.selection.methods[0]]
-    return SelectionStep(known, of_first[len(of_first) // 2]).read(workspace.root)
+    return SelectionStep(inputs, of_first[len(of_first) // 2]).read(workspace.root)
 
 
-def _set_superseded_aside(workspace: Workspace, known: SelectionInputs) -> int:
+def _set_superseded_aside(workspace: Workspace, inputs: SelectionInputs) -> int:
     """Moves selections of other scores, of another mode or made another way to `superseded/`."""
     found = [
         record
         for record in records.matching(workspace.root, f"{artefacts.SELECTIONS}/*/*")
-        if not _is_current(record, known)
+        if not _is_current(record, inputs)
     ]
     for record in found:
         workspace.set_aside(record)
     return len(found)
 
 
-def _is_current(record: Record, known: SelectionInputs) -> bool:
+def _is_current(record: Record, inputs: SelectionInputs) -> bool:
     try:
         cell = Cell(**record.key[records.CELL])
-        return record.difference(SelectionStep(known, cell)) is None
+        return record.difference(SelectionStep(inputs, cell)) is None
     except (LookupError, TypeError, ValueError):
         return False  # what the method needs is not there any more, or the record was changed
 

@@ -29,7 +29,7 @@ _MANIFEST = CELL | {"chosen": (CHOICE, None)}
 class SelectionStep:
     """Kept positions of a cell, and their manifest, `selections/<method>/<cell>`."""
 
-    known: SelectionInputs
+    inputs: SelectionInputs
     cell: Cell
 
     kind = "selection"
@@ -48,21 +48,21 @@ class SelectionStep:
     def key(self) -> dict[str, Any]:
         return {
             "cell": self.cell._asdict(),
-            "mode": self.known.mode,
-            "how": self.known.how(self.cell),
-            "scores_fingerprint": self.known.fingerprint(self.cell.method),
-            "num_samples": len(self.known.samples.ids),
+            "mode": self.inputs.mode,
+            "how": self.inputs.how(self.cell),
+            "scores_fingerprint": self.inputs.fingerprint(self.cell.method),
+            "num_samples": len(self.inputs.samples.ids),
         }
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"mode": self.known.mode, **self.known.how(self.cell)}
+        return {"mode": self.inputs.mode, **self.inputs.how(self.cell)}
 
     def compute(self, scratch: Path) -> Selection:
-        return self.known.select(self.cell)
+        return self.inputs.select(self.cell)
 
     def write(self, root: Path, selection: Selection) -> Written:
-        samples = self.known.samples
+        samples = self.inputs.samples
         kept = np.zeros(len(samples.ids), bool)
         kept[selection.indices] = True
         sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
@@ -91,19 +91,19 @@ class SelectionStep:
         with artefacts.atomic(root / positions) as file:
             np.save(file, selection.indices)
         artefacts.write_json(root / described, manifest)
-        return Written(self.files, {EARLIER: round(self.known.earlier_seconds(self.cell), 3)})
+        return Written(self.files, {EARLIER: round(self.inputs.earlier_seconds(self.cell), 3)})
 
     def read(self, root: Path) -> Selection:
         """Reads the selection, with the ids of the kept samples."""
         path, described = (root / file for file in files_of(self.cell))
-        samples, how = self.known.samples, self.known.how(self.cell)
+        samples, how = self.inputs.samples, self.inputs.how(self.cell)
         chosen = read_json(described, _MANIFEST)["chosen"]
         indices = array_files.read_npy(path)
         checks.positions(str(path), indices, len(samples.ids))
         return Selection(
             indices=indices,
             **self.cell._asdict(),
-            mode=self.known.mode,
+            mode=self.inputs.mode,
             **{name: value for name, value in how.items() if name not in ("score", "tuning")},
             chosen=None if chosen is None else choice_of(chosen),
             num_kept_per_class=np.bincount(
@@ -114,7 +114,7 @@ class SelectionStep:
         )
 
 
-def read_selection(workspace: Workspace, known: SelectionInputs, cell: Cell) -> Selection:
+def read_selection(workspace: Workspace, inputs: SelectionInputs, cell: Cell) -> Selection:
     """Returns the selection of a cell, which the stage `select` has made.
 
     Raises:
@@ -130,7 +130,7 @@ def read_selection(workspace: Workspace, known: SelectionInputs, cell: Cell) -> 
             f"{described}: is of {cell_of(manifest).name}, expected {cell.name}. "
             "Run the stage 'select' again."
         )
-    step = SelectionStep(known, cell)
+    step = SelectionStep(inputs, cell)
     workspace.check(step)
     return step.read(workspace.root)
 

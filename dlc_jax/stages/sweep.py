@@ -45,7 +45,7 @@ class SweepEnd(NamedTuple):
 def run_sweep(
     config: Config,
     workspace: Workspace,
-    known: SelectionInputs | None,
+    inputs: SelectionInputs | None,
     training: Training,
 ) -> SweepEnd:
     """Runs what is not finished yet, and rewrites `results.csv` after every run.
@@ -53,7 +53,7 @@ def run_sweep(
     Args:
       config: Checked configuration.
       workspace: Where scores and selections are.
-      known: What was scored, and what the methods use; None in processes other than the first.
+      inputs: What was scored, and what the methods use; None in processes other than the first.
       training: What to train, and on what.
     Raises:
       ValueError: what no run can do without: data that are not those that were scored, a test set
@@ -62,7 +62,7 @@ def run_sweep(
     workdir, echo = workspace
     workspace.alone(lambda: check_is_what_was_scored(workdir, training.data))
     trainer = training.make_trainer()
-    sweep = _Sweep(config, workspace, known, trainer)
+    sweep = _Sweep(config, workspace, inputs, trainer)
     workspace.alone(sweep.make_room)
     # a table of runs set aside would be taken for this sweep's
     workspace.alone(lambda: write_results(workdir))
@@ -84,7 +84,7 @@ class _Sweep(NamedTuple):
 
     config: Config
     workspace: Workspace
-    known: SelectionInputs | None
+    inputs: SelectionInputs | None
     trainer: Trainer[Any]
 
     @property
@@ -94,14 +94,14 @@ class _Sweep(NamedTuple):
     @property
     def shared(self) -> dict[str, str]:
         """What its runs have in common."""
-        assert self.known is not None
-        return {"shared": self.trainer.fingerprint, "scores": self.known.samples.fingerprint}
+        assert self.inputs is not None
+        return {"shared": self.trainer.fingerprint, "scores": self.inputs.samples.fingerprint}
 
     def step(self, cell: Cell, positions: Int64[np.ndarray, " k"]) -> RunStep:
         """Returns the run of a cell; other processes than the first know less of it."""
         facts: dict[str, Any] = {"cell": cell._asdict()}
-        if self.known is not None:
-            facts["scores"] = self.known.samples.fingerprint
+        if self.inputs is not None:
+            facts["scores"] = self.inputs.samples.fingerprint
         return RunStep(
             self.trainer,
             positions,
@@ -162,10 +162,10 @@ class _Sweep(NamedTuple):
         return positions
 
     def _kept(self, cell: Cell) -> Selection:
-        assert self.known is not None
-        samples, mode = self.known.samples, self.config.mode
+        assert self.inputs is not None
+        samples, mode = self.inputs.samples, self.config.mode
         if cell.method != FULL:
-            return read_selection(self.workspace, self.known, cell)
+            return read_selection(self.workspace, self.inputs, cell)
         return Selection(
             indices=np.arange(len(samples.ids)),
             **cell._asdict(),

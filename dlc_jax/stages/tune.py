@@ -52,14 +52,14 @@ _TUNING = {
 def run(job: Job) -> None:
     """Tunes, or reads the results of an earlier run, in the first process."""
 
-    def tune_or_read(known: SelectionInputs) -> None:
-        known.tuning = run_tune(job.config, job.workspace, known, job.task.load)
+    def tune_or_read(inputs: SelectionInputs) -> None:
+        inputs.tuning = run_tune(job.config, job.workspace, inputs, job.task.load)
 
     job.with_scores(tune_or_read)
 
 
 def run_tune(
-    config: Config, workspace: Workspace, known: SelectionInputs, load: Callable[[str], Any]
+    config: Config, workspace: Workspace, inputs: SelectionInputs, load: Callable[[str], Any]
 ) -> Tuning:
     """Tunes on held-out parts of the training data, or reads the results of an earlier run.
 
@@ -69,11 +69,11 @@ def run_tune(
     Raises:
       ValueError: features that are not there, data that were not scored; see also `tune`.
     """
-    say, samples = workspace.say, known.samples
+    say, samples = workspace.say, inputs.samples
     score = config.selection.score_of("flexrand")
     arrays = {score: samples.score(score)}
     if config.tuning.needs_features:
-        arrays["features"] = known.input("features")
+        arrays["features"] = inputs.input("features")
     trials = _finetune_trials(config, workspace, samples, load)
     step = TuningStep(config, samples, arrays, trials, config.selection.keep_fractions, say)
     step = step.covered_by(records.read(workspace.root, step.name))

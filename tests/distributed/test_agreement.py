@@ -16,7 +16,7 @@ from dlc_jax import checks
 from dlc_jax.config import Config, default_config
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.distributed import processes
-from dlc_jax.stages import agreement
+from dlc_jax.tasks import agreement
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 import dlc_jax as dlc
 from dlc_jax.config import KINDS, Config
 from dlc_jax.selection import Cell
-from dlc_jax.stages import measurements, pipeline, sweep_results, what_was_scored
+from dlc_jax.stages import pipeline, sweep_results, what_was_scored
 from dlc_jax.stages.selection_files import read_selection
 from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.tasks import image_measurements, images, measurements, task_of
 from dlc_jax.training.images import Finetuner, read_record
 from dlc_jax.types import ProbeLosses
 from dlc_jax.workspace import Record, Workspace, artefacts, records
@@ -61,7 +62,7 @@ def fixed_losses(encoder, images, **_) -> ProbeLosses:
 def run(settings_: Config, workdir: Path) -> str:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measurements, "probe", fixed_losses)
+        patch.setattr(image_measurements, "probe", fixed_losses)
         pipeline.run(settings_, workdir, said.append)
     return "\n".join(said)
 
@@ -209,11 +210,11 @@ def test_the_same_name_is_not_read_again(place):
 
 
 def test_another_encoder_is_refused_unless_it_is_fine_tuned(place, sample_encoder, monkeypatch):
-    monkeypatch.setattr(what_was_scored, "load_configured", lambda _: sample_encoder)
+    monkeypatch.setattr(images, "load_configured", lambda *_: sample_encoder)
     moved = {"weights": "elsewhere/model.safetensors"}
     run(config(encoder=moved), place / "run")  # the same, by its fingerprint
     other = dataclasses.replace(sample_encoder, name="other")
-    monkeypatch.setattr(what_was_scored, "load_configured", lambda _: other)
+    monkeypatch.setattr(images, "load_configured", lambda *_: other)
     for stages in ("select", "export"):
         with pytest.raises(dlc.InputError) as caught:
             run(config(stages, encoder=moved), place / "run")
@@ -222,7 +223,7 @@ def test_another_encoder_is_refused_unless_it_is_fine_tuned(place, sample_encode
         fingerprint = records.read(place / "run", "score").facts["encoder"]["fingerprint"]
         assert f"expected {fingerprint[:12]} (resnet18 demo:resnet18)" in said
     tuned = config("finetune", encoder=moved, dataset={"test": "folder:images"})
-    what_was_scored.check_names_what_was_scored(tuned, place / "run", dlc.load_dataset, print)
+    what_was_scored.check_names_what_was_scored(tuned, place / "run", task_of(tuned, print), print)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def use(workdir: Path, config_: Config) -> None:
         sweep_results.read_run(workdir, cell)
         sweep_results.read_evaluation(workdir, cell)
     sweep_results.what_is_finished(config_, workdir)
-    what_was_scored.check_is_what_was_scored(workdir, dlc.load_dataset(config_.dataset.train))
+    measurements.check_is_what_was_scored(workdir, dlc.load_dataset(config_.dataset.train))
 
 
 DAMAGED = (

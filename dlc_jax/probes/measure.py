@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -14,7 +13,6 @@ from dlc_jax.distributed import FSDP, PROBE, Run, Team
 from dlc_jax.encoders import Encoder
 from dlc_jax.masking import AUTO, PathSpec
 from dlc_jax.preprocess import Images, RandomCrops, Reader
-from dlc_jax.probes.parts import Parts
 from dlc_jax.probes.passes import (
     Layout,
     Pass,
@@ -26,8 +24,8 @@ from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.probes.program import Masks, Program
 from dlc_jax.probes.rounds import until_it_ranks
 from dlc_jax.probes.settings import Compute
+from dlc_jax.probes.shards import Parts
 from dlc_jax.types import Conventions, Dataset, ProbeLosses, overridden
-from dlc_jax.workspace.keys import key_of, machine
 
 
 def features(
@@ -53,8 +51,8 @@ def features(
     encoder.check_image_size(images.size)
     batch_size = compute.images_per_call(images.size)
     decisive = [images.size, batch_size, compute.dtype, images.on_corrupt, mode]
-    parts = _parts("features", run, encoder, images.dataset, decisive)
-    team = _team(run.mesh, parts)
+    team = _team(run.mesh)
+    parts = Parts.of("features", run, team, lambda: [*_fingerprints(encoder, images), decisive])
     work, program = _first_pass(encoder, images, compute, run, team)
     return measure_features(work, program.features_of, on_corrupt=images.on_corrupt, parts=parts)
 
@@ -117,8 +115,8 @@ def probe(
     decisive = [path.schedule, path.step, path.num_probes, path.placement, path.max_sparsity]
     decisive += [path.masking, images.size, batch_size, compute.chunk, compute.dtype, path.augment]
     decisive += [images.on_corrupt, seed, mode]
-    parts = _parts("losses", run, encoder, dataset, decisive)
-    team = _team(run.mesh, parts)
+    team = _team(run.mesh)
+    parts = Parts.of("losses", run, team, lambda: [*_fingerprints(encoder, images), decisive])
     probes = learning_path(encoder, path, seed, Conventions.of(mode))
     crops = RandomCrops(dataset, images.size, seed) if path.augment else None
     work, program = _first_pass(encoder, images, compute, run, team, crops)
@@ -180,19 +178,15 @@ def _first_pass(
     return Pass(reader, layout, team, batch_size, run.progress), program
 
 
-def _parts(kind: str, run: Run, encoder: Encoder, dataset: Dataset, decisive: list[Any]) -> Parts:
-    """Returns where that is kept which this encoder, data set, program and machine give."""
-    if run.path is None:
-        return Parts()
-    inputs = [machine(), encoder.fingerprint, dataset.fingerprint, decisive]
-    return Parts(run.path / key_of(kind, inputs)[:16])
+def _fingerprints(encoder: Encoder, images: Images) -> list[str]:
+    return [encoder.fingerprint, images.dataset.fingerprint]
 
 
-def _team(mesh: Mesh | None, parts: Parts) -> Team:
+def _team(mesh: Mesh | None) -> Team:
     """Returns who does which part.
 
     Raises:
-      ValueError: a mesh that these programs cannot use, or processes without a folder to share.
+      ValueError: a mesh that these programs cannot use.
     """
     team = Team.alone() if mesh is None else Team.of(mesh)
     if team.mesh.shape[FSDP] > 1:
@@ -205,9 +199,5 @@ def _team(mesh: Mesh | None, parts: Parts) -> Team:
             f"mesh.probe: {team.mesh.shape[PROBE]} parts of the probes are more than the devices "
             "of a process; expected a divisor of their number, so that no two processes read the "
             "same images."
-        )
-    if team.num_teams > 1 and parts.folder is None:
-        raise checks.InputError(
-            "folder: missing; processes that share the work need one that all of them see."
         )
     return team

@@ -1,14 +1,12 @@
 """The passes over the images: class prototypes first, then the losses under every probe.
 
 Samples are dealt out in shards, which number and batch size alone decide, and batches never reach
-over the end of one. So whoever computes a shard, in whatever company, gets the same bits: a run
-that was stopped goes on from the shards that it left behind, also with other devices or another
-number of processes.
+over the end of one: see `shards`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,18 +15,17 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from tqdm import tqdm
 
-from dlc_jax import checks, signals
+from dlc_jax import checks
 from dlc_jax.distributed import Team, hides_bar
 from dlc_jax.preprocess import Reader, in_batches
-from dlc_jax.probes.parts import Parts
 from dlc_jax.probes.prototypes import ClassSums
+from dlc_jax.probes.shards import Arrays, Batch, Parts, Result, shards_done
 
 _SHARD = 2048  # images, or one batch where that is larger
 _FEWEST_SHARDS, _MOST_SHARDS = 64, 4096  # enough to deal out, and not too many files
 _MOST_BLOCKS = 256  # of shards: class sums are larger than losses
 AHEAD = 1  # program calls that are started before the results of one are waited for
 Item = TypeVar("Item")
-Tag = TypeVar("Tag")
 
 
 class Layout(NamedTuple):
@@ -97,20 +94,6 @@ class Pass(NamedTuple):
     progress: bool
 
 
-class Batch(NamedTuple):
-    """Readable samples of one shard.
-
-    Attributes:
-      shard: Its number.
-      positions: [r] in the data set.
-      items: What the reader gave.
-    """
-
-    shard: int
-    positions: Int64[np.ndarray, " r"]
-    items: list[Any]
-
-
 Program = Callable[[list[Batch]], jax.Array]  # -> [k ...], one row for each of k batches
 
 
@@ -142,22 +125,22 @@ def measure_prototypes(
       ValueError: an unreadable sample, or a class that has no readable one.
     """
     dataset, layout = work.reader.dataset, work.layout
-    names = [f"prototypes-{number:04}" for number in range(len(layout.blocks))]
-    missing = [number for number in layout.blocks_of(work.team) if not parts.has(names[number])]
-    shards = [shard for number in missing for shard in layout.blocks[number]]
     skipped: dict[int, str] | None = {} if on_corrupt == "skip" else None
-    done = _shards_done(work, shards, skipped, features_of, "prototypes")
-    for number in missing:
-        sums = ClassSums(dataset.num_classes)
-        for _, positions, values in islice(done, len(layout.blocks[number])):
-            for where, features in zip(positions, values, strict=True):
-                sums.add(features, dataset.labels[where])
-        lost = _between(skipped, layout, layout.blocks[number])
-        parts.write(names[number], **sums.arrays(), **_texts(lost))
-    parts.wait_for_all(names)
-    total, lost = ClassSums(dataset.num_classes), {}
-    for name in names:
-        found = parts.take(name)
+
+    def sums_of(blocks: list[int]) -> Iterator[Arrays]:
+        shards = [shard for number in blocks for shard in layout.blocks[number]]
+        done = _shards_done(work, shards, skipped, features_of, "prototypes")
+        for number in blocks:
+            sums = ClassSums(dataset.num_classes)
+            for results in islice(done, len(layout.blocks[number])):
+                for positions, features in results:
+                    sums.add(features, dataset.labels[positions])
+            lost = _between(skipped, layout, layout.blocks[number])
+            yield {**sums.arrays(), **_texts(lost)}
+
+    names = [f"prototypes-{number:04}" for number in range(len(layout.blocks))]
+    total, lost = ClassSums(dataset.num_classes), dict[int, str]()
+    for found in parts.complete(names, layout.blocks_of(work.team), sums_of):
         total.add_arrays(found)
         lost |= dict(zip(found["skipped"].tolist(), found["why"].tolist(), strict=True))
     readable = np.setdiff1d(np.arange(len(dataset)), list(lost))
@@ -189,18 +172,16 @@ def measure_losses(
     Raises:
       ValueError: a sample that cannot be read any more.
     """
-    layout = work.layout
-    names = [f"{name}-{number:06}" for number in range(len(layout.shards))]
-    missing = [number for number in layout.shards_of(work.team) if not parts.has(names[number])]
-    what = f"{num_probes} probes"
-    work = work._replace(reader=_Only(work.reader, positions))
-    for number, _, values in _shards_done(work, missing, None, losses_of, what, num_probes):
-        found = [rows[:num_probes] for rows in values]
-        parts.write(names[number], losses=_joined(found, (num_probes, 0), axis=1))
-    parts.wait_for_all(names)
+
+    def losses_of_shards(shards: list[int]) -> Iterator[Arrays]:
+        what = f"{num_probes} probes"
+        for results in _shards_done(work, shards, None, losses_of, what, positions, num_probes):
+            yield {"losses": _joined(results, (num_probes, 0), axis=1)}
+
+    names = [f"{name}-{number:06}" for number in range(len(work.layout.shards))]
     losses, start = np.empty((num_probes, len(positions)), np.float32), 0
-    for name in names:
-        part = parts.take(name)["losses"]
+    for found in parts.complete(names, work.layout.shards_of(work.team), losses_of_shards):
+        part = found["losses"]
         losses[:, start : start + part.shape[1]] = part
         start += part.shape[1]
     assert start == len(positions)
@@ -216,36 +197,18 @@ def measure_features(
     Raises:
       ValueError: an unreadable sample, or no readable one.
     """
-    dataset, layout = work.reader.dataset, work.layout
-    names = [f"features-{number:06}" for number in range(len(layout.shards))]
-    missing = [number for number in layout.shards_of(work.team) if not parts.has(names[number])]
+    dataset = work.reader.dataset
     skipped: dict[int, str] | None = {} if on_corrupt == "skip" else None
-    for number, _, values in _shards_done(work, missing, skipped, features_of, "features"):
-        parts.write(names[number], features=_joined(values, (0, 0), axis=0))
-    parts.wait_for_all(names)
-    found = [part for name in names if len(part := parts.take(name)["features"])]
+
+    def features_of_shards(shards: list[int]) -> Iterator[Arrays]:
+        for results in _shards_done(work, shards, skipped, features_of, "features"):
+            yield {"features": _joined(results, (0, 0), axis=0)}
+
+    names = [f"features-{number:06}" for number in range(len(work.layout.shards))]
+    every = parts.complete(names, work.layout.shards_of(work.team), features_of_shards)
+    found = [part for arrays in every if len(part := arrays["features"])]
     checks.some_readable(dataset.name, len(found), len(dataset))
     return np.concatenate(found)
-
-
-class _Only(Reader[Item]):
-    """A reader of the samples that are known to be readable; the others are not asked for."""
-
-    def __init__(self, reader: Reader[Item], positions: Int64[np.ndarray, " n"]):
-        self.dataset, self._reader = reader.dataset, reader
-        self._is_known = np.zeros(len(reader.dataset), bool)
-        self._is_known[positions] = True
-
-    def read(self, positions: Int64[np.ndarray, " k"]) -> Iterator[Item | str]:
-        return self._reader.read(positions)
-
-    def readable(
-        self, positions: Int64[np.ndarray, " k"], skipped: dict[int, str] | None
-    ) -> Iterator[tuple[int, Item]]:
-        return self._reader.readable(positions[self._is_known[positions]], skipped)
-
-
-Done = tuple[int, list[np.ndarray], list[np.ndarray]]  # shard, positions and values by batch
 
 
 def _shards_done(
@@ -254,44 +217,37 @@ def _shards_done(
     skipped: dict[int, str] | None,
     program: Program,
     what: str,
+    readable: Int64[np.ndarray, " n"] | None = None,
     num_probes: int | None = None,
-) -> Iterator[Done]:
-    """Yields every shard with the positions and values of its batches, as they are finished.
+) -> Iterator[list[Result]]:
+    """Yields the results of every shard, batch by batch, as they are finished.
 
-    Values are features [r, d], or losses [m, r] where `num_probes` is given.
+    They are features [r, d], or losses [m, r] where `num_probes` is given. Where it is known which
+    samples are readable, the others are not asked for.
     """
     ranges = [work.layout.shards[number] for number in shards]
     positions = np.concatenate([np.empty(0, np.int64), *map(np.asarray, ranges)]).astype(np.int64)
+    if readable is not None:
+        positions = np.intersect1d(positions, readable, assume_unique=True)
     # one reader for all of them: images are decoded on while a shard is finished and kept
     items = work.reader.readable(positions, skipped)
     batches = _batches(items, work.layout, shards, work.batch_size)
     at_once = work.team.mesh.shape["data"]
     groups = iter(lambda: list(islice(batches, at_once)), [])
+    bar_step = num_probes or 1
     bar = tqdm(
-        total=len(positions) * (num_probes or 1),
+        total=len(positions) * bar_step,
         desc=what,
         unit="img x probe" if num_probes else "img",
         unit_scale=bool(num_probes),
         disable=hides_bar(work.progress),
         leave=bool(num_probes),
     )
-    waiting = list(shards)
-    done: Done = (-1, [], [])
-    with bar:
-        for values, group in _ahead((program(group), group) for group in groups):
-            signals.poll()
-            for batch, of_batch in zip(group, values, strict=False):
-                while waiting and waiting[0] != batch.shard:
-                    yield done if done[0] == waiting[0] else (waiting[0], [], [])
-                    waiting.pop(0)
-                if done[0] != batch.shard:
-                    done = (batch.shard, [], [])
-                num = len(batch.positions)
-                done[1].append(batch.positions)
-                done[2].append(of_batch[:num] if num_probes is None else of_batch[:, :num])
-                bar.update(num * (num_probes or 1))
-        for number in waiting:
-            yield done if done[0] == number else (number, [], [])
+
+    def values_of(array: np.ndarray, place: int, num: int) -> np.ndarray:
+        return array[place, :num] if num_probes is None else array[place, :num_probes, :num]
+
+    return shards_done(shards, groups, program, values_of, bar, ahead=AHEAD, bar_step=bar_step)
 
 
 def _batches(
@@ -306,8 +262,9 @@ def _batches(
             yield Batch(shards[place], where, values)
 
 
-def _joined(parts: list[np.ndarray], shape: tuple[int, ...], axis: int) -> np.ndarray:
-    return np.concatenate(parts, axis) if parts else np.empty(shape, np.float32)
+def _joined(results: list[Result], shape: tuple[int, ...], axis: int) -> np.ndarray:
+    values = [of_batch for _, of_batch in results]
+    return np.concatenate(values, axis) if values else np.empty(shape, np.float32)
 
 
 def _between(skipped: dict[int, str] | None, layout: Layout, block: range) -> dict[int, str]:
@@ -320,15 +277,3 @@ def _texts(skipped: dict[int, str]) -> dict[str, np.ndarray]:
         "skipped": np.array(list(skipped), np.int64),
         "why": np.array(list(skipped.values()), np.str_),
     }
-
-
-def _ahead(started: Iterable[tuple[jax.Array, Tag]]) -> Iterator[tuple[np.ndarray, Tag]]:
-    """Waits for a result only after the next ones were started: the device is never idle."""
-    waiting: list[tuple[jax.Array, Tag]] = []
-    for result in started:
-        waiting.append(result)
-        if len(waiting) > AHEAD:
-            array, tag = waiting.pop(0)
-            yield np.asarray(array), tag
-    for array, tag in waiting:
-        yield np.asarray(array), tag

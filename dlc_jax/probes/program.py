@@ -15,8 +15,8 @@ from dlc_jax.encoders import Encoder
 from dlc_jax.masking import Importance, Thresholds
 from dlc_jax.preprocess import RandomCrops, filled
 from dlc_jax.probes.kernel import Forward, features_of_batches, losses_of_batches
-from dlc_jax.probes.passes import Batch
 from dlc_jax.probes.path import LearningPath
+from dlc_jax.probes.shards import Batch
 from dlc_jax.types import Params
 
 

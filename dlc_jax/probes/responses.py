@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from itertools import groupby, islice
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -14,19 +14,17 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 from tqdm import tqdm
 
-from dlc_jax import checks, signals
+from dlc_jax import checks
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import (
     DATA,
     Run,
     Team,
-    fetch,
     filled_up,
     hides_bar,
     mesh_of,
     on_every_device,
     over_devices,
-    processes,
     whole_rows,
 )
 from dlc_jax.encoders.architecture import Architecture
@@ -42,11 +40,10 @@ from dlc_jax.preprocess.tokens import (
     plan_batches,
     tokenise,
 )
-from dlc_jax.probes.parts import Parts
 from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.probes.rounds import until_it_ranks
+from dlc_jax.probes.shards import Arrays, Batch, Parts, shards_done
 from dlc_jax.types import Conventions, Params, ProbeLosses, ResponseLosses, overridden
-from dlc_jax.workspace.keys import key_of, machine
 
 _FEWEST_PARTS, _MOST_BATCHES, _MOST_PARTS = 64, 16, 4096  # see `_Work._size`
 RESPONSES_PATH = PathSpec(num_probes=8, placement="midpoint")
@@ -256,15 +253,10 @@ class _Work(NamedTuple):
         model.check_tokens(data.named)
         plans = list(plan_batches(data, tokens_per_batch))
         team = Team.alone(mesh_of(model.params)) if run.mesh is None else Team.of(run.mesh)
-        if team.num_teams > 1 and run.path is None:
-            raise checks.InputError(
-                "folder: missing; processes that share the work need one that all of them see."
-            )
-        if run.path is None:
-            return cls(model, data, plans, Parts(), team, run.progress)
-        inputs: list[Any] = [machine(), model.fingerprint, data.fingerprint]
-        inputs += [tokens_per_batch, *decisive]
-        parts = Parts(run.path / key_of("response losses", inputs)[:16], writes=_writes(team))
+        inputs = [tokens_per_batch, *decisive]
+        parts = Parts.of(
+            "response losses", run, team, lambda: [model.fingerprint, data.fingerprint, *inputs]
+        )
         return cls(model, data, plans, parts, team, run.progress)
 
     def measured(
@@ -276,23 +268,25 @@ class _Work(NamedTuple):
         """Returns the losses of all samples; parts are kept under this name."""
         names = [f"{name}-{number:06}" for number in range(-(-len(self.plans) // self._size))]
         mine = range(self.team.number, len(names), self.team.num_teams)  # the long ones come last
-        with tqdm(
-            total=sum(len(plan.positions) for k in mine for plan in self._plans_of(k)),
-            desc="losses",
-            unit="row",
-            disable=hides_bar(self.progress),
-        ) as bar:
-            for number in mine:
-                plans = self._plans_of(number)
-                if not self.parts.has(names[number]):
-                    found = self._losses_of(plans, of_rows)
-                    self.parts.write(names[number], losses=np.concatenate(found, axis=1))
-                bar.update(sum(len(plan.positions) for plan in plans))
-        self.parts.wait_for_all(names)
+
+        def losses_of(shards: list[int]) -> Iterator[Arrays]:
+            bar = tqdm(
+                total=sum(len(plan.positions) for k in shards for plan in self._plans_of(k)),
+                desc="losses",
+                unit="row",
+                disable=hides_bar(self.progress),
+            )
+            start = functools.partial(self._started, of_rows)
+            # none ahead: two calls would take twice the memory
+            for results in shards_done(
+                shards, self._groups(shards), start, self._losses_of_batch, bar, ahead=0
+            ):
+                yield {"losses": np.concatenate([losses for _, losses in results], axis=1)}
+
         losses = np.empty((num_rows, len(self.data)), np.float32)
-        for number, name in enumerate(names):
+        for number, found in enumerate(self.parts.complete(names, mine, losses_of)):
             positions = np.concatenate([plan.positions for plan in self._plans_of(number)])
-            losses[:, positions] = self.parts.take(name)["losses"]
+            losses[:, positions] = found["losses"]
         return losses
 
     @property
@@ -304,33 +298,36 @@ class _Work(NamedTuple):
     def _plans_of(self, number: int) -> list[BatchPlan]:
         return self.plans[number * self._size : (number + 1) * self._size]
 
-    def _losses_of(
-        self, plans: list[BatchPlan], of_rows: Callable[[Rows], Array]
-    ) -> list[Float32[np.ndarray, "m r"]]:
-        """Returns the losses of every batch; those of one shape go side by side."""
+    @property
+    def _at_once(self) -> int:
+        """How many batches a program call takes side by side."""
         mesh = mesh_of(self.model.params)
-        at_once = 1 if mesh is None else mesh.shape[DATA]
-        found = []
-        for shape, some in groupby(plans, lambda plan: (plan.num_rows, plan.length)):
-            num_rows = whole_rows(self.model.params, shape[0] * at_once) // at_once
-            for group in iter(lambda: list(islice(some, at_once)), []):  # noqa: B023
-                signals.poll()
-                batches = [make_batch(self.data, plan)[1:] for plan in group]
-                batches += batches[:1] * (at_once - len(batches))
-                rows: Any = tuple(
-                    np.concatenate([filled_up(array, num_rows) for array in arrays])
-                    for arrays in zip(*batches, strict=True)
-                )
-                losses = fetch(of_rows(over_devices(self.model.params, rows)))
-                for place, plan in enumerate(group):
-                    start = place * num_rows
-                    found.append(losses[:, start : start + len(plan.positions)])
-        return found
+        return 1 if mesh is None else mesh.shape[DATA]
 
+    def _groups(self, shards: list[int]) -> Iterator[list[Batch]]:
+        """Yields batches of one shape and shard that go side by side."""
+        for number in shards:
+            plans = self._plans_of(number)
+            for _, some in groupby(plans, lambda plan: (plan.num_rows, plan.length)):
+                batches = [Batch(number, plan.positions, plan) for plan in some]
+                for start in range(0, len(batches), self._at_once):
+                    yield batches[start : start + self._at_once]
 
-def _writes(team: Team) -> bool:
-    """Whether this process writes what its team has measured."""
-    return not team.mesh.is_multi_process or processes.is_first()
+    def _started(self, of_rows: Callable[[Rows], Array], group: list[Batch]) -> Array:
+        """Starts on the losses of a group: [m, k b], missing batches repeat the first."""
+        params, at_once = self.model.params, self._at_once
+        num_rows = whole_rows(params, group[0].items.num_rows * at_once) // at_once
+        batches = [make_batch(self.data, batch.items)[1:] for batch in group]
+        batches += batches[:1] * (at_once - len(batches))
+        rows: Any = tuple(
+            np.concatenate([filled_up(array, num_rows) for array in arrays])
+            for arrays in zip(*batches, strict=True)
+        )
+        return of_rows(over_devices(params, rows))
+
+    def _losses_of_batch(self, losses: np.ndarray, place: int, num: int) -> np.ndarray:
+        start = place * (losses.shape[1] // self._at_once)
+        return losses[:, start : start + num]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

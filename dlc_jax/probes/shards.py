@@ -1,0 +1,197 @@
+"""Work on a data set shard by shard: what is there is kept, and the rest is divided and computed.
+
+Whoever computes a shard, in whatever company, gets the same bits. So a run that was stopped goes on
+from the shards that it left behind, also with another number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int64
+from tqdm import tqdm
+
+from dlc_jax import checks, signals
+from dlc_jax.distributed import Run, Team, fetch, processes
+from dlc_jax.files import array_files
+from dlc_jax.workspace import artefacts
+from dlc_jax.workspace.keys import key_of, machine
+
+Arrays = dict[str, np.ndarray]
+
+
+class Batch(NamedTuple):
+    """Samples of one shard.
+
+    Attributes:
+      shard: Its number.
+      positions: [r] in the data set.
+      items: What the program takes.
+    """
+
+    shard: int
+    positions: Int64[np.ndarray, " r"]
+    items: Any
+
+
+Result = tuple[Int64[np.ndarray, " r"], np.ndarray]  # positions of a batch, and what they gave
+
+
+def shards_done(
+    shards: Sequence[int],
+    groups: Iterable[list[Batch]],
+    start: Callable[[list[Batch]], jax.Array],
+    values_of: Callable[[np.ndarray, int, int], np.ndarray],
+    bar: tqdm,
+    *,
+    ahead: int,
+    bar_step: int = 1,
+) -> Iterator[list[Result]]:
+    """Yields the results of every shard, in order, as they are finished.
+
+    Args:
+      shards: Numbers; one without a batch has no results.
+      groups: Batches, in the order of the shards, by program call.
+      start: Starts the program on a group.
+      values_of: What a call gave, place of a batch in its group and number of samples -> theirs.
+      bar: Shown meanwhile.
+      ahead: Program calls that are started before the results of one are waited for.
+      bar_step: How far a sample moves the bar.
+    """
+
+    def results() -> Iterator[tuple[int, Result]]:
+        for array, group in _ahead(((start(group), group) for group in groups), ahead):
+            signals.poll()
+            for place, (shard, positions, _) in enumerate(group):
+                bar.update(len(positions) * bar_step)
+                yield shard, (positions, values_of(array, place, len(positions)))
+
+    with bar:
+        by_shard = groupby(results(), key=lambda result: result[0])
+        number, found = next(by_shard, (None, iter(())))
+        for shard in shards:
+            if shard != number:
+                yield []
+                continue
+            yield [result for _, result in found]
+            number, found = next(by_shard, (None, iter(())))
+
+
+def _ahead(
+    started: Iterable[tuple[jax.Array, list[Batch]]], num: int
+) -> Iterator[tuple[np.ndarray, list[Batch]]]:
+    """Waits for a result only after the next ones were started: the device is never idle."""
+    waiting: list[tuple[jax.Array, list[Batch]]] = []
+    for result in started:
+        waiting.append(result)
+        if len(waiting) > num:
+            array, group = waiting.pop(0)
+            yield fetch(array), group
+    for array, group in waiting:
+        yield fetch(array), group
+
+
+class Parts:
+    """Arrays by the name of the part.
+
+    Args:
+      folder: Where they are kept, for later runs too; None: in memory.
+      writes: Whether this process writes there; another that computed the same does where not.
+    """
+
+    def __init__(self, folder: Path | None = None, *, writes: bool = True):
+        self.folder, self._writes = folder, writes
+        self._in_memory: dict[str, Arrays] = {}
+        self._pull()
+
+    @classmethod
+    def of(cls, kind: str, run: Run, team: Team, inputs: Callable[[], list[Any]]) -> Parts:
+        """Returns where that is kept which these inputs and this machine give.
+
+        Raises:
+          ValueError: processes without a folder to share.
+        """
+        if run.path is not None:
+            writes = not team.mesh.is_multi_process or processes.is_first()
+            return cls(run.path / key_of(kind, [machine(), *inputs()])[:16], writes=writes)
+        if team.num_teams > 1:
+            raise checks.InputError(
+                "folder: missing; processes that share the work need one that all of them see."
+            )
+        return cls()
+
+    def complete(
+        self,
+        names: Sequence[str],
+        mine: Sequence[int],
+        computed: Callable[[list[int]], Iterator[Arrays]],
+    ) -> Iterator[Arrays]:
+        """Returns all parts in order, after those that were missing have been computed.
+
+        Args:
+          names: Of all parts.
+          mine: Numbers of those that this process's team does.
+          computed: Gives the arrays of these parts, one after the other.
+        Raises:
+          ValueError: a part is not there then: the processes do not share a folder.
+        """
+        missing = [number for number in mine if not self.has(names[number])]
+        for number, arrays in zip(missing, computed(missing), strict=True):
+            self._write(names[number], **arrays)
+        if self.folder is not None and processes.count() > 1:
+            processes.wait_for_all()
+            self._pull()
+            if lost := [name for name in names if not self._path(name).is_file()]:
+                raise checks.InputError(
+                    f"{self.folder}: {len(lost)} parts that other processes wrote are not there, "
+                    f"such as {lost[0]}; expected a folder that all {processes.count()} processes "
+                    "share, or one in a bucket."
+                )
+        return map(self._take, names)
+
+    def has(self, name: str) -> bool:
+        """Whether a part is there, whole."""
+        return bool(self._read(name))
+
+    def _write(self, name: str, **arrays: np.ndarray) -> None:
+        """Keeps a part, whole or not at all."""
+        if self.folder is None:
+            self._in_memory[name] = arrays
+            return
+        if not self._writes:
+            return
+        with artefacts.atomic(self._path(name)) as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    def _take(self, name: str) -> Arrays:
+        """Returns a part that was written; one in memory is not kept any longer."""
+        found = self._in_memory.pop(name, None) or self._read(name)
+        if not found:
+            raise checks.InputError(
+                f"{self._path(name)}: cannot be read any more; the same call computes it again."
+            )
+        return found
+
+    def _pull(self) -> None:
+        """Brings what others wrote, where processes do not share a file system."""
+        if self.folder is not None:
+            artefacts.pull(self.folder)
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.npz"
+
+    def _read(self, name: str) -> Arrays:
+        """Returns the arrays of a part; none if it is not there or cannot be read."""
+        if self.folder is None:
+            return self._in_memory.get(name, {})
+        try:
+            headers = array_files.npz_headers(self._path(name))
+            return array_files.load_npz(self._path(name), headers)
+        except checks.InputError:
+            return {}

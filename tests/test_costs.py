@@ -19,7 +19,7 @@ from dlc_jax.preprocess import load
 from dlc_jax.probes.kernel import Forward, features_of_batches, losses_of_batches
 from dlc_jax.training.images.batches import Batch
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
-from dlc_jax.training.lora.batches import Rows
+from dlc_jax.training.lora.batches import TokenRows
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Sums, add_rows, initial_adapter
 
@@ -126,7 +126,7 @@ def of_text(dtype):
     architecture = model.architecture.with_adapter(LoraConfig().adapter)
     adapter = initial_adapter(architecture, 0)
     tokens = np.ones((2, 16), np.int32)
-    rows = Rows(tokens, tokens, tokens > 0)
+    rows = TokenRows(tokens, tokens, tokens > 0)
     add = functools.partial(add_rows, architecture)
     return add, (model.params, adapter, rows, Sums.zero(adapter))
 

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-class Architecture(NamedTuple):
+class ImageArchitecture(NamedTuple):
     """How to build an encoder for a checkpoint and read the checkpoint's names.
 
     Attributes:
@@ -83,9 +83,9 @@ def _vit_image_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return math.isqrt(_vit_patches(shapes)) * vit.PATCH_SIZE
 
 
-ENCODERS: dict[str, Architecture] = {
+ENCODERS: dict[str, ImageArchitecture] = {
     **{
-        name: Architecture(
+        name: ImageArchitecture(
             functools.partial(_build_resnet, size),
             lambda shapes: None,
             resnet.NAMES,
@@ -99,7 +99,7 @@ ENCODERS: dict[str, Architecture] = {
         for name, size in resnet.SIZES.items()
     },
     **{
-        name: Architecture(
+        name: ImageArchitecture(
             functools.partial(_build_vit, size),
             _vit_image_size,
             vit.NAMES,
@@ -182,7 +182,7 @@ def load_encoder(
 
 
 def _abstract(
-    architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
+    architecture: ImageArchitecture, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: architecture.build(shapes)))
 
@@ -193,7 +193,7 @@ def check_pooling(name: str, pooling: str | None) -> None:
         checks.one_of(f"encoder.pooling of {name}", pooling, ENCODERS[name].poolings)
 
 
-def _normalisation(architecture: Architecture, config: dict) -> tuple[tuple, tuple, str]:
+def _normalisation(architecture: ImageArchitecture, config: dict) -> tuple[tuple, tuple, str]:
     stated = config.get("pretrained_cfg", config)
     if "mean" in stated and "std" in stated:
         return tuple(stated["mean"]), tuple(stated["std"]), "checkpoint"

@@ -112,7 +112,7 @@ class RmsNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...]
 
 
-class Attention(nnx.Module):
+class DecoderAttention(nnx.Module):
     """Causal self-attention with rotary positions and fewer key-value heads than query heads."""
 
     def __init__(self, config: DecoderConfig, window: int | None, linear: MakeProjection):
@@ -166,7 +166,7 @@ class Attention(nnx.Module):
         return jnp.concatenate(parts, axis=1)
 
 
-class Mlp(nnx.Module):
+class DecoderMlp(nnx.Module):
     """Gated linear unit."""
 
     def __init__(self, config: DecoderConfig, linear: MakeProjection):
@@ -180,7 +180,7 @@ class Mlp(nnx.Module):
         return self.down_proj(gate * self.up_proj(x))
 
 
-class Block(nnx.Module):
+class DecoderBlock(nnx.Module):
     """Attention and MLP, each added to its input."""
 
     def __init__(
@@ -190,8 +190,8 @@ class Block(nnx.Module):
         linear: MakeProjection,
         dtype: DTypeLike,
     ):
-        self.attn = Attention(config, window, linear)
-        self.mlp = Mlp(config, linear)
+        self.attn = DecoderAttention(config, window, linear)
+        self.mlp = DecoderMlp(config, linear)
         self.attn_norm = RmsNorm(config, dtype=dtype)
         self.mlp_norm = RmsNorm(config, dtype=dtype)
         self.sandwich = config.sandwich
@@ -231,7 +231,9 @@ class Decoder(nnx.Module):
     ):
         linear = functools.partial(Projection, adapter=adapter, dtype=dtype, rngs=rngs)
         self.embedding = nnx.Embed(config.vocab_size, config.width, param_dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List([Block(config, window, linear, dtype) for window in config.windows])
+        self.blocks = nnx.List(
+            [DecoderBlock(config, window, linear, dtype) for window in config.windows]
+        )
         self.norm = RmsNorm(config, dtype=dtype)
         if not config.tied:
             self.head = nnx.Linear(
@@ -262,7 +264,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
         rotation = _rotation(self.config, tokens.shape[1], x.dtype)
         for block in self.blocks:
-            run = nnx.remat(Block.__call__) if self.rematerialise else Block.__call__
+            run = nnx.remat(DecoderBlock.__call__) if self.rematerialise else DecoderBlock.__call__
             x = run(block, x, rotation, segments)
         return self.norm(x)
 

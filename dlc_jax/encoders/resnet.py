@@ -41,7 +41,7 @@ class Downsample(nnx.Module):
         return self.bn(self.conv(x))
 
 
-class Block(nnx.Module):
+class ResidualBlock(nnx.Module):
     """A residual block; `widths` are (in, inner, out)."""
 
     def __init__(
@@ -85,7 +85,9 @@ class ResNet(nnx.Module):
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(Block((before, inner, after), stride, size.bottleneck, rngs=rngs))
+                blocks.append(
+                    ResidualBlock((before, inner, after), stride, size.bottleneck, rngs=rngs)
+                )
                 before = after
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.num_stages = len(size.depths)

@@ -20,7 +20,7 @@ from dlc_jax.planning.costs import Cost, kept_by_run, planned_stages
 from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.preprocess.tokens import bucket_length, tokenise
-from dlc_jax.training.lora.batches import Rows
+from dlc_jax.training.lora.batches import TokenRows
 from dlc_jax.training.lora.step import Sums, add_rows
 
 _MOST_READ = 256  # samples whose length is looked at
@@ -139,7 +139,7 @@ class InstructionCosts:
         def gradients(architecture: Architecture) -> int:
             def added(params: Any, adapter: Any, tokens: jax.Array, sums: Any) -> Any:
                 some: Any = (tokens, tokens, tokens > 0)
-                rows = Rows(*some)
+                rows = TokenRows(*some)
                 return add_rows(architecture, params, adapter, rows, sums)
 
             adapter = architecture.abstract_adapter()

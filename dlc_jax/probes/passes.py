@@ -19,7 +19,7 @@ from dlc_jax import checks
 from dlc_jax.distributed import Team, hides_bar
 from dlc_jax.preprocess import Reader, in_batches
 from dlc_jax.probes.prototypes import ClassSums
-from dlc_jax.probes.shards import Arrays, Batch, Parts, Result, shards_done
+from dlc_jax.probes.shards import Arrays, Parts, Result, ShardBatch, shards_done
 
 _SHARD = 2048  # images, or one batch where that is larger
 _FEWEST_SHARDS, _MOST_SHARDS = 64, 4096  # enough to deal out, and not too many files
@@ -94,7 +94,7 @@ class Pass(NamedTuple):
     progress: bool
 
 
-Program = Callable[[list[Batch]], jax.Array]  # -> [k ...], one row for each of k batches
+Program = Callable[[list[ShardBatch]], jax.Array]  # -> [k ...], one row for each of k batches
 
 
 class Prototypes(NamedTuple):
@@ -252,14 +252,14 @@ def _shards_done(
 
 def _batches(
     items: Iterator[tuple[int, Item]], layout: Layout, shards: Sequence[int], batch_size: int
-) -> Iterator[Batch]:
+) -> Iterator[ShardBatch]:
     """Yields batches of which none reaches over the end of a shard."""
     stops = np.array([layout.shards[number].stop for number in shards])
     for place, some in groupby(
         items, lambda item: int(np.searchsorted(stops, item[0], side="right"))
     ):
         for where, values in in_batches(some, batch_size):
-            yield Batch(shards[place], where, values)
+            yield ShardBatch(shards[place], where, values)
 
 
 def _joined(results: list[Result], shape: tuple[int, ...], axis: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from dlc_jax.masking import Importance, Thresholds
 from dlc_jax.preprocess import RandomCrops, filled
 from dlc_jax.probes.kernel import Forward, features_of_batches, losses_of_batches
 from dlc_jax.probes.path import LearningPath
-from dlc_jax.probes.shards import Batch
+from dlc_jax.probes.shards import ShardBatch
 from dlc_jax.types import Params
 
 
@@ -74,7 +74,7 @@ class Program(NamedTuple):
         params = replicated(team.mesh, encoder.params)
         return cls(Forward.of(encoder, dtype), team, params, batch_size)
 
-    def features_of(self, batches: list[Batch]) -> jax.Array:
+    def features_of(self, batches: list[ShardBatch]) -> jax.Array:
         """Starts on the unmasked features of some batches: [k, b, d]."""
         pixels = self._side_by_side([np.stack(batch.items) for batch in batches])
         return features_of_batches(self.forward, self.team.mesh, self.params, pixels)
@@ -84,7 +84,7 @@ class Program(NamedTuple):
         masks: Masks,
         prototypes: Float32[np.ndarray, "c d"],
         labels: Int32[np.ndarray, " n"],
-        batches: list[Batch],
+        batches: list[ShardBatch],
     ) -> jax.Array:
         """Starts on the losses of some batches under every probe: [k, m, b]."""
         pixels = [np.stack(batch.items) for batch in batches]
@@ -96,7 +96,7 @@ class Program(NamedTuple):
         prototypes: Float32[np.ndarray, "c d"],
         labels: Int32[np.ndarray, " n"],
         crops: RandomCrops,
-        batches: list[Batch],
+        batches: list[ShardBatch],
     ) -> jax.Array:
         """The same for decoded images, of which every probe sees another crop."""
         rows = []
@@ -112,7 +112,7 @@ class Program(NamedTuple):
         thresholds: Thresholds,
         prototypes: Float32[np.ndarray, "c d"],
         labels: Int32[np.ndarray, " n"],
-        batches: list[Batch],
+        batches: list[ShardBatch],
         pixels: list[UInt8[np.ndarray, "_ s s 3"]],
     ) -> jax.Array:
         return losses_of_batches(

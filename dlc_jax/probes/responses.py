@@ -42,7 +42,7 @@ from dlc_jax.preprocess.tokens import (
 )
 from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.probes.rounds import until_it_ranks
-from dlc_jax.probes.shards import Arrays, Batch, Parts, shards_done
+from dlc_jax.probes.shards import Arrays, Parts, ShardBatch, shards_done
 from dlc_jax.types import Conventions, Params, ProbeLosses, ResponseLosses, overridden
 
 _FEWEST_PARTS, _MOST_BATCHES, _MOST_PARTS = 64, 16, 4096  # see `_Work._size`
@@ -304,16 +304,16 @@ class _Work(NamedTuple):
         mesh = mesh_of(self.model.params)
         return 1 if mesh is None else mesh.shape[DATA]
 
-    def _groups(self, shards: list[int]) -> Iterator[list[Batch]]:
+    def _groups(self, shards: list[int]) -> Iterator[list[ShardBatch]]:
         """Yields batches of one shape and shard that go side by side."""
         for number in shards:
             plans = self._plans_of(number)
             for _, some in groupby(plans, lambda plan: (plan.num_rows, plan.length)):
-                batches = [Batch(number, plan.positions, plan) for plan in some]
+                batches = [ShardBatch(number, plan.positions, plan) for plan in some]
                 for start in range(0, len(batches), self._at_once):
                     yield batches[start : start + self._at_once]
 
-    def _started(self, of_rows: Callable[[Rows], Array], group: list[Batch]) -> Array:
+    def _started(self, of_rows: Callable[[Rows], Array], group: list[ShardBatch]) -> Array:
         """Starts on the losses of a group: [m, k b], missing batches repeat the first."""
         params, at_once = self.model.params, self._at_once
         num_rows = whole_rows(params, group[0].items.num_rows * at_once) // at_once

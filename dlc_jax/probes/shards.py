@@ -25,7 +25,7 @@ from dlc_jax.workspace.keys import key_of, machine
 Arrays = dict[str, np.ndarray]
 
 
-class Batch(NamedTuple):
+class ShardBatch(NamedTuple):
     """Samples of one shard.
 
     Attributes:
@@ -44,8 +44,8 @@ Result = tuple[Int64[np.ndarray, " r"], np.ndarray]  # positions of a batch, and
 
 def shards_done(
     shards: Sequence[int],
-    groups: Iterable[list[Batch]],
-    start: Callable[[list[Batch]], jax.Array],
+    groups: Iterable[list[ShardBatch]],
+    start: Callable[[list[ShardBatch]], jax.Array],
     values_of: Callable[[np.ndarray, int, int], np.ndarray],
     bar: tqdm,
     *,
@@ -83,10 +83,10 @@ def shards_done(
 
 
 def _ahead(
-    started: Iterable[tuple[jax.Array, list[Batch]]], num: int
-) -> Iterator[tuple[np.ndarray, list[Batch]]]:
+    started: Iterable[tuple[jax.Array, list[ShardBatch]]], num: int
+) -> Iterator[tuple[np.ndarray, list[ShardBatch]]]:
     """Waits for a result only after the next ones were started: the device is never idle."""
-    waiting: list[tuple[jax.Array, list[Batch]]] = []
+    waiting: list[tuple[jax.Array, list[ShardBatch]]] = []
     for result in started:
         waiting.append(result)
         if len(waiting) > num:

@@ -17,7 +17,7 @@ from dlc_jax.planning.memory import Finetuning, Scoring
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.responses import _probe_losses, probe_responses, response_losses
 from dlc_jax.training.loop import train
-from dlc_jax.training.lora.batches import Rows
+from dlc_jax.training.lora.batches import TokenRows
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Sums, add_rows, initial_adapter
 from dlc_jax.training.lora.tuner import LoraTuner
@@ -117,7 +117,7 @@ def _compiled(model: LanguageModel) -> dict[str, int]:
         tuner = LoraTuner(model, _data(8), _lora(rematerialise))
         adapter = on_every_device(model.params, initial_adapter(tuner._architecture, 0))
         sums = on_every_device(model.params, Sums.zero(adapter))
-        rows = over_devices(model.params, Rows(tokens, tokens, tokens > 0))
+        rows = over_devices(model.params, TokenRows(tokens, tokens, tokens > 0))
         programs[name] = add_rows.lower(tuner._architecture, model.params, adapter, rows, sums)
     found = {}
     for name, program in programs.items():

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int32, Int64
 from dlc_jax.preprocess.tokens import Tokenised, bucket_length
 
 
-class Rows(NamedTuple):
+class TokenRows(NamedTuple):
     """What a program call is fed.
 
     Attributes:
@@ -32,7 +32,7 @@ def rows_of_step(
     max_length: int,
     *,
     packing: bool,
-) -> Iterator[Rows]:
+) -> Iterator[TokenRows]:
     """Yields the samples of a step, `rows_at_once` rows at a time, the longest first.
 
     Rows are padded to few lengths, so that programs are few; missing rows are all padding.
@@ -69,8 +69,8 @@ def _packed(order: Sequence[int], lengths: dict[int, int], capacity: int) -> lis
     return sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
 
 
-def _rows(data: Tokenised, some: list[list[int]], num_rows: int, length: int) -> Rows:
-    rows = Rows(
+def _rows(data: Tokenised, some: list[list[int]], num_rows: int, length: int) -> TokenRows:
+    rows = TokenRows(
         np.zeros((num_rows, length), np.int32),
         np.zeros((num_rows, length), np.int32),
         np.zeros((num_rows, length), bool),

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from dlc_jax.encoders.architecture import Architecture, joined
-from dlc_jax.training.lora.batches import Rows
+from dlc_jax.training.lora.batches import TokenRows
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.optimiser import torch_sgd
 from dlc_jax.types import Params, path_name
@@ -90,7 +90,7 @@ class Sums(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="architecture", donate_argnames="sums")
 def add_rows(
-    architecture: Architecture, params: Params, adapter: Params, rows: Rows, sums: Sums
+    architecture: Architecture, params: Params, adapter: Params, rows: TokenRows, sums: Sums
 ) -> Sums:
     """Adds loss and gradients of some rows.
 

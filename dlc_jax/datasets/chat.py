@@ -83,8 +83,8 @@ def render(conversations: Sequence[Messages], rows: Rows, tokenizer: Any) -> Ren
 
     Args:
       conversations: One per row, each ending with the response.
-      rows: That they are of, for messages.
-      tokenizer: Of transformers, or a function that returns one; None where there is none.
+      rows: Rows that hold them, for messages.
+      tokenizer: A tokenizer of transformers, or a function that returns one; None: there is none.
     Raises:
       ValueError: no tokenizer, one without a chat template; by id, conversations that it refuses,
         or that begin otherwise once the response is there.

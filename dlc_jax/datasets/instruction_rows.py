@@ -35,7 +35,7 @@ class Rows:
 
     Attributes:
       rows: At least one.
-      name: Of the source.
+      name: Name of the source.
     """
 
     rows: Sequence[Row] = dataclasses.field(repr=False)

@@ -30,7 +30,7 @@ class Instructions:
       responses: [n] never empty.
       ids: [n] stable names, unique.
       rows: [n] as the source has them.
-      name: Of the source.
+      name: Name of the source.
       has_special_tokens: Whether begin and end of sequence are in the texts, as a chat template
         puts them there; otherwise the tokenizer adds them.
     """

@@ -25,8 +25,8 @@ class Table(Protocol):
     """The rows of one file; a column is named by itself, or with a field of it behind.
 
     Attributes:
-      file: Which.
-      schema: Of its columns.
+      file: Path or address of the file.
+      schema: Names and types of its columns.
     """
 
     @property
@@ -73,7 +73,7 @@ class ParquetTable:
 
     Attributes:
       file, schema: See `Table`.
-      metadata: Of its row groups.
+      metadata: What the file says of its row groups.
       recent: Where images that were read are kept.
     """
 

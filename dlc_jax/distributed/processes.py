@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, and what the first one tells the others.
+"""The processes of a run: how they find each other, and what the first one sends the others.
 
 Without `start` there is one process, and everything here does nothing.
 """
@@ -54,7 +54,7 @@ class NotAllCame(Exception):
 
 
 class SaidByFirst(checks.SharedError):
-    """What went wrong in the first process, which tells the user."""
+    """What went wrong in the first process, which prints it."""
 
 
 def find_place(
@@ -154,7 +154,7 @@ def start(place: Place, *, heartbeat_s: int, timeout_s: int = 300) -> None:
     """Joins the others; has to come before anything is computed.
 
     Args:
-      place: Of this process.
+      place: Number of this process, and where to find the others.
       heartbeat_s: Seconds without a sign of life after which a process counts as dead.
       timeout_s: Seconds to wait for all to come.
     Raises:
@@ -256,7 +256,7 @@ def coordinator() -> str:
 
 
 def is_first() -> bool:
-    """Whether this is the process that tells the user, and writes."""
+    """Whether this is the process that prints and writes."""
     return index() == 0
 
 
@@ -276,7 +276,7 @@ def on_first(compute: Callable[[], Value]) -> Value | None:
     return value
 
 
-def told_by_first(compute: Callable[[], Value]) -> Value:
+def value_of_first(compute: Callable[[], Value]) -> Value:
     """Computes in the first process alone, and returns the value in all.
 
     Args:
@@ -320,7 +320,7 @@ def share(items: Sequence[Value], number: int) -> Sequence[Value]:
     """Returns the items that a process has to do: consecutive, as many as the others have.
 
     Args:
-      items: Of all processes.
+      items: What to divide, the same in all processes.
       number: Which process; numbers past the last one start again at the first.
     """
     bounds = [len(items) * place // count() for place in range(count() + 1)]

@@ -39,10 +39,10 @@ def partition(path: str, shape: Sequence[int], num_devices: int) -> PartitionSpe
     """Returns how a parameter lies on the mesh.
 
     Args:
-      path: Of the parameter of a decoder.
-      shape: Of it. The largest dimension that `num_devices` divides is spread, the first of equals;
-        where there is none, every device holds the parameter.
-      num_devices: Of the axis `FSDP`.
+      path: Path of a parameter of a decoder.
+      shape: Shape of the parameter. The largest dimension that `num_devices` divides is spread, the
+        first of equals; where there is none, every device holds the parameter.
+      num_devices: Number of devices along the axis `FSDP`.
     """
     is_spread = next(spread for pattern, spread in _RULES if re.fullmatch(pattern, path))
     fitting = [axis for axis, size in enumerate(shape) if size % num_devices == 0]
@@ -78,7 +78,7 @@ def over_devices(params: Params, rows: Tree) -> Tree:
     """Returns arrays of one row per sample, spread over the devices that the parameters are on.
 
     Args:
-      params: Of the program that is fed. Where they are on one device, so are the rows.
+      params: Parameters of the program. Where they are on one device, so are the rows.
       rows: Host arrays [b ...], the same in every process. Rows are added, as the first one, until
         their number divides: a device that repeats a row costs no more than one that waits.
     """
@@ -142,23 +142,23 @@ def from_rows_here(mesh: Mesh, rows: np.ndarray, num_rows: int) -> jax.Array:
     Args:
       mesh: The devices.
       rows: Those of `rows_here`.
-      num_rows: Of all processes, a multiple of the number of devices.
+      num_rows: Rows in all processes, a multiple of the number of devices.
     """
     return jax.make_array_from_process_local_data(by_rows(mesh), rows, (num_rows, *rows.shape[1:]))
 
 
-def from_first(mesh: Mesh, tree: Tree, told: Value) -> tuple[Tree, Value]:
+def from_first(mesh: Mesh, tree: Tree, value: Value) -> tuple[Tree, Value]:
     """Returns what the first process has, its arrays as each device of the mesh holds them all.
 
     Args:
       mesh: The devices.
       tree: Host arrays; those of other processes decide shapes and types alone.
-      told: What JSON can hold.
+      value: Value that JSON can hold, sent as well.
     """
     if mesh.is_multi_process:
         tree = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
-        told = processes.told_by_first(lambda: told)
-    return replicated(mesh, tree), told
+        value = processes.value_of_first(lambda: value)
+    return replicated(mesh, tree), value
 
 
 def positions_from_first(found: np.ndarray | None) -> np.ndarray:
@@ -166,7 +166,7 @@ def positions_from_first(found: np.ndarray | None) -> np.ndarray:
     if processes.count() == 1:
         assert found is not None
         return found
-    num = processes.told_by_first(lambda: 0 if found is None else len(found))
+    num = processes.value_of_first(lambda: 0 if found is None else len(found))
     mine = np.zeros(num, np.int32) if found is None else found.astype(np.int32)
     return np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.int64)
 

@@ -23,7 +23,7 @@ _pending: collections.deque[jax.Array] = collections.deque()  # answers that nob
 
 def check() -> None:
     """Raises `Stopped` if the run was asked to stop while that was put off."""
-    if number := processes.told_by_first(signals.asked):
+    if number := processes.value_of_first(signals.asked):
         signals.note(number)
         raise Stopped
 

@@ -26,7 +26,7 @@ class Architecture:
 
     Attributes:
       config: Sizes and switches.
-      dtype: Of weights and activations.
+      dtype: Type of weights and activations.
       adapter: Low-rank changes of projections; None: there are none.
       rematerialise: See `Decoder`.
     """

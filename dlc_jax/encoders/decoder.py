@@ -53,12 +53,12 @@ class DecoderConfig:
         head serves num_heads / num_kv_heads query heads.
       windows: Per block, how many tokens back attention sees, its own included; None: all.
       max_length: Longest sequence the model is meant for, in tokens.
-      norm_epsilon: Of the root-mean-square norms.
+      norm_epsilon: Added to the mean square in the norms.
       rope_theta: Base of the rotations' wavelengths.
       rope_scaling: None: as pre-trained.
       attention_scale: Factor on query-key products.
       attention_cap, final_cap: Bounds of tanh soft-caps on scores and logits; None: no cap.
-      activation: Of the gated MLP, in `ACTIVATIONS`.
+      activation: Activation of the gated MLP, in `ACTIVATIONS`.
       sandwich: Whether what attention and MLP add is normed too.
       offset_norm: Whether norms multiply by 1 + weight, before the cast to `dtype`.
       scale_embedding: Whether embeddings are multiplied by sqrt(width).
@@ -213,11 +213,11 @@ class Decoder(nnx.Module):
 
     Args:
       config: Sizes and switches.
-      dtype: Of weights and activations; norms, softmax and positions are float32 in any case.
+      dtype: Type of weights and activations; norms, softmax and positions are always float32.
       rematerialise: Whether a gradient computes activations of a block again instead of keeping
         them.
       adapter: Low-rank changes of projections; None: there are none.
-      rngs: Of random weights.
+      rngs: Source of random weights.
     """
 
     def __init__(

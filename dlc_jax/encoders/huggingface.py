@@ -237,7 +237,7 @@ def read_params(
 
     Args:
       folder: With `model.safetensors`, or shards and their index.
-      architecture: Of what `read_config` gives, without an adapter.
+      architecture: Architecture made of what `read_config` gives, without an adapter.
       sharding_of: Path and shape -> where the parameter lies; None: on the default device.
     Raises:
       ValueError: a file that is missing or damaged, a tensor without a place, a parameter without

@@ -43,8 +43,8 @@ def longest_sequence(config: DecoderConfig, name: str, asked: int | None) -> int
     """Returns how many tokens of a sequence a model is to see.
 
     Args:
-      config: Of the model.
-      name: Of it, for messages.
+      config: Sizes and switches of the model.
+      name: Name of the model, for messages.
       asked: None: 2048, or the model's limit if it is lower.
     Raises:
       ValueError: it is over the model's limit.
@@ -81,7 +81,7 @@ class LanguageModel:
 
         Args:
           adapter: Which and how large.
-          weights: Of them, nested as `Architecture.abstract_adapter` is.
+          weights: Weights of the adapter, nested as `Architecture.abstract_adapter` is.
         Raises:
           ValueError: it has an adapter.
         """

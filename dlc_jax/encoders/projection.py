@@ -22,7 +22,7 @@ class Adapter:
     """Which projections have a low-rank change, and of what size.
 
     Attributes:
-      rank: Of the change.
+      rank: Rank of the change.
       alpha: The change is multiplied by alpha / rank.
       targets: Names of projections, in `TARGETS`.
     """
@@ -43,8 +43,8 @@ class Projection(nnx.Linear):
       name: In `TARGETS`.
       num_in, num_out: Its size.
       adapter: None: there is none.
-      dtype: Of the kernel; the adapter's matrices are float32, and what they add is computed in it.
-      rngs: Of random weights; the adapter's matrices are zeros.
+      dtype: Type of the kernel; the adapter's matrices, and what they add, are float32.
+      rngs: Source of random weights; the adapter's matrices are zeros.
     """
 
     def __init__(

@@ -84,7 +84,7 @@ def assign(
     """Reads the checkpoint's tensors into the shape of `expected`.
 
     Args:
-      tensors: Of the checkpoint, by name.
+      tensors: Tensors of the checkpoint, by name.
       expected: Pytree of shapes to fill.
       table: How the parameters are stored.
       ignored: Patterns of torch names that are left out on purpose.

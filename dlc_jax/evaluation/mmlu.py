@@ -23,8 +23,8 @@ class MmluResult:
       accuracy: Over all questions, in percent; guessing gives 25.
       by_group: In percent, over all questions of a group that has any.
       by_subject: In percent.
-      num_questions: That were asked.
-      num_truncated: Of these, whose prompt had to be cut at its beginning.
+      num_questions: Number of questions that were asked.
+      num_truncated: Questions whose prompt had to be cut at its beginning.
     """
 
     accuracy: float

@@ -55,7 +55,7 @@ def check_fit_png(samples: Dataset, where: str) -> None:
     """Raises ValueError, naming the sample, for an array that PNG cannot hold.
 
     Args:
-      samples: Of which only arrays are looked at; sources hold either arrays or files.
+      samples: Samples, of which only arrays are looked at; sources hold either arrays or files.
       where: For the message.
     """
     for index in range(len(samples)):

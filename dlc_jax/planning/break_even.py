@@ -15,8 +15,8 @@ class Speeds(NamedTuple):
     """What was measured here, as it is on the devices and hosts that are planned for.
 
     Attributes:
-      flops_per_s: Of one device, while all others work too.
-      decode_seconds, crop_seconds: Of an image, all hosts together.
+      flops_per_s: Operations per second of one device, while all others work too.
+      decode_seconds, crop_seconds: Seconds for an image, all hosts together.
       one_after_the_other: Whether device and host take turns, being the same processor.
     """
 
@@ -46,8 +46,8 @@ class Speeds(NamedTuple):
         """Returns the seconds of one sample in an epoch.
 
         Args:
-          flops: That a device computes of it.
-          num_crops: That are cut of it.
+          flops: Operations that a device computes for it.
+          num_crops: Number of crops that are cut of it.
         """
         return self._both(flops / self.flops_per_s, num_crops * self.crop_seconds)
 
@@ -61,8 +61,8 @@ class Payback(NamedTuple):
     Attributes:
       keep_fraction: Kept.
       saved_seconds: By one fine-tuning run, against one on everything.
-      epochs: Of one run, after which the time of pruning is won back.
-      runs: Of all their epochs, after which it is.
+      epochs: Epochs of one run after which the time of pruning is won back.
+      runs: Runs of all their epochs after which it is.
     """
 
     keep_fraction: float
@@ -84,9 +84,9 @@ def paybacks(
     Args:
       keep_fractions, kept: Fractions and numbers of samples kept.
       num_samples: n.
-      epochs: Of a fine-tuning run.
-      pruning_seconds: Of all that it takes to know what to keep.
-      sample_seconds: Of one sample in an epoch.
+      epochs: Epochs of a fine-tuning run.
+      pruning_seconds: Seconds of all that it takes to know what to keep.
+      sample_seconds: Seconds for one sample in an epoch.
     """
     found = []
     for keep_fraction, num in zip(keep_fractions, kept, strict=True):

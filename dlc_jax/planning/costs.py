@@ -18,8 +18,8 @@ class Cost(NamedTuple):
       name: Which part of it.
       passes: How often every sample is seen; with runs on parts of the samples, by how many epochs.
       num_samples: Seen in all passes, each time counted.
-      flops: Of all of them together.
-      device_flops: Of the device that has most to do, padding included.
+      flops: Operations for all of them together.
+      device_flops: Operations of the device that has most to do, padding included.
       decodes: Images that are decoded.
       crops: Random crops that are cut of decoded images.
       is_training: Whether it takes training steps.

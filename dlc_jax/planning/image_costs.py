@@ -36,12 +36,12 @@ class ImageCosts:
     """All that a run does with images.
 
     Attributes:
-      config: Of the run.
+      config: Checked configuration of the run.
       encoder: With what its mode decides filled in.
       dataset: To be pruned; nothing is read of it here.
       mesh: Devices that are planned for.
       num_test: Test samples; 0 where there are none.
-      pixels: Of an image, on average, as it is stored.
+      pixels: Average number of pixels of an image as it is stored.
     """
 
     config: Config
@@ -62,14 +62,14 @@ class ImageCosts:
 
     @functools.cached_property
     def forward_flops(self) -> int:
-        """Of an image through the unmasked encoder."""
+        """Operations for an image through the unmasked encoder."""
         program = functools.partial(features_of_batch, Forward.of(self.encoder, "float32"))
         images = images_of(1, self.config.encoder.image_size)
         return count_flops(program, shapes(self.encoder.params), images)
 
     @functools.cached_property
     def training_flops(self) -> int:
-        """Of an image in a training step."""
+        """Operations for an image in a training step."""
         settings = dataclasses.replace(self.config.finetune, batch_size=1)
         job = ImageFinetuning(
             self.encoder, self._size, self.dataset.num_classes, settings, num_devices=1

@@ -35,7 +35,7 @@ class ImageScoring:
       encoder: With what its mode decides filled in.
       image_size: In pixels.
       num_classes: c.
-      num_probes: Of this device.
+      num_probes: Probes that this device computes.
       chunk: Probes side by side.
       dtype: See `probe`.
       holds_importance: Whether the importance of weights is an array of its own; otherwise it is
@@ -110,7 +110,7 @@ class ImageFinetuning:
     Attributes:
       encoder, image_size, num_classes: See `ImageScoring`.
       settings: How.
-      num_devices: That a batch is divided among.
+      num_devices: Number of devices that a batch is divided among.
     """
 
     encoder: Encoder

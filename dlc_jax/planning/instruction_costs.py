@@ -30,11 +30,11 @@ _UNMASKED_PASSES = 3
 
 
 class Lengths(NamedTuple):
-    """Of rows, on average, padding included.
+    """Average lengths of rows in tokens, padding included.
 
     Attributes:
       whole: Tokens of prompt and response.
-      alone: Of the response.
+      alone: Tokens of the response.
       said: How they are known.
     """
 
@@ -74,11 +74,11 @@ class InstructionCosts:
     """All that a run does with instructions.
 
     Attributes:
-      config: Of the run.
-      sizes: Of the model.
+      config: Checked configuration of the run.
+      sizes: Sizes and switches of the model.
       mesh: Devices that are planned for.
       num_samples, num_test: Instructions.
-      lengths: Of their rows.
+      lengths: Average lengths of their rows.
     """
 
     config: Config
@@ -116,7 +116,7 @@ class InstructionCosts:
         return Cost(stage, name, passes, passes * num, total, -(-total // self.mesh.num_devices))
 
     def forward_flops(self, length: int) -> int:
-        """Of one row in a batch of its like, with the logits of all its tokens."""
+        """Returns the operations for a row among others as long, with logits of all its tokens."""
         num_rows = max(1, self.config.probe.tokens_per_batch // length)
         tokens = jax.ShapeDtypeStruct((num_rows, length), jnp.int32)
 
@@ -132,7 +132,7 @@ class InstructionCosts:
 
     @functools.cached_property
     def training_flops(self) -> int:
-        """Of one row in a step."""
+        """Operations for one row in a step."""
         lora = self.config.lora
         tokens = jax.ShapeDtypeStruct((lora.rows_at_once, self.lengths.whole), jnp.int32)
 

@@ -21,7 +21,7 @@ class Machine(NamedTuple):
 
     Attributes:
       name: For tables.
-      num_devices: Of all processes.
+      num_devices: Number of devices, over all processes.
       bytes_each: Memory of one.
     """
 

@@ -65,12 +65,12 @@ class Scoring:
     """How instructions are scored.
 
     Attributes:
-      config: Of the model.
-      dtype: Of its weights and activations.
+      config: Sizes and switches of the model.
+      dtype: Type of its weights and activations.
       masking, num_probes, tokens_per_batch: See `probe_responses`.
       max_length: Longest sequence in tokens.
       fsdp: Devices that weights are spread over.
-      groups: Of so many devices that share the rows of a call.
+      groups: Number of groups of `fsdp` devices that share the rows of a call.
     """
 
     config: DecoderConfig
@@ -121,11 +121,11 @@ class Finetuning:
     """How a language model is fine-tuned.
 
     Attributes:
-      config: Of the model.
+      config: Sizes and switches of the model.
       lora: Settings.
       max_length: Longest sequence in tokens.
       fsdp: Devices that weights are spread over.
-      groups: Of so many devices that share the rows of a call.
+      groups: Number of groups of `fsdp` devices that share the rows of a call.
     """
 
     config: DecoderConfig

@@ -78,7 +78,7 @@ def print_payback(
 
     Args:
       paybacks: By keep fraction.
-      epochs: Of a run.
+      epochs: Epochs of a run.
       pruning: Seconds of pruning.
       full: Seconds of a run on everything.
       echo: See `print_devices`.

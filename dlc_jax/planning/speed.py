@@ -29,7 +29,7 @@ _SMALL_VOCABULARY = 256
 
 
 class Speed(NamedTuple):
-    """Of one device.
+    """Speed of one device.
 
     Attributes:
       flops_per_s: Operations, as `count_flops` counts them.
@@ -67,10 +67,10 @@ def block_speed(config: DecoderConfig, dtype: str, num_tokens: int, length: int)
     """Runs one block of a language model, weights of zeros, on rows of this length.
 
     Args:
-      config: Of the model.
-      dtype: Of weights and activations.
-      num_tokens: Of a batch, at most.
-      length: Of a row.
+      config: Sizes and switches of the model.
+      dtype: Type of weights and activations.
+      num_tokens: Most tokens of a batch.
+      length: Tokens of a row.
     """
     one = dataclasses.replace(
         config, windows=config.windows[:1], vocab_size=_SMALL_VOCABULARY, tied=True
@@ -115,15 +115,15 @@ def _seconds(program: Callable, arguments: Any) -> tuple[float, float]:
 
 
 class Decoding(NamedTuple):
-    """Of images of the data set, on all cores of one host.
+    """Speed of decoding images of the data set, on all cores of one host.
 
     Attributes:
       seconds: For an image: read, decoded, resized and cropped.
       crop_seconds: For a random crop of a decoded image.
-      pixels: Of an image, on average.
-      num_bytes: Of an image as it is stored, on average.
+      pixels: Average number of pixels of an image.
+      num_bytes: Average size of an image as it is stored.
       num_read: Images looked at.
-      num_unreadable: Of these.
+      num_unreadable: Images among them that cannot be read.
     """
 
     seconds: float

@@ -24,7 +24,7 @@ def scaled(
 
     Args:
       values: Integers or floats.
-      largest: That `full_range` divides by: of integers the largest of their bits, of floats 1.
+      largest: Divisor of `full_range`: of integers the largest of their bits, of floats 1.
       deep_images: `full_range` or `min_max`, the latter over all channels together.
     Raises:
       NeedsSetting: `full_range`, and values below 0 or above `largest`.

@@ -194,10 +194,11 @@ class TokenBatch(NamedTuple):
     """Samples of similar length, padded on the right.
 
     Attributes:
-      positions: Of the samples; the last rows of a batch that is not full repeat its first one.
+      positions: Positions of the samples; the last rows of a batch that is not full repeat its
+        first one.
       tokens: Ids; 0 where there is none.
-      num_tokens: Of each sample.
-      num_prompt: Of these, before the response.
+      num_tokens: Tokens of each sample.
+      num_prompt: Tokens of each sample before the response.
     """
 
     positions: Int64[np.ndarray, " r"]
@@ -216,9 +217,9 @@ class BatchPlan(NamedTuple):
     """Which samples a batch holds, before it is made.
 
     Attributes:
-      positions: Of the samples.
+      positions: Positions of the samples.
       num_rows: At least as many.
-      length: Of every row, in tokens.
+      length: Length of every row, in tokens.
     """
 
     positions: Int64[np.ndarray, " r"]

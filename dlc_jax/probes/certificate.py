@@ -85,10 +85,10 @@ def certify(
 
     Args:
       probes: From `probe` or `probe_responses`, of two probes or more.
-      keep_fractions: Of the kept sets that are compared, each in (0, 1).
-      level: Of the intervals, in (0, 1).
+      keep_fractions: Keep fractions of the kept sets that are compared, each in (0, 1).
+      level: Level of the intervals, in (0, 1).
       num_draws: Rankings drawn.
-      seed: Of the draws, and of the choice of samples where there are more than 20,000.
+      seed: Seed of the draws, and of the choice of samples where there are more than 20,000.
     Raises:
       ValueError: one probe, losses that do not say where on the path they are, or a value out of
         range.

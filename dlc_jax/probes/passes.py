@@ -81,7 +81,7 @@ class Pass(NamedTuple):
 
     Attributes:
       reader: Gives what the program takes.
-      layout: Of the samples.
+      layout: How the samples are divided into shards.
       team: Who does which part.
       batch_size: Images per batch and device.
       progress: Whether to show a bar.
@@ -168,7 +168,7 @@ def measure_losses(
       positions: In the data set.
       num_probes: m.
       parts: Where the losses of each shard are kept.
-      name: Of these parts.
+      name: What the names of these parts begin with.
     Raises:
       ValueError: a sample that cannot be read any more.
     """

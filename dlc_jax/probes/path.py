@@ -29,7 +29,7 @@ class LearningPath(NamedTuple):
 
     Attributes:
       prunable: Paths of the leaves that are masked.
-      importance: Of their weights, on the device.
+      importance: Importance of their weights, on the device.
       thresholds: [m] of each probe.
       sparsity: [m] share of the prunable weights that each probe zeroes.
       steps: [m] which steps of the whole path the probes are.
@@ -54,7 +54,7 @@ class LearningPath(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of these probes among others of the path."""
+        """Name of these probes among others of the path."""
         return json_hash(self.steps.tolist())[:8]
 
     def only(self, steps: Int64[np.ndarray, " k"]) -> LearningPath:

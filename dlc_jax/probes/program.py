@@ -25,8 +25,8 @@ class Masks(NamedTuple):
 
     Attributes:
       prunable: Paths of the leaves that are masked.
-      importance: Of their weights.
-      thresholds: Of every probe; or of one at a time, where each sees another crop.
+      importance: Importance of their weights.
+      thresholds: Thresholds of every probe; or of one at a time, where each sees another crop.
       chunk: Probes side by side.
       steps: [m] which steps of the path they are.
     """
@@ -59,7 +59,7 @@ class Program(NamedTuple):
 
     Attributes:
       forward: The network.
-      team: Whose devices run it.
+      team: Processes whose devices run it.
       params: Weights, on all of these.
       batch_size: Images per device and call.
     """

@@ -226,7 +226,7 @@ class _Work(NamedTuple):
     """Batches dealt out among processes, in parts that are kept as they are finished.
 
     Attributes:
-      model, data: Which.
+      model, data: Language model and tokenised instructions.
       plans: All batches.
       parts: Where losses are kept, a number of neighbouring batches at a time.
       team: Who does which part.

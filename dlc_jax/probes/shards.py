@@ -134,7 +134,7 @@ class Parts:
         """Returns all parts in order, after those that were missing have been computed.
 
         Args:
-          names: Of all parts.
+          names: Names of all parts.
           mine: Numbers of those that this process's team does.
           computed: Gives the arrays of these parts, one after the other.
         Raises:

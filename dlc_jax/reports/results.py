@@ -29,7 +29,7 @@ class Result(NamedTuple):
       split: FlexRand's gamma, or `auto`.
       test_accuracy: In percent.
       pruning_seconds: What it took to know what to keep; NaN where that is not known.
-      test_loss: Of instructions, in nats per response token; NaN where it was not measured.
+      test_loss: Loss on instructions, in nats per response token; NaN where it was not measured.
     """
 
     method: str

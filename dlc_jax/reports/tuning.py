@@ -23,7 +23,7 @@ def tuning_table(tuning: Tuning, curve: KeepCurve) -> str:
 
     Args:
       tuning: What was tried.
-      curve: Of method `auto`.
+      curve: Keep curve of the method `auto`.
     """
     gaps = ("gap to random", "gap to full")
     header = ("keep", "random, %", "auto", "auto, %", *gaps, "FlexRand split")

@@ -99,7 +99,7 @@ def grand(
       early_logits: Early in training, of several runs.
       early_squared_norms: |h|^2 of the last layer's input there.
       labels: Class ids in [0, c).
-      batch_size: Of the batches that the samples form in their order; for `deepcore` only.
+      batch_size: Size of the batches that the samples form in their order; for `deepcore` only.
       variant: |softmax - one-hot| sqrt(1 + |h|^2), of each sample's own loss; `deepcore` takes the
         mean loss of a batch, so that the gradient keeps a factor 1 / (size of the sample's batch):
         a short last batch is inflated, and the order of the samples matters.

@@ -22,7 +22,7 @@ def proportional(
     Args:
       members: Positions of each class's samples.
       scores: Not looked at.
-      keep_fraction: Of every class.
+      keep_fraction: Fraction kept of every class.
       min_per_class: Least samples of a class, all of one that has no more. A class of one sample
         keeps it.
     """

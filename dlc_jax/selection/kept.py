@@ -56,7 +56,7 @@ def kept_rows(
     """Returns the kept positions among samples that have no classes; see `kept_positions`.
 
     Args:
-      name: Of the samples, for messages.
+      name: What the samples are called in messages.
       ids: [n] of them.
       kept: A selection that knows its ids, positions, or None for all.
     """
@@ -93,7 +93,7 @@ def places_of(
     """Returns the positions of samples by their ids, in the order asked for.
 
     Args:
-      name: Of the data set, for messages.
+      name: Name of the data set, for messages.
       ids: [n] of the data set.
       wanted: [k] some of them.
       part: `kept` or `dropped`, for messages.

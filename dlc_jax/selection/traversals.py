@@ -24,8 +24,8 @@ class Space(NamedTuple):
     """Rows with a divergence: norms[i] + norms[j] - 2 rows[i] . partner(rows[j]).
 
     Attributes:
-      rows: Of the samples, in their order; padding after them.
-      norms: Of each row.
+      rows: Features of the samples, in their order; padding after them.
+      norms: Norm of each row.
       centre: The row that stands for the mean of all samples.
       centre_norm: Its norm.
       num_samples: Rows that are no padding.

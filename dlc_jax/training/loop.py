@@ -43,14 +43,14 @@ class Progress(NamedTuple):
     sums: EpochSums
 
     @classmethod
-    def of(cls, state: Any, told: list[dict[str, Any]]) -> Progress:
-        """Returns what a checkpoint holds."""
-        if told and "num_steps" in told[-1]:
-            return cls(state, told[:-1], told[-1])
-        return cls(state, told, {})
+    def of(cls, state: Any, facts: list[dict[str, Any]]) -> Progress:
+        """Returns the progress that a checkpoint holds."""
+        if facts and "num_steps" in facts[-1]:
+            return cls(state, facts[:-1], facts[-1])
+        return cls(state, facts, {})
 
     @property
-    def told(self) -> list[dict[str, Any]]:
+    def facts(self) -> list[dict[str, Any]]:
         """For a checkpoint: the lines, and last the sums, if any."""
         return [*self.history, self.sums] if self.sums else self.history
 
@@ -189,7 +189,7 @@ def train(
             checkpoints = stack.enter_context(folder.checkpoints())
             progress = _restored(progress, folder, checkpoints)
         if mesh is not None:
-            progress = Progress.of(*from_first(mesh, progress.state, progress.told))
+            progress = Progress.of(*from_first(mesh, progress.state, progress.facts))
         # what is kept nowhere need not be brought to an end
         if folder is not None or (mesh is not None and mesh.is_multi_process):
             stack.enter_context(stopping.at_steps())
@@ -279,7 +279,7 @@ class _Loop:
         """Keeps a run that goes on."""
         if self.folder is not None and self.checkpoints is not None:
             number = step if self.trainer.checkpoint_steps else len(progress.history)
-            self.checkpoints.save(number, progress.state, progress.told)
+            self.checkpoints.save(number, progress.state, progress.facts)
             if not progress.sums:
                 self.folder.write_metrics(progress.history)
 
@@ -289,7 +289,7 @@ class _Loop:
             self.checkpoints.wait()
         if self.folder is not None and not is_saved:
             with self.folder.checkpoints(STOPPED) as stopped:
-                stopped.save(step, progress.state, progress.told)
+                stopped.save(step, progress.state, progress.facts)
         stopping.stop_together()
 
 

@@ -14,7 +14,7 @@ class KeepCurve(NamedTuple):
 
     Attributes:
       rows: One per keep fraction, ascending; `accuracy` in percent, `to_full` with its interval.
-      full_accuracy: Of training on everything.
+      full_accuracy: Accuracy of training on everything.
       tolerance: Points that may be lost.
       smallest: The smallest keep fraction from which on no more than that is lost on average; 1
         where the largest one loses more.

@@ -30,7 +30,7 @@ def mean_accuracy(outcomes: Outcomes, num_held_out: Integer[np.ndarray, " n"]) -
     """Returns the mean over held-out samples, in percent.
 
     Args:
-      outcomes: Of one way of choosing.
+      outcomes: Results of one way of choosing.
       num_held_out: How often each sample was held out.
     """
     return float(100 * _per_sample(outcomes.num_right, num_held_out).mean())
@@ -45,7 +45,7 @@ def gap(one: Outcomes, other: Outcomes, num_held_out: Integer[np.ndarray, " n"])
     r - 1 degrees of freedom. It speaks of this training set, of new samples and new seeds.
 
     Args:
-      one, other: Of the same repeats.
+      one, other: Results on the same repeats.
       num_held_out: How often each sample was held out.
     Returns:
       In percentage points; half the width of the 95 % interval is infinite for one repeat. The

@@ -121,7 +121,7 @@ def linear_probes(
       labels: [n] class ids, non-negative.
       kept: k subsets: selections, or positions in `features`.
       val_features, val_labels: [v, d] and [v]; what the heads are tested on, never trained on.
-      seeds: Of each head's start and data order; None takes those of the selections, or 0.
+      seeds: Seed of each head's start and data order; None takes those of the selections, or 0.
       settings: Optimiser and schedule.
       head: How heads start, `mean` or `cls`: see `Encoder`.
       mode: `default`, or `official` for the released code's decay (Q6).
@@ -313,12 +313,12 @@ def train_epoch(
 
     Args:
       mesh: Devices that the heads are divided among.
-      sgd, batch_size: Of every head.
+      sgd, batch_size: Constants of the optimiser and samples per step, of every head.
       chunk: Heads mapped side by side; 1: one after another.
       heads: k of them, where they stand.
       order: Positions that each head sees, in this order; padding after its num_kept.
       num_kept: Samples of each subset.
-      learning_rate: Of the epoch.
+      learning_rate: Learning rate of the epoch.
       features, labels: What positions point into.
     """
 

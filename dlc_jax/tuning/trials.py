@@ -34,7 +34,7 @@ class Trial(NamedTuple):
 
     Attributes:
       positions: In the whole training set, ascending.
-      seed: Of head, data order and augmentation.
+      seed: Seed of head, data order and augmentation.
     """
 
     positions: Int64[np.ndarray, " _"]

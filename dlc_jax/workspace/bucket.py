@@ -74,8 +74,8 @@ class Held(NamedTuple):
     """An object, and the file that is like it.
 
     Attributes:
-      version: Of the object.
-      size, changed: Of the file; None where there is none.
+      version: Version of the object.
+      size, changed: Size and time of change of the file; None where there is none.
     """
 
     version: str

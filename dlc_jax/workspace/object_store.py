@@ -51,7 +51,7 @@ class ObjectStore:
     """What lies below a URL such as `s3://bucket/runs/demo`, by the name below it.
 
     Args:
-      url: Of a folder in a bucket.
+      url: URL of a folder in a bucket.
     Raises:
       ValueError: not such a URL, or its protocol needs a package that is not there.
     """

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from dlc_jax import checks
 from dlc_jax.checks.escaping import show
 from dlc_jax.distributed import processes
-from dlc_jax.distributed.processes import on_first, told_by_first
+from dlc_jax.distributed.processes import on_first, value_of_first
 from dlc_jax.files.json_files import read_json
 from dlc_jax.workspace import artefacts, keys, lease, records
 from dlc_jax.workspace.records import FolderStep, Record, Step, Value, Written
@@ -79,7 +79,7 @@ class Workspace(NamedTuple):
         Raises:
           ValueError: whatever the step raises; a record that is damaged.
         """
-        if not told_by_first(lambda: self._is_there_or_restored(step)):
+        if not value_of_first(lambda: self._is_there_or_restored(step)):
             return Made(self.make(step))
         if records.is_run(step):  # a kill may have come between record and deletion
             on_first(lambda: self._delete(step.obsolete))
@@ -124,7 +124,7 @@ class Workspace(NamedTuple):
 
     def broadcast(self, compute: Callable[[], Computed]) -> Computed:
         """Computes as `alone` does, and returns the value, which JSON can hold, in all."""
-        return told_by_first(compute)
+        return value_of_first(compute)
 
     def check(self, step: Step[Any]) -> None:
         """Raises unless a result is there that was made from this key.

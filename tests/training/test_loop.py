@@ -162,7 +162,7 @@ def test_progress_is_told_and_read_again():
     lines = [{"epoch": 1, "elapsed_s": 2.0}]
     between, within = Progress(1, lines, {}), Progress(1, lines, {"num_steps": 3, "elapsed_s": 0.5})
     for progress in (Progress(0, [], {}), between, within):
-        assert Progress.of(progress.state, progress.told) == progress
+        assert Progress.of(progress.state, progress.facts) == progress
     assert (between.elapsed_s, within.elapsed_s) == (2.0, 2.5)
     assert (between.num_steps, within.num_steps) == (0, 3)
 

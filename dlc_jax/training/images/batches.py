@@ -114,11 +114,11 @@ def training_batches(
     Args:
       inputs: What to feed.
       positions: Samples to train on.
-      labels: Of the whole data set.
+      labels: Class ids of the whole data set.
       batch_size: Samples per batch; the last one may hold fewer real ones.
       seed, epoch: The only source of randomness.
-      num_rows: That a batch is filled up to; None: `batch_size`.
-      rows: Of these, the ones to make; None: all.
+      num_rows: Rows that a batch is filled up to; None: `batch_size`.
+      rows: The rows of a batch to make; None: all.
       first: Batches to leave out at the beginning.
     """
     order = epoch_order(positions, seed, epoch)

@@ -98,7 +98,7 @@ class RunData:
 
     @functools.cached_property
     def _crops(self) -> Reader[np.ndarray]:
-        # unreadable samples are found when they are read, and told or skipped then
+        # unreadable samples are found when they are read, and refused or skipped then
         images = dataclasses.replace(self._images, on_corrupt="skip")
         return images.evaluation_crops(progress=self._progress)
 

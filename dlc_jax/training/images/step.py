@@ -150,7 +150,7 @@ def train_step(
       inputs: Images, uint8 [b, s, s, 3], or features, float32 [b, d].
       labels: Class ids.
       real: 1 for samples, 0 for padding, which neither loss nor batch statistics see.
-      learning_rate: Of this step.
+      learning_rate: Learning rate of this step.
     """
 
     def loss_of(trained: dict[str, Any]) -> tuple[Float[Array, ""], tuple]:

@@ -39,7 +39,7 @@ def rows_of_step(
 
     Args:
       data: From `tokenise`.
-      positions: Of the samples.
+      positions: Positions of the samples.
       rows_at_once: Rows of every call.
       max_length: Longest row in tokens.
       packing: Whether short samples share rows as long as the longest sample of the step.

@@ -120,7 +120,7 @@ def learning_rates(num_steps: int, learning_rate: float, warmup_steps: int) -> l
     As `transformers.get_cosine_schedule_with_warmup`; its first step does not move anything.
 
     Args:
-      num_steps: Of the whole run. A run shorter than the warm-up ends within it.
+      num_steps: Steps of the whole run. A run shorter than the warm-up ends within it.
       learning_rate: At the end of the warm-up.
       warmup_steps: How long that is.
     """

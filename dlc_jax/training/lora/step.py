@@ -76,7 +76,7 @@ class Sums(NamedTuple):
     """Added up over the rows of a step.
 
     Attributes:
-      gradients: Of the summed loss, by parameter of the adapter.
+      gradients: Gradient of the summed loss, by parameter of the adapter.
       loss: Summed cross-entropy of all tokens that count, in nats.
     """
 
@@ -96,10 +96,10 @@ def add_rows(
 
     Args:
       architecture: With an adapter.
-      params: Of the frozen model.
+      params: Parameters of the frozen model.
       adapter: See `LoraState`.
-      rows: Of the step.
-      sums: Of its other rows.
+      rows: Rows of the step.
+      sums: Sums over its other rows.
     """
 
     tokens, segments, counts = map(jnp.asarray, rows)
@@ -126,11 +126,11 @@ def take_step(
     """Takes one step on the mean loss over all tokens that count in the step's samples.
 
     Args:
-      optimiser: Which.
+      optimiser: Constants of the optimiser.
       state: Where it stands.
-      gradients: Of the summed loss.
-      num_tokens: That count.
-      learning_rate: Of this step.
+      gradients: Gradient of the summed loss.
+      num_tokens: Number of tokens that count.
+      learning_rate: Learning rate of this step.
     """
     gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
     updates, moved = optimiser.at(learning_rate).update(gradients, state.optimiser, state.adapter)

@@ -24,7 +24,7 @@ from scipy import stats
 import dlc_jax as dlc
 from dlc_jax.config import Config
 from dlc_jax.reports import read_results
-from dlc_jax.reports.results import Interval
+from dlc_jax.reports.results import SeedMean
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO, SELECTORS, Cell
 from dlc_jax.stages import pipeline
@@ -117,7 +117,7 @@ def against_random(config: Config, accuracy: dict[Cell, float]) -> str:
                     for seed in _AUTO_SEEDS
                 ]
             )
-            interval = Interval.of(gaps.tolist())
+            interval = SeedMean.of(gaps.tolist())
             error = stats.sem(gaps)
             if error:
                 p_value = float(stats.t.cdf(gaps.mean() / error, len(gaps) - 1))

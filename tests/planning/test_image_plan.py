@@ -94,7 +94,7 @@ def test_the_command(tmp_path):
 def test_break_even_of_known_speeds(measured, monkeypatch):
     decoding = decoding_speed(dlc.load_dataset("demo:caltech15/train"), 64)
     decoding = decoding._replace(seconds=1e-3, crop_seconds=1e-3)
-    monkeypatch.setattr("dlc_jax.costs.images.decoding_speed", lambda *_: decoding)
+    monkeypatch.setattr("dlc_jax.tasks.images.decoding_speed", lambda *_: decoding)
     config = configured(("plan", "score"), selection__keep_fractions=(0.2,))
     text = told(config)
     encoder = dlc.load_encoder("resnet18", "demo:resnet18").for_mode("default")

@@ -115,7 +115,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def misfits(
-    expected: Mapping[str, jax.ShapeDtypeStruct],
+    expected: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
     names: Mapping[str, Stored],
     tensors: Mapping[str, StoredTensor],
     ignored: Collection[str] = (),
@@ -123,7 +123,7 @@ def misfits(
     """Compares a model with the headers of stored tensors.
 
     Args:
-      expected: Parameters by path.
+      expected: Parameters by path, or their shapes and types.
       names: How they are stored.
       tensors: By name.
       ignored: Patterns of names that are left out on purpose.
@@ -141,7 +141,7 @@ def misfits(
 
 
 def read_tensors(
-    expected: Mapping[str, jax.ShapeDtypeStruct],
+    expected: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
     names: Mapping[str, Stored],
     tensors: Mapping[str, StoredTensor],
     sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,

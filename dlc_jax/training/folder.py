@@ -21,7 +21,7 @@ METRICS = "metrics.jsonl"
 PER_CLASS = "per_class_accuracy.csv"
 CHECKPOINT, STOPPED = "checkpoint", "stopped"
 ADAPTER, MERGED = "adapter", "merged"
-SEEN = "seen"  # what an observer keeps of every epoch
+SEEN = "seen"  # what a watch keeps of every epoch
 ERROR = "error.txt"
 
 

@@ -122,7 +122,7 @@ class Config:
 
     @property
     def data_kind(self) -> DataKind:
-        """DataKind of data that is pruned, by the encoder."""
+        """Kind of data that is pruned, by the encoder."""
         return data_kind_of(self.encoder.name)
 
     @property

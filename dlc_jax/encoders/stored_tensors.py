@@ -49,15 +49,21 @@ class Stored(NamedTuple):
     name: str
     axes: Axes
 
-    def shape_here(self, shape: Sequence[int], num_axes: int) -> tuple[int, ...]:
-        """Returns the shape here of a tensor of this shape, for a parameter of so many axes.
+    def axes_of(self, num_stored: int, num_axes: int) -> Axes:
+        """Returns the axes of a tensor of so many axes, for a parameter of `num_axes`.
 
-        A convolution over patches is a linear layer here.
+        Patches are embedded by a linear layer here, which may be stored as a convolution or as one.
         """
-        if len(shape) != len(self.axes):
+        is_linear = num_stored == num_axes == len(LINEAR)
+        return LINEAR if self.axes == CONVOLUTION and is_linear else self.axes
+
+    def shape_here(self, shape: Sequence[int], num_axes: int) -> tuple[int, ...]:
+        """Returns the shape here of a tensor of this shape, for a parameter of so many axes."""
+        axes = self.axes_of(len(shape), num_axes)
+        if len(shape) != len(axes):
             return tuple(shape)
-        moved = tuple(shape[axis] for axis in self.axes)
-        if self.axes == CONVOLUTION and num_axes == len(LINEAR):
+        moved = tuple(shape[axis] for axis in axes)
+        if axes == CONVOLUTION and num_axes == len(LINEAR):
             return (math.prod(moved[:-1]), moved[-1])
         return moved
 
@@ -155,17 +161,21 @@ def read_tensors(
       Parameters by path, and names of those with NaN or infinite values.
     """
     params, not_finite = {}, []
-    for path, leaf in expected.items():
-        name, axes = names[path]
-        with opened(tensors[name].file) as file, _on_host():
-            value = np.asarray(file.get_tensor(tensors[name].name))
-        with np.errstate(over="ignore"):  # what the type cannot hold is not finite
-            value = value.astype(leaf.dtype)
-        if not np.isfinite(value.astype(np.float32)).all():
-            not_finite.append(name)
-        value = (value.transpose(axes) if axes else value).reshape(leaf.shape)
-        where = None if sharding_of is None else sharding_of(path, leaf.shape)
-        params[path] = place(value, where)
+    with contextlib.ExitStack() as stack:
+        paths = sorted({tensors[names[path].name].file for path in expected})
+        files = {path: stack.enter_context(opened(path)) for path in paths}
+        for path, leaf in expected.items():
+            tensor = tensors[names[path].name]
+            with _on_host():
+                value = np.asarray(files[tensor.file].get_tensor(tensor.name))
+            with np.errstate(over="ignore"):  # what the type cannot hold is not finite
+                value = value.astype(leaf.dtype)
+            if not np.isfinite(value.astype(np.float32)).all():
+                not_finite.append(names[path].name)
+            axes = names[path].axes_of(value.ndim, leaf.ndim)
+            value = (value.transpose(axes) if axes else value).reshape(leaf.shape)
+            where = None if sharding_of is None else sharding_of(path, leaf.shape)
+            params[path] = place(value, where)
     return params, not_finite
 
 

@@ -270,8 +270,13 @@ class _Work(NamedTuple):
         mine = range(self.team.number, len(names), self.team.num_teams)  # the long ones come last
 
         def losses_of(shards: list[int]) -> Iterator[Arrays]:
+            total, left = (
+                sum(len(plan.positions) for k in some for plan in self._plans_of(k))
+                for some in (mine, shards)
+            )
             bar = tqdm(
-                total=sum(len(plan.positions) for k in shards for plan in self._plans_of(k)),
+                total=total,
+                initial=total - left,
                 desc="losses",
                 unit="row",
                 disable=hides_bar(self.progress),

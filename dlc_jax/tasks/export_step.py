@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -57,8 +58,8 @@ class ExportStep:
 class Writer(Protocol):
     """How a part of a selection is written."""
 
-    def __call__(self, kept: Selection, form: str, part: str, /) -> Callable[[Path], Any]:
-        """Returns what writes the part, whole or not at all; ValueError if it is empty."""
+    def __call__(self, kept: Selection, part: str, /) -> Callable[[str, Path], Any]:
+        """Returns what writes the part in a form, whole or not at all; ValueError if empty."""
         ...
 
 
@@ -75,14 +76,15 @@ def export_steps(
       writer: How each part is written.
     """
     for cell, selection in kept.items():
-        for form in config.export.forms:
-            if (written := config.data_kind.forms[form]) is None:
-                continue
-            for part in config.export.parts:
+        for part in config.export.parts:
+            write = writer(selection, part)
+            for form in config.export.forms:
+                if (written := config.data_kind.forms[form]) is None:
+                    continue
                 path = f"{artefacts.EXPORTS}/{cell.name}/{part}{written.suffix}"
                 key = {"form": form, "part": part, "dataset": data, **_made_from(root, cell)}
                 is_folder = not written.suffix.startswith(".")
-                yield ExportStep(path, is_folder, key, writer(selection, form, part))
+                yield ExportStep(path, is_folder, key, functools.partial(write, form))
 
 
 def _made_from(root: Path, cell: Cell) -> dict[str, Any]:

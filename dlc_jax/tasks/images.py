@@ -165,13 +165,15 @@ class ImageTask:
     def exports(self, kept: Mapping[Cell, Selection], root: Path) -> Iterable[ExportStep]:
         config, dataset = self._config, self.load(self._config.dataset.train)
         identity = f"{dataset.name} {dataset.fingerprint}"
-        yield from export_steps(config, root, kept, identity, self._writer)
+
+        def writer(kept: Selection, part: str) -> Callable[[str, Path], Any]:
+            return lambda form, path: export(
+                dataset, kept, path, form=form, part=part, overwrite=True
+            )
+
+        yield from export_steps(config, root, kept, identity, writer)
         if RELEASED in config.export.forms:
             yield from released_steps(config, root, kept, dataset)
-
-    def _writer(self, kept: Selection, form: str, part: str) -> Callable[[Path], Any]:
-        dataset = self.load(self._config.dataset.train)
-        return functools.partial(export, dataset, kept, form=form, part=part, overwrite=True)
 
     def training(self, workspace: Workspace) -> Training:
         config, encoder = self._config, self._encoder

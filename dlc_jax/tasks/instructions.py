@@ -105,21 +105,19 @@ class InstructionTask:
         data = self.load(self._config.dataset.train)
         # the fingerprint is of what is trained on; these have other fields, in an order, as well
         rows = keys.json_hash([json.dumps(row, default=str) for row in data.rows])
-        return export_steps(self._config, root, kept, rows, self._writer)
+        scored_ids = next(iter(kept.values())).scored_ids
+        data = data.subset(np.flatnonzero(np.isin(data.ids, np.asarray(scored_ids))))
 
-    def _writer(self, kept: Selection, form: str, part: str) -> Callable[[Path], Any]:
-        data = self.load(self._config.dataset.train)
-        is_part = np.isin(data.ids, np.asarray(kept.ids))
-        if part == "dropped":
-            is_part = ~is_part & np.isin(
-                data.ids, np.asarray(kept.scored_ids)
-            )  # others are neither
-        if not is_part.any():
-            cell = Cell(kept.method, kept.keep_fraction, kept.split, kept.seed)
-            raise checks.InputError(
-                f"{cell.name}: nothing is {part}, so there is nothing to write."
-            )
-        return functools.partial(_write_rows, data, np.flatnonzero(is_part), form)
+        def writer(kept: Selection, part: str) -> Callable[[str, Path], Any]:
+            is_part = np.isin(data.ids, np.asarray(kept.ids), invert=part == "dropped")
+            if not is_part.any():
+                cell = Cell(kept.method, kept.keep_fraction, kept.split, kept.seed)
+                raise checks.InputError(
+                    f"{cell.name}: nothing is {part}, so there is nothing to write."
+                )
+            return functools.partial(_write_rows, data, np.flatnonzero(is_part))
+
+        return export_steps(self._config, root, kept, rows, writer)
 
     def training(self, workspace: Workspace) -> Training:
         config = self._config

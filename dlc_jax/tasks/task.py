@@ -56,7 +56,7 @@ class Training(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-    """A kind of data with the settings of a run; data and encoder are loaded once.
+    """A kind of data with the settings of a run; a data set is loaded once.
 
     Attributes:
       easiest_hardest: File that shows them, below the work directory.

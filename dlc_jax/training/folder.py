@@ -40,7 +40,7 @@ class RunFolder(NamedTuple):
 
     @property
     def stopped(self) -> Path:
-        """The checkpoint of a run that was stopped within an epoch."""
+        """The checkpoint of a run that was stopped where it keeps none by itself."""
         return self.path / STOPPED
 
     def checkpoints(self, name: str = CHECKPOINT) -> Checkpoints:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,6 +238,7 @@ class _Loop:
             disable=hides_bar(trainer.shows_bars),
         )
         (state, history, sums), pending = progress, collections.deque[tuple[int, Any]]()
+        parts: list[EpochSums] = []  # of steps since, added up where they are needed
         start = time.perf_counter()
         for step, batch in enumerate(bar, start=before + done + 1):
             state, added = trainer.step(state, batch, self.rates[step - 1])
@@ -244,10 +247,11 @@ class _Loop:
             every = trainer.checkpoint_steps
             saves = ends or (every > 0 and step % every == 0)
             while len(pending) > (0 if saves or leaves else _STEPS_LATE):
-                sums = self._added(sums, *pending.popleft())
+                parts.append(self._part(*pending.popleft()))
             if not (saves or leaves):
                 continue
-            sums = _plus(sums, {"elapsed_s": time.perf_counter() - start})
+            sums = _total([sums, *parts, {"elapsed_s": time.perf_counter() - start}])
+            parts = []
             progress = Progress(state, history, sums)
             if ends:
                 progress = self._ended(progress, self.rates[step - 1])
@@ -258,13 +262,13 @@ class _Loop:
             start = time.perf_counter()
         return progress
 
-    def _added(self, sums: EpochSums, step: int, added: Callable[[], EpochSums]) -> EpochSums:
-        """Returns the sums with the part of a step."""
-        more = {"num_steps": 1, **added()}
-        if not math.isfinite(loss := more["loss"]):
+    def _part(self, step: int, added: Callable[[], EpochSums]) -> EpochSums:
+        """Returns the part of a step in the sums; ValueError if its loss is not finite."""
+        part = {"num_steps": 1, **added()}
+        if not math.isfinite(loss := part["loss"]):
             what = f"a loss ({loss}) that is"
             raise not_finite(what, step, self.rates[step - 1], self.trainer.remedy)
-        return _plus(sums, more)
+        return part
 
     def _ended(self, progress: Progress, rate: float) -> Progress:
         """Returns the progress with the line of an epoch, once it was watched."""
@@ -285,11 +289,11 @@ class _Loop:
 
     def _leave(self, progress: Progress, step: int, *, is_saved: bool) -> NoReturn:
         """Keeps a run that has to stop, and stops."""
-        if self.checkpoints is not None:
-            self.checkpoints.wait()
-        if self.folder is not None and not is_saved:
+        if self.folder is not None and not is_saved:  # first: it is what would be lost
             with self.folder.checkpoints(STOPPED) as stopped:
                 stopped.save(step, progress.state, progress.facts)
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
         stopping.stop_together()
 
 
@@ -303,6 +307,13 @@ def _restored(new: Progress, folder: RunFolder, checkpoints: Checkpoints) -> Pro
     return max(there, key=lambda progress: (len(progress.history), progress.num_steps))
 
 
-def _plus(sums: EpochSums, more: EpochSums) -> EpochSums:
-    added = {name: sums[name] + value for name, value in more.items() if name in sums}
-    return {**sums, **more, **added}
+def _total(parts: list[EpochSums]) -> EpochSums:
+    """Adds up numbers, in order, and joins texts."""
+    values: dict[str, list[Any]] = {}
+    for part in parts:
+        for name, value in part.items():
+            values.setdefault(name, []).append(value)
+    return {
+        name: "".join(some) if isinstance(some[0], str) else functools.reduce(operator.add, some)
+        for name, some in values.items()
+    }

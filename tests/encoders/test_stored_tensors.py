@@ -3,11 +3,16 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import dlc_jax as dlc
+from dlc_jax.encoders import stored_tensors
+from dlc_jax.encoders.stored_tensors import Stored, headers, misfits, names_of, read_tensors
+from dlc_jax.encoders.vit import NAMES as VIT_NAMES
 from dlc_jax.exports.peft import write_merged
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -227,3 +232,35 @@ def test_a_configuration_that_is_no_object_is_refused(folder):
         (folder / "config.json").write_text(content)
         with pytest.raises(ValueError, match=rf"config.json: {says}"):
             dlc.load_language_model(str(folder))
+
+
+@pytest.mark.parametrize("width", [27, 12])  # with 27 both orders of axes fit
+@pytest.mark.parametrize("is_convolution", [True, False])
+def test_patches_are_embedded_by_a_convolution_or_by_a_linear_layer(
+    tmp_path, width, is_convolution
+):
+    kernel = np.random.default_rng(0).normal(size=(width, 3, 3, 3)).astype(np.float32)
+    in_rows = kernel.transpose(2, 3, 1, 0).reshape(27, width)
+    path = tmp_path / "model.safetensors"
+    stored = kernel if is_convolution else np.ascontiguousarray(in_rows.T)
+    save_file({"patch_embed.proj.weight": stored}, path)
+    expected = {"patch_embed/kernel": jax.ShapeDtypeStruct(in_rows.shape, jnp.float32)}
+    names, tensors = names_of(VIT_NAMES, expected), headers(path)
+    assert misfits(expected, names, tensors) == ([], [], {})
+    params, not_finite = read_tensors(expected, names, tensors)
+    np.testing.assert_array_equal(params["patch_embed/kernel"], in_rows)
+    assert not_finite == []
+
+
+def test_each_file_is_opened_once(tmp_path, monkeypatch):
+    opened, real = [], stored_tensors.opened
+    monkeypatch.setattr(stored_tensors, "opened", lambda path: opened.append(path) or real(path))
+    paths = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for number, path in enumerate(paths):
+        save_file({f"{number}.{i}": np.full(2, i, np.float32) for i in range(5)}, path)
+    tensors = headers(paths[0]) | headers(paths[1])
+    opened.clear()
+    expected = {name: jax.ShapeDtypeStruct((2,), jnp.float32) for name in tensors}
+    params, _ = read_tensors(expected, {name: Stored(name, ()) for name in tensors}, tensors)
+    assert opened == paths
+    assert [float(params[f"1.{i}"][0]) for i in range(5)] == [0, 1, 2, 3, 4]

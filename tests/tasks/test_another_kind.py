@@ -203,9 +203,9 @@ class RowTask:
     def exports(self, kept, root):
         data = self.load(self._config.dataset.train)
 
-        def writer(selection, form, part):
+        def writer(selection, part):
             ids = [i for i in data.ids.tolist() if (i in selection.ids) == (part == "kept")]
-            return lambda path: artefacts.write_json(path, {"ids": ids})
+            return lambda form, path: artefacts.write_json(path, {"ids": ids})
 
         return export_steps(self._config, root, kept, data.fingerprint, writer)
 

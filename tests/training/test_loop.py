@@ -170,3 +170,25 @@ def test_progress_is_told_and_read_again():
 def test_the_counter_is_a_trainer():
     assert isinstance(Counter(), loop.Trainer)
     assert isinstance(Slow(), loop.Watch)
+
+
+def test_sums_add_up_in_the_order_of_their_steps():
+    parts = [{}, {"loss": 0.1, "right": "1"}, {"loss": 0.2, "right": "01"}, {"loss": 0.3}]
+    assert loop._total(parts) == {"loss": 0.1 + 0.2 + 0.3, "right": "101"}
+
+
+def test_a_stop_is_kept_although_the_last_checkpoint_cannot_be_written(tmp_path, monkeypatch):
+    stop_at(monkeypatch, 5)  # a step into the second epoch
+    folder, real = RunFolder(tmp_path, "ab"), loop._Loop._leave
+
+    def leave(self, *args, **kwargs):
+        def fail():
+            raise dlc.InputError("no space")
+
+        monkeypatch.setattr(self.checkpoints, "wait", fail)
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(loop._Loop, "_leave", leave)
+    with pytest.raises(dlc.InputError, match="no space"):
+        train(Counter(), POSITIONS, 5, folder)
+    assert numbers(tmp_path / "stopped") == [5]

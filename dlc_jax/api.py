@@ -1,4 +1,8 @@
-"""The public names of the package, which `dlc_jax` loads when the first one is used."""
+"""The public names of the package, which `dlc_jax` loads when the first one is used.
+
+The examples of their docstrings follow `import dlc_jax as dlc` and `import numpy as np`; those that
+write files do so in the current folder.
+"""
 
 from dlc_jax.checks import InputError
 from dlc_jax.datasets import array_dataset, load_dataset, stratified_split

@@ -91,6 +91,10 @@ def load_dataset(
       ValueError: an unknown scheme, a missing file, a column that is not there or may be one of
         several, a source without columns where one is given, a sample without label or image,
         sub-folders that are splits, a split with an empty part.
+    Example:
+      >>> dataset = dlc.load_dataset("demo:caltech15/train")
+      >>> len(dataset), dataset.num_classes, dataset[0].id
+      (750, 15, 'bonsai/image_0023.jpg')
     """
     scheme, colon, rest = str(source).partition(":")
     if not colon or not rest:

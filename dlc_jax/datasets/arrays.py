@@ -32,6 +32,11 @@ def array_dataset(
       deep_images: How more than 8 bits a channel become 8, see `Dataset`.
     Raises:
       ValueError: lengths that differ, duplicate ids, a label without a class name.
+    Example:
+      >>> images = np.zeros((3, 32, 32, 3), np.uint8)
+      >>> dataset = dlc.array_dataset(images, ["cat", "dog", "cat"], ids=["a", "b", "c"])
+      >>> dataset.class_names, dataset.labels.tolist()
+      (('cat', 'dog'), [0, 1, 0])
     """
     values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
     encoded = encode_labels(values, class_names, name)

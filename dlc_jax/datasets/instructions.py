@@ -107,6 +107,10 @@ def load_instructions(
       ValueError: nothing there, the hub cannot be reached, a damaged file, no or several templates
         that fit, columns that are missing or no text, and empty responses, by id; for `chat`, see
         also `chat.render`.
+    Example:
+      >>> data = dlc.load_instructions("demo:dolly/train")
+      >>> len(data), data.responses[0][:24]
+      (400, 'Kangen water is alkaline')
     """
     return _made(read_rows(source), template, tokenizer)
 

@@ -44,6 +44,11 @@ def stratified_split(
       ValueError: percents that are not such integers, a seed out of range, or a part that is left
         without any sample, which one of 0 % always is (the source `split:80/0/20:...` leaves it
         out).
+    Example:
+      >>> dataset = dlc.load_dataset("demo:caltech15/train")
+      >>> train, validation = dlc.stratified_split(dataset, [80, 20], seed=1)
+      >>> len(train), len(validation), {*train.ids} & {*validation.ids}
+      (600, 150, set())
     """
     _check("stratified_split", percents, seed)
     part = _part_of_each(dataset, percents, seed)

@@ -31,6 +31,10 @@ def make_mesh(
       devices: Only these; None: all.
     Raises:
       ValueError: the product is not the number of devices.
+    Example:
+      >>> import jax
+      >>> dict(dlc.make_mesh(devices=jax.devices()[:1]).shape)
+      {'data': 1, 'probe': 1, 'fsdp': 1}
     """
     for name, size in zip(AXES, (data, probe, fsdp), strict=True):
         checks.integer(f"mesh.{name}", size)
@@ -56,6 +60,12 @@ def use_all_cores() -> None:
     A batch per core is scored faster than one batch by all cores (docs/log/speed.md).
     Nothing is changed where the number of CPU devices was chosen already, by `JAX_NUM_CPU_DEVICES`
     or in `XLA_FLAGS`, and GPUs are used as before.
+
+    Example:
+      >>> import jax, os
+      >>> dlc.use_all_cores()
+      >>> jax.device_count("cpu") == min(len(os.sched_getaffinity(0)), 8)
+      True
     """
     chosen = os.environ.get("JAX_NUM_CPU_DEVICES") or _FORCED in os.environ.get("XLA_FLAGS", "")
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

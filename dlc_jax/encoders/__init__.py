@@ -138,6 +138,10 @@ def load_encoder(
     Raises:
       ValueError: an unknown name, weights not found, or a checkpoint that does not fit; ten each
         of entries without a place, parameters without an entry and wrong shapes are listed.
+    Example:
+      >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
+      >>> encoder.mean, encoder.params["conv1"]["kernel"].shape
+      ((0.485, 0.456, 0.406), (7, 7, 3, 16))
     """
     checks.one_of("encoder.name", name, ENCODERS)
     checks.normalisation(mean, std)

@@ -162,6 +162,10 @@ def load_language_model(
     Raises:
       ValueError: nothing there, the hub cannot be reached, another architecture, or weights that do
         not fit exactly.
+    Example:
+      >>> model = dlc.load_language_model("demo:tiny-llama")
+      >>> model.config.width, model.config.max_length, len(model.tokenizer)
+      (192, 1024, 4096)
     """
     checks.one_of("dtype", dtype, DTYPES)
     folder = model_folder(weights)

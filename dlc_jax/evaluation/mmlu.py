@@ -57,6 +57,11 @@ def evaluate_mmlu(
     Raises:
       ValueError: a subject with fewer solved questions than `num_shots`; by question, tokens that
         the model does not have.
+    Example:
+      >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
+      >>> result = dlc.evaluate_mmlu(model, dlc.load_mmlu("demo:mmlu"), num_shots=0, limit=1)
+      >>> result.num_questions, result.accuracy
+      (8, 12.5)
     """
     checks.integer("num_shots", num_shots)
     checks.at_least("num_shots", num_shots, 0)

@@ -122,6 +122,11 @@ def load_mmlu(source: str) -> Mmlu:
     Raises:
       ValueError: no such folder or no test file in it, a subject that MMLU does not have, a file
         that is no table, and rows with columns missing, empty or out of range, by file and line.
+    Example:
+      >>> mmlu = dlc.load_mmlu("demo:mmlu")
+      >>> question = mmlu.subjects[0].questions[0]
+      >>> len(mmlu.subjects), question.choices[question.answer]
+      (8, '7 N')
     """
     scheme, _, where = source.partition(":")
     if source == "demo:mmlu":

@@ -86,6 +86,11 @@ def export(
       ValueError: an unknown form or part, `kept` that does not fit the data set (see `finetune`),
         nothing to write, something there already, a sample that cannot be read, or dropped samples
         of a selection that does not know which were scored.
+    Example:
+      >>> images = np.zeros((3, 8, 8, 3), np.uint8)
+      >>> dataset = dlc.array_dataset(images, [0, 0, 1], ids=["a", "b", "c"])
+      >>> dlc.export(dataset, [0, 2], "kept.txt", form="ids").read_text().split()
+      ['a', 'c']
     """
     path = Path(path).expanduser()
     if form == RELEASED:

@@ -64,6 +64,16 @@ def write_adapter(model: LanguageModel, folder: str | Path) -> None:
       folder: Made or replaced, whole or not at all.
     Raises:
       ValueError: the model has no adapter, or one with NaN or infinite values.
+    Example:
+      >>> import os
+      >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
+      >>> data = dlc.load_instructions("demo:dolly/train").subset(np.arange(4))
+      >>> tokens = dlc.tokenise(data, model.tokenizer, max_length=64)
+      >>> settings = dlc.LoraConfig(optimiser="adamw", learning_rate=0.01, warmup_steps=0)
+      >>> tuned = dlc.finetune_lora(model, tokens, epochs=1, settings=settings).model
+      >>> dlc.write_adapter(tuned, "adapter")
+      >>> sorted(os.listdir("adapter"))
+      ['adapter_config.json', 'adapter_model.safetensors']
     """
     adapter = model.architecture.adapter
     if adapter is None:
@@ -101,6 +111,16 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     Raises:
       ValueError: no adapter there, one that does more than LoRA on projections of the blocks,
         settings that are out of range, or weights that do not fit exactly or are not finite.
+    Example:
+      >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
+      >>> data = dlc.load_instructions("demo:dolly/train").subset(np.arange(4))
+      >>> tokens = dlc.tokenise(data, model.tokenizer, max_length=64)
+      >>> settings = dlc.LoraConfig(optimiser="adamw", learning_rate=0.01, warmup_steps=0)
+      >>> tuned = dlc.finetune_lora(model, tokens, epochs=1, settings=settings).model
+      >>> dlc.write_adapter(tuned, "adapter")
+      >>> again = dlc.load_adapter(model, "adapter")
+      >>> np.array_equal(dlc.response_losses(again, tokens), dlc.response_losses(tuned, tokens))
+      True
     """
     folder = Path(folder).expanduser()
     path = folder / ADAPTER_CONFIG
@@ -186,6 +206,16 @@ def write_merged(model: LanguageModel, folder: str | Path) -> None:
     Args:
       model: With an adapter or without one.
       folder: Made or replaced, whole or not at all.
+    Example:
+      >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
+      >>> data = dlc.load_instructions("demo:dolly/train").subset(np.arange(4))
+      >>> tokens = dlc.tokenise(data, model.tokenizer, max_length=64)
+      >>> settings = dlc.LoraConfig(optimiser="adamw", learning_rate=0.01, warmup_steps=0)
+      >>> tuned = dlc.finetune_lora(model, tokens, epochs=1, settings=settings).model
+      >>> dlc.write_merged(tuned, "merged")
+      >>> losses = dlc.response_losses(dlc.load_language_model("merged", dtype="float32"), tokens)
+      >>> np.allclose(losses, dlc.response_losses(tuned, tokens), atol=1e-4)
+      True
     """
     with artefacts.atomic_folder(Path(folder).expanduser()) as place:
         for pattern in _BESIDES:

@@ -87,6 +87,12 @@ def tokenise(
     Raises:
       ValueError: such samples, by id, unless they are skipped; by id, a text that the tokenizer
         cannot read.
+    Example:
+      >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
+      >>> data = dlc.load_instructions("demo:dolly/train").subset(np.arange(4))
+      >>> tokens = dlc.tokenise(data, model.tokenizer, max_length=64)
+      >>> model.tokenizer.decode(tokens.tokens[0][tokens.num_prompt[0] :])[:24]
+      'Kangen water is alkaline'
     """
     checks.at_least("max_length", max_length, 2)
     checks.one_of("on_corrupt", on_corrupt, ("error", "skip"))

@@ -92,6 +92,13 @@ def certify(
     Raises:
       ValueError: one probe, losses that do not say where on the path they are, or a value out of
         range.
+    Example:
+      >>> dataset = dlc.load_dataset("demo:caltech15/train").subset(np.arange(0, 750, 15))
+      >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
+      >>> path = dlc.PathSpec(num_probes=8, placement="midpoint")
+      >>> certificate = dlc.certify(dlc.probe(encoder, dataset, image_size=32, path=path))
+      >>> certificate.num_probes, certificate.num_compared, certificate.spearman.low > 0.9
+      (8, 50, True)
     """
     if probes.steps is None or probes.num_steps is None:
         raise checks.InputError(

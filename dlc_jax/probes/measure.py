@@ -42,6 +42,12 @@ def features(
     Args: see `probe`. With `on_corrupt="skip"` unreadable samples have no row.
     Raises:
       ValueError: see `probe`.
+    Example:
+      >>> dataset = dlc.load_dataset("demo:caltech15/train").subset(np.arange(0, 750, 15))
+      >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
+      >>> features = dlc.features(encoder, dataset, image_size=32)
+      >>> features.shape, round(float(features.mean()), 2)
+      ((50, 128), 0.64)
     """
     images = Images.of(images, image_size)
     checks.is_a(Compute, compute=compute)
@@ -97,6 +103,15 @@ def probe(
         sample or one class only, or an encoder whose output has another shape than `Encoder` says
         or yields losses that are not finite.
     Source: Jiang et al. 2025, section 3.
+    Example:
+      >>> dataset = dlc.load_dataset("demo:caltech15/train").subset(np.arange(0, 750, 15))
+      >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
+      >>> path = dlc.PathSpec(num_probes=4, placement="midpoint")
+      >>> probes = dlc.probe(encoder, dataset, image_size=32, path=path)
+      >>> probes.losses.shape, np.round(probes.sparsity, 2).astype(str).tolist()
+      ((4, 50), ['0.12', '0.36', '0.62', '0.86'])
+      >>> bool(np.all(np.diff(probes.losses.mean(axis=1)) > 0))  # the more is masked, the harder
+      True
     """
     images = Images.of(images, image_size)
     checks.is_a(PathSpec, path=path)

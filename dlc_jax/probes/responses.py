@@ -73,6 +73,12 @@ def response_losses(
     Raises:
       ValueError: processes without a folder to share; by sample, tokens that the model does not
         have.
+    Example:
+      >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
+      >>> data = dlc.load_instructions("demo:dolly/train").subset(np.arange(4))
+      >>> tokens = dlc.tokenise(data, model.tokenizer, max_length=64)
+      >>> np.round(dlc.response_losses(model, tokens), 2)
+      array([5.71, 4.96, 5.09, 4.65], dtype=float32)
     """
     checks.is_a(Run, run=run)
 
@@ -109,6 +115,14 @@ def measure_responses(
       tokens_per_batch, run: As for `response_losses`.
     Raises:
       ValueError: see `tokenise` and `response_losses`.
+    Example:
+      >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
+      >>> data = dlc.load_instructions("demo:dolly/train").subset(np.arange(4))
+      >>> responses = dlc.measure_responses(model, data, max_length=64)
+      >>> responses.num_tokens.tolist()
+      [25, 24, 27, 25]
+      >>> np.round(responses.losses, 2)
+      array([5.71, 4.96, 5.09, 4.65], dtype=float32)
     """
     checks.is_a(Run, run=run)
     max_length = model.max_length(max_length)
@@ -179,6 +193,14 @@ def probe_responses(
       ValueError: an unknown name, a value out of range, tokens that the model does not have, by
         sample, or losses that are not finite.
     Source: Jiang et al. 2025, section 3.
+    Example:
+      >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
+      >>> data = dlc.load_instructions("demo:dolly/train").subset(np.arange(4))
+      >>> tokens = dlc.tokenise(data, model.tokenizer, max_length=64)
+      >>> probes = dlc.probe_responses(model, tokens, num_probes=2)
+      >>> first, last = probes.losses.mean(axis=1)  # the last masks more
+      >>> probes.losses.shape, bool(first < last)
+      ((2, 4), True)
     """
     checks.is_a(PathSpec, path=path)
     checks.is_a(Run, run=run)

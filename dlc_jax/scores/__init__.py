@@ -103,6 +103,10 @@ def score(
     Raises:
       ValueError: an unknown method or variant, something else than the method needs, or values
         that are not finite.
+    Example:
+      >>> losses = np.array([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]], np.float32)
+      >>> dlc.score(losses).tolist()
+      [1.0, 2.0, 3.0]
     """
     checks.one_of("score method", method, SCORES)
     chosen = SCORES[method]

@@ -96,6 +96,10 @@ def select(
       ValueError: unknown names, values out of range or off the official grid, an array that the
         method needs missing, numbers that are not finite, lengths that differ, repeated ids.
     Source: Jiang et al. 2025, section 4; of a method, where it is defined.
+    Example:
+      >>> scores, labels = np.array([3.0, 1.0, 2.0, 4.0]), np.array([0, 0, 1, 1])
+      >>> dlc.select(scores, labels, method="easiest", keep_fraction=0.5).indices.tolist()
+      [1, 2]
     """
     candidates = Candidates(scores, labels, ids=ids, features=features, probabilities=probabilities)
     return candidates.select(

@@ -40,6 +40,15 @@ def keep_curve(
       tolerance: Percentage points that may be lost against training on everything.
     Raises:
       ValueError: a method that was not tried, or a tolerance below 0.
+    Example:
+      >>> labels = np.repeat([0, 1], 50)
+      >>> features = np.eye(2, dtype=np.float32)[labels]
+      >>> scores = np.linspace(0, 1, 100, dtype=np.float32)
+      >>> tuning = dlc.tune(
+      ...     scores, labels, features=features, methods=("easiest",), keep_fractions=(0.2, 0.5)
+      ... )
+      >>> dlc.keep_curve(tuning).smallest
+      0.2
     """
     checks.at_least("tolerance", tolerance, 0)
     if method in ("auto", "flexrand"):

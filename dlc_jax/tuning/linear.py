@@ -132,6 +132,15 @@ def linear_probes(
     Raises:
       ValueError: shapes that do not fit, features that are not finite, no subset or an empty one,
         positions out of range or repeated, a selection from other labels, settings out of range.
+    Example:
+      >>> labels = np.repeat([0, 1], 10)
+      >>> features = np.eye(2, dtype=np.float32)[labels]
+      >>> kept = [np.array([0, 19]), np.arange(10)]  # the second is of class 0 only
+      >>> heads = dlc.linear_probes(
+      ...     features, labels, kept, val_features=features, val_labels=labels
+      ... )
+      >>> heads.accuracy.tolist()
+      [100.0, 50.0]
     """
     start = time.perf_counter()
     checks.is_a(LinearProbeConfig, settings=settings)

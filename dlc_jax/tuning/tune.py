@@ -99,6 +99,15 @@ def tune(
       ValueError: as `select` and `linear_probes`; no features for linear heads; a keep fraction at
         which nothing would be kept; too few samples to hold any out.
     Source: Jiang et al. 2025, section 4, for tuning gamma on a fifth of the training data.
+    Example:
+      >>> labels = np.repeat([0, 1], 50)
+      >>> features = np.eye(2, dtype=np.float32)[labels]
+      >>> scores = np.linspace(0, 1, 100, dtype=np.float32)
+      >>> tuning = dlc.tune(
+      ...     scores, labels, features=features, methods=("easiest",), keep_fractions=(0.2, 0.5)
+      ... )
+      >>> tuning.full_accuracy, tuning.choice(0.5).label  # all are right, so none is better
+      (100.0, 'random')
     """
     start = time.perf_counter()
     scores, labels = np.asarray(scores), np.asarray(labels)

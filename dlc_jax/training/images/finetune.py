@@ -65,6 +65,15 @@ def finetune(
         run, is in use or cannot be written to; a last batch of one sample where batch norm would
         see a single value; values out of range; an unreadable sample.
     Source: Jiang et al. 2025, section 5.
+    Example:
+      >>> images = np.zeros((8, 32, 32, 3), np.uint8)
+      >>> images[4:] = 255
+      >>> dataset = dlc.array_dataset(images, ["dark"] * 4 + ["light"] * 4)
+      >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
+      >>> kept = [0, 1, 6, 7]
+      >>> result = dlc.finetune(encoder, dataset, kept, test=dataset, image_size=32, epochs=2)
+      >>> result.num_kept, result.test_accuracy
+      (4, 100.0)
     """
     images = Images.of(images, image_size)
     if test is not None:

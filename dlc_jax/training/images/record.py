@@ -51,6 +51,16 @@ def record_training(
         unreadable sample; a loss that is not finite; values out of range.
     Source: Toneva et al. 2019, arXiv 1812.05159; Coleman et al. 2020, arXiv 1906.11829; Paul et al.
       2021, arXiv 2107.07075.
+    Example:
+      >>> images = np.zeros((8, 32, 32, 3), np.uint8)
+      >>> images[4:] = 255
+      >>> dataset = dlc.array_dataset(images, ["dark"] * 4 + ["light"] * 4)
+      >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
+      >>> record = dlc.record_training(
+      ...     encoder, dataset, image_size=32, epochs=2, record=dlc.RecordConfig(num_runs=1)
+      ... )
+      >>> record.correct.shape, record.probabilities.argmax(axis=1).tolist()
+      ((2, 8), [0, 0, 0, 0, 1, 1, 1, 1])
     """
     checks.is_a(FinetuneConfig, settings=settings)
     checks.is_a(RecordConfig, record=record)

@@ -61,6 +61,15 @@ def finetune_lora(
         model does not have, by sample; a loss that is not finite; a folder that holds another run,
         is in use or cannot be written to; values out of range.
     Source: Hu et al. 2021, arXiv 2106.09685; Jiang et al. 2025, section 5.
+    Example:
+      >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
+      >>> data = dlc.load_instructions("demo:dolly/train").subset(np.arange(4))
+      >>> tokens = dlc.tokenise(data, model.tokenizer, max_length=64)
+      >>> settings = dlc.LoraConfig(optimiser="adamw", learning_rate=0.01, warmup_steps=0)
+      >>> result = dlc.finetune_lora(model, tokens, [0, 2], epochs=2, settings=settings)
+      >>> first, last = [epoch["train_loss"] for epoch in result.history]
+      >>> result.num_kept, last < first
+      (2, True)
     """
     checks.is_a(LoraConfig, settings=settings)
     checks.is_a(Run, run=run)

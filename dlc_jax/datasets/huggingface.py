@@ -21,7 +21,7 @@ def load_hf(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads `<owner/name or folder>/<split>`; parts are joined by `+`, as in `train+validation`.
 
     A folder is what `datasets.save_to_disk` wrote, or a copy of a repository with its Parquet
-    files; their names tell the split (`data/train-00000-of-00002.parquet`, `train/0000.parquet`).
+    files, whose names hold the split (`data/train-00000-of-00002.parquet`, `train/0000.parquet`).
 
     Raises:
       ValueError: see `open_hf`; no image or label column.

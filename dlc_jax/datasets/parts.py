@@ -62,7 +62,7 @@ def concatenate(parts: Sequence[Dataset], names: Sequence[str], source: str) -> 
 
     Args:
       parts: Data sets.
-      names: What tells their ids apart where an id occurs in two of them.
+      names: Names that tell ids apart where an id occurs in two of the data sets.
       source: Name of the result.
     """
     class_names = parts[0].class_names

@@ -1,7 +1,7 @@
 """Sees to it that no process waits for one that died: all end, within a bounded time.
 
 JAX's own heartbeats find the dead, and would abort the living with a stack trace. Here the living
-learn who it was, and end with a code that tells a scheduler what to do; jaxlib before 0.9.2 calls
+learn who it was, and end with a code that a scheduler can act on; jaxlib before 0.9.2 calls
 `_exit(1)` instead, which nobody can delay.
 """
 

@@ -22,9 +22,9 @@ class Part(NamedTuple):
     Attributes:
       name: `kept` or `dropped`.
       samples: Those samples, with all classes.
-      rows: [k] of them in the scored order, which is that of the data set unless samples were left
-        out of the scores; ascending.
-      selection: By which they were kept or dropped; None where only positions were given.
+      rows: [k] positions of the samples in the scored order, ascending; that is the order of the
+        data set unless samples were left out of the scores.
+      selection: Selection that kept or dropped them; None where only positions were given.
     """
 
     name: str

@@ -158,7 +158,7 @@ def released_path(
       arch: Encoder, by the name it has here.
     Raises:
       ValueError: a name that is no folder name, an unknown `pretrain`, or a split (step) that the
-        released code's name of it, in whole percent (thousandths), does not tell.
+        released code's name of it, in whole percent (thousandths), cannot hold.
     Source: released score-wot.py and finetune.py (method Q12).
     """
     check_name(name)
@@ -174,7 +174,7 @@ def released_path(
 
 
 def needs_grid(method: str) -> bool:
-    """Whether the name tells the probes, of which the released code has grid steps 0..m-1 only."""
+    """Whether the name holds the probes, of which the released code has grid steps 0..m-1 only."""
     return method == "flexrand" or method in _CELLS
 
 

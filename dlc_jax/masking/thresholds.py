@@ -1,7 +1,7 @@
 """A probe as a threshold on importance: exact counts, ties broken by position.
 
 The masks of a path are nested, so one number tells a masked network apart from the next. Where
-several weights share the importance at the threshold, a position tells which of them go; without
+several weights share the importance at the threshold, a position decides which of them go; without
 it the count would miss by thousands on half-precision checkpoints.
 """
 

@@ -60,7 +60,7 @@ class Payback(NamedTuple):
 
     Attributes:
       keep_fraction: Kept.
-      saved_seconds: By one fine-tuning run, against one on everything.
+      saved_seconds: Seconds that one fine-tuning run saves against one on everything.
       epochs: Epochs of one run after which the time of pruning is won back.
       runs: Runs of all their epochs after which it is.
     """

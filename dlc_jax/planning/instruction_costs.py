@@ -35,7 +35,7 @@ class Lengths(NamedTuple):
     Attributes:
       whole: Tokens of prompt and response.
       alone: Tokens of the response.
-      said: How they are known.
+      said: How they were measured, in words.
     """
 
     whole: int

@@ -21,7 +21,7 @@ def print_devices(
     """Prints what a stage takes of devices.
 
     Args:
-      stage, said: Which, and with which settings.
+      stage, said: Name of the stage, and its settings in words.
       machines: This one first, whose misfit counts; others are only printed.
       jobs: On each of them.
       echo: Takes each line meant for the user.
@@ -49,7 +49,7 @@ def print_host(
 
     Args:
       stages: Parts of memory by stage.
-      ways: By stage, the bytes that are too many -> which setting to turn.
+      ways: Stage -> function from the bytes that are too many to the setting to turn.
       echo: See `print_devices`.
     """
     limit = int(USABLE * host_memory())
@@ -77,7 +77,7 @@ def print_payback(
     """Prints after how much fine-tuning pruning has paid for itself.
 
     Args:
-      paybacks: By keep fraction.
+      paybacks: Savings, one entry per keep fraction.
       epochs: Epochs of a run.
       pruning: Seconds of pruning.
       full: Seconds of a run on everything.

@@ -33,7 +33,7 @@ class Speed(NamedTuple):
 
     Attributes:
       flops_per_s: Operations, as `count_flops` counts them.
-      said: What was measured.
+      said: What was measured, in words.
     """
 
     flops_per_s: float

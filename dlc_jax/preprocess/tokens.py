@@ -27,7 +27,7 @@ class Tokenised:
       tokens: [n] arrays of ids: prompt, response, end of sequence; cut at `max_length`.
       num_prompt: [n] tokens that hold nothing of the response; the others are what it is judged by.
       truncated: [n] whether tokens were cut off.
-      ids: [n] of the samples.
+      ids: [n] sample ids.
       skipped: Samples that were left out because the cut leaves nothing of their response, id: why.
     """
 

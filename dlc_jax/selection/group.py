@@ -22,9 +22,10 @@ class Group:
       positions: Where they are: easiest first for methods that need scores. Ties, and all samples
         where scores are not needed, are in the order of their keys, or of positions without keys.
       scores: [n] hardness of the whole data set, higher is harder; None if none was given.
-      rows: [n, d] of the whole data set, never copied: the one of `INPUTS` that the method needs;
-        None if it needs none.
-      keys: [n] of the ids of the whole data set, from `id_keys`; None where positions decide lots.
+      rows: [n, d] rows of the whole data set, never copied: the one of `INPUTS` that the method
+        needs; None if it needs none.
+      keys: [n] keys of the ids of the whole data set, from `id_keys`; None where positions decide
+        lots.
     """
 
     positions: Positions

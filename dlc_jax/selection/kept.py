@@ -57,7 +57,7 @@ def kept_rows(
 
     Args:
       name: What the samples are called in messages.
-      ids: [n] of them.
+      ids: [n] sample ids.
       kept: A selection that knows its ids, positions, or None for all.
     """
     if kept is None or not isinstance(kept, Selection):
@@ -94,7 +94,7 @@ def places_of(
 
     Args:
       name: Name of the data set, for messages.
-      ids: [n] of the data set.
+      ids: [n] sample ids of the data set.
       wanted: [k] some of them.
       part: `kept` or `dropped`, for messages.
     Raises:

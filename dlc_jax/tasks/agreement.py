@@ -111,7 +111,7 @@ def _same_rows(
 
     Args:
       name: Name of the data set, for the message.
-      ids: [n] of the samples.
+      ids: [n] sample ids.
       row: All that matters of the sample at a position.
       blocks: Only these; None: all.
     """

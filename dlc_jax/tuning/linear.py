@@ -117,7 +117,7 @@ def linear_probes(
     """Trains a linear head on each kept subset, and tests all of them.
 
     Args:
-      features: [n, d] of a frozen encoder, as from `features`.
+      features: [n, d] features of a frozen encoder, as from `features`.
       labels: [n] class ids, non-negative.
       kept: k subsets: selections, or positions in `features`.
       val_features, val_labels: [v, d] and [v]; what the heads are tested on, never trained on.

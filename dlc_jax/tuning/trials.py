@@ -58,7 +58,7 @@ class LinearTrials:
     """Linear heads on features of the frozen encoder, all in one program.
 
     Args:
-      features: [n, d] of the whole training set.
+      features: [n, d] features of the whole training set.
       labels: [n] class ids.
       settings: How the heads are trained.
       mode, mesh: See `linear_probes`.

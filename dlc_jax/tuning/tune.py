@@ -81,7 +81,8 @@ def tune(
         compared on equal terms.
       labels: [n] class ids.
       ids: [n] sample ids, which then decide what is held out and drawn; as in `select`.
-      features: [n, d] of the frozen encoder, as from `features`; linear heads are trained on them.
+      features: [n, d] features of the frozen encoder, as from `features`; linear heads are
+        trained on them.
       trials: How linear heads are trained, from a start as after pooling; or what trains and tests
         instead of them, such as `FinetuneTrials`.
       keep_fractions: What to tune for.

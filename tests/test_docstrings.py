@@ -11,8 +11,11 @@ import pytest
 import dlc_jax as dlc
 
 PACKAGE = Path(dlc.__file__).parent
-_ENTRY = re.compile(r"\s*(?:[\w, `*\[\].]+: )?(Of\b|That\b|Whose\b|Which\.)")
-_WORDS = re.compile(r"\bgo(es)? by\b|\b(is|are) (only )?told\b|\btells? the (user|others)\b", re.I)
+_ENTRY = re.compile(
+    r"\s*(?:[\w, `*\[\].]+: )?(Of\b|\[[\w, ]+\] of\b|By (name|which)\b|That\b|Whose\b|Which[.,])"
+)
+_WORDS = re.compile(r"\bgo(es)? by\b", re.I)
+_TELLS = re.compile(r"(?<!cannot )\b(tells?|told)\b(?!.*\bapart\b)", re.I | re.DOTALL)
 
 
 def nodes() -> Iterator[tuple[str, ast.AST]]:
@@ -38,7 +41,8 @@ def problems(text: str) -> list[str]:
         elif section and re.match(r" {2}\S", line):
             entries.append(line)
     found = [line.strip() for line in entries if _ENTRY.match(line)]
-    return found + [line.strip() for line in lines if _WORDS.search(line)]
+    found += [line.strip() for line in lines if _WORDS.search(line)]
+    return found + [part for part in re.split(r"(?<=[.;:])\s", text) if _TELLS.search(part)]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,9 @@ def problems(text: str) -> list[str]:
         "What goes by.",
         "Is told of every epoch.",
         "The first one tells the others.",
+        "A position tells\nwhich of two images it is, a hash\ntoo. Tell them apart.",
+        "Plans.\n\nArgs:\n  ids: [n] of the samples.",
+        "Plans.\n\nArgs:\n  tensors: By name.",
     ],
 )
 def test_what_is_not_plain_is_found(text):
@@ -57,7 +64,7 @@ def test_what_is_not_plain_is_found(text):
 
 
 def test_what_is_plain_is_not():
-    text = "Numbers tell images apart, and which.\n\nOf two, one.\n\n"
+    text = "Numbers tell images\napart, and which. Where one cannot tell, both.\n\nOf two, one.\n\n"
     text += "Args:\n  n: Number.\n    Of both."
     assert problems(text) == []
 

@@ -33,7 +33,7 @@ class RopeScaling:
     """Llama 3.1's stretch of slow rotations to a longer context.
 
     Attributes:
-      factor: By which wavelengths over `original_length / low_freq_factor` grow.
+      factor: Factor by which wavelengths over `original_length / low_freq_factor` grow.
       low_freq_factor, high_freq_factor: Between the two wavelengths the factor fades in.
       original_length: Context in tokens that the model was pre-trained with.
     """

@@ -37,7 +37,8 @@ class Encoder:
       params: Pytree of arrays.
       apply: `apply(params, images)` with normalised images [b, s, s, 3] gives features [b, d],
         a feature map [b, h, w, d] or tokens [b, t, d]; maps and tokens are pooled.
-      is_prunable: Tells by path (`layer1/0/conv1/kernel`) whether probes may zero that parameter.
+      is_prunable: Function from a parameter's path (`layer1/0/conv1/kernel`) to whether probes may
+        zero it.
       name: For messages and provenance.
       mean, std: Normalisation of RGB in [0, 1].
       normalisation: Where mean and std come from: `explicit`, `checkpoint` or `architecture`.

@@ -131,7 +131,7 @@ def misfits(
     Args:
       expected: Parameters by path, or their shapes and types.
       names: How they are stored.
-      tensors: By name.
+      tensors: Stored tensors by name.
       ignored: Patterns of names that are left out on purpose.
     """
     paths = {stored.name: path for path, stored in names.items()}

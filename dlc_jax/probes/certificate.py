@@ -220,7 +220,7 @@ class _Classes(NamedTuple):
     Attributes:
       of: [n] class, from 0 without gaps.
       starts: [n] how many samples the classes before a sample's have.
-      sizes: [n] of its own class.
+      sizes: [n] number of samples in a sample's class.
     """
 
     of: Int64[np.ndarray, " n"]

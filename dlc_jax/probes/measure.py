@@ -78,7 +78,7 @@ def probe(
     compute: Compute = Compute(),
     run: Run = Run(),
 ) -> ProbeLosses:
-    """Measures how well masked copies of the encoder tell each sample's class.
+    """Measures how well masked copies of the encoder recognise each sample's class.
 
     Images pass by twice, for the prototypes and for the losses, and are not kept: memory grows
     neither with their number nor, since a probe is a threshold on the importance of weights, with

@@ -101,8 +101,8 @@ class Prototypes(NamedTuple):
     """What the first pass found.
 
     Attributes:
-      means: [c, d] of each class, float32.
-      positions: [n] of the readable samples in the data set.
+      means: [c, d] mean features of each class, float32.
+      positions: [n] positions of the readable samples in the data set.
       skipped: Unreadable samples, position: why.
     """
 

@@ -30,7 +30,7 @@ class LearningPath(NamedTuple):
     Attributes:
       prunable: Paths of the leaves that are masked.
       importance: Importance of their weights, on the device.
-      thresholds: [m] of each probe.
+      thresholds: [m] threshold of each probe.
       sparsity: [m] share of the prunable weights that each probe zeroes.
       steps: [m] which steps of the whole path the probes are.
       num_steps: All that it has.

@@ -23,16 +23,18 @@ SLOW = {
     "keep_curve",
     "linear_probes",
     "load_adapter",
+    "load_language_model",
     "measure_responses",
     "probe",
     "probe_responses",
     "record_training",
     "response_losses",
+    "tokenise",
     "tune",
     "use_all_cores",
     "write_adapter",
     "write_merged",
-}  # over two seconds, most of it compilation
+}  # over two seconds when run alone: compilation, or loading transformers
 FRESH = {"use_all_cores"}  # has to come before JAX looks for devices
 
 

@@ -76,13 +76,14 @@ def export_steps(
       writer: How each part is written.
     """
     for cell, selection in kept.items():
+        made_from = _made_from(root, cell)
         for part in config.export.parts:
             write = writer(selection, part)
             for form in config.export.forms:
                 if (written := config.data_kind.forms[form]) is None:
                     continue
                 path = f"{artefacts.EXPORTS}/{cell.name}/{part}{written.suffix}"
-                key = {"form": form, "part": part, "dataset": data, **_made_from(root, cell)}
+                key = {"form": form, "part": part, "dataset": data, **made_from}
                 is_folder = not written.suffix.startswith(".")
                 yield ExportStep(path, is_folder, key, functools.partial(write, form))
 

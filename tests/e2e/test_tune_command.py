@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_method_selects_from_what_it_goes_by(finished, sample, sample_encoder):
+def test_every_method_selects_from_what_it_uses(finished, sample, sample_encoder):
     folder, _ = finished
     features = np.load(folder / "scores" / "features.npz", allow_pickle=False)
     np.testing.assert_array_equal(
@@ -223,7 +223,7 @@ def test_mistakes_end_in_one_clear_line(tmp_path, arguments, says):
 
 
 @pytest.mark.slow
-def test_selecting_without_what_a_method_goes_by_says_so(finished, tmp_path):
+def test_selecting_without_what_a_method_uses_says_so(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "scores" / "features.npz").unlink()
     said = run(tmp_path / "run", methods=("herding",), stages=("select",), code=2)

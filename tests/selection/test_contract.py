@@ -175,7 +175,7 @@ def test_compiled_equals_eager(method, variant):
 
 
 @every_variant
-def test_it_goes_by_what_it_needs_and_by_nothing_else(samples, method, variant):
+def test_it_uses_what_it_needs_and_nothing_else(samples, method, variant):
     needs = SELECTORS[method].needs
     choice = {"method": method, "keep_fraction": 0.3, "rules": dlc.Rules(variant=variant)}
     kept = dlc.select(**samples, **choice)

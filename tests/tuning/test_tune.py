@@ -261,7 +261,7 @@ def test_small_sets_can_be_tuned_whatever_the_seed(num):
         assert all(len(part) for part in watched.held_out)
 
 
-def test_a_choice_that_goes_by_features_takes_those_that_were_tuned(tuned):
+def test_a_choice_that_uses_features_takes_those_that_were_tuned(tuned):
     found, scores, labels = tuned
     _, _, features = noisy_labels()
     herding = tuple(choice._replace(method="herding", split=None) for choice in found.methods)

@@ -151,7 +151,7 @@ def test_rows_hold_every_token_once(packing, rows_at_once):
 
 
 @pytest.mark.slow
-def test_kept_goes_by_ids(model):
+def test_kept_is_found_by_ids(model):
     selection = dlc.select(
         np.arange(21.0), np.zeros(21, int), method="hardest", keep_fraction=0.2, ids=DATA.ids
     )

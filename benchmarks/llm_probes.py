@@ -30,8 +30,8 @@ from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.paper_models import PAPER_MODELS
 from dlc_jax.masking import PathSpec, exact_thresholds, prunable_paths
-from dlc_jax.planning.flops import count_flops
-from dlc_jax.planning.memory import Scoring
+from dlc_jax.planning.decoder_memory import Scoring
+from dlc_jax.planning.programs import count_flops
 from dlc_jax.probes.responses import _probe_losses
 from dlc_jax.types import Params, by_path
 

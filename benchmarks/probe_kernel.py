@@ -35,7 +35,7 @@ from benchmarks.measuring import (
 )
 from dlc_jax.distributed import one_device
 from dlc_jax.encoders import Encoder
-from dlc_jax.planning.flops import count_flops
+from dlc_jax.planning.programs import count_flops
 from dlc_jax.probes.kernel import COMPILER_OPTIONS, Forward, losses_of_batches
 
 _ENCODERS = flags.DEFINE_list("encoders", ["resnet18", "vit_small_patch16_224"], "timm's names.")

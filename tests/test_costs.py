@@ -13,8 +13,7 @@ from conftest import XLA_IS_OLD
 import dlc_jax as dlc
 from benchmarks.measuring import probe_arguments, random_encoder
 from dlc_jax.distributed import one_device
-from dlc_jax.planning.flops import count_flops
-from dlc_jax.planning.liveness import inner_programs, traced
+from dlc_jax.planning.programs import count_flops, inner_programs, traced
 from dlc_jax.preprocess import load
 from dlc_jax.probes.kernel import Forward, features_of_batches, losses_of_batches
 from dlc_jax.training.images.batches import Batch

@@ -45,6 +45,9 @@ class Config:
         _DEFAULT_STAGES,
         "what to run; " + "; ".join(f"of {k.name} {', '.join(k.stages)}" for k in KINDS.values()),
     )
+    plan_details: bool = setting(
+        False, "the stage plan prints passes, operations, bytes and parts of memory, too"
+    )
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     cache: ImageCache = dataclasses.field(default_factory=ImageCache)

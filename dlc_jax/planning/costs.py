@@ -1,4 +1,4 @@
-"""How often a run's network sees which samples, and what that takes to compute."""
+"""How often a run's network sees which samples, what that takes to compute, and how long."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax.config import Config
+from dlc_jax.planning.machine import Mesh, is_processor, num_here
 
 
 class Cost(NamedTuple):
@@ -45,6 +46,49 @@ class Cost(NamedTuple):
             decodes=self.decodes + other.decodes,
             crops=self.crops + other.crops,
         )
+
+
+class Speeds(NamedTuple):
+    """What was measured here, as it is on the devices and hosts that are planned for.
+
+    Attributes:
+      flops_per_s: Operations per second of one device, while all others work too.
+      decode_seconds, crop_seconds: Seconds for an image, all hosts together.
+      one_after_the_other: Whether device and host take turns, being the same processor.
+    """
+
+    flops_per_s: float
+    decode_seconds: float
+    crop_seconds: float
+    one_after_the_other: bool
+
+    @classmethod
+    def of(
+        cls, mesh: Mesh, flops_per_s: float, decode_seconds: float = 0.0, crop_seconds: float = 0.0
+    ) -> Speeds:
+        """Returns the speeds of a mesh, measured on one device and on one host."""
+        if is_processor():  # its devices share its cores
+            flops_per_s /= min(mesh.num_devices, num_here(local=True))
+        hosts = mesh.num_hosts
+        return cls(flops_per_s, decode_seconds / hosts, crop_seconds / hosts, is_processor())
+
+    def seconds(self, cost: Cost) -> float:
+        """Returns the expected seconds of a cost."""
+        device = cost.device_flops / self.flops_per_s
+        host = cost.decodes * self.decode_seconds + cost.crops * self.crop_seconds
+        return device + host if self.one_after_the_other else max(device, host)
+
+    def training_seconds(self, flops: float, num_crops: float = 1.0) -> float:
+        """Returns the seconds of one sample in an epoch.
+
+        Args:
+          flops: Operations that a device computes for it.
+          num_crops: Number of crops that are cut of it.
+        """
+        return self._both(flops / self.flops_per_s, num_crops * self.crop_seconds)
+
+    def _both(self, device: float, host: float) -> float:
+        return device + host if self.one_after_the_other else max(device, host)
 
 
 def num_kept(counts: Int64[np.ndarray, " c"], keep_fraction: float, least: int = 0) -> int:

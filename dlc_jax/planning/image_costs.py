@@ -13,7 +13,6 @@ from dlc_jax.config import Config
 from dlc_jax.distributed import Team, one_device
 from dlc_jax.encoders import Encoder
 from dlc_jax.planning.costs import Cost, kept_by_run, planned_stages
-from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.image_memory import (
     ImageFinetuning,
     ImageScoring,
@@ -21,6 +20,7 @@ from dlc_jax.planning.image_memory import (
     shapes,
 )
 from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.programs import count_flops
 from dlc_jax.probes.kernel import Forward, features_of_batch
 from dlc_jax.probes.passes import Layout
 from dlc_jax.selection import DEFAULT_SPLIT, has_split

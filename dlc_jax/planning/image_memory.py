@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from dlc_jax.distributed import one_device
 from dlc_jax.encoders import Encoder
 from dlc_jax.masking import Thresholds, prunable_paths
-from dlc_jax.planning.liveness import peak_bytes
 from dlc_jax.planning.machine import is_processor
-from dlc_jax.planning.memory import Memory, MemoryPlan, tree_bytes
+from dlc_jax.planning.memory import Memory, MemoryPlan, Values, doubled, halved, tree_bytes
+from dlc_jax.planning.programs import peak_bytes
 from dlc_jax.probes.kernel import Forward, features_of_batch, losses_of_batches
 from dlc_jax.training.images import FinetuneConfig
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
@@ -52,6 +53,19 @@ class ImageScoring:
     holds_importance: bool
     batch_size: int
 
+    def describe(self) -> str:
+        return (
+            f"{self.num_probes} probes per device in {self.dtype}, {self.chunk} at once, "
+            f"{self.batch_size} images per device and call"
+        )
+
+    def changes(self) -> Iterator[Values]:
+        change = functools.partial(dataclasses.replace, self)
+        yield halved("probe.batch_size", self.batch_size, 1, lambda num: change(batch_size=num))
+        yield halved("probe.chunk", self.chunk, 1, lambda num: change(chunk=num))
+        if not is_processor():
+            yield [("probe.dtype=bfloat16", change(dtype="bfloat16"))]
+
     def plan(self) -> MemoryPlan:
         """Returns the plan."""
         arguments = self.arguments()
@@ -60,7 +74,7 @@ class ImageScoring:
         masked = self.chunk * pruned
         peak = peak_bytes(self.program(), *arguments)
         losses = 4 * self.num_probes * self.batch_size
-        parts = [
+        return MemoryPlan.of(
             Memory("weights", tree_bytes(params)),
             Memory("importance of weights", 4 * sum(w.size for w in self._prunable().values())),
             Memory("masked weights", masked),
@@ -68,8 +82,7 @@ class ImageScoring:
             Memory("activations", max(0, peak - masked)),
             Memory("images, as they come and normalised", self._image_bytes(images)),
             Memory("thresholds, prototypes, losses", tree_bytes((thresholds, prototypes)) + losses),
-        ]
-        return MemoryPlan(tuple(part for part in parts if part.num_bytes))
+        )
 
     def program(self) -> Any:
         """Returns the function of `arguments` that scores a batch."""
@@ -119,6 +132,39 @@ class ImageFinetuning:
     settings: FinetuneConfig
     num_devices: int
 
+    def describe(self) -> str:
+        settings = self.settings
+        trained = "a linear head" if settings.linear_probe else "all weights"
+        return (
+            f"{trained} in {settings.dtype}, batches of {settings.batch_size}, {self._num_rows} "
+            "per device"
+        )
+
+    def changes(self) -> Iterator[Values]:
+        def change(**settings: Any) -> ImageFinetuning:
+            return dataclasses.replace(
+                self, settings=dataclasses.replace(self.settings, **settings)
+            )
+
+        yield halved(
+            "finetune.batch_size",
+            self.settings.batch_size,
+            self.num_devices,
+            lambda num: change(batch_size=num),
+        )
+        if not is_processor():
+            yield [("finetune.dtype=bfloat16", change(dtype="bfloat16"))]
+            yield (
+                (f"mesh.data=-1 on {num} devices", job)
+                for num, job in doubled(
+                    self.num_devices, 1, lambda num: dataclasses.replace(self, num_devices=num)
+                )
+            )
+
+    @property
+    def _num_rows(self) -> int:
+        return -(-self.settings.batch_size // self.num_devices)
+
     def plan(self) -> MemoryPlan:
         """Returns the plan."""
         arguments = self.arguments()
@@ -128,7 +174,7 @@ class ImageFinetuning:
         after = tree_bytes(state) + trained
         peak = peak_bytes(self.program(), *arguments)
         frozen = tree_bytes(shapes(self.encoder.params)) if self.settings.linear_probe else 0
-        parts = [
+        return MemoryPlan.of(
             Memory("encoder, not trained", frozen),
             Memory("weights", trained + tree_bytes(state.statistics)),
             Memory("optimiser", tree_bytes(state.optimiser)),
@@ -136,8 +182,7 @@ class ImageFinetuning:
             Memory("weights in another layout", 0 if self.settings.linear_probe else trained),
             Memory("activations", max(0, peak - after)),
             Memory("batches, as they come", _BATCHES * tree_bytes(inputs)),
-        ]
-        return MemoryPlan(tuple(part for part in parts if part.num_bytes))
+        )
 
     def program(self) -> Any:
         """Returns the function of `arguments` that takes a step."""
@@ -148,7 +193,7 @@ class ImageFinetuning:
 
     def arguments(self) -> tuple[Any, ...]:
         """Returns shapes and types of what `program` takes on one device."""
-        num_rows = -(-self.settings.batch_size // self.num_devices)
+        num_rows = self._num_rows
         width = num_features(self.encoder, self.image_size)
         head = shapes(initial_head(width, self.num_classes, self.encoder.head, seed=0))
         if self.settings.linear_probe:

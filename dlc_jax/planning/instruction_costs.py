@@ -17,8 +17,8 @@ from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.planning.costs import Cost, kept_by_run, planned_stages
-from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.programs import count_flops
 from dlc_jax.preprocess.tokens import bucket_length, tokenise
 from dlc_jax.training.lora.batches import TokenRows
 from dlc_jax.training.lora.step import Sums, add_rows
@@ -35,12 +35,12 @@ class Lengths(NamedTuple):
     Attributes:
       whole: Tokens of prompt and response.
       alone: Tokens of the response.
-      said: How they were measured, in words.
+      measured: How they were measured, in words.
     """
 
     whole: int
     alone: int
-    said: str
+    measured: str
 
     @classmethod
     def of(cls, data: Instructions, tokenizer: Any, max_length: int) -> Lengths:
@@ -57,16 +57,16 @@ class Lengths(NamedTuple):
             pairs = zip(some.prompts, some.responses, strict=True)
             lengths = [(len(p) + len(r), len(r)) for p, r in pairs]
             whole, alone = np.maximum(np.array(lengths) // _CHARACTERS, 2).T
-            said = f"{_CHARACTERS} characters a token, since there is no tokenizer here"
+            how = f"{_CHARACTERS} characters a token, since there is no tokenizer here"
         else:
             tokens = tokenise(some, tokenizer, max_length, on_corrupt="skip")
             whole, alone = np.array([len(row) for row in tokens.tokens]), tokens.num_response
-            said = "tokenised"
+            how = "tokenised"
         padded = [
             round(float(np.mean([bucket_length(int(n), max_length) for n in found])))
             for found in (whole, alone)
         ]
-        return cls(padded[0], padded[1], f"{num} of {len(data)} samples, {said}")
+        return cls(padded[0], padded[1], f"{num} of {len(data)} samples, {how}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,20 +91,17 @@ class InstructionCosts:
     def costs(self) -> list[Cost]:
         """Returns the parts of the run in their order, those of the stages that are planned."""
         n, m = self.num_samples, int(self.config.probe.num_probes)
-        whole, alone = (
-            self.forward_flops(self.lengths.whole),
-            self.forward_flops(self.lengths.alone),
-        )
+        whole, alone = map(self.forward_flops, (self.lengths.whole, self.lengths.alone))
         kept = kept_by_run(self.config, self.counts)
         name = f"LoRA, {len(kept)} runs"
-        training = self._task("finetune", name, sum(kept), self.training_flops)
-        training = _times(training, self.config.lora.epochs)
+        epochs = self.config.lora.epochs
+        training = self._task("finetune", name, sum(kept) * epochs, self.training_flops)
         costs = [
             self._task("score", f"losses of {m} probes", n, whole, m),
             self._task("score", "losses with and without prompts", n, whole + 2 * alone)._replace(
                 passes=_UNMASKED_PASSES, num_samples=_UNMASKED_PASSES * n
             ),
-            training._replace(passes=len(kept) * self.config.lora.epochs),
+            training._replace(passes=len(kept) * epochs),
         ]
         if self.num_test:
             name = f"tests, {self.num_test} instructions"
@@ -166,11 +163,3 @@ class InstructionCosts:
     def counts(self) -> Int64[np.ndarray, " c"]:
         """Samples of each class; they are one, as far as a plan goes."""
         return np.array([self.num_samples])
-
-
-def _times(cost: Cost, number: int) -> Cost:
-    return cost._replace(
-        num_samples=cost.num_samples * number,
-        flops=cost.flops * number,
-        device_flops=cost.device_flops * number,
-    )

@@ -1,34 +1,17 @@
-"""What scoring and fine-tuning a language model take on every device, from shapes alone.
-
-Tests compare it with what XLA says of compiled programs. Of two things that are never there at the
-same time only the larger counts.
-"""
+"""Memory of one job on every device, and which setting to turn so that it fits."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 
-from dlc_jax.distributed.sharding import partition
-from dlc_jax.encoders.architecture import Architecture, joined
-from dlc_jax.encoders.decoder import DecoderConfig
-from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.masking import thresholds
-from dlc_jax.planning.liveness import peak_bytes
-from dlc_jax.preprocess.tokens import bucket_length
-from dlc_jax.training.lora.settings import LoraConfig
-from dlc_jax.training.lora.step import Optimiser
-from dlc_jax.types import by_path
+from dlc_jax.planning.machine import is_processor, num_here
 
-_ALWAYS, _COUNTING, _BLOCKS, _LOGITS = "always", "counting", "blocks", "logits"
-_KEYS = 3 * 4  # bytes per weight of a leaf that is counted: its key, its bin, its place
-_BINS = 1 << 16
+ALWAYS = "always"
+_MOST_DEVICES = 256
 
 
 class Memory(NamedTuple):
@@ -36,154 +19,52 @@ class Memory(NamedTuple):
 
     Attributes:
       name: What for.
-      num_bytes: On every device.
+      num_bytes: Bytes on every device, or of every process.
       when: Parts of different times share memory, other than `always`.
     """
 
     name: str
     num_bytes: int
-    when: tuple[str, ...] = (_ALWAYS,)
+    when: str = ALWAYS
 
 
 class MemoryPlan(NamedTuple):
-    """Memory of one job on every device."""
+    """Memory of one job on every device, or of one process."""
 
     parts: tuple[Memory, ...]
 
+    @classmethod
+    def of(cls, *parts: Memory) -> MemoryPlan:
+        """Returns the plan of those parts that take any."""
+        return cls(tuple(part for part in parts if part.num_bytes))
+
     @property
     def num_bytes(self) -> int:
-        """Most of it at any time."""
-        of = {when: 0 for when in (_ALWAYS, _COUNTING, _BLOCKS, _LOGITS)}
+        """Most bytes at any time."""
+        totals = {ALWAYS: 0}
         for part in self.parts:
-            for when in part.when:
-                of[when] += part.num_bytes
-        return of.pop(_ALWAYS) + max(of.values())
+            totals[part.when] = totals.get(part.when, 0) + part.num_bytes
+        return totals.pop(ALWAYS) + max(totals.values(), default=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scoring:
-    """How instructions are scored.
-
-    Attributes:
-      config: Sizes and switches of the model.
-      dtype: Type of its weights and activations.
-      masking, num_probes, tokens_per_batch: See `probe_responses`.
-      max_length: Longest sequence in tokens.
-      fsdp: Devices that weights are spread over.
-      groups: Number of groups of `fsdp` devices that share the rows of a call.
-    """
-
-    config: DecoderConfig
-    dtype: str
-    masking: str
-    num_probes: int
-    tokens_per_batch: int
-    max_length: int
-    fsdp: int
-    groups: int = 1
-
-    @property
-    def num_devices(self) -> int:
-        return self.fsdp * self.groups
-
-    def plan(self) -> MemoryPlan:
-        """Returns the plan for the lengths of batches that take most."""
-        lengths = {bucket_length(2**i, self.max_length) for i in range(32)}
-        return max(map(self._plan, sorted(lengths)), key=lambda plan: plan.num_bytes)
-
-    def _plan(self, length: int) -> MemoryPlan:
-        whole = Architecture(self.config, self.dtype)
-        num_rows = -(-max(1, self.tokens_per_batch // length) // self.num_devices)
-        leaves = by_path(whole.abstract_params())
-        prunable = [leaf for path, leaf in leaves.items() if LanguageModel.is_prunable(path)]
-        num_prunable = sum(leaf.size for leaf in prunable)
-        item = prunable[0].dtype.itemsize
-        largest = max(leaf.size for leaf in prunable)
-        bins = 4 * _BINS * self.num_probes
-        counted = _KEYS * largest + bins if num_prunable >= thresholds.TOO_MANY_TO_SORT else 0
-        importance = 4 * num_prunable // self.fsdp if self.masking == "random" else 0
-        masked = -(-num_prunable * item // (self.config.depth * self.fsdp))
-        parts = [
-            Memory("weights", weight_bytes(whole, self.fsdp)),
-            Memory("importance of weights", importance),
-            Memory("thresholds: keys of a layer, counts", counted, (_COUNTING,)),
-            Memory("masked weights of a block", masked, (_BLOCKS,)),
-            _gathered(whole, self.fsdp, num_blocks=2),
-            Memory("activations of a block", _forward(whole, num_rows, length), (_BLOCKS,)),
-            Memory("logits of some positions", _logits(whole, num_rows, length), (_LOGITS,)),
-            _all_rows(whole, num_rows, length, self.fsdp),
-        ]
-        return MemoryPlan(tuple(part for part in parts if part.num_bytes))
-
-
-@dataclasses.dataclass(frozen=True)
-class Finetuning:
-    """How a language model is fine-tuned.
-
-    Attributes:
-      config: Sizes and switches of the model.
-      lora: Settings.
-      max_length: Longest sequence in tokens.
-      fsdp: Devices that weights are spread over.
-      groups: Number of groups of `fsdp` devices that share the rows of a call.
-    """
-
-    config: DecoderConfig
-    lora: LoraConfig
-    max_length: int
-    fsdp: int
-    groups: int = 1
-
-    @property
-    def num_devices(self) -> int:
-        return self.fsdp * self.groups
-
-    def plan(self) -> MemoryPlan:
-        """Returns the plan for batches as long as can be."""
-        lora, depth = self.lora, self.config.depth
-        whole = Architecture(self.config, lora.dtype, lora.adapter, lora.rematerialise)
-        num_rows = -(-lora.rows_at_once // self.num_devices)
-        of_block = _with_depth(whole, 1).abstract_adapter()
-        adapter = tree_bytes(of_block) * depth
-        optimiser = tree_bytes(jax.eval_shape(Optimiser.of(lora).at(0.0).init, of_block)) * depth
-        kept, block = _gradient(whole, num_rows, self.max_length)
-        kept = max(0, kept - tree_bytes(of_block)) * depth
-        # without rematerialisation, the gradient uses the gathered weights again
-        num_gathered = 2 if lora.rematerialise else depth
-        parts = [
-            Memory("weights", weight_bytes(_frozen(whole), self.fsdp)),
-            Memory("adapter", adapter),
-            Memory(f"optimiser ({lora.optimiser})", optimiser),
-            Memory("gradients: sums, and a call's", 2 * adapter),
-            _gathered(whole, self.fsdp, num_gathered),
-            Memory("activations kept", kept),
-            Memory("activations of a block", block, (_BLOCKS,)),
-            Memory(
-                "logits of some positions",
-                _logits(whole, num_rows, self.max_length, gradient=True),
-                (_LOGITS,),
-            ),
-            _all_rows(whole, num_rows, self.max_length, self.fsdp),
-        ]
-        return MemoryPlan(tuple(part for part in parts if part.num_bytes))
+Values = Iterable[tuple[str, "DeviceJob"]]  # a setting with its values, in the order to try
 
 
 @runtime_checkable
 class DeviceJob(Protocol):
     """What takes memory of devices."""
 
-    def plan(self) -> MemoryPlan:
-        """Returns how much."""
+    def describe(self) -> str:
+        """Returns its settings in words."""
         ...
 
+    def plan(self) -> MemoryPlan:
+        """Returns what it takes of every device."""
+        ...
 
-def weight_bytes(architecture: Architecture, fsdp: int) -> int:
-    """Returns the bytes of weights on every device, exactly."""
-    total = 0
-    for path, leaf in by_path(architecture.abstract_params()).items():
-        is_spread = any(axis is not None for axis in partition(path, leaf.shape, fsdp))
-        total += leaf.size * leaf.dtype.itemsize // (fsdp if is_spread else 1)
-    return total
+    def changes(self) -> Iterator[Values]:
+        """Yields the settings that make it smaller, each with the job of every value."""
+        ...
 
 
 def tree_bytes(tree: Any) -> int:
@@ -191,94 +72,44 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def first_that_fits(jobs: Iterable[tuple[str, DeviceJob]], limit: int) -> str | None:
-    """Returns the name of the first job that takes at most `limit` bytes; None: there is none."""
-    return next((name for name, job in jobs if job.plan().num_bytes <= limit), None)
+def held_by_devices(job: DeviceJob) -> Memory:
+    """Returns what a job's devices hold of their host; none but processors hold any."""
+    num_bytes = job.plan().num_bytes * num_here(local=True) * is_processor()
+    return Memory("what devices hold", num_bytes)
 
 
-def halves(value: int, least: int) -> list[int]:
-    """Returns value / 2, value / 4, ... down to `least`."""
-    count = int(math.log2(max(1, value // least)))
-    return [value >> i for i in range(1, count + 1)]
+def ways_out(job: DeviceJob, limit: int) -> str:
+    """Returns the settings each of which alone makes it fit, changed as little as can be.
 
-
-def _gathered(architecture: Architecture, fsdp: int, num_blocks: int) -> Memory:
-    """One block is used while the next one comes in, unless all are kept."""
-    of_blocks = sum(
-        leaf.size * leaf.dtype.itemsize
-        for path, leaf in by_path(_frozen(architecture).abstract_params()).items()
-        if path.startswith("blocks/")
-    )
-    depth = architecture.config.depth
-    num_blocks = min(num_blocks, depth)
-    when = (_BLOCKS,) if num_blocks < depth else (_ALWAYS,)
-    num_bytes = 0 if fsdp == 1 else of_blocks * num_blocks // depth
-    return Memory(f"gathered weights of {num_blocks} blocks", num_bytes, when)
-
-
-def _all_rows(architecture: Architecture, num_rows: int, length: int, fsdp: int) -> Memory:
-    """Embedding and head are spread by tokens of the vocabulary: there every device sees all rows.
-
-    Before, and after what is summed up over devices.
+    Args:
+      job: Takes too much.
+      limit: Bytes of every device that may be planned with.
     """
-    hidden = _hidden(architecture, num_rows * fsdp, length)
-    return Memory("first and last layer of all rows", 0 if fsdp == 1 else 2 * tree_bytes(hidden))
+    ways: list[str] = []
+    for values in job.changes():
+        ways += next(([name] for name, other in values if other.plan().num_bytes <= limit), [])
+    if not ways:
+        return f"no single setting helps, up to {_MOST_DEVICES} devices; change several"
+    return f"try {', or '.join(ways)}"
 
 
-@functools.lru_cache
-def _forward(architecture: Architecture, num_rows: int, length: int) -> int:
-    one = _with_depth(architecture, 1)
-    tokens = _tokens(num_rows, length)
-    return peak_bytes(one.hidden, one.abstract_params(), tokens, tokens)
+def ways_on_processor(job: DeviceJob, excess: int) -> str:
+    """Returns the settings with which a processor's devices take so much less of their host."""
+    return ways_out(job, job.plan().num_bytes - -(-excess // num_here(local=True)))
 
 
-@functools.lru_cache
-def _gradient(architecture: Architecture, num_rows: int, length: int) -> tuple[int, int]:
-    """Returns what the gradient keeps of every block, and what it takes besides."""
-    tokens = _tokens(num_rows, length)
-
-    def peak(depth: int) -> int:
-        some = _with_depth(architecture, depth)
-
-        def total(adapter: Any, params: Any, tokens: jax.Array) -> jax.Array:
-            whole = joined(params, adapter)
-            return some.hidden(whole, tokens, tokens).astype(jnp.float32).sum()
-
-        params = _frozen(some).abstract_params()
-        return peak_bytes(jax.grad(total), some.abstract_adapter(), params, tokens)
-
-    two, three = peak(2), peak(3)
-    return three - two, two - 2 * (three - two)
+def halved(
+    setting: str, value: int, least: int, with_value: Callable[[int], DeviceJob]
+) -> Iterator[tuple[str, DeviceJob]]:
+    """Yields the jobs with a setting of value / 2, value / 4, ... down to `least`."""
+    for power in range(1, int(math.log2(max(1, value // least))) + 1):
+        yield f"{setting}={value >> power}", with_value(value >> power)
 
 
-@functools.lru_cache
-def _logits(
-    architecture: Architecture, num_rows: int, length: int, *, gradient: bool = False
-) -> int:
-    no_blocks = _frozen(_with_depth(architecture, 0))
-    hidden, tokens = _hidden(architecture, num_rows, length), _tokens(num_rows, length)
-
-    def total(hidden: jax.Array, params: Any, tokens: jax.Array) -> jax.Array:
-        return no_blocks.cross_entropies(params, hidden, tokens).sum()
-
-    function: Callable = jax.grad(total) if gradient else total
-    return peak_bytes(function, hidden, no_blocks.abstract_params(), tokens)
-
-
-def _frozen(architecture: Architecture) -> Architecture:
-    return dataclasses.replace(architecture, adapter=None, rematerialise=False)
-
-
-def _with_depth(architecture: Architecture, depth: int) -> Architecture:
-    config = architecture.config
-    windows = (config.windows * depth)[:depth]
-    return dataclasses.replace(architecture, config=dataclasses.replace(config, windows=windows))
-
-
-def _hidden(architecture: Architecture, num_rows: int, length: int) -> jax.ShapeDtypeStruct:
-    shape = (num_rows, length, architecture.config.width)
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(architecture.dtype))
-
-
-def _tokens(num_rows: int, length: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((num_rows, length), jnp.int32)
+def doubled(
+    value: int, others: int, with_value: Callable[[int], DeviceJob]
+) -> Iterator[tuple[int, DeviceJob]]:
+    """Yields more devices with the jobs on them, `others` for each that the setting has."""
+    for power in range(1, 9):
+        if (num := value << power) * others <= _MOST_DEVICES:
+            yield num, with_value(num)

@@ -16,9 +16,9 @@ from PIL import Image
 from dlc_jax import checks
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import DecoderConfig
-from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.image_memory import ImageScoring
 from dlc_jax.planning.machine import is_processor
+from dlc_jax.planning.programs import count_flops
 from dlc_jax.preprocess import RandomCrops, decode, in_order, resize_and_crop
 from dlc_jax.types import Dataset, file_of
 
@@ -33,11 +33,11 @@ class Speed(NamedTuple):
 
     Attributes:
       flops_per_s: Operations, as `count_flops` counts them.
-      said: What was measured, in words.
+      what: What was measured, in words.
     """
 
     flops_per_s: float
-    said: str
+    what: str
 
 
 def scoring_speed(job: ImageScoring) -> Speed:
@@ -59,7 +59,7 @@ def scoring_speed(job: ImageScoring) -> Speed:
     seconds, compiling = _seconds(program, jax.device_put(arguments))
     rate = count_flops(program, *small.arguments()) / seconds
     return Speed(
-        rate, _said(f"{num_images} images x {num_probes} probes", seconds, rate, compiling)
+        rate, _in_words(f"{num_images} images x {num_probes} probes", seconds, rate, compiling)
     )
 
 
@@ -91,10 +91,10 @@ def block_speed(config: DecoderConfig, dtype: str, num_tokens: int, length: int)
     tokens = jnp.ones((num_rows, length), jnp.int32)
     seconds, compiling = _seconds(jax.jit(architecture.hidden), (params, tokens, tokens))
     rate, what = num_rows * each / seconds, f"one block, {num_rows} rows of {length} tokens"
-    return Speed(rate, _said(what, seconds, rate, compiling))
+    return Speed(rate, _in_words(what, seconds, rate, compiling))
 
 
-def _said(what: str, seconds: float, rate: float, compiling: float) -> str:
+def _in_words(what: str, seconds: float, rate: float, compiling: float) -> str:
     return (
         f"{what}: {seconds:.3g} s on one device, {rate / 1e9:.4g} GFLOP/s (compiled in "
         f"{compiling:.1f} s, not counted)"

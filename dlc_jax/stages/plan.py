@@ -26,7 +26,7 @@ def run_plan(config: Config, echo: Callable[[str], None]) -> None:
     if config.probe.num_probes == AUTO:
         config = _with_all_probes(config)
         echo("plan: probe.num_probes=auto may stop at 5 probes; planned for all of the path")
-    problems = task_of(config, echo).plan(mesh)
+    problems = task_of(config, echo).plan(mesh).print(echo, details=config.plan_details)
     if mesh.note is not None:
         echo(mesh.note)
     if problems:

@@ -16,8 +16,9 @@ from dlc_jax.distributed import Run
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.exports import EXPORTS, RELEASED, export
 from dlc_jax.planning.image_costs import ImageCosts
-from dlc_jax.planning.image_plan import plan_images
+from dlc_jax.planning.image_plan import plan_of_images
 from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.plan import Plan
 from dlc_jax.planning.speed import decoding_speed
 from dlc_jax.selection import Cell
 from dlc_jax.tasks.agreement import agree, agree_on_images
@@ -203,23 +204,23 @@ class ImageTask:
             facts,
         )
 
-    def plan(self, mesh: Mesh) -> list[str]:
-        config, say = self._config, self._say
+    def plan(self, mesh: Mesh) -> Plan:
+        config = self._config
         config.dataset.check()
-        dataset = config.dataset.load(config.dataset.train)
+        dataset = self.load(config.dataset.train)
         checks.prototypes_can_differ(dataset.name, dataset.labels, dataset.class_names)
         num_test = 0
         if config.dataset.test is not None:
-            num_test = len(class_ids_by_name(config.dataset.load(config.dataset.test), dataset))
+            num_test = len(class_ids_by_name(self.load(config.dataset.test), dataset))
         encoder, size = self._encoder, config.encoder.image_size
         encoder.check_image_size(size)
         decoding = decoding_speed(dataset, size)
-        say(
+        title = (
             f"plan: {len(dataset):,} images of {dataset.num_classes} classes "
             f"({visible(dataset.name)}), {encoder.name} of {config.encoder.weights} at {size} px"
         )
-        work = ImageCosts(config, encoder, dataset, mesh, num_test, decoding.pixels)
-        return plan_images(work, decoding, say)
+        costs = ImageCosts(config, encoder, dataset, mesh, num_test, decoding.pixels)
+        return plan_of_images(title, costs, decoding)
 
 
 def load_configured(config: Config, echo: Callable[[str], None] | None = None) -> Encoder:

@@ -26,8 +26,9 @@ from dlc_jax.encoders.language_model import (
 from dlc_jax.evaluation import Mmlu, load_mmlu
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
 from dlc_jax.planning.instruction_costs import InstructionCosts, Lengths
-from dlc_jax.planning.instruction_plan import is_local, model_sizes, plan_devices, plan_work
+from dlc_jax.planning.instruction_plan import is_local, model_sizes, plan_of_instructions
 from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.plan import Plan
 from dlc_jax.preprocess.tokens import Tokenised, check_vocabulary, tokenise
 from dlc_jax.selection import Cell
 from dlc_jax.tasks.agreement import agree, agree_on_files, agree_on_instructions
@@ -156,22 +157,21 @@ class InstructionTask:
             dict,
         )
 
-    def plan(self, mesh: Mesh) -> list[str]:
-        config, say = self._config, self._say
+    def plan(self, mesh: Mesh) -> Plan:
+        config = self._config
         weights, test = config.encoder.weights, config.dataset.test
         sizes = model_sizes(weights)
-        problems = plan_devices(config, sizes, mesh, say)
+        plan = functools.partial(plan_of_instructions, config, sizes, mesh)
         try:
             data = self.load(config.dataset.train)
             num_test = 0 if test is None else len(self.load(test))
         except checks.InputError as error:  # a model can be planned for before there are data
-            say(f"note: no passes and no time, since there are no data: {error}")
-            return list(problems.values())
+            self._say(f"note: no passes and no time, since there are no data: {error}")
+            return plan(None)
         tokenizer = load_tokenizer(weights) if is_local(weights) else None
         max_length = longest_sequence(sizes, weights, config.encoder.max_length)
         lengths = Lengths.of(data, tokenizer, max_length)
-        work = InstructionCosts(config, sizes, mesh, len(data), num_test, lengths)
-        return list((problems | plan_work(work, say)).values())
+        return plan(InstructionCosts(config, sizes, mesh, len(data), num_test, lengths))
 
 
 def _write_rows(data: Instructions, positions: np.ndarray, form: str, path: Path) -> None:

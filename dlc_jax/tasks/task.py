@@ -10,6 +10,7 @@ import numpy as np
 
 from dlc_jax.config import Config
 from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.plan import Plan
 from dlc_jax.selection import Cell
 from dlc_jax.tasks.export_step import ExportStep
 from dlc_jax.training.loop import Trainer
@@ -96,8 +97,8 @@ class Task(Protocol):
         """Returns what is fine-tuned, loaded in all processes."""
         ...
 
-    def plan(self, mesh: Mesh, /) -> list[str]:
-        """Prints what a run takes of devices, hosts and time; returns what does not fit."""
+    def plan(self, mesh: Mesh, /) -> Plan:
+        """Returns what a run on these devices takes of devices, hosts and time."""
         ...
 
 

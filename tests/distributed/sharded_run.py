@@ -13,7 +13,7 @@ from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.exports.peft import write_merged
 from dlc_jax.masking import prunable_paths
 from dlc_jax.masking.thresholds import Thresholds
-from dlc_jax.planning.memory import Finetuning, Scoring
+from dlc_jax.planning.decoder_memory import Finetuning, Scoring
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.responses import _probe_losses, probe_responses, response_losses
 from dlc_jax.training.loop import train

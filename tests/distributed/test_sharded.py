@@ -14,7 +14,7 @@ import dlc_jax
 from dlc_jax.distributed import make_mesh, partition
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.huggingface import read_config, stored_names
-from dlc_jax.planning.memory import weight_bytes
+from dlc_jax.planning.decoder_memory import weight_bytes
 from dlc_jax.types import by_path
 
 EIGHT = "--xla_force_host_platform_device_count=8"

@@ -11,8 +11,8 @@ from flax import nnx
 import dlc_jax as dlc
 from dlc_jax.encoders import ENCODERS
 from dlc_jax.encoders.encoder import module_functions
-from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.image_memory import ImageScoring, images_of, shapes
+from dlc_jax.planning.programs import count_flops
 from dlc_jax.probes.kernel import Forward, features_of_batch
 
 Shape = jax.ShapeDtypeStruct

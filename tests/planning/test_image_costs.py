@@ -9,8 +9,8 @@ from conftest import random_images
 import dlc_jax as dlc
 from dlc_jax.config import Config, default_config
 from dlc_jax.planning.costs import num_kept
-from dlc_jax.planning.host import cache_disk, finetuning_parts, scoring_parts
 from dlc_jax.planning.image_costs import ImageCosts
+from dlc_jax.planning.image_plan import cache_disk, finetuning_host, scoring_host
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.preprocess import ImageCache
 
@@ -153,14 +153,14 @@ def test_only_what_is_asked_for(made):
 
 
 def test_memory_of_hosts(made):
-    parts = {part.name: part.num_bytes for part in scoring_parts(made())}
+    parts = {part.name: part.num_bytes for part in scoring_host(made()).memory.parts}
     assert parts[f"losses [{M}, {N}], and their check"] == 6 * M * N
     work = made()
     assert parts["ids and labels"] == work.dataset.ids.nbytes + 4 * N
-    parts = {part.name: part.num_bytes for part in finetuning_parts(work)}
+    parts = {part.name: part.num_bytes for part in finetuning_host(work).memory.parts}
     assert parts["decoded images kept (finetune.image_memory_gib)"] == N * 1600 * 4
-    assert parts["test images"] == 0  # mapped
-    parts = {p.name: p.num_bytes for p in finetuning_parts(made(cache__max_gib=0.0))}
+    assert "test images" not in parts  # mapped
+    parts = {p.name: p.num_bytes for p in finetuning_host(made(cache__max_gib=0.0)).memory.parts}
     assert parts["test images"] == 30 * SIZE * SIZE * 3
 
 

@@ -1,10 +1,12 @@
 """The stage `plan` of images: what it says, refuses and leaves behind."""
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ from conftest import ROOT, random_images
 import dlc_jax as dlc
 from dlc_jax import checks
 from dlc_jax.config import Config, default_config
-from dlc_jax.planning import host, image_plan, machine, printing
-from dlc_jax.planning.break_even import Speeds
+from dlc_jax.planning import image_plan, machine, plan
+from dlc_jax.planning.costs import Speeds
 from dlc_jax.planning.image_costs import ImageCosts
 from dlc_jax.planning.machine import Machine, Mesh
 from dlc_jax.planning.speed import Speed, decoding_speed, scoring_speed
@@ -35,7 +37,8 @@ def configured(stages=("plan",), **settings) -> Config:
     return Config.of(config)
 
 
-def told(config: Config) -> str:
+def told(config: Config, **changes: Any) -> str:
+    config = dataclasses.replace(config, **changes)
     lines: list[str] = []
     run_plan(config, lines.append)
     return "\n".join(lines)
@@ -49,7 +52,7 @@ def measured(monkeypatch):
 
 def with_devices_of(monkeypatch, num_bytes: int) -> None:
     small = Machine("1 x small", 1, num_bytes)
-    monkeypatch.setattr(image_plan, "this_machine", lambda num_devices: small)
+    monkeypatch.setattr(plan, "this_machine", lambda num_devices: small)
 
 
 def refused(config: Config) -> tuple[str, dict[str, str]]:
@@ -71,6 +74,7 @@ def test_the_command(tmp_path):
         [
             sys.executable,
             *("-m", "dlc_jax.main", "--config=configs/demo.py", "--config.stages=('plan',)"),
+            "--config.plan_details=True",
             f"--workdir={tmp_path / 'run'}",
         ],
         cwd=ROOT,
@@ -116,7 +120,7 @@ def test_what_does_not_fit_a_device_is_refused(measured, monkeypatch, stage, set
     with_devices_of(monkeypatch, num_bytes)
     error, settings = refused(configured(("plan", stage)))
     assert f"{stage} takes" in error
-    assert "1 x small has" in error
+    assert "of a device of 1 x small, which has" in error
     value = int(settings[setting])
     key = setting.replace(".", "__")
     assert "does not fit" not in told(configured(("plan", stage), **{key: value}))
@@ -133,9 +137,11 @@ def test_weights_that_fit_nowhere(measured, monkeypatch):
 
 @pytest.mark.slow
 def test_images_that_do_not_fit_a_host(measured, monkeypatch):
-    monkeypatch.setattr(host, "resident_bytes", lambda: 0)
-    taken = sum(part.num_bytes for part in host.finetuning_parts(work_of(configured())))
-    monkeypatch.setattr(printing, "host_memory", lambda: int((taken - 10 * MIB) / 0.9))
+    monkeypatch.setattr(image_plan, "resident_bytes", lambda: 0)
+    taken = sum(
+        part.num_bytes for part in image_plan.finetuning_host(work_of(configured())).memory.parts
+    )
+    monkeypatch.setattr(plan, "host_memory", lambda: int((taken - 10 * MIB) / 0.9))
     error, settings = refused(configured(("plan", "finetune")))
     assert "finetune takes" in error
     value = float(settings["finetune.image_memory_gib"])
@@ -152,10 +158,10 @@ def work_of(config: Config) -> ImageCosts:
 
 def test_losses_that_do_not_fit_a_host(measured, monkeypatch):
     config = configured(("plan", "score"))
-    monkeypatch.setattr(host, "resident_bytes", lambda: 0)
-    taken = sum(part.num_bytes for part in host.scoring_parts(work_of(config)))
+    monkeypatch.setattr(image_plan, "resident_bytes", lambda: 0)
+    taken = sum(part.num_bytes for part in image_plan.scoring_host(work_of(config)).memory.parts)
     excess = 6 * 750 * 10  # of ten probes
-    monkeypatch.setattr(printing, "host_memory", lambda: int((taken - excess) / 0.9) + 2)
+    monkeypatch.setattr(plan, "host_memory", lambda: int((taken - excess) / 0.9) + 2)
     error, settings = refused(config)
     assert "score takes" in error
     assert settings["probe.num_probes"] == "40"
@@ -163,8 +169,8 @@ def test_losses_that_do_not_fit_a_host(measured, monkeypatch):
 
 @pytest.mark.slow
 def test_a_processors_memory_is_its_hosts(measured, monkeypatch):
-    monkeypatch.setattr(host, "resident_bytes", lambda: 0)
-    for module in (machine, printing):
+    monkeypatch.setattr(image_plan, "resident_bytes", lambda: 0)
+    for module in (machine, plan):
         monkeypatch.setattr(module, "host_memory", lambda: int(40 * MIB / 0.9))
     error, settings = refused(configured(("plan", "score")))
     assert error.count("score takes") == 1  # the stricter of both
@@ -175,17 +181,19 @@ def test_a_processors_memory_is_its_hosts(measured, monkeypatch):
 
 def test_a_full_disk_is_refused(measured, monkeypatch):
     def full(*_):
-        return host.Disk(needed=10**9, free=10**8, is_there=False)
+        return image_plan.Disk(needed=10**9, free=10**8, is_there=False)
 
     monkeypatch.setattr(image_plan, "cache_disk", full)
     error, settings = refused(configured(("plan", "score")))
     assert "decoded images take 1 GB" in error
     assert settings["cache.max_gib"] == "0"
-    assert "cache: not used" in told(configured(("plan", "score"), cache__max_gib=0.0))
+    assert "cache: not used" in told(
+        configured(("plan", "score"), cache__max_gib=0.0), plan_details=True
+    )
 
 
 def test_a_cache_that_is_too_small_is_told(measured):
-    text = told(configured(("plan", "score"), cache__max_gib=0.001))
+    text = told(configured(("plan", "score"), cache__max_gib=0.001), plan_details=True)
     assert "cache.max_gib=1 would keep 9.22 MB" in text
     assert "9.22 MB, twice for scoring" in text
 

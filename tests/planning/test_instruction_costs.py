@@ -11,9 +11,9 @@ from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.huggingface import read_config
 from dlc_jax.encoders.language_model import load_tokenizer, model_folder
 from dlc_jax.encoders.paper_models import PAPER_MODELS
-from dlc_jax.planning.flops import count_flops
 from dlc_jax.planning.instruction_costs import InstructionCosts, Lengths
 from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.programs import count_flops
 from dlc_jax.preprocess.tokens import bucket_length, tokenise
 
 LENGTH = 512
@@ -88,5 +88,5 @@ def test_lengths_of_rows():
     assert lengths.whole == round(padded)
     assert lengths.alone < lengths.whole
     guessed = Lengths.of(data, None, 512)
-    assert "4 characters a token" in guessed.said
+    assert "4 characters a token" in guessed.measured
     assert 0.3 < guessed.whole / lengths.whole < 3

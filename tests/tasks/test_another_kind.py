@@ -15,6 +15,7 @@ import dlc_jax as dlc
 from dlc_jax.config import KINDS, Config
 from dlc_jax.config.kinds import DataKind
 from dlc_jax.exports.instructions import InstructionExport
+from dlc_jax.planning.plan import Plan
 from dlc_jax.probes import prototype_loss
 from dlc_jax.stages import pipeline
 from dlc_jax.tasks import TASKS, Task
@@ -216,8 +217,7 @@ class RowTask:
         return Training(train, "none", lambda: RowTrainer(train, test), asked, dict)
 
     def plan(self, mesh):
-        self._say("plan: no time at all")
-        return []
+        return Plan("plan: no time at all")
 
 
 @pytest.fixture

@@ -78,18 +78,6 @@ class Speeds(NamedTuple):
         host = cost.decodes * self.decode_seconds + cost.crops * self.crop_seconds
         return device + host if self.one_after_the_other else max(device, host)
 
-    def training_seconds(self, flops: float, num_crops: float = 1.0) -> float:
-        """Returns the seconds of one sample in an epoch.
-
-        Args:
-          flops: Operations that a device computes for it.
-          num_crops: Number of crops that are cut of it.
-        """
-        return self._both(flops / self.flops_per_s, num_crops * self.crop_seconds)
-
-    def _both(self, device: float, host: float) -> float:
-        return device + host if self.one_after_the_other else max(device, host)
-
 
 def num_kept(counts: Int64[np.ndarray, " c"], keep_fraction: float, least: int = 0) -> int:
     """Returns how many samples are kept of classes of these sizes.

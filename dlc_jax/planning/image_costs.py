@@ -128,32 +128,34 @@ class ImageCosts:
         names = self.config.need.measured
         return costs + [seen(name, 1, decodes=each_time) for name in names]
 
-    def _seen(self, stage: str, name: str, passes: int, rows: int, **work: Any) -> Cost:
-        n, flops = self.num_samples, self.forward_flops
-        return Cost(stage, name, passes, passes * n, passes * n * flops, rows * flops, **work)
+    def _seen(
+        self, stage: str, name: str, passes: int, rows: int, num: int | None = None, **work: Any
+    ) -> Cost:
+        """Images through the unmasked encoder, `rows` of them on the device that has most."""
+        seen, flops = passes * (self.num_samples if num is None else num), self.forward_flops
+        return Cost(stage, name, passes, seen, seen * flops, rows * flops, **work)
 
     def _record(self) -> list[Cost]:
         """The record of training, of which scores are made."""
         if not self.config.need.training:
             return []
         config, n = self.config, self.num_samples
-        settings = config.finetune
+        epochs = config.finetune.epochs
         recorder = Recorder(
             self.encoder,
             config.images(self.dataset),
-            settings,
+            config.finetune,
             config.record,
             seed=config.seed,
             conventions=config.conventions,
         )
         others, early = len(recorder.seeds) - 1, recorder.early_epoch
-        first = self._trained("score", "training record", [n], settings.epochs)
+        first = self._trained("score", "training record", [n], epochs)
         rest = self._trained("score", "", [n] * others, early)
-        looks = others + (1 if early == settings.epochs else 2)
+        looks = others + (1 if early == epochs else 2)
         rows = self._padded_rows(n) * looks
-        looked = self._seen("score", "outputs for the record", looks, rows, decodes=0)
-        if not self.is_cached:
-            looked = looked._replace(decodes=looks * n)
+        decodes = 0 if self.is_cached else looks * n
+        looked = self._seen("score", "outputs for the record", looks, rows, decodes=decodes)
         return [first.plus(rest), looked]
 
     def _trials(self) -> list[Cost]:
@@ -171,30 +173,17 @@ class ImageCosts:
         return [trained, self._seen("score", "tests of trials", len(kept), rows)]
 
     def _sweep(self) -> list[Cost]:
-        settings = self.config.finetune
+        settings, num = self.config.finetune, self.num_test
         kept = kept_by_run(self.config, self.counts)
-        name = f"fine-tuning, {len(kept)} runs"
-        costs = [self._trained("finetune", name, kept, settings.epochs)]
-        if not self.num_test:
-            return costs
+        runs = self._trained("finetune", f"fine-tuning, {len(kept)} runs", kept, settings.epochs)
+        if not num:
+            return [runs]
         num_tests = len(kept)
         if settings.test_every:
             num_tests += len(kept) * (max(0, settings.epochs - 1) // settings.test_every)
-        seen = num_tests * self.num_test
-        rows = num_tests * self._padded_rows(self.num_test)
-        flops = self.forward_flops
-        costs.append(
-            Cost(
-                "finetune",
-                f"tests, {self.num_test} images",
-                num_tests,
-                seen,
-                seen * flops,
-                rows * flops,
-                decodes=self.num_test,
-            )
-        )
-        return costs
+        rows = num_tests * self._padded_rows(num)
+        name = f"tests, {num} images"
+        return [runs, self._seen("finetune", name, num_tests, rows, num, decodes=num)]
 
     def _trained(self, stage: str, name: str, kept: list[int], epochs: int) -> Cost:
         """Runs on so many samples each, that share decoded images."""

@@ -49,13 +49,13 @@ def plan_of_images(title: str, costs: ImageCosts, decoding: Decoding) -> Plan:
         job = costs.scoring()
         if job.plan().num_bytes > limit:
             return None
-        speed = scoring_speed(job)
+        rate, what = scoring_speed(job)
         decoded = (
             f"{1 / decoding.seconds:,.0f} images decoded a second, "
             f"{1 / decoding.crop_seconds:,.0f} random crops, on all cores of this host"
         )
         seconds = decoding.seconds, decoding.crop_seconds
-        return [speed.what, decoded], Speeds.of(costs.mesh, speed.flops_per_s, *seconds)
+        return [what, decoded], Speeds.of(costs.mesh, rate, *seconds)
 
     least = config.selection.min_per_class
     flops = costs.training_flops

@@ -106,8 +106,8 @@ def _work(costs: InstructionCosts) -> Work:
 
     def measure(_: int) -> tuple[list[str], Speeds]:
         tokens = config.probe.tokens_per_batch
-        speed = block_speed(costs.sizes, config.probe.dtype, tokens, length)
-        return [speed.what], Speeds.of(costs.mesh, speed.flops_per_s)
+        rate, what = block_speed(costs.sizes, config.probe.dtype, tokens, length)
+        return [what], Speeds.of(costs.mesh, rate)
 
     flops = costs.training_flops
     sample = Cost("finetune", "a sample", 1, 1, flops, flops // costs.mesh.num_devices)

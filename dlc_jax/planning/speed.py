@@ -28,20 +28,12 @@ _MOST_IMAGES, _MOST_CROPS = 512, 64  # looked at
 _SMALL_VOCABULARY = 256
 
 
-class Speed(NamedTuple):
-    """Speed of one device.
+def scoring_speed(job: ImageScoring) -> tuple[float, str]:
+    """Runs the program that scores, on noise, with fewer probes and images where they are slow.
 
-    Attributes:
-      flops_per_s: Operations, as `count_flops` counts them.
-      what: What was measured, in words.
+    Returns:
+      Operations per second of one device, as `count_flops` counts them, and what was measured.
     """
-
-    flops_per_s: float
-    what: str
-
-
-def scoring_speed(job: ImageScoring) -> Speed:
-    """Runs the program that scores, on noise, with fewer probes and images where they are slow."""
     most = _CALL[not is_processor()]
     least = dataclasses.replace(job, num_probes=1, chunk=1, batch_size=1)
     each = count_flops(least.program(), *least.arguments())
@@ -57,13 +49,13 @@ def scoring_speed(job: ImageScoring) -> Speed:
     arguments = (job.encoder.params, None, *zeros, pixels, np.zeros(labels.shape, np.int32))
     program = small.program()
     seconds, compiling = _seconds(program, jax.device_put(arguments))
-    rate = count_flops(program, *small.arguments()) / seconds
-    return Speed(
-        rate, _in_words(f"{num_images} images x {num_probes} probes", seconds, rate, compiling)
-    )
+    flops = count_flops(program, *small.arguments())
+    return _speed(f"{num_images} images x {num_probes} probes", flops, seconds, compiling)
 
 
-def block_speed(config: DecoderConfig, dtype: str, num_tokens: int, length: int) -> Speed:
+def block_speed(
+    config: DecoderConfig, dtype: str, num_tokens: int, length: int
+) -> tuple[float, str]:
     """Runs one block of a language model, weights of zeros, on rows of this length.
 
     Args:
@@ -71,6 +63,8 @@ def block_speed(config: DecoderConfig, dtype: str, num_tokens: int, length: int)
       dtype: Type of weights and activations.
       num_tokens: Most tokens of a batch.
       length: Tokens of a row.
+    Returns:
+      See `scoring_speed`.
     """
     one = dataclasses.replace(
         config, windows=config.windows[:1], vocab_size=_SMALL_VOCABULARY, tied=True
@@ -90,12 +84,14 @@ def block_speed(config: DecoderConfig, dtype: str, num_tokens: int, length: int)
     )
     tokens = jnp.ones((num_rows, length), jnp.int32)
     seconds, compiling = _seconds(jax.jit(architecture.hidden), (params, tokens, tokens))
-    rate, what = num_rows * each / seconds, f"one block, {num_rows} rows of {length} tokens"
-    return Speed(rate, _in_words(what, seconds, rate, compiling))
+    return _speed(
+        f"one block, {num_rows} rows of {length} tokens", num_rows * each, seconds, compiling
+    )
 
 
-def _in_words(what: str, seconds: float, rate: float, compiling: float) -> str:
-    return (
+def _speed(what: str, flops: int, seconds: float, compiling: float) -> tuple[float, str]:
+    rate = flops / seconds
+    return rate, (
         f"{what}: {seconds:.3g} s on one device, {rate / 1e9:.4g} GFLOP/s (compiled in "
         f"{compiling:.1f} s, not counted)"
     )

@@ -19,7 +19,7 @@ from dlc_jax.planning import image_plan, machine, plan
 from dlc_jax.planning.costs import Speeds
 from dlc_jax.planning.image_costs import ImageCosts
 from dlc_jax.planning.machine import Machine, Mesh
-from dlc_jax.planning.speed import Speed, decoding_speed, scoring_speed
+from dlc_jax.planning.speed import decoding_speed, scoring_speed
 from dlc_jax.stages.plan import run_plan
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -47,7 +47,7 @@ def told(config: Config, **changes: Any) -> str:
 @pytest.fixture
 def measured(monkeypatch):
     """Nothing is compiled: a device of 10 GFLOP/s."""
-    monkeypatch.setattr(image_plan, "scoring_speed", lambda job: Speed(1e10, "as told"))
+    monkeypatch.setattr(image_plan, "scoring_speed", lambda job: (1e10, "as told"))
 
 
 def with_devices_of(monkeypatch, num_bytes: int) -> None:
@@ -247,7 +247,7 @@ def test_predicted_seconds_are_those_of_a_run(sample, sample_encoder):
     ratios = []
     for _ in range(3):
         decoding = decoding_speed(sample, 64)
-        speed = scoring_speed(work.scoring()).flops_per_s
+        speed, _ = scoring_speed(work.scoring())
         speeds = Speeds.of(work.mesh, speed, decoding.seconds, decoding.crop_seconds)
         predicted = sum(map(speeds.seconds, work.costs()))
         start = time.perf_counter()

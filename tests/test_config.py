@@ -4,6 +4,7 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
+from dlc_jax import checks
 from dlc_jax.config import Config, default_config, describe, known_keys
 
 
@@ -168,3 +169,14 @@ def test_cells_are_all_combinations_and_splits_only_where_used():
     assert len(cells) == 2 * 2 * 2 + 2 * 2
     assert ("random", 0.1, None, 1) in cells
     assert ("flexrand", 0.2, 0.6, 2) in cells
+
+
+def test_a_report_that_would_have_nothing_to_show_is_refused_before_training():
+    values = {"encoder": {"name": "decoder", "weights": "x"}, "dataset": {"train": "jsonl:x.jsonl"}}
+    stages = ("score", "select", "finetune", "report")
+    with pytest.raises(checks.InputError, match=r"^stages: 'report' of instructions .*'evaluate'"):
+        Config.of(values | {"stages": stages})
+    Config.of(values | {"stages": stages[:-1]})
+    Config.of(values | {"stages": ("report",)})  # of runs that were evaluated before
+    measured = (*stages[:-1], "evaluate", "report")
+    Config.of(values | {"stages": measured, "evaluation": {"mmlu": "demo:mmlu"}})

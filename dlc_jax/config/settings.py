@@ -95,6 +95,12 @@ class Config:
                 "dataset.test: missing; the stage 'finetune' tests on it. Give a source such as "
                 "folder:/data/flowers/test."
             )
+        unmeasured = {"finetune", "report"} <= {*self.stages} and "evaluate" not in self.stages
+        if unmeasured and "evaluate" in kind.stages:
+            raise checks.InputError(
+                f"stages: 'report' of {kind.name} shows what the stage 'evaluate' measures; "
+                "expected 'evaluate' between 'finetune' and 'report', or no 'report'."
+            )
         if "evaluate" in self.stages and self.evaluation.mmlu is None:
             raise checks.InputError(
                 "evaluation.mmlu: missing; the stage 'evaluate' asks its questions. Give "

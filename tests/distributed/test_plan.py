@@ -156,7 +156,7 @@ def test_time_memory_and_break_even_come_first_and_the_rest_on_request(sample_co
     for more in ("| passes", "per device", "per process", "\nmeasured: "):
         assert more not in "\n".join(lines[1:-1])
     whole = told(sample_config, details=True)
-    for more in ("| passes", " per device |", " per process |", "measured: "):
+    for more in ("| passes", " per device ", " per process ", "measured: "):
         assert more in whole[whole.index("break-even") :]
 
 

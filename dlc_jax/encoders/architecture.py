@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32, Int
 
 from dlc_jax.encoders.decoder import Decoder, DecoderConfig
@@ -78,7 +78,10 @@ class Architecture:
 
     def abstract_adapter(self) -> Params:
         """Returns shapes and types of the adapter's parameters alone, nested as all are."""
-        return _only(_is_adapters, self.abstract_params())
+        leaves = flatten_dict(self.abstract_params())
+        return unflatten_dict(
+            {path: leaf for path, leaf in leaves.items() if path[-1] in ("lora_a", "lora_b")}
+        )
 
     def with_adapter(self, adapter: Adapter) -> Architecture:
         """Returns this one with low-rank changes."""
@@ -102,27 +105,6 @@ def _split(architecture: Architecture) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(module)
 
 
-def _is_adapters(name: str) -> bool:
-    return name in ("lora_a", "lora_b")
-
-
-def _only(wanted: Callable[[str], bool], params: Params) -> Params:
-    """Returns the leaves whose own name is wanted, and the nesting around them."""
-    found = {}
-    for name, part in params.items():
-        if isinstance(part, dict):
-            if inner := _only(wanted, part):
-                found[name] = inner
-        elif wanted(name):
-            found[name] = part
-    return found
-
-
 def joined(params: Params, adapter: Params) -> Params:
     """Returns the parameters of a decoder with an adapter; both are nested alike."""
-    assert not adapter.keys() & {k for k, v in params.items() if not isinstance(v, dict)}
-    inner = {
-        name: joined(part, adapter[name]) if isinstance(part, dict) and name in adapter else part
-        for name, part in params.items()
-    }
-    return adapter | inner
+    return unflatten_dict(flatten_dict(params) | flatten_dict(adapter))

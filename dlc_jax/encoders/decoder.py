@@ -46,7 +46,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and switches.
+    """Sizes and switches; where a switch has a default, that is Llama's.
 
     Attributes:
       vocab_size, width, num_heads, num_kv_heads, head_dim, mlp_width: Sizes. Each key and value
@@ -77,13 +77,13 @@ class DecoderConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     attention_scale: float
-    attention_cap: float | None
-    final_cap: float | None
-    activation: str
-    sandwich: bool
-    offset_norm: bool
-    scale_embedding: bool
-    tied: bool
+    attention_cap: float | None = None
+    final_cap: float | None = None
+    activation: str = "silu"
+    sandwich: bool = False
+    offset_norm: bool = False
+    scale_embedding: bool = False
+    tied: bool = False
 
     @property
     def depth(self) -> int:
@@ -121,34 +121,17 @@ class DecoderAttention(nnx.Module):
         self.k_proj = linear("k_proj", width, num_kv)
         self.v_proj = linear("v_proj", width, num_kv)
         self.o_proj = linear("o_proj", config.num_heads * config.head_dim, width)
-        self.head_dim, self.scale, self.cap = (
-            config.head_dim,
-            config.attention_scale,
-            config.attention_cap,
-        )
-        self.window = window
+        self.config, self.window = config, window
 
     def __call__(
         self, x: Float[Array, "b t d"], rotation: Rotation, segments: Int[Array, "b t"]
     ) -> Float[Array, "b t d"]:
         batch, length, _ = x.shape
         q, k, v = (
-            project(x).reshape(batch, length, -1, self.head_dim)
+            project(x).reshape(batch, length, -1, self.config.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = _rotate(q, rotation), _rotate(k, rotation)
-        mixed = self._mixed(q, k, v, segments)
-        return self.o_proj(mixed.reshape(batch, length, -1))
-
-    def _mixed(
-        self,
-        q: Float[Array, "b t k h"],
-        k: Float[Array, "b t g h"],
-        v: Float[Array, "b t g h"],
-        segments: Int[Array, "b t"],
-    ) -> Float[Array, "b t k h"]:
-        """Returns the values that each token sees, some tokens after the other."""
-        length = q.shape[1]
         step = max(_QUERIES_AT_ONCE, -(-length // _MOST_PARTS))
         parts = []
         for start in range(0, length, step):
@@ -157,13 +140,8 @@ class DecoderAttention(nnx.Module):
             first = 0 if self.window is None else max(0, start + 1 - self.window)
             seen = slice(first, asking.stop)
             mask = _visible(segments, self.window, asking, seen)
-            arrays = (q[:, asking], k[:, seen], v[:, seen])
-            if self.cap is None:
-                mixed = jax.nn.dot_product_attention(*arrays, mask=mask, scale=self.scale)
-            else:
-                mixed = _capped_attention(*arrays, mask, self.scale, self.cap)
-            parts.append(mixed)
-        return jnp.concatenate(parts, axis=1)
+            parts.append(_attention(q[:, asking], k[:, seen], v[:, seen], mask, self.config))
+        return self.o_proj(jnp.concatenate(parts, axis=1).reshape(batch, length, -1))
 
 
 class DecoderMlp(nnx.Module):
@@ -209,7 +187,7 @@ class DecoderBlock(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to logits for the token after each.
+    """Token ids to logits for the token after each, in two steps: `hidden`, then `logits`.
 
     Args:
       config: Sizes and switches.
@@ -241,24 +219,16 @@ class Decoder(nnx.Module):
             )
         self.config, self.rematerialise = config, rematerialise
 
-    def __call__(
-        self, tokens: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t v"]:
-        """Returns logits.
+    def hidden(
+        self, tokens: Int[Array, "b t"], segments: Int[Array, "b t"]
+    ) -> Float[Array, "b t d"]:
+        """Returns the final, normed sequence, which `logits` takes.
 
         Args:
           tokens: Ids in [0, vocab_size).
           segments: Several sequences may share a row: a token sees those before it that have its
-            number. Padding, left or right, is 0. None: every row is one sequence.
+            number. Padding, left or right, is 0.
         """
-        return self.logits(self.hidden(tokens, segments))
-
-    def hidden(
-        self, tokens: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t d"]:
-        """Returns the final, normed sequence, which `logits` takes."""
-        if segments is None:
-            segments = jnp.ones(tokens.shape, jnp.int32)
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
@@ -270,8 +240,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence: for a long one, all at once are large."""
-        tied = self.config.tied
-        logits = self.embedding.attend(hidden) if tied else self.head(hidden)
+        logits = self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
         cap = self.config.final_cap
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
@@ -315,14 +284,16 @@ def _visible(
     return near[None, None] & same
 
 
-def _capped_attention(
+def _attention(
     q: Float[Array, "b q k h"],
     k: Float[Array, "b s g h"],
     v: Float[Array, "b s g h"],
     mask: Bool[Array, "b 1 q s"],
-    scale: float,
-    cap: float,
+    config: DecoderConfig,
 ) -> Float[Array, "b q k h"]:
+    scale, cap = config.attention_scale, config.attention_cap
+    if cap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
     batch, length, num_heads, head_dim = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, head_dim)
     scores = jnp.einsum("btgrh,bsgh->bgrts", q, k) * jnp.asarray(scale, q.dtype)

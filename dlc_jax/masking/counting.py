@@ -46,21 +46,9 @@ def keys_and_cutoffs(
     lower = lower.reshape(len(hit), -1)
     ends = np.cumsum(lower, axis=1)
     rest = counts - num_below
-    within = np.array(
-        [np.searchsorted(ends[slot], num, "right") for slot, num in zip(slots, rest, strict=True)]
-    )
+    within = (ends[slots] <= rest[:, None]).sum(axis=1)
     keys = (bins << HALF | within).astype(np.int32)
-    num_tied = rest - (ends - lower)[slots, within]
-    return keys, _cutoffs(leaves, keys, num_tied, key_of)
-
-
-def _cutoffs(
-    leaves: Sequence[jax.Array | np.ndarray],
-    keys: Int32[np.ndarray, " m"],
-    num_tied: Int64[np.ndarray, " m"],
-    key_of: KeyOf,
-) -> Int32[np.ndarray, "m leaves"]:
-    """Returns where the ties begin that are kept, `num_tied` of them going."""
+    num_tied = rest - (ends - lower)[slots, within]  # that go
     equal = np.stack([fetch(_equal_counts(leaf, keys, key_of)) for leaf in leaves], axis=1)
     before = np.cumsum(equal, axis=1, dtype=np.int64) - equal
     left = np.clip(num_tied[:, None] - before, 0, equal)  # ties that go from each leaf
@@ -68,7 +56,7 @@ def _cutoffs(
     cutoffs[left == 0] = 0
     for k, place in zip(*np.nonzero((left > 0) & (left < equal)), strict=True):
         cutoffs[k, place] = fetch(_position(leaves[place], keys[k], left[k, place], key_of))
-    return cutoffs.astype(np.int32)
+    return keys, cutoffs.astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="key_of")

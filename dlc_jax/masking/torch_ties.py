@@ -40,13 +40,10 @@ def removal_steps(params: Params, prunable: tuple[str, ...], counts: np.ndarray)
     ordered = [leaf.swapaxes(-1, -2) if leaf.ndim == 4 else leaf for leaf in transposed]
     steps = _steps_of_flat(np.concatenate([leaf.ravel() for leaf in ordered]), counts)
     importance: dict[str, np.ndarray | jax.Array] = {}
-    start = 0
     for path, leaf in zip(prunable, ordered, strict=True):
-        part = steps[start : start + leaf.size].reshape(leaf.shape)
-        start += leaf.size
-        importance[path] = np.ascontiguousarray(
-            (part.swapaxes(-1, -2) if leaf.ndim == 4 else part).T
-        )
+        part, steps = steps[: leaf.size].reshape(leaf.shape), steps[leaf.size :]
+        part = part.swapaxes(-1, -2) if leaf.ndim == 4 else part
+        importance[path] = np.ascontiguousarray(part.T)
     return importance
 
 

@@ -182,7 +182,7 @@ def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
     Where this process's devices do not have all of it, the rest comes from other processes, and all
     of them have to call this.
     """
-    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     parts = {str(shard.index): shard for shard in array.addressable_shards}
     if sum(shard.data.size for shard in parts.values()) == array.size:

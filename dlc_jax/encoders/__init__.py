@@ -16,27 +16,15 @@ from dlc_jax.encoders.encoder import (
     IMAGENET_STD,
     POOLINGS,
     Encoder,
-    join_statistics,
     module_functions,
-    normalise,
-    pool,
-    precision_of,
-    split_statistics,
 )
 from dlc_jax.encoders.stored_tensors import Table
 from dlc_jax.encoders.weights import assign, read_checkpoint, without_prefix
 
-__all__ = [
-    "ENCODERS",
-    "POOLINGS",
-    "Encoder",
-    "join_statistics",
-    "load_encoder",
-    "normalise",
-    "pool",
-    "precision_of",
-    "split_statistics",
-]
+__all__ = ["ENCODERS", "POOLINGS", "Encoder", "check_pooling", "load_encoder"]
+
+
+_Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by torch name
 
 
 class ImageArchitecture(NamedTuple):
@@ -44,64 +32,51 @@ class ImageArchitecture(NamedTuple):
 
     Attributes:
       build: Tensor shapes by torch name -> the module; sizes a checkpoint decides are read there.
-      image_size: Tensor shapes by torch name -> the only image size it takes, or None.
       names, ignored: See `weights.assign`.
       is_prunable: See `Encoder`.
       mean, std: timm's default normalisation, for checkpoints without a `config.json`.
       poolings: What `Encoder.pooling` may be.
       head, module_order: See `Encoder`.
+      image_size: Tensor shapes by torch name -> the only image size it takes, or None.
     """
 
-    build: Callable[[Mapping[str, tuple[int, ...]]], nnx.Module]
-    image_size: Callable[[Mapping[str, tuple[int, ...]]], int | None]
+    build: Callable[[_Shapes], nnx.Module]
     names: Table
     ignored: tuple[str, ...]
     is_prunable: Callable[[str], bool]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    poolings: tuple[str, ...]
-    head: str
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    poolings: tuple[str, ...] = ("mean",)
+    head: str = "mean"
     module_order: Callable[[str], Any] | None = None
+    image_size: Callable[[_Shapes], int | None] = lambda shapes: None
 
 
-def _build_resnet(size: resnet.ResNetSize, shapes: Mapping[str, tuple[int, ...]]) -> nnx.Module:
+def _build_resnet(size: resnet.ResNetSize, shapes: _Shapes) -> nnx.Module:
     width = shapes.get("conv1.weight", (64,))[0]
     return resnet.ResNet(size, width, rngs=nnx.Rngs(0))
 
 
-def _vit_patches(shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _vit_patches(shapes: _Shapes) -> int:
     shape = shapes.get("pos_embed", ())
     num_patches = shape[1] - 1 if len(shape) == 3 else 196
     return num_patches if math.isqrt(num_patches) ** 2 == num_patches else 196
 
 
-def _build_vit(size: vit.ViTSize, shapes: Mapping[str, tuple[int, ...]]) -> nnx.Module:
+def _build_vit(size: vit.ViTSize, shapes: _Shapes) -> nnx.Module:
     return vit.ViT(size, _vit_patches(shapes), rngs=nnx.Rngs(0))
-
-
-def _vit_image_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return math.isqrt(_vit_patches(shapes)) * vit.PATCH_SIZE
 
 
 ENCODERS: dict[str, ImageArchitecture] = {
     **{
         name: ImageArchitecture(
-            functools.partial(_build_resnet, size),
-            lambda shapes: None,
-            resnet.NAMES,
-            resnet.IGNORED,
-            resnet.is_prunable,
-            IMAGENET_MEAN,
-            IMAGENET_STD,
-            poolings=("mean",),
-            head="mean",
+            functools.partial(_build_resnet, size), resnet.NAMES, resnet.IGNORED, resnet.is_prunable
         )
         for name, size in resnet.SIZES.items()
     },
     **{
         name: ImageArchitecture(
             functools.partial(_build_vit, size),
-            _vit_image_size,
             vit.NAMES,
             vit.IGNORED,
             vit.is_prunable,
@@ -110,6 +85,7 @@ ENCODERS: dict[str, ImageArchitecture] = {
             POOLINGS,
             head="cls",
             module_order=vit.module_order,
+            image_size=lambda shapes: math.isqrt(_vit_patches(shapes)) * vit.PATCH_SIZE,
         )
         for name, size in vit.SIZES.items()
     },
@@ -152,13 +128,9 @@ def load_encoder(
     checkpoint, prefix = without_prefix(checkpoint, nnx.to_pure_dict(state), architecture.ignored)
     if prefix:  # sizes are those of entries by name
         graph, state = _abstract(architecture, checkpoint.shapes)
+    expected = nnx.to_pure_dict(state)
     try:
-        params = assign(
-            checkpoint.tensors,
-            nnx.to_pure_dict(state),
-            architecture.names,
-            architecture.ignored,
-        )
+        params = assign(checkpoint.tensors, expected, architecture.names, architecture.ignored)
     except checks.InputError as error:
         stated = checkpoint.config.get("architecture")
         hint = f" (its config.json says {stated!r})" if stated and stated != name else ""
@@ -168,7 +140,10 @@ def load_encoder(
         ) from error
     normalisation = "explicit"
     if mean is None or std is None:
-        mean, std, normalisation = _normalisation(architecture, checkpoint.config)
+        mean, std, normalisation = architecture.mean, architecture.std, "architecture"
+        stated = checkpoint.config.get("pretrained_cfg", checkpoint.config)
+        if "mean" in stated and "std" in stated:
+            mean, std, normalisation = stated["mean"], stated["std"], "checkpoint"
     return Encoder(
         params=params,
         **module_functions(graph, state),
@@ -185,9 +160,7 @@ def load_encoder(
     )
 
 
-def _abstract(
-    architecture: ImageArchitecture, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[nnx.GraphDef, nnx.State]:
+def _abstract(architecture: ImageArchitecture, shapes: _Shapes) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: architecture.build(shapes)))
 
 
@@ -195,10 +168,3 @@ def check_pooling(name: str, pooling: str | None) -> None:
     """Raises ValueError unless the architecture can be pooled like this."""
     if pooling is not None:
         checks.one_of(f"encoder.pooling of {name}", pooling, ENCODERS[name].poolings)
-
-
-def _normalisation(architecture: ImageArchitecture, config: dict) -> tuple[tuple, tuple, str]:
-    stated = config.get("pretrained_cfg", config)
-    if "mean" in stated and "std" in stated:
-        return tuple(stated["mean"]), tuple(stated["std"]), "checkpoint"
-    return architecture.mean, architecture.std, "architecture"

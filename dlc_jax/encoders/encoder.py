@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dlc_jax import checks
+from dlc_jax.distributed import fetch
 from dlc_jax.types import Conventions, Params, by_path, path_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -158,14 +159,18 @@ class Encoder:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over name, normalisation, pooling and every parameter."""
-        head = (self.name, self.mean, self.std, self.pooling)
-        digest = hashlib.sha256(repr(head).encode())
-        for path, leaf in by_path(self.params).items():
-            digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # of a module with dropout
-                leaf = jax.random.key_data(leaf)
-            digest.update(np.asarray(leaf).tobytes())
-        return digest.hexdigest()
+        return fingerprint_of((self.name, self.mean, self.std, self.pooling), self.params)
+
+
+def fingerprint_of(settings: Any, params: Params) -> str:
+    """Returns the SHA-256 over settings, as `repr` shows them, and every parameter."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for path, leaf in by_path(params).items():
+        digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # of a module with dropout
+            leaf = jax.random.key_data(leaf)
+        digest.update(fetch(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def module_functions(graph: nnx.GraphDef, state: Any) -> dict[str, Any]:

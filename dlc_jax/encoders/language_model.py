@@ -14,14 +14,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlc_jax import checks
-from dlc_jax.distributed import fetch, sharding_of
+from dlc_jax.distributed import sharding_of
 from dlc_jax.encoders.architecture import DTYPES, Architecture, joined
 from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.encoders.encoder import fingerprint_of
 from dlc_jax.encoders.huggingface import read_config, read_params
 from dlc_jax.encoders.projection import Adapter
 from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.preprocess.tokens import check_vocabulary, tokenising
-from dlc_jax.types import Params, by_path
+from dlc_jax.types import Params
 
 DECODER = "decoder"  # as `encoder.name`
 _USUAL_LENGTH = 2048  # tokens
@@ -138,11 +139,7 @@ class LanguageModel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and every parameter."""
-        digest = hashlib.sha256(repr(self.architecture).encode())
-        for path, leaf in by_path(self.params).items():
-            digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
-            digest.update(fetch(leaf).tobytes())
-        return digest.hexdigest()
+        return fingerprint_of(self.architecture, self.params)
 
 
 def load_language_model(

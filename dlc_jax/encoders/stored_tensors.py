@@ -24,7 +24,7 @@ from dlc_jax.distributed import place
 from dlc_jax.files.json_files import NAME, read_json
 
 WHOLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"[^/\\\0]+")  # a file of the folder
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _BYTES_AT_ONCE = 64 * 2**20  # of a tensor that is compared
@@ -76,20 +76,6 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Misfits(NamedTuple):
-    """Where stored tensors and a model differ.
-
-    Attributes:
-      unused: Names of tensors without a parameter.
-      missing: Paths of parameters without a tensor.
-      misshaped: Shapes here of tensors of another shape than the parameter, by its path.
-    """
-
-    unused: list[str]
-    missing: list[str]
-    misshaped: dict[str, tuple[int, ...]]
-
-
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """Opens a safetensors file; ValueError where it, or a tensor in it, cannot be read."""
@@ -125,7 +111,7 @@ def misfits(
     names: Mapping[str, Stored],
     tensors: Mapping[str, StoredTensor],
     ignored: Collection[str] = (),
-) -> Misfits:
+) -> tuple[list[str], list[str], dict[str, tuple[int, ...]]]:
     """Compares a model with the headers of stored tensors.
 
     Args:
@@ -133,6 +119,9 @@ def misfits(
       names: How they are stored.
       tensors: Stored tensors by name.
       ignored: Patterns of names that are left out on purpose.
+    Returns:
+      Names of tensors without a parameter, paths of parameters without a tensor, and, by the path
+      of the parameter, shapes here of tensors that have another shape.
     """
     paths = {stored.name: path for path, stored in names.items()}
     unused = [name for name in tensors if name not in paths and not matches(name, ignored)]
@@ -143,7 +132,7 @@ def misfits(
         if (path := paths.get(name))
     }
     misshaped = {path: shape for path, shape in shapes.items() if shape != expected[path].shape}
-    return Misfits(unused, missing, misshaped)
+    return unused, missing, misshaped
 
 
 def read_tensors(
@@ -179,11 +168,6 @@ def read_tensors(
     return params, not_finite
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether the folder has weights, and not only a configuration."""
-    return (folder / WHOLE).is_file() or (folder / _INDEX).is_file()
-
-
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Reads the headers of the weights that transformers loads, by tensor name.
 
@@ -195,21 +179,21 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     if (folder / WHOLE).is_file():
         return headers(folder / WHOLE)
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.is_file():
-        raise checks.InputError(f"{folder}: neither {WHOLE} nor {_INDEX} is there.")
+        raise checks.InputError(f"{folder}: neither {WHOLE} nor {INDEX} is there.")
     table = read_json(index, {"weight_map": {NAME: _SHARD}})["weight_map"]
     shards = sorted(set(table.values()))
     if lost := [name for name in shards if not (folder / name).is_file()]:
         shown = checks.listed(lost)
-        raise checks.InputError(f"{folder}: shards that {_INDEX} names are missing: {shown}.")
+        raise checks.InputError(f"{folder}: shards that {INDEX} names are missing: {shown}.")
     found: dict[str, StoredTensor] = {}
     for shard in shards:
         there = headers(folder / shard)
         listed = {name for name, file in table.items() if file == shard}
         if wrong := sorted(listed ^ there.keys()):
             raise checks.InputError(
-                f"{folder / shard}: does not hold what {_INDEX} says; they disagree about "
+                f"{folder / shard}: does not hold what {INDEX} says; they disagree about "
                 f"{checks.listed(wrong)}."
             )
         found |= there
@@ -242,15 +226,8 @@ def are_equal(tensors: Mapping[str, StoredTensor], names: tuple[str, str]) -> bo
     one, other = (tensors[name] for name in names)
     if one.shape != other.shape or len(one.shape) != 2:
         return False
-    step = max(1, _BYTES_AT_ONCE // (4 * max(1, one.shape[1])))
+    num_rows, step = one.shape[0], max(1, _BYTES_AT_ONCE // (4 * max(1, one.shape[1])))
     with opened(one.file) as file, opened(other.file) as other_file, _on_host():
-        this, that = file.get_slice(names[0]), other_file.get_slice(names[1])
-        starts = range(0, one.shape[0], step)
-        some = [slice(start, min(start + step, one.shape[0])) for start in starts]
-        return all(np.array_equal(np.asarray(this[r]), np.asarray(that[r])) for r in some)
-
-
-def num_blocks(names: Iterable[str]) -> int:
-    """Returns how many blocks have tensors."""
-    parts = (name.split(".") for name in names)
-    return len({part[2] for part in parts if part[:2] == ["model", "layers"] and len(part) > 2})
+        this, that = file.get_slice(one.name), other_file.get_slice(other.name)
+        some = (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+        return all(np.array_equal(this[rows], that[rows]) for rows in some)

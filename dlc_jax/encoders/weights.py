@@ -94,18 +94,17 @@ def assign(
     """
     leaves = by_path(expected)
     names = names_of(table, leaves)
-    wrong = misfits(leaves, names, tensors, ignored)
-    unfit = {*wrong.missing, *wrong.misshaped}
-    fitting = {path: leaf for path, leaf in leaves.items() if path not in unfit}
+    unused, missing, misshaped = misfits(leaves, names, tensors, ignored)
+    fitting = {path: leaves[path] for path in leaves if path not in {*missing, *misshaped}}
     params, not_finite = read_tensors(fitting, names, tensors)
     problems = {
-        "entries the encoder has no place for": wrong.unused,
+        "entries the encoder has no place for": unused,
         "entries of another shape": [
             f"{names[path].name} {shape} instead of {leaves[path].shape}"
-            for path, shape in wrong.misshaped.items()
+            for path, shape in misshaped.items()
         ],
         "entries with NaN or infinite values": not_finite,
-        "parameters without an entry": wrong.missing,
+        "parameters without an entry": missing,
     }
     if report := checks.problems(problems):
         raise checks.InputError(report)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
-from dlc_jax.encoders.decoder import Decoder, DecoderConfig
+from dlc_jax.encoders.decoder import Decoder, DecoderConfig, Hidden, Tokens
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.projection import Adapter
 from dlc_jax.types import Params
@@ -36,9 +36,7 @@ class Architecture:
     adapter: Adapter | None = None
     rematerialise: bool = False
 
-    def hidden(
-        self, params: Params, tokens: Int[Array, "b t"], segments: Int[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
+    def hidden(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
         """Returns the final, normed sequence under these parameters; see `Decoder`."""
         with precision_of(self.dtype):
             return self._module(params).hidden(tokens, segments)
@@ -49,7 +47,7 @@ class Architecture:
             return self._module(params).logits(hidden)
 
     def cross_entropies(
-        self, params: Params, hidden: Float[Array, "b t d"], target: Int[Array, "b t"]
+        self, params: Params, hidden: Hidden, target: Tokens
     ) -> Float32[Array, "b t"]:
         """Returns -log softmax of each target, some positions after the other."""
         num_rows, length, width = hidden.shape

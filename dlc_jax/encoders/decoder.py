@@ -24,6 +24,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dlc_jax.encoders.projection import Adapter, Projection
 
+Tokens = Int[Array, "b t"]  # ids, or the number of each token's sequence in its row
+Hidden = Float[Array, "b t d"]
 _QUERIES_AT_ONCE, _MOST_PARTS = 128, 8  # of attention: scores of all would be t x t
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
@@ -123,9 +125,7 @@ class DecoderAttention(nnx.Module):
         self.o_proj = linear("o_proj", config.num_heads * config.head_dim, width)
         self.config, self.window = config, window
 
-    def __call__(
-        self, x: Float[Array, "b t d"], rotation: Rotation, segments: Int[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, x: Hidden, rotation: Rotation, segments: Tokens) -> Hidden:
         batch, length, _ = x.shape
         q, k, v = (
             project(x).reshape(batch, length, -1, self.config.head_dim)
@@ -153,7 +153,7 @@ class DecoderMlp(nnx.Module):
         self.down_proj = linear("down_proj", config.mlp_width, config.width)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(self, x: Hidden) -> Hidden:
         gate = ACTIVATIONS[self.activation](self.gate_proj(x))
         return self.down_proj(gate * self.up_proj(x))
 
@@ -177,9 +177,7 @@ class DecoderBlock(nnx.Module):
             self.attn_norm_after = RmsNorm(config, dtype=dtype)
             self.mlp_norm_after = RmsNorm(config, dtype=dtype)
 
-    def __call__(
-        self, x: Float[Array, "b t d"], rotation: Rotation, segments: Int[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, x: Hidden, rotation: Rotation, segments: Tokens) -> Hidden:
         added = self.attn(self.attn_norm(x), rotation, segments)
         x = x + (self.attn_norm_after(added) if self.sandwich else added)
         added = self.mlp(self.mlp_norm(x))
@@ -219,9 +217,7 @@ class Decoder(nnx.Module):
             )
         self.config, self.rematerialise = config, rematerialise
 
-    def hidden(
-        self, tokens: Int[Array, "b t"], segments: Int[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
+    def hidden(self, tokens: Tokens, segments: Tokens) -> Hidden:
         """Returns the final, normed sequence, which `logits` takes.
 
         Args:
@@ -275,7 +271,7 @@ def _rotate(x: Float[Array, "b t k h"], rotation: Rotation) -> Float[Array, "b t
 
 
 def _visible(
-    segments: Int[Array, "b t"], window: int | None, asking: slice, seen: slice
+    segments: Tokens, window: int | None, asking: slice, seen: slice
 ) -> Bool[Array, "b 1 q s"]:
     """Returns which of the tokens `seen` (last axis) each one of those `asking` sees."""
     back = jnp.arange(asking.start, asking.stop)[:, None] - jnp.arange(seen.start, seen.stop)

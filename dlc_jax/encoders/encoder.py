@@ -118,18 +118,13 @@ class Encoder:
         """
         module.eval()
         graph, state = nnx.split(module)
-        given: dict[str, Any] = {
-            "name": name,
-            "mean": mean,
-            "std": std,
-            "pooling": pooling,
-            "image_size": image_size,
-            "module_order": module_order,
-            "head": head,
-        }
+        given: dict[str, Any] = {"name": name, "mean": mean, "std": std, "head": head}
         return cls(
             params=nnx.to_pure_dict(state),
             is_prunable=is_prunable,
+            pooling=pooling,
+            image_size=image_size,
+            module_order=module_order,
             **module_functions(graph, state),
             **{field: value for field, value in given.items() if value is not None},
         )

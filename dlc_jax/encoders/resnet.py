@@ -30,17 +30,6 @@ SIZES = {
 }
 
 
-class Downsample(nnx.Module):
-    """The 1 x 1 convolution on a shortcut that changes shape."""
-
-    def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
-        self.conv = Conv(in_features, out_features, 1, stride, rngs=rngs)
-        self.bn = BatchNorm(out_features, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
-        return self.bn(self.conv(x))
-
-
 class ResidualBlock(nnx.Module):
     """A residual block; `widths` are (in, inner, out)."""
 
@@ -60,11 +49,12 @@ class ResidualBlock(nnx.Module):
         self.bn2 = BatchNorm(inner, rngs=rngs)
         self.bottleneck = bottleneck
         self.reshapes = stride != 1 or before != after
-        if self.reshapes:
-            self.downsample = Downsample(before, after, stride, rngs=rngs)
+        if self.reshapes:  # a 1 x 1 convolution on the shortcut
+            conv, norm = Conv(before, after, 1, stride, rngs=rngs), BatchNorm(after, rngs=rngs)
+            self.downsample = nnx.Dict(conv=conv, bn=norm)
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
-        shortcut = self.downsample(x) if self.reshapes else x
+        shortcut = self.downsample["bn"](self.downsample["conv"](x)) if self.reshapes else x
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
         if self.bottleneck:

@@ -10,7 +10,6 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +75,9 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
+Tensors = Mapping[str, StoredTensor]  # by name
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """Opens a safetensors file; ValueError where it, or a tensor in it, cannot be read."""
@@ -91,12 +93,8 @@ def names_of(table: Table, paths: Iterable[str]) -> dict[str, Stored]:
     """Returns how each of these parameters is stored."""
     found = {}
     for path in paths:
-        match, template, axes = next(
-            (match, template, axes)
-            for pattern, template, axes in table
-            if (match := re.fullmatch(pattern, path))
-        )
-        *modules, leaf = match.expand(template).replace("/", ".").split(".")
+        pattern, template, axes = next(row for row in table if re.fullmatch(row[0], path))
+        *modules, leaf = re.sub(pattern, template, path).replace("/", ".").split(".")
         found[path] = Stored(".".join([*modules, _NORM_LEAVES.get(leaf, leaf)]), axes)
     return found
 
@@ -109,7 +107,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def misfits(
     expected: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
     names: Mapping[str, Stored],
-    tensors: Mapping[str, StoredTensor],
+    tensors: Tensors,
     ignored: Collection[str] = (),
 ) -> tuple[list[str], list[str], dict[str, tuple[int, ...]]]:
     """Compares a model with the headers of stored tensors.
@@ -138,7 +136,7 @@ def misfits(
 def read_tensors(
     expected: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
     names: Mapping[str, Stored],
-    tensors: Mapping[str, StoredTensor],
+    tensors: Tensors,
     sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> tuple[dict[str, jax.Array], list[str]]:
     """Reads parameters one at a time.
@@ -155,7 +153,7 @@ def read_tensors(
         files = {path: stack.enter_context(opened(path)) for path in paths}
         for path, leaf in expected.items():
             tensor = tensors[names[path].name]
-            with _on_host():
+            with jax.default_device("cpu"):
                 value = np.asarray(files[tensor.file].get_tensor(tensor.name))
             with np.errstate(over="ignore"):  # what the type cannot hold is not finite
                 value = value.astype(leaf.dtype)
@@ -217,17 +215,13 @@ def headers(path: Path, *, only_floats: bool = True) -> dict[str, StoredTensor]:
         return {name: StoredTensor(path, name, tuple(s.get_shape())) for name, s in slices.items()}
 
 
-def _on_host() -> AbstractContextManager:
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
-
-
-def are_equal(tensors: Mapping[str, StoredTensor], names: tuple[str, str]) -> bool:
+def are_equal(tensors: Tensors, names: tuple[str, str]) -> bool:
     """Whether two tensors, [rows, columns], have the same values; reads some rows at a time."""
     one, other = (tensors[name] for name in names)
     if one.shape != other.shape or len(one.shape) != 2:
         return False
     num_rows, step = one.shape[0], max(1, _BYTES_AT_ONCE // (4 * max(1, one.shape[1])))
-    with opened(one.file) as file, opened(other.file) as other_file, _on_host():
+    with opened(one.file) as file, opened(other.file) as other_file, jax.default_device("cpu"):
         this, that = file.get_slice(one.name), other_file.get_slice(other.name)
         some = (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
         return all(np.array_equal(this[rows], that[rows]) for rows in some)

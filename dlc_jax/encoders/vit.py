@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 
 from dlc_jax.encoders.stored_tensors import AS_IT_IS, CONVOLUTION, LINEAR, Table
 
-_EPSILON = 1e-6
 PATCH_SIZE = 16
 
 
@@ -34,7 +33,7 @@ SIZES = {
 
 
 def _layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=_EPSILON, use_fast_variance=False, rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
 
 
 class Attention(nnx.Module):

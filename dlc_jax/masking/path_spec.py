@@ -86,13 +86,12 @@ class PathSpec:
             checks.at_least(f"probe.{name}", getattr(self, name), 0, exclusive=True)
             checks.at_most(f"probe.{name}", getattr(self, name), 1, exclusive=name == "step")
         checks.one_of("probe.masking", self.masking, MASKINGS)
-        if isinstance(self.num_probes, str):
-            if self.num_probes != AUTO:
-                raise checks.InputError(
-                    f"probe.num_probes: expected {AUTO!r} or an integer >= 1, got "
-                    f"{self.num_probes!r}."
-                )
+        if self.num_probes == AUTO:
             return
+        if isinstance(self.num_probes, str):
+            raise checks.InputError(
+                f"probe.num_probes: expected {AUTO!r} or an integer >= 1, got {self.num_probes!r}."
+            )
         checks.at_least("probe.num_probes", self.num_probes, 1)
         if self.schedule == "linear" and self.num_probes > self._whole:
             raise checks.InputError(

@@ -17,7 +17,6 @@ from dlc_jax.types import ProbeLosses, ResponseLosses, TrainingRecord
 
 __all__ = ["SCORES", "Score", "column_name", "score"]
 
-_PUBLISHED = ("published",)
 _BOTH = ("published", "deepcore")
 # What a score is computed from -> what gives it.
 _GIVEN_BY = {
@@ -39,7 +38,7 @@ class Score(NamedTuple):
 
     compute: Callable[[Any, str], Any]
     of: str
-    variants: tuple[str, ...] = _PUBLISHED
+    variants: tuple[str, ...] = ("published",)
 
 
 SCORES: dict[str, Score] = {

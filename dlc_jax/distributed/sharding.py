@@ -52,9 +52,9 @@ def partition(path: str, shape: Sequence[int], num_devices: int) -> PartitionSpe
     return PartitionSpec(*(FSDP if axis == largest else None for axis in range(len(shape))))
 
 
-def sharding_of(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Returns path and shape of a parameter of a decoder -> where it lies."""
-    return lambda path, shape: NamedSharding(mesh, partition(path, shape, mesh.shape[FSDP]))
+def sharding_of(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
+    """Returns where a parameter of a decoder lies; see `partition`."""
+    return NamedSharding(mesh, partition(path, shape, mesh.shape[FSDP]))
 
 
 def mesh_of(params: Params) -> Mesh | None:

@@ -11,13 +11,7 @@ from flax import nnx
 
 from dlc_jax import checks
 from dlc_jax.encoders import resnet, vit
-from dlc_jax.encoders.encoder import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    POOLINGS,
-    Encoder,
-    module_functions,
-)
+from dlc_jax.encoders.encoder import POOLINGS, Encoder, module_functions
 from dlc_jax.encoders.stored_tensors import Table, Tensors
 from dlc_jax.encoders.weights import assign, read_checkpoint, without_prefix
 
@@ -41,10 +35,10 @@ class ImageArchitecture(NamedTuple):
     names: Table
     ignored: tuple[str, ...]
     is_prunable: Callable[[str], bool]
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: tuple[float, ...] = Encoder.mean
+    std: tuple[float, ...] = Encoder.std
     poolings: tuple[str, ...] = ("mean",)
-    head: str = "mean"
+    head: str = Encoder.head
     module_order: Callable[[str], Any] | None = None
     image_size: Callable[[Tensors], int | None] = lambda tensors: None
 

@@ -28,7 +28,7 @@ class Architecture:
       config: Sizes and switches.
       dtype: Type of weights and activations.
       adapter: Low-rank changes of projections; None: there are none.
-      rematerialise: See `Decoder`.
+      rematerialise: See `Decoder.hidden`.
     """
 
     config: DecoderConfig
@@ -39,7 +39,7 @@ class Architecture:
     def hidden(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
         """Returns the final, normed sequence under these parameters; see `Decoder`."""
         with precision_of(self.dtype):
-            return self._module(params).hidden(tokens, segments)
+            return self._module(params).hidden(tokens, segments, self.rematerialise)
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
@@ -91,16 +91,9 @@ class Architecture:
 
 @functools.lru_cache
 def _split(architecture: Architecture) -> tuple[nnx.GraphDef, nnx.State]:
-    module = nnx.eval_shape(
-        lambda: Decoder(
-            architecture.config,
-            dtype=DTYPES[architecture.dtype],
-            rematerialise=architecture.rematerialise,
-            adapter=architecture.adapter,
-            rngs=nnx.Rngs(0),
-        )
-    )
-    return nnx.split(module)
+    build = functools.partial(Decoder, architecture.config, adapter=architecture.adapter)
+    dtype = DTYPES[architecture.dtype]
+    return nnx.split(nnx.eval_shape(lambda: build(dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def joined(params: Params, adapter: Params) -> Params:

@@ -190,8 +190,6 @@ class Decoder(nnx.Module):
     Args:
       config: Sizes and switches.
       dtype: Type of weights and activations; norms, softmax and positions are always float32.
-      rematerialise: Whether a gradient computes activations of a block again instead of keeping
-        them.
       adapter: Low-rank changes of projections; None: there are none.
       rngs: Source of random weights.
     """
@@ -201,7 +199,6 @@ class Decoder(nnx.Module):
         config: DecoderConfig,
         *,
         dtype: DTypeLike = jnp.float32,
-        rematerialise: bool = False,
         adapter: Adapter | None = None,
         rngs: nnx.Rngs,
     ):
@@ -215,22 +212,24 @@ class Decoder(nnx.Module):
             self.head = nnx.Linear(
                 config.width, config.vocab_size, use_bias=False, param_dtype=dtype, rngs=rngs
             )
-        self.config, self.rematerialise = config, rematerialise
+        self.config = config
 
-    def hidden(self, tokens: Tokens, segments: Tokens) -> Hidden:
+    def hidden(self, tokens: Tokens, segments: Tokens, rematerialise: bool = False) -> Hidden:
         """Returns the final, normed sequence, which `logits` takes.
 
         Args:
           tokens: Ids in [0, vocab_size).
           segments: Several sequences may share a row: a token sees those before it that have its
             number. Padding, left or right, is 0.
+          rematerialise: Whether a gradient computes activations of a block again instead of keeping
+            them.
         """
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
         rotation = _rotation(self.config, tokens.shape[1], x.dtype)
+        run = nnx.remat(DecoderBlock.__call__) if rematerialise else DecoderBlock.__call__
         for block in self.blocks:
-            run = nnx.remat(DecoderBlock.__call__) if self.rematerialise else DecoderBlock.__call__
             x = run(block, x, rotation, segments)
         return self.norm(x)
 

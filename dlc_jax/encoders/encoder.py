@@ -208,12 +208,11 @@ def split_statistics(params: Params, statistics: frozenset[str]) -> tuple[Params
 
 def join_statistics(trained: Params, others: Params) -> Params:
     """Undoes `split_statistics`."""
-    return jax.tree.map(
-        lambda mine, other: other if mine is None else mine,
-        trained,
-        others,
-        is_leaf=lambda leaf: leaf is None,
-    )
+
+    def either(mine: Any, other: Any) -> Any:
+        return other if mine is None else mine
+
+    return jax.tree.map(either, trained, others, is_leaf=lambda leaf: leaf is None)
 
 
 def pool(output: Float[Array, "b *positions d"], pooling: str) -> Float[Array, "b e"]:

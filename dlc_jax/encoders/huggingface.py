@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from dlc_jax import checks
 from dlc_jax.encoders.architecture import Architecture
@@ -85,7 +86,7 @@ def read_config(folder: Path) -> DecoderConfig:
             f"{found}{names}."
         )
     if config.tied and {_EMBEDDING, _HEAD} <= tensors.keys():
-        return dataclasses.replace(config, tied=are_equal(tensors, (_EMBEDDING, _HEAD)))
+        return dataclasses.replace(config, tied=are_equal(tensors[_EMBEDDING], tensors[_HEAD]))
     return config
 
 
@@ -103,7 +104,12 @@ def read_config_alone(folder: Path) -> DecoderConfig:
     raw = read_json(path)
     checks.one_of(f"{path}: model_type", raw.get("model_type"), FAMILIES)
     _check_loadable(folder, path, raw)
-    _check_sizes(path, raw)
+    for name in _SIZES:  # one out of range would take all memory as soon as it is used
+        if (size := raw.get(name)) is not None:
+            checks.integer(f"{path}: {name}", size)
+            checks.at_least(f"{path}: {name}", size, 1)
+            largest = _MOST_BLOCKS if name == "num_hidden_layers" else _LARGEST_SIZE
+            checks.at_most(f"{path}: {name}", size, largest)
     try:
         library = transformers_library()
         config = library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -132,16 +138,6 @@ def _check_loadable(folder: Path, path: Path, raw: Mapping[str, Any]) -> None:
             f"{folder}: holds an adapter (adapter_config.json) beside a model; expected a folder "
             "for each, or a model with the adapter merged into its weights."
         )
-
-
-def _check_sizes(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raises ValueError for a size that would take all memory as soon as it is used."""
-    for name in _SIZES:
-        if (size := raw.get(name)) is not None:
-            checks.integer(f"{path}: {name}", size)
-            checks.at_least(f"{path}: {name}", size, 1)
-            largest = _MOST_BLOCKS if name == "num_hidden_layers" else _LARGEST_SIZE
-            checks.at_most(f"{path}: {name}", size, largest)
 
 
 def _decoder_config(config: Any, source: str) -> DecoderConfig:
@@ -224,17 +220,13 @@ def _rope_scaling(parameters: Mapping[str, Any], source: str) -> RopeScaling | N
     )
 
 
-def read_params(
-    folder: Path,
-    architecture: Architecture,
-    sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
-) -> Params:
+def read_params(folder: Path, architecture: Architecture, mesh: Mesh | None = None) -> Params:
     """Reads the weights of a model folder, one tensor at a time.
 
     Args:
       folder: With `model.safetensors`, or shards and their index.
       architecture: Architecture made of what `read_config` gives, without an adapter.
-      sharding_of: Path and shape -> where the parameter lies; None: on the default device.
+      mesh: Devices that the parameters are spread over; None: the default device.
     Raises:
       ValueError: a file that is missing or damaged, a tensor without a place, a parameter without
         a tensor, another shape, NaN or infinite values.
@@ -257,7 +249,7 @@ def read_params(
         "tensors of another shape": sorted(other_shapes),
     }
     _refuse(folder, problems)
-    params, not_finite = read_tensors(expected, names, tensors, sharding_of)
+    params, not_finite = read_tensors(expected, names, tensors, mesh)
     _refuse(folder, {f"tensors with NaN or infinity in {architecture.dtype}": not_finite})
     return jax.tree_util.tree_map_with_path(lambda path, _: params[path_name(path)], shapes)
 

@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlc_jax import checks
-from dlc_jax.distributed import sharding_of
 from dlc_jax.encoders.architecture import DTYPES, Architecture, joined
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.encoder import fingerprint_of
@@ -26,7 +25,6 @@ from dlc_jax.types import Params
 
 DECODER = "decoder"  # as `encoder.name`
 _USUAL_LENGTH = 2048  # tokens
-_SAMPLE = "demo:tiny-llama"
 # not consolidated.safetensors: the same weights once more, in Mistral's own layout
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -167,8 +165,7 @@ def load_language_model(
     checks.one_of("dtype", dtype, DTYPES)
     folder = model_folder(weights)
     architecture = Architecture(read_config(folder), dtype)
-    where = None if mesh is None or mesh.size == 1 else sharding_of(mesh)
-    params = read_params(folder, architecture, where)
+    params = read_params(folder, architecture, mesh)
     return LanguageModel(params, architecture, folder, weights)
 
 
@@ -189,7 +186,7 @@ def _tokenizer_in(folder: Path) -> Any:
 def model_folder(weights: str) -> Path:
     """Returns the folder of a model, fetched where it is a hub id; see `load_language_model`."""
     if weights.startswith("demo:"):
-        checks.one_of("weights", weights, [_SAMPLE])
+        checks.one_of("weights", weights, ["demo:tiny-llama"])
         return Path(str(resources.files("dlc_jax.datasets") / "instructions_sample" / "model"))
     folder = Path(weights).expanduser()
     if folder.is_dir():

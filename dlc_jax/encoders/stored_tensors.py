@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from dlc_jax import checks
 from dlc_jax.datasets.files import regular
-from dlc_jax.distributed import place
+from dlc_jax.distributed import place, sharding_of
 from dlc_jax.files.json_files import NAME, read_json
 
 WHOLE = "model.safetensors"
@@ -137,13 +138,13 @@ def read_tensors(
     expected: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
     names: Mapping[str, Stored],
     tensors: Tensors,
-    sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, jax.Array], list[str]]:
     """Reads parameters one at a time.
 
     Args:
       expected, names, tensors: As for `misfits`; tensors that have the shapes of the parameters.
-      sharding_of: Path and shape -> where the parameter lies; None: on the default device.
+      mesh: Devices that the parameters are spread over; None: the default device.
     Returns:
       Parameters by path, and names of those with NaN or infinite values.
     """
@@ -161,7 +162,7 @@ def read_tensors(
                 not_finite.append(names[path].name)
             axes = names[path].axes_of(value.ndim, leaf.ndim)
             value = (value.transpose(axes) if axes else value).reshape(leaf.shape)
-            where = None if sharding_of is None else sharding_of(path, leaf.shape)
+            where = None if mesh is None or mesh.size == 1 else sharding_of(mesh, path, leaf.shape)
             params[path] = place(value, where)
     return params, not_finite
 
@@ -215,9 +216,8 @@ def headers(path: Path, *, only_floats: bool = True) -> dict[str, StoredTensor]:
         return {name: StoredTensor(path, name, tuple(s.get_shape())) for name, s in slices.items()}
 
 
-def are_equal(tensors: Tensors, names: tuple[str, str]) -> bool:
+def are_equal(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors, [rows, columns], have the same values; reads some rows at a time."""
-    one, other = (tensors[name] for name in names)
     if one.shape != other.shape or len(one.shape) != 2:
         return False
     num_rows, step = one.shape[0], max(1, _BYTES_AT_ONCE // (4 * max(1, one.shape[1])))

@@ -18,7 +18,6 @@ from jaxtyping import Int, Int32, Int64
 from dlc_jax.distributed import fetch
 
 HALF = 16  # bits
-_LOWER = (1 << HALF) - 1
 KeyOf = Callable[[jax.Array], jax.Array]  # weights or importances -> integers in their order
 
 
@@ -67,7 +66,7 @@ def _upper_counts(leaf: jax.Array, key_of: KeyOf) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("num_places", "key_of"))
 def _lower_counts(leaf: jax.Array, place: jax.Array, num_places: int, key_of: KeyOf) -> jax.Array:
     key = key_of(leaf).ravel()
-    at = (jnp.asarray(place)[key >> HALF] << HALF) | (key & _LOWER)
+    at = (jnp.asarray(place)[key >> HALF] << HALF) | (key & ((1 << HALF) - 1))
     return jnp.bincount(at, length=num_places << HALF)
 
 

@@ -59,10 +59,9 @@ def exact_thresholds(
         keys, cutoff = keys_and_cutoffs(matters, counts, key_of)
         return Thresholds(keys if importance is None else keys.view(matters[0].dtype), cutoff)
     parts = [fetch(leaf).ravel() for leaf in matters]
+    flat = np.concatenate(parts, dtype=np.float32 if importance is None else None)
     if importance is None:
-        flat = np.concatenate(parts, dtype=np.float32).view(np.int32) & _ALL_BUT_SIGN
-    else:
-        flat = np.concatenate(parts)
+        flat = flat.view(np.int32) & _ALL_BUT_SIGN
     ascending = np.sort(flat)
     values = ascending[counts]
     num_tied = counts - np.searchsorted(ascending, values)

@@ -77,9 +77,8 @@ class Architecture:
     def abstract_adapter(self) -> Params:
         """Returns shapes and types of the adapter's parameters alone, nested as all are."""
         leaves = flatten_dict(self.abstract_params())
-        return unflatten_dict(
-            {path: leaf for path, leaf in leaves.items() if path[-1] in ("lora_a", "lora_b")}
-        )
+        kept = {path: leaf for path, leaf in leaves.items() if path[-1] in ("lora_a", "lora_b")}
+        return unflatten_dict(kept)
 
     def with_adapter(self, adapter: Adapter) -> Architecture:
         """Returns this one with low-rank changes."""

@@ -198,12 +198,9 @@ def _check_plain(config: Any, source: str) -> None:
 
 def _windows(config: Any) -> tuple[int | None, ...]:
     """Returns how far back each block sees; None: all."""
+    window = None if config.model_type == "llama" else config.sliding_window
     if config.model_type == "gemma2":
-        return tuple(
-            config.sliding_window if kind == "sliding_attention" else None
-            for kind in config.layer_types
-        )
-    window = config.sliding_window if config.model_type == "mistral" else None
+        return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
     return (window,) * config.num_hidden_layers
 
 

@@ -20,22 +20,16 @@ from dlc_jax.encoders.encoder import fingerprint_of
 from dlc_jax.encoders.huggingface import read_config, read_params
 from dlc_jax.encoders.projection import Adapter
 from dlc_jax.encoders.transformers_library import transformers_library
+from dlc_jax.files.hub import fetching
 from dlc_jax.preprocess.tokens import check_vocabulary, tokenising
 from dlc_jax.types import Params
 
 DECODER = "decoder"  # as `encoder.name`
 _USUAL_LENGTH = 2048  # tokens
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja")
+_TOKENIZER_JSON = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 # not consolidated.safetensors: the same weights once more, in Mistral's own layout
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "*.model",
-    "*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
-MODEL_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja")
+MODEL_FILES = ("*.json", "model*.safetensors", *_TOKENIZER_FILES)
 
 
 def longest_sequence(config: DecoderConfig, name: str, asked: int | None) -> int:
@@ -130,7 +124,8 @@ class LanguageModel:
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 over the files of the tokenizer, chat templates included."""
         digest = hashlib.sha256()
-        for path in sorted({path for name in TOKENIZER_FILES for path in self.folder.glob(name)}):
+        names = (*_TOKENIZER_FILES, *_TOKENIZER_JSON)
+        for path in sorted({path for name in names for path in self.folder.glob(name)}):
             digest.update(f"{path.name}\0".encode() + path.read_bytes())
         return digest.hexdigest()
 
@@ -198,13 +193,9 @@ def model_folder(weights: str) -> Path:
         raise checks.InputError(
             f"weights: no folder {weights!r}, and that is no hub id (owner/name) either."
         )
-    import huggingface_hub  # only when a hub id is used: the import costs half a second
-
-    try:
-        return Path(huggingface_hub.snapshot_download(weights, allow_patterns=list(MODEL_FILES)))
-    except Exception as error:  # its errors for no network, no such id and no access vary
-        raise checks.InputError(
-            f"weights: {weights!r} is neither a local folder nor could it be fetched from the "
-            f"Hugging Face hub ({checks.first_line(error)}). Without network: on a machine that "
-            "has it, download the repository into a folder, bring it here and give that folder."
-        ) from error
+    with fetching(
+        f"weights: {weights!r} is neither a local folder nor could it be",
+        "Without network: on a machine that has it, download the repository into a folder, bring "
+        "it here and give that folder.",
+    ) as hub:
+        return Path(hub.snapshot_download(weights, allow_patterns=list(MODEL_FILES)))

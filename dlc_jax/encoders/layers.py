@@ -19,11 +19,9 @@ _MAX_MATMUL_POSITIONS = 16
 class Conv(nnx.Module):
     """Bias-free convolution with symmetric padding; kernel [h, w, in, out]."""
 
-    def __init__(
-        self, in_features: int, out_features: int, size: int, stride: int = 1, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, num_in: int, num_out: int, size: int, stride: int = 1, *, rngs: nnx.Rngs):
         init = nnx.initializers.he_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, in_features, out_features)))
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, num_in, num_out)))
         self.stride = stride
 
     def __call__(self, x: Maps) -> NewMaps:

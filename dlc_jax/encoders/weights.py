@@ -19,6 +19,7 @@ from dlc_jax.encoders.stored_tensors import (
     names_of,
     read_tensors,
 )
+from dlc_jax.files.hub import fetching
 from dlc_jax.files.json_files import read_json
 from dlc_jax.types import Params, by_path, path_name
 
@@ -119,22 +120,11 @@ def _locate(weights: str) -> tuple[Path, Path]:
             f"encoder.weights: no file or folder {weights!r}, and that is no hub id "
             "(owner/name) either."
         )
-    return _download(weights)
-
-
-def _download(repository: str) -> tuple[Path, Path]:
-    import huggingface_hub  # only when a hub id is used: the import costs half a second
-
-    try:
-        files = [
-            Path(huggingface_hub.hf_hub_download(repository, name)) for name in (WHOLE, _CONFIG)
-        ]
-    except Exception as error:  # its errors for no network, no such id and no access vary
-        raise checks.InputError(
-            f"encoder.weights: {repository!r} is neither a local path nor could it be fetched "
-            f"from the Hugging Face hub ({checks.first_line(error)}). "
-            f"Without network: on a machine that has it, download {WHOLE} and {_CONFIG} of "
-            f"https://huggingface.co/{repository} into one folder, bring it here and give that "
-            "folder as encoder.weights."
-        ) from error
+    with fetching(
+        f"encoder.weights: {weights!r} is neither a local path nor could it be",
+        f"Without network: on a machine that has it, download {WHOLE} and {_CONFIG} of "
+        f"https://huggingface.co/{weights} into one folder, bring it here and give that folder as "
+        "encoder.weights.",
+    ) as hub:
+        files = [Path(hub.hf_hub_download(weights, name)) for name in (WHOLE, _CONFIG)]
     return files[0], files[1]

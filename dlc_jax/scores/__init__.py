@@ -41,6 +41,11 @@ class Score(NamedTuple):
     variants: tuple[str, ...] = ("published",)
 
 
+def _grand(record: Any, variant: str) -> Any:
+    arrays = (record.early_logits, record.early_squared_norms, record.labels)
+    return grand(*arrays, batch_size=record.batch_size, variant=variant)
+
+
 SCORES: dict[str, Score] = {
     "dlc": Score(lambda losses, _: dlc(losses), "losses"),
     "least_confidence": Score(
@@ -51,17 +56,7 @@ SCORES: dict[str, Score] = {
     "forgetting": Score(
         lambda record, variant: forgetting(record.correct, variant=variant), "training", _BOTH
     ),
-    "grand": Score(
-        lambda record, variant: grand(
-            record.early_logits,
-            record.early_squared_norms,
-            record.labels,
-            batch_size=record.batch_size,
-            variant=variant,
-        ),
-        "training",
-        _BOTH,
-    ),
+    "grand": Score(_grand, "training", _BOTH),
     "el2n": Score(lambda record, _: el2n(record.early_logits, record.labels), "training"),
     "perplexity": Score(lambda responses, _: perplexity(responses), "responses"),
     "ifd": Score(ifd, "responses", ("published", "superfiltering", "cherry")),

@@ -204,9 +204,8 @@ class Decoder(nnx.Module):
     ):
         linear = functools.partial(Projection, adapter=adapter, dtype=dtype, rngs=rngs)
         self.embedding = nnx.Embed(config.vocab_size, config.width, param_dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List(
-            [DecoderBlock(config, window, linear, dtype) for window in config.windows]
-        )
+        blocks = [DecoderBlock(config, window, linear, dtype) for window in config.windows]
+        self.blocks = nnx.List(blocks)
         self.norm = RmsNorm(config, dtype=dtype)
         if not config.tied:
             self.head = nnx.Linear(
@@ -227,7 +226,10 @@ class Decoder(nnx.Module):
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
-        rotation = _rotation(self.config, tokens.shape[1], x.dtype)
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.float32)
+        angles = positions[:, None] * _inverse_wavelengths(self.config)
+        angles = jnp.concatenate([angles, angles], axis=-1)
+        rotation = (jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype))
         run = nnx.remat(DecoderBlock.__call__) if rematerialise else DecoderBlock.__call__
         for block in self.blocks:
             x = run(block, x, rotation, segments)
@@ -244,13 +246,7 @@ class Decoder(nnx.Module):
 Rotation = tuple[Float[Array, "t h"], Float[Array, "t h"]]
 
 
-def _rotation(config: DecoderConfig, length: int, dtype: DTypeLike) -> Rotation:
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * inverse_wavelengths(config)
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def inverse_wavelengths(config: DecoderConfig) -> Float32[np.ndarray, " f"]:
+def _inverse_wavelengths(config: DecoderConfig) -> Float32[np.ndarray, " f"]:
     """Returns the angle per token of each feature pair, stretched as `rope_scaling` says."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = 1 / np.power(np.float32(config.rope_theta), exponents)

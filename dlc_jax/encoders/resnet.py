@@ -5,7 +5,7 @@ Source: He et al. 2016, arXiv 1512.03385; stride on the 3 x 3 convolution of a b
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -15,8 +15,7 @@ from dlc_jax.encoders.layers import BatchNorm, Conv, max_pool
 from dlc_jax.encoders.stored_tensors import AS_IT_IS, CONVOLUTION, Table
 
 
-@dataclasses.dataclass(frozen=True)
-class ResNetSize:
+class ResNetSize(NamedTuple):
     """Blocks per stage, and whether blocks are bottlenecks (1-3-1, four times wider outside)."""
 
     depths: tuple[int, ...]
@@ -75,9 +74,8 @@ class ResNet(nnx.Module):
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(
-                    ResidualBlock((before, inner, after), stride, size.bottleneck, rngs=rngs)
-                )
+                widths = (before, inner, after)
+                blocks.append(ResidualBlock(widths, stride, size.bottleneck, rngs=rngs))
                 before = after
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.num_stages = len(size.depths)

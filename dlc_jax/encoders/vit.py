@@ -5,7 +5,7 @@ Source: Dosovitskiy et al. 2021, arXiv 2010.11929.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ from dlc_jax.encoders.stored_tensors import AS_IT_IS, CONVOLUTION, LINEAR, Table
 PATCH_SIZE = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class ViTSize:
+class ViTSize(NamedTuple):
     """Token width, number of blocks and of attention heads."""
 
     width: int

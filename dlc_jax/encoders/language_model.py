@@ -79,11 +79,9 @@ class LanguageModel:
           ValueError: it has an adapter.
         """
         self.check_has_no_adapter()
-        return dataclasses.replace(
-            self,
-            params=joined(self.params, weights),
-            architecture=self.architecture.with_adapter(adapter),
-        )
+        params = joined(self.params, weights)
+        architecture = self.architecture.with_adapter(adapter)
+        return dataclasses.replace(self, params=params, architecture=architecture)
 
     def check_has_no_adapter(self) -> None:
         """Raises ValueError if it has one: a second would have to be added to it first."""

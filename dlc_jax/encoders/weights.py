@@ -82,7 +82,8 @@ def assign(tensors: Tensors, expected: Params, table: Table, ignored: tuple[str,
     leaves = by_path(expected)
     names = names_of(table, leaves)
     unused, missing, misshaped = misfits(leaves, names, tensors, ignored)
-    fitting = {path: leaves[path] for path in leaves if path not in {*missing, *misshaped}}
+    unfit = {*missing, *misshaped}
+    fitting = {path: leaf for path, leaf in leaves.items() if path not in unfit}
     params, not_finite = read_tensors(fitting, names, tensors)
     problems = {
         "entries the encoder has no place for": unused,

@@ -58,8 +58,8 @@ def exact_thresholds(
         key_of = _magnitude if importance is None else _bits
         keys, cutoff = keys_and_cutoffs(matters, counts, key_of)
         return Thresholds(keys if importance is None else keys.view(matters[0].dtype), cutoff)
-    parts = [fetch(leaf).ravel() for leaf in matters]
-    flat = np.concatenate(parts, dtype=np.float32 if importance is None else None)
+    dtype = np.float32 if importance is None else None
+    flat = np.concatenate([fetch(leaf).ravel() for leaf in matters], dtype=dtype)
     if importance is None:
         flat = flat.view(np.int32) & _ALL_BUT_SIGN
     ascending = np.sort(flat)

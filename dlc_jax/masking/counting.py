@@ -42,19 +42,19 @@ def keys_and_cutoffs(
     place = np.full(1 << HALF, len(hit), np.int32)
     place[hit] = np.arange(len(hit))
     lower = _total(_lower_counts(leaf, place, len(hit), key_of) for leaf in leaves)
-    lower = lower.reshape(len(hit), -1)
-    ends = np.cumsum(lower, axis=1)
-    rest = counts - num_below
-    within = (ends[slots] <= rest[:, None]).sum(axis=1)
-    keys = (bins << HALF | within).astype(np.int32)
-    num_tied = rest - (ends - lower)[slots, within]  # that go
+    ends = np.cumsum(lower)  # of one bin after the other
+    below, first = ends - lower, slots << HALF
+    wanted = counts - num_below + below[first]
+    found = np.searchsorted(ends, wanted, side="right")
+    keys = (bins << HALF | found - first).astype(np.int32)
+    num_tied = wanted - below[found]  # that go
     equal = np.stack([fetch(_equal_counts(leaf, keys, key_of)) for leaf in leaves], axis=1)
     before = np.cumsum(equal, axis=1, dtype=np.int64) - equal
     left = np.clip(num_tied[:, None] - before, 0, equal)  # ties that go from each leaf
     cutoffs = np.where(left == equal, [leaf.size for leaf in leaves], 0)
     cutoffs[left == 0] = 0
-    for k, place in zip(*np.nonzero((left > 0) & (left < equal)), strict=True):
-        cutoffs[k, place] = fetch(_position(leaves[place], keys[k], left[k, place], key_of))
+    for k, number in zip(*np.nonzero((left > 0) & (left < equal)), strict=True):
+        cutoffs[k, number] = fetch(_position(leaves[number], keys[k], left[k, number], key_of))
     return keys, cutoffs.astype(np.int32)
 
 

@@ -27,7 +27,7 @@ from dlc_jax.types import Params
 DECODER = "decoder"  # as `encoder.name`
 _USUAL_LENGTH = 2048  # tokens
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja")
-_TOKENIZER_JSON = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+_OLD_TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 # not consolidated.safetensors: the same weights once more, in Mistral's own layout
 MODEL_FILES = ("*.json", "model*.safetensors", *_TOKENIZER_FILES)
 
@@ -122,7 +122,7 @@ class LanguageModel:
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 over the files of the tokenizer, chat templates included."""
         digest = hashlib.sha256()
-        names = (*_TOKENIZER_FILES, *_TOKENIZER_JSON)
+        names = (*_TOKENIZER_FILES, *_OLD_TOKENIZER)
         for path in sorted({path for name in names for path in self.folder.glob(name)}):
             digest.update(f"{path.name}\0".encode() + path.read_bytes())
         return digest.hexdigest()

@@ -12,6 +12,7 @@ from dlc_jax import checks
 from dlc_jax.datasets.columns import USUAL, Columns
 from dlc_jax.datasets.parquet import from_tables, open_parquet
 from dlc_jax.datasets.row_groups import ArrowTable, Table
+from dlc_jax.files.hub import fetching
 from dlc_jax.types import Dataset
 
 _CONVERTED = "refs/convert/parquet"
@@ -128,30 +129,15 @@ def _is_of(name: str, split: str) -> bool:
 
 
 def _download(source: str, repository: str, split: str) -> list[Path]:
-    import huggingface_hub  # only when a hub id is used: the import costs half a second
-
-    try:
+    with fetching(
+        f"{source}: {repository!r} is neither a local folder nor could it be",
+        "Without network: on a machine that has it, download "
+        f"https://huggingface.co/datasets/{repository} (revision {_CONVERTED} if it has no Parquet "
+        "files), bring the folder here and give hf:<folder>/<split>.",
+    ) as hub:
         for revision in (None, _CONVERTED):  # the hub converts what its owners did not
-            names = huggingface_hub.list_repo_files(
-                repository, repo_type="dataset", revision=revision
-            )
-            found = _files_of(source, names, split)
+            where = {"repo_type": "dataset", "revision": revision}
+            found = _files_of(source, hub.list_repo_files(repository, **where), split)
             if found:
-                return [
-                    Path(
-                        huggingface_hub.hf_hub_download(
-                            repository, name, repo_type="dataset", revision=revision
-                        )
-                    )
-                    for name in found
-                ]
-    except checks.InputError:
-        raise
-    except Exception as error:  # its errors for no network, no such id and no access vary
-        raise checks.InputError(
-            f"{source}: {repository!r} is neither a local folder nor could it be fetched from the "
-            f"Hugging Face hub ({checks.first_line(error)}). Without network: on a machine that "
-            f"has it, download https://huggingface.co/datasets/{repository} (revision {_CONVERTED} "
-            "if it has no Parquet files), bring the folder here and give hf:<folder>/<split>."
-        ) from error
+                return [Path(hub.hf_hub_download(repository, name, **where)) for name in found]
     raise checks.InputError(f"{source}: {repository} has no Parquet file of split {split!r}.")

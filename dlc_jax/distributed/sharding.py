@@ -52,9 +52,9 @@ def partition(path: str, shape: Sequence[int], num_devices: int) -> PartitionSpe
     return PartitionSpec(*(FSDP if axis == largest else None for axis in range(len(shape))))
 
 
-def sharding_of(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Returns path and shape of a parameter of a decoder -> where it lies."""
-    return lambda path, shape: NamedSharding(mesh, partition(path, shape, mesh.shape[FSDP]))
+def sharding_of(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
+    """Returns where a parameter of a decoder lies; see `partition`."""
+    return NamedSharding(mesh, partition(path, shape, mesh.shape[FSDP]))
 
 
 def mesh_of(params: Params) -> Mesh | None:
@@ -182,7 +182,7 @@ def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
     Where this process's devices do not have all of it, the rest comes from other processes, and all
     of them have to call this.
     """
-    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     parts = {str(shard.index): shard for shard in array.addressable_shards}
     if sum(shard.data.size for shard in parts.values()) == array.size:

@@ -4,115 +4,79 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flax import nnx
 
 from dlc_jax import checks
 from dlc_jax.encoders import resnet, vit
-from dlc_jax.encoders.encoder import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    POOLINGS,
-    Encoder,
-    join_statistics,
-    module_functions,
-    normalise,
-    pool,
-    precision_of,
-    split_statistics,
-)
-from dlc_jax.encoders.stored_tensors import Table
+from dlc_jax.encoders.encoder import POOLINGS, Encoder, module_functions
+from dlc_jax.encoders.stored_tensors import Table, Tensors
 from dlc_jax.encoders.weights import assign, read_checkpoint, without_prefix
 
-__all__ = [
-    "ENCODERS",
-    "POOLINGS",
-    "Encoder",
-    "join_statistics",
-    "load_encoder",
-    "normalise",
-    "pool",
-    "precision_of",
-    "split_statistics",
-]
+__all__ = ["ENCODERS", "POOLINGS", "Encoder", "check_pooling", "load_encoder"]
 
 
 class ImageArchitecture(NamedTuple):
     """How to build an encoder for a checkpoint and read the checkpoint's names.
 
     Attributes:
-      build: Tensor shapes by torch name -> the module; sizes a checkpoint decides are read there.
-      image_size: Tensor shapes by torch name -> the only image size it takes, or None.
+      build: Stored tensors -> the module; sizes that a checkpoint decides are read there.
       names, ignored: See `weights.assign`.
       is_prunable: See `Encoder`.
       mean, std: timm's default normalisation, for checkpoints without a `config.json`.
       poolings: What `Encoder.pooling` may be.
       head, module_order: See `Encoder`.
+      image_size: Stored tensors -> the only image size it takes, or None.
     """
 
-    build: Callable[[Mapping[str, tuple[int, ...]]], nnx.Module]
-    image_size: Callable[[Mapping[str, tuple[int, ...]]], int | None]
+    build: Callable[[Tensors], nnx.Module]
     names: Table
     ignored: tuple[str, ...]
     is_prunable: Callable[[str], bool]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    poolings: tuple[str, ...]
-    head: str
+    mean: tuple[float, ...] = Encoder.mean
+    std: tuple[float, ...] = Encoder.std
+    poolings: tuple[str, ...] = ("mean",)
+    head: str = Encoder.head
     module_order: Callable[[str], Any] | None = None
+    image_size: Callable[[Tensors], int | None] = lambda tensors: None
 
 
-def _build_resnet(size: resnet.ResNetSize, shapes: Mapping[str, tuple[int, ...]]) -> nnx.Module:
-    width = shapes.get("conv1.weight", (64,))[0]
+def _build_resnet(size: resnet.ResNetSize, tensors: Tensors) -> nnx.Module:
+    width = tensors["conv1.weight"].shape[0] if "conv1.weight" in tensors else 64
     return resnet.ResNet(size, width, rngs=nnx.Rngs(0))
 
 
-def _vit_patches(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    shape = shapes.get("pos_embed", ())
+def _vit_patches(tensors: Tensors) -> int:
+    shape = tensors["pos_embed"].shape if "pos_embed" in tensors else ()
     num_patches = shape[1] - 1 if len(shape) == 3 else 196
     return num_patches if math.isqrt(num_patches) ** 2 == num_patches else 196
 
 
-def _build_vit(size: vit.ViTSize, shapes: Mapping[str, tuple[int, ...]]) -> nnx.Module:
-    return vit.ViT(size, _vit_patches(shapes), rngs=nnx.Rngs(0))
-
-
-def _vit_image_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return math.isqrt(_vit_patches(shapes)) * vit.PATCH_SIZE
+def _build_vit(size: vit.ViTSize, tensors: Tensors) -> nnx.Module:
+    return vit.ViT(size, _vit_patches(tensors), rngs=nnx.Rngs(0))
 
 
 ENCODERS: dict[str, ImageArchitecture] = {
-    **{
-        name: ImageArchitecture(
-            functools.partial(_build_resnet, size),
-            lambda shapes: None,
-            resnet.NAMES,
-            resnet.IGNORED,
-            resnet.is_prunable,
-            IMAGENET_MEAN,
-            IMAGENET_STD,
-            poolings=("mean",),
-            head="mean",
-        )
-        for name, size in resnet.SIZES.items()
-    },
-    **{
-        name: ImageArchitecture(
-            functools.partial(_build_vit, size),
-            _vit_image_size,
-            vit.NAMES,
-            vit.IGNORED,
-            vit.is_prunable,
-            (0.5, 0.5, 0.5),
-            (0.5, 0.5, 0.5),
-            POOLINGS,
-            head="cls",
-            module_order=vit.module_order,
-        )
-        for name, size in vit.SIZES.items()
-    },
+    name: ImageArchitecture(
+        functools.partial(_build_resnet, size), resnet.NAMES, resnet.IGNORED, resnet.is_prunable
+    )
+    for name, size in resnet.SIZES.items()
+} | {
+    name: ImageArchitecture(
+        functools.partial(_build_vit, size),
+        vit.NAMES,
+        vit.IGNORED,
+        vit.is_prunable,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        poolings=POOLINGS,
+        head="cls",
+        module_order=vit.module_order,
+        image_size=lambda tensors: math.isqrt(_vit_patches(tensors)) * vit.PATCH_SIZE,
+    )
+    for name, size in vit.SIZES.items()
 }
 
 
@@ -147,20 +111,16 @@ def load_encoder(
     checks.normalisation(mean, std)
     check_pooling(name, pooling)
     architecture = ENCODERS[name]
-    checkpoint = read_checkpoint(str(weights))
-    graph, state = _abstract(architecture, checkpoint.shapes)
-    checkpoint, prefix = without_prefix(checkpoint, nnx.to_pure_dict(state), architecture.ignored)
+    tensors, config = read_checkpoint(str(weights))
+    graph, state = _abstract(architecture, tensors)
+    tensors, prefix = without_prefix(tensors, nnx.to_pure_dict(state), architecture.ignored)
     if prefix:  # sizes are those of entries by name
-        graph, state = _abstract(architecture, checkpoint.shapes)
+        graph, state = _abstract(architecture, tensors)
+    expected = nnx.to_pure_dict(state)
     try:
-        params = assign(
-            checkpoint.tensors,
-            nnx.to_pure_dict(state),
-            architecture.names,
-            architecture.ignored,
-        )
+        params = assign(tensors, expected, architecture.names, architecture.ignored)
     except checks.InputError as error:
-        stated = checkpoint.config.get("architecture")
+        stated = config.get("architecture")
         hint = f" (its config.json says {stated!r})" if stated and stated != name else ""
         hint += f" (names read without their prefix {prefix!r})" if prefix else ""
         raise checks.InputError(
@@ -168,7 +128,10 @@ def load_encoder(
         ) from error
     normalisation = "explicit"
     if mean is None or std is None:
-        mean, std, normalisation = _normalisation(architecture, checkpoint.config)
+        mean, std, normalisation = architecture.mean, architecture.std, "architecture"
+        stated = config.get("pretrained_cfg", config)
+        if "mean" in stated and "std" in stated:
+            mean, std, normalisation = stated["mean"], stated["std"], "checkpoint"
     return Encoder(
         params=params,
         **module_functions(graph, state),
@@ -178,27 +141,18 @@ def load_encoder(
         std=tuple(std),
         normalisation=normalisation,
         pooling=pooling,
-        image_size=architecture.image_size(checkpoint.shapes),
+        image_size=architecture.image_size(tensors),
         module_order=architecture.module_order,
         head=architecture.head,
         prefix=prefix,
     )
 
 
-def _abstract(
-    architecture: ImageArchitecture, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: architecture.build(shapes)))
+def _abstract(architecture: ImageArchitecture, tensors: Tensors) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: architecture.build(tensors)))
 
 
 def check_pooling(name: str, pooling: str | None) -> None:
     """Raises ValueError unless the architecture can be pooled like this."""
     if pooling is not None:
         checks.one_of(f"encoder.pooling of {name}", pooling, ENCODERS[name].poolings)
-
-
-def _normalisation(architecture: ImageArchitecture, config: dict) -> tuple[tuple, tuple, str]:
-    stated = config.get("pretrained_cfg", config)
-    if "mean" in stated and "std" in stated:
-        return tuple(stated["mean"]), tuple(stated["std"]), "checkpoint"
-    return architecture.mean, architecture.std, "architecture"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Float32
 
-from dlc_jax.encoders.decoder import Decoder, DecoderConfig
+from dlc_jax.encoders.decoder import Decoder, DecoderConfig, Hidden, Tokens
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.projection import Adapter
 from dlc_jax.types import Params
@@ -28,7 +28,7 @@ class Architecture:
       config: Sizes and switches.
       dtype: Type of weights and activations.
       adapter: Low-rank changes of projections; None: there are none.
-      rematerialise: See `Decoder`.
+      rematerialise: See `Decoder.hidden`.
     """
 
     config: DecoderConfig
@@ -36,12 +36,10 @@ class Architecture:
     adapter: Adapter | None = None
     rematerialise: bool = False
 
-    def hidden(
-        self, params: Params, tokens: Int[Array, "b t"], segments: Int[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
+    def hidden(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
         """Returns the final, normed sequence under these parameters; see `Decoder`."""
         with precision_of(self.dtype):
-            return self._module(params).hidden(tokens, segments)
+            return self._module(params).hidden(tokens, segments, self.rematerialise)
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
@@ -49,7 +47,7 @@ class Architecture:
             return self._module(params).logits(hidden)
 
     def cross_entropies(
-        self, params: Params, hidden: Float[Array, "b t d"], target: Int[Array, "b t"]
+        self, params: Params, hidden: Hidden, target: Tokens
     ) -> Float32[Array, "b t"]:
         """Returns -log softmax of each target, some positions after the other."""
         num_rows, length, width = hidden.shape
@@ -78,7 +76,9 @@ class Architecture:
 
     def abstract_adapter(self) -> Params:
         """Returns shapes and types of the adapter's parameters alone, nested as all are."""
-        return _only(_is_adapters, self.abstract_params())
+        leaves = flatten_dict(self.abstract_params())
+        kept = {path: leaf for path, leaf in leaves.items() if path[-1] in ("lora_a", "lora_b")}
+        return unflatten_dict(kept)
 
     def with_adapter(self, adapter: Adapter) -> Architecture:
         """Returns this one with low-rank changes."""
@@ -90,39 +90,11 @@ class Architecture:
 
 @functools.lru_cache
 def _split(architecture: Architecture) -> tuple[nnx.GraphDef, nnx.State]:
-    module = nnx.eval_shape(
-        lambda: Decoder(
-            architecture.config,
-            dtype=DTYPES[architecture.dtype],
-            rematerialise=architecture.rematerialise,
-            adapter=architecture.adapter,
-            rngs=nnx.Rngs(0),
-        )
-    )
-    return nnx.split(module)
-
-
-def _is_adapters(name: str) -> bool:
-    return name in ("lora_a", "lora_b")
-
-
-def _only(wanted: Callable[[str], bool], params: Params) -> Params:
-    """Returns the leaves whose own name is wanted, and the nesting around them."""
-    found = {}
-    for name, part in params.items():
-        if isinstance(part, dict):
-            if inner := _only(wanted, part):
-                found[name] = inner
-        elif wanted(name):
-            found[name] = part
-    return found
+    build = functools.partial(Decoder, architecture.config, adapter=architecture.adapter)
+    dtype = DTYPES[architecture.dtype]
+    return nnx.split(nnx.eval_shape(lambda: build(dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def joined(params: Params, adapter: Params) -> Params:
     """Returns the parameters of a decoder with an adapter; both are nested alike."""
-    assert not adapter.keys() & {k for k, v in params.items() if not isinstance(v, dict)}
-    inner = {
-        name: joined(part, adapter[name]) if isinstance(part, dict) and name in adapter else part
-        for name, part in params.items()
-    }
-    return adapter | inner
+    return unflatten_dict(flatten_dict(params) | flatten_dict(adapter))

@@ -24,6 +24,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dlc_jax.encoders.projection import Adapter, Projection
 
+Tokens = Int[Array, "b t"]  # ids, or the number of each token's sequence in its row
+Hidden = Float[Array, "b t d"]
 _QUERIES_AT_ONCE, _MOST_PARTS = 128, 8  # of attention: scores of all would be t x t
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
@@ -46,7 +48,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and switches.
+    """Sizes and switches; where a switch has a default, that is Llama's.
 
     Attributes:
       vocab_size, width, num_heads, num_kv_heads, head_dim, mlp_width: Sizes. Each key and value
@@ -77,13 +79,13 @@ class DecoderConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     attention_scale: float
-    attention_cap: float | None
-    final_cap: float | None
-    activation: str
-    sandwich: bool
-    offset_norm: bool
-    scale_embedding: bool
-    tied: bool
+    attention_cap: float | None = None
+    final_cap: float | None = None
+    activation: str = "silu"
+    sandwich: bool = False
+    offset_norm: bool = False
+    scale_embedding: bool = False
+    tied: bool = False
 
     @property
     def depth(self) -> int:
@@ -121,34 +123,15 @@ class DecoderAttention(nnx.Module):
         self.k_proj = linear("k_proj", width, num_kv)
         self.v_proj = linear("v_proj", width, num_kv)
         self.o_proj = linear("o_proj", config.num_heads * config.head_dim, width)
-        self.head_dim, self.scale, self.cap = (
-            config.head_dim,
-            config.attention_scale,
-            config.attention_cap,
-        )
-        self.window = window
+        self.config, self.window = config, window
 
-    def __call__(
-        self, x: Float[Array, "b t d"], rotation: Rotation, segments: Int[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, x: Hidden, rotation: Rotation, segments: Tokens) -> Hidden:
         batch, length, _ = x.shape
         q, k, v = (
-            project(x).reshape(batch, length, -1, self.head_dim)
+            project(x).reshape(batch, length, -1, self.config.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = _rotate(q, rotation), _rotate(k, rotation)
-        mixed = self._mixed(q, k, v, segments)
-        return self.o_proj(mixed.reshape(batch, length, -1))
-
-    def _mixed(
-        self,
-        q: Float[Array, "b t k h"],
-        k: Float[Array, "b t g h"],
-        v: Float[Array, "b t g h"],
-        segments: Int[Array, "b t"],
-    ) -> Float[Array, "b t k h"]:
-        """Returns the values that each token sees, some tokens after the other."""
-        length = q.shape[1]
         step = max(_QUERIES_AT_ONCE, -(-length // _MOST_PARTS))
         parts = []
         for start in range(0, length, step):
@@ -157,13 +140,8 @@ class DecoderAttention(nnx.Module):
             first = 0 if self.window is None else max(0, start + 1 - self.window)
             seen = slice(first, asking.stop)
             mask = _visible(segments, self.window, asking, seen)
-            arrays = (q[:, asking], k[:, seen], v[:, seen])
-            if self.cap is None:
-                mixed = jax.nn.dot_product_attention(*arrays, mask=mask, scale=self.scale)
-            else:
-                mixed = _capped_attention(*arrays, mask, self.scale, self.cap)
-            parts.append(mixed)
-        return jnp.concatenate(parts, axis=1)
+            parts.append(_attention(q[:, asking], k[:, seen], v[:, seen], mask, self.config))
+        return self.o_proj(jnp.concatenate(parts, axis=1).reshape(batch, length, -1))
 
 
 class DecoderMlp(nnx.Module):
@@ -175,7 +153,7 @@ class DecoderMlp(nnx.Module):
         self.down_proj = linear("down_proj", config.mlp_width, config.width)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(self, x: Hidden) -> Hidden:
         gate = ACTIVATIONS[self.activation](self.gate_proj(x))
         return self.down_proj(gate * self.up_proj(x))
 
@@ -199,9 +177,7 @@ class DecoderBlock(nnx.Module):
             self.attn_norm_after = RmsNorm(config, dtype=dtype)
             self.mlp_norm_after = RmsNorm(config, dtype=dtype)
 
-    def __call__(
-        self, x: Float[Array, "b t d"], rotation: Rotation, segments: Int[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, x: Hidden, rotation: Rotation, segments: Tokens) -> Hidden:
         added = self.attn(self.attn_norm(x), rotation, segments)
         x = x + (self.attn_norm_after(added) if self.sandwich else added)
         added = self.mlp(self.mlp_norm(x))
@@ -209,13 +185,11 @@ class DecoderBlock(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to logits for the token after each.
+    """Token ids to logits for the token after each, in two steps: `hidden`, then `logits`.
 
     Args:
       config: Sizes and switches.
       dtype: Type of weights and activations; norms, softmax and positions are always float32.
-      rematerialise: Whether a gradient computes activations of a block again instead of keeping
-        them.
       adapter: Low-rank changes of projections; None: there are none.
       rngs: Source of random weights.
     """
@@ -225,53 +199,45 @@ class Decoder(nnx.Module):
         config: DecoderConfig,
         *,
         dtype: DTypeLike = jnp.float32,
-        rematerialise: bool = False,
         adapter: Adapter | None = None,
         rngs: nnx.Rngs,
     ):
         linear = functools.partial(Projection, adapter=adapter, dtype=dtype, rngs=rngs)
         self.embedding = nnx.Embed(config.vocab_size, config.width, param_dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List(
-            [DecoderBlock(config, window, linear, dtype) for window in config.windows]
-        )
+        blocks = [DecoderBlock(config, window, linear, dtype) for window in config.windows]
+        self.blocks = nnx.List(blocks)
         self.norm = RmsNorm(config, dtype=dtype)
         if not config.tied:
             self.head = nnx.Linear(
                 config.width, config.vocab_size, use_bias=False, param_dtype=dtype, rngs=rngs
             )
-        self.config, self.rematerialise = config, rematerialise
+        self.config = config
 
-    def __call__(
-        self, tokens: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t v"]:
-        """Returns logits.
+    def hidden(self, tokens: Tokens, segments: Tokens, rematerialise: bool = False) -> Hidden:
+        """Returns the final, normed sequence, which `logits` takes.
 
         Args:
           tokens: Ids in [0, vocab_size).
           segments: Several sequences may share a row: a token sees those before it that have its
-            number. Padding, left or right, is 0. None: every row is one sequence.
+            number. Padding, left or right, is 0.
+          rematerialise: Whether a gradient computes activations of a block again instead of keeping
+            them.
         """
-        return self.logits(self.hidden(tokens, segments))
-
-    def hidden(
-        self, tokens: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t d"]:
-        """Returns the final, normed sequence, which `logits` takes."""
-        if segments is None:
-            segments = jnp.ones(tokens.shape, jnp.int32)
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
-        rotation = _rotation(self.config, tokens.shape[1], x.dtype)
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.float32)
+        angles = positions[:, None] * _inverse_wavelengths(self.config)
+        angles = jnp.concatenate([angles, angles], axis=-1)
+        rotation = (jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype))
+        run = nnx.remat(DecoderBlock.__call__) if rematerialise else DecoderBlock.__call__
         for block in self.blocks:
-            run = nnx.remat(DecoderBlock.__call__) if self.rematerialise else DecoderBlock.__call__
             x = run(block, x, rotation, segments)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence: for a long one, all at once are large."""
-        tied = self.config.tied
-        logits = self.embedding.attend(hidden) if tied else self.head(hidden)
+        logits = self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
         cap = self.config.final_cap
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
@@ -280,13 +246,7 @@ class Decoder(nnx.Module):
 Rotation = tuple[Float[Array, "t h"], Float[Array, "t h"]]
 
 
-def _rotation(config: DecoderConfig, length: int, dtype: DTypeLike) -> Rotation:
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * inverse_wavelengths(config)
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def inverse_wavelengths(config: DecoderConfig) -> Float32[np.ndarray, " f"]:
+def _inverse_wavelengths(config: DecoderConfig) -> Float32[np.ndarray, " f"]:
     """Returns the angle per token of each feature pair, stretched as `rope_scaling` says."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = 1 / np.power(np.float32(config.rope_theta), exponents)
@@ -306,7 +266,7 @@ def _rotate(x: Float[Array, "b t k h"], rotation: Rotation) -> Float[Array, "b t
 
 
 def _visible(
-    segments: Int[Array, "b t"], window: int | None, asking: slice, seen: slice
+    segments: Tokens, window: int | None, asking: slice, seen: slice
 ) -> Bool[Array, "b 1 q s"]:
     """Returns which of the tokens `seen` (last axis) each one of those `asking` sees."""
     back = jnp.arange(asking.start, asking.stop)[:, None] - jnp.arange(seen.start, seen.stop)
@@ -315,14 +275,16 @@ def _visible(
     return near[None, None] & same
 
 
-def _capped_attention(
+def _attention(
     q: Float[Array, "b q k h"],
     k: Float[Array, "b s g h"],
     v: Float[Array, "b s g h"],
     mask: Bool[Array, "b 1 q s"],
-    scale: float,
-    cap: float,
+    config: DecoderConfig,
 ) -> Float[Array, "b q k h"]:
+    scale, cap = config.attention_scale, config.attention_cap
+    if cap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
     batch, length, num_heads, head_dim = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, head_dim)
     scores = jnp.einsum("btgrh,bsgh->bgrts", q, k) * jnp.asarray(scale, q.dtype)

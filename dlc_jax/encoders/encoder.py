@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dlc_jax import checks
+from dlc_jax.distributed import fetch
 from dlc_jax.types import Conventions, Params, by_path, path_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -117,18 +118,13 @@ class Encoder:
         """
         module.eval()
         graph, state = nnx.split(module)
-        given: dict[str, Any] = {
-            "name": name,
-            "mean": mean,
-            "std": std,
-            "pooling": pooling,
-            "image_size": image_size,
-            "module_order": module_order,
-            "head": head,
-        }
+        given: dict[str, Any] = {"name": name, "mean": mean, "std": std, "head": head}
         return cls(
             params=nnx.to_pure_dict(state),
             is_prunable=is_prunable,
+            pooling=pooling,
+            image_size=image_size,
+            module_order=module_order,
             **module_functions(graph, state),
             **{field: value for field, value in given.items() if value is not None},
         )
@@ -158,14 +154,18 @@ class Encoder:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over name, normalisation, pooling and every parameter."""
-        head = (self.name, self.mean, self.std, self.pooling)
-        digest = hashlib.sha256(repr(head).encode())
-        for path, leaf in by_path(self.params).items():
-            digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # of a module with dropout
-                leaf = jax.random.key_data(leaf)
-            digest.update(np.asarray(leaf).tobytes())
-        return digest.hexdigest()
+        return fingerprint_of((self.name, self.mean, self.std, self.pooling), self.params)
+
+
+def fingerprint_of(settings: Any, params: Params) -> str:
+    """Returns the SHA-256 over settings, as `repr` shows them, and every parameter."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for path, leaf in by_path(params).items():
+        digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # of a module with dropout
+            leaf = jax.random.key_data(leaf)
+        digest.update(fetch(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def module_functions(graph: nnx.GraphDef, state: Any) -> dict[str, Any]:
@@ -208,12 +208,11 @@ def split_statistics(params: Params, statistics: frozenset[str]) -> tuple[Params
 
 def join_statistics(trained: Params, others: Params) -> Params:
     """Undoes `split_statistics`."""
-    return jax.tree.map(
-        lambda mine, other: other if mine is None else mine,
-        trained,
-        others,
-        is_leaf=lambda leaf: leaf is None,
-    )
+
+    def either(mine: Any, other: Any) -> Any:
+        return other if mine is None else mine
+
+    return jax.tree.map(either, trained, others, is_leaf=lambda leaf: leaf is None)
 
 
 def pool(output: Float[Array, "b *positions d"], pooling: str) -> Float[Array, "b e"]:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from dlc_jax import checks
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import ACTIVATIONS, DecoderConfig, RopeScaling
 from dlc_jax.encoders.stored_tensors import (
     AS_IT_IS,
+    INDEX,
     LINEAR,
+    WHOLE,
     Stored,
     Table,
     are_equal,
-    has_weights,
     misfits,
     names_of,
-    num_blocks,
     read_tensors,
     stored_tensors,
 )
@@ -46,25 +47,21 @@ _SIZES = (
     "sliding_window",
 )
 
-_LAYER = r"model.layers.\1"
+_BLOCK, _LAYER = r"blocks/(\d+)", r"model.layers.\1"
 _NAMES: Table = (
     (r"embedding/embedding", _EMBEDDING, AS_IT_IS),
     (r"norm/scale", "model.norm.weight", AS_IT_IS),
     (r"head/kernel", _HEAD, LINEAR),
-    (r"blocks/(\d+)/attn/(\w+)/kernel", rf"{_LAYER}.self_attn.\2.weight", LINEAR),
-    (r"blocks/(\d+)/mlp/(\w+)/kernel", rf"{_LAYER}.mlp.\2.weight", LINEAR),
-    (r"blocks/(\d+)/attn_norm/scale", rf"{_LAYER}.input_layernorm.weight", AS_IT_IS),
+    (rf"{_BLOCK}/attn/(\w+)/kernel", rf"{_LAYER}.self_attn.\2.weight", LINEAR),
+    (rf"{_BLOCK}/mlp/(\w+)/kernel", rf"{_LAYER}.mlp.\2.weight", LINEAR),
+    (rf"{_BLOCK}/attn_norm/scale", rf"{_LAYER}.input_layernorm.weight", AS_IT_IS),
 )
 _AFTER_ATTENTION = rf"{_LAYER}.post_attention_layernorm.weight"
-_PLAIN_NORMS: Table = ((r"blocks/(\d+)/mlp_norm/scale", _AFTER_ATTENTION, AS_IT_IS),)
+_PLAIN_NORMS: Table = ((rf"{_BLOCK}/mlp_norm/scale", _AFTER_ATTENTION, AS_IT_IS),)
 _SANDWICH_NORMS: Table = (
-    (r"blocks/(\d+)/attn_norm_after/scale", _AFTER_ATTENTION, AS_IT_IS),
-    (r"blocks/(\d+)/mlp_norm/scale", rf"{_LAYER}.pre_feedforward_layernorm.weight", AS_IT_IS),
-    (
-        r"blocks/(\d+)/mlp_norm_after/scale",
-        rf"{_LAYER}.post_feedforward_layernorm.weight",
-        AS_IT_IS,
-    ),
+    (rf"{_BLOCK}/attn_norm_after/scale", _AFTER_ATTENTION, AS_IT_IS),
+    (rf"{_BLOCK}/mlp_norm/scale", rf"{_LAYER}.pre_feedforward_layernorm.weight", AS_IT_IS),
+    (rf"{_BLOCK}/mlp_norm_after/scale", rf"{_LAYER}.post_feedforward_layernorm.weight", AS_IT_IS),
 )
 _IGNORED = (r".*rotary_emb\.inv_freq",)  # what old checkpoints hold besides weights
 
@@ -78,17 +75,18 @@ def read_config(folder: Path) -> DecoderConfig:
       ValueError: see `read_config_alone`; weights with another number of blocks.
     """
     config = read_config_alone(folder)
-    if not has_weights(folder):
+    if not any((folder / name).is_file() for name in (WHOLE, INDEX)):
         return config
     tensors = stored_tensors(folder)
-    if (found := num_blocks(tensors)) != config.depth:
+    found = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
+    if found != config.depth:
         names = f"; its tensors are {checks.listed(sorted(tensors))}" if not found else ""
         raise checks.InputError(
             f"{folder}: config.json has num_hidden_layers {config.depth}, the weights have "
             f"{found}{names}."
         )
     if config.tied and {_EMBEDDING, _HEAD} <= tensors.keys():
-        return dataclasses.replace(config, tied=are_equal(tensors, (_EMBEDDING, _HEAD)))
+        return dataclasses.replace(config, tied=are_equal(tensors[_EMBEDDING], tensors[_HEAD]))
     return config
 
 
@@ -106,11 +104,16 @@ def read_config_alone(folder: Path) -> DecoderConfig:
     raw = read_json(path)
     checks.one_of(f"{path}: model_type", raw.get("model_type"), FAMILIES)
     _check_loadable(folder, path, raw)
-    _check_sizes(path, raw)
+    for name in _SIZES:  # one out of range would take all memory as soon as it is used
+        if (size := raw.get(name)) is not None:
+            checks.integer(f"{path}: {name}", size)
+            checks.at_least(f"{path}: {name}", size, 1)
+            largest = _MOST_BLOCKS if name == "num_hidden_layers" else _LARGEST_SIZE
+            checks.at_most(f"{path}: {name}", size, largest)
     try:
         library = transformers_library()
         config = library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return decoder_config(config, str(path))
+        return _decoder_config(config, str(path))
     except checks.InputError:
         raise
     except Exception as error:  # what transformers refuses, it refuses in many ways
@@ -137,17 +140,7 @@ def _check_loadable(folder: Path, path: Path, raw: Mapping[str, Any]) -> None:
         )
 
 
-def _check_sizes(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raises ValueError for a size that would take all memory as soon as it is used."""
-    for name in _SIZES:
-        if (size := raw.get(name)) is not None:
-            checks.integer(f"{path}: {name}", size)
-            checks.at_least(f"{path}: {name}", size, 1)
-            largest = _MOST_BLOCKS if name == "num_hidden_layers" else _LARGEST_SIZE
-            checks.at_most(f"{path}: {name}", size, largest)
-
-
-def decoder_config(config: Any, source: str = "config") -> DecoderConfig:
+def _decoder_config(config: Any, source: str) -> DecoderConfig:
     """Translates a transformers configuration of Llama, Mistral or Gemma 2.
 
     Args:
@@ -156,7 +149,6 @@ def decoder_config(config: Any, source: str = "config") -> DecoderConfig:
     Raises:
       ValueError: see `read_config`.
     """
-    checks.one_of(f"{source}: model_type", config.model_type, FAMILIES)
     is_gemma = config.model_type == "gemma2"
     _check_plain(config, source)
     activation = config.hidden_activation if is_gemma else config.hidden_act
@@ -206,12 +198,9 @@ def _check_plain(config: Any, source: str) -> None:
 
 def _windows(config: Any) -> tuple[int | None, ...]:
     """Returns how far back each block sees; None: all."""
+    window = None if config.model_type == "llama" else config.sliding_window
     if config.model_type == "gemma2":
-        return tuple(
-            config.sliding_window if kind == "sliding_attention" else None
-            for kind in config.layer_types
-        )
-    window = config.sliding_window if config.model_type == "mistral" else None
+        return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
     return (window,) * config.num_hidden_layers
 
 
@@ -228,17 +217,13 @@ def _rope_scaling(parameters: Mapping[str, Any], source: str) -> RopeScaling | N
     )
 
 
-def read_params(
-    folder: Path,
-    architecture: Architecture,
-    sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
-) -> Params:
+def read_params(folder: Path, architecture: Architecture, mesh: Mesh | None = None) -> Params:
     """Reads the weights of a model folder, one tensor at a time.
 
     Args:
       folder: With `model.safetensors`, or shards and their index.
       architecture: Architecture made of what `read_config` gives, without an adapter.
-      sharding_of: Path and shape -> where the parameter lies; None: on the default device.
+      mesh: Devices that the parameters are spread over; None: the default device.
     Raises:
       ValueError: a file that is missing or damaged, a tensor without a place, a parameter without
         a tensor, another shape, NaN or infinite values.
@@ -249,19 +234,19 @@ def read_params(
     if config.tied and _EMBEDDING not in tensors:  # then transformers uses the head for both
         names["embedding/embedding"] = Stored(_HEAD, AS_IT_IS)
     ignored = [*_IGNORED, re.escape(_HEAD)] if config.tied else _IGNORED
-    wrong = misfits(expected, names, tensors, ignored)
-    misshaped = []
-    for path in wrong.misshaped:
+    unused, missing, misshaped = misfits(expected, names, tensors, ignored)
+    other_shapes = []
+    for path in misshaped:
         name, axes = names[path]
         shape = expected[path].shape
-        misshaped.append(f"{name} {tensors[name].shape}, not {shape[::-1] if axes else shape}")
+        other_shapes.append(f"{name} {tensors[name].shape}, not {shape[::-1] if axes else shape}")
     problems = {
-        "tensors without a place": sorted(wrong.unused),
-        "tensors that are missing": [names[path].name for path in wrong.missing],
-        "tensors of another shape": sorted(misshaped),
+        "tensors without a place": sorted(unused),
+        "tensors that are missing": [names[path].name for path in missing],
+        "tensors of another shape": sorted(other_shapes),
     }
     _refuse(folder, problems)
-    params, not_finite = read_tensors(expected, names, tensors, sharding_of)
+    params, not_finite = read_tensors(expected, names, tensors, mesh)
     _refuse(folder, {f"tensors with NaN or infinity in {architecture.dtype}": not_finite})
     return jax.tree_util.tree_map_with_path(lambda path, _: params[path_name(path)], shapes)
 

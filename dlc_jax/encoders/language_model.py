@@ -14,29 +14,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlc_jax import checks
-from dlc_jax.distributed import fetch, sharding_of
 from dlc_jax.encoders.architecture import DTYPES, Architecture, joined
 from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.encoders.encoder import fingerprint_of
 from dlc_jax.encoders.huggingface import read_config, read_params
 from dlc_jax.encoders.projection import Adapter
 from dlc_jax.encoders.transformers_library import transformers_library
+from dlc_jax.files.hub import fetching
 from dlc_jax.preprocess.tokens import check_vocabulary, tokenising
-from dlc_jax.types import Params, by_path
+from dlc_jax.types import Params
 
 DECODER = "decoder"  # as `encoder.name`
 _USUAL_LENGTH = 2048  # tokens
-_SAMPLE = "demo:tiny-llama"
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja")
+_OLD_TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 # not consolidated.safetensors: the same weights once more, in Mistral's own layout
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "*.model",
-    "*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
-MODEL_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja")
+MODEL_FILES = ("*.json", "model*.safetensors", *_TOKENIZER_FILES)
 
 
 def longest_sequence(config: DecoderConfig, name: str, asked: int | None) -> int:
@@ -86,11 +79,9 @@ class LanguageModel:
           ValueError: it has an adapter.
         """
         self.check_has_no_adapter()
-        return dataclasses.replace(
-            self,
-            params=joined(self.params, weights),
-            architecture=self.architecture.with_adapter(adapter),
-        )
+        params = joined(self.params, weights)
+        architecture = self.architecture.with_adapter(adapter)
+        return dataclasses.replace(self, params=params, architecture=architecture)
 
     def check_has_no_adapter(self) -> None:
         """Raises ValueError if it has one: a second would have to be added to it first."""
@@ -131,18 +122,15 @@ class LanguageModel:
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 over the files of the tokenizer, chat templates included."""
         digest = hashlib.sha256()
-        for path in sorted({path for name in TOKENIZER_FILES for path in self.folder.glob(name)}):
+        names = (*_TOKENIZER_FILES, *_OLD_TOKENIZER)
+        for path in sorted({path for name in names for path in self.folder.glob(name)}):
             digest.update(f"{path.name}\0".encode() + path.read_bytes())
         return digest.hexdigest()
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and every parameter."""
-        digest = hashlib.sha256(repr(self.architecture).encode())
-        for path, leaf in by_path(self.params).items():
-            digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
-            digest.update(fetch(leaf).tobytes())
-        return digest.hexdigest()
+        return fingerprint_of(self.architecture, self.params)
 
 
 def load_language_model(
@@ -170,8 +158,7 @@ def load_language_model(
     checks.one_of("dtype", dtype, DTYPES)
     folder = model_folder(weights)
     architecture = Architecture(read_config(folder), dtype)
-    where = None if mesh is None or mesh.size == 1 else sharding_of(mesh)
-    params = read_params(folder, architecture, where)
+    params = read_params(folder, architecture, mesh)
     return LanguageModel(params, architecture, folder, weights)
 
 
@@ -192,7 +179,7 @@ def _tokenizer_in(folder: Path) -> Any:
 def model_folder(weights: str) -> Path:
     """Returns the folder of a model, fetched where it is a hub id; see `load_language_model`."""
     if weights.startswith("demo:"):
-        checks.one_of("weights", weights, [_SAMPLE])
+        checks.one_of("weights", weights, ["demo:tiny-llama"])
         return Path(str(resources.files("dlc_jax.datasets") / "instructions_sample" / "model"))
     folder = Path(weights).expanduser()
     if folder.is_dir():
@@ -204,13 +191,9 @@ def model_folder(weights: str) -> Path:
         raise checks.InputError(
             f"weights: no folder {weights!r}, and that is no hub id (owner/name) either."
         )
-    import huggingface_hub  # only when a hub id is used: the import costs half a second
-
-    try:
-        return Path(huggingface_hub.snapshot_download(weights, allow_patterns=list(MODEL_FILES)))
-    except Exception as error:  # its errors for no network, no such id and no access vary
-        raise checks.InputError(
-            f"weights: {weights!r} is neither a local folder nor could it be fetched from the "
-            f"Hugging Face hub ({checks.first_line(error)}). Without network: on a machine that "
-            "has it, download the repository into a folder, bring it here and give that folder."
-        ) from error
+    with fetching(
+        f"weights: {weights!r} is neither a local folder nor could it be",
+        "Without network: on a machine that has it, download the repository into a folder, bring "
+        "it here and give that folder.",
+    ) as hub:
+        return Path(hub.snapshot_download(weights, allow_patterns=list(MODEL_FILES)))

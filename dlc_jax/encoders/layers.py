@@ -7,6 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+# Batches of feature maps before and after a layer, and kernels.
+Maps = Float[Array, "b h w i"]
+NewMaps = Float[Array, "b oh ow o"]
+Kernel = Float[Array, "k k i o"]
 # Up to this many output positions (4 x 4) XLA's CPU convolution loses to one matmul over gathered
 # patches, at 2 x 2 by a factor of 98 (docs/log/parity.md).
 _MAX_MATMUL_POSITIONS = 16
@@ -15,20 +19,16 @@ _MAX_MATMUL_POSITIONS = 16
 class Conv(nnx.Module):
     """Bias-free convolution with symmetric padding; kernel [h, w, in, out]."""
 
-    def __init__(
-        self, in_features: int, out_features: int, size: int, stride: int = 1, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, num_in: int, num_out: int, size: int, stride: int = 1, *, rngs: nnx.Rngs):
         init = nnx.initializers.he_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, in_features, out_features)))
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, num_in, num_out)))
         self.stride = stride
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
+    def __call__(self, x: Maps) -> NewMaps:
         return conv2d(x, self.kernel[...], self.stride)
 
 
-def conv2d(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int
-) -> Float[Array, "b oh ow o"]:
+def conv2d(x: Maps, kernel: Kernel, stride: int) -> NewMaps:
     """Convolves with padding k // 2 on every side, as the convolutions of a ResNet do.
 
     On CPU, 1 x 1 kernels and small outputs run as matmuls, same sums in another order.
@@ -39,9 +39,7 @@ def conv2d(
     return form(x, kernel, stride)
 
 
-def conv2d_xla(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int
-) -> Float[Array, "b oh ow o"]:
+def conv2d_xla(x: Maps, kernel: Kernel, stride: int) -> NewMaps:
     """`conv2d` as one convolution."""
     padding = [(kernel.shape[0] // 2, kernel.shape[0] // 2)] * 2
     return jax.lax.conv_general_dilated(
@@ -49,9 +47,7 @@ def conv2d_xla(
     )
 
 
-def conv2d_matmul(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int
-) -> Float[Array, "b oh ow o"]:
+def conv2d_matmul(x: Maps, kernel: Kernel, stride: int) -> NewMaps:
     """`conv2d` as gathered patches times a matrix."""
     size, _, _, out_features = kernel.shape
     pad = size // 2
@@ -69,7 +65,7 @@ def _num_out(length: int, stride: int) -> int:
     return -(-length // stride)
 
 
-def max_pool(x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow i"]:
+def max_pool(x: Maps) -> Float[Array, "b oh ow i"]:
     """3 x 3 maximum, stride 2, padding 1.
 
     As maxima of shifted slices: XLA's windowed maximum takes fourteen times longer to differentiate
@@ -81,7 +77,7 @@ def max_pool(x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow i"]:
     return _max_of_three(_max_of_three(x, axis=2), axis=1)
 
 
-def _max_of_three(x: Float[Array, "b h w i"], axis: int) -> Float[Array, "b oh ow i"]:
+def _max_of_three(x: Maps, axis: int) -> Float[Array, "b oh ow i"]:
     reach = x.shape[axis] - 2
     first, second, third = (
         jax.lax.slice_in_dim(x, start, start + reach, stride=2, axis=axis) for start in range(3)
@@ -89,9 +85,7 @@ def _max_of_three(x: Float[Array, "b h w i"], axis: int) -> Float[Array, "b oh o
     return _larger(_larger(first, second), third)
 
 
-def _larger(
-    first: Float[Array, "b h w i"], second: Float[Array, "b h w i"]
-) -> Float[Array, "b h w i"]:
+def _larger(first: Maps, second: Maps) -> Maps:
     return jnp.where((second > first) | jnp.isnan(second), second, first)
 
 
@@ -109,7 +103,7 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(features, use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=rngs)
         self.sample_mask = nnx.data(None)
 
-    def __call__(self, x: Float[Array, "b h w i"], **_) -> Float[Array, "b h w i"]:
+    def __call__(self, x: Maps, **_) -> Maps:
         if self.use_running_average:
             return super().__call__(x).astype(x.dtype)  # statistics stay float32
         values = x.astype(jnp.float32)

@@ -5,7 +5,7 @@ Source: He et al. 2016, arXiv 1512.03385; stride on the 3 x 3 convolution of a b
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -15,8 +15,7 @@ from dlc_jax.encoders.layers import BatchNorm, Conv, max_pool
 from dlc_jax.encoders.stored_tensors import AS_IT_IS, CONVOLUTION, Table
 
 
-@dataclasses.dataclass(frozen=True)
-class ResNetSize:
+class ResNetSize(NamedTuple):
     """Blocks per stage, and whether blocks are bottlenecks (1-3-1, four times wider outside)."""
 
     depths: tuple[int, ...]
@@ -28,17 +27,6 @@ SIZES = {
     "resnet34": ResNetSize((3, 4, 6, 3), bottleneck=False),
     "resnet50": ResNetSize((3, 4, 6, 3), bottleneck=True),
 }
-
-
-class Downsample(nnx.Module):
-    """The 1 x 1 convolution on a shortcut that changes shape."""
-
-    def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
-        self.conv = Conv(in_features, out_features, 1, stride, rngs=rngs)
-        self.bn = BatchNorm(out_features, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
-        return self.bn(self.conv(x))
 
 
 class ResidualBlock(nnx.Module):
@@ -60,11 +48,12 @@ class ResidualBlock(nnx.Module):
         self.bn2 = BatchNorm(inner, rngs=rngs)
         self.bottleneck = bottleneck
         self.reshapes = stride != 1 or before != after
-        if self.reshapes:
-            self.downsample = Downsample(before, after, stride, rngs=rngs)
+        if self.reshapes:  # a 1 x 1 convolution on the shortcut
+            conv, norm = Conv(before, after, 1, stride, rngs=rngs), BatchNorm(after, rngs=rngs)
+            self.downsample = nnx.Dict(conv=conv, bn=norm)
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
-        shortcut = self.downsample(x) if self.reshapes else x
+        shortcut = self.downsample["bn"](self.downsample["conv"](x)) if self.reshapes else x
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
         if self.bottleneck:
@@ -85,9 +74,8 @@ class ResNet(nnx.Module):
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(
-                    ResidualBlock((before, inner, after), stride, size.bottleneck, rngs=rngs)
-                )
+                widths = (before, inner, after)
+                blocks.append(ResidualBlock(widths, stride, size.bottleneck, rngs=rngs))
                 before = after
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.num_stages = len(size.depths)

@@ -9,22 +9,22 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from dlc_jax import checks
 from dlc_jax.datasets.files import regular
-from dlc_jax.distributed import place
+from dlc_jax.distributed import place, sharding_of
 from dlc_jax.files.json_files import NAME, read_json
 
 WHOLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"[^/\\\0]+")  # a file of the folder
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _BYTES_AT_ONCE = 64 * 2**20  # of a tensor that is compared
@@ -76,18 +76,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Misfits(NamedTuple):
-    """Where stored tensors and a model differ.
-
-    Attributes:
-      unused: Names of tensors without a parameter.
-      missing: Paths of parameters without a tensor.
-      misshaped: Shapes here of tensors of another shape than the parameter, by its path.
-    """
-
-    unused: list[str]
-    missing: list[str]
-    misshaped: dict[str, tuple[int, ...]]
+Tensors = Mapping[str, StoredTensor]  # by name
 
 
 @contextlib.contextmanager
@@ -105,12 +94,8 @@ def names_of(table: Table, paths: Iterable[str]) -> dict[str, Stored]:
     """Returns how each of these parameters is stored."""
     found = {}
     for path in paths:
-        match, template, axes = next(
-            (match, template, axes)
-            for pattern, template, axes in table
-            if (match := re.fullmatch(pattern, path))
-        )
-        *modules, leaf = match.expand(template).replace("/", ".").split(".")
+        pattern, template, axes = next(row for row in table if re.fullmatch(row[0], path))
+        *modules, leaf = re.sub(pattern, template, path).replace("/", ".").split(".")
         found[path] = Stored(".".join([*modules, _NORM_LEAVES.get(leaf, leaf)]), axes)
     return found
 
@@ -123,9 +108,9 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def misfits(
     expected: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
     names: Mapping[str, Stored],
-    tensors: Mapping[str, StoredTensor],
+    tensors: Tensors,
     ignored: Collection[str] = (),
-) -> Misfits:
+) -> tuple[list[str], list[str], dict[str, tuple[int, ...]]]:
     """Compares a model with the headers of stored tensors.
 
     Args:
@@ -133,6 +118,9 @@ def misfits(
       names: How they are stored.
       tensors: Stored tensors by name.
       ignored: Patterns of names that are left out on purpose.
+    Returns:
+      Names of tensors without a parameter, paths of parameters without a tensor, and, by the path
+      of the parameter, shapes here of tensors that have another shape.
     """
     paths = {stored.name: path for path, stored in names.items()}
     unused = [name for name in tensors if name not in paths and not matches(name, ignored)]
@@ -143,20 +131,20 @@ def misfits(
         if (path := paths.get(name))
     }
     misshaped = {path: shape for path, shape in shapes.items() if shape != expected[path].shape}
-    return Misfits(unused, missing, misshaped)
+    return unused, missing, misshaped
 
 
 def read_tensors(
     expected: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
     names: Mapping[str, Stored],
-    tensors: Mapping[str, StoredTensor],
-    sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    tensors: Tensors,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, jax.Array], list[str]]:
     """Reads parameters one at a time.
 
     Args:
       expected, names, tensors: As for `misfits`; tensors that have the shapes of the parameters.
-      sharding_of: Path and shape -> where the parameter lies; None: on the default device.
+      mesh: Devices that the parameters are spread over; None: the default device.
     Returns:
       Parameters by path, and names of those with NaN or infinite values.
     """
@@ -166,7 +154,7 @@ def read_tensors(
         files = {path: stack.enter_context(opened(path)) for path in paths}
         for path, leaf in expected.items():
             tensor = tensors[names[path].name]
-            with _on_host():
+            with jax.default_device("cpu"):
                 value = np.asarray(files[tensor.file].get_tensor(tensor.name))
             with np.errstate(over="ignore"):  # what the type cannot hold is not finite
                 value = value.astype(leaf.dtype)
@@ -174,14 +162,9 @@ def read_tensors(
                 not_finite.append(names[path].name)
             axes = names[path].axes_of(value.ndim, leaf.ndim)
             value = (value.transpose(axes) if axes else value).reshape(leaf.shape)
-            where = None if sharding_of is None else sharding_of(path, leaf.shape)
+            where = None if mesh is None or mesh.size == 1 else sharding_of(mesh, path, leaf.shape)
             params[path] = place(value, where)
     return params, not_finite
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether the folder has weights, and not only a configuration."""
-    return (folder / WHOLE).is_file() or (folder / _INDEX).is_file()
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -195,21 +178,21 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     if (folder / WHOLE).is_file():
         return headers(folder / WHOLE)
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.is_file():
-        raise checks.InputError(f"{folder}: neither {WHOLE} nor {_INDEX} is there.")
+        raise checks.InputError(f"{folder}: neither {WHOLE} nor {INDEX} is there.")
     table = read_json(index, {"weight_map": {NAME: _SHARD}})["weight_map"]
     shards = sorted(set(table.values()))
     if lost := [name for name in shards if not (folder / name).is_file()]:
         shown = checks.listed(lost)
-        raise checks.InputError(f"{folder}: shards that {_INDEX} names are missing: {shown}.")
+        raise checks.InputError(f"{folder}: shards that {INDEX} names are missing: {shown}.")
     found: dict[str, StoredTensor] = {}
     for shard in shards:
         there = headers(folder / shard)
         listed = {name for name, file in table.items() if file == shard}
         if wrong := sorted(listed ^ there.keys()):
             raise checks.InputError(
-                f"{folder / shard}: does not hold what {_INDEX} says; they disagree about "
+                f"{folder / shard}: does not hold what {INDEX} says; they disagree about "
                 f"{checks.listed(wrong)}."
             )
         found |= there
@@ -233,24 +216,12 @@ def headers(path: Path, *, only_floats: bool = True) -> dict[str, StoredTensor]:
         return {name: StoredTensor(path, name, tuple(s.get_shape())) for name, s in slices.items()}
 
 
-def _on_host() -> AbstractContextManager:
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
-
-
-def are_equal(tensors: Mapping[str, StoredTensor], names: tuple[str, str]) -> bool:
+def are_equal(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors, [rows, columns], have the same values; reads some rows at a time."""
-    one, other = (tensors[name] for name in names)
     if one.shape != other.shape or len(one.shape) != 2:
         return False
-    step = max(1, _BYTES_AT_ONCE // (4 * max(1, one.shape[1])))
-    with opened(one.file) as file, opened(other.file) as other_file, _on_host():
-        this, that = file.get_slice(names[0]), other_file.get_slice(names[1])
-        starts = range(0, one.shape[0], step)
-        some = [slice(start, min(start + step, one.shape[0])) for start in starts]
-        return all(np.array_equal(np.asarray(this[r]), np.asarray(that[r])) for r in some)
-
-
-def num_blocks(names: Iterable[str]) -> int:
-    """Returns how many blocks have tensors."""
-    parts = (name.split(".") for name in names)
-    return len({part[2] for part in parts if part[:2] == ["model", "layers"] and len(part) > 2})
+    num_rows, step = one.shape[0], max(1, _BYTES_AT_ONCE // (4 * max(1, one.shape[1])))
+    with opened(one.file) as file, opened(other.file) as other_file, jax.default_device("cpu"):
+        this, that = file.get_slice(one.name), other_file.get_slice(other.name)
+        some = (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+        return all(np.array_equal(this[rows], that[rows]) for rows in some)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 import sys
 from types import ModuleType
@@ -18,21 +17,15 @@ def transformers_library() -> ModuleType:
     found; one that was built for another torch would stop it.
     """
     os.environ["RUST_BACKTRACE"] = "0"  # a tokenizer that panics is refused in a line
-    is_broken = False
-    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is not None:
-        try:
-            importlib.import_module("torchvision")
-        except Exception:  # it fails in many ways
-            is_broken = True
-    if not is_broken:
-        import transformers
-
-        return transformers
-    sys.modules["torchvision"] = None  # type: ignore[assignment]  # not to be found
+    try:
+        importlib.import_module("torchvision")
+    except Exception:  # it is not there, or fails in one of many ways
+        sys.modules["torchvision"] = None  # type: ignore[assignment]  # not to be found
     try:
         import transformers
 
         transformers.utils.is_torchvision_available()  # remembers what it finds
         return transformers
     finally:
-        del sys.modules["torchvision"]
+        if sys.modules["torchvision"] is None:
+            del sys.modules["torchvision"]

@@ -5,7 +5,7 @@ Source: Dosovitskiy et al. 2021, arXiv 2010.11929.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,10 @@ from jaxtyping import Array, Float
 
 from dlc_jax.encoders.stored_tensors import AS_IT_IS, CONVOLUTION, LINEAR, Table
 
-_EPSILON = 1e-6
 PATCH_SIZE = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class ViTSize:
+class ViTSize(NamedTuple):
     """Token width, number of blocks and of attention heads."""
 
     width: int
@@ -34,7 +32,7 @@ SIZES = {
 
 
 def _layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=_EPSILON, use_fast_variance=False, rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
 
 
 class Attention(nnx.Module):

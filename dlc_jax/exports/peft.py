@@ -15,8 +15,8 @@ from safetensors.flax import save_file
 
 from dlc_jax import checks
 from dlc_jax.distributed import fetch, on_every_device
-from dlc_jax.encoders import precision_of
 from dlc_jax.encoders.architecture import DTYPES
+from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.huggingface import stored_names
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.projection import TARGETS, Adapter
@@ -147,15 +147,15 @@ def _read_adapter(
 ) -> dict[str, jax.Array]:
     """Reads exactly these tensors in these shapes; ValueError where the file has others."""
     tensors = headers(file)
-    wrong = misfits(expected, names, tensors)
-    extra, lost = sorted(wrong.unused), sorted(names[path].name for path in wrong.missing)
+    unused, missing, misshaped = misfits(expected, names, tensors)
+    extra, lost = sorted(unused), sorted(names[path].name for path in missing)
     if extra or lost:
         raise checks.InputError(
             f"{file}: does not fit {model.name}: {len(lost)} tensors are missing "
             f"({checks.listed(lost)}), {len(extra)} have no place ({checks.listed(extra)})."
         )
     for path in expected:
-        if path in wrong.misshaped:
+        if path in misshaped:
             name, wanted = names[path].name, expected[path].shape[::-1]
             raise checks.InputError(f"{file}: {name} is {tensors[name].shape}, expected {wanted}.")
     found, not_finite = read_tensors(expected, names, tensors)

@@ -1,23 +1,14 @@
 """Importance of weights, sparsity schedules, and exact masks that are never stored."""
 
-from dlc_jax.masking.importance import MASKINGS, Importance, prunable_paths, weight_importance
-from dlc_jax.masking.path_spec import PathCounts, PathSpec
-from dlc_jax.masking.schedules import (
-    AUTO,
-    PLACEMENTS,
-    SCHEDULES,
-    refinements,
-)
+from dlc_jax.masking.importance import Importance, prunable_paths, weight_importance
+from dlc_jax.masking.path_spec import PathSpec
+from dlc_jax.masking.schedules import AUTO, refinements
 from dlc_jax.masking.thresholds import Thresholds, exact_thresholds, masked
 from dlc_jax.masking.torch_ties import removal_steps
 
 __all__ = [
     "AUTO",
-    "MASKINGS",
-    "PLACEMENTS",
-    "SCHEDULES",
     "Importance",
-    "PathCounts",
     "PathSpec",
     "Thresholds",
     "exact_thresholds",

@@ -18,7 +18,6 @@ from jaxtyping import Int, Int32, Int64
 from dlc_jax.distributed import fetch
 
 HALF = 16  # bits
-_LOWER = (1 << HALF) - 1
 KeyOf = Callable[[jax.Array], jax.Array]  # weights or importances -> integers in their order
 
 
@@ -43,32 +42,20 @@ def keys_and_cutoffs(
     place = np.full(1 << HALF, len(hit), np.int32)
     place[hit] = np.arange(len(hit))
     lower = _total(_lower_counts(leaf, place, len(hit), key_of) for leaf in leaves)
-    lower = lower.reshape(len(hit), -1)
-    ends = np.cumsum(lower, axis=1)
-    rest = counts - num_below
-    within = np.array(
-        [np.searchsorted(ends[slot], num, "right") for slot, num in zip(slots, rest, strict=True)]
-    )
-    keys = (bins << HALF | within).astype(np.int32)
-    num_tied = rest - (ends - lower)[slots, within]
-    return keys, _cutoffs(leaves, keys, num_tied, key_of)
-
-
-def _cutoffs(
-    leaves: Sequence[jax.Array | np.ndarray],
-    keys: Int32[np.ndarray, " m"],
-    num_tied: Int64[np.ndarray, " m"],
-    key_of: KeyOf,
-) -> Int32[np.ndarray, "m leaves"]:
-    """Returns where the ties begin that are kept, `num_tied` of them going."""
+    ends = np.cumsum(lower)  # of one bin after the other
+    below, first = ends - lower, slots << HALF
+    wanted = counts - num_below + below[first]
+    found = np.searchsorted(ends, wanted, side="right")
+    keys = (bins << HALF | found - first).astype(np.int32)
+    num_tied = wanted - below[found]  # that go
     equal = np.stack([fetch(_equal_counts(leaf, keys, key_of)) for leaf in leaves], axis=1)
     before = np.cumsum(equal, axis=1, dtype=np.int64) - equal
     left = np.clip(num_tied[:, None] - before, 0, equal)  # ties that go from each leaf
     cutoffs = np.where(left == equal, [leaf.size for leaf in leaves], 0)
     cutoffs[left == 0] = 0
-    for k, place in zip(*np.nonzero((left > 0) & (left < equal)), strict=True):
-        cutoffs[k, place] = fetch(_position(leaves[place], keys[k], left[k, place], key_of))
-    return cutoffs.astype(np.int32)
+    for k, number in zip(*np.nonzero((left > 0) & (left < equal)), strict=True):
+        cutoffs[k, number] = fetch(_position(leaves[number], keys[k], left[k, number], key_of))
+    return keys, cutoffs.astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="key_of")
@@ -79,7 +66,7 @@ def _upper_counts(leaf: jax.Array, key_of: KeyOf) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("num_places", "key_of"))
 def _lower_counts(leaf: jax.Array, place: jax.Array, num_places: int, key_of: KeyOf) -> jax.Array:
     key = key_of(leaf).ravel()
-    at = (jnp.asarray(place)[key >> HALF] << HALF) | (key & _LOWER)
+    at = (jnp.asarray(place)[key >> HALF] << HALF) | (key & ((1 << HALF) - 1))
     return jnp.bincount(at, length=num_places << HALF)
 
 

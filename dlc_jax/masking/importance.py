@@ -51,7 +51,6 @@ def weight_importance(
         path.
       seed: Seed of the random draw.
     """
-    checks.one_of("probe.masking", masking, MASKINGS)
     if masking == "l1":
         return None
     generator = np.random.default_rng([seed, *b"importance"])

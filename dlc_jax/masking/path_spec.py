@@ -82,27 +82,27 @@ class PathSpec:
         if self.schedule is not None:
             checks.one_of("probe.schedule", self.schedule, SCHEDULES)
         checks.one_of("probe.placement", self.placement, PLACEMENTS)
-        checks.at_least("probe.step", self.step, 0, exclusive=True)
-        checks.at_most("probe.step", self.step, 1, exclusive=True)
-        checks.at_least("probe.max_sparsity", self.max_sparsity, 0, exclusive=True)
-        checks.at_most("probe.max_sparsity", self.max_sparsity, 1)
-        checks.at_least("probe.agreement", self.agreement, 0, exclusive=True)
-        checks.at_most("probe.agreement", self.agreement, 1)
+        for name in ("step", "max_sparsity", "agreement"):
+            checks.at_least(f"probe.{name}", getattr(self, name), 0, exclusive=True)
+            checks.at_most(f"probe.{name}", getattr(self, name), 1, exclusive=name == "step")
         checks.one_of("probe.masking", self.masking, MASKINGS)
-        if isinstance(self.num_probes, str):
-            if self.num_probes != AUTO:
-                raise checks.InputError(
-                    f"probe.num_probes: expected {AUTO!r} or an integer >= 1, got "
-                    f"{self.num_probes!r}."
-                )
+        if self.num_probes == AUTO:
             return
+        if isinstance(self.num_probes, str):
+            raise checks.InputError(
+                f"probe.num_probes: expected {AUTO!r} or an integer >= 1, got {self.num_probes!r}."
+            )
         checks.at_least("probe.num_probes", self.num_probes, 1)
-        longest = math.ceil(round(1 / self.step, 9))
-        if self.schedule == "linear" and self.num_probes > longest:
+        if self.schedule == "linear" and self.num_probes > self._whole:
             raise checks.InputError(
                 f"probe.num_probes: {self.num_probes} probes at step {self.step} run past full "
-                f"sparsity; at most {longest}, or a smaller probe.step."
+                f"sparsity; at most {self._whole}, or a smaller probe.step."
             )
+
+    @property
+    def _whole(self) -> int:
+        """Number of steps of the whole path."""
+        return math.ceil(round(1 / self.step, 9)) if self.schedule == "linear" else OFFICIAL_LENGTH
 
     def counts(self, num_weights: int) -> PathCounts:
         """Returns how many weights the steps of the path zero, and which of them are probes.
@@ -111,14 +111,10 @@ class PathSpec:
           num_weights: N, prunable weights of the whole network.
         """
         assert self.schedule is not None  # see `for_mode`
-        whole = OFFICIAL_LENGTH
-        if self.schedule == "linear":
-            whole = math.ceil(round(1 / self.step, 9))
-        asked = whole if self.num_probes == AUTO else int(self.num_probes)
-        length = asked if self.placement == "grid" else max(whole, asked)
+        asked = self._whole if self.num_probes == AUTO else int(self.num_probes)
+        length = asked if self.placement == "grid" else max(self._whole, asked)
         counts = np.asarray(SCHEDULES[self.schedule](num_weights, self.step, length), np.int64)
         most = round(self.max_sparsity * num_weights)
         counts = counts[(counts <= most) & (counts < num_weights)]
-        if self.placement == "grid" or asked >= len(counts):
-            return PathCounts(counts, np.arange(len(counts)))
-        return PathCounts(counts, midpoints(len(counts), asked))
+        num_probes = len(counts) if self.placement == "grid" else min(asked, len(counts))
+        return PathCounts(counts, midpoints(len(counts), num_probes))

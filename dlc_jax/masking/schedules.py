@@ -47,8 +47,9 @@ def refinements(num_steps: int) -> Iterator[Int64[np.ndarray, " m"]]:
     while num < num_steps:
         yield midpoints(num_steps, num)
         num *= _AUTO_FACTOR
-    yield np.arange(num_steps)
+    yield midpoints(num_steps, num_steps)
 
 
 def midpoints(num_steps: int, num: int) -> Int64[np.ndarray, " m"]:
-    return np.array([(2 * j + 1) * num_steps // (2 * num) for j in range(num)], np.int64)
+    """Returns the steps in the middle of `num` equal parts of a path; all, of as many parts."""
+    return (2 * np.arange(num) + 1) * num_steps // (2 * num)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int, Real
+from jaxtyping import Int, Real
 
 from dlc_jax.distributed import fetch
 from dlc_jax.masking.counting import keys_and_cutoffs
@@ -51,42 +51,27 @@ def exact_thresholds(
       importance: From `weight_importance`.
       counts: [m] weights to zero, each in [0, N).
     """
-    leaves = by_path(params)
-    sizes = [int(np.prod(leaves[path].shape)) for path in prunable]
+    by_name = by_path(params) if importance is None else importance
+    matters = [by_name[path] for path in prunable]
+    sizes = [leaf.size for leaf in matters]
     if sum(sizes) >= TOO_MANY_TO_SORT:
-        matters = [leaves[path] if importance is None else importance[path] for path in prunable]
         key_of = _magnitude if importance is None else _bits
         keys, cutoff = keys_and_cutoffs(matters, counts, key_of)
         return Thresholds(keys if importance is None else keys.view(matters[0].dtype), cutoff)
-    flat = np.concatenate(
-        [
-            (np.asarray(fetch(leaves[path]), np.float32).view(np.int32) & _ALL_BUT_SIGN).ravel()
-            if importance is None
-            else fetch(importance[path]).ravel()
-            for path in prunable
-        ]
-    )
+    dtype = np.float32 if importance is None else None
+    flat = np.concatenate([fetch(leaf).ravel() for leaf in matters], dtype=dtype)
+    if importance is None:
+        flat = flat.view(np.int32) & _ALL_BUT_SIGN
     ascending = np.sort(flat)
     values = ascending[counts]
-    num_tied = counts - np.searchsorted(ascending, values, side="left")
-    first_kept = np.array(
-        [
-            np.flatnonzero(flat == value)[tied] if tied else 0
-            for value, tied in zip(values, num_tied, strict=True)
-        ],
-        np.int64,
-    )
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    cutoff = np.clip(first_kept[:, None] - starts, 0, sizes).astype(np.int32)
-    return Thresholds(values, cutoff)
-
-
-def keep_mask(
-    importance: Real[jax.Array, "*shape"], value: Real[jax.Array, ""], cutoff: Int[jax.Array, ""]
-) -> Bool[jax.Array, "*shape"]:
-    """Returns which weights of one leaf a probe keeps."""
-    position = jax.lax.iota(jnp.int32, importance.size).reshape(importance.shape)
-    return (importance > value) | ((importance == value) & (position >= cutoff))
+    num_tied = counts - np.searchsorted(ascending, values)
+    first_kept = [
+        np.flatnonzero(flat == value)[tied] if tied else 0
+        for value, tied in zip(values, num_tied, strict=True)
+    ]
+    starts = np.cumsum(sizes) - sizes
+    cutoff = np.clip(np.array(first_kept, np.int64)[:, None] - starts, 0, sizes)
+    return Thresholds(values, cutoff.astype(np.int32))
 
 
 def masked(
@@ -107,16 +92,16 @@ def masked(
         if name not in place:
             return leaf
         matters = _magnitude(leaf) if importance is None else jnp.asarray(importance[name])
-        cutoff = jnp.asarray(threshold.cutoff)[place[name]]
-        keep = keep_mask(matters, jnp.asarray(threshold.value), cutoff)
+        value, cutoff = jnp.asarray(threshold.value), jnp.asarray(threshold.cutoff)[place[name]]
+        position = jax.lax.iota(jnp.int32, leaf.size).reshape(leaf.shape)
+        keep = (matters > value) | ((matters == value) & (position >= cutoff))
         return jnp.where(keep, leaf, jnp.zeros_like(leaf))
 
     return jax.tree_util.tree_map_with_path(mask_leaf, params)
 
 
 def _magnitude(leaf: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.int32)
-    return bits & _ALL_BUT_SIGN
+    return _bits(leaf.astype(jnp.float32)) & _ALL_BUT_SIGN
 
 
 def _bits(importance: jax.Array) -> jax.Array:

@@ -40,13 +40,10 @@ def removal_steps(params: Params, prunable: tuple[str, ...], counts: np.ndarray)
     ordered = [leaf.swapaxes(-1, -2) if leaf.ndim == 4 else leaf for leaf in transposed]
     steps = _steps_of_flat(np.concatenate([leaf.ravel() for leaf in ordered]), counts)
     importance: dict[str, np.ndarray | jax.Array] = {}
-    start = 0
     for path, leaf in zip(prunable, ordered, strict=True):
-        part = steps[start : start + leaf.size].reshape(leaf.shape)
-        start += leaf.size
-        importance[path] = np.ascontiguousarray(
-            (part.swapaxes(-1, -2) if leaf.ndim == 4 else part).T
-        )
+        part, steps = steps[: leaf.size].reshape(leaf.shape), steps[leaf.size :]
+        part = part.swapaxes(-1, -2) if leaf.ndim == 4 else part
+        importance[path] = np.ascontiguousarray(part.T)
     return importance
 
 
@@ -55,9 +52,7 @@ def _steps_of_flat(
 ) -> Int[np.ndarray, " weights"]:
     steps = np.full(len(magnitude), len(counts), np.int32)
     ascending = np.sort(magnitude)
-    for k in range(1, len(counts)):
-        if counts[k] == counts[k - 1]:
-            continue
+    for k in np.flatnonzero(np.diff(counts)) + 1:  # the steps that zero any
         last = ascending[counts[k] - 1]
         left = steps == len(counts)
         if counts[k] < len(ascending) and ascending[counts[k]] == last:
@@ -130,11 +125,7 @@ def _partition(values: np.ndarray, order: np.ndarray, first: int, last: int) -> 
     left, right = from_left[:num_swaps], from_right[:num_swaps]
     for array in (part, order[first + 1 : last]):
         array[left], array[right] = array[right], array[left]
-    stops = [len(part)]
-    if num_swaps < len(from_left):
-        stops.append(from_left[num_swaps])
-    if num_swaps:
-        stops.append(right[-1])
+    stops = [len(part), *from_left[num_swaps:][:1], *right[-1:]]
     return first + 1 + int(min(stops))
 
 

@@ -13,6 +13,7 @@ from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.encoders.huggingface import read_config, read_config_alone
 from dlc_jax.encoders.language_model import longest_sequence, model_folder
 from dlc_jax.encoders.paper_models import PAPER_MODELS
+from dlc_jax.files.hub import fetching
 from dlc_jax.planning.costs import Cost, Speeds, num_kept, planned_stages
 from dlc_jax.planning.decoder_memory import Finetuning, Scoring
 from dlc_jax.planning.instruction_costs import InstructionCosts
@@ -130,20 +131,12 @@ def model_sizes(weights: str) -> DecoderConfig:
         return PAPER_MODELS[weights]
     if is_local(weights) or not checks.is_hub_id(weights):
         return read_config(model_folder(weights))
-    import huggingface_hub  # only when a hub id is used: the import costs half a second
-
-    try:
-        config = Path(huggingface_hub.hf_hub_download(weights, "config.json"))
-        return read_config_alone(config.parent)
-    except checks.InputError:
-        raise
-    except Exception as error:  # its errors for no network, no such id and no access vary
-        raise checks.InputError(
-            f"encoder.weights: {weights!r} is no local folder, and its config.json could not be "
-            f"fetched from the Hugging Face hub ({checks.first_line(error)}). Without network the "
-            f"plan knows {', '.join(PAPER_MODELS)}; of another model, give a folder that has its "
-            "config.json."
-        ) from error
+    with fetching(
+        f"encoder.weights: {weights!r} is no local folder, and its config.json could not be",
+        f"Without network the plan knows {', '.join(PAPER_MODELS)}; of another model, give a "
+        "folder that has its config.json.",
+    ) as hub:
+        return read_config_alone(Path(hub.hf_hub_download(weights, "config.json")).parent)
 
 
 def is_local(weights: str) -> bool:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dlc_jax import checks
 from dlc_jax.distributed import DATA, PROBE
-from dlc_jax.encoders import Encoder, normalise, pool, precision_of
+from dlc_jax.encoders.encoder import Encoder, normalise, pool, precision_of
 from dlc_jax.masking import Importance, Thresholds, masked
 from dlc_jax.probes.prototypes import prototype_loss
 from dlc_jax.types import Params

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
@@ -18,7 +17,6 @@ from dlc_jax.types import ProbeLosses, ResponseLosses, TrainingRecord
 
 __all__ = ["SCORES", "Score", "column_name", "score"]
 
-_PUBLISHED = ("published",)
 _BOTH = ("published", "deepcore")
 # What a score is computed from -> what gives it.
 _GIVEN_BY = {
@@ -40,38 +38,26 @@ class Score(NamedTuple):
 
     compute: Callable[[Any, str], Any]
     of: str
-    variants: tuple[str, ...] = _PUBLISHED
+    variants: tuple[str, ...] = ("published",)
+
+
+def _grand(record: Any, variant: str) -> Any:
+    arrays = (record.early_logits, record.early_squared_norms, record.labels)
+    return grand(*arrays, batch_size=record.batch_size, variant=variant)
 
 
 SCORES: dict[str, Score] = {
     "dlc": Score(lambda losses, _: dlc(losses), "losses"),
     "least_confidence": Score(
-        lambda record, variant: least_confidence(jnp.asarray(record.logits), variant=variant),
-        "training",
-        _BOTH,
+        lambda record, variant: least_confidence(record.logits, variant=variant), "training", _BOTH
     ),
-    "entropy": Score(lambda record, _: entropy(jnp.asarray(record.logits)), "training"),
-    "margin": Score(lambda record, _: margin(jnp.asarray(record.logits)), "training"),
+    "entropy": Score(lambda record, _: entropy(record.logits), "training"),
+    "margin": Score(lambda record, _: margin(record.logits), "training"),
     "forgetting": Score(
-        lambda record, variant: forgetting(jnp.asarray(record.correct), variant=variant),
-        "training",
-        _BOTH,
+        lambda record, variant: forgetting(record.correct, variant=variant), "training", _BOTH
     ),
-    "grand": Score(
-        lambda record, variant: grand(
-            jnp.asarray(record.early_logits),
-            jnp.asarray(record.early_squared_norms),
-            jnp.asarray(record.labels),
-            batch_size=record.batch_size,
-            variant=variant,
-        ),
-        "training",
-        _BOTH,
-    ),
-    "el2n": Score(
-        lambda record, _: el2n(jnp.asarray(record.early_logits), jnp.asarray(record.labels)),
-        "training",
-    ),
+    "grand": Score(_grand, "training", _BOTH),
+    "el2n": Score(lambda record, _: el2n(record.early_logits, record.labels), "training"),
     "perplexity": Score(lambda responses, _: perplexity(responses), "responses"),
     "ifd": Score(ifd, "responses", ("published", "superfiltering", "cherry")),
     "length": Score(lambda responses, _: length(responses), "responses"),
@@ -113,8 +99,9 @@ def score(
     checks.one_of(f"variant of the score {method}", variant, chosen.variants)
     kinds = {TrainingRecord: "training", ResponseLosses: "responses"}
     if kinds.get(type(of), "losses") != chosen.of:
+        got = f"an array {of.shape}" if isinstance(of, np.ndarray) else type(of).__name__
         needed = _GIVEN_BY[chosen.of]
-        raise checks.InputError(f"score method {method!r}: needs {needed}; got {_described(of)}.")
+        raise checks.InputError(f"score method {method!r}: needs {needed}; got {got}.")
     if isinstance(of, TrainingRecord):
         check_record(of)
     elif not isinstance(of, ResponseLosses):
@@ -129,7 +116,3 @@ def _losses(of: ProbeLosses | np.ndarray) -> np.ndarray:
     ids = of.ids if isinstance(of, ProbeLosses) else np.arange(losses.shape[1])
     checks.losses_are_finite(losses, ids)
     return losses
-
-
-def _described(of: Any) -> str:
-    return f"an array {of.shape}" if isinstance(of, np.ndarray) else type(of).__name__

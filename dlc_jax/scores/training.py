@@ -106,8 +106,7 @@ def grand(
     Source: Paul et al. 2021, arXiv 2107.07075.
     """
     norms = _error_norms(early_logits, labels)
-    gradients = norms * jnp.sqrt(1 + early_squared_norms.astype(jnp.float32))
-    scores = gradients.mean(axis=0)
+    scores = (norms * jnp.sqrt(1 + early_squared_norms.astype(jnp.float32))).mean(axis=0)
     if variant == "published":
         return scores
     num = len(labels)

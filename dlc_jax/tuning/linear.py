@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Int64, I
 
 from dlc_jax import checks
 from dlc_jax.distributed import by_rows, one_device, place, replicated, whole_on
-from dlc_jax.encoders import precision_of
+from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.images.step import Sgd, initial_head
 from dlc_jax.training.optimiser import learning_rates

@@ -74,9 +74,10 @@ def torch_models(timm, tmp_path_factory):
 
 
 def logits_of(config, params, tokens, is_token, **options):
-    network = Decoder(config, rngs=nnx.Rngs(0), **options)
+    network = Decoder(config, rngs=nnx.Rngs(0))
     nnx.update(network, params)
-    return np.asarray(network(jnp.asarray(tokens), jnp.asarray(is_token, int)))
+    hidden = network.hidden(jnp.asarray(tokens), jnp.asarray(is_token, int), **options)
+    return np.asarray(network.logits(hidden))
 
 
 def padded(side):

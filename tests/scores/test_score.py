@@ -102,7 +102,7 @@ def test_compiled_is_eager(method, variant):
         of = SimpleNamespace(**arrays, batch_size=record.batch_size)
         return SCORES[method].compute(of, variant)
 
-    arrays = {name: getattr(record, name) for name in NAMES}
+    arrays = {name: jax.numpy.asarray(getattr(record, name)) for name in NAMES}
     with jax.disable_jit():
         eager = compute(arrays)
     np.testing.assert_allclose(jax.jit(compute)(arrays), eager, rtol=2e-6)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dlc_jax.encoders import Encoder, join_statistics, precision_of, split_statistics
+from dlc_jax.encoders.encoder import Encoder, join_statistics, precision_of, split_statistics
 from dlc_jax.probes.kernel import Forward, cast, pooled
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.optimiser import torch_sgd

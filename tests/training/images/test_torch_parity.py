@@ -74,7 +74,7 @@ def as_ours(name: str, model, like) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/model.safetensors"
         save_file(model.state_dict(), file)
-        tensors = read_checkpoint(file).tensors
+        tensors, _ = read_checkpoint(file)
         params = assign(tensors, like, architecture.names, architecture.ignored)
     head = model.get_classifier()
     found = {path: np.asarray(leaf) for path, leaf in by_path(params).items()}

@@ -12,7 +12,6 @@ from dlc_jax.reports.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
@@ -25,10 +24,7 @@ def gap_to_random(rows: Sequence[Row], title: str) -> Figure:
       title: What the figure is of.
     Source: Jiang et al. 2025, figures of accuracy gaps to random pruning.
     """
-    from matplotlib.figure import Figure  # half a second, which only reports need
-
-    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = keep_fraction_axes(4.0, "test accuracy minus random, points")
     axes.axhline(0, color="black", linewidth=1, linestyle="--", label="random")
     for label in dict.fromkeys(row.label for row in rows if row.gap is not None):
         mine = sorted(
@@ -39,19 +35,23 @@ def gap_to_random(rows: Sequence[Row], title: str) -> Figure:
         keep, mean, half = np.array(mine).T
         (line,) = axes.plot(keep, mean, marker="o", markersize=4, label=lettering(label)[0])
         axes.fill_between(keep, mean - half, mean + half, color=line.get_color(), alpha=0.15)
-    axes.set_xlabel("keep fraction")
-    show_percent(axes.xaxis, whole=1)
-    axes.set_ylabel("test accuracy minus random, points")
     shown, font = lettering(title)
     axes.set_title(shown, font=font, fontsize="medium")
-    axes.grid(alpha=0.3)
     legend_beside(axes)
     return figure
 
 
-def show_percent(axis: Axis, whole: float) -> None:
-    """Labels ticks in percent of `whole`."""
-    axis.set_major_formatter(lambda value, _: f"{100 * value / whole:g} %")
+def keep_fraction_axes(height: float, values: str) -> tuple[Figure, Axes]:
+    """Returns a new figure and its axes, of these values against the keep fraction in percent."""
+    from matplotlib.figure import Figure  # half a second, which only reports need
+
+    figure = Figure(figsize=(8.0, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel("keep fraction")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axes.set_ylabel(values)
+    axes.grid(alpha=0.3)
+    return figure, axes
 
 
 def legend_beside(axes: Axes) -> None:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dlc_jax.reports.gap_figure import legend_beside, show_percent
+from dlc_jax.reports.gap_figure import keep_fraction_axes, legend_beside
 from dlc_jax.reports.lettering import literal
 from dlc_jax.reports.table import markdown
 from dlc_jax.tuning import KeepCurve
-from dlc_jax.types import Choice, Tried, Tuning
+from dlc_jax.types import Tried, Tuning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,8 @@ def tuning_table(tuning: Tuning, curve: KeepCurve) -> str:
     gaps = ("gap to random", "gap to full")
     header = ("keep", "random, %", "auto", "auto, %", *gaps, "FlexRand split")
     rows = []
-    for choice, at_split in zip(tuning.methods, _splits(tuning), strict=True):
+    splits = tuning.splits or (None,) * len(tuning.methods)
+    for choice, at_split in zip(tuning.methods, splits, strict=True):
         random = tuning.row(choice.keep_fraction, "random", None)
         best = tuning.row(*choice[:3])
         rows.append(
@@ -82,30 +83,25 @@ def tuning_figure(tuning: Tuning) -> Figure:
     stands for; of FlexRand's splits a few are drawn.
     """
     import matplotlib  # half a second, which only reports need
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = keep_fraction_axes(4.4, "accuracy on held-out training data")
     colours = matplotlib.colormaps["tab20"]  # ten, as is usual, would run out
     axes.set_prop_cycle(color=[colours(number) for number in range(20)])
     axes.axhline(tuning.full_accuracy, color="black", linewidth=1, linestyle="--", label="full set")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    splits = sorted({row.split for row in tuning.tried if row.split is not None})
+    places = np.linspace(0, len(splits) - 1, min(len(splits), _MAX_GAMMAS)).round().astype(int)
+    shown = (None, *(splits[place] for place in places))
     lines: dict[str, list[Tried]] = {}
     for row in tuning.tried:
-        if row.split in (None, *_shown_splits(tuning)):
+        if row.split in shown:
             lines.setdefault(row.label, []).append(row)
     for label, rows in lines.items():
-        keep = [row.keep_fraction for row in rows]
-        accuracy = np.array([row.accuracy for row in rows])
-        (line,) = axes.plot(keep, accuracy, marker="o", markersize=3, linewidth=1, label=label)
+        numbers = [(row.keep_fraction, row.accuracy, row.to_full.half_width) for row in rows]
+        keep, mean, half = np.array(numbers).T
+        (line,) = axes.plot(keep, mean, marker="o", markersize=3, linewidth=1, label=label)
         if label == "random":
-            half = np.array([row.to_full.half_width for row in rows])
-            axes.fill_between(
-                keep, accuracy - half, accuracy + half, color=line.get_color(), alpha=0.15
-            )
-    axes.set_xlabel("keep fraction")
-    axes.set_ylabel("accuracy on held-out training data")
-    show_percent(axes.xaxis, whole=1)
-    show_percent(axes.yaxis, whole=100)
+            axes.fill_between(keep, mean - half, mean + half, color=line.get_color(), alpha=0.15)
     chosen = [tuning.row(*choice[:3]) for choice in tuning.methods]
     axes.scatter(
         [row.keep_fraction for row in chosen],
@@ -116,16 +112,5 @@ def tuning_figure(tuning: Tuning) -> Figure:
         zorder=3,
         label="auto",
     )
-    axes.grid(alpha=0.3)
     legend_beside(axes)
     return figure
-
-
-def _shown_splits(tuning: Tuning) -> list[float]:
-    splits = sorted({row.split for row in tuning.tried if row.split is not None})
-    places = np.linspace(0, len(splits) - 1, min(len(splits), _MAX_GAMMAS)).round().astype(int)
-    return [splits[place] for place in places]
-
-
-def _splits(tuning: Tuning) -> tuple[Choice | None, ...]:
-    return tuning.splits or (None,) * len(tuning.methods)

@@ -33,18 +33,19 @@ class Job:
     shown: Selection | None = None
     failures: list[str] = dataclasses.field(default_factory=list)
 
+    @property
+    def scored(self) -> SelectionInputs:
+        """The inputs, in the first process, the only one that holds them."""
+        assert self.inputs is not None
+        return self.inputs
+
     def with_scores(self, do: Callable[[SelectionInputs], None]) -> None:
-        """Calls `do` in the first process, the only one that holds the scores.
+        """Calls `do` in the first process.
 
         Raises:
           ValueError: in all processes, if it or OSError is raised in the first.
         """
-
-        def alone() -> None:
-            assert self.inputs is not None
-            do(self.inputs)
-
-        self.workspace.alone(alone)
+        self.workspace.alone(lambda: do(self.scored))
 
 
 @runtime_checkable

@@ -16,28 +16,24 @@ from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
 from dlc_jax.reports.results import Row
 from dlc_jax.selection import INPUTS, Cell
+from dlc_jax.stages.job import Job
 from dlc_jax.stages.selection_files import pruning_seconds
-from dlc_jax.stages.sweep_results import (
-    note_on_chance,
-    what_is_finished,
-)
-from dlc_jax.tasks import Task
+from dlc_jax.stages.sweep_results import note_on_chance, what_is_finished
 from dlc_jax.tasks.measurements import skipped_samples
-from dlc_jax.types import Selection
 from dlc_jax.workspace import Workspace, Written, artefacts, records
 from dlc_jax.workspace.artefacts import ScoredSamples
 
 _FIGURES = ("png", "svg")
 
 
-def report_if_it_can(config: Config, workspace: Workspace, failed: bool) -> None:
+def report_if_it_can(job: Job) -> None:
     """Prints and saves the report; where runs failed, what it lacks is only printed."""
     try:
-        _report(config, workspace)
+        _report(job.config, job.workspace)
     except checks.InputError as error:
-        if not failed:
+        if not job.failures:
             raise
-        workspace.say(f"report: {error}")
+        job.workspace.say(f"report: {error}")
 
 
 @contextlib.contextmanager
@@ -131,38 +127,25 @@ def _report(config: Config, workspace: Workspace) -> None:
         echo("report: no figure: there is no gap to random; add random to selection.methods")
 
 
-def print_summary(
-    workspace: Workspace,
-    samples: ScoredSamples,
-    shown: Selection | None,
-    task: Task,
-) -> None:
+def print_summary(job: Job, samples: ScoredSamples) -> None:
     """Prints a table of classes, what was left out, and how long each stage took."""
-    workdir, echo = workspace
-    indices = None
+    (workdir, echo), shown = job.workspace, job.shown
     echo("")
     if shown is not None:
-        indices = shown.indices
         cell = Cell(shown.method, shown.keep_fraction, shown.split, shown.seed)
         chosen = "" if shown.chosen is None else f" ({shown.chosen.label})"
         echo(f"kept as in selections/{cell.name}{chosen}:")
-    echo(
-        reports.class_table(
-            samples.class_names, samples.labels, samples.scores["dlc"], samples.ids, indices
-        )
-    )
+    names, labels = samples.class_names, samples.labels
+    indices = None if shown is None else shown.indices
+    echo(reports.class_table(names, labels, samples.scores["dlc"], samples.ids, indices))
     echo("")
-    sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
-    singles = [samples.class_names[j] for j in np.flatnonzero(sizes == 1)]
-    if singles:
-        names = checks.listed(map(visible, singles))
-        echo(f"classes of one sample (in mode 'default' always kept): {names}")
+    sizes = np.bincount(labels, minlength=len(names))
+    if singles := [names[j] for j in np.flatnonzero(sizes == 1)]:
+        listed = checks.listed(map(visible, singles))
+        echo(f"classes of one sample (in mode 'default' always kept): {listed}")
     if skipped := skipped_samples(workdir):
-        echo(f"{task.left_out}: {len(skipped)}, listed in {artefacts.PROVENANCE}")
+        echo(f"{job.task.left_out}: {len(skipped)}, listed in {artefacts.PROVENANCE}")
     seconds = {record.step: record.seconds for record in records.matching(workdir, "*")}
-    parts = ("score", *INPUTS, "training", "tune", "select")
-    echo(
-        "seconds, when last run: "
-        + ", ".join(f"{name} {seconds[name]:.1f}" for name in parts if name in seconds)
-    )
-    echo(f"files: {workdir}/ ({artefacts.SCORES}, {task.easiest_hardest}, selections/)")
+    parts = [n for n in ("score", *INPUTS, "training", "tune", "select") if n in seconds]
+    echo(f"seconds, when last run: {', '.join(f'{name} {seconds[name]:.1f}' for name in parts)}")
+    echo(f"files: {workdir}/ ({artefacts.SCORES}, {job.task.easiest_hardest}, selections/)")

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -18,8 +18,8 @@ from dlc_jax.distributed import Run, make_mesh
 from dlc_jax.stages.job import Job
 from dlc_jax.stages.selection_files import CHOICE, choice_of
 from dlc_jax.stages.selection_inputs import SelectionInputs
-from dlc_jax.tasks.images import load_configured
-from dlc_jax.tasks.measurements import check_is_what_was_scored
+from dlc_jax.tasks import Task
+from dlc_jax.tasks.task import TunedTask
 from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
 from dlc_jax.types import Gap, Tried, Tuning
 from dlc_jax.workspace import Record, Workspace, Written, artefacts, records
@@ -53,14 +53,12 @@ def run(job: Job) -> None:
     """Tunes, or reads the results of an earlier run, in the first process."""
 
     def tune_or_read(inputs: SelectionInputs) -> None:
-        inputs.tuning = run_tune(job.config, job.workspace, inputs, job.task.load)
+        inputs.tuning = run_tune(job.config, job.workspace, inputs, job.task)
 
     job.with_scores(tune_or_read)
 
 
-def run_tune(
-    config: Config, workspace: Workspace, inputs: SelectionInputs, load: Callable[[str], Any]
-) -> Tuning:
+def run_tune(config: Config, workspace: Workspace, inputs: SelectionInputs, task: Task) -> Tuning:
     """Tunes on held-out parts of the training data, or reads the results of an earlier run.
 
     The test set is not loaded here. Writes tuning.json (all of it), tuning.csv (a row per way of
@@ -74,7 +72,9 @@ def run_tune(
     arrays = {score: samples.score(score)}
     if config.tuning.needs_features:
         arrays["features"] = inputs.input("features")
-    trials = _finetune_trials(config, workspace, samples, load)
+    trials = None
+    if config.tuning.by == "finetune":
+        trials = cast(TunedTask, task).trials(workspace, samples.ids)
     step = TuningStep(config, samples, arrays, trials, config.selection.keep_fractions, say)
     step = step.covered_by(records.read(workspace.root, step.name))
     if not workspace.ensure(step):
@@ -130,7 +130,7 @@ class TuningStep:
 
     def covered_by(self, known: Record | None) -> TuningStep:
         """Returns the step of a tuning that has these keep fractions and more, or this step."""
-        theirs = [] if known is None else known.key.get("keep_fractions")
+        theirs = None if known is None else known.key.get("keep_fractions")
         if known is None or not isinstance(theirs, list):
             return self
         wider = dataclasses.replace(self, keep_fractions=tuple(theirs))
@@ -170,43 +170,21 @@ class TuningStep:
                 table.writerow(cells)
         with artefacts.atomic(root / _FIGURE) as file:
             reports.tuning_figure(tuning).savefig(file, format="png", dpi=150)
-        artefacts.write_json(root / _FILE, _to_json(tuning))
+        rows = {
+            n: [row._asdict() for row in getattr(tuning, n)] for n in ("methods", "splits", "tried")
+        }
+        artefacts.write_json(root / _FILE, vars(tuning) | rows)
         return Written(self.files, seconds=tuning.seconds)
 
     def read(self, root: Path) -> Tuning:
-        return _from_json(artefacts.read_json(root / _FILE, _TUNING))
+        values = artefacts.read_json(root / _FILE, _TUNING)
+        rows: dict[str, Any] = {
+            name: tuple(map(choice_of, values[name])) for name in ("methods", "splits")
+        }
+        rows["tried"] = tuple(map(_tried, values["tried"]))
+        return Tuning(**{name: values[name] for name in _TUNING} | rows)
 
 
-def _finetune_trials(
-    config: Config, workspace: Workspace, samples: ScoredSamples, load: Callable[[str], Any]
-) -> FinetuneTrials | None:
-    """Returns what fine-tunes; None where linear heads are trained instead."""
-    if config.tuning.by == "linear_probe":
-        return None
-    dataset = load(config.dataset.train)
-    check_is_what_was_scored(workspace.root, dataset)
-    scored = np.flatnonzero(np.isin(dataset.ids, samples.ids))  # others could not be read
-    return FinetuneTrials(
-        load_configured(config),
-        config.images(dataset.subset(scored)),
-        config.finetune,
-        mode=config.mode,
-        run=Run(workspace.root / artefacts.TUNING, make_mesh(devices=jax.local_devices())),
-    )
-
-
-def _to_json(tuning: Tuning) -> dict[str, Any]:
-    values = {name: getattr(tuning, name) for name in Tuning.__dataclass_fields__}
-    for name in ("methods", "splits", "tried"):
-        values[name] = [row._asdict() for row in values[name]]
-    return values
-
-
-def _from_json(values: dict[str, Any]) -> Tuning:
-    def tried(row: dict[str, Any]) -> Tried:
-        gaps = {name: None if row[name] is None else Gap(*row[name]) for name in _GAPS}
-        return Tried(*((row | gaps)[name] for name in Tried._fields))
-
-    fields = {name: values[name] for name in _TUNING}
-    fields |= {name: tuple(map(choice_of, values[name])) for name in ("methods", "splits")}
-    return Tuning(**fields | {"tried": tuple(map(tried, values["tried"]))})
+def _tried(facts: dict[str, Any]) -> Tried:
+    gaps = {name: None if facts[name] is None else Gap(*facts[name]) for name in _GAPS}
+    return Tried(*((facts | gaps)[name] for name in Tried._fields))

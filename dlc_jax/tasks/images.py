@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from dlc_jax import checks
 from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
 from dlc_jax.datasets.files import left_out_text
-from dlc_jax.distributed import Run
+from dlc_jax.distributed import Run, make_mesh
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.exports import EXPORTS, RELEASED, export
 from dlc_jax.planning.image_costs import ImageCosts
@@ -29,11 +32,12 @@ from dlc_jax.tasks.image_measurements import (
     dataset_facts,
     mid_grey_note,
 )
-from dlc_jax.tasks.measurements import TableStep, scored_encoder
+from dlc_jax.tasks.measurements import TableStep, check_is_what_was_scored, scored_encoder
 from dlc_jax.tasks.released import check_released, released_steps
 from dlc_jax.tasks.task import Sources, Training
 from dlc_jax.training.images import Finetuner, Recorder, class_ids_by_name
 from dlc_jax.training.images.recorder import RecordStep
+from dlc_jax.tuning import FinetuneTrials
 from dlc_jax.types import Dataset, Selection
 from dlc_jax.workspace import Workspace, artefacts, records
 
@@ -201,6 +205,18 @@ class ImageTask:
                 "test_fingerprint": test.fingerprint,
             },
             facts,
+        )
+
+    def trials(self, workspace: Workspace, ids: np.ndarray) -> FinetuneTrials:
+        config, dataset = self._config, self.load(self._config.dataset.train)
+        check_is_what_was_scored(workspace.root, dataset)
+        scored = np.flatnonzero(np.isin(dataset.ids, ids))  # others could not be read
+        return FinetuneTrials(
+            self._encoder,
+            config.images(dataset.subset(scored)),
+            config.finetune,
+            mode=config.mode,
+            run=Run(workspace.root / artefacts.TUNING, make_mesh(devices=jax.local_devices())),
         )
 
     def plan(self, mesh: Mesh) -> list[str]:

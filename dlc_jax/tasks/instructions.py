@@ -57,6 +57,16 @@ class InstructionTask:
         self._sources = Sources(self._read, agree_on_instructions)
         self.load = self._sources.load
 
+    @functools.cached_property
+    def model(self) -> LanguageModel:
+        weights, dtype = self._config.encoder.weights, self._config.lora.dtype
+        return load_language_model(weights, dtype=dtype, mesh=self._config.mesh.make())
+
+    @functools.cached_property
+    def questions(self) -> Mmlu:
+        assert self._config.evaluation.mmlu is not None  # checked with the configuration
+        return load_mmlu(self._config.evaluation.mmlu)
+
     def _read(self, source: str) -> Instructions:
         tokenizer = functools.partial(load_tokenizer, self._config.encoder.weights)
         return load_instructions(source, self._config.dataset.template, tokenizer=tokenizer)
@@ -81,9 +91,8 @@ class InstructionTask:
             tokens = tokenise(data, tokenizer, max_length, on_corrupt=config.dataset.on_corrupt)
             check_vocabulary(tokens.named, sizes.vocab_size, tokenizer.convert_ids_to_tokens)
         if "evaluate" in stages:
-            mmlu = load_questions(config)
-            mmlu.check_shots(config.evaluation.num_shots)
-            agree({mmlu.name: mmlu.fingerprint})
+            self.questions.check_shots(config.evaluation.num_shots)
+            agree({self.questions.name: self.questions.fingerprint})
 
     def _check_exports(self) -> None:
         data = self.load(self._config.dataset.train)
@@ -121,7 +130,7 @@ class InstructionTask:
 
     def training(self, workspace: Workspace) -> Training:
         config = self._config
-        data, model = self.load(config.dataset.train), load_model(config)
+        data, model = self.load(config.dataset.train), self.model
         max_length = model.max_length(config.encoder.max_length)
         fingerprint = model.fingerprint  # of all processes, where they share the weights
         scored = scored_encoder(workspace.root, fingerprint)
@@ -176,15 +185,3 @@ class InstructionTask:
 
 def _write_rows(data: Instructions, positions: np.ndarray, form: str, path: Path) -> None:
     INSTRUCTION_EXPORTS[form].write(data.subset(positions), path)
-
-
-def load_model(config: Config) -> LanguageModel:
-    """Loads the model over all devices of all processes."""
-    weights, dtype = config.encoder.weights, config.lora.dtype
-    return load_language_model(weights, dtype=dtype, mesh=config.mesh.make())
-
-
-def load_questions(config: Config) -> Mmlu:
-    """Loads the questions that the stage `evaluate` asks."""
-    assert config.evaluation.mmlu is not None  # checked with the configuration
-    return load_mmlu(config.evaluation.mmlu)

@@ -9,10 +9,13 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkabl
 import numpy as np
 
 from dlc_jax.config import Config
+from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.evaluation import Mmlu
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.selection import Cell
 from dlc_jax.tasks.export_step import ExportStep
 from dlc_jax.training.loop import Trainer
+from dlc_jax.tuning import FinetuneTrials
 from dlc_jax.types import Selection
 from dlc_jax.workspace import Workspace
 
@@ -99,6 +102,34 @@ class Task(Protocol):
     def plan(self, mesh: Mesh, /) -> list[str]:
         """Prints what a run takes of devices, hosts and time; returns what does not fit."""
         ...
+
+
+@runtime_checkable
+class TunedTask(Task, Protocol):
+    """A kind of data that has the stage `tune`."""
+
+    def trials(self, workspace: Workspace, ids: np.ndarray, /) -> FinetuneTrials:
+        """Returns what fine-tunes on subsets of the samples of these ids, in one process.
+
+        Raises:
+          ValueError: the data are not those that were scored.
+        """
+        ...
+
+
+@runtime_checkable
+class EvaluatedTask(Task, Protocol):
+    """A kind of data that has the stage `evaluate`; model and questions are loaded once.
+
+    Attributes:
+      model: What adapters are trained for, over all devices of all processes.
+      questions: What the stage asks.
+    """
+
+    @property
+    def model(self) -> LanguageModel: ...
+    @property
+    def questions(self) -> Mmlu: ...
 
 
 Loaded = TypeVar("Loaded")

@@ -28,6 +28,7 @@ from dlc_jax.reports.results import SeedMean
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO, SELECTORS, Cell
 from dlc_jax.stages import pipeline
+from dlc_jax.stages.job import Job
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.tune import run_tune
 from dlc_jax.tasks import task_of
@@ -54,7 +55,7 @@ def main(_: list[str]) -> None:
     )
     pipeline.run(config, workdir)
     known = SelectionInputs(config, workdir, artefacts.read_scores(workdir))
-    known.tuning = run_tune(config, Workspace(workdir), known, task_of(config, print))
+    run_tune(Job(config, Workspace(workdir), task_of(config, print), known))
     cells = [cell for cell in config.selection.cells() if AUTO not in cell]
     for way in (("random", None), (AUTO, None), ("flexrand", 0.5), ("flexrand", AUTO)):
         for keep in config.selection.keep_fractions:

@@ -43,8 +43,7 @@ def easiest_hardest(
         order = members[np.argsort(scores[members], kind="stable")]
         num_left = min(num_each, -(-len(order) // 2))
         num_right = min(num_each, len(order) - num_left)
-        ends = ((left, order[:num_left]), (right, order[len(order) - num_right :]))
-        for start, some in ends:
+        for start, some in ((left, order[:num_left]), (right, order[len(order) - num_right :])):
             for column, position in enumerate(positions[some].tolist()):
                 sample = dataset[position]
                 image = decode(sample.image, sample.id, dataset.deep_images)

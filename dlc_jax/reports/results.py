@@ -43,10 +43,7 @@ class Result(NamedTuple):
     @property
     def label(self) -> str:
         """The method as tables and figures name it."""
-        if self.split is None:
-            return self.method
-        split = self.split if isinstance(self.split, str) else repr(self.split)
-        return f"{self.method} (split {split})"
+        return self.method if self.split is None else f"{self.method} (split {self.split})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +72,8 @@ class SeedMean:
         return cls(mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(number), number)
 
     def __str__(self) -> str:
-        if math.isnan(self.half_width):
-            return f"{self.mean:.2f}"
-        return f"{self.mean:.2f} ± {self.half_width:.2f}"
+        half = "" if math.isnan(self.half_width) else f" ± {self.half_width:.2f}"
+        return f"{self.mean:.2f}{half}"
 
 
 class Row(NamedTuple):

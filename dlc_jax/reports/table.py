@@ -34,10 +34,8 @@ def class_table(
     """
     num_kept = ["-"] * (len(class_names) + 1)
     if kept is not None:
-        num_kept = [
-            *map(str, np.bincount(labels[kept], minlength=len(class_names))),
-            str(len(kept)),
-        ]
+        counts = np.bincount(labels[kept], minlength=len(class_names))
+        num_kept = [str(count) for count in (*counts, len(kept))]
     rows = [("class", "samples", "kept", "easiest", "hardest")]
     for label, name in enumerate(class_names[:_MAX_CLASSES]):
         members = np.flatnonzero(labels == label)

@@ -16,14 +16,7 @@ from dlc_jax.evaluation import evaluate_mmlu
 from dlc_jax.exports.peft import load_adapter
 from dlc_jax.selection import Cell
 from dlc_jax.stages.job import Job
-from dlc_jax.stages.sweep_results import (
-    BASE_CELL,
-    evaluation_file,
-    read_evaluation,
-    read_run,
-    run_folder,
-    write_results,
-)
+from dlc_jax.stages.sweep_results import BASE_CELL, read_run, run_folder, write_results
 from dlc_jax.tasks.task import EvaluatedTask
 from dlc_jax.training.folder import ADAPTER
 from dlc_jax.workspace import Written, artefacts, records
@@ -58,9 +51,11 @@ def run(job: Job) -> None:
     echo(f"evaluate: {len(runs)} models on {mmlu.name}")
     for number, (cell, run) in enumerate(runs.items(), start=1):
         step = AnswersStep(config, task, cell, run, workdir)
-        if workspace.ensure(step):
-            said = workspace.broadcast(step.said)
-            echo(f"evaluate: {number}/{len(runs)} {cell.name}: {said}")
+        if made := workspace.ensure(step):
+            accuracy, num_cut = made.value["result"]["test_accuracy"], made.value["num_truncated"]
+            said = f"{accuracy:.2f} % of {made.value['num_questions']} questions"
+            cut = f" ({num_cut} prompts cut at their beginning)" if num_cut else ""
+            echo(f"evaluate: {number}/{len(runs)} {cell.name}: {said}{cut}")
     workspace.alone(lambda: write_results(workdir))
     made_with = {"evaluation": config.to_dict()["evaluation"], "mmlu": mmlu.fingerprint}
     workspace.note("evaluate", made_with, time.perf_counter() - start)
@@ -114,13 +109,8 @@ class AnswersStep:
             adapter = run_folder(self.root, self.cell) / ADAPTER
             artefacts.pull(adapter)
             model = load_adapter(model, adapter)
-        found = evaluate_mmlu(
-            model,
-            self.task.questions,
-            **self.settings,
-            tokens_per_batch=self.config.probe.tokens_per_batch,
-            progress=True,
-        )
+        mmlu, num = self.task.questions, self.config.probe.tokens_per_batch
+        found = evaluate_mmlu(model, mmlu, **self.settings, tokens_per_batch=num, progress=True)
         return {
             "result": {"test_accuracy": found.accuracy, **found.by_group},
             "by_subject": found.by_subject,
@@ -129,16 +119,8 @@ class AnswersStep:
             "devices": [device.device_kind for device in jax.devices()],
         }
 
-    def said(self) -> str:
-        """Returns the line to print of answers that are there."""
-        found = read_evaluation(self.root, self.cell)
-        said = f"{found['result']['test_accuracy']:.2f} % of {found['num_questions']} questions"
-        if num_cut := found["num_truncated"]:
-            said += f" ({num_cut} prompts cut at their beginning)"
-        return said
-
     def write(self, root: Path, found: dict[str, Any]) -> Written:
-        artefacts.write_json(evaluation_file(root, self.cell), self.key | found)
+        artefacts.write_json(root / self.files[0], self.key | found)
         return Written(self.files)
 
 

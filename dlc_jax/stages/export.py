@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dlc_jax.stages.job import Job
 from dlc_jax.stages.selection_files import read_selection
-from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.tasks.measurements import check_is_what_was_scored
 from dlc_jax.workspace import artefacts
 
@@ -16,14 +15,14 @@ def run(job: Job) -> None:
       ValueError: data that are not those that were scored, a selection that is not there, a sample
         that cannot be read, a form that cannot hold what is selected.
     """
-    job.with_scores(lambda inputs: _export(job, inputs))
+    job.workspace.alone(lambda: _export(job))
 
 
-def _export(job: Job, inputs: SelectionInputs) -> None:
+def _export(job: Job) -> None:
     config, workspace = job.config, job.workspace
     check_is_what_was_scored(workspace.root, job.task.load(config.dataset.train))
     cells = config.selection.cells()
-    kept = {cell: read_selection(workspace, inputs, cell) for cell in cells}
+    kept = {cell: read_selection(workspace, job.scored, cell) for cell in cells}
     steps = list(job.task.exports(kept, workspace.root))
     num_made = sum(workspace.ensure(step) is not None for step in steps)
     what = f"{num_made} exports of {len(kept)} selections written"

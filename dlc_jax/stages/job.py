@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from dlc_jax.config import Config
@@ -39,14 +38,6 @@ class Job:
         assert self.inputs is not None
         return self.inputs
 
-    def with_scores(self, do: Callable[[SelectionInputs], None]) -> None:
-        """Calls `do` in the first process.
-
-        Raises:
-          ValueError: in all processes, if it or OSError is raised in the first.
-        """
-        self.workspace.alone(lambda: do(self.scored))
-
 
 @runtime_checkable
 class Stage(Protocol):
@@ -58,4 +49,3 @@ class Stage(Protocol):
         Raises:
           ValueError: anything wrong with data, model or what earlier stages left.
         """
-        ...

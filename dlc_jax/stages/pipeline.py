@@ -69,7 +69,7 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
                     stage.run(job)
                 # of scores, and of a selection if there is one
                 if name == "select" and {"score", "select"} & set(config.stages):
-                    job.with_scores(lambda inputs: print_summary(job, inputs.samples))
+                    workspace.alone(lambda: print_summary(job))
     if "report" in config.stages:
         workspace.alone(lambda: report_if_it_can(job))
     if job.failures:

@@ -19,11 +19,8 @@ from dlc_jax.selection import INPUTS, Cell
 from dlc_jax.stages.job import Job
 from dlc_jax.stages.selection_files import pruning_seconds
 from dlc_jax.stages.sweep_results import note_on_chance, what_is_finished
-from dlc_jax.tasks.measurements import skipped_samples
+from dlc_jax.tasks.measurements import scored_facts
 from dlc_jax.workspace import Workspace, Written, artefacts, records
-from dlc_jax.workspace.artefacts import ScoredSamples
-
-_FIGURES = ("png", "svg")
 
 
 def report_if_it_can(job: Job) -> None:
@@ -65,9 +62,7 @@ class ReportStep:
     rows: list[Row]
     title: str
 
-    name = "report"
-    kind = "report"
-    stage = "report"
+    name = kind = stage = "report"
     obsolete = ()
 
     @property
@@ -79,12 +74,9 @@ class ReportStep:
         return {}
 
     @property
-    def has_figure(self) -> bool:
-        return any(row.gap is not None for row in self.rows)
-
-    @property
     def files(self) -> tuple[str, ...]:
-        figures = (f"gap_to_random.{kind}" for kind in _FIGURES if self.has_figure)
+        has_figure = any(row.gap is not None for row in self.rows)
+        figures = ("gap_to_random.png", "gap_to_random.svg") if has_figure else ()
         return tuple(f"{artefacts.REPORT}/{name}" for name in ("results.md", *figures))
 
     def compute(self, scratch: Path) -> None:
@@ -96,9 +88,9 @@ class ReportStep:
             file.write(self.text)
         if figures:
             figure = reports.gap_to_random(self.rows, self.title)
-        for kind, name in zip(_FIGURES, figures, strict=False):
+        for name in figures:
             with artefacts.atomic(root / name) as file:
-                figure.savefig(file, format=kind, dpi=150)
+                figure.savefig(file, format=Path(name).suffix[1:], dpi=150)
         return Written(self.files)
 
 
@@ -121,15 +113,15 @@ def _report(config: Config, workspace: Workspace) -> None:
     made_of = artefacts.file_hash(workdir / artefacts.RESULTS)
     step = ReportStep(f"{said}\n\n{table}\n", made_of, rows, title)
     workspace.ensure(step)
-    if step.has_figure:
+    if len(step.files) > 1:
         echo(f"files: {workdir}/{artefacts.REPORT}/ (results.md, gap_to_random.png, .svg)")
     else:
         echo("report: no figure: there is no gap to random; add random to selection.methods")
 
 
-def print_summary(job: Job, samples: ScoredSamples) -> None:
+def print_summary(job: Job) -> None:
     """Prints a table of classes, what was left out, and how long each stage took."""
-    (workdir, echo), shown = job.workspace, job.shown
+    (workdir, echo), samples, shown = job.workspace, job.scored.samples, job.shown
     echo("")
     if shown is not None:
         cell = Cell(shown.method, shown.keep_fraction, shown.split, shown.seed)
@@ -143,7 +135,7 @@ def print_summary(job: Job, samples: ScoredSamples) -> None:
     if singles := [names[j] for j in np.flatnonzero(sizes == 1)]:
         listed = checks.listed(map(visible, singles))
         echo(f"classes of one sample (in mode 'default' always kept): {listed}")
-    if skipped := skipped_samples(workdir):
+    if skipped := scored_facts(workdir, "dataset").get("skipped"):
         echo(f"{job.task.left_out}: {len(skipped)}, listed in {artefacts.PROVENANCE}")
     seconds = {record.step: record.seconds for record in records.matching(workdir, "*")}
     parts = [n for n in ("score", *INPUTS, "training", "tune", "select") if n in seconds]

@@ -17,13 +17,12 @@ from dlc_jax.workspace import Record, Workspace, artefacts, records
 def run(job: Job) -> None:
     """Selects, in the first process."""
 
-    def select(inputs: SelectionInputs) -> None:
-        config, workspace = job.config, job.workspace
-        if config.need.tuning and inputs.tuning is None:
-            inputs.tuning = run_tune(config, workspace, inputs, job.task)
-        job.shown = run_select(config, workspace, inputs)
+    def select() -> None:
+        if job.config.need.tuning and job.scored.tuning is None:
+            run_tune(job)
+        job.shown = run_select(job.config, job.workspace, job.scored)
 
-    job.with_scores(select)
+    job.workspace.alone(select)
 
 
 def run_select(config: Config, workspace: Workspace, inputs: SelectionInputs) -> Selection:

@@ -66,6 +66,7 @@ class SelectionStep:
         kept = np.zeros(len(samples.ids), bool)
         kept[selection.indices] = True
         sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
+        singles = [samples.class_names[j] for j in selection.single_sample_classes]
         per_class = zip(samples.class_names, sizes, selection.num_kept_per_class, strict=True)
         manifest = {
             **self.cell._asdict(),
@@ -78,9 +79,7 @@ class SelectionStep:
             "per_class": {
                 name: {"samples": int(size), "kept": int(num)} for name, size, num in per_class
             },
-            "single_sample_classes": [
-                samples.class_names[j] for j in selection.single_sample_classes
-            ],
+            "single_sample_classes": singles,
             "how": self.inputs.how(self.cell),
             "scores_fingerprint": self.inputs.fingerprint(self.cell.method),
         }
@@ -97,15 +96,14 @@ class SelectionStep:
         chosen = read_json(described, _MANIFEST)["chosen"]
         indices = array_files.read_npy(path)
         checks.positions(str(path), indices, len(samples.ids))
+        sizes = np.bincount(samples.labels[indices], minlength=len(samples.class_names))
         return Selection(
             indices=indices,
             **self.cell._asdict(),
             mode=self.inputs.mode,
             **{name: value for name, value in how.items() if name not in ("score", "tuning")},
             chosen=None if chosen is None else choice_of(chosen),
-            num_kept_per_class=np.bincount(
-                samples.labels[indices], minlength=len(samples.class_names)
-            ),
+            num_kept_per_class=sizes,
             labels_fingerprint=labels_fingerprint(samples.labels),
             ids=samples.ids[indices],
             scored_ids=samples.ids,
@@ -138,9 +136,8 @@ def pruning_seconds(root: Path) -> dict[str, float]:
     found = {}
     for record in records.matching(root, f"{artefacts.SELECTIONS}/*/*"):
         check_shape(record.facts, {EARLIER: float}, root / records.file_of(record.step), "facts")
-        found[record.step.removeprefix(f"{artefacts.SELECTIONS}/")] = (
-            record.seconds + record.facts[EARLIER]
-        )
+        name = record.step.removeprefix(f"{artefacts.SELECTIONS}/")
+        found[name] = record.seconds + record.facts[EARLIER]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,19 @@ class SelectionInputs:
       samples: Ids, labels and scores.
 
     Attributes:
+      input: Returns one of `INPUTS`, [n, d]; raises ValueError if it was not measured.
       tuning: What `auto` stands for; None until it is known.
     """
 
     def __init__(self, config: Config, workdir: Path, samples: ScoredSamples):
         self.samples, self.mode = samples, config.mode
         self.tuning: Tuning | None = None
+        self.input: Callable[[str], np.ndarray] = functools.cache(
+            lambda name: read_input(workdir, name, samples)
+        )
         self._config, self._workdir = config, workdir
         self._fingerprints: dict[str, str] = {}
-        self._inputs: dict[str, np.ndarray] = {}
         self._candidates: dict[tuple[str, ...], Candidates] = {}
-
-    def input(self, name: str) -> np.ndarray:
-        """Returns one of `INPUTS`, [n, d]; raises ValueError if it was not measured."""
-        if name not in self._inputs:
-            self._inputs[name] = read_input(self._workdir, name, self.samples)
-        return self._inputs[name]
 
     def _inputs_of(self, method: str) -> list[str]:
         """Returns the names of the inputs that a method, or `auto`, uses."""
@@ -67,21 +65,19 @@ class SelectionInputs:
 
     def earlier_seconds(self, cell: Cell) -> float:
         """Returns the time that the selection of a cell waits for: of measuring and tuning."""
-        return sum(self._seconds.get(name, 0.0) for name in self._waits_for(cell))
+        method, _, split, _ = cell
+        if AUTO in (method, split):
+            names = {"tune", *self._inputs_of(AUTO)}
+        else:
+            names = {record_with(name) for name in self._inputs_of(method)}
+        if self._by_scores(method):
+            of = SCORES[self._config.selection.score_name(method)].of
+            names.add("training" if of == "training" else "score")
+        return sum(self._seconds.get(name, 0.0) for name in names)
 
     @functools.cached_property
     def _seconds(self) -> dict[str, float]:
         return {record.step: record.seconds for record in records.matching(self._workdir, "*")}
-
-    def _waits_for(self, cell: Cell) -> set[str]:
-        method, _, split, _ = cell
-        scored = set()
-        if self._by_scores(method):
-            of = SCORES[self._config.selection.score_name(method)].of
-            scored = {"training" if of == "training" else "score"}
-        if AUTO in (method, split):
-            return scored | {"tune", *self._inputs_of(AUTO)}
-        return scored | {record_with(name) for name in self._inputs_of(method)}
 
     def _by_scores(self, method: str) -> bool:
         """Whether scores decide what a method selects, or how much of each class."""

@@ -114,13 +114,9 @@ class Sweep(NamedTuple):
         samples = self.job.scored.samples
         if cell.method != FULL:
             return read_selection(self.job.workspace, self.job.scored, cell)
-        return Selection(
-            indices=np.arange(len(samples.ids)),
-            **cell._asdict(),
-            mode=self.job.config.mode,
-            num_kept_per_class=np.bincount(samples.labels, minlength=len(samples.class_names)),
-            ids=samples.ids,
-        )
+        every, mode = np.arange(len(samples.ids)), self.job.config.mode
+        sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
+        return Selection(every, *cell, mode=mode, num_kept_per_class=sizes, ids=samples.ids)
 
 
 def _group(shared: Mapping[str, Any]) -> str:

@@ -64,26 +64,14 @@ class _End(NamedTuple):
     train_accuracy: float
     test_accuracy: float
     num_classes: int
-    num_kept: int
-    num_test: int
-
-    @property
-    def is_chance(self) -> bool:
-        """Whether both are at most three standard deviations above guessing."""
-        share = 1 / self.num_classes
-        of = ((self.train_accuracy, self.num_kept), (self.test_accuracy, self.num_test))
-        return all(
-            accuracy <= 100 * (share + 3 * math.sqrt(share * (1 - share) / max(number, 1)))
-            for accuracy, number in of
-        )
+    is_chance: bool  # both are at most three standard deviations above guessing
 
 
 def note_on_chance(workdir: Path) -> str:
     """Returns a line on runs that learned nothing, the full set's first; "" if there are none."""
-    paths = sorted(
-        (workdir / artefacts.FINETUNE).glob("*/*"), key=lambda path: path.parent.name != FULL
-    )
-    ends = [end for end in map(_end_of, paths) if end is not None and end.num_classes > 1]
+    paths = (workdir / artefacts.FINETUNE).glob("*/*")
+    full_first = sorted(paths, key=lambda path: path.parent.name != FULL)
+    ends = [end for end in map(_end_of, full_first) if end is not None]
     at_chance = [end for end in ends if end.is_chance]
     if not at_chance:
         return ""
@@ -98,17 +86,24 @@ def note_on_chance(workdir: Path) -> str:
 
 
 def _end_of(path: Path) -> _End | None:
-    """Reads how a run on images ended; None if it has not, was not trained, or is unreadable."""
+    """Reads how a run on images ended; None if it has not, was not trained, or is unreadable.
+
+    Also None for one class, which is always guessed right.
+    """
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, csv.Error):
         run = records.read(path, records.RUN)
-        if run is None:
-            return None
-        result = run.facts[records.RESULT]
         with open(path / PER_CLASS, newline="") as file:
             tested = [int(row["num_test"]) for row in csv.DictReader(file)]
+        if run is None or len(tested) < 2:
+            return None
+        result, share = run.facts[records.RESULT], 1 / len(tested)
         trained = float(read_metrics(path)[-1]["train_accuracy"])
         right, num_kept = float(result["test_accuracy"]), int(result["num_kept"])
-        return _End(path.parent.name, trained, right, len(tested), num_kept, sum(tested))
+        is_chance = all(
+            accuracy <= 100 * (share + 3 * math.sqrt(share * (1 - share) / max(number, 1)))
+            for accuracy, number in ((trained, num_kept), (right, sum(tested)))
+        )
+        return _End(path.parent.name, trained, right, len(tested), is_chance)
     return None
 
 
@@ -180,18 +175,13 @@ def _check_cell(facts: dict[str, Any], name: str, path: Path) -> None:
         raise checks.InputError(f"{path}: is of {found}, expected {name}. Delete it to run again.")
 
 
-def evaluation_file(workdir: Path, cell: Cell) -> Path:
-    """Returns where the stage `evaluate` writes what it measured of a run."""
-    return workdir / artefacts.EVALUATE / f"{cell.name}.json"
-
-
 def read_evaluation(workdir: Path, cell: Cell) -> dict[str, Any]:
     """Returns what the stage `evaluate` measured of a run, {} if it did not.
 
     Raises:
       ValueError: the file is damaged, or of another cell.
     """
-    path = evaluation_file(workdir, cell)
+    path = workdir / artefacts.EVALUATE / f"{cell.name}.json"
     found: dict[str, Any] = artefacts.read_json(path, _EVALUATION)
     _check_cell(found, cell.name, path)
     return found

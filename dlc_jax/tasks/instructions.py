@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dlc_jax import checks
@@ -50,7 +51,7 @@ class InstructionTask:
 
     easiest_hardest = READABLE
     left_out = "samples left out"
-    encoder_settings = ("name", "max_length")
+    encoder_settings: tuple[str, ...] = ("name", "max_length")
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self._config, self._say = config, say
@@ -59,8 +60,7 @@ class InstructionTask:
 
     @functools.cached_property
     def model(self) -> LanguageModel:
-        weights, dtype = self._config.encoder.weights, self._config.lora.dtype
-        return load_language_model(weights, dtype=dtype, mesh=self._config.mesh.make())
+        return self._model_in(self._config.lora.dtype, self._config.mesh.make())
 
     @functools.cached_property
     def questions(self) -> Mmlu:
@@ -71,9 +71,11 @@ class InstructionTask:
         tokenizer = functools.partial(load_tokenizer, self._config.encoder.weights)
         return load_instructions(source, self._config.dataset.template, tokenizer=tokenizer)
 
+    def _model_in(self, dtype: str, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
+        return load_language_model(self._config.encoder.weights, dtype=dtype, mesh=mesh)
+
     def encoder_fingerprint(self) -> str:
-        config = self._config
-        return load_language_model(config.encoder.weights, dtype=config.probe.dtype).fingerprint
+        return self._model_in(self._config.probe.dtype).fingerprint
 
     def check(self, workspace: Workspace) -> None:
         config = self._config
@@ -102,9 +104,7 @@ class InstructionTask:
     def score(self, workspace: Workspace) -> Config:
         config = self._config
         data, mesh = self.load(config.dataset.train), config.mesh.make()
-        model = load_language_model(
-            config.encoder.weights, dtype=config.probe.dtype, mesh=Team.of(mesh).mesh
-        )
+        model = self._model_in(config.probe.dtype, Team.of(mesh).mesh)
         _ = model.fingerprint  # of all processes, where they share the weights
         if not workspace.ensure(ResponsesStep(config, data, model, mesh, workspace.say)):
             workspace.say("score: unchanged, not run again")
@@ -120,11 +120,10 @@ class InstructionTask:
         def writer(kept: Selection, part: str) -> Callable[[str, Path], Any]:
             is_part = np.isin(data.ids, np.asarray(kept.ids), invert=part == "dropped")
             if not is_part.any():
-                cell = Cell(kept.method, kept.keep_fraction, kept.split, kept.seed)
-                raise checks.InputError(
-                    f"{cell.name}: nothing is {part}, so there is nothing to write."
-                )
-            return functools.partial(_write_rows, data, np.flatnonzero(is_part))
+                name = Cell(kept.method, kept.keep_fraction, kept.split, kept.seed).name
+                raise checks.InputError(f"{name}: nothing is {part}, so there is nothing to write.")
+            some = data.subset(np.flatnonzero(is_part))
+            return lambda form, path: INSTRUCTION_EXPORTS[form].write(some, path)
 
         return export_steps(self._config, root, kept, rows, writer)
 
@@ -154,16 +153,9 @@ class InstructionTask:
             )
 
         settings = config.to_dict()
-        return Training(
-            data,
-            fingerprint,
-            make_trainer,
-            {
-                **{name: settings[name] for name in ("dataset", "encoder", "lora")},
-                "encoder_fingerprint": fingerprint,
-            },
-            dict,
-        )
+        made_with = {name: settings[name] for name in ("dataset", "encoder", "lora")}
+        made_with["encoder_fingerprint"] = fingerprint
+        return Training(data, fingerprint, make_trainer, made_with, facts=dict)
 
     def plan(self, mesh: Mesh) -> list[str]:
         config, say = self._config, self._say
@@ -181,7 +173,3 @@ class InstructionTask:
         lengths = Lengths.of(data, tokenizer, max_length)
         work = InstructionCosts(config, sizes, mesh, len(data), num_test, lengths)
         return list((problems | plan_work(work, say)).values())
-
-
-def _write_rows(data: Instructions, positions: np.ndarray, form: str, path: Path) -> None:
-    INSTRUCTION_EXPORTS[form].write(data.subset(positions), path)

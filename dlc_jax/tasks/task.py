@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -68,40 +69,30 @@ class Task(Protocol):
         the weights.
     """
 
-    @property
-    def easiest_hardest(self) -> str: ...
-    @property
-    def left_out(self) -> str: ...
-    @property
-    def encoder_settings(self) -> tuple[str, ...]: ...
+    easiest_hardest: str
+    left_out: str
+    encoder_settings: tuple[str, ...]
 
     def encoder_fingerprint(self) -> str:
         """Returns the SHA-256 over the encoder or model as it is scored with."""
-        ...
 
     def load(self, source: str, /) -> Samples:
         """Returns a data set by its source."""
-        ...
 
     def check(self, workspace: Workspace, /) -> None:
         """Raises ValueError for mistakes in later stages, before a scoring pass is spent."""
-        ...
 
     def score(self, workspace: Workspace, /) -> Config:
         """Scores what is not scored yet; returns the configuration as the encoder resolves it."""
-        ...
 
     def exports(self, kept: Mapping[Cell, Selection], root: Path, /) -> Iterable[ExportStep]:
         """Returns the exports asked for, in the work directory `root`."""
-        ...
 
     def training(self, workspace: Workspace, /) -> Training:
         """Returns what is fine-tuned, loaded in all processes."""
-        ...
 
     def plan(self, mesh: Mesh, /) -> list[str]:
         """Prints what a run takes of devices, hosts and time; returns what does not fit."""
-        ...
 
 
 @runtime_checkable
@@ -114,7 +105,6 @@ class TunedTask(Task, Protocol):
         Raises:
           ValueError: the data are not those that were scored.
         """
-        ...
 
 
 @runtime_checkable
@@ -141,23 +131,16 @@ class Sources(Generic[Loaded]):
     Args:
       read: Loads a data set, in one process.
       agree: Raises ValueError unless all processes see the same samples.
+    Attributes:
+      load: Returns a data set in one process.
+      load_together: Returns a data set in all processes, which must see the same samples.
     """
 
     def __init__(self, read: Callable[[str], Loaded], agree: Callable[[Loaded], None]):
-        self._read, self._agree = read, agree
-        self._found: dict[str, Loaded] = {}
-        self._agreed: set[str] = set()
+        def together(source: str) -> Loaded:
+            data = self.load(source)
+            agree(data)
+            return data
 
-    def load(self, source: str) -> Loaded:
-        """Returns a data set in one process."""
-        if source not in self._found:
-            self._found[source] = self._read(source)
-        return self._found[source]
-
-    def load_together(self, source: str) -> Loaded:
-        """Returns a data set in all processes, which must see the same samples."""
-        data = self.load(source)
-        if source not in self._agreed:
-            self._agree(data)
-            self._agreed.add(source)
-        return data
+        self.load: Callable[[str], Loaded] = functools.cache(read)
+        self.load_together: Callable[[str], Loaded] = functools.cache(together)

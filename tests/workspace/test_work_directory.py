@@ -167,7 +167,7 @@ def test_a_run_of_another_cell_is_refused_and_not_in_the_table(tmp_path):
 def test_an_evaluation_of_another_cell_is_refused(tmp_path):
     found = {"asked": "x", "run": "a" * 64, "cell": CELLS[0]._asdict()}
     found |= {"result": {"test_accuracy": 25.0}, "num_questions": 4, "num_truncated": 0}
-    path = sweep_results.evaluation_file(tmp_path, CELLS[1])
+    path = tmp_path / "evaluate" / f"{CELLS[1].name}.json"
     artefacts.write_json(path, found)
     with pytest.raises(dlc.InputError, match=f"{path}: is of {CELLS[0].name}, expected"):
         sweep_results.read_evaluation(tmp_path, CELLS[1])

@@ -171,8 +171,7 @@ def _result(row: dict[str, str]) -> Result:
     if row.get("test_loss"):
         loss = float(row["test_loss"])
         checks.at_least("test_loss", loss, 0)
-    method = csv_text(row["method"])
-    return Result(method, keep_fraction, split, seed, accuracy, test_loss=loss)
+    return Result(csv_text(row["method"]), keep_fraction, split, seed, accuracy, test_loss=loss)
 
 
 def summarise(results: Sequence[Result]) -> list[Row]:

@@ -96,13 +96,7 @@ def tuning_figure(tuning: Tuning) -> Figure:
                 colour = line.get_color()
                 axes.fill_between(keep, mean - half, mean + half, color=colour, alpha=0.15)
         chosen = [tuning.row(*choice[:3]) for choice in tuning.methods]
-        axes.scatter(
-            [row.keep_fraction for row in chosen],
-            [row.accuracy for row in chosen],
-            s=80,
-            facecolors="none",
-            edgecolors="black",
-            zorder=3,
-            label="auto",
-        )
+        keep, mean = np.array([(row.keep_fraction, row.accuracy) for row in chosen]).T
+        ring = {"s": 80, "facecolors": "none", "edgecolors": "black", "zorder": 3}
+        axes.scatter(keep, mean, label="auto", **ring)
     return figure

@@ -114,15 +114,10 @@ class LossesStep:
         sizes = np.bincount(probes.labels, minlength=dataset.num_classes)
         singles = [dataset.class_names[j] for j in np.flatnonzero(sizes == 1)]
         scored = {"skipped": probes.skipped, "single_sample_classes": singles}
+        named = {"name": encoder.name, "weights": config.encoder.weights}
         of_encoder = ("fingerprint", "mean", "std", "normalisation", "pooling")
-        facts = {
-            "dataset": dataset_facts(dataset) | scored,
-            "encoder": {
-                "name": encoder.name,
-                "weights": config.encoder.weights,
-                **{name: getattr(encoder, name) for name in of_encoder},
-            },
-        }
+        decided = {name: getattr(encoder, name) for name in of_encoder}
+        facts = {"dataset": dataset_facts(dataset) | scored, "encoder": named | decided}
         certificate = write_certificate(root, probes, config.seed, say)
         return Written([*self.files, *certificate], facts)
 

@@ -60,8 +60,7 @@ def read_input(root: Path, name: str, samples: ScoredSamples) -> np.ndarray:
         )
     if INPUTS[name].of == "encoder":
         return artefacts.read_array(root, input_file(name), name, samples)
-    found: np.ndarray = getattr(read_record(root / artefacts.TRAINING, samples.ids), name)
-    return found
+    return getattr(read_record(root / artefacts.TRAINING, samples.ids), name)
 
 
 def input_file(name: str) -> str:
@@ -171,8 +170,7 @@ def check_is_what_was_scored(workdir: Path, dataset: Samples) -> None:
 
 def scored_facts(workdir: Path, what: str) -> dict[str, Any]:
     """Returns the facts about the data set or encoder that was scored, {} of scores without."""
-    found: dict[str, Any] = records.facts_of(workdir, "score", _FACTS).get(what, {})
-    return found
+    return records.facts_of(workdir, "score", _FACTS).get(what, {})
 
 
 def scored_encoder(workdir: Path, fingerprint: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -97,6 +97,6 @@ def tuning_figure(tuning: Tuning) -> Figure:
                 axes.fill_between(keep, mean - half, mean + half, color=colour, alpha=0.15)
         chosen = [tuning.row(*choice[:3]) for choice in tuning.methods]
         keep, mean = np.array([(row.keep_fraction, row.accuracy) for row in chosen]).T
-        ring = {"s": 80, "facecolors": "none", "edgecolors": "black", "zorder": 3}
+        ring: dict[str, Any] = {"s": 80, "facecolors": "none", "edgecolors": "black", "zorder": 3}
         axes.scatter(keep, mean, label="auto", **ring)
     return figure

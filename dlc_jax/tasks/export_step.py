@@ -82,7 +82,7 @@ def export_steps(
 def _path(config: Config, cell: Cell, part: str, form: str) -> str | None:
     """Returns where a part goes, below the work directory; None: the form chooses its paths."""
     written = config.data_kind.forms[form]
-    return written and f"{artefacts.EXPORTS}/{cell.name}/{part}{written.suffix}"
+    return None if written is None else f"{artefacts.EXPORTS}/{cell.name}/{part}{written.suffix}"
 
 
 def check_can_be_written(config: Config, root: Path) -> None:

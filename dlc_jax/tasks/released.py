@@ -57,7 +57,7 @@ def released_steps(
         positions[name] = part_positions(dataset, kept[cell], part, str(path))
     samples = np.unique(np.concatenate(list(positions.values())))
     order = np.full(len(dataset), -1, np.int64)
-    order[samples] = match_samples(dataset, samples, *_place(config))  # looked at once
+    order[samples] = match_samples(dataset, samples, *_place(config))  # each is looked up once
     for name, some in positions.items():
         there = np.sort(order[some])
         key = {"form": RELEASED, "positions": keys.json_hash(there.tolist())}

@@ -28,8 +28,10 @@ from dlc_jax.reports.results import SeedMean
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO, SELECTORS, Cell
 from dlc_jax.stages import pipeline
+from dlc_jax.stages.job import Job
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.tune import run_tune
+from dlc_jax.tasks import task_of
 from dlc_jax.tasks.images import load_configured
 from dlc_jax.training.images import class_ids_by_name
 from dlc_jax.tuning import linear_probes
@@ -53,7 +55,7 @@ def main(_: list[str]) -> None:
     )
     pipeline.run(config, workdir)
     known = SelectionInputs(config, workdir, artefacts.read_scores(workdir))
-    known.tuning = run_tune(config, Workspace(workdir), known, dlc.load_dataset)
+    run_tune(Job(config, Workspace(workdir), task_of(config, print), known))
     cells = [cell for cell in config.selection.cells() if AUTO not in cell]
     for way in (("random", None), (AUTO, None), ("flexrand", 0.5), ("flexrand", AUTO)):
         for keep in config.selection.keep_fractions:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dlc_jax.checks.escaping import escaped, visible
 
@@ -25,19 +24,6 @@ def lettering(text: str) -> tuple[str, Path]:
         if set(text) <= _characters(font):
             return text, font
     return "".join(escaped(char) if char in missing else char for char in text), basic
-
-
-def literal(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a function that draws a figure show `$` as it is, which else begins a formula."""
-
-    @functools.wraps(draw)
-    def drawn(*args: Any, **kwargs: Any) -> Any:
-        import matplotlib  # half a second, which only reports need
-
-        with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
-            return draw(*args, **kwargs)
-
-    return drawn
 
 
 def _basic_font() -> Path:

@@ -28,28 +28,27 @@ def easiest_hardest(
     """
     shown = range(min(dataset.num_classes, _MAX_CLASSES))
     half = num_each * (_SIDE + _GAP)
-    right = _MARGIN + _NAME + half + 2 * _MARGIN
+    left = _MARGIN + _NAME
+    right = left + half + 2 * _MARGIN
     height = _HEADER + len(shown) * (_SIDE + _GAP) + _MARGIN
     sheet = Image.new("RGB", (right + half + _MARGIN, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    _write(draw, (_MARGIN + _NAME, 9), "easiest (lowest DLC first)", half)
+    _write(draw, (left, 9), "easiest (lowest DLC first)", half)
     _write(draw, (right, 9), "hardest (highest DLC last)", half)
     labels = dataset.labels[positions]
     for row, label in enumerate(shown):
         top = _HEADER + row * (_SIDE + _GAP)
-        place = (_MARGIN, top + _SIDE // 2 - 8)
-        _write(draw, place, dataset.class_names[label], _NAME - _GAP)
+        _write(draw, (_MARGIN, top + _SIDE // 2 - 8), dataset.class_names[label], _NAME - _GAP)
         members = np.flatnonzero(labels == label)
         order = members[np.argsort(scores[members], kind="stable")]
         num_left = min(num_each, -(-len(order) // 2))
         num_right = min(num_each, len(order) - num_left)
-        for column, member in enumerate(order[:num_left]):
-            place = (_MARGIN + _NAME + column * (_SIDE + _GAP), top)
-            sheet.paste(_thumbnail(dataset, int(positions[member])), place)
-        for column, member in enumerate(order[len(order) - num_right :]):
-            sheet.paste(
-                _thumbnail(dataset, int(positions[member])), (right + column * (_SIDE + _GAP), top)
-            )
+        for start, some in ((left, order[:num_left]), (right, order[len(order) - num_right :])):
+            for column, position in enumerate(positions[some].tolist()):
+                sample = dataset[position]
+                image = decode(sample.image, sample.id, dataset.deep_images)
+                place = (start + column * (_SIDE + _GAP), top)
+                sheet.paste(ImageOps.fit(image, (_SIDE, _SIDE)), place)
     return sheet
 
 
@@ -62,8 +61,3 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: 
         shown = shown[:-1]
         cut = f"{shown}…"
     draw.text(place, cut, _INK, font)
-
-
-def _thumbnail(dataset: Dataset, position: int) -> Image.Image:
-    sample = dataset[position]
-    return ImageOps.fit(decode(sample.image, sample.id, dataset.deep_images), (_SIDE, _SIDE))

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,10 +43,7 @@ class Result(NamedTuple):
     @property
     def label(self) -> str:
         """The method as tables and figures name it."""
-        if self.split is None:
-            return self.method
-        split = self.split if isinstance(self.split, str) else repr(self.split)
-        return f"{self.method} (split {split})"
+        return self.method if self.split is None else f"{self.method} (split {self.split})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +72,8 @@ class SeedMean:
         return cls(mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(number), number)
 
     def __str__(self) -> str:
-        if math.isnan(self.half_width):
-            return f"{self.mean:.2f}"
-        return f"{self.mean:.2f} ± {self.half_width:.2f}"
+        half = "" if math.isnan(self.half_width) else f" ± {self.half_width:.2f}"
+        return f"{self.mean:.2f}{half}"
 
 
 class Row(NamedTuple):
@@ -136,32 +132,26 @@ def _read_table(path: Path, table: csv.DictReader) -> list[Result]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if list(names).count(name) > 1)
         raise checks.InputError(f"{path}: the column {twice!r} is there twice.")
-    results: list[Result] = []
-    runs, num_without = set(), 0
+    results: dict[tuple[Any, ...], Result] = {}
+    what = "has no rows; every run failed or none was finished."
     for row in table:
         if row["test_accuracy"] == "":  # of instructions, until the stage evaluate
-            num_without += 1
+            what = "no run has a test_accuracy; run the stage 'evaluate' first."
             continue
+        place = f"{path}, line {table.line_num}"
         try:
-            results.append(_result(row))
+            result = _result(row)
         except (TypeError, ValueError) as error:
-            text = str(error).removesuffix(".")
-            raise checks.InputError(f"{path}, line {table.line_num}: {text}.") from error
-        run = results[-1][:4]
-        if run in runs:
-            shown = f"{results[-1].label}, keep fraction {run[1]:g}, seed {run[3]}"
+            raise checks.InputError(f"{place}: {str(error).removesuffix('.')}.") from error
+        if result[:4] in results:
+            shown = f"{result.label}, keep fraction {result.keep_fraction:g}, seed {result.seed}"
             raise checks.InputError(
-                f"{path}, line {table.line_num}: the run {shown} is there twice; expected each "
-                "run once."
+                f"{place}: the run {shown} is there twice; expected each run once."
             )
-        runs.add(run)
-    if not results and num_without:
-        raise checks.InputError(
-            f"{path}: no run has a test_accuracy; run the stage 'evaluate' first."
-        )
+        results[result[:4]] = result
     if not results:
-        raise checks.InputError(f"{path}: has no rows; every run failed or none was finished.")
-    return results
+        raise checks.InputError(f"{path}: {what}")
+    return list(results.values())
 
 
 def _result(row: dict[str, str]) -> Result:
@@ -171,19 +161,17 @@ def _result(row: dict[str, str]) -> Result:
         split = float(row["split"])
         checks.split(split)
     keep_fraction, accuracy = float(row["keep_fraction"]), float(row["test_accuracy"])
-    for name, value, most in (
-        ("keep_fraction", keep_fraction, 1),
-        ("test_accuracy", accuracy, 100),  # percent
-    ):
+    limits = (("keep_fraction", keep_fraction, 1), ("test_accuracy", accuracy, 100))
+    for name, value, most in limits:
         checks.at_least(name, value, 0)
         checks.at_most(name, value, most)
     seed = int(row["seed"])
     checks.seed(seed)
-    result = Result(csv_text(row["method"]), keep_fraction, split, seed, accuracy)
+    loss = math.nan
     if row.get("test_loss"):
-        result = result._replace(test_loss=float(row["test_loss"]))
-        checks.at_least("test_loss", result.test_loss, 0)
-    return result
+        loss = float(row["test_loss"])
+        checks.at_least("test_loss", loss, 0)
+    return Result(csv_text(row["method"]), keep_fraction, split, seed, accuracy, test_loss=loss)
 
 
 def summarise(results: Sequence[Result]) -> list[Row]:
@@ -217,16 +205,8 @@ def results_table(rows: Sequence[Row]) -> str:
         gap = "" if row.gap is None else ("+" if row.gap.mean > 0 else "") + str(row.gap)
         if row.gap is not None and row.gap.num_seeds < row.accuracy.num_seeds:
             gap += f" ({row.gap.num_seeds} of {row.accuracy.num_seeds} seeds)"
-        lines.append(
-            (
-                f"{row.keep_fraction:g}",
-                row.label,
-                str(row.accuracy.num_seeds),
-                str(row.accuracy),
-                gap,
-                row.verdict,
-                "" if math.isnan(row.pruning_seconds) else f"{row.pruning_seconds:.1f}",
-                *(["" if math.isnan(row.test_loss) else f"{row.test_loss:.4f}"] * has_loss),
-            )
-        )
+        seconds = "" if math.isnan(row.pruning_seconds) else f"{row.pruning_seconds:.1f}"
+        loss = "" if math.isnan(row.test_loss) else f"{row.test_loss:.4f}"
+        measured = (str(row.accuracy.num_seeds), str(row.accuracy), gap, row.verdict, seconds, loss)
+        lines.append((f"{row.keep_fraction:g}", row.label, *measured)[: len(header)])
     return markdown(header, lines)

@@ -32,29 +32,19 @@ def class_table(
       ids: [n] sample ids.
       kept: Kept positions of the selection shown, or None before there is one.
     """
-    is_kept = np.zeros(len(labels), bool)
+    num_kept = ["-"] * (len(class_names) + 1)
     if kept is not None:
-        is_kept[kept] = True
-    header = ("class", "samples", "kept", "easiest", "hardest")
-    rows = []
+        counts = np.bincount(labels[kept], minlength=len(class_names))
+        num_kept = [str(count) for count in (*counts, len(kept))]
+    rows = [("class", "samples", "kept", "easiest", "hardest")]
     for label, name in enumerate(class_names[:_MAX_CLASSES]):
         members = np.flatnonzero(labels == label)
         easiest, hardest = members[scores[members].argmin()], members[scores[members].argmax()]
-        num_kept = str(int(is_kept[members].sum())) if kept is not None else "-"
-        rows.append(
-            (
-                visible(name),
-                str(len(members)),
-                num_kept,
-                visible(str(ids[easiest])),
-                visible(str(ids[hardest])),
-            )
-        )
-    num_kept = str(int(is_kept.sum())) if kept is not None else "-"
-    rows.append(("all", str(len(labels)), num_kept, "", ""))
-    rows = [(_shorten(a), b, c, _shorten(d), _shorten(e)) for a, b, c, d, e in rows]
+        ends = (_shown(ids[easiest]), _shown(ids[hardest]))
+        rows.append((_shown(name), str(len(members)), num_kept[label], *ends))
+    rows.append(("all", str(len(labels)), num_kept[-1], "", ""))
     alignment = ("left", "right", "right", "left", "left")
-    lines = tabulate([header, *rows], tablefmt="plain", colalign=alignment, **_AS_IT_IS).split("\n")
+    lines = tabulate(rows, tablefmt="plain", colalign=alignment, **_AS_IT_IS).split("\n")
     if len(class_names) > _MAX_CLASSES:
         lines.insert(-1, f"... {len(class_names) - _MAX_CLASSES} more classes")
     return "\n".join(lines)
@@ -68,5 +58,6 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([names, line, *others])
 
 
-def _shorten(text: str) -> str:
+def _shown(name: Any) -> str:
+    text = visible(str(name))
     return text if len(text) <= _MAX_ID else "..." + text[3 - _MAX_ID :]

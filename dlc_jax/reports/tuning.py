@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlc_jax.reports.gap_figure import legend_beside, show_percent
-from dlc_jax.reports.lettering import literal
+from dlc_jax.reports.gap_figure import keep_fraction_figure
 from dlc_jax.reports.table import markdown
 from dlc_jax.tuning import KeepCurve
-from dlc_jax.types import Choice, Tried, Tuning
+from dlc_jax.types import Tried, Tuning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,20 +27,14 @@ def tuning_table(tuning: Tuning, curve: KeepCurve) -> str:
     gaps = ("gap to random", "gap to full")
     header = ("keep", "random, %", "auto", "auto, %", *gaps, "FlexRand split")
     rows = []
-    for choice, at_split in zip(tuning.methods, _splits(tuning), strict=True):
+    splits = tuning.splits or (None,) * len(tuning.methods)
+    for choice, at_split in zip(tuning.methods, splits, strict=True):
         random = tuning.row(choice.keep_fraction, "random", None)
         best = tuning.row(*choice[:3])
-        rows.append(
-            (
-                f"{choice.keep_fraction:g}",
-                f"{random.accuracy:.1f}",
-                best.label,
-                f"{best.accuracy:.1f}",
-                "" if best is random else str(best.to_random),
-                str(best.to_full),
-                "" if at_split is None else f"{at_split.split:g}",
-            )
-        )
+        to_random = "" if best is random else str(best.to_random)
+        split = "" if at_split is None else f"{at_split.split:g}"
+        of_auto = (best.label, f"{best.accuracy:.1f}", to_random, str(best.to_full))
+        rows.append((f"{choice.keep_fraction:g}", f"{random.accuracy:.1f}", *of_auto, split))
     what = "linear heads" if tuning.trained == "linear_probe" else "fine-tuning"
     said = (
         f"Accuracy of {what} on {tuning.num_repeats} held-out fifths of the training data; of "
@@ -74,7 +67,6 @@ def _how_much(curve: KeepCurve) -> str:
     )
 
 
-@literal
 def tuning_figure(tuning: Tuning) -> Figure:
     """Draws validation accuracy against the keep fraction, a line per way of choosing.
 
@@ -82,50 +74,29 @@ def tuning_figure(tuning: Tuning) -> Figure:
     stands for; of FlexRand's splits a few are drawn.
     """
     import matplotlib  # half a second, which only reports need
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 4.4), layout="constrained")
-    axes = figure.subplots()
-    colours = matplotlib.colormaps["tab20"]  # ten, as is usual, would run out
-    axes.set_prop_cycle(color=[colours(number) for number in range(20)])
-    axes.axhline(tuning.full_accuracy, color="black", linewidth=1, linestyle="--", label="full set")
-    lines: dict[str, list[Tried]] = {}
-    for row in tuning.tried:
-        if row.split in (None, *_shown_splits(tuning)):
-            lines.setdefault(row.label, []).append(row)
-    for label, rows in lines.items():
-        keep = [row.keep_fraction for row in rows]
-        accuracy = np.array([row.accuracy for row in rows])
-        (line,) = axes.plot(keep, accuracy, marker="o", markersize=3, linewidth=1, label=label)
-        if label == "random":
-            half = np.array([row.to_full.half_width for row in rows])
-            axes.fill_between(
-                keep, accuracy - half, accuracy + half, color=line.get_color(), alpha=0.15
-            )
-    axes.set_xlabel("keep fraction")
-    axes.set_ylabel("accuracy on held-out training data")
-    show_percent(axes.xaxis, whole=1)
-    show_percent(axes.yaxis, whole=100)
-    chosen = [tuning.row(*choice[:3]) for choice in tuning.methods]
-    axes.scatter(
-        [row.keep_fraction for row in chosen],
-        [row.accuracy for row in chosen],
-        s=80,
-        facecolors="none",
-        edgecolors="black",
-        zorder=3,
-        label="auto",
-    )
-    axes.grid(alpha=0.3)
-    legend_beside(axes)
-    return figure
-
-
-def _shown_splits(tuning: Tuning) -> list[float]:
     splits = sorted({row.split for row in tuning.tried if row.split is not None})
     places = np.linspace(0, len(splits) - 1, min(len(splits), _MAX_GAMMAS)).round().astype(int)
-    return [splits[place] for place in places]
-
-
-def _splits(tuning: Tuning) -> tuple[Choice | None, ...]:
-    return tuning.splits or (None,) * len(tuning.methods)
+    shown = (None, *(splits[place] for place in places))
+    lines: dict[str, list[Tried]] = {}
+    for row in tuning.tried:
+        if row.split in shown:
+            lines.setdefault(row.label, []).append(row)
+    with keep_fraction_figure(4.4, "accuracy on held-out training data") as (figure, axes):
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        colours = matplotlib.colormaps["tab20"]  # ten, as is usual, would run out
+        axes.set_prop_cycle(color=[colours(number) for number in range(20)])
+        full = tuning.full_accuracy
+        axes.axhline(full, color="black", linewidth=1, linestyle="--", label="full set")
+        for label, rows in lines.items():
+            numbers = [(row.keep_fraction, row.accuracy, row.to_full.half_width) for row in rows]
+            keep, mean, half = np.array(numbers).T
+            (line,) = axes.plot(keep, mean, marker="o", markersize=3, linewidth=1, label=label)
+            if label == "random":
+                colour = line.get_color()
+                axes.fill_between(keep, mean - half, mean + half, color=colour, alpha=0.15)
+        chosen = [tuning.row(*choice[:3]) for choice in tuning.methods]
+        keep, mean = np.array([(row.keep_fraction, row.accuracy) for row in chosen]).T
+        ring: dict[str, Any] = {"s": 80, "facecolors": "none", "edgecolors": "black", "zorder": 3}
+        axes.scatter(keep, mean, label="auto", **ring)
+    return figure

@@ -5,26 +5,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 from dlc_jax import checks
 from dlc_jax.config import Config
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.evaluation import Mmlu, evaluate_mmlu
+from dlc_jax.evaluation import evaluate_mmlu
 from dlc_jax.exports.peft import load_adapter
 from dlc_jax.selection import Cell
 from dlc_jax.stages.job import Job
-from dlc_jax.stages.sweep_results import (
-    BASE_CELL,
-    evaluation_file,
-    read_evaluation,
-    read_run,
-    run_folder,
-    write_results,
-)
-from dlc_jax.tasks.instructions import load_model, load_questions
+from dlc_jax.stages.sweep_results import BASE_CELL, read_run, run_folder, write_results
+from dlc_jax.tasks.task import EvaluatedTask
 from dlc_jax.training.folder import ADAPTER
 from dlc_jax.workspace import Written, artefacts, records
 from dlc_jax.workspace.keys import key_of
@@ -47,25 +40,22 @@ def run(job: Job) -> None:
       ValueError: no questions, no run that is finished, or runs of another model.
     """
     start = time.perf_counter()
-    config, workspace = job.config, job.workspace
+    config, workspace, task = job.config, job.workspace, cast(EvaluatedTask, job.task)
     workdir, echo = workspace
-    mmlu = load_questions(config)
-    base = load_model(config)
-    fingerprint = base.fingerprint
-
-    def finished() -> list[Any]:
-        return [[*cell, run] for cell, run in _finished(config, workdir, base).items()]
-
-    found = {Cell(*cell): run for *cell, run in workspace.broadcast(finished)}
-    runs = {BASE_CELL: fingerprint, **found}
+    mmlu, base = task.questions, task.model
+    runs = {BASE_CELL: base.fingerprint}  # of all processes, where they share the weights
+    finished = workspace.broadcast(lambda: _finished(config, workdir, base))
+    runs |= {Cell(*cell): run for *cell, run in finished}
     if num_missing := len(config.runs()) + 1 - len(runs):
         echo(f"evaluate: note: {num_missing} runs are not finished, and not asked")
     echo(f"evaluate: {len(runs)} models on {mmlu.name}")
     for number, (cell, run) in enumerate(runs.items(), start=1):
-        step = AnswersStep(config, mmlu, base, cell, run, workdir)
-        if workspace.ensure(step):
-            said = workspace.broadcast(step.said)
-            echo(f"evaluate: {number}/{len(runs)} {cell.name}: {said}")
+        step = AnswersStep(config, task, cell, run, workdir)
+        if made := workspace.ensure(step):
+            accuracy, num_cut = made.value["result"]["test_accuracy"], made.value["num_truncated"]
+            said = f"{accuracy:.2f} % of {made.value['num_questions']} questions"
+            cut = f" ({num_cut} prompts cut at their beginning)" if num_cut else ""
+            echo(f"evaluate: {number}/{len(runs)} {cell.name}: {said}{cut}")
     workspace.alone(lambda: write_results(workdir))
     made_with = {"evaluation": config.to_dict()["evaluation"], "mmlu": mmlu.fingerprint}
     workspace.note("evaluate", made_with, time.perf_counter() - start)
@@ -77,15 +67,14 @@ class AnswersStep:
     """Accuracies of a model on the questions, `evaluate/<method>/<cell>.json`.
 
     Attributes:
-      base: Model as it was before fine-tuning.
+      task: Has the questions, and the model as it was before fine-tuning.
       cell: Cell whose adapter is loaded; `BASE_CELL`: none.
-      run: Identity of the run that made the adapter, or fingerprint of `base`.
+      run: Identity of the run that made the adapter, or fingerprint of the model without one.
       root: Work directory.
     """
 
     config: Config
-    mmlu: Mmlu
-    base: LanguageModel
+    task: EvaluatedTask
     cell: Cell
     run: str
     root: Path
@@ -104,44 +93,39 @@ class AnswersStep:
 
     @property
     def key(self) -> dict[str, Any]:
-        return {"cell": self.cell._asdict(), "asked": self._asked, "run": self.run}
+        base, mmlu = self.task.model, self.task.questions
+        # comparable answers share questions, base model and settings
+        asked = [mmlu.fingerprint, base.fingerprint, base.tokenizer_fingerprint, self.settings]
+        return {"cell": self.cell._asdict(), "asked": key_of(self.kind, asked), "run": self.run}
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {
-            "num_shots": self.config.evaluation.num_shots,
-            "limit": self.config.evaluation.limit,
-        }
-
-    @property
-    def _asked(self) -> str:
-        """Hash of questions, base model and settings, which comparable answers share."""
-        model = [self.base.fingerprint, self.base.tokenizer_fingerprint]
-        return key_of(self.kind, [self.mmlu.fingerprint, *model, self.settings])
+        evaluation = self.config.evaluation
+        return {"num_shots": evaluation.num_shots, "limit": evaluation.limit}
 
     def compute(self, scratch: Path) -> dict[str, Any]:
-        model = self.base
+        model = self.task.model
         if self.cell != BASE_CELL:
             adapter = run_folder(self.root, self.cell) / ADAPTER
             artefacts.pull(adapter)
-            model = load_adapter(self.base, adapter)
-        return _measured(self.config, model, self.mmlu)
-
-    def said(self) -> str:
-        """Returns the line to print of answers that are there."""
-        found = read_evaluation(self.root, self.cell)
-        said = f"{found['result']['test_accuracy']:.2f} % of {found['num_questions']} questions"
-        if num_cut := found["num_truncated"]:
-            said += f" ({num_cut} prompts cut at their beginning)"
-        return said
+            model = load_adapter(model, adapter)
+        mmlu, num = self.task.questions, self.config.probe.tokens_per_batch
+        found = evaluate_mmlu(model, mmlu, **self.settings, tokens_per_batch=num, progress=True)
+        return {
+            "result": {"test_accuracy": found.accuracy, **found.by_group},
+            "by_subject": found.by_subject,
+            "num_questions": found.num_questions,
+            "num_truncated": found.num_truncated,
+            "devices": [device.device_kind for device in jax.devices()],
+        }
 
     def write(self, root: Path, found: dict[str, Any]) -> Written:
-        artefacts.write_json(evaluation_file(root, self.cell), self.key | found)
+        artefacts.write_json(root / self.files[0], self.key | found)
         return Written(self.files)
 
 
-def _finished(config: Config, workdir: Path, base: LanguageModel) -> dict[Cell, str]:
-    """Returns the identity of every finished run; ValueError if they are of another model."""
+def _finished(config: Config, workdir: Path, base: LanguageModel) -> list[list[Any]]:
+    """Returns cell and identity of every finished run; ValueError if they are of another model."""
     trained = records.settings_of(workdir, "finetune", _TRAINED)
     if trained is not None and trained["encoder_fingerprint"] != base.fingerprint:
         raise checks.InputError(
@@ -149,32 +133,14 @@ def _finished(config: Config, workdir: Path, base: LanguageModel) -> dict[Cell, 
             f"{base.architecture.dtype}; expected encoder.weights and lora.dtype as in the stage "
             f"'finetune', {trained['encoder']['weights']} in {trained['lora']['dtype']}."
         )
-    runs = {cell: read_run(workdir, cell) for cell in config.runs()}
-    found = {
-        cell: run.identity
+    runs = {cell: read_run(workdir, cell.name) for cell in config.runs()}
+    found = [
+        [*cell, run.identity]
         for cell, run in runs.items()
         if run is not None and records.RESULT in run.facts
-    }
+    ]
     if not found:
         raise checks.InputError(
             f"evaluate: none of {len(runs)} runs is finished; run the stage 'finetune' first."
         )
     return found
-
-
-def _measured(config: Config, model: LanguageModel, mmlu: Mmlu) -> dict[str, Any]:
-    found = evaluate_mmlu(
-        model,
-        mmlu,
-        num_shots=config.evaluation.num_shots,
-        limit=config.evaluation.limit,
-        tokens_per_batch=config.probe.tokens_per_batch,
-        progress=True,
-    )
-    return {
-        "result": {"test_accuracy": found.accuracy, **found.by_group},
-        "by_subject": found.by_subject,
-        "num_questions": found.num_questions,
-        "num_truncated": found.num_truncated,
-        "devices": [device.device_kind for device in jax.devices()],
-    }

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from dlc_jax.stages.job import Job
 from dlc_jax.stages.selection_files import read_selection
-from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.tasks.measurements import check_is_what_was_scored
 from dlc_jax.workspace import artefacts
 
@@ -18,22 +15,16 @@ def run(job: Job) -> None:
       ValueError: data that are not those that were scored, a selection that is not there, a sample
         that cannot be read, a form that cannot hold what is selected.
     """
-    job.with_scores(lambda inputs: _export(job, inputs))
+    job.workspace.alone(lambda: _export(job))
 
 
-def _export(job: Job, inputs: SelectionInputs) -> None:
+def _export(job: Job) -> None:
     config, workspace = job.config, job.workspace
     check_is_what_was_scored(workspace.root, job.task.load(config.dataset.train))
-    kept = {
-        cell: dataclasses.replace(
-            read_selection(workspace, inputs, cell), scored_ids=inputs.samples.ids
-        )
-        for cell in config.selection.cells()
-    }
+    cells = config.selection.cells()
+    kept = {cell: read_selection(workspace, job.scored, cell) for cell in cells}
     steps = list(job.task.exports(kept, workspace.root))
-    made = [step for step in steps if workspace.ensure(step) is not None]
-    if made:
-        workspace.say(f"export: {len(made)} exports of {len(kept)} selections written")
-    else:
-        workspace.say("export: unchanged, not written again")
+    num_made = sum(workspace.ensure(step) is not None for step in steps)
+    what = f"{num_made} exports of {len(kept)} selections written"
+    workspace.say(f"export: {what if num_made else 'unchanged, not written again'}")
     workspace.say(f"files: {workspace.root / artefacts.EXPORTS}/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from dlc_jax.config import Config
@@ -33,18 +32,11 @@ class Job:
     shown: Selection | None = None
     failures: list[str] = dataclasses.field(default_factory=list)
 
-    def with_scores(self, do: Callable[[SelectionInputs], None]) -> None:
-        """Calls `do` in the first process, the only one that holds the scores.
-
-        Raises:
-          ValueError: in all processes, if it or OSError is raised in the first.
-        """
-
-        def alone() -> None:
-            assert self.inputs is not None
-            do(self.inputs)
-
-        self.workspace.alone(alone)
+    @property
+    def scored(self) -> SelectionInputs:
+        """The inputs, in the first process, the only one that holds them."""
+        assert self.inputs is not None
+        return self.inputs
 
 
 @runtime_checkable
@@ -57,4 +49,3 @@ class Stage(Protocol):
         Raises:
           ValueError: anything wrong with data, model or what earlier stages left.
         """
-        ...

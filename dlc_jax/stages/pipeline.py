@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from dlc_jax.stages.plan import run_plan
 from dlc_jax.stages.report import print_summary, report_if_it_can, report_of_these_results
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.stages.what_was_scored import check_names_what_was_scored
-from dlc_jax.tasks import Task, task_of
+from dlc_jax.tasks import task_of
 from dlc_jax.tasks.export_step import check_can_be_written
 from dlc_jax.tasks.measurements import check_scores_are_whole
 from dlc_jax.workspace import Workspace, artefacts
@@ -60,42 +59,34 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
     settings = (task.score(workspace) if "score" in config.stages else config).to_dict()
     job = Job(config, workspace, task)
     if config.stages == ("report",):
-        workspace.alone(
-            lambda: check_names_what_was_scored(config, workspace.root, task, workspace.say)
-        )
+        workspace.alone(lambda: check_names_what_was_scored(job))
     else:
         with report_of_these_results(workspace):
-            job.inputs = workspace.alone(lambda: _read_scores(config, settings, workspace, task))
+            job.inputs = workspace.alone(lambda: _read_scores(job, settings))
             for name in config.data_kind.stages:
                 if name in config.stages and name not in _BESIDE_SCORES:
                     stage: Stage = importlib.import_module(f"{__package__}.{name}")
                     stage.run(job)
                 # of scores, and of a selection if there is one
                 if name == "select" and {"score", "select"} & set(config.stages):
-                    job.with_scores(functools.partial(_summarise, job))
+                    workspace.alone(lambda: print_summary(job))
     if "report" in config.stages:
-        workspace.alone(lambda: report_if_it_can(config, workspace, bool(job.failures)))
+        workspace.alone(lambda: report_if_it_can(job))
     if job.failures:
         lines = checks.joined(job.failures, "; ")
         raise checks.SharedError(f"{len(job.failures)} runs failed: {lines}")
 
 
-def _summarise(job: Job, inputs: SelectionInputs) -> None:
-    print_summary(job.workspace, inputs.samples, job.shown, job.task)
-
-
-def _read_scores(
-    config: Config, settings: dict[str, Any], workspace: Workspace, task: Task
-) -> SelectionInputs:
+def _read_scores(job: Job, settings: dict[str, Any]) -> SelectionInputs:
     """Reads the scores and writes `config.json`.
 
     The file gets the settings that scoring resolved; fine-tuning may use another encoder.
     """
-    root = workspace.root
+    config, root = job.config, job.workspace.root
     check_scores_are_whole(root)
     samples = artefacts.read_scores(root)
     if "score" not in config.stages:  # the rest of the file still describes the scores
-        check_names_what_was_scored(config, root, task, workspace.say)
+        check_names_what_was_scored(job)
         others = {"seed", "dataset", "encoder", "cache", "probe", "record", "mesh"}
         if "finetune" not in config.stages:
             others |= {"finetune", "lora"}

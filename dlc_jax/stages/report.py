@@ -16,28 +16,21 @@ from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
 from dlc_jax.reports.results import Row
 from dlc_jax.selection import INPUTS, Cell
+from dlc_jax.stages.job import Job
 from dlc_jax.stages.selection_files import pruning_seconds
-from dlc_jax.stages.sweep_results import (
-    note_on_chance,
-    what_is_finished,
-)
-from dlc_jax.tasks import Task
-from dlc_jax.tasks.measurements import skipped_samples
-from dlc_jax.types import Selection
+from dlc_jax.stages.sweep_results import note_on_chance, what_is_finished
+from dlc_jax.tasks.measurements import scored_facts
 from dlc_jax.workspace import Workspace, Written, artefacts, records
-from dlc_jax.workspace.artefacts import ScoredSamples
-
-_FIGURES = ("png", "svg")
 
 
-def report_if_it_can(config: Config, workspace: Workspace, failed: bool) -> None:
+def report_if_it_can(job: Job) -> None:
     """Prints and saves the report; where runs failed, what it lacks is only printed."""
     try:
-        _report(config, workspace)
+        _report(job.config, job.workspace)
     except checks.InputError as error:
-        if not failed:
+        if not job.failures:
             raise
-        workspace.say(f"report: {error}")
+        job.workspace.say(f"report: {error}")
 
 
 @contextlib.contextmanager
@@ -69,9 +62,7 @@ class ReportStep:
     rows: list[Row]
     title: str
 
-    name = "report"
-    kind = "report"
-    stage = "report"
+    name = kind = stage = "report"
     obsolete = ()
 
     @property
@@ -83,12 +74,9 @@ class ReportStep:
         return {}
 
     @property
-    def has_figure(self) -> bool:
-        return any(row.gap is not None for row in self.rows)
-
-    @property
     def files(self) -> tuple[str, ...]:
-        figures = (f"gap_to_random.{kind}" for kind in _FIGURES if self.has_figure)
+        has_figure = any(row.gap is not None for row in self.rows)
+        figures = ("gap_to_random.png", "gap_to_random.svg") if has_figure else ()
         return tuple(f"{artefacts.REPORT}/{name}" for name in ("results.md", *figures))
 
     def compute(self, scratch: Path) -> None:
@@ -100,9 +88,9 @@ class ReportStep:
             file.write(self.text)
         if figures:
             figure = reports.gap_to_random(self.rows, self.title)
-        for kind, name in zip(_FIGURES, figures, strict=False):
+        for name in figures:
             with artefacts.atomic(root / name) as file:
-                figure.savefig(file, format=kind, dpi=150)
+                figure.savefig(file, format=Path(name).suffix[1:], dpi=150)
         return Written(self.files)
 
 
@@ -125,44 +113,31 @@ def _report(config: Config, workspace: Workspace) -> None:
     made_of = artefacts.file_hash(workdir / artefacts.RESULTS)
     step = ReportStep(f"{said}\n\n{table}\n", made_of, rows, title)
     workspace.ensure(step)
-    if step.has_figure:
+    if len(step.files) > 1:
         echo(f"files: {workdir}/{artefacts.REPORT}/ (results.md, gap_to_random.png, .svg)")
     else:
         echo("report: no figure: there is no gap to random; add random to selection.methods")
 
 
-def print_summary(
-    workspace: Workspace,
-    samples: ScoredSamples,
-    shown: Selection | None,
-    task: Task,
-) -> None:
+def print_summary(job: Job) -> None:
     """Prints a table of classes, what was left out, and how long each stage took."""
-    workdir, echo = workspace
-    indices = None
+    (workdir, echo), samples, shown = job.workspace, job.scored.samples, job.shown
     echo("")
     if shown is not None:
-        indices = shown.indices
         cell = Cell(shown.method, shown.keep_fraction, shown.split, shown.seed)
         chosen = "" if shown.chosen is None else f" ({shown.chosen.label})"
         echo(f"kept as in selections/{cell.name}{chosen}:")
-    echo(
-        reports.class_table(
-            samples.class_names, samples.labels, samples.scores["dlc"], samples.ids, indices
-        )
-    )
+    names, labels = samples.class_names, samples.labels
+    indices = None if shown is None else shown.indices
+    echo(reports.class_table(names, labels, samples.scores["dlc"], samples.ids, indices))
     echo("")
-    sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
-    singles = [samples.class_names[j] for j in np.flatnonzero(sizes == 1)]
-    if singles:
-        names = checks.listed(map(visible, singles))
-        echo(f"classes of one sample (in mode 'default' always kept): {names}")
-    if skipped := skipped_samples(workdir):
-        echo(f"{task.left_out}: {len(skipped)}, listed in {artefacts.PROVENANCE}")
+    sizes = np.bincount(labels, minlength=len(names))
+    if singles := [names[j] for j in np.flatnonzero(sizes == 1)]:
+        listed = checks.listed(map(visible, singles))
+        echo(f"classes of one sample (in mode 'default' always kept): {listed}")
+    if skipped := scored_facts(workdir, "dataset").get("skipped"):
+        echo(f"{job.task.left_out}: {len(skipped)}, listed in {artefacts.PROVENANCE}")
     seconds = {record.step: record.seconds for record in records.matching(workdir, "*")}
-    parts = ("score", *INPUTS, "training", "tune", "select")
-    echo(
-        "seconds, when last run: "
-        + ", ".join(f"{name} {seconds[name]:.1f}" for name in parts if name in seconds)
-    )
-    echo(f"files: {workdir}/ ({artefacts.SCORES}, {task.easiest_hardest}, selections/)")
+    parts = [n for n in ("score", *INPUTS, "training", "tune", "select") if n in seconds]
+    echo(f"seconds, when last run: {', '.join(f'{name} {seconds[name]:.1f}' for name in parts)}")
+    echo(f"files: {workdir}/ ({artefacts.SCORES}, {job.task.easiest_hardest}, selections/)")

@@ -17,13 +17,12 @@ from dlc_jax.workspace import Record, Workspace, artefacts, records
 def run(job: Job) -> None:
     """Selects, in the first process."""
 
-    def select(inputs: SelectionInputs) -> None:
-        config, workspace = job.config, job.workspace
-        if config.need.tuning and inputs.tuning is None:
-            inputs.tuning = run_tune(config, workspace, inputs, job.task.load)
-        job.shown = run_select(config, workspace, inputs)
+    def select() -> None:
+        if job.config.need.tuning and job.scored.tuning is None:
+            run_tune(job)
+        job.shown = run_select(job.config, job.workspace, job.scored)
 
-    job.with_scores(select)
+    job.workspace.alone(select)
 
 
 def run_select(config: Config, workspace: Workspace, inputs: SelectionInputs) -> Selection:
@@ -37,13 +36,17 @@ def run_select(config: Config, workspace: Workspace, inputs: SelectionInputs) ->
       ValueError: something that a method needs is missing.
     """
     start, say = time.perf_counter(), workspace.say
-    _note_another_mode(config, workspace)
-    num_aside = _set_superseded_aside(workspace, inputs)
-    if num_aside:
+    settings = records.settings_of(workspace.root, "score", {}) or {}
+    if (scored := settings.get("mode", config.mode)) != config.mode:
+        say(f"select: note: in mode {config.mode!r}, from scores of mode {scored!r}")
+    found = records.matching(workspace.root, f"{artefacts.SELECTIONS}/*/*")
+    superseded = [record for record in found if not _is_current(record, inputs)]
+    for record in superseded:
+        workspace.set_aside(record)
+    if superseded:
         others = "of other scores or mode moved to superseded/, or made with other settings"
-        say(f"select: {num_aside} selections {others}")
-    cells = config.selection.cells()
-    num_made = 0
+        say(f"select: {len(superseded)} selections {others}")
+    cells, num_made = config.selection.cells(), 0
     bare: set[float] = set()  # keep fractions already noted
     for cell in cells:
         made = workspace.ensure(SelectionStep(inputs, cell))
@@ -58,13 +61,13 @@ def run_select(config: Config, workspace: Workspace, inputs: SelectionInputs) ->
                 f"of {len(inputs.samples.class_names)} classes (budgets are rounded in every "
                 "class; selection.min_per_class=1 keeps one)"
             )
-    if num_made or num_aside:
+    if num_made or superseded:
         made_with = {"mode": config.mode, "selection": config.to_dict()["selection"]}
         facts = {"pruning_seconds": pruning_seconds(workspace.root)}
         workspace.note("select", made_with, time.perf_counter() - start, facts)
     if num_made:
         say(f"select: {num_made} selections written")
-    elif num_aside:
+    elif superseded:
         say(f"select: {len(cells)} selections taken back from superseded/")
     else:
         say("select: unchanged, not run again")
@@ -72,28 +75,10 @@ def run_select(config: Config, workspace: Workspace, inputs: SelectionInputs) ->
     return SelectionStep(inputs, of_first[len(of_first) // 2]).read(workspace.root)
 
 
-def _set_superseded_aside(workspace: Workspace, inputs: SelectionInputs) -> int:
-    """Moves selections of other scores, of another mode or made another way to `superseded/`."""
-    found = [
-        record
-        for record in records.matching(workspace.root, f"{artefacts.SELECTIONS}/*/*")
-        if not _is_current(record, inputs)
-    ]
-    for record in found:
-        workspace.set_aside(record)
-    return len(found)
-
-
 def _is_current(record: Record, inputs: SelectionInputs) -> bool:
+    """Whether a selection is of these scores, of this mode and made this way."""
     try:
         cell = Cell(**record.key[records.CELL])
         return record.difference(SelectionStep(inputs, cell)) is None
     except (LookupError, TypeError, ValueError):
         return False  # what the method needs is not there any more, or the record was changed
-
-
-def _note_another_mode(config: Config, workspace: Workspace) -> None:
-    settings = records.settings_of(workspace.root, "score", {}) or {}
-    scored = settings.get("mode", config.mode)
-    if scored != config.mode:
-        workspace.say(f"select: note: in mode {config.mode!r}, from scores of mode {scored!r}")

@@ -41,8 +41,8 @@ class SelectionStep:
         return f"{artefacts.SELECTIONS}/{self.cell.name}"
 
     @property
-    def files(self) -> tuple[str, ...]:
-        return tuple(path.as_posix() for path in files_of(self.cell))
+    def files(self) -> tuple[str, str]:
+        return f"{self.name}.npy", f"{self.name}.json"
 
     @property
     def key(self) -> dict[str, Any]:
@@ -66,7 +66,8 @@ class SelectionStep:
         kept = np.zeros(len(samples.ids), bool)
         kept[selection.indices] = True
         sizes = np.bincount(samples.labels, minlength=len(samples.class_names))
-        key = self.key
+        singles = [samples.class_names[j] for j in selection.single_sample_classes]
+        per_class = zip(samples.class_names, sizes, selection.num_kept_per_class, strict=True)
         manifest = {
             **self.cell._asdict(),
             "version": keys.versions()["dlc_jax"],
@@ -76,41 +77,36 @@ class SelectionStep:
             "kept": _ids_summary(samples, kept),
             "dropped": _ids_summary(samples, ~kept),
             "per_class": {
-                name: {"samples": int(size), "kept": int(num)}
-                for name, size, num in zip(
-                    samples.class_names, sizes, selection.num_kept_per_class, strict=True
-                )
+                name: {"samples": int(size), "kept": int(num)} for name, size, num in per_class
             },
-            "single_sample_classes": [
-                samples.class_names[j] for j in selection.single_sample_classes
-            ],
-            "how": key["how"],
-            "scores_fingerprint": key["scores_fingerprint"],
+            "single_sample_classes": singles,
+            "how": self.inputs.how(self.cell),
+            "scores_fingerprint": self.inputs.fingerprint(self.cell.method),
         }
-        positions, described = files_of(self.cell)
-        with artefacts.atomic(root / positions) as file:
+        positions, described = (root / name for name in self.files)
+        with artefacts.atomic(positions) as file:
             np.save(file, selection.indices)
-        artefacts.write_json(root / described, manifest)
+        artefacts.write_json(described, manifest)
         return Written(self.files, {EARLIER: round(self.inputs.earlier_seconds(self.cell), 3)})
 
     def read(self, root: Path) -> Selection:
-        """Reads the selection, with the ids of the kept samples."""
-        path, described = (root / file for file in files_of(self.cell))
+        """Reads the selection, with the ids of the kept samples and of all."""
+        path, described = (root / name for name in self.files)
         samples, how = self.inputs.samples, self.inputs.how(self.cell)
         chosen = read_json(described, _MANIFEST)["chosen"]
         indices = array_files.read_npy(path)
         checks.positions(str(path), indices, len(samples.ids))
+        sizes = np.bincount(samples.labels[indices], minlength=len(samples.class_names))
         return Selection(
             indices=indices,
             **self.cell._asdict(),
             mode=self.inputs.mode,
             **{name: value for name, value in how.items() if name not in ("score", "tuning")},
             chosen=None if chosen is None else choice_of(chosen),
-            num_kept_per_class=np.bincount(
-                samples.labels[indices], minlength=len(samples.class_names)
-            ),
+            num_kept_per_class=sizes,
             labels_fingerprint=labels_fingerprint(samples.labels),
             ids=samples.ids[indices],
+            scored_ids=samples.ids,
         )
 
 
@@ -121,7 +117,8 @@ def read_selection(workspace: Workspace, inputs: SelectionInputs, cell: Cell) ->
       ValueError: it is not there, is of another cell, was made from other scores, in another mode
         or another way, or its files have changed since.
     """
-    path, described = (workspace.root / file for file in files_of(cell))
+    step = SelectionStep(inputs, cell)
+    path, described = (workspace.root / name for name in step.files)
     manifest = read_json(described, _MANIFEST)
     if not path.exists() or not manifest:
         raise checks.InputError(f"{path}: not there; run the stage 'select' for it first.")
@@ -130,7 +127,6 @@ def read_selection(workspace: Workspace, inputs: SelectionInputs, cell: Cell) ->
             f"{described}: is of {cell_of(manifest).name}, expected {cell.name}. "
             "Run the stage 'select' again."
         )
-    step = SelectionStep(inputs, cell)
     workspace.check(step)
     return step.read(workspace.root)
 
@@ -140,15 +136,9 @@ def pruning_seconds(root: Path) -> dict[str, float]:
     found = {}
     for record in records.matching(root, f"{artefacts.SELECTIONS}/*/*"):
         check_shape(record.facts, {EARLIER: float}, root / records.file_of(record.step), "facts")
-        found[record.step.removeprefix(f"{artefacts.SELECTIONS}/")] = (
-            record.seconds + record.facts[EARLIER]
-        )
+        name = record.step.removeprefix(f"{artefacts.SELECTIONS}/")
+        found[name] = record.seconds + record.facts[EARLIER]
     return found
-
-
-def files_of(cell: Cell) -> list[Path]:
-    """Returns the files of a cell, kept positions and manifest, below the work directory."""
-    return [Path(artefacts.SELECTIONS) / f"{cell.name}{suffix}" for suffix in (".npy", ".json")]
 
 
 def cell_of(facts: Mapping[str, Any]) -> Cell:

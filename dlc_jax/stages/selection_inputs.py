@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,19 @@ class SelectionInputs:
       samples: Ids, labels and scores.
 
     Attributes:
+      input: Returns one of `INPUTS`, [n, d]; raises ValueError if it was not measured.
       tuning: What `auto` stands for; None until it is known.
     """
 
     def __init__(self, config: Config, workdir: Path, samples: ScoredSamples):
         self.samples, self.mode = samples, config.mode
         self.tuning: Tuning | None = None
+        self.input: Callable[[str], np.ndarray] = functools.cache(
+            lambda name: read_input(workdir, name, samples)
+        )
         self._config, self._workdir = config, workdir
         self._fingerprints: dict[str, str] = {}
-        self._inputs: dict[str, np.ndarray] = {}
         self._candidates: dict[tuple[str, ...], Candidates] = {}
-
-    def input(self, name: str) -> np.ndarray:
-        """Returns one of `INPUTS`, [n, d]; raises ValueError if it was not measured."""
-        if name not in self._inputs:
-            self._inputs[name] = read_input(self._workdir, name, self.samples)
-        return self._inputs[name]
 
     def _inputs_of(self, method: str) -> list[str]:
         """Returns the names of the inputs that a method, or `auto`, uses."""
@@ -52,9 +50,8 @@ class SelectionInputs:
 
     def how(self, cell: Cell) -> dict[str, Any]:
         """Returns what decides the selection of a cell besides the scores that it uses."""
-        method, _, split, _ = cell
-        how = self._config.selection.how(method)
-        if AUTO in (method, split):
+        how = self._config.selection.how(cell.method)
+        if AUTO in (cell.method, cell.split):
             how["tuning"] = self._tuned_from
         return how
 
@@ -68,59 +65,46 @@ class SelectionInputs:
 
     def earlier_seconds(self, cell: Cell) -> float:
         """Returns the time that the selection of a cell waits for: of measuring and tuning."""
-        return sum(self._seconds.get(name, 0.0) for name in self._waits_for(cell))
+        method, _, split, _ = cell
+        if AUTO in (method, split):
+            names = {"tune", *self._inputs_of(AUTO)}
+        else:
+            names = {record_with(name) for name in self._inputs_of(method)}
+        if self._by_scores(method):
+            of = SCORES[self._config.selection.score_name(method)].of
+            names.add("training" if of == "training" else "score")
+        return sum(self._seconds.get(name, 0.0) for name in names)
 
     @functools.cached_property
     def _seconds(self) -> dict[str, float]:
         return {record.step: record.seconds for record in records.matching(self._workdir, "*")}
 
-    def _waits_for(self, cell: Cell) -> set[str]:
-        method, _, split, _ = cell
-        selection, scored = self._config.selection, set()
-        if method == AUTO or SELECTORS[method].needs == "scores" or self._by_difficulty:
-            of = SCORES[selection.score_name(method)].of
-            scored = {"training" if of == "training" else "score"}
-        if AUTO in (method, split):
-            return scored | {"tune", *self._inputs_of(AUTO)}
-        return scored | {record_with(name) for name in self._inputs_of(method)}
-
-    @property
-    def _by_difficulty(self) -> bool:
-        return self._config.selection.allocation != "proportional"
+    def _by_scores(self, method: str) -> bool:
+        """Whether scores decide what a method selects, or how much of each class."""
+        by_difficulty = self._config.selection.allocation != "proportional"
+        return method == AUTO or SELECTORS[method].needs == "scores" or by_difficulty
 
     def fingerprint(self, method: str) -> str:
         """SHA-256 over the samples and what a selection of this method uses."""
         if method not in self._fingerprints:
-            self._fingerprints[method] = self._fingerprint(method)
+            name = self._config.selection.score_of(method) if self._by_scores(method) else "dlc"
+            arrays = {name: self.samples.score(name)}
+            arrays |= {name: self.input(name) for name in self._inputs_of(method)}
+            self._fingerprints[method] = self.samples.fingerprint_of(arrays)
         return self._fingerprints[method]
-
-    def _fingerprint(self, method: str) -> str:
-        by_scores = method == AUTO or SELECTORS[method].needs == "scores" or self._by_difficulty
-        name = self._config.selection.score_of(method) if by_scores else "dlc"
-        arrays = {name: self.samples.score(name)}
-        return self.samples.fingerprint_of(
-            arrays | {name: self.input(name) for name in self._inputs_of(method)}
-        )
 
     def select(self, cell: Cell) -> Selection:
         """Selects a cell."""
-        method, keep_fraction, split, seed = cell
-        tuned = AUTO in (method, split)
-        selection = self._config.selection
-        by = (selection.score_of(method), *self._inputs_of(method))
+        selection, samples = self._config.selection, self.samples
+        score, *names = by = (selection.score_of(cell.method), *self._inputs_of(cell.method))
         if by not in self._candidates:
+            inputs = {name: self.input(name) for name in names}
             self._candidates[by] = Candidates(
-                self.samples.score(by[0]),
-                self.samples.labels,
-                ids=self.samples.ids,
-                inputs={name: self.input(name) for name in by[1:]},
+                samples.score(score), samples.labels, ids=samples.ids, inputs=inputs
             )
         return self._candidates[by].select(
-            method=method,
-            keep_fraction=keep_fraction,
-            split=split,
-            seed=seed,
-            tuning=self.tuning if tuned else None,
-            mode=self._config.mode,
-            rules=selection.rules_of(method),
+            **cell._asdict(),
+            tuning=self.tuning if AUTO in (cell.method, cell.split) else None,
+            mode=self.mode,
+            rules=selection.rules_of(cell.method),
         )

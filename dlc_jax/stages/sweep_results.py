@@ -18,8 +18,7 @@ from dlc_jax.stages.selection_files import CELL, cell_of
 from dlc_jax.training.folder import PER_CLASS, read_metrics
 from dlc_jax.workspace import Record, artefacts, records
 
-BASE = "base"
-COLUMNS = ("method", "keep_fraction", "split", "seed", "num_kept", "test_accuracy", "seconds")
+_COLUMNS = ("method", "keep_fraction", "split", "seed", "num_kept", "test_accuracy", "seconds")
 # What instructions have besides: nats per response token, and accuracies on parts of MMLU.
 _MORE_COLUMNS = ("test_loss", "humanities", "social_sciences", "stem", "other")
 _RESULT = {"num_kept": int, "seconds": float, "test_accuracy?": (float, None)}
@@ -34,7 +33,7 @@ _EVALUATION = {
 }
 _SHOWN = ("epochs", "batch_size", "optimiser", "rank", "learning_rate", "linear_probe", "dtype")
 # What was not fine-tuned, to compare with.
-BASE_CELL = Cell(BASE, 0.0, None, 0)
+BASE_CELL = Cell("base", 0.0, None, 0)
 
 
 def what_is_finished(config: Config, workdir: Path) -> str:
@@ -65,28 +64,14 @@ class _End(NamedTuple):
     train_accuracy: float
     test_accuracy: float
     num_classes: int
-    num_kept: int
-    num_test: int
-
-    @property
-    def is_chance(self) -> bool:
-        """Whether both are at most three standard deviations above guessing."""
-        trained = _most_by_chance(self.num_classes, self.num_kept)
-        tested = _most_by_chance(self.num_classes, self.num_test)
-        return self.train_accuracy <= trained and self.test_accuracy <= tested
-
-
-def _most_by_chance(num_classes: int, num_samples: int) -> float:
-    share = 1 / num_classes
-    return 100 * (share + 3 * math.sqrt(share * (1 - share) / max(num_samples, 1)))
+    is_chance: bool  # both are at most three standard deviations above guessing
 
 
 def note_on_chance(workdir: Path) -> str:
     """Returns a line on runs that learned nothing, the full set's first; "" if there are none."""
-    paths = sorted(
-        (workdir / artefacts.FINETUNE).glob("*/*"), key=lambda path: path.parent.name != FULL
-    )
-    ends = [end for end in map(_end_of, paths) if end is not None and end.num_classes > 1]
+    paths = (workdir / artefacts.FINETUNE).glob("*/*")
+    full_first = sorted(paths, key=lambda path: path.parent.name != FULL)
+    ends = [end for end in map(_end_of, full_first) if end is not None]
     at_chance = [end for end in ends if end.is_chance]
     if not at_chance:
         return ""
@@ -101,21 +86,24 @@ def note_on_chance(workdir: Path) -> str:
 
 
 def _end_of(path: Path) -> _End | None:
-    """Reads how a run on images ended; None if it has not, was not trained, or is unreadable."""
+    """Reads how a run on images ended; None if it has not, was not trained, or is unreadable.
+
+    Also None for one class, which is always guessed right.
+    """
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, csv.Error):
         run = records.read(path, records.RUN)
-        if run is None:
-            return None
-        result = run.facts[records.RESULT]
         with open(path / PER_CLASS, newline="") as file:
             tested = [int(row["num_test"]) for row in csv.DictReader(file)]
-        accuracies = (
-            float(read_metrics(path)[-1]["train_accuracy"]),
-            float(result["test_accuracy"]),
+        if run is None or len(tested) < 2:
+            return None
+        result, share = run.facts[records.RESULT], 1 / len(tested)
+        trained = float(read_metrics(path)[-1]["train_accuracy"])
+        right, num_kept = float(result["test_accuracy"]), int(result["num_kept"])
+        is_chance = all(
+            accuracy <= 100 * (share + 3 * math.sqrt(share * (1 - share) / max(number, 1)))
+            for accuracy, number in ((trained, num_kept), (right, sum(tested)))
         )
-        return _End(
-            path.parent.name, *accuracies, len(tested), int(result["num_kept"]), sum(tested)
-        )
+        return _End(path.parent.name, trained, right, len(tested), is_chance)
     return None
 
 
@@ -126,23 +114,23 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
     for run in read_runs(workdir)[0].values():
         if records.RESULT in run.facts:
             cell = cell_of(run.facts["cell"])
-            measured = _measured(workdir, cell, run.identity, base.get("asked"))
-            rows.append({**run.facts[records.RESULT], **cell._asdict(), **measured})
+            row = {**run.facts[records.RESULT], **cell._asdict()}
+            # accuracies of this very run, on what the base model was asked, or none beside it
+            measured = read_evaluation(workdir, cell)
+            if measured.get("run") == run.identity and measured.get("asked") == base.get("asked"):
+                row |= measured["result"]
+            rows.append(row)
     if base:
         rows.append({**BASE_CELL._asdict(), "num_kept": 0, "seconds": 0.0, **base["result"]})
-    rows.sort(
-        key=lambda row: (
-            row["method"] != BASE,
-            row["method"] != FULL,
-            row["method"] != "random",
-            row["method"],
-            row["keep_fraction"],
-            str(row["split"] or ""),
-            row["seed"],
-        )
-    )
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        method, keep_fraction, split, seed = (row[name] for name in Cell._fields)
+        is_later = [method != name for name in (BASE_CELL.method, FULL, "random")]
+        return is_later, method, keep_fraction, str(split or ""), seed
+
+    rows.sort(key=place)
     with artefacts.atomic(workdir / artefacts.RESULTS, "w") as file:
-        columns = [*COLUMNS, *(name for name in _MORE_COLUMNS if any(name in row for row in rows))]
+        columns = [*_COLUMNS, *(name for name in _MORE_COLUMNS if any(name in row for row in rows))]
         table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
@@ -154,16 +142,13 @@ def run_folder(workdir: Path, cell: Cell) -> Path:
     return workdir / artefacts.FINETUNE / cell.name
 
 
-def read_run(workdir: Path, cell: Cell) -> Record | None:
-    """Returns the record of a cell's run, finished or not; None before it has started.
+def read_run(workdir: Path, name: str) -> Record | None:
+    """Returns the record of a run by the name of its cell; None before it has started.
 
     Raises:
       ValueError: it is damaged, or of another cell.
     """
-    return _read_run(run_folder(workdir, cell), cell.name)
-
-
-def _read_run(folder: Path, name: str) -> Record | None:
+    folder = workdir / artefacts.FINETUNE / name
     run, path = records.read(folder, records.RUN), folder / records.file_of(records.RUN)
     if run is not None:
         check_shape(run.facts, _RUN, path)
@@ -177,12 +162,10 @@ def read_runs(workdir: Path) -> tuple[dict[str, Record], dict[str, str]]:
     for path in (workdir / artefacts.FINETUNE).glob("*/*"):
         name = f"{path.parent.name}/{path.name}"
         try:
-            run = _read_run(path, name)
+            if (run := read_run(workdir, name)) is not None:
+                runs[name] = run
         except (checks.InputError, OSError) as error:
             unreadable[name] = str(error)
-            continue
-        if run is not None:
-            runs[name] = run
     return runs, unreadable
 
 
@@ -192,29 +175,13 @@ def _check_cell(facts: dict[str, Any], name: str, path: Path) -> None:
         raise checks.InputError(f"{path}: is of {found}, expected {name}. Delete it to run again.")
 
 
-def evaluation_file(workdir: Path, cell: Cell) -> Path:
-    """Returns where the stage `evaluate` writes what it measured of a run."""
-    return workdir / artefacts.EVALUATE / f"{cell.name}.json"
-
-
 def read_evaluation(workdir: Path, cell: Cell) -> dict[str, Any]:
     """Returns what the stage `evaluate` measured of a run, {} if it did not.
 
     Raises:
       ValueError: the file is damaged, or of another cell.
     """
-    path = evaluation_file(workdir, cell)
+    path = workdir / artefacts.EVALUATE / f"{cell.name}.json"
     found: dict[str, Any] = artefacts.read_json(path, _EVALUATION)
     _check_cell(found, cell.name, path)
     return found
-
-
-def _measured(workdir: Path, cell: Cell, run_inputs: str, asked: str | None) -> dict[str, Any]:
-    """Returns what was measured of this very run; nothing where that, or what was asked, differs.
-
-    Accuracies on other questions, or with other examples, are not to stand beside the base model's.
-    """
-    found = read_evaluation(workdir, cell)
-    is_it = found.get("run") == run_inputs and found.get("asked") == asked
-    result: dict[str, Any] = found["result"] if found and is_it else {}
-    return result

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from dlc_jax import reports
 from dlc_jax.checks.escaping import csv_cell
-from dlc_jax.config import Config
 from dlc_jax.distributed import Run, make_mesh
 from dlc_jax.stages.job import Job
 from dlc_jax.stages.selection_files import CHOICE, choice_of
-from dlc_jax.stages.selection_inputs import SelectionInputs
-from dlc_jax.tasks.images import load_configured
-from dlc_jax.tasks.measurements import check_is_what_was_scored
+from dlc_jax.tasks.task import TunedTask
 from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
 from dlc_jax.types import Gap, Tried, Tuning
-from dlc_jax.workspace import Record, Workspace, Written, artefacts, records
-from dlc_jax.workspace.artefacts import ScoredSamples
+from dlc_jax.workspace import Record, Written, artefacts, records
 
 _FILE = f"{artefacts.TUNING}/tuning.json"
 _TABLE = f"{artefacts.TUNING}/tuning.csv"
-# what fine-tuning on subsets has so far, and its records
-_TRIALS = tuple(f"{artefacts.TUNING}/{name}" for name in ("trials", records.FOLDER))
-_REPORT = f"{artefacts.TUNING}/tuning.md"
 _FIGURE = f"{artefacts.TUNING}/curve.png"
 _GAPS = ("to_random", "to_full", "to_even")
 _TRIED = {"keep_fraction": float, "method": str, "split": (float, None), "accuracy": float}
@@ -51,17 +43,13 @@ _TUNING = {
 
 def run(job: Job) -> None:
     """Tunes, or reads the results of an earlier run, in the first process."""
-
-    def tune_or_read(inputs: SelectionInputs) -> None:
-        inputs.tuning = run_tune(job.config, job.workspace, inputs, job.task.load)
-
-    job.with_scores(tune_or_read)
+    job.workspace.alone(lambda: run_tune(job))
 
 
-def run_tune(
-    config: Config, workspace: Workspace, inputs: SelectionInputs, load: Callable[[str], Any]
-) -> Tuning:
-    """Tunes on held-out parts of the training data, or reads the results of an earlier run.
+def run_tune(job: Job) -> None:
+    """Finds `job.scored.tuning`.
+
+    Tunes on held-out parts of the training data, or reads the results of an earlier run.
 
     The test set is not loaded here. Writes tuning.json (all of it), tuning.csv (a row per way of
     choosing), tuning.md (choices, and the smallest keep fraction that will do) and curve.png.
@@ -69,24 +57,24 @@ def run_tune(
     Raises:
       ValueError: features that are not there, data that were not scored; see also `tune`.
     """
-    say, samples = workspace.say, inputs.samples
+    config, (root, say), inputs = job.config, job.workspace, job.scored
     score = config.selection.score_of("flexrand")
-    arrays = {score: samples.score(score)}
+    arrays = {score: inputs.samples.score(score)}
     if config.tuning.needs_features:
         arrays["features"] = inputs.input("features")
-    trials = _finetune_trials(config, workspace, samples, load)
-    step = TuningStep(config, samples, arrays, trials, config.selection.keep_fractions, say)
-    step = step.covered_by(records.read(workspace.root, step.name))
-    if not workspace.ensure(step):
+    trials = None
+    if config.tuning.by == "finetune":
+        trials = cast(TunedTask, job.task).trials(job.workspace, inputs.samples.ids)
+    step = TuningStep(job, arrays, trials, config.selection.keep_fractions)
+    step = step.covered_by(records.read(root, step.name))
+    if not job.workspace.ensure(step):
         say("tune: unchanged, not run again")
-    tuning = step.read(workspace.root)
-    curve = keep_curve(tuning, tolerance=config.tuning.tolerance)
-    table = reports.tuning_table(tuning, curve)
-    with artefacts.atomic(workspace.root / _REPORT, "w") as file:
-        file.write(f"{table}\n")
+    inputs.tuning = step.read(root)
+    curve = keep_curve(inputs.tuning, tolerance=config.tuning.tolerance)
+    table = reports.tuning_table(inputs.tuning, curve)
+    job.workspace.write_text(f"{artefacts.TUNING}/tuning.md", f"{table}\n")
     say(f"\n{table}\n")
-    say(f"files: {workspace.root}/{artefacts.TUNING}/ (tuning.md, tuning.csv, curve.png)")
-    return tuning
+    say(f"files: {root}/{artefacts.TUNING}/ (tuning.md, tuning.csv, curve.png)")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,43 +82,38 @@ class TuningStep:
     """Accuracies on held-out parts of the training data, by way of choosing, `tuning/`.
 
     Attributes:
-      config: Checked configuration.
-      samples: Samples with their scores.
       arrays: Score that hardness is measured by, [n], and features, [n, d], where they are used.
       trials: Fine-tuning of held-out parts; None: linear heads.
       keep_fractions: Keep fractions to tune; each is tuned as if there were no others.
-      say: Takes each line meant for the user.
     """
 
-    config: Config
-    samples: ScoredSamples
+    job: Job
     arrays: dict[str, np.ndarray]
     trials: FinetuneTrials | None
     keep_fractions: tuple[float, ...]
-    say: Callable[[str], None]
 
-    name = "tune"
+    name = stage = "tune"
     kind = "tuning"
-    stage = "tune"
     files = (_FILE, _TABLE, _FIGURE)
-    obsolete = _TRIALS
+    # what fine-tuning on subsets has so far, and its records
+    obsolete = (f"{artefacts.TUNING}/trials", f"{artefacts.TUNING}/{records.FOLDER}")
 
     @property
     def key(self) -> dict[str, Any]:
         return {
-            "decides_auto": self.config.decides_auto,
-            "scores": self.samples.fingerprint_of(self.arrays),
+            "decides_auto": self.job.config.decides_auto,
+            "scores": self.job.scored.samples.fingerprint_of(self.arrays),
             "trained": None if self.trials is None else self.trials.fingerprint,
             "keep_fractions": self.keep_fractions,
         }
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self.config.decides_auto | {"keep_fractions": self.keep_fractions}
+        return self.job.config.decides_auto | {"keep_fractions": self.keep_fractions}
 
     def covered_by(self, known: Record | None) -> TuningStep:
         """Returns the step of a tuning that has these keep fractions and more, or this step."""
-        theirs = [] if known is None else known.key.get("keep_fractions")
+        theirs = None if known is None else known.key.get("keep_fractions")
         if known is None or not isinstance(theirs, list):
             return self
         wider = dataclasses.replace(self, keep_fractions=tuple(theirs))
@@ -138,13 +121,13 @@ class TuningStep:
         return wider if covers and known.difference(wider) is None else self
 
     def compute(self, scratch: Path) -> Tuning:
-        config, trials = self.config, self.trials
-        self.say(f"tune: by {config.tuning.by}, {config.tuning.num_repeats} held-out fifths")
-        score = config.selection.score_of("flexrand")
+        config, samples, trials = self.job.config, self.job.scored.samples, self.trials
+        how = f"by {config.tuning.by}, {config.tuning.num_repeats} held-out fifths"
+        self.job.workspace.say(f"tune: {how}")
         tuning = tune(
-            self.arrays[score],
-            self.samples.labels,
-            ids=self.samples.ids,
+            self.arrays[config.selection.score_of("flexrand")],
+            samples.labels,
+            ids=samples.ids,
             features=self.arrays.get("features"),
             trials=trials or config.linear_probe,
             keep_fractions=self.keep_fractions,
@@ -170,43 +153,19 @@ class TuningStep:
                 table.writerow(cells)
         with artefacts.atomic(root / _FIGURE) as file:
             reports.tuning_figure(tuning).savefig(file, format="png", dpi=150)
-        artefacts.write_json(root / _FILE, _to_json(tuning))
+        lists = ("methods", "splits", "tried")
+        rows = {name: [row._asdict() for row in getattr(tuning, name)] for name in lists}
+        artefacts.write_json(root / _FILE, vars(tuning) | rows)
         return Written(self.files, seconds=tuning.seconds)
 
     def read(self, root: Path) -> Tuning:
-        return _from_json(artefacts.read_json(root / _FILE, _TUNING))
+        values = artefacts.read_json(root / _FILE, _TUNING)
+        fields = {name: values[name] for name in _TUNING}
+        for name, read in (("methods", choice_of), ("splits", choice_of), ("tried", _tried)):
+            fields[name] = tuple(map(read, values[name]))
+        return Tuning(**fields)
 
 
-def _finetune_trials(
-    config: Config, workspace: Workspace, samples: ScoredSamples, load: Callable[[str], Any]
-) -> FinetuneTrials | None:
-    """Returns what fine-tunes; None where linear heads are trained instead."""
-    if config.tuning.by == "linear_probe":
-        return None
-    dataset = load(config.dataset.train)
-    check_is_what_was_scored(workspace.root, dataset)
-    scored = np.flatnonzero(np.isin(dataset.ids, samples.ids))  # others could not be read
-    return FinetuneTrials(
-        load_configured(config),
-        config.images(dataset.subset(scored)),
-        config.finetune,
-        mode=config.mode,
-        run=Run(workspace.root / artefacts.TUNING, make_mesh(devices=jax.local_devices())),
-    )
-
-
-def _to_json(tuning: Tuning) -> dict[str, Any]:
-    values = {name: getattr(tuning, name) for name in Tuning.__dataclass_fields__}
-    for name in ("methods", "splits", "tried"):
-        values[name] = [row._asdict() for row in values[name]]
-    return values
-
-
-def _from_json(values: dict[str, Any]) -> Tuning:
-    def tried(row: dict[str, Any]) -> Tried:
-        gaps = {name: None if row[name] is None else Gap(*row[name]) for name in _GAPS}
-        return Tried(*((row | gaps)[name] for name in Tried._fields))
-
-    fields = {name: values[name] for name in _TUNING}
-    fields |= {name: tuple(map(choice_of, values[name])) for name in ("methods", "splits")}
-    return Tuning(**fields | {"tried": tuple(map(tried, values["tried"]))})
+def _tried(facts: dict[str, Any]) -> Tried:
+    gaps = {name: None if facts[name] is None else Gap(*facts[name]) for name in _GAPS}
+    return Tried(*((facts | gaps)[name] for name in Tried._fields))

@@ -45,10 +45,9 @@ def agree(facts: Mapping[str, Any], of: str = "") -> None:
 
 def agree_on_settings(config: Config, workdir: str) -> None:
     """Raises ValueError unless all processes have the same settings, code and work directory."""
-    settings = _flat(config.to_dict())
-    of_machine = [name for name in settings if name.startswith("cache.")]
-    facts = {f"config.{name}": settings[name] for name in settings if name not in of_machine}
-    versions = keys.versions()
+    settings, versions = _flat(config.to_dict(), "config."), keys.versions()
+    # the cache is a machine's own
+    facts = {name: settings[name] for name in settings if not name.startswith("config.cache.")}
     facts |= {f"version of {name}": versions[name] for name in ("dlc_jax", "jax")}
     agree({"workdir": workdir} | facts)
 
@@ -63,11 +62,7 @@ def agree_on_images(dataset: Dataset) -> None:
         return
     agree({"class names": dataset.class_names}, f"{dataset.name}: ")
     ids, labels = dataset.ids, dataset.labels
-
-    def head(position: int) -> str:
-        return f"{ids[position]}\0{labels[position]}\0{_size(dataset, position)}"
-
-    _same_rows(dataset.name, ids, head)
+    _same_rows(dataset.name, ids, lambda i: f"{ids[i]}\0{labels[i]}\0{_size(dataset, i)}")
     count, me = processes.count(), processes.index()
     num_readers = count if dataset.num_blocks <= _FEW_BLOCKS else min(count, _READERS)
     blocks = range(dataset.num_blocks)
@@ -140,9 +135,8 @@ def _same_rows(
             )
 
 
-def _digest(text: str | bytes) -> str:
-    data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
-    return hashlib.sha256(data).hexdigest()[:16]
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _size(dataset: Dataset, position: int) -> int:
@@ -154,12 +148,12 @@ def _size(dataset: Dataset, position: int) -> int:
         return -1
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested settings by their dotted names."""
+def _flat(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns nested settings by their dotted names, after a prefix."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        is_nested = isinstance(value, dict)
-        found |= _flat(value, f"{prefix}{name}.") if is_nested else {f"{prefix}{name}": value}
+        name = f"{prefix}{name}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
 
 

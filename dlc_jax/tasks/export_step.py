@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, TypeAlias
 
 from dlc_jax import checks
 from dlc_jax.config import Config
@@ -15,30 +16,30 @@ from dlc_jax.selection import Cell
 from dlc_jax.types import Selection
 from dlc_jax.workspace import Written, artefacts, records
 
+# Returns what writes a part of a selection in a form, whole or not at all; ValueError if empty.
+Writer: TypeAlias = Callable[[Selection, str], Callable[[str, Path], Any]]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExportStep:
     """One part of a selection in one form, below `exports/`.
 
     Attributes:
-      name: Path of the file or folder below the work directory.
-      is_folder: Whether it is a folder.
+      name: Path below the work directory; a file has a suffix, a folder has none.
       key: Data, selection, form and part that it is made from.
       put: Writes it, whole or not at all.
     """
 
     name: str
-    is_folder: bool
     key: Mapping[str, Any]
     put: Callable[[Path], Any]
 
-    kind = "export"
-    stage = "export"
+    kind = stage = "export"
     obsolete = ()
 
     @property
     def files(self) -> tuple[str, ...]:
-        return () if self.is_folder else (self.name,)
+        return () if _is_folder(self.name) else (self.name,)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -49,18 +50,8 @@ class ExportStep:
 
     def write(self, root: Path, _: None) -> Written:
         self.put(root / self.name)
-        if not self.is_folder:
-            return Written(self.files)
-        return Written(f"{self.name}/{name}" for name in artefacts.names_below(root / self.name))
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """How a part of a selection is written."""
-
-    def __call__(self, kept: Selection, part: str, /) -> Callable[[str, Path], Any]:
-        """Returns what writes the part in a form, whole or not at all; ValueError if empty."""
-        ...
+        below = [f"{self.name}/{name}" for name in artefacts.names_below(root / self.name)]
+        return Written(self.files or below)
 
 
 def export_steps(
@@ -76,24 +67,22 @@ def export_steps(
       writer: How each part is written.
     """
     for cell, selection in kept.items():
-        made_from = _made_from(root, cell)
+        record = records.read(root, f"{artefacts.SELECTIONS}/{cell.name}")
+        assert record is not None  # it was read
+        (positions,) = (name for name in record.outputs if name.endswith(".npy"))
+        made_from = {"selection": record.key, "kept": record.outputs[positions]}
         for part in config.export.parts:
             write = writer(selection, part)
             for form in config.export.forms:
-                if (written := config.data_kind.forms[form]) is None:
-                    continue
-                path = f"{artefacts.EXPORTS}/{cell.name}/{part}{written.suffix}"
                 key = {"form": form, "part": part, "dataset": data, **made_from}
-                is_folder = not written.suffix.startswith(".")
-                yield ExportStep(path, is_folder, key, functools.partial(write, form))
+                if path := _path(config, cell, part, form):
+                    yield ExportStep(path, key, functools.partial(write, form))
 
 
-def _made_from(root: Path, cell: Cell) -> dict[str, Any]:
-    """Returns what decides a selection that is there, and the SHA-256 of its positions."""
-    selection = records.read(root, f"{artefacts.SELECTIONS}/{cell.name}")
-    assert selection is not None  # it was read
-    (positions,) = (name for name in selection.outputs if name.endswith(".npy"))
-    return {"selection": selection.key, "kept": selection.outputs[positions]}
+def _path(config: Config, cell: Cell, part: str, form: str) -> str | None:
+    """Returns where a part goes, below the work directory; None: the form chooses its paths."""
+    written = config.data_kind.forms[form]
+    return None if written is None else f"{artefacts.EXPORTS}/{cell.name}/{part}{written.suffix}"
 
 
 def check_can_be_written(config: Config, root: Path) -> None:
@@ -103,20 +92,22 @@ def check_can_be_written(config: Config, root: Path) -> None:
             "export.forms: a bucket cannot hold image_links; expected image_folder, or a --workdir "
             "that is no bucket."
         )
-    for form in config.export.forms:
-        if (written := config.data_kind.forms[form]) is None:
-            continue
-        for cell in config.selection.cells():
-            for part in config.export.parts:
-                path = root / artefacts.EXPORTS / cell.name / f"{part}{written.suffix}"
-                check_path(path, root, is_folder=not written.suffix.startswith("."))
+    for form, cell, part in itertools.product(
+        config.export.forms, config.selection.cells(), config.export.parts
+    ):
+        if path := _path(config, cell, part, form):
+            check_path(root / path, root)
 
 
-def check_path(path: Path, workdir: Path, *, is_folder: bool) -> None:
+def check_path(path: Path, workdir: Path) -> None:
     """Raises where something in the work directory is in the way of a file or folder."""
     there = next(parent for parent in path.parents if parent.exists() or parent == workdir)
     if there.exists() and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         what = "cannot be written to" if there.is_dir() else "is no folder"
         raise checks.InputError(f"{there}: {what}; {path.name} is to be written there.")
-    if not is_folder and path.is_dir() and not path.is_symlink():
+    if not _is_folder(path) and path.is_dir() and not path.is_symlink():
         raise checks.InputError(f"{path}: is a folder; expected a file or nothing there.")
+
+
+def _is_folder(path: str | Path) -> bool:
+    return not Path(path).suffix

@@ -58,9 +58,8 @@ class LossesStep:
     scored: Scored
     asked: dict[str, Any]  # settings as the user gave them
 
-    name = "score"
+    name = stage = "score"
     kind = "losses"
-    stage = "score"
     files = (artefacts.LOSSES, artefacts.PICTURE)
     obsolete = (artefacts.UNFINISHED,)
 
@@ -74,73 +73,59 @@ class LossesStep:
 
     @property
     def settings(self) -> dict[str, Any]:
-        values = self.scored.config.to_dict()
-        used = {name: values[name] for name in ("mode", "seed", "encoder", "probe")}
-        return used | {"asked": self.asked}
+        values = self.scored.config.to_dict() | {"asked": self.asked}
+        return {name: values[name] for name in ("mode", "seed", "encoder", "probe", "asked")}
 
     def compute(self, scratch: Path) -> ProbeLosses:
         config, dataset, encoder, say = self.scored
         run = self.scored.run(scratch)
         assert run.mesh is not None
-        say(
-            f"score: {len(dataset)} samples of {dataset.num_classes} classes, "
-            f"{encoder.name} on {said_of(run.mesh)}"
-        )
+        what = f"{len(dataset)} samples of {dataset.num_classes} classes"
+        say(f"score: {what}, {encoder.name} on {said_of(run.mesh)}")
         if config.cache.max_gib and not config.cache.takes(len(dataset), config.encoder.image_size):
             say(
                 f"score: note: decoded images are more than cache.max_gib={config.cache.max_gib:g};"
                 " they are decoded twice, and not kept"
             )
+        images, how = config.images(dataset), config.probe
         probes = probe(
-            encoder,
-            config.images(dataset),
-            mode=config.mode,
-            seed=config.seed,
-            path=config.probe,
-            compute=config.probe,
-            run=run,
+            encoder, images, mode=config.mode, seed=config.seed, path=how, compute=how, run=run
         )
         dataset.mid_grey.update(*processes.everyones(sorted(dataset.mid_grey)))
-        if dataset.mid_grey:
-            say(mid_grey_note("score", sorted(dataset.mid_grey)))
-        _say_path(config, probes, say)
+        note_mid_grey("score", dataset, say)
+        last = probes.sparsity[-1]
+        say(f"score: {len(probes.sparsity)} probes up to sparsity {last:.2f}")
+        is_grid = how.placement == "grid" and how.num_probes != AUTO
+        if is_grid and last < _SHORT_PATH:
+            say(
+                "score: note: the path stops early, where losses are nearly the unmasked network's;"
+                " --config.probe.placement=midpoint spreads the probes over all of it"
+            )
         return probes
 
     def write(self, root: Path, probes: ProbeLosses) -> Written:
         config, dataset, encoder, say = self.scored
-        artefacts.write_losses(
-            root,
-            losses=probes.losses,
-            sparsity=probes.sparsity,
-            labels=probes.labels,
-            ids=probes.ids,
-        )
+        arrays = {name: getattr(probes, name) for name in ("losses", "sparsity", "labels", "ids")}
+        artefacts.write_losses(root, **arrays)
         positions = np.flatnonzero(np.isin(dataset.ids, list(probes.skipped), invert=True))
         picture = reports.easiest_hardest(dataset, positions, score(probes))
         with artefacts.atomic(root / artefacts.PICTURE) as file:
             picture.save(file, "PNG", optimize=True)
-        facts = {
-            "dataset": _scored_facts(dataset, probes),
-            "encoder": _encoder_facts(encoder, config.encoder.weights),
-        }
+        sizes = np.bincount(probes.labels, minlength=dataset.num_classes)
+        singles = [dataset.class_names[j] for j in np.flatnonzero(sizes == 1)]
+        scored = {"skipped": probes.skipped, "single_sample_classes": singles}
+        named = {"name": encoder.name, "weights": config.encoder.weights}
+        of_encoder = ("fingerprint", "mean", "std", "normalisation", "pooling")
+        decided = {name: getattr(encoder, name) for name in of_encoder}
+        facts = {"dataset": dataset_facts(dataset) | scored, "encoder": named | decided}
         certificate = write_certificate(root, probes, config.seed, say)
         return Written([*self.files, *certificate], facts)
 
 
-def _say_path(config: Config, probes: ProbeLosses, echo: Callable[[str], None]) -> None:
-    echo(f"score: {len(probes.sparsity)} probes up to sparsity {probes.sparsity[-1]:.2f}")
-    is_grid = config.probe.placement == "grid" and config.probe.num_probes != AUTO
-    if is_grid and probes.sparsity[-1] < _SHORT_PATH:
-        echo(
-            "score: note: the path stops early, where losses are nearly the unmasked network's; "
-            "--config.probe.placement=midpoint spreads the probes over all of it"
-        )
-
-
 def _features(scored: Scored, run: Run) -> Float32[np.ndarray, "n d"]:
     config, dataset, encoder, _ = scored
-    images, compute = config.images(dataset), config.probe
-    return features(encoder, images, mode=config.mode, compute=compute, run=run)
+    images = config.images(dataset)
+    return features(encoder, images, mode=config.mode, compute=config.probe, run=run)
 
 
 class Measurement(NamedTuple):
@@ -202,44 +187,20 @@ class InputStep:
         return Written(self.files)
 
 
-def mid_grey_note(stage: str, ids: list[str]) -> str:
-    """Returns the note on constant images, which `min_max` cannot stretch."""
-    return (
-        f"{stage}: note: {len(ids)} constant images are mid-grey by dataset.deep_images=min_max: "
-        f"{checks.listed(map(visible, ids))}"
-    )
+def note_mid_grey(stage: str, dataset: Dataset, say: Callable[[str], None]) -> None:
+    """Notes constant images, which `min_max` cannot stretch."""
+    if ids := sorted(dataset.mid_grey):
+        why = "constant images are mid-grey by dataset.deep_images=min_max"
+        say(f"{stage}: note: {len(ids)} {why}: {checks.listed(map(visible, ids))}")
 
 
 def dataset_facts(dataset: Dataset) -> dict[str, Any]:
     """Returns facts about a data set, scored or only tested on, for its record."""
+    as_named = ("num_classes", "label_table", "empty_classes", "left_out", "deep_images")
     return {
         "source": dataset.name,
         "fingerprint": dataset.fingerprint,
         "num_samples": len(dataset),
-        "num_classes": dataset.num_classes,
-        "label_table": dataset.label_table,
-        "empty_classes": dataset.empty_classes,
-        "left_out": dataset.left_out,
-        "deep_images": dataset.deep_images,
+        **{name: getattr(dataset, name) for name in as_named},
         "mid_grey": sorted(dataset.mid_grey),
-    }
-
-
-def _scored_facts(dataset: Dataset, probes: ProbeLosses) -> dict[str, Any]:
-    sizes = np.bincount(probes.labels, minlength=dataset.num_classes)
-    return dataset_facts(dataset) | {
-        "skipped": probes.skipped,
-        "single_sample_classes": [dataset.class_names[j] for j in np.flatnonzero(sizes == 1)],
-    }
-
-
-def _encoder_facts(encoder: Encoder, weights: str) -> dict[str, Any]:
-    return {
-        "name": encoder.name,
-        "weights": weights,
-        "fingerprint": encoder.fingerprint,
-        "mean": encoder.mean,
-        "std": encoder.std,
-        "normalisation": encoder.normalisation,
-        "pooling": encoder.pooling,
     }

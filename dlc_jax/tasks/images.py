@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from dlc_jax import checks
 from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
 from dlc_jax.datasets.files import left_out_text
-from dlc_jax.distributed import Run
+from dlc_jax.distributed import Run, make_mesh
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.exports import EXPORTS, RELEASED, export
 from dlc_jax.planning.image_costs import ImageCosts
@@ -28,15 +31,18 @@ from dlc_jax.tasks.image_measurements import (
     LossesStep,
     Scored,
     dataset_facts,
-    mid_grey_note,
+    note_mid_grey,
 )
-from dlc_jax.tasks.measurements import TableStep, scored_encoder
+from dlc_jax.tasks.measurements import TableStep, check_is_what_was_scored, scored_encoder
 from dlc_jax.tasks.released import check_released, released_steps
 from dlc_jax.tasks.task import Sources, Training
 from dlc_jax.training.images import Finetuner, Recorder, class_ids_by_name
 from dlc_jax.training.images.recorder import RecordStep
+from dlc_jax.tuning import FinetuneTrials
 from dlc_jax.types import Dataset, Selection
 from dlc_jax.workspace import Workspace, artefacts, records
+
+_DECIDED = ("pooling", "mean", "std")  # settings of the encoder that it may decide itself
 
 
 class ImageTask:
@@ -49,7 +55,7 @@ class ImageTask:
 
     easiest_hardest = artefacts.PICTURE
     left_out = "unreadable samples left out"
-    encoder_settings = ("image_size", "pooling", "mean", "std")
+    encoder_settings: tuple[str, ...] = ("image_size", *_DECIDED)
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self._config, self._say = config, say
@@ -67,10 +73,9 @@ class ImageTask:
 
     def _load_together(self) -> tuple[Dataset, Dataset]:
         """Returns training and test set, in all processes."""
-        test = self._config.dataset.test
-        assert test is not None  # checked with the configuration
-        load = self._sources.load_together
-        return load(self._config.dataset.train), load(test)
+        sources, load = self._config.dataset, self._sources.load_together
+        assert sources.test is not None  # checked with the configuration
+        return load(sources.train), load(sources.test)
 
     @functools.cached_property
     def _encoder(self) -> Encoder:
@@ -102,10 +107,9 @@ class ImageTask:
         dataset, encoder = self._sources.load_together(config.dataset.train), self._encoder
         agree({f"encoder.weights {config.encoder.weights}": encoder.fingerprint})
         encoder.check_image_size(config.encoder.image_size)
-        decided = {name: getattr(encoder, name) for name in ("pooling", "mean", "std")}
-        resolved = dataclasses.replace(
-            config, encoder=dataclasses.replace(config.encoder, **decided)
-        )
+        decided = {name: getattr(encoder, name) for name in _DECIDED}
+        settings = dataclasses.replace(config.encoder, **decided)
+        resolved = dataclasses.replace(config, encoder=settings)
         scored = Scored(resolved, dataset, encoder, self._say)
         if not workspace.ensure(LossesStep(scored, config.asked)):
             self._say("score: unchanged, not run again")
@@ -135,10 +139,8 @@ class ImageTask:
             run=Run(None, config.mesh.make(), progress=True),
         )
 
-        step, training = (
-            RecordStep(recorder, folder, workspace.say),
-            Workspace(folder, workspace.say),
-        )
+        step = RecordStep(recorder, folder, workspace.say)
+        training = Workspace(folder, workspace.say)
 
         def make_room() -> bool:
             """Moves other training out of the way; returns whether this one is there."""
@@ -154,27 +156,24 @@ class ImageTask:
         if workspace.broadcast(make_room):
             workspace.say("training record: unchanged, not made again")
         else:
-            workspace.say(
-                f"training record: {recorder.num_epochs} epochs on everything, and "
-                f"{recorder.early_epoch} in {len(recorder.seeds) - 1} more runs"
-            )
+            more = f"{recorder.early_epoch} in {len(recorder.seeds) - 1} more runs"
+            epochs = recorder.num_epochs
+            workspace.say(f"training record: {epochs} epochs on everything, and {more}")
         training.ensure(step)
         values = config.to_dict()
         made_with = {name: values[name] for name in ("mode", "seed", "finetune", "record")}
         workspace.note("training", made_with, workspace.broadcast(lambda: step.seconds))
 
     def exports(self, kept: Mapping[Cell, Selection], root: Path) -> Iterable[ExportStep]:
-        config, dataset = self._config, self.load(self._config.dataset.train)
-        identity = f"{dataset.name} {dataset.fingerprint}"
+        config, data = self._config, self.load(self._config.dataset.train)
+        identity = f"{data.name} {data.fingerprint}"
 
         def writer(kept: Selection, part: str) -> Callable[[str, Path], Any]:
-            return lambda form, path: export(
-                dataset, kept, path, form=form, part=part, overwrite=True
-            )
+            return lambda form, path: export(data, kept, path, form=form, part=part, overwrite=True)
 
         yield from export_steps(config, root, kept, identity, writer)
         if RELEASED in config.export.forms:
-            yield from released_steps(config, root, kept, dataset)
+            yield from released_steps(config, root, kept, data)
 
     def training(self, workspace: Workspace) -> Training:
         config, encoder = self._config, self._encoder
@@ -183,26 +182,28 @@ class ImageTask:
             trained = f"{config.encoder.name} {config.encoder.weights}"
             self._say(f"finetune: note: the encoder is {trained}; the scores are of {scored}")
         train, test = self._load_together()
-        images = config.images(train)
-        run = Run(None, config.mesh.make(), progress=True)
-        settings = config.to_dict()
+        images, run = config.images(train), Run(None, config.mesh.make(), progress=True)
+
+        def make_trainer() -> Finetuner:
+            return Finetuner(encoder, images, test, config.finetune, config.conventions, run)
 
         def facts() -> dict[str, Any]:
-            if test.mid_grey:
-                self._say(mid_grey_note("finetune", sorted(test.mid_grey)))
+            note_mid_grey("finetune", test, self._say)
             return {"test_dataset": dataset_facts(test)}
 
-        return Training(
-            train,
-            encoder.fingerprint,
-            lambda: Finetuner(encoder, images, test, config.finetune, config.conventions, run),
-            {
-                **{name: settings[name] for name in ("mode", "dataset", "encoder", "finetune")},
-                "encoder_fingerprint": encoder.fingerprint,
-                "test_fingerprint": test.fingerprint,
-            },
-            facts,
-        )
+        settings = config.to_dict()
+        made_with = {name: settings[name] for name in ("mode", "dataset", "encoder", "finetune")}
+        made_with["encoder_fingerprint"] = encoder.fingerprint
+        made_with["test_fingerprint"] = test.fingerprint
+        return Training(train, encoder.fingerprint, make_trainer, made_with, facts)
+
+    def trials(self, workspace: Workspace, ids: np.ndarray) -> FinetuneTrials:
+        config, dataset = self._config, self.load(self._config.dataset.train)
+        check_is_what_was_scored(workspace.root, dataset)
+        scored = np.flatnonzero(np.isin(dataset.ids, ids))  # others could not be read
+        images, mesh = config.images(dataset.subset(scored)), make_mesh(devices=jax.local_devices())
+        run = Run(workspace.root / artefacts.TUNING, mesh)
+        return FinetuneTrials(self._encoder, images, config.finetune, mode=config.mode, run=run)
 
     def plan(self, mesh: Mesh) -> Plan:
         config = self._config
@@ -226,16 +227,9 @@ class ImageTask:
 def load_configured(config: Config, echo: Callable[[str], None] | None = None) -> Encoder:
     """Returns the encoder that the configuration names, before `mode` decides anything."""
     settings = config.encoder
-    encoder = load_encoder(
-        settings.name,
-        settings.weights,
-        pooling=settings.pooling,
-        mean=settings.mean,
-        std=settings.std,
-    )
+    given = {name: getattr(settings, name) for name in _DECIDED}
+    encoder = load_encoder(settings.name, settings.weights, **given)
     if encoder.prefix and echo is not None:
-        echo(
-            f"note: every name in {visible(settings.weights)} begins with "
-            f"{visible(encoder.prefix)!r}, which is left out"
-        )
+        weights, prefix = visible(settings.weights), visible(encoder.prefix)
+        echo(f"note: every name in {weights} begins with {prefix!r}, which is left out")
     return encoder

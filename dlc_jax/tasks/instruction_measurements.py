@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
 from jax.sharding import Mesh
@@ -27,18 +27,8 @@ from dlc_jax.workspace.keys import json_hash
 READABLE = "scores/easiest_hardest.md"
 
 
-class _Measured(NamedTuple):
-    """What two passes over instructions give.
-
-    Attributes:
-      data: Instructions that were not left out.
-      tokens: Their tokens, and which were left out.
-    """
-
-    data: Instructions
-    tokens: Tokenised
-    probes: ProbeLosses
-    responses: ResponseLosses
+# Instructions that were not left out, their tokens, and what two passes over them give.
+_Measured: TypeAlias = tuple[Instructions, Tokenised, ProbeLosses, ResponseLosses]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,9 +41,8 @@ class ResponsesStep:
     mesh: Mesh
     say: Callable[[str], None]
 
-    name = "score"
+    name = stage = "score"
     kind = "response losses"
-    stage = "score"
     files = (artefacts.LOSSES, artefacts.SCORES, READABLE)
     obsolete = (artefacts.UNFINISHED,)
 
@@ -95,40 +84,40 @@ class ResponsesStep:
         return self.model.max_length(self.config.encoder.max_length)
 
     def compute(self, scratch: Path) -> _Measured:
-        config, data, model, mesh, say = (self.config, self.data, self.model, self.mesh, self.say)
-        say(f"score: {len(data)} instructions, {model.name} on {said_of(mesh)}")
-        on_corrupt = config.dataset.on_corrupt
-        tokens = tokenise(data, model.tokenizer, self._max_length, on_corrupt=on_corrupt)
-        _note_cuts(tokens, self._max_length, say)
+        config, data, model, say = self.config, self.data, self.model, self.say
+        say(f"score: {len(data)} instructions, {model.name} on {said_of(self.mesh)}")
+        on_corrupt, max_length = config.dataset.on_corrupt, self._max_length
+        tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
+        if num := int(tokens.truncated.sum()):
+            say(f"score: note: {num} of {len(tokens)} are cut off at {max_length} tokens")
+        if tokens.skipped:
+            say(f"score: note: {len(tokens.skipped)} left out, their prompts alone are longer")
         kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
-        how: dict[str, Any] = {
-            "tokens_per_batch": config.probe.tokens_per_batch,
-            "run": Run(scratch, mesh, progress=True),
-        }
+        run = Run(scratch, self.mesh, progress=True)
+        how: dict[str, Any] = {"tokens_per_batch": config.probe.tokens_per_batch, "run": run}
         probes = probe_responses(model, tokens, path=config.probe, seed=config.seed, **how)
-        max_length = config.encoder.max_length
         responses = measure_responses(model, kept, max_length=max_length, tokens=tokens, **how)
-        return _Measured(kept, tokens, probes, responses)
+        return kept, tokens, probes, responses
 
     def write(self, root: Path, found: _Measured) -> Written:
-        config, probes = self.config, found.probes
+        config, (data, tokens, probes, responses) = self.config, found
         labels, class_names = probes.labels, probes.class_names
         if config.dataset.category is not None:
-            labels, class_names = found.data.categories(config.dataset.category)
-        scores = {"dlc": score(probes), **_other_scores(config, found.responses, self.say)}
+            labels, class_names = data.categories(config.dataset.category)
+        scores = {"dlc": score(probes), **_other_scores(config, responses, self.say)}
         artefacts.write_losses(
             root, losses=probes.losses, sparsity=probes.sparsity, labels=labels, ids=probes.ids
         )
         artefacts.write_scores(root, ScoredSamples(probes.ids, labels, class_names, scores))
         with artefacts.atomic(root / READABLE, "w") as file:
-            file.write(reports.easiest_hardest_text(found.data, scores["dlc"]))
+            file.write(reports.easiest_hardest_text(data, scores["dlc"]))
         facts = {
             "dataset": {
                 "source": self.data.name,
                 "fingerprint": self.data.fingerprint,
                 "num_samples": len(self.data),
-                "num_truncated": int(found.tokens.truncated.sum()),
-                "skipped": found.tokens.skipped,
+                "num_truncated": int(tokens.truncated.sum()),
+                "skipped": tokens.skipped,
             },
             "encoder": {"name": self.model.name, "fingerprint": self.model.fingerprint},
         }
@@ -153,10 +142,3 @@ def _other_scores(
                     raise
                 echo(f"score: note: no column {column}: {error}")
     return scores
-
-
-def _note_cuts(tokens: Tokenised, max_length: int, echo: Callable[[str], None]) -> None:
-    if num := int(tokens.truncated.sum()):
-        echo(f"score: note: {num} of {len(tokens)} are cut off at {max_length} tokens")
-    if tokens.skipped:
-        echo(f"score: note: {len(tokens.skipped)} left out, their prompts alone are longer")

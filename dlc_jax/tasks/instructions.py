@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dlc_jax import checks
@@ -51,20 +52,31 @@ class InstructionTask:
 
     easiest_hardest = READABLE
     left_out = "samples left out"
-    encoder_settings = ("name", "max_length")
+    encoder_settings: tuple[str, ...] = ("name", "max_length")
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self._config, self._say = config, say
         self._sources = Sources(self._read, agree_on_instructions)
         self.load = self._sources.load
 
+    @functools.cached_property
+    def model(self) -> LanguageModel:
+        return self._model_in(self._config.lora.dtype, self._config.mesh.make())
+
+    @functools.cached_property
+    def questions(self) -> Mmlu:
+        assert self._config.evaluation.mmlu is not None  # checked with the configuration
+        return load_mmlu(self._config.evaluation.mmlu)
+
     def _read(self, source: str) -> Instructions:
         tokenizer = functools.partial(load_tokenizer, self._config.encoder.weights)
         return load_instructions(source, self._config.dataset.template, tokenizer=tokenizer)
 
+    def _model_in(self, dtype: str, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
+        return load_language_model(self._config.encoder.weights, dtype=dtype, mesh=mesh)
+
     def encoder_fingerprint(self) -> str:
-        config = self._config
-        return load_language_model(config.encoder.weights, dtype=config.probe.dtype).fingerprint
+        return self._model_in(self._config.probe.dtype).fingerprint
 
     def check(self, workspace: Workspace) -> None:
         config = self._config
@@ -82,9 +94,8 @@ class InstructionTask:
             tokens = tokenise(data, tokenizer, max_length, on_corrupt=config.dataset.on_corrupt)
             check_vocabulary(tokens.named, sizes.vocab_size, tokenizer.convert_ids_to_tokens)
         if "evaluate" in stages:
-            mmlu = load_questions(config)
-            mmlu.check_shots(config.evaluation.num_shots)
-            agree({mmlu.name: mmlu.fingerprint})
+            self.questions.check_shots(config.evaluation.num_shots)
+            agree({self.questions.name: self.questions.fingerprint})
 
     def _check_exports(self) -> None:
         data = self.load(self._config.dataset.train)
@@ -94,9 +105,7 @@ class InstructionTask:
     def score(self, workspace: Workspace) -> Config:
         config = self._config
         data, mesh = self.load(config.dataset.train), config.mesh.make()
-        model = load_language_model(
-            config.encoder.weights, dtype=config.probe.dtype, mesh=Team.of(mesh).mesh
-        )
+        model = self._model_in(config.probe.dtype, Team.of(mesh).mesh)
         _ = model.fingerprint  # of all processes, where they share the weights
         if not workspace.ensure(ResponsesStep(config, data, model, mesh, workspace.say)):
             workspace.say("score: unchanged, not run again")
@@ -112,17 +121,16 @@ class InstructionTask:
         def writer(kept: Selection, part: str) -> Callable[[str, Path], Any]:
             is_part = np.isin(data.ids, np.asarray(kept.ids), invert=part == "dropped")
             if not is_part.any():
-                cell = Cell(kept.method, kept.keep_fraction, kept.split, kept.seed)
-                raise checks.InputError(
-                    f"{cell.name}: nothing is {part}, so there is nothing to write."
-                )
-            return functools.partial(_write_rows, data, np.flatnonzero(is_part))
+                name = Cell(kept.method, kept.keep_fraction, kept.split, kept.seed).name
+                raise checks.InputError(f"{name}: nothing is {part}, so there is nothing to write.")
+            some = data.subset(np.flatnonzero(is_part))
+            return lambda form, path: INSTRUCTION_EXPORTS[form].write(some, path)
 
         return export_steps(self._config, root, kept, rows, writer)
 
     def training(self, workspace: Workspace) -> Training:
         config = self._config
-        data, model = self.load(config.dataset.train), load_model(config)
+        data, model = self.load(config.dataset.train), self.model
         max_length = model.max_length(config.encoder.max_length)
         fingerprint = model.fingerprint  # of all processes, where they share the weights
         scored = scored_encoder(workspace.root, fingerprint)
@@ -146,16 +154,9 @@ class InstructionTask:
             )
 
         settings = config.to_dict()
-        return Training(
-            data,
-            fingerprint,
-            make_trainer,
-            {
-                **{name: settings[name] for name in ("dataset", "encoder", "lora")},
-                "encoder_fingerprint": fingerprint,
-            },
-            dict,
-        )
+        made_with = {name: settings[name] for name in ("dataset", "encoder", "lora")}
+        made_with["encoder_fingerprint"] = fingerprint
+        return Training(data, fingerprint, make_trainer, made_with, facts=dict)
 
     def plan(self, mesh: Mesh) -> Plan:
         config = self._config
@@ -172,19 +173,3 @@ class InstructionTask:
         max_length = longest_sequence(sizes, weights, config.encoder.max_length)
         lengths = Lengths.of(data, tokenizer, max_length)
         return plan(InstructionCosts(config, sizes, mesh, len(data), num_test, lengths))
-
-
-def _write_rows(data: Instructions, positions: np.ndarray, form: str, path: Path) -> None:
-    INSTRUCTION_EXPORTS[form].write(data.subset(positions), path)
-
-
-def load_model(config: Config) -> LanguageModel:
-    """Loads the model over all devices of all processes."""
-    weights, dtype = config.encoder.weights, config.lora.dtype
-    return load_language_model(weights, dtype=dtype, mesh=config.mesh.make())
-
-
-def load_questions(config: Config) -> Mmlu:
-    """Loads the questions that the stage `evaluate` asks."""
-    assert config.evaluation.mmlu is not None  # checked with the configuration
-    return load_mmlu(config.evaluation.mmlu)

@@ -53,11 +53,14 @@ def read_input(root: Path, name: str, samples: ScoredSamples) -> np.ndarray:
     Raises:
       ValueError: it was not measured, or is not of these scores.
     """
-    check_is_of_these_scores(root, record_with(name))
+    if problem := _problem(root, record_with(name)):
+        raise checks.InputError(
+            f"{root}/scores: {problem}; run the stage 'score' with the same settings of selection "
+            "and tuning first."
+        )
     if INPUTS[name].of == "encoder":
         return artefacts.read_array(root, input_file(name), name, samples)
-    found: np.ndarray = getattr(read_record(root / artefacts.TRAINING, samples.ids), name)
-    return found
+    return getattr(read_record(root / artefacts.TRAINING, samples.ids), name)
 
 
 def input_file(name: str) -> str:
@@ -87,22 +90,18 @@ class TableStep:
     def key(self) -> dict[str, Any]:
         losses = records.read(self.root, "score")
         assert losses is not None  # it has been made
+        training = records.read(self.root / artefacts.TRAINING, records.RUN)
+        if _problem(self.root, "training"):
+            training = None
         return {
             "losses": losses.outputs[artefacts.LOSSES],
-            "training": self._training(losses),
+            "training": None if training is None else training.outputs.get(RECORD),
             "made_of": losses.key["made_of"],
         }
 
     @property
     def settings(self) -> dict[str, Any]:
         return {}
-
-    def _training(self, losses: records.Record) -> str | None:
-        """Returns the SHA-256 of the training record of these samples, where there is one."""
-        folder, found = _record_of(self.root, "training")
-        if found is None or not _have_one_origin(found, losses) or found.damage(folder):
-            return None
-        return found.outputs.get(RECORD)
 
     def compute(self, scratch: Path) -> ScoredSamples:
         found = artefacts.read_losses(self.root)
@@ -146,31 +145,15 @@ def check_scores_are_whole(root: Path) -> None:
         )
 
 
-def check_is_of_these_scores(root: Path, name: str) -> None:
-    """Raises ValueError unless an input, or the training record, is of what was scored."""
-    (folder, record), losses = _record_of(root, name), records.read(root, "score")
-    if record is None or losses is None or not _have_one_origin(record, losses):
-        what = "record of training" if name == "training" else name
-        damage: str | None = f"has no {what} of these scores"
-    else:
-        damage = record.damage(folder)
-    if damage is not None:
-        raise checks.InputError(
-            f"{root}/scores: {damage}; run the stage 'score' with the same settings of selection "
-            "and tuning first."
-        )
-
-
-def _record_of(root: Path, name: str) -> tuple[Path, records.Record | None]:
-    """Returns the folder of an input, or of the training record, and its record if finished."""
+def _problem(root: Path, name: str) -> str | None:
+    """Returns why an input, or the training record, is not of what was scored; None if it is."""
     folder, step = (root, name) if name != "training" else (root / artefacts.TRAINING, records.RUN)
-    record = records.read(folder, step)
-    return folder, record if record is not None and record.outputs else None
-
-
-def _have_one_origin(record: records.Record, losses: records.Record) -> bool:
-    """Whether both are of the same data and encoder, and images that are seen the same way."""
-    return "made_of" in losses.key and record.key.get("made_of") == losses.key["made_of"]
+    record, losses = records.read(folder, step), records.read(root, "score")
+    # data and encoder, and how images are seen
+    made_of = None if losses is None else losses.key.get("made_of")
+    if made_of and record is not None and record.outputs and record.key.get("made_of") == made_of:
+        return record.damage(folder)
+    return f"has no {'record of training' if name == 'training' else name} of these scores"
 
 
 def check_is_what_was_scored(workdir: Path, dataset: Samples) -> None:
@@ -187,14 +170,7 @@ def check_is_what_was_scored(workdir: Path, dataset: Samples) -> None:
 
 def scored_facts(workdir: Path, what: str) -> dict[str, Any]:
     """Returns the facts about the data set or encoder that was scored, {} of scores without."""
-    found: dict[str, Any] = records.facts_of(workdir, "score", _FACTS).get(what, {})
-    return found
-
-
-def skipped_samples(workdir: Path) -> dict[str, str]:
-    """Returns the ids of samples that were left out when the others were scored, and why."""
-    skipped: dict[str, str] = scored_facts(workdir, "dataset").get("skipped", {})
-    return skipped
+    return records.facts_of(workdir, "score", _FACTS).get(what, {})
 
 
 def scored_encoder(workdir: Path, fingerprint: str) -> str | None:

@@ -38,10 +38,9 @@ def check_released(config: Config, root: Path, dataset: Dataset) -> None:
     if "score" not in config.stages:
         made_with, num_probes = _made_with(root)
     for path in _paths(config, root, made_with, num_probes).values():
-        check_path(path, root, is_folder=False)
-    where, name = str(config.export.datasets_dir), str(config.export.released_name)
+        check_path(path, root)
     every = set(config.export.parts) == set(PARTS) and config.dataset.on_corrupt == "error"
-    check_names_match(dataset, where, name, all_of_them=every)
+    check_names_match(dataset, *_place(config), all_of_them=every)
 
 
 def released_steps(
@@ -56,9 +55,18 @@ def released_steps(
     for (cell, part), path in _paths(config, root, *_made_with(root)).items():
         name = path.relative_to(root).as_posix()
         positions[name] = part_positions(dataset, kept[cell], part, str(path))
-    for name, some in _in_released_order(config, dataset, positions).items():
-        key = {"form": RELEASED, "positions": keys.json_hash(some.tolist())}
-        yield ExportStep(name, False, key, functools.partial(_write_positions, some))
+    samples = np.unique(np.concatenate(list(positions.values())))
+    order = np.full(len(dataset), -1, np.int64)
+    order[samples] = match_samples(dataset, samples, *_place(config))  # each is looked up once
+    for name, some in positions.items():
+        there = np.sort(order[some])
+        key = {"form": RELEASED, "positions": keys.json_hash(there.tolist())}
+        yield ExportStep(name, key, functools.partial(_write_positions, there))
+
+
+def _place(config: Config) -> tuple[str, str]:
+    """Returns the folder of the released code's data sets, and the name of this one there."""
+    return str(config.export.datasets_dir), str(config.export.released_name)
 
 
 def _made_with(workdir: Path) -> tuple[dict[str, Any], int]:
@@ -69,7 +77,8 @@ def _made_with(workdir: Path) -> tuple[dict[str, Any], int]:
             f"{workdir / records.file_of('score')}: not there, which says with what the scores "
             f"were made; the form {RELEASED!r} names its files by that. Run the stage 'score'."
         )
-    return made_with, _num_probes(workdir)
+    # `probe.max_sparsity` may have cut the path short
+    return made_with, len(artefacts.read_losses(workdir)["sparsity"])
 
 
 def _paths(
@@ -82,6 +91,7 @@ def _paths(
     """
     probe = made_with["probe"]
     path = PathSpec(masking=probe["masking"], step=probe["step"], num_probes=num_probes)
+    is_grid = probe["placement"] == "grid" and probe["num_probes"] != AUTO
     paths: dict[tuple[Cell, str], Path] = {}
     for cell in config.selection.cells():
         if AUTO in (cell.method, cell.split):
@@ -89,8 +99,11 @@ def _paths(
                 f"export.forms: the released layout has no name for {AUTO!r}; expected a method "
                 "and a split, such as those that selections/ says it stood for."
             )
-        if needs_grid(cell.method):
-            _check_placement(probe)
+        if needs_grid(cell.method) and not is_grid:
+            raise checks.InputError(
+                f"probe.placement: the scores were made with {probe['placement']!r}, for which the "
+                "released layout has no name; expected 'grid', the first probes of the path."
+            )
         for part in config.export.parts:
             paths[cell, part] = released_path(
                 workdir / artefacts.EXPORTS / _RELEASED_ROOTS[part],
@@ -105,33 +118,6 @@ def _paths(
             f"selection: two cells have one name in the released layout: {config.selection}."
         )
     return paths
-
-
-def _num_probes(workdir: Path) -> int:
-    """Returns how many there were: `probe.max_sparsity` may have cut the path short."""
-    return len(artefacts.read_losses(workdir)["sparsity"])
-
-
-def _check_placement(probe: dict[str, Any]) -> None:
-    if probe["placement"] != "grid" or probe["num_probes"] == "auto":
-        raise checks.InputError(
-            f"probe.placement: the scores were made with {probe['placement']!r}, for which the "
-            "released layout has no name; expected 'grid', the first probes of the path."
-        )
-
-
-def _in_released_order(
-    config: Config, dataset: Dataset, positions: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Returns positions in the released order; every sample is looked up and compared once."""
-    if not positions:
-        return {}
-    samples = np.unique(np.concatenate(list(positions.values())))
-    order = np.full(len(dataset), -1, np.int64)
-    order[samples] = match_samples(
-        dataset, samples, str(config.export.datasets_dir), str(config.export.released_name)
-    )
-    return {path: np.sort(order[some]) for path, some in positions.items()}
 
 
 def _write_positions(positions: np.ndarray, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -9,11 +10,14 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkabl
 import numpy as np
 
 from dlc_jax.config import Config
+from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.evaluation import Mmlu
 from dlc_jax.planning.machine import Mesh
 from dlc_jax.planning.plan import Plan
 from dlc_jax.selection import Cell
 from dlc_jax.tasks.export_step import ExportStep
 from dlc_jax.training.loop import Trainer
+from dlc_jax.tuning import FinetuneTrials
 from dlc_jax.types import Selection
 from dlc_jax.workspace import Workspace
 
@@ -66,40 +70,57 @@ class Task(Protocol):
         the weights.
     """
 
-    @property
-    def easiest_hardest(self) -> str: ...
-    @property
-    def left_out(self) -> str: ...
-    @property
-    def encoder_settings(self) -> tuple[str, ...]: ...
+    easiest_hardest: str
+    left_out: str
+    encoder_settings: tuple[str, ...]
 
     def encoder_fingerprint(self) -> str:
         """Returns the SHA-256 over the encoder or model as it is scored with."""
-        ...
 
     def load(self, source: str, /) -> Samples:
         """Returns a data set by its source."""
-        ...
 
     def check(self, workspace: Workspace, /) -> None:
         """Raises ValueError for mistakes in later stages, before a scoring pass is spent."""
-        ...
 
     def score(self, workspace: Workspace, /) -> Config:
         """Scores what is not scored yet; returns the configuration as the encoder resolves it."""
-        ...
 
     def exports(self, kept: Mapping[Cell, Selection], root: Path, /) -> Iterable[ExportStep]:
         """Returns the exports asked for, in the work directory `root`."""
-        ...
 
     def training(self, workspace: Workspace, /) -> Training:
         """Returns what is fine-tuned, loaded in all processes."""
-        ...
 
     def plan(self, mesh: Mesh, /) -> Plan:
         """Returns what a run on these devices takes of devices, hosts and time."""
-        ...
+
+
+@runtime_checkable
+class TunedTask(Task, Protocol):
+    """A kind of data that has the stage `tune`."""
+
+    def trials(self, workspace: Workspace, ids: np.ndarray, /) -> FinetuneTrials:
+        """Returns what fine-tunes on subsets of the samples of these ids, in one process.
+
+        Raises:
+          ValueError: the data are not those that were scored.
+        """
+
+
+@runtime_checkable
+class EvaluatedTask(Task, Protocol):
+    """A kind of data that has the stage `evaluate`; model and questions are loaded once.
+
+    Attributes:
+      model: What adapters are trained for, over all devices of all processes.
+      questions: What the stage asks.
+    """
+
+    @property
+    def model(self) -> LanguageModel: ...
+    @property
+    def questions(self) -> Mmlu: ...
 
 
 Loaded = TypeVar("Loaded")
@@ -111,23 +132,16 @@ class Sources(Generic[Loaded]):
     Args:
       read: Loads a data set, in one process.
       agree: Raises ValueError unless all processes see the same samples.
+    Attributes:
+      load: Returns a data set in one process.
+      load_together: Returns a data set in all processes, which must see the same samples.
     """
 
     def __init__(self, read: Callable[[str], Loaded], agree: Callable[[Loaded], None]):
-        self._read, self._agree = read, agree
-        self._found: dict[str, Loaded] = {}
-        self._agreed: set[str] = set()
+        def together(source: str) -> Loaded:
+            data = self.load(source)
+            agree(data)
+            return data
 
-    def load(self, source: str) -> Loaded:
-        """Returns a data set in one process."""
-        if source not in self._found:
-            self._found[source] = self._read(source)
-        return self._found[source]
-
-    def load_together(self, source: str) -> Loaded:
-        """Returns a data set in all processes, which must see the same samples."""
-        data = self.load(source)
-        if source not in self._agreed:
-            self._agree(data)
-            self._agreed.add(source)
-        return data
+        self.load: Callable[[str], Loaded] = functools.cache(read)
+        self.load_together: Callable[[str], Loaded] = functools.cache(together)

@@ -17,6 +17,7 @@ import dlc_jax as dlc
 from dlc_jax.config import KINDS, Config
 from dlc_jax.selection import Cell
 from dlc_jax.stages import pipeline, sweep_results, what_was_scored
+from dlc_jax.stages.job import Job
 from dlc_jax.stages.selection_files import read_selection
 from dlc_jax.stages.selection_inputs import SelectionInputs
 from dlc_jax.tasks import image_measurements, images, measurements, task_of
@@ -152,10 +153,10 @@ def test_a_run_of_another_cell_is_refused_and_not_in_the_table(tmp_path):
     for cell, of in ((CELLS[0], CELLS[0]), (CELLS[1], CELLS[0])):
         write_run(tmp_path, cell, of)
     path = tmp_path / "finetune" / CELLS[1].name / "run.json"
-    assert sweep_results.read_run(tmp_path, CELLS[0]).key == {"kept": "a" * 64}
+    assert sweep_results.read_run(tmp_path, CELLS[0].name).key == {"kept": "a" * 64}
     says = f"{path}: is of {CELLS[0].name}, expected {CELLS[1].name}"
     with pytest.raises(dlc.InputError, match=says):
-        sweep_results.read_run(tmp_path, CELLS[1])
+        sweep_results.read_run(tmp_path, CELLS[1].name)
     rows = sweep_results.write_results(tmp_path)
     assert [(row["method"], row["num_kept"]) for row in rows] == [("easiest", 6)]
     said = sweep_results.what_is_finished(config(), tmp_path)
@@ -166,7 +167,7 @@ def test_a_run_of_another_cell_is_refused_and_not_in_the_table(tmp_path):
 def test_an_evaluation_of_another_cell_is_refused(tmp_path):
     found = {"asked": "x", "run": "a" * 64, "cell": CELLS[0]._asdict()}
     found |= {"result": {"test_accuracy": 25.0}, "num_questions": 4, "num_truncated": 0}
-    path = sweep_results.evaluation_file(tmp_path, CELLS[1])
+    path = tmp_path / "evaluate" / f"{CELLS[1].name}.json"
     artefacts.write_json(path, found)
     with pytest.raises(dlc.InputError, match=f"{path}: is of {CELLS[0].name}, expected"):
         sweep_results.read_evaluation(tmp_path, CELLS[1])
@@ -223,7 +224,8 @@ def test_another_encoder_is_refused_unless_it_is_fine_tuned(place, sample_encode
         fingerprint = records.read(place / "run", "score").facts["encoder"]["fingerprint"]
         assert f"expected {fingerprint[:12]} (resnet18 demo:resnet18)" in said
     tuned = config("finetune", encoder=moved, dataset={"test": "folder:images"})
-    what_was_scored.check_names_what_was_scored(tuned, place / "run", task_of(tuned, print), print)
+    job = Job(tuned, Workspace(place / "run", print), task_of(tuned, print))
+    what_was_scored.check_names_what_was_scored(job)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +260,7 @@ def use(workdir: Path, config_: Config) -> None:
     for cell in CELLS:
         known = SelectionInputs(config_, workdir, artefacts.read_scores(workdir))
         read_selection(Workspace(workdir), known, cell)
-        sweep_results.read_run(workdir, cell)
+        sweep_results.read_run(workdir, cell.name)
         sweep_results.read_evaluation(workdir, cell)
     sweep_results.what_is_finished(config_, workdir)
     measurements.check_is_what_was_scored(workdir, dlc.load_dataset(config_.dataset.train))

@@ -80,16 +80,16 @@ def split_in(name: str) -> str | None:
     return found and (found[1] or found[3])
 
 
-def _check_are_of_one_kind(scheme: str, where: str, names: list[str]) -> None:
+def _check_are_of_one_kind(source: str, names: list[str]) -> None:
     """Raises if files of training and of test lie side by side, by what their names begin with."""
     words = {word[0] for name in names if (word := re.match("[a-z]+(?![a-z])", name, re.I))}
     parts = train_parts(words)
     tests = sorted(word for word in words if word.lower() in _TEST_PARTS)
     if parts and tests:
-        suffix = Path(names[0]).suffix
         raise checks.InputError(
-            f"{scheme}:{where}: holds files of training ({', '.join(parts)}) and of test "
-            f"({', '.join(tests)}); give those of one, {scheme}:{where}/{parts[0]}*{suffix}."
+            f"{source}: holds files of training ({', '.join(parts)}) and of test "
+            f"({', '.join(tests)}); give those of one, "
+            f"{source}/{parts[0]}*{Path(names[0]).suffix}."
         )
 
 
@@ -100,15 +100,16 @@ def train_parts(names: Iterable[str]) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
-def posix_names(root: Path, names: Iterable[str]) -> list[str]:
-    """Returns paths with slashes where they have the backslashes of Windows.
+def posix_files(root: Path, names: Iterable[str]) -> Files:
+    """Returns files by paths, with slashes where these have the backslashes of Windows.
 
     One that names a file as it is, with a backslash in its name, stays.
     """
-    return [
+    posix = [
         name if "\\" not in name or os.path.exists(root / name) else name.replace("\\", "/")
         for name in names
     ]
+    return Files(root, np.asarray(posix, np.str_))
 
 
 def regular(file: Path) -> Path:
@@ -118,31 +119,27 @@ def regular(file: Path) -> Path:
     return file
 
 
-def matching(scheme: str, where: str, suffix: str) -> list[Path]:
-    """Returns one file, those of a folder with this suffix, or those of a glob, in sorted order.
+def matching(scheme: str, where: str) -> list[Path]:
+    """Returns one file, those of a folder, or those of a glob, in sorted order.
 
-    Capitals in a suffix do not matter, and `**` in a glob stands for folders at any depth.
+    In a folder, the scheme is the suffix. Capitals in it do not matter, and `**` in a glob stands
+    for folders at any depth.
 
     Raises:
       ValueError: there is none, or one that is no regular file.
     """
-    path = Path(where).expanduser()
-    try:
+    path, source, suffix = Path(where).expanduser(), f"{scheme}:{where}", f".{scheme}"
+    with checks.refusing(f"{source}: cannot be read", OSError):
         if path.is_dir():
-            found = [
-                file
-                for file in path.iterdir()
-                if file.name.lower().endswith(suffix) and not is_junk(file.name)
-            ]
+            names = (name for name in os.listdir(path) if name.lower().endswith(suffix))
+            found = [path / name for name in names if not is_junk(name)]
         elif path.exists():
             found = [path]
         else:
             found = [Path(name) for name in glob.glob(str(path), recursive=True)]
         files = [regular(file) for file in sorted(found) if not file.is_dir()]
-    except OSError as error:
-        raise checks.InputError(f"{scheme}:{where}: cannot be read: {error}.") from error
     if path.is_dir():
-        _check_are_of_one_kind(scheme, where, [file.name for file in files])
+        _check_are_of_one_kind(source, [file.name for file in files])
     if not files:
-        raise checks.InputError(f"{scheme}:{where}: no such file, or no *{suffix} in it.")
+        raise checks.InputError(f"{source}: no such file, or no *{suffix} in it.")
     return files

@@ -8,13 +8,13 @@ import re
 import reprlib
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.types import ImageSource
+from dlc_jax.types import Dataset, ImageSource
 
 
 class Labels(NamedTuple):
@@ -43,7 +43,12 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
         )
     if class_names is not None:
         class_names = [composed(name) for name in class_names]
-        _check_differ(where, class_names)
+        repeated = [name for name, count in Counter(class_names).items() if count > 1]
+        if repeated:
+            raise checks.InputError(
+                f"{where}: class names must be all different; {checks.listed(map(repr, repeated))} "
+                f"occur more than once among {checks.listed(map(repr, class_names))}."
+            )
     if all(isinstance(value, str) for value in values):
         values = [composed(value) for value in values]
         names = tuple(class_names or sorted(set(values)))
@@ -77,20 +82,9 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
             )
         return Labels(array.astype(np.int32), tuple(class_names), None)
     found, ids = np.unique(array, return_inverse=True)
-    names = tuple(str(value) for value in found)
-    if np.array_equal(found, np.arange(len(found))):
-        return Labels(ids.astype(np.int32), names, None)
-    table = {int(value): index for index, value in enumerate(found)}
-    return Labels(ids.astype(np.int32), names, table)
-
-
-def _check_differ(where: str, class_names: Sequence[str]) -> None:
-    repeated = [name for name, count in Counter(class_names).items() if count > 1]
-    if repeated:
-        raise checks.InputError(
-            f"{where}: class names must be all different; {checks.listed(map(repr, repeated))} "
-            f"occur more than once among {checks.listed(map(repr, class_names))}."
-        )
+    is_plain = np.array_equal(found, np.arange(len(found)))
+    table = None if is_plain else {value: index for index, value in enumerate(found.tolist())}
+    return Labels(ids.astype(np.int32), tuple(map(str, found)), table)
 
 
 def composed(name: str) -> str:
@@ -117,15 +111,47 @@ def stable_ids(names: Sequence[str | None], images: ImageSource) -> np.ndarray:
     """
     if all(names) and len(set(names)) == len(names):
         return np.array(names, dtype=object)  # as text, NumPy would drop a NUL at the end
-    seen: Counter[str] = Counter()
-    ids = []
-    for position in range(len(images)):
+
+    def content(position: int) -> bytes:
         try:
             image = images[position]
         except OSError:
-            image = f"unreadable {names[position]}".encode(errors="surrogatepass")
-        content = image.tobytes() if isinstance(image, np.ndarray) else image
+            return f"unreadable {names[position]}".encode(errors="surrogatepass")
+        return image.tobytes() if isinstance(image, np.ndarray) else image
+
+    return np.asarray(content_ids(map(content, range(len(images)))), np.str_)
+
+
+def content_ids(contents: Iterable[bytes]) -> list[str]:
+    """Returns a hash of each content, with a running number behind repeated ones."""
+    ids, seen = [], Counter[str]()
+    for content in contents:
         digest = hashlib.sha256(content).hexdigest()[:16]
         ids.append(f"{digest}-{seen[digest]}" if seen[digest] else digest)
         seen[digest] += 1
-    return np.asarray(ids, dtype=np.str_)
+    return ids
+
+
+def labelled(
+    images: ImageSource,
+    values: Sequence,
+    names: Sequence[str | None],
+    source: str,
+    class_names: Sequence[str] | None = None,
+    **more: Any,
+) -> Dataset:
+    """Returns images with what a source says of them.
+
+    Args:
+      images: n images.
+      values: [n] labels, and
+      class_names: their classes, as for `encode_labels`.
+      names: [n] what may be their ids, see `stable_ids`.
+      source: Name of the data set.
+      more: Other attributes of the data set.
+    Raises:
+      ValueError: see `encode_labels`.
+    """
+    labels, classes, table = encode_labels(values, class_names, source)
+    ids = stable_ids(names, images)
+    return Dataset(images, labels, ids, classes, source, table, **more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,15 +32,12 @@ def load_npz(where: str, columns: Columns = USUAL) -> Dataset:
       ValueError: no such file, not such arrays, or lengths that differ.
     """
     source = f"npz:{where}"
-    try:
+    problem = f"{source}: cannot be read as arrays"
+    with checks.refusing(problem, OSError, ValueError, shown=checks.first_line):
         path = regular(Path(where).expanduser())
         with open(path, "rb") as file:
             if file.read(6) == np.lib.format.MAGIC_PREFIX:
                 raise ValueError("it holds one array, expected an archive of several")
-    except (OSError, ValueError) as error:
-        raise checks.InputError(
-            f"{source}: cannot be read as arrays: {checks.first_line(error)}."
-        ) from error
     headers = array_files.npz_headers(path)
     images = column(source, "image", list(headers), _IMAGES, columns.image, noun="array")
     labels = column(source, "label", list(headers), _LABELS, columns.label, noun="array")
@@ -47,14 +45,8 @@ def load_npz(where: str, columns: Columns = USUAL) -> Dataset:
     _check_headers(source, headers, images, labels)
     _check_memory(source, sum(headers[name].num_bytes for name in names))
     arrays = array_files.load_npz(path, names)
-    texts = {name: _texts(source, name, arrays[name]) for name in names[2:]}
-    return array_dataset(
-        arrays[images],
-        arrays[labels],
-        ids=texts.get("ids"),
-        class_names=texts.get("class_names"),
-        name=source,
-    )
+    texts: dict[str, Any] = {name: _texts(source, name, arrays[name]) for name in names[2:]}
+    return array_dataset(arrays[images], arrays[labels], name=source, **texts)
 
 
 def _check_headers(source: str, headers: Mapping[str, Header], images: str, labels: str) -> None:

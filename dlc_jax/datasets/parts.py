@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,25 @@ import numpy as np
 from dlc_jax.types import Dataset, ImageSource, file_of
 
 _SUFFIXES = (".csv", ".tsv", ".npz", ".parquet", ".tar")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyImages:
+    """Encoded images that are read when asked for.
+
+    Attributes:
+      count: How many there are.
+      read: Position -> the image.
+    """
+
+    count: int
+    read: Callable[[int], bytes]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> bytes:
+        return self.read(position)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +87,8 @@ def concatenate(parts: Sequence[Dataset], names: Sequence[str], source: str) -> 
     class_names = parts[0].class_names
     if any(part.class_names != class_names for part in parts):
         united = {name for part in parts for name in part.class_names}
-        class_names = tuple(sorted(united, key=lambda name: (not name.isdigit(), _number(name))))
+        numbers = sorted(filter(str.isdecimal, united), key=lambda name: (int(name), name))
+        class_names = (*numbers, *sorted(united - {*numbers}))
     places = {name: label for label, name in enumerate(class_names)}
     labels = [np.array([places[n] for n in p.class_names], np.int32)[p.labels] for p in parts]
     ids = [part.ids.tolist() for part in parts]
@@ -85,7 +105,3 @@ def concatenate(parts: Sequence[Dataset], names: Sequence[str], source: str) -> 
         left_out=dict(sum((Counter(part.left_out) for part in parts), Counter())),
         empty_classes=tuple(sorted({n for p in parts for n in p.empty_classes} - {*class_names})),
     )
-
-
-def _number(name: str) -> tuple[int, str]:
-    return (int(name) if name.isdigit() else 0, name)

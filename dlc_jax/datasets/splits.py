@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -69,37 +68,24 @@ def load_split(where: str, load: Callable[[str], Dataset]) -> Dataset:
       ValueError: another form, percents that do not add up to 100, an unknown, repeated or empty
         part; and whatever the other source raises.
     """
-    wanted = _parse(where)
-    dataset = load(wanted.source)
-    part = _part_of_each(dataset, wanted.percents, wanted.seed)
-    chosen = _subset(dataset, part, wanted.places, f"split:{where}", wanted.percents)
-    return dataclasses.replace(chosen, name=f"split:{where}")
-
-
-class _Wanted(NamedTuple):
-    """What the text of a source asks for; places are those of the parts, among the percents."""
-
-    percents: list[int]
-    seed: int
-    places: list[int]
-    source: str
-
-
-def _parse(where: str) -> _Wanted:
+    name = f"split:{where}"
     # no more than the two first colons are ours: the source has one, and its path may have others
     numbers, _, rest = where.partition(":")
     parts, _, source = rest.partition(":")
     match = _NUMBERS.fullmatch(numbers)
     if not match or not parts or not source:
-        raise checks.InputError(f"split:{where}: expected {_FORM}.")
+        raise checks.InputError(f"{name}: expected {_FORM}.")
     percents = [int(number) for number in match[1].split("/")]
     seed = int(match[2] or 0)
-    _check(f"split:{where}", percents, seed)
-    names = parts.split("+")
-    for name in names:
-        checks.one_of(f"split:{where}: part of {match[1]}", name, PARTS[: len(percents)])
-    checks.no_repetition(f"split:{where}: parts", np.asarray(names))
-    return _Wanted(percents, seed, [PARTS.index(name) for name in names], source)
+    _check(name, percents, seed)
+    wanted = parts.split("+")
+    for part in wanted:
+        checks.one_of(f"{name}: part of {match[1]}", part, PARTS[: len(percents)])
+    checks.no_repetition(f"{name}: parts", np.asarray(wanted))
+    dataset = load(source)
+    part_of_each = _part_of_each(dataset, percents, seed)
+    chosen = _subset(dataset, part_of_each, [*map(PARTS.index, wanted)], name, percents)
+    return dataclasses.replace(chosen, name=name)
 
 
 def _check(where: str, percents: Sequence[int], seed: int) -> None:

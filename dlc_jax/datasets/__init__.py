@@ -100,8 +100,8 @@ def load_dataset(
             f"with a scheme out of {', '.join(SOURCES)}.{hint}"
         )
     checks.one_of("dataset scheme", scheme, SOURCES)
-    has_own_parts = scheme in ("tfds", "hf", "split")
-    wheres = [rest] if has_own_parts else part_sources(rest)
+    # these read parts themselves
+    wheres = [rest] if scheme in ("tfds", "hf", "split") else part_sources(rest)
     columns = Columns(image_column, label_column)
     given = () if columns == USUAL else (columns,)
     if given and scheme in ("folder", "fgvc_aircraft"):

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from dlc_jax import checks
-from dlc_jax.datasets.files import Files, regular
+from dlc_jax.datasets.files import images_in, regular
 from dlc_jax.datasets.labels import labelled
 from dlc_jax.types import Dataset
 
@@ -37,8 +35,7 @@ def load_aircraft(where: str) -> Dataset:
         names.append(f"images/{name}.jpg")
         variants.append(variant.strip())
     classes = _lines(source, data / "variants.txt")
-    images = Files(data, np.asarray(names, np.str_))
-    return labelled(images, variants, names, source, classes)
+    return labelled(images_in(data, names), variants, names, source, classes)
 
 
 def _lines(source: str, file: Path) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dlc_jax import checks
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
-from dlc_jax.datasets.files import posix_files, regular
+from dlc_jax.datasets.files import images_in, posix_names, regular
 from dlc_jax.datasets.labels import integers_or_text, labelled
 from dlc_jax.types import Dataset
 
@@ -48,5 +48,5 @@ def load_csv(where: str, columns: Columns = USUAL) -> Dataset:
             raise checks.InputError(f"{source}: row {number} has no path or no label: {row}.")
         names.append(name)
         values.append(label)
-    images = posix_files(file.parent, names)
-    return labelled(images, integers_or_text(values), images.names.tolist(), source)
+    names = posix_names(file.parent, names)
+    return labelled(images_in(file.parent, names), integers_or_text(values), names, source)

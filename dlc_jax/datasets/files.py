@@ -7,7 +7,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,26 +33,34 @@ _PART_NAME = re.compile(rf"({_PARTS})([^a-z].*)?|[a-z0-9].*[^a-z]({_PARTS})")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Files:
-    """Encoded images by position, read when asked for.
+class LazyImages:
+    """Images that are read when asked for.
 
     Attributes:
-      root: What the names are relative to.
-      names: POSIX paths, as an array: a million `Path`s would take half a gigabyte.
+      count: How many there are.
+      read: Position -> the image.
+      file: Position -> the file that holds this image alone, see `file_of`.
     """
 
-    root: Path
-    names: np.ndarray
+    count: int
+    read: Callable[[int], bytes | np.ndarray]
+    file: Callable[[int], Path | None] | None = None
 
     def __len__(self) -> int:
-        return len(self.names)
+        return self.count
 
-    def __getitem__(self, position: int) -> bytes:
-        return regular(self.file(position)).read_bytes()
+    def __getitem__(self, position: int) -> bytes | np.ndarray:
+        return self.read(position)
 
-    def file(self, position: int) -> Path:
-        """Returns the file of an image."""
-        return self.root / str(self.names[position])
+
+def images_in(root: Path, names: Sequence[str]) -> LazyImages:
+    """Returns the images in files, by POSIX paths relative to the root."""
+    paths = np.asarray(names, np.str_)  # a million `Path`s would take half a gigabyte
+
+    def file(position: int) -> Path:
+        return root / str(paths[position])
+
+    return LazyImages(len(paths), lambda position: regular(file(position)).read_bytes(), file)
 
 
 def is_junk(name: str) -> bool:
@@ -95,21 +103,19 @@ def _check_are_of_one_kind(source: str, names: list[str]) -> None:
 
 def train_parts(names: Iterable[str]) -> list[str]:
     """Returns the names of splits that one may train on, training first."""
-    splits = {name: split_in(name) for name in names}
-    found = [(_TRAIN_PARTS.index(of), name) for name, of in splits.items() if of in _TRAIN_PARTS]
-    return [name for _, name in sorted(found)]
+    found = {name for name in names if split_in(name) in _TRAIN_PARTS}
+    return sorted(found, key=lambda name: (_TRAIN_PARTS.index(split_in(name)), name))
 
 
-def posix_files(root: Path, names: Iterable[str]) -> Files:
-    """Returns files by paths, with slashes where these have the backslashes of Windows.
+def posix_names(root: Path, names: Iterable[str]) -> list[str]:
+    """Returns paths with slashes where they have the backslashes of Windows.
 
     One that names a file as it is, with a backslash in its name, stays.
     """
-    posix = [
+    return [
         name if "\\" not in name or os.path.exists(root / name) else name.replace("\\", "/")
         for name in names
     ]
-    return Files(root, np.asarray(posix, np.str_))
 
 
 def regular(file: Path) -> Path:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from dlc_jax import checks
-from dlc_jax.datasets.files import Files, is_junk, split_in, suffix_of, train_parts
+from dlc_jax.datasets.files import images_in, is_junk, split_in, suffix_of, train_parts
 from dlc_jax.datasets.labels import composed, labelled
 from dlc_jax.files.image_files import HEIF_SUFFIXES, NEEDS_HEIF, suffixes
 from dlc_jax.types import Dataset
@@ -52,7 +51,7 @@ def _load(where: str, root: Path) -> Dataset:
     filled = [name for name in folders if images[name]]
     names = [image for name in filled for image in images[name]]
     return labelled(
-        Files(root, np.asarray(names, np.str_)),
+        images_in(root, names),
         [name for name in filled for _ in images[name]],
         names,
         f"folder:{where}",
@@ -105,9 +104,7 @@ def _images_below(root: Path, class_name: str) -> tuple[list[str], Counter[str]]
         seen.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if name[0] != "." and not is_junk(name))
         below = os.path.relpath(parent, root)
-        for name in names:
-            if is_junk(name):
-                continue
+        for name in itertools.filterfalse(is_junk, names):
             if name[0] == "." or not name.lower().endswith(readable):
                 others[suffix_of(name)] += 1
             else:

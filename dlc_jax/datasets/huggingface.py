@@ -89,8 +89,7 @@ def _refuse_changes(source: str, path: Path, state: dict[str, Any]) -> None:
     found = [name for name in ("_indices_data_files", "_indices_files") if state.get(name)]
     if any(file.keys() & {"skip", "take"} for file in state["_data_files"]):
         found.append("skip and take in _data_files")
-    history = state.get("_inplace_history") or []
-    if any(step.get("transforms") for step in history):
+    if any(step.get("transforms") for step in state.get("_inplace_history") or []):
         found.append("_inplace_history")
     if found:
         raise checks.InputError(

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +154,7 @@ def _of_tables(tables: Iterable[Table]) -> list[Row]:
 def _demo(where: str) -> list[Row]:
     """The bundled sample: 400 rows of Dolly+HH-RLHF to prune, 100 others to test on."""
     checks.one_of("demo instructions", where, _DEMOS)
-    folder = resources.files("dlc_jax.datasets") / "instructions_sample"
-    return _lines(Path(str(folder / _DEMOS[where])))
+    return _lines(Path(__file__).parent / "instructions_sample" / _DEMOS[where])
 
 
 ROW_SOURCES: Mapping[str, Callable[[str], list[Row]]] = {

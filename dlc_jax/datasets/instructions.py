@@ -14,7 +14,7 @@ from jaxtyping import Int64
 
 from dlc_jax import checks
 from dlc_jax.datasets.instruction_rows import Row, Rows, read_rows
-from dlc_jax.datasets.labels import composed, content_ids
+from dlc_jax.datasets.labels import content_ids, encode_labels
 from dlc_jax.datasets.templates import TEMPLATES, told_by_columns
 
 __all__ = ["TEMPLATES", "Instructions", "instructions", "load_instructions"]
@@ -71,9 +71,8 @@ class Instructions:
             f"have no text in column {column!r}",
         )
         checks.no_nul(self.name, f"column {column!r}:", values)
-        in_one_form = np.array([composed(str(value)) for value in values], np.str_)
-        names, labels = np.unique(in_one_form, return_inverse=True)
-        return labels.astype(np.int32), tuple(names.tolist())
+        labels, names, _ = encode_labels(values, None, self.name)
+        return labels, names
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -127,7 +126,7 @@ def instructions(
     ids = [str(i) for i in given]
     if None in given or len(set(ids)) < len(ids):
         ids = content_ids(map(str.encode, identities))
-    checked = checks.as_ids(name, ids)
+    unique = checks.as_ids(name, ids)
     return Instructions(
-        prompts, responses, checked, tuple(map(dict, rows)), name, has_special_tokens
+        prompts, responses, unique, tuple(map(dict, rows)), name, has_special_tokens
     )

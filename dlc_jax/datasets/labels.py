@@ -9,20 +9,14 @@ import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.types import Dataset, ImageSource
 
-
-class Labels(NamedTuple):
-    """Class ids [n] int32, a name per class, and original -> class id where they were remapped."""
-
-    ids: np.ndarray
-    class_names: tuple[str, ...]
-    table: dict[int, int] | None
+Labels = tuple[np.ndarray, tuple[str, ...], dict[int, int] | None]
 
 
 def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: str) -> Labels:
@@ -32,6 +26,8 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
     stay where the source names its classes; without names, integers that are not 0..c-1 are
     remapped in ascending order.
 
+    Returns:
+      Class ids [n] int32, a name per class, and original -> class id where they were remapped.
     Raises:
       ValueError: a missing label, another type, an integer without a class name or beyond 64 bits,
         or class names that are not all different.
@@ -59,7 +55,7 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
                 f"{len(names)} class names."
             )
         rank = {name: index for index, name in enumerate(names)}
-        return Labels(np.array([rank[value] for value in values], np.int32), names, None)
+        return np.array([rank[value] for value in values], np.int32), names, None
     strange = next((i for i, v in enumerate(values) if not isinstance(v, numbers.Integral)), None)
     if strange is not None:
         raise checks.InputError(
@@ -80,11 +76,11 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
                 f"{where}: row {bad[0]} has label {array[bad[0]]}, but the source names "
                 f"{len(class_names)} classes (0..{len(class_names) - 1})."
             )
-        return Labels(array.astype(np.int32), tuple(class_names), None)
+        return array.astype(np.int32), tuple(class_names), None
     found, ids = np.unique(array, return_inverse=True)
     is_plain = np.array_equal(found, np.arange(len(found)))
     table = None if is_plain else {value: index for index, value in enumerate(found.tolist())}
-    return Labels(ids.astype(np.int32), tuple(map(str, found)), table)
+    return ids.astype(np.int32), tuple(map(str, found)), table
 
 
 def composed(name: str) -> str:
@@ -140,14 +136,14 @@ def labelled(
     class_names: Sequence[str] | None = None,
     **more: Any,
 ) -> Dataset:
-    """Returns images with what a source says of them.
+    """Returns the data set of images that a source gives with labels and names.
 
     Args:
       images: n images.
-      values: [n] labels, and
-      class_names: their classes, as for `encode_labels`.
-      names: [n] what may be their ids, see `stable_ids`.
+      values: [n] labels, strings or integers, see `encode_labels`.
+      names: [n] what may be the ids, see `stable_ids`.
       source: Name of the data set.
+      class_names: Those that the source declares, if it does.
       more: Other attributes of the data set.
     Raises:
       ValueError: see `encode_labels`.

@@ -25,7 +25,10 @@ def limited() -> Iterator[None]:
     with contextlib.ExitStack() as after:
         _limit_memory(after)
         if threading.current_thread() is threading.main_thread():
-            _limit_time(after)
+            after.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, _stop))
+            # again and again: a template that is compiled swallows what its constants raise
+            timer = signal.setitimer(signal.ITIMER_REAL, _SECONDS, _SECONDS)
+            after.callback(signal.setitimer, signal.ITIMER_REAL, *timer)
         yield
 
 
@@ -41,11 +44,5 @@ def _limit_memory(after: contextlib.ExitStack) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (lowest, hard))
 
 
-def _limit_time(after: contextlib.ExitStack) -> None:
-    def stop(*_: object) -> NoReturn:
-        raise TimeoutError(f"took more than {_SECONDS:g} s")
-
-    after.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, stop))
-    # again and again: a template that is compiled swallows what its constants raise
-    timer = signal.setitimer(signal.ITIMER_REAL, _SECONDS, _SECONDS)
-    after.callback(signal.setitimer, signal.ITIMER_REAL, *timer)
+def _stop(*_: object) -> NoReturn:
+    raise TimeoutError(f"took more than {_SECONDS:g} s")

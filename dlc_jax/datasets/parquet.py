@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 
 from dlc_jax import checks
 from dlc_jax.datasets import csv_file
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
-from dlc_jax.datasets.files import matching, posix_files
+from dlc_jax.datasets.files import images_in, matching, posix_names
 from dlc_jax.datasets.labels import labelled
 from dlc_jax.datasets.parts import joined
 from dlc_jax.datasets.row_groups import ParquetTable, RecentGroups, Table
@@ -19,13 +18,14 @@ from dlc_jax.files.arrow import pa
 from dlc_jax.types import Dataset, ImageSource
 
 _IMAGE_COLUMNS = tuple(dict.fromkeys(("image", "img", *csv_file.PATH_COLUMNS)))
+_Images = tuple[ImageSource, list[str | None]]
 _DEMOS = {"caltech15/train": "train.parquet", "caltech15/test": "test.parquet"}
 
 
 def load_demo(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads the bundled sample: 15 Caltech-101 classes, 50 train and 20 test images each."""
     checks.one_of("demo data set", where, _DEMOS)
-    file = resources.files("dlc_jax.datasets") / "sample" / _DEMOS[where]
+    file = Path(__file__).parent / "sample" / _DEMOS[where]
     return dataclasses.replace(load_parquet(str(file), columns), name=f"demo:{where}")
 
 
@@ -78,12 +78,10 @@ def from_tables(source: str, tables: Sequence[Table], columns: Columns = USUAL) 
                 )
         others = _class_names(table, label)
         if others != class_names:
-            shown, first = (
-                checks.listed(map(repr, n or ())) or "none" for n in (others, class_names)
-            )
             raise checks.InputError(
-                f"{source}: its files differ in class names: {table.file} declares {shown}, "
-                f"{tables[0].file} {first}."
+                f"{source}: its files differ in class names: {table.file} declares "
+                f"{checks.listed(map(repr, others or ())) or 'none'}, {tables[0].file} "
+                f"{checks.listed(map(repr, class_names or ())) or 'none'}."
             )
         values += table.values(label)
         images, paths = _images(table, image)
@@ -115,7 +113,7 @@ def _class_names(table: Table, label: str) -> list[str] | None:
     return names
 
 
-def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
+def _images(table: Table, name: str) -> _Images:
     """Returns a table's images, and each one's path where there is one."""
     kind = table.schema.field(name).type
     if _is_text(kind):
@@ -147,18 +145,15 @@ def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
     return images, paths
 
 
-def _files(
-    table: Table, name: str, paths: Sequence[str | None]
-) -> tuple[ImageSource, list[str | None]]:
-    names = []
-    for row, path in enumerate(paths):
-        if not path or "\0" in path:
-            raise checks.InputError(
-                f"{table.file}: column {name}, row {row}: expected a path, found {path!r}."
-            )
-        names.append(path)
-    files = posix_files(table.file.parent, names)
-    return files, files.names.tolist()
+def _files(table: Table, name: str, paths: Sequence[str | None]) -> _Images:
+    bad = next((row for row, path in enumerate(paths) if not path or "\0" in path), None)
+    if bad is not None:
+        raise checks.InputError(
+            f"{table.file}: column {name}, row {bad}: expected a path, found {paths[bad]!r}."
+        )
+    root = table.file.parent
+    names = posix_names(root, map(str, paths))
+    return images_in(root, names), [*names]
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -3,63 +3,33 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from dlc_jax.datasets.files import LazyImages
 from dlc_jax.types import Dataset, ImageSource, file_of
 
 _SUFFIXES = (".csv", ".tsv", ".npz", ".parquet", ".tar")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LazyImages:
-    """Encoded images that are read when asked for.
-
-    Attributes:
-      count: How many there are.
-      read: Position -> the image.
-    """
-
-    count: int
-    read: Callable[[int], bytes]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, position: int) -> bytes:
-        return self.read(position)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Joined:
-    """Images of several sources, one after the other."""
-
-    sources: tuple[ImageSource, ...]
-    ends: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, position: int) -> bytes | np.ndarray:
-        source, place = self._part(position)
-        return source[place]
-
-    def file(self, position: int) -> Path | None:
-        return file_of(*self._part(position))
-
-    def _part(self, position: int) -> tuple[ImageSource, int]:
-        part = bisect.bisect_right(self.ends, position)
-        return self.sources[part], position - (self.ends[part - 1] if part else 0)
-
-
 def joined(sources: Sequence[ImageSource]) -> ImageSource:
     """Returns the images of one or more sources, one after the other."""
-    ends = np.cumsum([len(source) for source in sources]).tolist()
-    return sources[0] if len(sources) == 1 else _Joined(tuple(sources), tuple(ends))
+    if len(sources) == 1:
+        return sources[0]
+    starts = np.cumsum([0, *map(len, sources)]).tolist()
+
+    def place(position: int) -> tuple[ImageSource, int]:
+        number = bisect.bisect_right(starts, position) - 1
+        return sources[number], position - starts[number]
+
+    def read(position: int) -> bytes | np.ndarray:
+        source, inner = place(position)
+        return source[inner]
+
+    return LazyImages(starts[-1], read, lambda position: file_of(*place(position)))
 
 
 def part_sources(where: str) -> list[str]:

@@ -14,8 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax import checks
-from dlc_jax.datasets.files import regular
-from dlc_jax.datasets.parts import LazyImages
+from dlc_jax.datasets.files import LazyImages, regular
 from dlc_jax.files.arrow import pa, pc, pq
 from dlc_jax.types import ImageSource
 
@@ -113,9 +112,8 @@ class ParquetTable:
     def _is_said_full(self, number: int, column: Sequence[str]) -> bool:
         """Whether the file says that a row group has no row without a value."""
         group = self.metadata.row_group(number)
-        chunks = (group.column(i) for i in range(group.num_columns))
-        chunk = next((c for c in chunks if c.path_in_schema == ".".join(column)), None)
-        stats = chunk.statistics if chunk is not None else None
+        chunks = map(group.column, range(group.num_columns))
+        stats = next((c.statistics for c in chunks if c.path_in_schema == ".".join(column)), None)
         return stats is not None and stats.has_null_count and stats.null_count == 0
 
     def _read(self, groups: Sequence[int], column: Sequence[str]) -> pa.ChunkedArray:

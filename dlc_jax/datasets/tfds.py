@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
+from dlc_jax.datasets.files import LazyImages
 from dlc_jax.datasets.labels import labelled
-from dlc_jax.datasets.parts import LazyImages
 from dlc_jax.types import Dataset
 
+# tfds's own errors differ by kind, and so do those of networks and disks
+_refusing = functools.partial(checks.refusing, shown=checks.first_line, end="")
 _NAME_FEATURES = ("file_name", "filename", "image/filename", "image_id", "id")
 
 
@@ -30,7 +31,7 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
     name, _, split = where.rpartition("/")
     if not name or not split:
         raise checks.InputError(f"tfds:{where}: expected tfds:<name>/<split>.")
-    with _refusing(f"tfds:{where}: no data set {name!r}"):
+    with _refusing(f"tfds:{where}: no data set {name!r}", Exception):
         builder = tfds.builder(name)
     if not builder.is_prepared():
         _prepare(builder, where)
@@ -43,7 +44,8 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
         )
     with _refusing(
         f"tfds:{where}: cannot read split {split!r} "
-        f"(the data set has {checks.listed(builder.info.splits)}; files must be array_record)"
+        f"(the data set has {checks.listed(builder.info.splits)}; files must be array_record)",
+        Exception,
     ):
         source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
     images = LazyImages(len(source), lambda position: source[position][image])
@@ -64,19 +66,9 @@ def _prepare(builder: Any, where: str) -> None:
             "install the extra with pip install -e '.[tfds]', or prepare it elsewhere as "
             "array_record (tfds build --file_format=array_record) and point TFDS_DATA_DIR there."
         )
-    import tensorflow_datasets as tfds
-
     problem = f"tfds:{where}: could not be downloaded and prepared in {builder.data_dir}"
-    with _refusing(problem, lambda error: f"{type(error).__name__}: {error}"):
-        config = tfds.download.DownloadConfig()
-        builder.download_and_prepare(download_config=config, file_format="array_record")
-
-
-def _refusing(
-    problem: str, shown: Callable[[Exception], str] = checks.first_line
-) -> AbstractContextManager[None]:
-    """Refuses all errors, as tfds's own differ by kind, and those of networks and disks, too."""
-    return checks.refusing(problem, Exception, shown=shown, end="")
+    with _refusing(problem, Exception, shown=lambda error: f"{type(error).__name__}: {error}"):
+        builder.download_and_prepare(file_format="array_record")
 
 
 def _feature(features: Any, where: str, kind: type, what: str, wanted: str | None) -> str:

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from dlc_jax import checks
 from dlc_jax.datasets.columns import USUAL, Columns, column
-from dlc_jax.datasets.files import is_junk, matching
+from dlc_jax.datasets.files import LazyImages, is_junk, matching
 from dlc_jax.datasets.labels import integers_or_text, labelled
-from dlc_jax.datasets.parts import LazyImages
 from dlc_jax.files.image_files import suffixes
 from dlc_jax.types import Dataset
 
@@ -95,15 +94,14 @@ def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:
 
 def _image(where: str, parts: dict[str, _Member], wanted: str | None) -> _Member:
     if wanted is not None:
-        suffix = f".{wanted.lower().removeprefix('.')}"
-        return parts[column(where, "image", list(parts), (), suffix, noun="member")]
-    found = [kind for kind in parts if kind in suffixes()]
+        wanted = f".{wanted.lower().removeprefix('.')}"
+    found = list(parts) if wanted else [kind for kind in parts if kind in suffixes()]
     if not found:
         raise checks.InputError(
             f"{where} has no image (found {checks.listed(parts)}; expected one of "
             f"{', '.join(suffixes())})."
         )
-    return parts[column(where, "image", found, (), declared=found, noun="member")]
+    return parts[column(where, "image", found, (), wanted, declared=found, noun="member")]
 
 
 def _label(where: str, parts: dict[str, _Member], wanted: str | None) -> Any:

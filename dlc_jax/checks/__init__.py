@@ -8,6 +8,7 @@ from dlc_jax.checks.errors import (
     joined,
     listed,
     problems,
+    refusing,
     shortened,
 )
 from dlc_jax.checks.samples import (
@@ -73,6 +74,7 @@ __all__ = [
     "probabilities_fit_labels",
     "problems",
     "prototypes_can_differ",
+    "refusing",
     "scores_fit_labels",
     "seed",
     "shortened",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from dlc_jax.checks.escaping import visible
@@ -23,6 +24,29 @@ class NeedsSetting(InputError):
 
 class SharedError(InputError):
     """A mistake that all processes of a run meet at the same place, so that they can go on."""
+
+
+@contextlib.contextmanager
+def refusing(
+    problem: str,
+    *kinds: type[Exception],
+    shown: Callable[[Exception], str] = str,
+    end: str = ".",
+) -> Iterator[None]:
+    """Raises `InputError` with `<problem>: <error>.` for errors of these kinds in here.
+
+    Args:
+      problem: What cannot be used, and what for.
+      kinds: Classes of errors; an `InputError` stays as it is.
+      shown: What is shown of the error: its text, or its `first_line`.
+      end: What the message ends with.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        raise InputError(f"{problem}: {shown(error)}{end}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from dlc_jax import checks
 from dlc_jax.datasets.aircraft import load_aircraft
 from dlc_jax.datasets.arrays import array_dataset
-from dlc_jax.datasets.columns import Columns
+from dlc_jax.datasets.columns import USUAL, Columns
 from dlc_jax.datasets.csv_file import load_csv
 from dlc_jax.datasets.folder import load_folder
 from dlc_jax.datasets.huggingface import load_hf
@@ -25,10 +25,9 @@ from dlc_jax.types import Dataset
 __all__ = ["SOURCES", "array_dataset", "load_dataset", "stratified_split"]
 
 
-def _load_split(where: str, columns: Columns | None = None) -> Dataset:
-    given = {} if columns is None else dataclasses.asdict(columns)
-    names = {f"{key}_column": name for key, name in given.items()}
-    return load_split(where, functools.partial(load_dataset, **names))
+def _load_split(where: str, columns: Columns = USUAL) -> Dataset:
+    load = functools.partial(load_dataset, image_column=columns.image, label_column=columns.label)
+    return load_split(where, load)
 
 
 # scheme -> function of what follows the colon, and of the columns if they are given
@@ -44,9 +43,6 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "demo": load_demo,
     "split": _load_split,
 }
-
-_WITHOUT_COLUMNS = ("folder", "fgvc_aircraft")
-_WITH_OWN_PARTS = ("tfds", "hf", "split")
 
 
 def load_dataset(
@@ -104,10 +100,11 @@ def load_dataset(
             f"with a scheme out of {', '.join(SOURCES)}.{hint}"
         )
     checks.one_of("dataset scheme", scheme, SOURCES)
-    wheres = [rest] if scheme in _WITH_OWN_PARTS else part_sources(rest)
+    # these read parts themselves
+    wheres = [rest] if scheme in ("tfds", "hf", "split") else part_sources(rest)
     columns = Columns(image_column, label_column)
-    given = () if columns == Columns() else (columns,)
-    if given and scheme in _WITHOUT_COLUMNS:
+    given = () if columns == USUAL else (columns,)
+    if given and scheme in ("folder", "fgvc_aircraft"):
         raise checks.InputError(
             "dataset.image_column, dataset.label_column: "
             f"{str(source)!r} has no columns; expected neither with it."

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from dlc_jax import checks
-from dlc_jax.datasets.files import Files, regular
-from dlc_jax.datasets.labels import encode_labels, stable_ids
+from dlc_jax.datasets.files import images_in, regular
+from dlc_jax.datasets.labels import labelled
 from dlc_jax.types import Dataset
-
-_SPLITS = ("train", "val", "trainval", "test")
 
 
 def load_aircraft(where: str) -> Dataset:
@@ -25,7 +21,7 @@ def load_aircraft(where: str) -> Dataset:
     """
     source = f"fgvc_aircraft:{where}"
     root, _, split = where.rpartition("/")
-    checks.one_of(f"{source}: split", split, _SPLITS)
+    checks.one_of(f"{source}: split", split, ("train", "val", "trainval", "test"))
     data = Path(root).expanduser()
     data = data / "data" if (data / "data").is_dir() else data
     names, variants = [], []
@@ -39,17 +35,13 @@ def load_aircraft(where: str) -> Dataset:
         names.append(f"images/{name}.jpg")
         variants.append(variant.strip())
     classes = _lines(source, data / "variants.txt")
-    images = Files(data, np.asarray(names, np.str_))
-    labels = encode_labels(variants, classes, source)
-    return Dataset(images, labels.ids, stable_ids(names, images), labels.class_names, source)
+    return labelled(images_in(data, names), variants, names, source, classes)
 
 
 def _lines(source: str, file: Path) -> list[str]:
-    try:
+    with checks.refusing(f"{source}: {file} cannot be read", OSError, ValueError):
         text = regular(file).read_text(encoding="utf-8-sig")
-        lines = [line.strip() for line in text.splitlines()]
-    except (OSError, ValueError) as error:
-        raise checks.InputError(f"{source}: {file} cannot be read: {error}.") from error
-    if not any(lines):
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
         raise checks.InputError(f"{source}: {file} is empty.")
-    return [line for line in lines if line]
+    return lines

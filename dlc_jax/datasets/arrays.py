@@ -39,8 +39,6 @@ def array_dataset(
       (('cat', 'dog'), [0, 1, 0])
     """
     values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
-    encoded = encode_labels(values, class_names, name)
+    encoded, classes, table = encode_labels(values, class_names, name)
     unique = stable_ids([None] * len(images), images) if ids is None else checks.as_ids(name, ids)
-    return Dataset(
-        images, encoded.ids, unique, encoded.class_names, name, encoded.table, deep_images
-    )
+    return Dataset(images, encoded, unique, classes, name, table, deep_images)

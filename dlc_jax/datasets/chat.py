@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from dlc_jax import checks
 from dlc_jax.datasets.instruction_rows import Row, Rows, is_empty
@@ -14,26 +14,6 @@ MESSAGES = "messages"  # column
 _FIELDS = ("tool_calls", "function_call", "tools", "documents", "images", "videos", "audios")
 Messages = list[dict[str, Any]]
 _LONGEST_TEMPLATE = 2**20  # characters that are not of the conversation
-
-
-class Rendered(NamedTuple):
-    """Texts that hold their special tokens.
-
-    Attributes:
-      prompts: [n] all before the response, and how a response is begun.
-      responses: [n] the response and all that the template puts behind it.
-    """
-
-    prompts: tuple[str, ...]
-    responses: tuple[str, ...]
-
-
-def conversation(request: str, response: str) -> Messages:
-    """Returns one question and its answer."""
-    return [
-        {"role": "user", "content": request},
-        {"role": "assistant", "content": response},
-    ]
 
 
 def conversations_of(rows: Rows) -> list[Messages]:
@@ -65,16 +45,14 @@ def _is_conversation(row: Row) -> bool:
     return (
         isinstance(messages, list)
         and len(messages) > 1
-        and all(
-            isinstance(message, Mapping)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in messages
-        )
+        and all(isinstance(message, Mapping) for message in messages)
+        and all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
     )
 
 
-def render(conversations: Sequence[Messages], rows: Rows, tokenizer: Any) -> Rendered:
+def render(
+    conversations: Sequence[Messages], rows: Rows, tokenizer: Any
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Writes conversations out; prompt and response together are what the template gives.
 
     The end of the turn belongs to the response, and so does what the template puts behind it, such
@@ -85,6 +63,9 @@ def render(conversations: Sequence[Messages], rows: Rows, tokenizer: Any) -> Ren
       conversations: One per row, each ending with the response.
       rows: Rows that hold them, for messages.
       tokenizer: A tokenizer of transformers, or a function that returns one; None: there is none.
+    Returns:
+      Prompts [n], all before the response, and how a response is begun; responses [n], the response
+      and all that the template puts behind it. Both hold their special tokens.
     Raises:
       ValueError: no tokenizer, one without a chat template; by id, conversations that it refuses,
         or that begin otherwise once the response is there.
@@ -102,15 +83,12 @@ def render(conversations: Sequence[Messages], rows: Rows, tokenizer: Any) -> Ren
         )
     prompts, wholes = [], []
     for place, messages in zip(rows.places, conversations, strict=True):
-        try:
+        problem = f"{rows.name}: {place}: the tokenizer's chat template refuses it"
+        # the template is a program of its own: anything can happen
+        with checks.refusing(problem, Exception, shown=checks.first_line):
             prompts.append(written(tokenizer, messages[:-1], add_generation_prompt=True))
             wholes.append(written(tokenizer, messages))
             unused = _unused_field(tokenizer, messages, wholes[-1])
-        except Exception as error:  # the template is a program of its own: anything can happen
-            raise checks.InputError(
-                f"{rows.name}: {place}: the tokenizer's chat template refuses it: "
-                f"{checks.first_line(error)}."
-            ) from error
         if unused is not None:
             raise checks.InputError(
                 f"{rows.name}: {place}: has messages with {unused!r}, which the tokenizer's chat "
@@ -122,7 +100,7 @@ def render(conversations: Sequence[Messages], rows: Rows, tokenizer: Any) -> Ren
         "are written otherwise by the tokenizer's chat template once the response is there, so "
         "that prompt and response cannot be told apart",
     )
-    return Rendered(tuple(prompts), tuple(whole[len(prompt) :] for whole, prompt in pairs))
+    return tuple(prompts), tuple(whole[len(prompt) :] for whole, prompt in pairs)
 
 
 def written(tokenizer: Any, messages: Messages, **options: Any) -> str:

@@ -8,11 +8,6 @@ from collections.abc import Iterable, Sequence
 from dlc_jax import checks
 
 LABELS = ("label", "labels", "fine_label", "class", "class_name", "category", "target")  # usual
-_SETTINGS = {
-    "image": "dataset.image_column",
-    "path": "dataset.image_column",
-    "label": "dataset.label_column",
-}
 _NO_LABELS = ("split", "subset", "partition", "fold")  # declared like labels, as by `datasets`
 
 
@@ -55,36 +50,35 @@ def column(
       ValueError: no such column, or several that may be meant.
     """
     found = f"found {checks.listed(names) or 'none'}"
-    if wanted is not None:
-        same = [n for n in names if n == wanted] or _named(names, [wanted.lower()])
-        if not same:
-            raise checks.InputError(f"{where}: no {noun} {wanted!r} ({_SETTINGS[what]}); {found}.")
-        return _only(where, what, same, found, noun)
+    setting = f"dataset.{'label' if what == 'label' else 'image'}_column"
     typed = [name for name in declared if name in names]
     if what == "label":
         typed = [name for name in typed if name.lower() not in _NO_LABELS]
-    pool = typed if what == "image" and typed else list(names)
-    for candidates in (
-        [name for name in pool if name in usual[:1]] or _named(pool, usual[:1]),
-        [name for name in _named(pool, usual) if name in typed],
+    pool = typed if what == "image" and typed else names
+    choices = [
+        _named(pool, usual[:1]),
+        [name for name in pool if name in typed and name.lower() in usual],
         [name for name in pool if name in typed or name.lower() in usual],
-    ):
+    ]
+    if wanted is not None:
+        choices = [_named(names, [wanted])]
+    for candidates in choices:
+        if len(candidates) > 1:
+            raise checks.InputError(
+                f"{where}: more than one {noun} may hold the {what}: {checks.listed(candidates)}; "
+                f"set {setting} to one of them ({found})."
+            )
         if candidates:
-            return _only(where, what, candidates, found, noun)
+            return candidates[0]
+    if wanted is not None:
+        raise checks.InputError(f"{where}: no {noun} {wanted!r} ({setting}); {found}.")
     raise checks.InputError(
         f"{where}: no {what} {noun}; expected one named {' or '.join(usual)}, {found}. "
-        f"Another name is set by {_SETTINGS[what]}."
+        f"Another name is set by {setting}."
     )
 
 
 def _named(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    return [name for name in names if name.lower() in wanted]
-
-
-def _only(where: str, what: str, names: Sequence[str], found: str, noun: str) -> str:
-    if len(names) > 1:
-        raise checks.InputError(
-            f"{where}: more than one {noun} may hold the {what}: {checks.listed(names)}; set "
-            f"{_SETTINGS[what]} to one of them ({found})."
-        )
-    return names[0]
+    """Returns the names that are wanted as they are; if none is, whatever their capitals."""
+    same = [name for name in names if name in wanted]
+    return same or [name for name in names if name.lower() in map(str.lower, wanted)]

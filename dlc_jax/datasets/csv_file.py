@@ -6,12 +6,10 @@ import csv
 import io
 from pathlib import Path
 
-import numpy as np
-
 from dlc_jax import checks
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
-from dlc_jax.datasets.files import Files, posix_names, regular
-from dlc_jax.datasets.labels import encode_labels, integers_or_text, stable_ids
+from dlc_jax.datasets.files import images_in, posix_names, regular
+from dlc_jax.datasets.labels import integers_or_text, labelled
 from dlc_jax.types import Dataset
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path")
@@ -29,22 +27,16 @@ def load_csv(where: str, columns: Columns = USUAL) -> Dataset:
     """
     source, file = f"csv:{where}", Path(where).expanduser()
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    try:
+    with checks.refusing(f"{source}: cannot be read as UTF-8 text", OSError, ValueError):
         text = regular(file).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise checks.InputError(f"{source}: cannot be read as UTF-8 text: {error}.") from error
-    try:
+    with checks.refusing(f"{source}: not a table of values", csv.Error):
         lines = io.StringIO(text, newline="")  # splitlines would part rows at U+2028, too
-        rows = list(csv.reader(lines, delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        raise checks.InputError(f"{source}: not a table of values: {error}.") from error
-    rows = [row for row in rows if row]
+        rows = [row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row]
     if len(rows) < 2:
         raise checks.InputError(f"{source}: expected a header and one or more rows, found fewer.")
     header = [name.strip() for name in rows[0]]
-    path_name = column(source, "path", header, PATH_COLUMNS, columns.image)
-    label_name = column(source, "label", header, LABELS, columns.label)
-    path_column, label_column = header.index(path_name), header.index(label_name)
+    path_column = header.index(column(source, "path", header, PATH_COLUMNS, columns.image))
+    label_column = header.index(column(source, "label", header, LABELS, columns.label))
     names, values = [], []
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(header):
@@ -56,8 +48,5 @@ def load_csv(where: str, columns: Columns = USUAL) -> Dataset:
             raise checks.InputError(f"{source}: row {number} has no path or no label: {row}.")
         names.append(name)
         values.append(label)
-    encoded = encode_labels(integers_or_text(values), None, source)
     names = posix_names(file.parent, names)
-    images = Files(file.parent, np.asarray(names, np.str_))
-    ids = stable_ids(names, images)
-    return Dataset(images, encoded.ids, ids, encoded.class_names, source, encoded.table)
+    return labelled(images_in(file.parent, names), integers_or_text(values), names, source)

@@ -7,7 +7,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,26 +33,34 @@ _PART_NAME = re.compile(rf"({_PARTS})([^a-z].*)?|[a-z0-9].*[^a-z]({_PARTS})")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Files:
-    """Encoded images by position, read when asked for.
+class LazyImages:
+    """Images that are read when asked for.
 
     Attributes:
-      root: What the names are relative to.
-      names: POSIX paths, as an array: a million `Path`s would take half a gigabyte.
+      count: How many there are.
+      read: Position -> the image.
+      file: Position -> the file that holds this image alone, see `file_of`.
     """
 
-    root: Path
-    names: np.ndarray
+    count: int
+    read: Callable[[int], bytes | np.ndarray]
+    file: Callable[[int], Path | None] | None = None
 
     def __len__(self) -> int:
-        return len(self.names)
+        return self.count
 
-    def __getitem__(self, position: int) -> bytes:
-        return regular(self.file(position)).read_bytes()
+    def __getitem__(self, position: int) -> bytes | np.ndarray:
+        return self.read(position)
 
-    def file(self, position: int) -> Path:
-        """Returns the file of an image."""
-        return self.root / str(self.names[position])
+
+def images_in(root: Path, names: Sequence[str]) -> LazyImages:
+    """Returns the images in files, by POSIX paths relative to the root."""
+    paths = np.asarray(names, np.str_)  # a million `Path`s would take half a gigabyte
+
+    def file(position: int) -> Path:
+        return root / str(paths[position])
+
+    return LazyImages(len(paths), lambda position: regular(file(position)).read_bytes(), file)
 
 
 def is_junk(name: str) -> bool:
@@ -80,24 +88,23 @@ def split_in(name: str) -> str | None:
     return found and (found[1] or found[3])
 
 
-def _check_are_of_one_kind(scheme: str, where: str, names: list[str]) -> None:
+def _check_are_of_one_kind(source: str, names: list[str]) -> None:
     """Raises if files of training and of test lie side by side, by what their names begin with."""
     words = {word[0] for name in names if (word := re.match("[a-z]+(?![a-z])", name, re.I))}
     parts = train_parts(words)
     tests = sorted(word for word in words if word.lower() in _TEST_PARTS)
     if parts and tests:
-        suffix = Path(names[0]).suffix
         raise checks.InputError(
-            f"{scheme}:{where}: holds files of training ({', '.join(parts)}) and of test "
-            f"({', '.join(tests)}); give those of one, {scheme}:{where}/{parts[0]}*{suffix}."
+            f"{source}: holds files of training ({', '.join(parts)}) and of test "
+            f"({', '.join(tests)}); give those of one, "
+            f"{source}/{parts[0]}*{Path(names[0]).suffix}."
         )
 
 
 def train_parts(names: Iterable[str]) -> list[str]:
     """Returns the names of splits that one may train on, training first."""
-    splits = {name: split_in(name) for name in names}
-    found = [(_TRAIN_PARTS.index(of), name) for name, of in splits.items() if of in _TRAIN_PARTS]
-    return [name for _, name in sorted(found)]
+    found = {name for name in names if split_in(name) in _TRAIN_PARTS}
+    return sorted(found, key=lambda name: (_TRAIN_PARTS.index(split_in(name)), name))
 
 
 def posix_names(root: Path, names: Iterable[str]) -> list[str]:
@@ -118,31 +125,27 @@ def regular(file: Path) -> Path:
     return file
 
 
-def matching(scheme: str, where: str, suffix: str) -> list[Path]:
-    """Returns one file, those of a folder with this suffix, or those of a glob, in sorted order.
+def matching(scheme: str, where: str) -> list[Path]:
+    """Returns one file, those of a folder, or those of a glob, in sorted order.
 
-    Capitals in a suffix do not matter, and `**` in a glob stands for folders at any depth.
+    In a folder, the scheme is the suffix. Capitals in it do not matter, and `**` in a glob stands
+    for folders at any depth.
 
     Raises:
       ValueError: there is none, or one that is no regular file.
     """
-    path = Path(where).expanduser()
-    try:
+    path, source, suffix = Path(where).expanduser(), f"{scheme}:{where}", f".{scheme}"
+    with checks.refusing(f"{source}: cannot be read", OSError):
         if path.is_dir():
-            found = [
-                file
-                for file in path.iterdir()
-                if file.name.lower().endswith(suffix) and not is_junk(file.name)
-            ]
+            names = (name for name in os.listdir(path) if name.lower().endswith(suffix))
+            found = [path / name for name in names if not is_junk(name)]
         elif path.exists():
             found = [path]
         else:
             found = [Path(name) for name in glob.glob(str(path), recursive=True)]
         files = [regular(file) for file in sorted(found) if not file.is_dir()]
-    except OSError as error:
-        raise checks.InputError(f"{scheme}:{where}: cannot be read: {error}.") from error
     if path.is_dir():
-        _check_are_of_one_kind(scheme, where, [file.name for file in files])
+        _check_are_of_one_kind(source, [file.name for file in files])
     if not files:
-        raise checks.InputError(f"{scheme}:{where}: no such file, or no *{suffix} in it.")
+        raise checks.InputError(f"{source}: no such file, or no *{suffix} in it.")
     return files

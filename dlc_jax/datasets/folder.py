@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from dlc_jax import checks
-from dlc_jax.datasets.files import Files, is_junk, split_in, suffix_of, train_parts
-from dlc_jax.datasets.labels import composed
+from dlc_jax.datasets.files import images_in, is_junk, split_in, suffix_of, train_parts
+from dlc_jax.datasets.labels import composed, labelled
 from dlc_jax.files.image_files import HEIF_SUFFIXES, NEEDS_HEIF, suffixes
 from dlc_jax.types import Dataset
 
@@ -25,30 +24,23 @@ def load_folder(where: str) -> Dataset:
       ValueError: no such folder, no image in a sub-folder, sub-folders that are splits, a class all
         of whose images are HEIC that cannot be read here, or a folder that may not be read.
     """
-    try:
+    with checks.refusing(f"folder:{where}: cannot be read", OSError):
         return _load(where, Path(where).expanduser())
-    except OSError as error:  # left alone, os.walk would pass over what it may not read
-        raise checks.InputError(f"folder:{where}: cannot be read: {error}.") from error
 
 
 def _load(where: str, root: Path) -> Dataset:
     if not root.is_dir():
         raise checks.InputError(f"folder:{where}: no such folder.")
-    left_out: Counter[str] = Counter()
-    folders = []
-    for path in sorted(root.iterdir()):
-        if path.is_dir():
-            folders += [path.name] if path.name[0] != "." and not is_junk(path.name) else []
-        elif not is_junk(path.name):
-            left_out[suffix_of(path.name)] += 1
+    entries = [path for path in sorted(root.iterdir()) if not is_junk(path.name)]
+    folders = [path.name for path in entries if path.is_dir() and path.name[0] != "."]
+    left_out = Counter(suffix_of(path.name) for path in entries if not path.is_dir())
     if not folders:
         raise checks.InputError(
             f"folder:{where}: expected one sub-folder of images per class, found none."
         )
     images = {}
     for name in folders:
-        others: Counter[str] = Counter()
-        images[name] = [f"{name}/{image}" for image in _images_below(root / name, others)]
+        images[name], others = _images_below(root, name)
         if not images[name] and set(others) & set(HEIF_SUFFIXES):
             raise checks.InputError(
                 f"folder:{where}: class {name!r} has no image that can be read, but "
@@ -57,19 +49,14 @@ def _load(where: str, root: Path) -> Dataset:
         left_out += others
     _check_are_classes(where, images)
     filled = [name for name in folders if images[name]]
-    class_of = {name: composed(name) for name in folders}
-    classes = tuple(sorted({class_of[name] for name in filled}))
-    places = {name: label for label, name in enumerate(classes)}
-    labels = [places[class_of[name]] for name in filled for _ in images[name]]
-    ids = np.asarray([image for name in filled for image in images[name]], dtype=np.str_)
-    return Dataset(
-        Files(root, ids),
-        np.asarray(labels, np.int32),
-        ids,
-        classes,
+    names = [image for name in filled for image in images[name]]
+    return labelled(
+        images_in(root, names),
+        [name for name in filled for _ in images[name]],
+        names,
         f"folder:{where}",
         left_out=dict(left_out),
-        empty_classes=tuple(sorted({*class_of.values()} - {*classes})),
+        empty_classes=tuple(sorted({*map(composed, folders)} - {*map(composed, filled)})),
     )
 
 
@@ -98,31 +85,28 @@ def _check_are_classes(where: str, images: dict[str, list[str]]) -> None:
     )
 
 
-def _refuse(error: OSError) -> None:
+def _refuse(error: OSError) -> None:  # left alone, os.walk would pass over what it may not read
     raise error
 
 
-def _images_below(folder: Path, others: Counter[str]) -> list[str]:
-    """Returns the images at any depth, relative to the folder, in the order of their paths.
+def _images_below(root: Path, class_name: str) -> tuple[list[str], Counter[str]]:
+    """Returns the images of a class, relative to the root, and what else its folder holds.
 
-    Args:
-      folder: The folder of one class.
-      others: Takes the suffixes of files that are no images, and how often each occurs.
+    Images at any depth are in the order of their paths; of other files it is the suffixes, and how
+    often each occurs.
     """
-    found, seen = [], set()
+    found, others, seen = [], Counter[str](), set()
     readable = suffixes()
-    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    for parent, folders, names in os.walk(root / class_name, onerror=_refuse, followlinks=True):
         if os.path.realpath(parent) in seen:  # a link back up would never end
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if name[0] != "." and not is_junk(name))
-        below = os.path.relpath(parent, folder)
-        for name in names:
-            if is_junk(name):
-                continue
+        below = os.path.relpath(parent, root)
+        for name in itertools.filterfalse(is_junk, names):
             if name[0] == "." or not name.lower().endswith(readable):
                 others[suffix_of(name)] += 1
             else:
-                found.append(name if below == "." else f"{below}/{name}")
-    return sorted(found, key=lambda name: name.split("/"))
+                found.append(f"{below}/{name}")
+    return sorted(found, key=lambda name: name.split("/")), others

@@ -61,30 +61,24 @@ def _local(source: str, folder: Path, split: str) -> Sequence[Table]:
     if (folder / "state.json").is_file():  # one split saved on its own
         return _saved(source, folder, split)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.parquet"))]
-    found = _files_of(source, names, split)
-    if not found:
-        raise checks.InputError(
-            f"{source}: no Parquet file of split {split!r} in {folder} "
-            f"(found {checks.listed(names) or 'none'})."
-        )
-    return open_parquet(folder / name for name in found)
+    if found := _files_of(source, names, split):
+        return open_parquet(folder / name for name in found)
+    raise checks.InputError(
+        f"{source}: no Parquet file of split {split!r} in {folder} "
+        f"(found {checks.listed(names) or 'none'})."
+    )
 
 
 def _saved(source: str, folder: Path, split: str | None) -> list[ArrowTable]:
     """Returns what `save_to_disk` wrote; other Arrow files there are results that it cached."""
-    try:
+    problem = f"{source}: {folder / 'state.json'} does not say which Arrow files are the data"
+    kinds = OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+    with checks.refusing(problem, *kinds, shown=checks.first_line):
         state = json.loads((folder / "state.json").read_bytes())
         names = [file["filename"] for file in state["_data_files"]]
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"names the files {names}")
         _refuse_changes(source, folder / "state.json", state)
-    except checks.InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise checks.InputError(
-            f"{source}: {folder / 'state.json'} does not say which Arrow files are the data: "
-            f"{checks.first_line(error)}."
-        ) from error
     held = state.get("_split")
     if split is not None and held not in (None, split):
         raise checks.InputError(f"{source}: {folder} holds the split {held!r}, not {split!r}.")
@@ -96,8 +90,7 @@ def _refuse_changes(source: str, path: Path, state: dict[str, Any]) -> None:
     found = [name for name in ("_indices_data_files", "_indices_files") if state.get(name)]
     if any(file.keys() & {"skip", "take"} for file in state["_data_files"]):
         found.append("skip and take in _data_files")
-    history = state.get("_inplace_history") or []
-    if any(step.get("transforms") for step in history):
+    if any(step.get("transforms") for step in state.get("_inplace_history") or []):
         found.append("_inplace_history")
     if found:
         raise checks.InputError(
@@ -137,7 +130,6 @@ def _download(source: str, repository: str, split: str) -> list[Path]:
     ) as hub:
         for revision in (None, _CONVERTED):  # the hub converts what its owners did not
             where = {"repo_type": "dataset", "revision": revision}
-            found = _files_of(source, hub.list_repo_files(repository, **where), split)
-            if found:
+            if found := _files_of(source, hub.list_repo_files(repository, **where), split):
                 return [Path(hub.hf_hub_download(repository, name, **where)) for name in found]
     raise checks.InputError(f"{source}: {repository} has no Parquet file of split {split!r}.")

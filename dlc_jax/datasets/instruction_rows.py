@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from dlc_jax.files.json_files import without_repetition
 
 Row = Mapping[str, Any]
 
-SAMPLE = "instructions_sample"  # folder of this package
-_DEMOS = ("dolly/train", "dolly/test")
+_DEMOS = {"dolly/train": "train.jsonl", "dolly/test": "test.jsonl"}
 # Columns of what a model is to see besides the prompt, as common formats call them.
 _CONTEXT = (
     *("system", "system_prompt", "history", "context", "documents"),
@@ -72,7 +70,7 @@ def is_empty(value: Any) -> bool:
     return all(map(is_empty, value)) if isinstance(value, list | tuple) else value is None
 
 
-def read_rows(source: str) -> Rows:
+def read_rows(source: str) -> list[Row]:
     """Reads `<scheme>:<where>`, see `load_instructions`.
 
     Raises:
@@ -85,11 +83,11 @@ def read_rows(source: str) -> Rows:
     rows = ROW_SOURCES[scheme](where)
     if not rows:
         raise checks.InputError(f"{source}: has no rows.")
-    return Rows(rows, source)
+    return rows
 
 
-def _jsonl(where: str) -> list[Row]:
-    return [row for file in matching("jsonl", where, ".jsonl") for row in _lines(file)]
+def _of_files(scheme: str, read: Callable[[Path], list[Row]], where: str) -> list[Row]:
+    return [row for file in matching(scheme, where) for row in read(file)]
 
 
 def _lines(file: Path) -> list[Row]:
@@ -100,9 +98,9 @@ def _lines(file: Path) -> list[Row]:
                 line = line.removeprefix("\ufeff")  # where files were joined, not only the first
                 if line.strip():
                     rows.append(_object(_parsed(line), f"{file}, line {number}"))
+        except checks.InputError:
+            raise
         except (ValueError, RecursionError) as error:
-            if isinstance(error, checks.InputError):
-                raise
             found = checks.first_line(error)
             raise checks.InputError(f"{file}, line {len(rows) + 1} on: {found}.") from error
     return rows
@@ -117,15 +115,10 @@ def _integer(digits: str) -> int:
     return int(digits) if len(digits) <= 20 else 2**64
 
 
-def _json(where: str) -> list[Row]:
-    return [row for file in matching("json", where, ".json") for row in _list(file)]
-
-
 def _list(file: Path) -> list[Row]:
-    try:
+    problem = f"{file}: not JSON"
+    with checks.refusing(problem, ValueError, RecursionError, shown=checks.first_line):
         rows = _parsed(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise checks.InputError(f"{file}: not JSON: {checks.first_line(error)}.") from error
     if not isinstance(rows, list):
         raise checks.InputError(f"{file}: expected a list of objects, found {type(rows).__name__}.")
     return [_object(row, f"{file}, entry {number}") for number, row in enumerate(rows, 1)]
@@ -145,14 +138,6 @@ def _object(value: Any, where: str) -> Row:
     return value
 
 
-def _parquet(where: str) -> list[Row]:
-    return _of_tables(open_parquet(matching("parquet", where, ".parquet")))
-
-
-def _hf(where: str) -> list[Row]:
-    return _of_tables(open_hf(where))
-
-
 def _of_tables(tables: Iterable[Table]) -> list[Row]:
     rows: list[Row] = []
     for table in tables:
@@ -169,14 +154,13 @@ def _of_tables(tables: Iterable[Table]) -> list[Row]:
 def _demo(where: str) -> list[Row]:
     """The bundled sample: 400 rows of Dolly+HH-RLHF to prune, 100 others to test on."""
     checks.one_of("demo instructions", where, _DEMOS)
-    split = where.rpartition("/")[2]
-    return _lines(Path(str(resources.files("dlc_jax.datasets") / SAMPLE / f"{split}.jsonl")))
+    return _lines(Path(__file__).parent / "instructions_sample" / _DEMOS[where])
 
 
 ROW_SOURCES: Mapping[str, Callable[[str], list[Row]]] = {
-    "jsonl": _jsonl,
-    "json": _json,
-    "parquet": _parquet,
-    "hf": _hf,
+    "jsonl": functools.partial(_of_files, "jsonl", _lines),
+    "json": functools.partial(_of_files, "json", _list),
+    "parquet": lambda where: _of_tables(open_parquet(matching("parquet", where))),
+    "hf": lambda where: _of_tables(open_hf(where)),
     "demo": _demo,
 }

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from jaxtyping import Int64
 
 from dlc_jax import checks
 from dlc_jax.datasets.instruction_rows import Row, Rows, read_rows
-from dlc_jax.datasets.labels import composed
+from dlc_jax.datasets.labels import content_ids, encode_labels
 from dlc_jax.datasets.templates import TEMPLATES, told_by_columns
 
 __all__ = ["TEMPLATES", "Instructions", "instructions", "load_instructions"]
@@ -72,9 +71,8 @@ class Instructions:
             f"have no text in column {column!r}",
         )
         checks.no_nul(self.name, f"column {column!r}:", values)
-        in_one_form = np.array([composed(str(value)) for value in values], np.str_)
-        names, labels = np.unique(in_one_form, return_inverse=True)
-        return labels.astype(np.int32), tuple(names.tolist())
+        labels, names, _ = encode_labels(values, None, self.name)
+        return labels, names
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -112,41 +110,23 @@ def load_instructions(
       >>> len(data), data.responses[0][:24]
       (400, 'Kangen water is alkaline')
     """
-    return _made(read_rows(source), template, tokenizer)
+    return instructions(read_rows(source), template, source, tokenizer=tokenizer)
 
 
 def instructions(
     rows: Sequence[Row], template: str | None = None, name: str = "rows", *, tokenizer: Any = None
 ) -> Instructions:
     """Makes instruction data of rows, at least one; see `load_instructions`."""
-    return _made(Rows(rows, name), template, tokenizer)
-
-
-def _made(rows: Rows, template: str | None, tokenizer: Any) -> Instructions:
+    named = Rows(rows, name)
     if template is None:
-        template = told_by_columns(rows, {k: v.columns for k, v in TEMPLATES.items()})
+        template = told_by_columns(named, TEMPLATES)
     checks.one_of("template", template, TEMPLATES)
-    texts = TEMPLATES[template].texts(rows, tokenizer)
-    given = [row.get("id") for row in rows.rows]
-    ids = (
-        [str(i) for i in given]
-        if None not in given and len(set(map(str, given))) == len(given)
-        else _content_ids(texts.identities)
-    )
+    prompts, responses, has_special_tokens, identities = TEMPLATES[template].texts(named, tokenizer)
+    given = [row.get("id") for row in rows]
+    ids = [str(i) for i in given]
+    if None in given or len(set(ids)) < len(ids):
+        ids = content_ids(map(str.encode, identities))
+    unique = checks.as_ids(name, ids)
     return Instructions(
-        texts.prompts,
-        texts.responses,
-        checks.as_ids(rows.name, ids),
-        tuple(dict(row) for row in rows.rows),
-        rows.name,
-        texts.has_special_tokens,
+        prompts, responses, unique, tuple(map(dict, rows)), name, has_special_tokens
     )
-
-
-def _content_ids(identities: Sequence[str]) -> list[str]:
-    ids, seen = [], Counter[str]()
-    for identity in identities:
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        ids.append(f"{digest}-{seen[digest]}" if seen[digest] else digest)
-        seen[digest] += 1
-    return ids

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-_SMALLEST, _LARGEST = -(2**63), 2**64 - 1
-
 
 def json_problem(value: Any) -> str | None:
     """Returns what is wrong with a value, or with one in it; None if it can be written as JSON.
@@ -20,7 +18,7 @@ def json_problem(value: Any) -> str | None:
         is_text = value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
         return None if is_text else "half of a surrogate pair, which is no character"
     if isinstance(value, int):
-        fits = _SMALLEST <= value <= _LARGEST
+        fits = -(2**63) <= value < 2**64
         return None if fits else "an integer beyond 64 bits; text could hold it"
     if isinstance(value, float):
         return None if math.isfinite(value) else "a number that is NaN or infinite; expected null"

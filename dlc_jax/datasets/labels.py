@@ -8,21 +8,15 @@ import re
 import reprlib
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from dlc_jax import checks
-from dlc_jax.types import ImageSource
+from dlc_jax.types import Dataset, ImageSource
 
-
-class Labels(NamedTuple):
-    """Class ids [n] int32, a name per class, and original -> class id where they were remapped."""
-
-    ids: np.ndarray
-    class_names: tuple[str, ...]
-    table: dict[int, int] | None
+Labels = tuple[np.ndarray, tuple[str, ...], dict[int, int] | None]
 
 
 def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: str) -> Labels:
@@ -32,6 +26,8 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
     stay where the source names its classes; without names, integers that are not 0..c-1 are
     remapped in ascending order.
 
+    Returns:
+      Class ids [n] int32, a name per class, and original -> class id where they were remapped.
     Raises:
       ValueError: a missing label, another type, an integer without a class name or beyond 64 bits,
         or class names that are not all different.
@@ -43,7 +39,12 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
         )
     if class_names is not None:
         class_names = [composed(name) for name in class_names]
-        _check_differ(where, class_names)
+        repeated = [name for name, count in Counter(class_names).items() if count > 1]
+        if repeated:
+            raise checks.InputError(
+                f"{where}: class names must be all different; {checks.listed(map(repr, repeated))} "
+                f"occur more than once among {checks.listed(map(repr, class_names))}."
+            )
     if all(isinstance(value, str) for value in values):
         values = [composed(value) for value in values]
         names = tuple(class_names or sorted(set(values)))
@@ -54,7 +55,7 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
                 f"{len(names)} class names."
             )
         rank = {name: index for index, name in enumerate(names)}
-        return Labels(np.array([rank[value] for value in values], np.int32), names, None)
+        return np.array([rank[value] for value in values], np.int32), names, None
     strange = next((i for i, v in enumerate(values) if not isinstance(v, numbers.Integral)), None)
     if strange is not None:
         raise checks.InputError(
@@ -75,22 +76,11 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
                 f"{where}: row {bad[0]} has label {array[bad[0]]}, but the source names "
                 f"{len(class_names)} classes (0..{len(class_names) - 1})."
             )
-        return Labels(array.astype(np.int32), tuple(class_names), None)
+        return array.astype(np.int32), tuple(class_names), None
     found, ids = np.unique(array, return_inverse=True)
-    names = tuple(str(value) for value in found)
-    if np.array_equal(found, np.arange(len(found))):
-        return Labels(ids.astype(np.int32), names, None)
-    table = {int(value): index for index, value in enumerate(found)}
-    return Labels(ids.astype(np.int32), names, table)
-
-
-def _check_differ(where: str, class_names: Sequence[str]) -> None:
-    repeated = [name for name, count in Counter(class_names).items() if count > 1]
-    if repeated:
-        raise checks.InputError(
-            f"{where}: class names must be all different; {checks.listed(map(repr, repeated))} "
-            f"occur more than once among {checks.listed(map(repr, class_names))}."
-        )
+    is_plain = np.array_equal(found, np.arange(len(found)))
+    table = None if is_plain else {value: index for index, value in enumerate(found.tolist())}
+    return ids.astype(np.int32), tuple(map(str, found)), table
 
 
 def composed(name: str) -> str:
@@ -117,15 +107,47 @@ def stable_ids(names: Sequence[str | None], images: ImageSource) -> np.ndarray:
     """
     if all(names) and len(set(names)) == len(names):
         return np.array(names, dtype=object)  # as text, NumPy would drop a NUL at the end
-    seen: Counter[str] = Counter()
-    ids = []
-    for position in range(len(images)):
+
+    def content(position: int) -> bytes:
         try:
             image = images[position]
         except OSError:
-            image = f"unreadable {names[position]}".encode(errors="surrogatepass")
-        content = image.tobytes() if isinstance(image, np.ndarray) else image
+            return f"unreadable {names[position]}".encode(errors="surrogatepass")
+        return image.tobytes() if isinstance(image, np.ndarray) else image
+
+    return np.asarray(content_ids(map(content, range(len(images)))), np.str_)
+
+
+def content_ids(contents: Iterable[bytes]) -> list[str]:
+    """Returns a hash of each content, with a running number behind repeated ones."""
+    ids, seen = [], Counter[str]()
+    for content in contents:
         digest = hashlib.sha256(content).hexdigest()[:16]
         ids.append(f"{digest}-{seen[digest]}" if seen[digest] else digest)
         seen[digest] += 1
-    return np.asarray(ids, dtype=np.str_)
+    return ids
+
+
+def labelled(
+    images: ImageSource,
+    values: Sequence,
+    names: Sequence[str | None],
+    source: str,
+    class_names: Sequence[str] | None = None,
+    **more: Any,
+) -> Dataset:
+    """Returns the data set of images that a source gives with labels and names.
+
+    Args:
+      images: n images.
+      values: [n] labels, strings or integers, see `encode_labels`.
+      names: [n] what may be the ids, see `stable_ids`.
+      source: Name of the data set.
+      class_names: Those that the source declares, if it does.
+      more: Other attributes of the data set.
+    Raises:
+      ValueError: see `encode_labels`.
+    """
+    labels, classes, table = encode_labels(values, class_names, source)
+    ids = stable_ids(names, images)
+    return Dataset(images, labels, ids, classes, source, table, **more)

@@ -22,41 +22,27 @@ def limited() -> Iterator[None]:
     Raises:
       TimeoutError, MemoryError: in the block.
     """
-    with _limited_memory(), _limited_time():
+    with contextlib.ExitStack() as after:
+        _limit_memory(after)
+        if threading.current_thread() is threading.main_thread():
+            after.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, _stop))
+            # again and again: a template that is compiled swallows what its constants raise
+            timer = signal.setitimer(signal.ITIMER_REAL, _SECONDS, _SECONDS)
+            after.callback(signal.setitimer, signal.ITIMER_REAL, *timer)
         yield
 
 
-@contextlib.contextmanager
-def _limited_memory() -> Iterator[None]:
+def _limit_memory(after: contextlib.ExitStack) -> None:
     try:
         num_pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:  # another system
-        yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = num_pages * resource.getpagesize() + _BYTES
     lowest = min([limit, *(known for known in (soft, hard) if known != resource.RLIM_INFINITY)])
+    after.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
     resource.setrlimit(resource.RLIMIT_AS, (lowest, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-@contextlib.contextmanager
-def _limited_time() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> NoReturn:
-        raise TimeoutError(f"took more than {_SECONDS:g} s")
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    # again and again: a template that is compiled swallows what its constants raise
-    timer = signal.setitimer(signal.ITIMER_REAL, _SECONDS, _SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler)
+def _stop(*_: object) -> NoReturn:
+    raise TimeoutError(f"took more than {_SECONDS:g} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,30 +32,27 @@ def load_npz(where: str, columns: Columns = USUAL) -> Dataset:
       ValueError: no such file, not such arrays, or lengths that differ.
     """
     source = f"npz:{where}"
-    try:
+    problem = f"{source}: cannot be read as arrays"
+    with checks.refusing(problem, OSError, ValueError, shown=checks.first_line):
         path = regular(Path(where).expanduser())
         with open(path, "rb") as file:
             if file.read(6) == np.lib.format.MAGIC_PREFIX:
                 raise ValueError("it holds one array, expected an archive of several")
-    except (OSError, ValueError) as error:
-        raise checks.InputError(
-            f"{source}: cannot be read as arrays: {checks.first_line(error)}."
-        ) from error
     headers = array_files.npz_headers(path)
     images = column(source, "image", list(headers), _IMAGES, columns.image, noun="array")
     labels = column(source, "label", list(headers), _LABELS, columns.label, noun="array")
     names = [images, labels, *(name for name in _OPTIONAL if name in headers)]
     _check_headers(source, headers, images, labels)
-    _check_memory(source, sum(headers[name].num_bytes for name in names))
+    num_bytes = sum(headers[name].num_bytes for name in names)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > there:  # a small archive may unpack to anything
+        raise checks.InputError(
+            f"{source}: its arrays take {num_bytes / 2**30:.3g} GiB of memory, expected at most "
+            f"the {there / 2**30:.3g} GiB that there are."
+        )
     arrays = array_files.load_npz(path, names)
-    texts = {name: _texts(source, name, arrays[name]) for name in names[2:]}
-    return array_dataset(
-        arrays[images],
-        arrays[labels],
-        ids=texts.get("ids"),
-        class_names=texts.get("class_names"),
-        name=source,
-    )
+    texts: dict[str, Any] = {name: _texts(source, name, arrays[name]) for name in names[2:]}
+    return array_dataset(arrays[images], arrays[labels], name=source, **texts)
 
 
 def _check_headers(source: str, headers: Mapping[str, Header], images: str, labels: str) -> None:
@@ -78,16 +76,6 @@ def _check_headers(source: str, headers: Mapping[str, Header], images: str, labe
             raise checks.InputError(
                 f"{source}: {name} are {headers[name].dtype}, expected text or integers."
             )
-
-
-def _check_memory(source: str, num_bytes: int) -> None:
-    """Raises ValueError for more than the machine has: a small archive may unpack to anything."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if num_bytes > there:
-        raise checks.InputError(
-            f"{source}: its arrays take {num_bytes / 2**30:.3g} GiB of memory, expected at most "
-            f"the {there / 2**30:.3g} GiB that there are."
-        )
 
 
 def _texts(source: str, name: str, values: np.ndarray) -> list[str]:

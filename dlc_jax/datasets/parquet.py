@@ -5,30 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
-
-import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.datasets import csv_file
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
-from dlc_jax.datasets.files import Files, matching, posix_names
-from dlc_jax.datasets.labels import encode_labels, stable_ids
+from dlc_jax.datasets.files import images_in, matching, posix_names
+from dlc_jax.datasets.labels import labelled
 from dlc_jax.datasets.parts import joined
 from dlc_jax.datasets.row_groups import ParquetTable, RecentGroups, Table
 from dlc_jax.files.arrow import pa
 from dlc_jax.types import Dataset, ImageSource
 
 _IMAGE_COLUMNS = tuple(dict.fromkeys(("image", "img", *csv_file.PATH_COLUMNS)))
-_DEMOS = ("caltech15/train", "caltech15/test")
+_Images = tuple[ImageSource, list[str | None]]
+_DEMOS = {"caltech15/train": "train.parquet", "caltech15/test": "test.parquet"}
 
 
 def load_demo(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads the bundled sample: 15 Caltech-101 classes, 50 train and 20 test images each."""
     checks.one_of("demo data set", where, _DEMOS)
-    split = where.rpartition("/")[2]
-    file = resources.files("dlc_jax.datasets") / "sample" / f"{split}.parquet"
+    file = Path(__file__).parent / "sample" / _DEMOS[where]
     return dataclasses.replace(load_parquet(str(file), columns), name=f"demo:{where}")
 
 
@@ -42,7 +39,7 @@ def load_parquet(where: str, columns: Columns = USUAL) -> Dataset:
     Raises:
       ValueError: nothing there, not Parquet, no image or label column, a row without image.
     """
-    tables = open_parquet(matching("parquet", where, ".parquet"))
+    tables = open_parquet(matching("parquet", where))
     return from_tables(f"parquet:{where}", tables, columns)
 
 
@@ -59,10 +56,18 @@ def from_tables(source: str, tables: Sequence[Table], columns: Columns = USUAL) 
       ValueError: no image or label column or several, columns or class names that differ, a row
         without image.
     """
-    image, label = _image_and_label(source, tables[0].schema, columns)
+    names, features = tables[0].schema.names, _declared_features(tables[0].schema)
+
+    def declared(kind: str) -> list[str]:
+        return [name for name, feature in features.items() if feature.get("_type") == kind]
+
+    image = column(
+        source, "image", names, _IMAGE_COLUMNS, columns.image, declared=declared("Image")
+    )
+    label = column(source, "label", names, LABELS, columns.label, declared=declared("ClassLabel"))
     class_names = _class_names(tables[0], label)
     values: list = []
-    names: list[str | None] = []
+    all_paths: list[str | None] = []
     parts = []
     for table in tables:
         for name in (image, label):
@@ -73,34 +78,27 @@ def from_tables(source: str, tables: Sequence[Table], columns: Columns = USUAL) 
                 )
         others = _class_names(table, label)
         if others != class_names:
-            shown, first = (
-                checks.listed(map(repr, n or ())) or "none" for n in (others, class_names)
-            )
             raise checks.InputError(
-                f"{source}: its files differ in class names: {table.file} declares {shown}, "
-                f"{tables[0].file} {first}."
+                f"{source}: its files differ in class names: {table.file} declares "
+                f"{checks.listed(map(repr, others or ())) or 'none'}, {tables[0].file} "
+                f"{checks.listed(map(repr, class_names or ())) or 'none'}."
             )
         values += table.values(label)
         images, paths = _images(table, image)
         parts.append(images)
-        names += paths
-    labels = encode_labels(values, class_names, source)
-    encoded = joined(parts)
-    ids = stable_ids(names, encoded)
-    return Dataset(encoded, labels.ids, ids, labels.class_names, source, labels.table)
+        all_paths += paths
+    return labelled(joined(parts), values, all_paths, source, class_names)
 
 
 def _declared_features(schema: pa.Schema) -> dict[str, dict]:
     """Returns the features that the `datasets` library wrote into the schema, if any."""
     try:
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = metadata["info"]["features"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        features = metadata["info"]["features"].items()
+        # nested features, as for boxes, are lists and are neither image nor label
+        return {name: feature for name, feature in features if isinstance(feature, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # written by something else: the usual column names have to do
-    if not isinstance(features, dict):
-        return {}
-    # nested features, as for boxes, are lists and are neither image nor label
-    return {n: f for n, f in features.items() if isinstance(f, dict)}
 
 
 def _class_names(table: Table, label: str) -> list[str] | None:
@@ -115,20 +113,7 @@ def _class_names(table: Table, label: str) -> list[str] | None:
     return names
 
 
-def _image_and_label(source: str, schema: pa.Schema, columns: Columns) -> tuple[str, str]:
-    features = _declared_features(schema)
-
-    def declared(kind: str) -> list[str]:
-        return [name for name, feature in features.items() if feature.get("_type") == kind]
-
-    names = schema.names
-    return (
-        column(source, "image", names, _IMAGE_COLUMNS, columns.image, declared=declared("Image")),
-        column(source, "label", names, LABELS, columns.label, declared=declared("ClassLabel")),
-    )
-
-
-def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
+def _images(table: Table, name: str) -> _Images:
     """Returns a table's images, and each one's path where there is one."""
     kind = table.schema.field(name).type
     if _is_text(kind):
@@ -144,7 +129,7 @@ def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
             )
         where, kind = (name, "bytes"), fields["bytes"]
         path_column = "path" if _is_text(fields.get("path", pa.null())) else None
-    if not (_is_bytes(kind) or pa.types.is_null(kind)):
+    if kind not in (pa.binary(), pa.large_binary(), pa.binary_view(), pa.null()):
         raise checks.InputError(
             f"{table.file}: images are {kind}, expected encoded bytes, {{bytes, path}} or paths."
         )
@@ -153,34 +138,23 @@ def _images(table: Table, name: str) -> tuple[ImageSource, list[str | None]]:
     if len(missing) == len(paths) and any(paths):
         return _files(table, name, paths)
     if len(missing):
-        row = int(missing[0])
         raise checks.InputError(
-            f"{table.file}: {len(missing)} rows have no image bytes, first row {row} "
-            f"(path {paths[row]!r})."
+            f"{table.file}: {len(missing)} rows have no image bytes, first row {missing[0]} "
+            f"(path {paths[missing[0]]!r})."
         )
     return images, paths
 
 
-def _files(
-    table: Table, name: str, paths: Sequence[str | None]
-) -> tuple[ImageSource, list[str | None]]:
-    names = []
-    for row, path in enumerate(paths):
-        if not path or "\0" in path:
-            raise checks.InputError(
-                f"{table.file}: column {name}, row {row}: expected a path, found {path!r}."
-            )
-        names.append(path)
+def _files(table: Table, name: str, paths: Sequence[str | None]) -> _Images:
+    bad = next((row for row, path in enumerate(paths) if not path or "\0" in path), None)
+    if bad is not None:
+        raise checks.InputError(
+            f"{table.file}: column {name}, row {bad}: expected a path, found {paths[bad]!r}."
+        )
     root = table.file.parent
-    names = posix_names(root, names)
-    return Files(root, np.asarray(names, np.str_)), [*names]
+    names = posix_names(root, map(str, paths))
+    return images_in(root, names), [*names]
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    types = pa.types
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    types = pa.types
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return kind in (pa.string(), pa.large_string(), pa.string_view())

@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from dlc_jax.datasets.files import LazyImages
 from dlc_jax.types import Dataset, ImageSource, file_of
 
 _SUFFIXES = (".csv", ".tsv", ".npz", ".parquet", ".tar")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Joined:
-    """Images of several sources, one after the other."""
-
-    sources: tuple[ImageSource, ...]
-    ends: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, position: int) -> bytes | np.ndarray:
-        source, place = self._part(position)
-        return source[place]
-
-    def file(self, position: int) -> Path | None:
-        return file_of(*self._part(position))
-
-    def _part(self, position: int) -> tuple[ImageSource, int]:
-        part = bisect.bisect_right(self.ends, position)
-        return self.sources[part], position - (self.ends[part - 1] if part else 0)
-
-
 def joined(sources: Sequence[ImageSource]) -> ImageSource:
     """Returns the images of one or more sources, one after the other."""
-    ends = np.cumsum([len(source) for source in sources]).tolist()
-    return sources[0] if len(sources) == 1 else _Joined(tuple(sources), tuple(ends))
+    if len(sources) == 1:
+        return sources[0]
+    starts = np.cumsum([0, *map(len, sources)]).tolist()
+
+    def place(position: int) -> tuple[ImageSource, int]:
+        number = bisect.bisect_right(starts, position) - 1
+        return sources[number], position - starts[number]
+
+    def read(position: int) -> bytes | np.ndarray:
+        source, inner = place(position)
+        return source[inner]
+
+    return LazyImages(starts[-1], read, lambda position: file_of(*place(position)))
 
 
 def part_sources(where: str) -> list[str]:
@@ -68,7 +57,8 @@ def concatenate(parts: Sequence[Dataset], names: Sequence[str], source: str) -> 
     class_names = parts[0].class_names
     if any(part.class_names != class_names for part in parts):
         united = {name for part in parts for name in part.class_names}
-        class_names = tuple(sorted(united, key=lambda name: (not name.isdigit(), _number(name))))
+        numbers = sorted(filter(str.isdecimal, united), key=lambda name: (int(name), name))
+        class_names = (*numbers, *sorted(united - {*numbers}))
     places = {name: label for label, name in enumerate(class_names)}
     labels = [np.array([places[n] for n in p.class_names], np.int32)[p.labels] for p in parts]
     ids = [part.ids.tolist() for part in parts]
@@ -85,7 +75,3 @@ def concatenate(parts: Sequence[Dataset], names: Sequence[str], source: str) -> 
         left_out=dict(sum((Counter(part.left_out) for part in parts), Counter())),
         empty_classes=tuple(sorted({n for p in parts for n in p.empty_classes} - {*class_names})),
     )
-
-
-def _number(name: str) -> tuple[int, str]:
-    return (int(name) if name.isdigit() else 0, name)

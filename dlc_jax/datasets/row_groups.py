@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax import checks
-from dlc_jax.datasets.files import regular
+from dlc_jax.datasets.files import LazyImages, regular
 from dlc_jax.files.arrow import pa, pc, pq
 from dlc_jax.types import ImageSource
 
 _MOST_KEPT = 256 * 2**20  # bytes of row groups in memory; the latest stays, whatever its size
-
-
-@runtime_checkable
-class Table(Protocol):
-    """The rows of one file; a column is named by itself, or with a field of it behind.
-
-    Attributes:
-      file: Path or address of the file.
-      schema: Names and types of its columns.
-    """
-
-    @property
-    def file(self) -> Path: ...
-
-    @property
-    def schema(self) -> pa.Schema: ...
-
-    def values(self, *column: str) -> list:
-        """Returns a column, all of it, as Python's values."""
-        ...
-
-    def images(self, *column: str) -> ImageSource:
-        """Returns a column of encoded bytes, which is not read yet."""
-        ...
-
-    def missing(self, *column: str) -> Int64[np.ndarray, " k"]:
-        """Returns the rows without a value, ascending."""
-        ...
 
 
 class RecentGroups:
@@ -69,10 +42,11 @@ class RecentGroups:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParquetTable:
-    """A Parquet file.
+    """The rows of a Parquet file; a column is named by itself, or with a field of it behind.
 
     Attributes:
-      file, schema: See `Table`.
+      file: Path of the file.
+      schema: Names and types of its columns.
       metadata: What the file says of its row groups.
       recent: Where images that were read are kept.
     """
@@ -85,45 +59,61 @@ class ParquetTable:
     @classmethod
     def open(cls, file: Path, recent: RecentGroups) -> ParquetTable:
         """Reads what the file says of itself; ValueError names a file that is none."""
-        try:
-            with pa.OSFile(str(regular(file).absolute())) as handle:
-                parquet = pq.ParquetFile(handle)
-                return cls(file, parquet.schema_arrow, parquet.metadata, recent)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise checks.InputError(f"{file}: not a readable Parquet file: {error}.") from error
+        with (
+            _refusing(f"{file}: not a readable Parquet file"),
+            pa.OSFile(str(regular(file).absolute())) as handle,
+        ):
+            parquet = pq.ParquetFile(handle)
+            return cls(file, parquet.schema_arrow, parquet.metadata, recent)
 
     def values(self, *column: str) -> list:
-        try:
+        """Returns a column, all of it, as Python's values."""
+        with _refusing(f"{self.file}: column {'.'.join(column)} cannot be read"):
             return self._read(range(self.metadata.num_row_groups), column).to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise checks.InputError(
-                f"{self.file}: column {'.'.join(column)} cannot be read: {error}."
-            ) from error
 
     def images(self, *column: str) -> ImageSource:
-        sizes = [self.metadata.row_group(i).num_rows for i in range(self.metadata.num_row_groups)]
-        return _ParquetImages(self, column, np.cumsum([0, *sizes]))
+        """Returns a column of encoded bytes, which is not read yet."""
+        starts = self._starts()
+
+        def image(position: int) -> bytes:
+            number = int(np.searchsorted(starts, position, side="right")) - 1
+            read = functools.partial(self._read_images, number, column)
+            group = self.recent.get((self.file, number), read)
+            return group[position - int(starts[number])].as_py()
+
+        return LazyImages(int(starts[-1]), image)
 
     def missing(self, *column: str) -> Int64[np.ndarray, " k"]:
-        rows, start = [np.empty(0, np.int64)], 0
-        for number in range(self.metadata.num_row_groups):
-            group = self.metadata.row_group(number)
+        """Returns the rows without a value, ascending."""
+        rows = [np.empty(0, np.int64)]
+        for number, start in enumerate(self._starts()[:-1]):
             if not self._is_said_full(number, column):
-                try:
+                with _refusing(f"{self.file}: row group {number} cannot be read"):
                     rows.append(start + _null_rows(self._read([number], column)))
-                except (pa.ArrowException, OSError, ValueError) as error:
-                    raise checks.InputError(
-                        f"{self.file}: row group {number} cannot be read: {error}."
-                    ) from error
-            start += group.num_rows
         return np.concatenate(rows)
+
+    def _read_images(self, number: int, column: Sequence[str]) -> pa.ChunkedArray:
+        where = f"{self.file}: row group {number}"
+        try:
+            images = self._read([number], column)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise OSError(f"{where} cannot be read: {error}") from error
+        num_rows = self.metadata.row_group(number).num_rows
+        if len(images) != num_rows or images.null_count:
+            num_found = len(images) - images.null_count
+            raise OSError(f"{where} holds {num_found} images, expected {num_rows}")
+        return images
+
+    def _starts(self) -> Int64[np.ndarray, " g"]:
+        """Returns the first row of each row group, and the end of the last."""
+        groups = map(self.metadata.row_group, range(self.metadata.num_row_groups))
+        return np.cumsum([0, *(group.num_rows for group in groups)])
 
     def _is_said_full(self, number: int, column: Sequence[str]) -> bool:
         """Whether the file says that a row group has no row without a value."""
         group = self.metadata.row_group(number)
-        chunks = (group.column(i) for i in range(group.num_columns))
-        chunk = next((c for c in chunks if c.path_in_schema == ".".join(column)), None)
-        stats = chunk.statistics if chunk is not None else None
+        chunks = map(group.column, range(group.num_columns))
+        stats = next((c.statistics for c in chunks if c.path_in_schema == ".".join(column)), None)
         return stats is not None and stats.has_null_count and stats.null_count == 0
 
     def _read(self, groups: Sequence[int], column: Sequence[str]) -> pa.ChunkedArray:
@@ -134,40 +124,8 @@ class ParquetTable:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _ParquetImages:
-    """A column of encoded bytes; row group i holds the rows starts[i] to starts[i + 1] - 1."""
-
-    table: ParquetTable
-    column: tuple[str, ...]
-    starts: np.ndarray
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, position: int) -> bytes:
-        number = int(np.searchsorted(self.starts, position, side="right")) - 1
-        start, stop = self.starts[number : number + 2].tolist()
-
-        def read() -> pa.ChunkedArray:
-            where = f"{self.table.file}: row group {number}"
-            try:
-                images = self.table._read([number], self.column)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise OSError(f"{where} cannot be read: {error}") from error
-            if len(images) != stop - start or images.null_count:
-                raise OSError(
-                    f"{where} holds {len(images) - images.null_count} images, "
-                    f"expected {stop - start}"
-                )
-            return images
-
-        images = self.table.recent.get((self.table.file, number), read)
-        return images[position - start].as_py()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class ArrowTable:
-    """An Arrow file, as `datasets` saves them, mapped."""
+    """An Arrow file, as `datasets` saves them, mapped; see `ParquetTable`."""
 
     file: Path
     table: pa.Table
@@ -175,50 +133,37 @@ class ArrowTable:
     @classmethod
     def open(cls, file: Path) -> ArrowTable:
         """Maps the file; ValueError names one that is none."""
-        try:
+        with _refusing(f"{file}: not a readable Arrow file"):
             mapped = pa.memory_map(str(regular(file).absolute()))
             return cls(file, pa.ipc.open_stream(mapped).read_all())
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise checks.InputError(f"{file}: not a readable Arrow file: {error}.") from error
 
     @property
     def schema(self) -> pa.Schema:
         return self.table.schema
 
     def values(self, *column: str) -> list:
-        try:
+        with _refusing(f"{self.file}: column {'.'.join(column)} cannot be read"):
             return self._checked(column).to_pylist()
-        except ValueError as error:
-            raise checks.InputError(
-                f"{self.file}: column {'.'.join(column)} cannot be read: {error}."
-            ) from error
 
     def images(self, *column: str) -> ImageSource:
-        return _ArrowImages(self._checked(column))
+        images = self._checked(column)
+        return LazyImages(len(images), lambda position: images[position].as_py())
 
     def missing(self, *column: str) -> Int64[np.ndarray, " k"]:
         return _null_rows(self._checked(column))
 
     def _checked(self, column: Sequence[str]) -> pa.ChunkedArray:
         values = _part_of(self.table, column)
-        try:
+        with _refusing(f"{self.file}: column {'.'.join(column)} is damaged"):
             values.validate(full=True)  # offsets that lead out of the file would end the process
-        except pa.ArrowException as error:
-            raise checks.InputError(
-                f"{self.file}: column {'.'.join(column)} is damaged: {error}."
-            ) from error
         return values
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _ArrowImages:
-    column: pa.ChunkedArray
+Table = ParquetTable | ArrowTable
 
-    def __len__(self) -> int:
-        return len(self.column)
 
-    def __getitem__(self, position: int) -> bytes:
-        return self.column[position].as_py()
+def _refusing(problem: str) -> AbstractContextManager[None]:
+    return checks.refusing(problem, pa.ArrowException, OSError, ValueError)
 
 
 def _part_of(table: pa.Table, column: Sequence[str]) -> pa.ChunkedArray:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -15,10 +14,6 @@ from dlc_jax import checks
 from dlc_jax.types import Dataset
 
 PARTS = ("train", "validation", "test")
-_FORM = (
-    "split:<train>/<validation>[/<test>][@<seed>]:<parts>:<source>, "
-    "e.g. split:60/20/20:train+validation:folder:/data/x"
-)
 _NUMBERS = re.compile(r"([0-9]{1,3}(?:/[0-9]{1,3}){1,2})(?:@([0-9]{1,10}))?")
 
 
@@ -51,11 +46,9 @@ def stratified_split(
       (600, 150, set())
     """
     _check("stratified_split", percents, seed)
-    part = _part_of_each(dataset, percents, seed)
-    return tuple(
-        _subset(dataset, part, [place], f"stratified_split of {dataset.name}", percents)
-        for place in range(len(percents))
-    )
+    places = range(len(percents))
+    part = _part_of_each(f"stratified_split of {dataset.name}", dataset, percents, seed, places)
+    return tuple(dataset.subset(np.flatnonzero(part == place)) for place in places)
 
 
 def load_split(where: str, load: Callable[[str], Dataset]) -> Dataset:
@@ -69,37 +62,27 @@ def load_split(where: str, load: Callable[[str], Dataset]) -> Dataset:
       ValueError: another form, percents that do not add up to 100, an unknown, repeated or empty
         part; and whatever the other source raises.
     """
-    wanted = _parse(where)
-    dataset = load(wanted.source)
-    part = _part_of_each(dataset, wanted.percents, wanted.seed)
-    chosen = _subset(dataset, part, wanted.places, f"split:{where}", wanted.percents)
-    return dataclasses.replace(chosen, name=f"split:{where}")
-
-
-class _Wanted(NamedTuple):
-    """What the text of a source asks for; places are those of the parts, among the percents."""
-
-    percents: list[int]
-    seed: int
-    places: list[int]
-    source: str
-
-
-def _parse(where: str) -> _Wanted:
+    name = f"split:{where}"
     # no more than the two first colons are ours: the source has one, and its path may have others
     numbers, _, rest = where.partition(":")
     parts, _, source = rest.partition(":")
     match = _NUMBERS.fullmatch(numbers)
     if not match or not parts or not source:
-        raise checks.InputError(f"split:{where}: expected {_FORM}.")
+        raise checks.InputError(
+            f"{name}: expected split:<train>/<validation>[/<test>][@<seed>]:<parts>:<source>, "
+            "e.g. split:60/20/20:train+validation:folder:/data/x."
+        )
     percents = [int(number) for number in match[1].split("/")]
     seed = int(match[2] or 0)
-    _check(f"split:{where}", percents, seed)
-    names = parts.split("+")
-    for name in names:
-        checks.one_of(f"split:{where}: part of {match[1]}", name, PARTS[: len(percents)])
-    checks.no_repetition(f"split:{where}: parts", np.asarray(names))
-    return _Wanted(percents, seed, [PARTS.index(name) for name in names], source)
+    _check(name, percents, seed)
+    wanted = parts.split("+")
+    for part in wanted:
+        checks.one_of(f"{name}: part of {match[1]}", part, PARTS[: len(percents)])
+    checks.no_repetition(f"{name}: parts", np.asarray(wanted))
+    dataset, places = load(source), [*map(PARTS.index, wanted)]
+    part_of_each = _part_of_each(name, dataset, percents, seed, places)
+    chosen = dataset.subset(np.flatnonzero(np.isin(part_of_each, places)))
+    return dataclasses.replace(chosen, name=name)
 
 
 def _check(where: str, percents: Sequence[int], seed: int) -> None:
@@ -119,34 +102,28 @@ def _check(where: str, percents: Sequence[int], seed: int) -> None:
     checks.seed(seed, f"{where}: seed")
 
 
-def _part_of_each(dataset: Dataset, percents: Sequence[int], seed: int) -> Int64[np.ndarray, " n"]:
-    """Returns the place among `percents` of the part that each sample is in."""
-    keys = np.asarray(
-        [hashlib.sha256(f"{int(seed)}\0{name}".encode()).hexdigest() for name in dataset.ids]
-    )
+def _part_of_each(
+    where: str, dataset: Dataset, percents: Sequence[int], seed: int, wanted: Sequence[int]
+) -> Int64[np.ndarray, " n"]:
+    """Returns the place among `percents` of the part that each sample is in.
+
+    Raises:
+      ValueError: a part at a wanted place is empty.
+    """
+    digests = [hashlib.sha256(f"{int(seed)}\0{name}".encode()).hexdigest() for name in dataset.ids]
+    keys = np.asarray(digests)
     totals = np.cumsum(percents)[:-1].tolist()
     part = np.empty(len(dataset), np.int64)
     for label in np.unique(dataset.labels):
         members = np.flatnonzero(dataset.labels == label)
         members = members[np.argsort(keys[members])]
         cuts = [round(len(members) * total / 100) for total in totals]
-        for place, positions in enumerate(np.split(members, cuts)):
-            part[positions] = place
-    return part
-
-
-def _subset(
-    dataset: Dataset,
-    part: Int64[np.ndarray, " n"],
-    places: Sequence[int],
-    where: str,
-    percents: Sequence[int],
-) -> Dataset:
-    for place in places:
+        part[members] = np.searchsorted(cuts, np.arange(len(members)), side="right")
+    for place in wanted:
         if not np.any(part == place):
             raise checks.InputError(
                 f"{where}: the part {PARTS[place]} ({percents[place]} %) is empty; expected a "
                 f"percent large enough for a sample of the largest class, which has "
                 f"{np.bincount(dataset.labels).max()}."
             )
-    return dataset.subset(np.flatnonzero(np.isin(part, places)))
+    return part

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dlc_jax import checks
-from dlc_jax.datasets.chat import MESSAGES, conversation, conversations_of, render
+from dlc_jax.datasets.chat import MESSAGES, conversations_of, render
 from dlc_jax.datasets.instruction_rows import Row, Rows
-
-_INTRODUCTION = "Below is an instruction that describes a task"
-_REQUEST = "Write a response that appropriately completes the request.\n\n"
 
 
 class Texts(NamedTuple):
@@ -49,52 +47,52 @@ class TextColumns:
 
     Attributes:
       name: Name of the template.
-      needed: Columns of the prompt that a row must have.
-      response: Column of the response.
+      columns: Those that a row must have, the last of which is the response.
       optional: Columns of the prompt that may be missing or empty.
       prompt: Row -> everything before the response.
       request: Row -> what is asked for, with nothing around it.
     """
 
     name: str
-    needed: tuple[str, ...]
-    response: str
+    columns: tuple[str, ...]
     optional: tuple[str, ...]
     prompt: Callable[[Row], str]
     request: Callable[[Row], str]
 
-    @property
-    def all_needed(self) -> tuple[str, ...]:
-        return (*self.needed, self.response)
+    def responses(self, rows: Rows) -> tuple[str, ...]:
+        """Returns the responses.
 
-    def check(self, rows: Rows) -> None:
-        """Raises ValueError, by id: a column without text, an empty response, unused context."""
-        for column in (*self.all_needed, *self.optional):
+        Raises:
+          ValueError: by id, a column without text, an empty response, unused context.
+        """
+        for column in (*self.columns, *self.optional):
             kinds = (str, type(None)) if column in self.optional else (str,)
             rows.refuse(
                 (not isinstance(row.get(column), kinds) for row in rows.rows),
                 f"have no text in column {column!r}",
             )
-        rows.refuse((not row[self.response].strip() for row in rows.rows), "have an empty response")
+        responses = tuple(row[self.columns[-1]] for row in rows.rows)
+        rows.refuse((not response.strip() for response in responses), "have an empty response")
         rows.refuse_context(self.name)
+        return responses
 
     def texts(self, rows: Rows, _: Any = None) -> Texts:
-        self.check(rows)
-        prompts = tuple(self.prompt(row) for row in rows.rows)
-        responses = tuple(row[self.response] for row in rows.rows)
+        responses = self.responses(rows)
+        prompts = tuple(map(self.prompt, rows.rows))
         pairs = zip(prompts, responses, strict=True)
-        return Texts(prompts, responses, False, tuple(json.dumps(pair) for pair in pairs))
+        return Texts(prompts, responses, False, tuple(map(json.dumps, pairs)))
 
 
 def _alpaca(row: Row) -> str:
     """Source: Taori et al. 2023, Stanford Alpaca."""
-    instruction = f"### Instruction:\n{row['instruction']}\n\n"
-    if not row.get("input"):
-        return f"{_INTRODUCTION}. {_REQUEST}{instruction}### Response:\n"
-    context = ", paired with an input that provides further context. "
+    paired, context = "", ""
+    if row.get("input"):
+        paired = ", paired with an input that provides further context"
+        context = f"### Input:\n{row['input']}\n\n"
     return (
-        f"{_INTRODUCTION}{context}{_REQUEST}{instruction}### Input:\n{row['input']}\n\n"
-        "### Response:\n"
+        f"Below is an instruction that describes a task{paired}. Write a response that "
+        "appropriately completes the request.\n\n"
+        f"### Instruction:\n{row['instruction']}\n\n{context}### Response:\n"
     )
 
 
@@ -103,14 +101,12 @@ def _instruction_and_input(row: Row) -> str:
     return f"{row['instruction']}\n\n{more}" if more else row["instruction"]
 
 
-def _as_it_is(row: Row) -> str:
-    return row["prompt"]
-
-
+_prompt = operator.itemgetter("prompt")
 _ALPACA = TextColumns(
-    "alpaca", ("instruction",), "output", ("input",), _alpaca, _instruction_and_input
+    "alpaca", ("instruction", "output"), ("input",), _alpaca, _instruction_and_input
 )
-_PROMPT = TextColumns("prompt", ("prompt",), "response", (), _as_it_is, _as_it_is)
+_PROMPT = TextColumns("prompt", ("prompt", "response"), (), _prompt, _prompt)
+_COLUMNS = {"alpaca": _ALPACA, "prompt": _PROMPT}
 
 
 def _chat(rows: Rows, tokenizer: Any) -> Texts:
@@ -119,10 +115,11 @@ def _chat(rows: Rows, tokenizer: Any) -> Texts:
         conversations = conversations_of(rows)
         rows.refuse_context("chat")
     else:
-        columns = _COLUMNS[told_by_columns(rows, {k: v.all_needed for k, v in _COLUMNS.items()})]
-        columns.check(rows)
+        columns = _COLUMNS[told_by_columns(rows, _COLUMNS)]
+        pairs = zip(map(columns.request, rows.rows), columns.responses(rows), strict=True)
         conversations = [
-            conversation(columns.request(row), row[columns.response]) for row in rows.rows
+            [{"role": "user", "content": request}, {"role": "assistant", "content": response}]
+            for request, response in pairs
         ]
     prompts, responses = render(conversations, rows, tokenizer)
     # not the texts: a sample has the same id whichever model reads it
@@ -133,21 +130,20 @@ def _chat(rows: Rows, tokenizer: Any) -> Texts:
     return Texts(prompts, responses, True, identities)
 
 
-_COLUMNS = {columns.name: columns for columns in (_ALPACA, _PROMPT)}
-
 # "prompt" is for data whose prompts were put into a template already, as in Dolly+HH-RLHF.
-TEMPLATES: Mapping[str, Template] = {
-    **{name: Template(columns.all_needed, columns.texts) for name, columns in _COLUMNS.items()},
+TEMPLATES: Mapping[str, Template | TextColumns] = {
+    **_COLUMNS,
     "chat": Template((MESSAGES,), _chat),
 }
 
 
-def told_by_columns(rows: Rows, choices: Mapping[str, tuple[str, ...]]) -> str:
+def told_by_columns(rows: Rows, choices: Mapping[str, Template | TextColumns]) -> str:
     """Returns the one name whose columns the first row has; ValueError if it is not one."""
     first = rows.rows[0]
-    fitting = [name for name, columns in choices.items() if all(c in first for c in columns)]
+    columns = {name: template.columns for name, template in choices.items()}
+    fitting = [name for name in columns if all(column in first for column in columns[name])]
     if len(fitting) != 1:
-        expected = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in choices.items())
+        expected = "; ".join(f"{name}: {', '.join(columns[name])}" for name in columns)
         raise checks.InputError(
             f"{rows.name}: columns {checks.listed(first)} fit "
             f"{' and '.join(fitting) or 'no template'}; expected those of one ({expected}), or "

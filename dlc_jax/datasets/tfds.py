@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import importlib.util
 from typing import Any
 
@@ -10,22 +10,13 @@ import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
-from dlc_jax.datasets.labels import encode_labels, stable_ids
+from dlc_jax.datasets.files import LazyImages
+from dlc_jax.datasets.labels import labelled
 from dlc_jax.types import Dataset
 
+# tfds's own errors differ by kind, and so do those of networks and disks
+_refusing = functools.partial(checks.refusing, shown=checks.first_line, end="")
 _NAME_FEATURES = ("file_name", "filename", "image/filename", "image_id", "id")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Records:
-    source: Any  # a tfds data source: random access to dictionaries
-    image: str
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, position: int) -> bytes:
-        return self.source[position][self.image]
 
 
 def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
@@ -40,12 +31,8 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
     name, _, split = where.rpartition("/")
     if not name or not split:
         raise checks.InputError(f"tfds:{where}: expected tfds:<name>/<split>.")
-    try:
+    with _refusing(f"tfds:{where}: no data set {name!r}", Exception):
         builder = tfds.builder(name)
-    except Exception as error:  # tfds's own errors for names differ by kind
-        raise checks.InputError(
-            f"tfds:{where}: no data set {name!r}: {checks.first_line(error)}"
-        ) from error
     if not builder.is_prepared():
         _prepare(builder, where)
     features = builder.info.features
@@ -55,24 +42,21 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
         raise checks.InputError(
             f"tfds:{where}: feature {image!r} is {type(features[image]).__name__}, expected Image."
         )
-    try:
+    with _refusing(
+        f"tfds:{where}: cannot read split {split!r} "
+        f"(the data set has {checks.listed(builder.info.splits)}; files must be array_record)",
+        Exception,
+    ):
         source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-    except Exception as error:  # an unknown split, or files that are not array_record
-        raise checks.InputError(
-            f"tfds:{where}: cannot read split {split!r} "
-            f"(the data set has {checks.listed(builder.info.splits)}; files must be array_record): "
-            f"{checks.first_line(error)}"
-        ) from error
-    records = _Records(source, image)
+    images = LazyImages(len(source), lambda position: source[position][image])
     name_feature = next((f for f in _NAME_FEATURES if f in features), None)
     values, names = [], []
     for position in range(len(source)):
         record = source[position]
         values.append(_value(record[label]))
-        names.append(_text(record[name_feature]) if name_feature else None)
-    labels = encode_labels(values, getattr(features[label], "names", None), f"tfds:{where}")
-    ids = stable_ids(names, records)
-    return Dataset(records, labels.ids, ids, labels.class_names, f"tfds:{where}", labels.table)
+        names.append(str(_value(record[name_feature])) if name_feature else None)
+    class_names = getattr(features[label], "names", None)
+    return labelled(images, values, names, f"tfds:{where}", class_names)
 
 
 def _prepare(builder: Any, where: str) -> None:
@@ -82,16 +66,9 @@ def _prepare(builder: Any, where: str) -> None:
             "install the extra with pip install -e '.[tfds]', or prepare it elsewhere as "
             "array_record (tfds build --file_format=array_record) and point TFDS_DATA_DIR there."
         )
-    import tensorflow_datasets as tfds
-
-    try:
-        config = tfds.download.DownloadConfig()
-        builder.download_and_prepare(download_config=config, file_format="array_record")
-    except Exception as error:  # network, checksums, disk: all end the same way for the user
-        raise checks.InputError(
-            f"tfds:{where}: could not be downloaded and prepared in {builder.data_dir}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    problem = f"tfds:{where}: could not be downloaded and prepared in {builder.data_dir}"
+    with _refusing(problem, Exception, shown=lambda error: f"{type(error).__name__}: {error}"):
+        builder.download_and_prepare(file_format="array_record")
 
 
 def _feature(features: Any, where: str, kind: type, what: str, wanted: str | None) -> str:
@@ -102,12 +79,8 @@ def _feature(features: Any, where: str, kind: type, what: str, wanted: str | Non
     )
 
 
-def _value(label: Any) -> Any:
+def _value(value: Any) -> Any:
     """Returns an integer or text as Python's."""
-    if isinstance(label, np.integer):
-        return int(label)
-    return label.decode() if isinstance(label, bytes) else label
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    return value.decode() if isinstance(value, bytes) else value

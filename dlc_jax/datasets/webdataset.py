@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Any, NamedTuple
 
 from dlc_jax import checks
 from dlc_jax.datasets.columns import USUAL, Columns, column
-from dlc_jax.datasets.files import is_junk, matching
-from dlc_jax.datasets.labels import encode_labels, integers_or_text, stable_ids
+from dlc_jax.datasets.files import LazyImages, is_junk, matching
+from dlc_jax.datasets.labels import integers_or_text, labelled
 from dlc_jax.files.image_files import suffixes
 from dlc_jax.types import Dataset
 
@@ -28,25 +26,12 @@ class _Member(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        handle = os.open(self.shard, os.O_RDONLY)
-        try:
-            content = os.pread(handle, self.size, self.offset)
-        finally:
-            os.close(handle)
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
         if len(content) < self.size:
             raise OSError(f"{self.shard}: ends {self.size - len(content)} bytes early")
         return content
-
-
-@dataclasses.dataclass(frozen=True)
-class _Members:
-    members: tuple[_Member, ...]
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, position: int) -> bytes:
-        return self.members[position].read()
 
 
 def load_tar(where: str, columns: Columns = USUAL) -> Dataset:
@@ -66,7 +51,7 @@ def load_tar(where: str, columns: Columns = USUAL) -> Dataset:
     images: list[_Member] = []
     values: list[Any] = []
     readable, left_out = suffixes(), Counter[str]()
-    for shard in matching("tar", where, ".tar"):
+    for shard in matching("tar", where):
         for key, parts in _samples(source, shard).items():
             place = f"{source}: {shard.name}: sample {key!r}"
             names.append(key)
@@ -75,78 +60,62 @@ def load_tar(where: str, columns: Columns = USUAL) -> Dataset:
             left_out.update(kind for kind in parts if kind not in (*readable, ".cls", ".json"))
     if not images:
         raise checks.InputError(f"{source}: holds no sample.")
-    members = _Members(tuple(images))
-    labels = encode_labels(integers_or_text(values), None, source)
-    return Dataset(
-        members,
-        labels.ids,
-        stable_ids(names, members),
-        labels.class_names,
-        source,
-        labels.table,
-        left_out=dict(left_out),
-    )
+    members = LazyImages(len(images), lambda position: images[position].read())
+    return labelled(members, integers_or_text(values), names, source, left_out=dict(left_out))
 
 
 def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:
     """Returns the members of each sample by lower-case suffix (`.jpg`, `.cls`), in order."""
     samples: dict[str, dict[str, _Member]] = {}
-    try:
-        with tarfile.open(shard, mode="r:") as file:  # "r:" alone: offsets are those of the file
-            for member in file:
-                if not member.isreg():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                if stem and not any(map(is_junk, member.name.split("/"))):
-                    key = f"{folder}/{stem}" if folder else stem
-                    parts = samples.setdefault(key, {})
-                    if dot + suffix.lower() in parts:
-                        raise checks.InputError(
-                            f"{source}: {shard.name}: sample {key!r} has more than one member "
-                            f"{dot + suffix.lower()!r} (again {member.name!r}); expected one."
-                        )
-                    parts[dot + suffix.lower()] = _Member(shard, member.offset_data, member.size)
-            end = _Member(shard, file.offset, tarfile.BLOCKSIZE).read()
-        if any(end):  # tarfile takes a damaged header for the end
+    problem = f"{source}: {shard}: not a readable, uncompressed tar file"
+    kinds = tarfile.TarError, OSError, ValueError, EOFError
+    with (
+        checks.refusing(problem, *kinds, shown=checks.first_line),
+        tarfile.open(shard, mode="r:") as file,  # "r:" alone: offsets are those of the file
+    ):
+        for member in file:
+            folder, _, name = member.name.rpartition("/")
+            stem, dot, suffix = name.partition(".")
+            if not member.isreg() or not stem or any(map(is_junk, member.name.split("/"))):
+                continue
+            key, kind = f"{folder}/{stem}" if folder else stem, f"{dot}{suffix}".lower()
+            parts = samples.setdefault(key, {})
+            if kind in parts:
+                raise checks.InputError(
+                    f"{source}: {shard.name}: sample {key!r} has more than one member "
+                    f"{kind!r} (again {member.name!r}); expected one."
+                )
+            parts[kind] = _Member(shard, member.offset_data, member.size)
+        # tarfile takes a damaged header for the end
+        if any(_Member(shard, file.offset, tarfile.BLOCKSIZE).read()):
             raise OSError(f"damaged or cut short at byte {file.offset}")
-    except checks.InputError:
-        raise
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        raise checks.InputError(
-            f"{source}: {shard}: not a readable, uncompressed tar file: {checks.first_line(error)}."
-        ) from error
     return samples
 
 
 def _image(where: str, parts: dict[str, _Member], wanted: str | None) -> _Member:
     if wanted is not None:
-        suffix = f".{wanted.lower().removeprefix('.')}"
-        return parts[column(where, "image", list(parts), (), suffix, noun="member")]
-    found = [kind for kind in parts if kind in suffixes()]
+        wanted = f".{wanted.lower().removeprefix('.')}"
+    found = list(parts) if wanted else [kind for kind in parts if kind in suffixes()]
     if not found:
         raise checks.InputError(
             f"{where} has no image (found {checks.listed(parts)}; expected one of "
             f"{', '.join(suffixes())})."
         )
-    return parts[column(where, "image", found, (), declared=found, noun="member")]
+    return parts[column(where, "image", found, (), wanted, declared=found, noun="member")]
 
 
 def _label(where: str, parts: dict[str, _Member], wanted: str | None) -> Any:
-    try:
+    kinds = OSError, ValueError, TypeError, RecursionError
+    with checks.refusing(f"{where}: label cannot be read", *kinds):
         if ".cls" in parts and (wanted is None or (wanted == "cls" and ".json" not in parts)):
             return parts[".cls"].read().decode("utf-8-sig").strip()
         if ".json" in parts:
             facts = json.loads(parts[".json"].read())
             if isinstance(facts, dict) and (wanted or any(key in facts for key in _LABEL_KEYS)):
                 return facts[column(where, "label", list(facts), _LABEL_KEYS, wanted, noun="key")]
-    except checks.InputError:
-        raise
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise checks.InputError(f"{where}: label cannot be read: {error}.") from error
-    expected = (
-        f".json with {wanted!r}" if wanted else f".cls, or .json with {' or '.join(_LABEL_KEYS)}"
-    )
+    expected = f".cls, or .json with {' or '.join(_LABEL_KEYS)}"
+    if wanted:
+        expected = f".json with {wanted!r}"
     raise checks.InputError(
         f"{where} has no label; expected {expected} (found {checks.listed(parts)})."
     )

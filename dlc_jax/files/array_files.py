@@ -9,6 +9,7 @@ import io
 import math
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -20,6 +21,7 @@ _READ = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+_NO_ARRAYS = "cannot be read as arrays"
 _KINDS = {"b": "booleans", "f": "floating numbers", "i": "signed integers", "U": "text"}
 
 
@@ -53,15 +55,9 @@ def read_npy(path: Path) -> np.ndarray:
     Raises:
       ValueError: there is no such file, or it holds something else than one whole array.
     """
-    _check_file(path)
-    try:
-        with open(path, "rb") as file:
-            _header(file, path.stat().st_size)
+    with _reading(path, "not a readable array"), open(path, "rb") as file:
+        _header(file, path.stat().st_size)
         return np.load(path, allow_pickle=False)
-    except Exception as error:  # of a header that is no Python, NumPy raises anything
-        raise checks.InputError(
-            f"{path}: not a readable array: {checks.first_line(error)}."
-        ) from error
 
 
 def read_npz(path: Path, expected: Mapping[str, Expected]) -> dict[str, np.ndarray]:
@@ -77,8 +73,9 @@ def read_npz(path: Path, expected: Mapping[str, Expected]) -> dict[str, np.ndarr
     headers = npz_headers(path)
     for name, (kind, ndim) in expected.items():
         if name not in headers:
-            found = ", ".join(headers) or "none"
-            raise checks.InputError(f"{path}: has no array {name!r}, found {found}.")
+            raise checks.InputError(
+                f"{path}: has no array {name!r}, found {', '.join(headers) or 'none'}."
+            )
         shape, dtype = headers[name]
         if dtype.kind != kind or len(shape) != ndim:
             raise checks.InputError(
@@ -91,11 +88,8 @@ def read_npz(path: Path, expected: Mapping[str, Expected]) -> dict[str, np.ndarr
 
 def load_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Returns arrays that `npz_headers` found; ValueError where one is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[f"{name}.npy"] for name in names}
-    except Exception as error:  # NumPy and zipfile raise anything
-        raise _unreadable(path, error) from error
+    with _reading(path, _NO_ARRAYS), np.load(path, allow_pickle=False) as file:
+        return {name: file[f"{name}.npy"] for name in names}
 
 
 def npz_headers(path: Path) -> dict[str, Header]:
@@ -105,30 +99,25 @@ def npz_headers(path: Path) -> dict[str, Header]:
       ValueError: there is no such file, it is no archive, an array is there twice, holds Python
         objects, or is not as long as its header says.
     """
-    _check_file(path)
     headers: dict[str, Header] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                name = member.filename.removesuffix(".npy")
-                if name == member.filename:
-                    continue  # no array
-                if name in headers:
-                    raise ValueError(f"the array {name!r} is there twice")
-                with archive.open(member) as file:
-                    headers[name] = _header(file, member.file_size, f"{name}: ")
-    except Exception as error:  # zipfile raises anything
-        raise _unreadable(path, error) from error
+    with _reading(path, _NO_ARRAYS), zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name == member.filename:
+                continue  # no array
+            if name in headers:
+                raise ValueError(f"the array {name!r} is there twice")
+            with archive.open(member) as file:
+                headers[name] = _header(file, member.file_size, f"{name}: ")
     return headers
 
 
-def _check_file(path: Path) -> None:
+def _reading(path: Path, problem: str) -> AbstractContextManager[None]:
+    """Refuses what is no regular file, and every error in the block."""
     if not path.is_file():  # a pipe would never end
         raise checks.InputError(f"{path}: not there, or no regular file; expected arrays.")
-
-
-def _unreadable(path: Path, error: Exception) -> checks.InputError:
-    return checks.InputError(f"{path}: cannot be read as arrays: {checks.first_line(error)}.")
+    # NumPy and zipfile raise anything, as of a header that is no Python
+    return checks.refusing(f"{path}: {problem}", Exception, shown=checks.first_line)
 
 
 def _header(file: io.BufferedIOBase | IO[bytes], num_bytes: int, name: str = "") -> Header:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 else:
-    pa = _Lazily("pyarrow")
-    pc = _Lazily("pyarrow.compute")
-    pq = _Lazily("pyarrow.parquet")
+    pa, pc, pq = map(_Lazily, ("pyarrow", "pyarrow.compute", "pyarrow.parquet"))
 
 __all__ = ["pa", "pc", "pq"]

@@ -39,12 +39,10 @@ def suffixes() -> tuple[str, ...]:
 
 def opened(image: bytes) -> Image.Image:
     """Returns the image, not decoded yet; PIL's errors if the bytes are none."""
-    formats = _FORMATS
-    if _is_heif(image):
-        if not reads_heif():
-            raise ValueError(f"a HEIF image; {NEEDS_HEIF}")
-        formats = ("HEIF",)
-    return Image.open(io.BytesIO(image), formats=formats)
+    is_heif = _is_heif(image)
+    if is_heif and not reads_heif():
+        raise ValueError(f"a HEIF image; {NEEDS_HEIF}")
+    return Image.open(io.BytesIO(image), formats=("HEIF",) if is_heif else _FORMATS)
 
 
 def _is_heif(image: bytes) -> bool:

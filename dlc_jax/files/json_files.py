@@ -63,11 +63,10 @@ def read_json(path: Path, shape: Shape = dict) -> Any:
 
 def parse_json(content: bytes | str, shape: Shape, path: Path) -> Any:
     """Returns the value of JSON that was read from a file; ValueError as for `read_json`."""
-    try:
+    problem = f"{path}: not valid JSON"
+    with checks.refusing(problem, ValueError, RecursionError, shown=checks.first_line):
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(text, object_pairs_hook=without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise checks.InputError(f"{path}: not valid JSON: {checks.first_line(error)}.") from error
     if not isinstance(value, dict):
         raise checks.InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     check_shape(value, shape, path)
@@ -89,10 +88,11 @@ def check_shape(value: Any, shape: Shape, path: Path, field: str = "") -> None:
             if isinstance(name, re.Pattern):
                 _check_all(value, name, part, path, field)
                 continue
-            inner = f"{field}.{name.removesuffix('?')}".lstrip(".")
-            if name.removesuffix("?") in value:
-                check_shape(value[name.removesuffix("?")], part, path, inner)
-            elif not name.endswith("?"):
+            key = name.removesuffix("?")
+            inner = f"{field}.{key}".lstrip(".")
+            if key in value:
+                check_shape(value[key], part, path, inner)
+            elif key == name:
                 raise checks.InputError(f"{path}: {inner} is missing, expected {_expected(part)}.")
     elif isinstance(shape, tuple):  # the first that fits on the outside is meant
         check_shape(value, next(part for part in shape if _fits(value, part)), path, field)
@@ -118,13 +118,13 @@ def _fits(value: Any, shape: Shape) -> bool:
         return isinstance(value, str) and shape.fullmatch(value) is not None
     if isinstance(shape, list):
         return isinstance(value, list) and len(shape) in (1, len(value))
-    if isinstance(shape, Mapping):
-        return isinstance(value, dict)
-    if shape is None or isinstance(value, bool):
-        return value is None if shape is None else shape is bool
+    if shape is None:
+        return value is None
+    if isinstance(value, bool):
+        return shape is bool
     if shape in (int, float) and isinstance(value, int):
         return abs(value) < 2**63
-    return isinstance(value, shape)
+    return isinstance(value, dict if isinstance(shape, Mapping) else shape)
 
 
 def _shown(value: Any) -> str:

@@ -27,27 +27,21 @@ class Mirror(Protocol):
     @property
     def lease(self) -> Any:
         """Where a run keeps its lease of it; see `lease.LeasePlace`."""
-        ...
 
     def covers(self, path: Path, /) -> bool:
         """Whether it is about this path."""
-        ...
 
     def pull(self, path: Path, /) -> None:
         """Makes a file or folder as it is there."""
-        ...
 
     def push(self, path: Path, /) -> None:
         """Makes it as the file or folder is here."""
-        ...
 
     def remove(self, path: Path, /) -> None:
         """Removes there what was removed here."""
-        ...
 
     def move(self, source: Path, target: Path, /) -> None:
         """Moves there what was moved here."""
-        ...
 
 
 _mirror: Mirror | None = None  # none for a work directory that is nowhere else
@@ -107,10 +101,7 @@ def push(path: Path) -> None:
 def remove(path: Path) -> None:
     """Deletes a file or folder, if it is there."""
     _check_may_write()
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    _delete(path, ignore_errors=True)
     if mirror := mirror_of(path):
         mirror.remove(path)
 
@@ -122,6 +113,13 @@ def move(source: Path, target: Path) -> None:
     os.replace(source, target)
     if mirror := mirror_of(target):
         mirror.move(source, target)
+
+
+def _delete(path: Path, *, ignore_errors: bool = False) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -155,10 +153,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         _check_may_write()
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _delete(path)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -199,12 +194,8 @@ def clear_leftovers(root: Path, folders: str = "", *, everyones: bool = False) -
     owners = _PACKAGE if everyones else _OWNER
     for leftover in root.glob(f"{folders}/.*{owners}*{_TEMPORARY}".lstrip("/")):
         owner = leftover.name.removesuffix(_TEMPORARY).rpartition("-")[2]
-        is_number = re.fullmatch(r"[0-9]{1,9}", owner)
-        if everyones or (is_number and not is_running(int(owner))):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+        if everyones or (re.fullmatch(r"[0-9]{1,9}", owner) and not is_running(int(owner))):
+            _delete(leftover, ignore_errors=True)
 
 
 def temporary_of(path: Path) -> Path:
@@ -221,8 +212,6 @@ def is_running(pid: int) -> bool:
     """Whether there is a process of this number."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True

@@ -90,6 +90,13 @@ def test_files_nobody_reads_are_counted_and_told(tmp_path):
     assert both.left_out == {suffix: 2 * count for suffix, count in counts.items()}
 
 
+def test_joined_classes_begin_with_numbers_and_superscripts_are_none(tmp_path):
+    folder(tmp_path / "a", "10/1.png", "9/2.png")
+    folder(tmp_path / "b", "x²/3.png", "²/4.png")
+    dataset = dlc.load_dataset(f"folder:{tmp_path}/a+b")
+    assert dataset.class_names == ("9", "10", "x²", "²")
+
+
 def test_what_other_programs_leave_is_no_sample_no_class_and_not_counted(tmp_path):
     source = folder(
         tmp_path, "a/1.png", "b/2.png",

@@ -19,11 +19,19 @@ from dlc_jax.preprocess import Images
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.selection import kept_positions
 from dlc_jax.training.folder import METRICS, PER_CLASS, write_metrics, write_per_class
-from dlc_jax.training.images import evaluation
 from dlc_jax.training.images.batches import training_batches
-from dlc_jax.training.images.data import RunData, class_ids_by_name
+from dlc_jax.training.images.data import LabelledInputs, RunData, class_ids_by_name
+from dlc_jax.training.images.evaluation import over_batches
 from dlc_jax.training.images.settings import FinetuneConfig
-from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
+from dlc_jax.training.images.step import (
+    Network,
+    Sgd,
+    TrainState,
+    initial_head,
+    outputs_of_batch,
+    predicted_classes,
+    train_step,
+)
 from dlc_jax.training.loop import EpochSums, Progress, not_finite
 from dlc_jax.training.optimiser import learning_rates
 from dlc_jax.types import Conventions, Dataset, RunResult, Selection
@@ -53,27 +61,20 @@ class Finetuner:
         self._encoder = encoder.for_mode(conventions.mode)
         self._encoder.check_image_size(images.size)
         self._images, self._dataset, self._test = images, images.dataset, test
-        self._settings, self._mode, self.shows_bars = settings, conventions.mode, run.progress
+        self._settings, self._conventions, self.shows_bars = settings, conventions, run.progress
         self.num_epochs, self.batch_size = settings.epochs, settings.batch_size
         self.keeps_weights = settings.keep_weights
-        self._rates = learning_rates(
-            settings.epochs,
-            settings.learning_rate,
-            settings.milestones,
-            floors_milestones=conventions.floors_milestones,
-        )
         self._sgd = Sgd.of(settings)
         whole = Network.of(self._encoder, settings.dtype)
-        assert whole.forward is not None
-        self._forward = whole.forward
-        self._network = Network.linear_probe() if settings.linear_probe else whole
-        self._data = RunData(
+        self._network = Network() if settings.linear_probe else whole
+        self._encode = (whole.forward, self._encoder.params)  # for `features_of_batch`
+        self.data = RunData(
             images,
             settings=settings,
-            to_features=functools.partial(features_of_batch, whole.forward, self._encoder.params),
+            to_features=functools.partial(features_of_batch, *self._encode),
             progress=run.progress,
         )
-        self._test_set = None if test is None else self._data.test_set(test)
+        self._test_set = None if test is None else self.data.test_set(test)
 
     kind = "fine-tuning"
     files: tuple[str, ...] = (METRICS, PER_CLASS)
@@ -86,7 +87,7 @@ class Finetuner:
     @property
     def skipped_test(self) -> dict[str, str]:
         """Test samples left out as unreadable, id: why."""
-        return self._test_set.skipped if self._test_set is not None else {}
+        return {} if self._test_set is None else self._test_set.skipped
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -105,7 +106,7 @@ class Finetuner:
     @property
     def made_of(self) -> dict[str, Any]:
         """Data, encoder and how images are seen."""
-        return self._images.made_of(self._encoder.fingerprint, self._mode)
+        return self._images.made_of(self._encoder.fingerprint, self._conventions.mode)
 
     @property
     def notes(self) -> list[str]:
@@ -155,8 +156,10 @@ class Finetuner:
     def start(self, positions: Int64[np.ndarray, " k"], seed: int) -> TrainState:
         """Returns encoder and new head; ValueError where batch norm cannot train on so many."""
         self._check_last_batch(len(positions))
-        encoder = self._encoder
-        head = initial_head(self._num_features, self._dataset.num_classes, encoder.head, seed)
+        encoder, side = self._encoder, self._images.size
+        images = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
+        num_features = features_of_batch.eval_shape(*self._encode, images).shape[1]
+        head = initial_head(num_features, self._dataset.num_classes, encoder.head, seed)
         if self._settings.linear_probe:
             return TrainState.start({}, frozenset(), head, self._sgd)
         params = jax.tree.map(lambda leaf: _seeded(leaf, seed), encoder.params)
@@ -164,15 +167,22 @@ class Finetuner:
 
     def rates(self, steps_per_epoch: int) -> list[float]:
         """Returns the learning rate of every step, the same within an epoch."""
-        return [rate for rate in self._rates for _ in range(steps_per_epoch)]
+        settings = self._settings
+        of_epochs = learning_rates(
+            settings.epochs,
+            settings.learning_rate,
+            settings.milestones,
+            floors_milestones=self._conventions.floors_milestones,
+        )
+        return [rate for rate in of_epochs for _ in range(steps_per_epoch)]
 
     def batches(
         self, positions: Int64[np.ndarray, " k"], seed: int, epoch: int, first: int
-    ) -> Iterator[tuple[tuple[jax.Array, ...], int]]:
+    ) -> Iterator[tuple[list[jax.Array], int]]:
         """Yields batches on the devices, of which each process makes its rows, and their sizes."""
         num_rows = -(-self.batch_size // self.mesh.size) * self.mesh.size
         made = training_batches(
-            self._data.training_inputs(positions, seed),
+            self.data.training_inputs(positions, seed),
             positions,
             self._dataset.labels,
             batch_size=self.batch_size,
@@ -183,12 +193,12 @@ class Finetuner:
             first=first,
         )
         for number, batch in enumerate(made, start=first):
-            on_devices = [from_rows_here(self.mesh, part, num_rows) for part in batch]
             num_left = len(positions) - number * self.batch_size
-            yield tuple(on_devices), min(self.batch_size, num_left)
+            on_devices = [from_rows_here(self.mesh, part, num_rows) for part in batch]
+            yield on_devices, min(self.batch_size, num_left)
 
     def step(
-        self, state: TrainState, batch: tuple[tuple[jax.Array, ...], int], rate: float
+        self, state: TrainState, batch: tuple[list[jax.Array], int], rate: float
     ) -> tuple[TrainState, Callable[[], EpochSums]]:
         """Takes a step of SGD."""
         arrays, num_real = batch
@@ -205,9 +215,8 @@ class Finetuner:
     def line(self, progress: Progress, rate: float) -> dict[str, Any]:
         """Returns the metrics of an epoch; ValueError if its last step left NaN or infinity."""
         epoch, sums = len(progress.history) + 1, progress.sums
-        if not bool(fetch(_all_finite(progress.state.trained))):
-            step = epoch * progress.num_steps
-            raise not_finite("weights that are", step, rate, self.remedy)
+        if not fetch(_all_finite(progress.state.trained)):
+            raise not_finite("weights that are", epoch * progress.num_steps, rate, self.remedy)
         num_samples = len(sums["correct"])
         line = {
             "epoch": epoch,
@@ -220,12 +229,8 @@ class Finetuner:
         every = self._settings.test_every
         is_last = epoch == self.num_epochs  # `result` tests then
         if self._test_set is not None and every and epoch % every == 0 and not is_last:
-            line["test_accuracy"] = self._accuracy(self._predictions(progress.state))
+            _, line["test_accuracy"] = self._tested(self._test_set, progress.state)
         return line
-
-    def readable(self) -> tuple[Int64[np.ndarray, " k"], dict[str, str]]:
-        """Returns the positions of samples that can be read, and of others the id: why."""
-        return self._data.readable()
 
     def outputs(
         self, state: TrainState, positions: Int64[np.ndarray, " k"]
@@ -234,27 +239,26 @@ class Finetuner:
 
         In evaluation mode, on evaluation crops; training does not notice.
         """
-        batches = self._data.evaluation_inputs(positions)
-        found = evaluation.outputs(self._network, state, batches, self.batch_size)
-        if len(found[0]) < len(positions):
-            raise checks.InputError(
-                f"{self._dataset.name}: {len(positions) - len(found[0])} of {len(positions)} "
-                "training samples cannot be read any more."
-            )
-        return found
+        batches = self.data.evaluation_inputs(positions)
+        logits, squared_norms = over_batches(
+            outputs_of_batch, self._network, state, batches, self.batch_size
+        )
+        return logits, squared_norms
 
     def result(self, progress: Progress, positions: Int64[np.ndarray, " k"]) -> RunResult:
         """Returns weights and history, and tests."""
         predictions, accuracy, per_class = None, None, None
         history = progress.history or [{"epoch": 0}]
         if self._test_set is not None:
-            predictions = self._predictions(progress.state)
-            accuracy = self._accuracy(predictions)
+            predictions, accuracy = self._tested(self._test_set, progress.state)
             labels = self._test_set.labels
             with np.errstate(invalid="ignore"):  # 0 / 0 for a class without test samples is NaN
                 per_class = 100 * self._count(labels[predictions == labels]) / self._count(labels)
             history = [*history[:-1], {**history[-1], "test_accuracy": accuracy}]
         absent = np.flatnonzero(self._count(self._dataset.labels[positions]) == 0)
+        weights = progress.state.weights()
+        if self._settings.linear_probe:
+            weights["encoder"] = self._encoder.params
         return RunResult(
             test_accuracy=accuracy,
             per_class_accuracy=per_class,
@@ -262,24 +266,23 @@ class Finetuner:
             num_kept=len(positions),
             absent_classes=tuple(self._dataset.class_names[label] for label in absent),
             history=history,
-            weights=self._weights(progress.state),
+            weights=weights,
             skipped_test=self.skipped_test,
             seconds=progress.elapsed_s,
         )
 
-    def _weights(self, state: TrainState) -> dict[str, Any]:
-        weights = state.weights()
-        if self._settings.linear_probe:
-            weights["encoder"] = self._encoder.params
-        return weights
-
     def _count(self, labels: Integer[np.ndarray, " k"]) -> Int64[np.ndarray, " c"]:
         return np.bincount(labels, minlength=self._dataset.num_classes)
 
-    def _accuracy(self, predictions: Int32[np.ndarray, " n"]) -> float:
-        assert self._test_set is not None
-        num_right = int((predictions == self._test_set.labels).sum())
-        return 100 * num_right / len(predictions)
+    def _tested(
+        self, test: LabelledInputs, state: TrainState
+    ) -> tuple[Int32[np.ndarray, " n"], float]:
+        """Returns the class of highest logit of every test sample, and the accuracy in percent."""
+        size = self.batch_size
+        batches = (test.inputs[i : i + size] for i in range(0, len(test.inputs), size))
+        (found,) = over_batches(predicted_classes, self._network, state, batches, size)
+        predictions = found.astype(np.int32)
+        return predictions, 100 * int((predictions == test.labels).sum()) / len(predictions)
 
     def _check_last_batch(self, num_kept: int) -> None:
         """Batch norm of a single value is no statistic; torch refuses it as well."""
@@ -295,17 +298,6 @@ class Finetuner:
                 f"and at {side} px the last map is 1 x 1, so that batch norm would see "
                 "a single value; expected another batch size, or a larger image size."
             )
-
-    @functools.cached_property
-    def _num_features(self) -> int:
-        side = self._images.size
-        images = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
-        return features_of_batch.eval_shape(self._forward, self._encoder.params, images).shape[1]
-
-    def _predictions(self, state: TrainState) -> Int32[np.ndarray, " n"]:
-        assert self._test_set is not None
-        inputs, size = self._test_set.inputs, self.batch_size
-        return evaluation.predictions(self._network, state, inputs, size)
 
 
 def _seeded(leaf: Any, seed: int) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -51,7 +51,6 @@ class Trials(Protocol):
         self, trials: Sequence[Trial], held_out: Int64[np.ndarray, " v"], /
     ) -> Bool[np.ndarray, "k v"]:
         """Returns whether trial k classifies each held-out sample right."""
-        ...
 
 
 class LinearTrials:
@@ -160,22 +159,20 @@ class FinetuneTrials:
         if record is not None and step.name not in self._counted:
             self.earlier_seconds += record.seconds
             self._counted.add(step.name)
-        return step.read(workspace.root)
+        return array_files.read_npy(workspace.root / step.files[0])
 
 
-class _TrialStep(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _TrialStep:
     """Predictions of a model that was fine-tuned on a subset, for every sample, [n]."""
 
     finetuner: Finetuner
     trial: Trial
 
-    @property
-    def kind(self) -> str:
-        return self.finetuner.kind
-
-    @property
-    def stage(self) -> str:
-        return "tune"
+    kind = Finetuner.kind
+    stage = "tune"
+    settings: ClassVar[Mapping[str, Any]] = {}
+    obsolete = ()
 
     @property
     def key(self) -> dict[str, Any]:
@@ -184,14 +181,6 @@ class _TrialStep(NamedTuple):
     @property
     def name(self) -> str:
         return f"trials/{json_hash(self.key)[:32]}"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {}
-
-    @property
-    def obsolete(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -206,6 +195,3 @@ class _TrialStep(NamedTuple):
         with artefacts.atomic(root / self.files[0]) as file:
             np.save(file, predictions, allow_pickle=False)
         return Written(self.files)
-
-    def read(self, root: Path) -> Int32[np.ndarray, " n"]:
-        return array_files.read_npy(root / self.files[0])

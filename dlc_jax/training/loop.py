@@ -230,8 +230,7 @@ class _Loop:
         parts = [progress.sums]  # added up where they are needed
         start = time.perf_counter()
         for step, batch in enumerate(bar, start=before + done + 1):
-            rate = self.rates[step - 1]
-            state, added = trainer.step(state, batch, rate)
+            state, added = trainer.step(state, batch, self.rates[step - 1])
             pending.append((step, added))
             ends, leaves = step == before + self.steps_per_epoch, stopping.is_due()
             every = trainer.checkpoint_steps
@@ -242,10 +241,8 @@ class _Loop:
                 continue
             sums = _total([*parts, {"elapsed_s": time.perf_counter() - start}])
             parts, progress = [sums], Progress(state, progress.history, sums)
-            if ends:
-                progress = self._ended(progress, rate)
             if saves:
-                self._save(progress, step)
+                progress = self._saved(progress, step, ends=ends)
             if leaves:
                 self._leave(progress, step, is_saved=saves)
             start = time.perf_counter()
@@ -259,22 +256,21 @@ class _Loop:
             raise not_finite(f"a loss ({loss}) that is", step, rate, remedy)
         return part
 
-    def _ended(self, progress: Progress, rate: float) -> Progress:
-        """Returns the progress with the line of an epoch, once it was watched."""
-        line = self.trainer.line(progress, rate)
-        if self.watch is not None:
-            start = time.perf_counter()
-            self.watch(line["epoch"], progress.state, progress.sums)
-            line["elapsed_s"] = round(line["elapsed_s"] + time.perf_counter() - start, 3)
-        return Progress(progress.state, [*progress.history, line], {})
-
-    def _save(self, progress: Progress, step: int) -> None:
-        """Keeps a run that goes on."""
+    def _saved(self, progress: Progress, step: int, *, ends: bool) -> Progress:
+        """Keeps a run that goes on, with the line of an epoch that ends, once it was watched."""
+        if ends:
+            line = self.trainer.line(progress, self.rates[step - 1])
+            if self.watch is not None:
+                start = time.perf_counter()
+                self.watch(line["epoch"], progress.state, progress.sums)
+                line["elapsed_s"] = round(line["elapsed_s"] + time.perf_counter() - start, 3)
+            progress = Progress(progress.state, [*progress.history, line], {})
         if self.folder is not None and self.checkpoints is not None:
             number = step if self.trainer.checkpoint_steps else len(progress.history)
             self.checkpoints.save(number, progress.state, progress.facts)
-            if not progress.sums:
+            if ends:
                 write_metrics(self.folder.path, progress.history)
+        return progress
 
     def _leave(self, progress: Progress, step: int, *, is_saved: bool) -> NoReturn:
         """Keeps a run that has to stop, and stops."""

@@ -67,8 +67,7 @@ class LinearProbeConfig:
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
         checks.optimiser("linear_probe", self)
-        checks.integer("linear_probe.chunk", self.chunk)
-        checks.at_least("linear_probe.chunk", self.chunk, 1)
+        checks.integer("linear_probe.chunk", self.chunk, 1)
         checks.at_least("linear_probe.memory_mib", self.memory_mib, 0, exclusive=True)
 
 
@@ -149,12 +148,7 @@ def linear_probes(
     num_features, num_heads = features.shape[1], len(subsets)
     num_classes = 1 + max(int(labels.max()), int(val_labels.max()))
     num_steps = -(-max(map(len, subsets)) // settings.batch_size)
-    rates = learning_rates(
-        settings.epochs,
-        settings.learning_rate,
-        settings.milestones,
-        floors_milestones=Conventions.of(mode).floors_milestones,
-    )
+    rates = learning_rates(settings, Conventions.of(mode))
     mesh = mesh or one_device()
     known, held_out = (
         replicated(mesh, (np.asarray(some, np.float32), np.asarray(classes, np.int32)))
@@ -308,15 +302,11 @@ def _over_heads(mesh: Mesh, compute: Callable, data: _Samples, cells: tuple, chu
         size = chunk if chunk > 1 else None
         return jax.lax.map(lambda cell: compute(data, *cell), cells, batch_size=size)
 
-    by_heads, whole = by_rows(mesh).spec, whole_on(mesh).spec
+    whole, split = whole_on(mesh).spec, by_rows(mesh).spec
+    on_all = jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=(whole, split), out_specs=split, check_vma=False
+    )
     with precision_of("float32"):
-        on_all = jax.shard_map(
-            on_one_device,
-            mesh=mesh,
-            in_specs=(whole, by_heads),
-            out_specs=by_heads,
-            check_vma=False,
-        )
         return on_all(data, cells)
 
 

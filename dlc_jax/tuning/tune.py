@@ -138,7 +138,8 @@ def tune(
             raise checks.InputError(
                 "tune: linear heads need features=dlc.features(...); trials=... trains otherwise."
             )
-        trials = LinearTrials(features, labels, trials, mesh=run.mesh)
+        checks.features_fit_labels("features", features, labels)
+        trials = LinearTrials(features, labels, trials, run.mesh)
     elif not isinstance(trials, Trials):
         raise checks.InputError(
             "trials: expected dlc.LinearProbeConfig(...), or what trains otherwise, such as "
@@ -190,8 +191,7 @@ def check_tried(
         checks.split(split, f"{where}splits")
     for method in methods:
         checks.one_of(f"{where}methods", method, _CAN_BE_TRIED)
-    checks.integer(f"{where}num_repeats", num_repeats)
-    checks.at_least(f"{where}num_repeats", num_repeats, 2)
+    checks.integer(f"{where}num_repeats", num_repeats, 2)
 
 
 def _cells(

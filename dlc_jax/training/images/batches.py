@@ -70,7 +70,6 @@ def training_batches(
     batch_size: int,
     seed: int,
     epoch: int,
-    num_rows: int | None = None,
     rows: range | None = None,
     first: int = 0,
 ) -> Iterator[Batch]:
@@ -82,17 +81,18 @@ def training_batches(
       labels: Class ids of the whole data set.
       batch_size: Samples per batch; the last one may hold fewer real ones.
       seed, epoch: The only source of randomness.
-      num_rows: Rows that a batch is filled up to; None: `batch_size`.
-      rows: The rows of a batch to make; None: all.
+      rows: The rows of a batch to make, of which it may have more than samples; None: a row for
+        each sample.
       first: Batches to leave out at the beginning.
     """
     order = epoch_order(positions, seed, epoch)[first * batch_size :]
-    num_rows = num_rows or batch_size
+    rows = range(batch_size) if rows is None else rows
 
     def batch(number: int) -> Batch:
         where = order[number * batch_size : (number + 1) * batch_size]
-        if rows is None or len(rows) == num_rows:
-            return Batch.padded(inputs(where, epoch), labels[where], num_rows)
+        if rows.start == 0:
+            where = where[: len(rows)]
+            return Batch.padded(inputs(where, epoch), labels[where], len(rows))
         mine = np.asarray(rows)
         places, again = np.unique(mine % len(where), return_inverse=True)
         real = (mine < len(where)).astype(np.float32)

@@ -21,9 +21,10 @@ from dlc_jax.types import Dataset
 _GIB = 2**30
 
 
-class LabelledInputs(NamedTuple):
+class TestSet(NamedTuple):
     """Inputs of the network, their classes, and samples left out as unreadable, id: why."""
 
+    dataset: Dataset
     inputs: Shaped[np.ndarray, "n ..."]
     labels: Int32[np.ndarray, " n"]
     skipped: dict[str, str]
@@ -42,7 +43,6 @@ class RunData:
     def __init__(
         self,
         images: Images,
-        *,
         settings: FinetuneConfig,
         to_features: Callable[[np.ndarray], jax.Array],
         progress: bool,
@@ -73,14 +73,13 @@ class RunData:
         self, positions: Int64[np.ndarray, " k"]
     ) -> Iterator[Shaped[np.ndarray, "b ..."]]:
         """Yields evaluation crops of these samples, or their features, a batch at a time."""
-        size = self._settings.batch_size
-        if not self._is_augmented:  # trained on just these
-            inputs = self.training_inputs(positions, seed=0)
-            for start in range(0, len(positions), size):
-                yield inputs(positions[start : start + size], 0)
-            return
-        for _, crops in in_batches(self._crops.readable(positions, None), size):
-            yield np.stack(crops)
+        if self._is_augmented:
+            rows = self._crops.readable(positions, None)
+        else:
+            self.training_inputs(positions, seed=0)  # fills `_fixed`
+            rows = ((i, self._fixed[i]) for i in positions.tolist())
+        for _, some in in_batches(rows, self._settings.batch_size):
+            yield np.stack(some)
 
     def readable(self) -> tuple[Int64[np.ndarray, " k"], dict[str, str]]:
         """Returns the positions of samples that can be read, and of others the id: why.
@@ -101,7 +100,7 @@ class RunData:
         images = dataclasses.replace(self._images, on_corrupt="skip")
         return images.evaluation_crops(progress=self._progress)
 
-    def test_set(self, test: Dataset) -> LabelledInputs:
+    def test_set(self, test: Dataset) -> TestSet:
         """Returns evaluation crops, or their features, with the training set's class ids.
 
         They are read as the training images are.
@@ -117,9 +116,8 @@ class RunData:
             progress=self._progress,
             cache=self._images.cache,
         )
-        return LabelledInputs(
-            self._as_inputs(loaded.pixels), labels[loaded.positions], loaded.skipped
-        )
+        inputs = self._as_inputs(loaded.pixels)
+        return TestSet(test, inputs, labels[loaded.positions], loaded.skipped)
 
     def _as_inputs(self, pixels: UInt8[np.ndarray, "n s s 3"]) -> Shaped[np.ndarray, "n ..."]:
         """Returns the pixels, or their features where only the head is trained."""

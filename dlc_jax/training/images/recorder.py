@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -114,8 +114,8 @@ class Recorder:
         seconds = time.perf_counter() - start
         runs = []
         for seed in self.seeds:
-            folder = None if self._root is None else self._root / _run_name(seed)
-            seen = _Seen({}, folder / SEEN if folder is not None and processes.is_first() else None)
+            folder = None if self._root is None else self._root / f"seed_{seed}"
+            seen = folder / SEEN if folder is not None and processes.is_first() else None
             last = self.num_epochs if seed == self.seeds.start else self.early_epoch
             watch = _Watch(self._finetuner, positions, seed, self.early_epoch, last, seen)
             if folder is None:
@@ -124,25 +124,25 @@ class Recorder:
                 step = RunStep(self._finetuner, positions, seed, folder, say=self._say, watch=watch)
                 result = Workspace(folder, self._say).make(step)
             seconds += result.seconds
-            runs.append(seen)
+            runs.append(watch)
         return positions, skipped, runs, seconds
 
     def record(self, runs: WatchedRuns) -> TrainingRecord:
         """Returns the record of runs that this process has seen, or that are in its folder."""
-        positions, skipped, seen, seconds = runs
+        positions, skipped, watches, seconds = runs
         epochs, early = range(1, self.num_epochs + 1), f"epoch_{self.early_epoch}"
         return TrainingRecord(
-            correct=np.stack([seen[0].get(f"correct_{epoch}") for epoch in epochs]),
-            logits=seen[0].get(f"epoch_{self.num_epochs}_logits"),
-            early_logits=np.stack([some.get(f"{early}_logits") for some in seen]),
-            early_squared_norms=np.stack([some.get(f"{early}_squared_norms") for some in seen]),
+            correct=np.stack([watches[0].get(f"correct_{epoch}") for epoch in epochs]),
+            logits=watches[0].get(f"epoch_{self.num_epochs}_logits"),
+            early_logits=np.stack([watch.get(f"{early}_logits") for watch in watches]),
+            early_squared_norms=np.stack([w.get(f"{early}_squared_norms") for w in watches]),
             early_epoch=self.early_epoch,
             batch_size=self._batch_size,
             labels=self._dataset.labels[positions],
             ids=self._dataset.ids[positions],
             class_names=self._dataset.class_names,
             seconds=seconds,
-            num_epochs=self.num_epochs + (len(seen) - 1) * self.early_epoch,
+            num_epochs=self.num_epochs + (len(watches) - 1) * self.early_epoch,
             skipped=skipped,
         )
 
@@ -158,16 +158,42 @@ class Recorder:
     @property
     def obsolete(self) -> tuple[str, ...]:
         names = (CHECKPOINT, SEEN)
-        return tuple(f"{_run_name(seed)}/{n}" for seed in self.seeds for n in names)
+        return tuple(f"seed_{seed}/{name}" for seed in self.seeds for name in names)
 
 
-class _Seen(NamedTuple):
-    """Arrays by name, in memory or in a folder, where each is whole or not there at all."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Watch:
+    """Keeps what a run shows of every sample, in arrays that are there whole or not at all.
 
-    arrays: dict[str, np.ndarray]
+    Attributes:
+      finetuner, positions, seed: Trainer, samples and seed of the run.
+      early_epoch, last_epoch: Epochs after which logits are looked at; the run ends with the last.
+      folder: Where arrays are kept; None: in memory.
+      arrays: Those in memory, by name.
+    """
+
+    finetuner: Finetuner
+    positions: Int64[np.ndarray, " n"]
+    seed: int
+    early_epoch: int
+    last_epoch: int
     folder: Path | None
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def put(self, name: str, array: np.ndarray) -> None:
+    @property
+    def key(self) -> list[int]:
+        return [self.early_epoch, self.last_epoch]
+
+    def __call__(self, epoch: int, state: TrainState, sums: EpochSums) -> None:
+        order = np.argsort(epoch_order(self.positions, self.seed, epoch))  # positions ascend
+        correct = np.frombuffer(sums["correct"].encode(), np.uint8) == ord("1")
+        self._put(f"correct_{epoch}", correct[order])
+        if epoch in (self.early_epoch, self.last_epoch):
+            logits, squared_norms = self.finetuner.outputs(state, self.positions)
+            self._put(f"epoch_{epoch}_logits", logits)
+            self._put(f"epoch_{epoch}_squared_norms", squared_norms)
+
+    def _put(self, name: str, array: np.ndarray) -> None:
         if self.folder is None:
             self.arrays[name] = array
             return
@@ -181,42 +207,7 @@ class _Seen(NamedTuple):
 
 
 # what runs train on; samples that are left out, id: why; what each run showed; seconds of all
-WatchedRuns = tuple[Int64[np.ndarray, " n"], dict[str, str], list[_Seen], float]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Watch:
-    """Keeps what a run shows of every sample.
-
-    Attributes:
-      finetuner, positions, seed: Trainer, samples and seed of the run.
-      early_epoch, last_epoch: Epochs after which logits are looked at; the run ends with the last.
-      seen: Where it is kept.
-    """
-
-    finetuner: Finetuner
-    positions: Int64[np.ndarray, " n"]
-    seed: int
-    early_epoch: int
-    last_epoch: int
-    seen: _Seen
-
-    @property
-    def key(self) -> list[int]:
-        return [self.early_epoch, self.last_epoch]
-
-    def __call__(self, epoch: int, state: TrainState, sums: EpochSums) -> None:
-        order = np.argsort(epoch_order(self.positions, self.seed, epoch))  # positions ascend
-        correct = np.frombuffer(sums["correct"].encode(), np.uint8) == ord("1")
-        self.seen.put(f"correct_{epoch}", correct[order])
-        if epoch in (self.early_epoch, self.last_epoch):
-            logits, squared_norms = self.finetuner.outputs(state, self.positions)
-            self.seen.put(f"epoch_{epoch}_logits", logits)
-            self.seen.put(f"epoch_{epoch}_squared_norms", squared_norms)
-
-
-def _run_name(seed: int) -> str:
-    return f"seed_{seed}"
+WatchedRuns = tuple[Int64[np.ndarray, " n"], dict[str, str], list[_Watch], float]
 
 
 def read_record(folder: Path, ids: np.ndarray | None = None) -> TrainingRecord:
@@ -232,13 +223,22 @@ def read_record(folder: Path, ids: np.ndarray | None = None) -> TrainingRecord:
     if not path.exists():
         raise checks.InputError(f"{path}: not there; record a training first.")
     try:
-        fields: dict[str, Any] = {
-            **array_files.read_npz(path, _ARRAYS | {"facts": Expected("U", 0)})
-        }
-        facts = parse_json(str(fields.pop("facts")), _FACTS, path)
-        fields |= {name: facts[name] for name in _FACTS}
-        record = TrainingRecord(**{**fields, "class_names": tuple(facts["class_names"])})
-        _check_lengths(path, record)
+        expected = _ARRAYS | {"facts": Expected("U", 0)}
+        arrays: dict[str, Any] = {**array_files.read_npz(path, expected)}
+        facts = parse_json(str(arrays.pop("facts")), _FACTS, path)
+        facts["class_names"] = tuple(facts["class_names"])
+        record = TrainingRecord(**arrays, **{name: facts[name] for name in _FACTS})
+        num_samples, num_classes = len(record.ids), len(record.class_names)
+        num_runs = len(record.early_logits)
+        for name, shape in (
+            ("correct", (len(record.correct), num_samples)),
+            ("logits", (num_samples, num_classes)),
+            ("early_logits", (num_runs, num_samples, num_classes)),
+            ("early_squared_norms", (num_runs, num_samples)),
+            ("labels", (num_samples,)),
+        ):
+            if (found := getattr(record, name).shape) != shape:
+                raise checks.InputError(f"{path}: {name} is {found}, expected {shape}.")
     except checks.InputError as error:
         raise checks.InputError(
             f"{path}: not a training record: {error} Delete it to record again."
@@ -246,19 +246,3 @@ def read_record(folder: Path, ids: np.ndarray | None = None) -> TrainingRecord:
     if ids is not None and not np.array_equal(record.ids, ids):
         raise checks.InputError(f"{path}: is of other samples than the scores.")
     return record
-
-
-def _check_lengths(path: Path, record: TrainingRecord) -> None:
-    """Raises ValueError unless all arrays are of as many samples and classes."""
-    num_samples, num_classes = len(record.ids), len(record.class_names)
-    num_runs = len(record.early_logits)
-    for name, shape in (
-        ("correct", (len(record.correct), num_samples)),
-        ("logits", (num_samples, num_classes)),
-        ("early_logits", (num_runs, num_samples, num_classes)),
-        ("early_squared_norms", (num_runs, num_samples)),
-        ("labels", (num_samples,)),
-    ):
-        found = getattr(record, name).shape
-        if found != shape:
-            raise checks.InputError(f"{path}: {name} is {found}, expected {shape}.")

@@ -84,13 +84,15 @@ def number(name: str, value: Any) -> None:
         raise InputError(f"{name}: expected a number, got {value!r}.")
 
 
-def integer(name: str, value: Any) -> None:
-    """Raises unless `value` is an integer."""
+def integer(name: str, value: Any, minimum: int | None = None) -> None:
+    """Raises unless `value` is an integer, and not below the minimum, if there is one."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise InputError(f"{name}: expected an integer, got {value!r}.")
+    if minimum is not None:
+        at_least(name, value, minimum)
 
 
-def at_least(name: str, value: float, minimum: float, *, exclusive: bool = False) -> None:
+def at_least(name: str, value: Any, minimum: float, *, exclusive: bool = False) -> None:
     """Raises unless value >= minimum (> if exclusive) and finite."""
     number(name, value)
     is_finite = isinstance(value, numbers.Integral) or math.isfinite(value)
@@ -120,10 +122,8 @@ def normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> 
 
 def optimiser(where: str, settings: Any) -> None:
     """Raises unless the attributes that torch's SGD and MultiStepLR use are in range."""
-    for name in ("epochs", "batch_size"):
-        integer(f"{where}.{name}", getattr(settings, name))
-    at_least(f"{where}.epochs", settings.epochs, 0)
-    at_least(f"{where}.batch_size", settings.batch_size, 1)
+    integer(f"{where}.epochs", settings.epochs, 0)
+    integer(f"{where}.batch_size", settings.batch_size, 1)
     at_least(f"{where}.learning_rate", settings.learning_rate, 0, exclusive=True)
     for milestone in settings.milestones:
         at_least(f"{where}.milestones", milestone, 0, exclusive=True)

@@ -186,7 +186,7 @@ class ImageFinetuning:
 
     def program(self) -> Any:
         """Returns the function of `arguments` that takes a step."""
-        network = Network.linear_probe()
+        network = Network()
         if not self.settings.linear_probe:
             network = Network.of(self.encoder, _kept_in(self.settings.dtype))
         return functools.partial(train_step, network, Sgd.of(self.settings))

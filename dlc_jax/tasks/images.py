@@ -37,7 +37,6 @@ from dlc_jax.tasks.measurements import TableStep, check_is_what_was_scored, scor
 from dlc_jax.tasks.released import check_released, released_steps
 from dlc_jax.tasks.task import Sources, Training
 from dlc_jax.training.images import Finetuner, Recorder, class_ids_by_name
-from dlc_jax.training.images.recorder import RecordStep
 from dlc_jax.tuning import FinetuneTrials
 from dlc_jax.types import Dataset, Selection
 from dlc_jax.workspace import Workspace, artefacts, records
@@ -136,22 +135,25 @@ class ImageTask:
             config.record,
             seed=config.seed,
             conventions=config.conventions,
-            run=Run(None, config.mesh.make(), progress=True),
+            run=Run(folder, config.mesh.make(), progress=True),
+            say=workspace.say,
         )
-
-        step = RecordStep(recorder, folder, workspace.say)
         training = Workspace(folder, workspace.say)
 
         def make_room() -> bool:
             """Moves other training out of the way; returns whether this one is there."""
             there = records.read(folder, records.RUN)
-            if there is not None and there.difference(step):
+            if there is not None and there.difference(recorder):
                 workspace.remove(records.file_of("training"))  # how the stage ran
                 workspace.set_run_aside(artefacts.TRAINING, f"training-{there.identity[:12]}")
                 self._write_table(scored, workspace)  # columns were of that training
-            identity = records.identity_of(step)
+            identity = records.identity_of(recorder)
             workspace.take_runs_back(artefacts.TRAINING, f"training-{identity[:12]}")
-            return training.has(step)
+            return training.has(recorder)
+
+        def seconds() -> float:
+            record = records.read(folder, records.RUN)
+            return 0.0 if record is None else record.seconds
 
         if workspace.broadcast(make_room):
             workspace.say("training record: unchanged, not made again")
@@ -159,10 +161,10 @@ class ImageTask:
             more = f"{recorder.early_epoch} in {len(recorder.seeds) - 1} more runs"
             epochs = recorder.num_epochs
             workspace.say(f"training record: {epochs} epochs on everything, and {more}")
-        training.ensure(step)
+        training.ensure(recorder)
         values = config.to_dict()
         made_with = {name: values[name] for name in ("mode", "seed", "finetune", "record")}
-        workspace.note("training", made_with, workspace.broadcast(lambda: step.seconds))
+        workspace.note("training", made_with, workspace.broadcast(seconds))
 
     def exports(self, kept: Mapping[Cell, Selection], root: Path) -> Iterable[ExportStep]:
         config, data = self._config, self.load(self._config.dataset.train)

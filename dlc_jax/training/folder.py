@@ -19,7 +19,8 @@ from dlc_jax.workspace.checkpoints import Checkpoints
 
 METRICS = "metrics.jsonl"
 PER_CLASS = "per_class_accuracy.csv"
-CHECKPOINT, STOPPED = "checkpoint", "stopped"
+CHECKPOINT = "checkpoint"
+STOPPED = "stopped"  # of a run that was stopped where it keeps no checkpoint by itself
 ADAPTER, MERGED = "adapter", "merged"
 SEEN = "seen"  # what a watch keeps of every epoch
 ERROR = "error.txt"
@@ -38,18 +39,9 @@ class RunFolder(NamedTuple):
     identity: str
     say: Callable[[str], None] = print
 
-    @property
-    def stopped(self) -> Path:
-        """The checkpoint of a run that was stopped where it keeps none by itself."""
-        return self.path / STOPPED
-
     def checkpoints(self, name: str = CHECKPOINT) -> Checkpoints:
         """Opens the checkpoints of the run."""
         return Checkpoints(self.path / name, self.identity, self.path / SEEN, self.say)
-
-    def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Writes one line per epoch; numbers that are not finite as null."""
-        write_metrics(self.path, history)
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
@@ -81,8 +73,7 @@ def write_per_class(
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("label", "class_name", "num_test", "test_accuracy"))
         for label, name in enumerate(class_names):
-            number, accuracy = 0, ""
-            if num_test is not None and result.per_class_accuracy is not None:
-                number = int(num_test[label])
-                accuracy = repr(float(result.per_class_accuracy[label])) if number else ""
+            number = 0 if num_test is None else int(num_test[label])
+            tested = result.per_class_accuracy if number else None
+            accuracy = "" if tested is None else repr(float(tested[label]))
             table.writerow((label, csv_cell(visible(name)), number, accuracy))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dlc_jax import checks
 from dlc_jax.distributed import from_first, hides_bar, stopping
-from dlc_jax.training.folder import STOPPED, RunFolder
+from dlc_jax.training.folder import STOPPED, RunFolder, write_metrics
 from dlc_jax.types import Selection
 from dlc_jax.workspace import Workspace
 from dlc_jax.workspace.checkpoints import Checkpoints
@@ -105,45 +105,35 @@ class Trainer(Protocol[Result]):
 
     def positions(self, kept: Selection, /) -> Int64[np.ndarray, " k"]:
         """Returns where the kept samples are in the data set."""
-        ...
 
     def start(self, positions: Int64[np.ndarray, " k"], seed: int, /) -> Any:
         """Returns the state before the first step, a tree of JAX arrays."""
-        ...
 
     def rates(self, steps_per_epoch: int, /) -> list[float]:
         """Returns the learning rate of every step of a run."""
-        ...
 
     def batches(
         self, positions: Int64[np.ndarray, " k"], seed: int, epoch: int, first: int, /
     ) -> Iterator[Any]:
         """Yields the batches of an epoch but for the first ones; epochs count from 1."""
-        ...
 
     def step(self, state: Any, batch: Any, rate: float, /) -> tuple[Any, Callable[[], EpochSums]]:
         """Takes a step; returns the new state, and what waits for the step's part of the sums."""
-        ...
 
     def line(self, progress: Progress, rate: float, /) -> dict[str, Any]:
         """Returns the metrics of an epoch all of whose steps are done, `elapsed_s` among them."""
-        ...
 
     def result(self, progress: Progress, positions: Int64[np.ndarray, " k"], /) -> Result:
         """Returns what a run ends with."""
-        ...
 
     def write(self, folder: Path, result: Result, /) -> dict[str, Any]:
         """Writes the files of a finished run; returns a summary of its result."""
-        ...
 
     def said(self, result: Result, /) -> str:
         """Returns the line to print at the end of a run."""
-        ...
 
     def complete(self, workspace: Workspace, /) -> None:
         """Adds to the folder of a finished run what is asked for besides."""
-        ...
 
 
 @runtime_checkable
@@ -162,7 +152,6 @@ class Watch(Protocol):
 
     def __call__(self, epoch: int, state: Any, sums: EpochSums, /) -> None:
         """Takes the state after an epoch, and the sums over its steps."""
-        ...
 
 
 def train(
@@ -237,8 +226,8 @@ class _Loop:
             leave=False,
             disable=hides_bar(trainer.shows_bars),
         )
-        (state, history, sums), pending = progress, collections.deque[tuple[int, Any]]()
-        parts: list[EpochSums] = []  # of steps since, added up where they are needed
+        state, pending = progress.state, collections.deque[tuple[int, Any]]()
+        parts = [progress.sums]  # added up where they are needed
         start = time.perf_counter()
         for step, batch in enumerate(bar, start=before + done + 1):
             state, added = trainer.step(state, batch, self.rates[step - 1])
@@ -250,13 +239,10 @@ class _Loop:
                 parts.append(self._part(*pending.popleft()))
             if not (saves or leaves):
                 continue
-            sums = _total([sums, *parts, {"elapsed_s": time.perf_counter() - start}])
-            parts = []
-            progress = Progress(state, history, sums)
-            if ends:
-                progress = self._ended(progress, self.rates[step - 1])
+            sums = _total([*parts, {"elapsed_s": time.perf_counter() - start}])
+            parts, progress = [sums], Progress(state, progress.history, sums)
             if saves:
-                self._save(progress, step)
+                progress = self._saved(progress, step, ends=ends)
             if leaves:
                 self._leave(progress, step, is_saved=saves)
             start = time.perf_counter()
@@ -266,26 +252,25 @@ class _Loop:
         """Returns the part of a step in the sums; ValueError if its loss is not finite."""
         part = {"num_steps": 1, **added()}
         if not math.isfinite(loss := part["loss"]):
-            what = f"a loss ({loss}) that is"
-            raise not_finite(what, step, self.rates[step - 1], self.trainer.remedy)
+            rate, remedy = self.rates[step - 1], self.trainer.remedy
+            raise not_finite(f"a loss ({loss}) that is", step, rate, remedy)
         return part
 
-    def _ended(self, progress: Progress, rate: float) -> Progress:
-        """Returns the progress with the line of an epoch, once it was watched."""
-        line = self.trainer.line(progress, rate)
-        if self.watch is not None:
-            start = time.perf_counter()
-            self.watch(line["epoch"], progress.state, progress.sums)
-            line["elapsed_s"] = round(line["elapsed_s"] + time.perf_counter() - start, 3)
-        return Progress(progress.state, [*progress.history, line], {})
-
-    def _save(self, progress: Progress, step: int) -> None:
-        """Keeps a run that goes on."""
+    def _saved(self, progress: Progress, step: int, *, ends: bool) -> Progress:
+        """Keeps a run that goes on, with the line of an epoch that ends, once it was watched."""
+        if ends:
+            line = self.trainer.line(progress, self.rates[step - 1])
+            if self.watch is not None:
+                start = time.perf_counter()
+                self.watch(line["epoch"], progress.state, progress.sums)
+                line["elapsed_s"] = round(line["elapsed_s"] + time.perf_counter() - start, 3)
+            progress = Progress(progress.state, [*progress.history, line], {})
         if self.folder is not None and self.checkpoints is not None:
             number = step if self.trainer.checkpoint_steps else len(progress.history)
             self.checkpoints.save(number, progress.state, progress.facts)
-            if not progress.sums:
-                self.folder.write_metrics(progress.history)
+            if ends:
+                write_metrics(self.folder.path, progress.history)
+        return progress
 
     def _leave(self, progress: Progress, step: int, *, is_saved: bool) -> NoReturn:
         """Keeps a run that has to stop, and stops."""
@@ -300,7 +285,7 @@ class _Loop:
 def _restored(new: Progress, folder: RunFolder, checkpoints: Checkpoints) -> Progress:
     """Returns how far a run is on disk: after its last checkpoint, or where it was stopped."""
     found = [checkpoints.restore(new.state)]
-    if folder.stopped.is_dir():
+    if (folder.path / STOPPED).is_dir():
         with folder.checkpoints(STOPPED) as stopped:
             found.append(stopped.restore(new.state))
     there = [new, *(Progress.of(*saved) for saved in found if saved is not None)]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import collections
 import math
+from typing import Any
 
 import optax
+
+from dlc_jax.types import Conventions
 
 _DECAY = 0.1
 
@@ -31,29 +34,23 @@ def torch_sgd(
     )
 
 
-def learning_rates(
-    epochs: int,
-    learning_rate: float,
-    milestones: tuple[float, ...],
-    *,
-    floors_milestones: bool,
-) -> list[float]:
+def learning_rates(settings: Any, conventions: Conventions) -> list[float]:
     """Returns the learning rate of every epoch, as torch's MultiStepLR steps it.
 
     Args:
-      epochs: How many.
-      learning_rate: Before the first milestone.
-      milestones: Fractions of the epochs; after each the rate is divided by ten.
-      floors_milestones: Whether milestone times epochs is floored (25 and 37 of 50). Otherwise one
-        that is no whole number (37.5) never comes, as in the released code (Q6).
+      settings: Has the number of `epochs`, the `learning_rate` before the first milestone, and
+        `milestones`, fractions of the epochs; after each the rate is divided by ten.
+      conventions: Whether milestone times epochs is floored (25 and 37 of 50). Otherwise one that
+        is no whole number (37.5) never comes, as in the released code (Q6).
     """
-    passed = [milestone * epochs for milestone in milestones]
-    if floors_milestones:  # rounded first, since 0.29 x 100 is 28.999999999999996
+    epochs, learning_rate = settings.epochs, float(settings.learning_rate)
+    passed = [milestone * epochs for milestone in settings.milestones]
+    if conventions.floors_milestones:  # rounded first, since 0.29 x 100 is 28.999999999999996
         passed = [math.floor(round(value, 9)) for value in passed]
     # two milestones in one epoch divide twice, and one at epoch 0 does so from the start: as torch
     times = collections.Counter(passed)
     rates = []
     for epoch in range(epochs):
-        learning_rate = float(learning_rate) * _DECAY ** times[epoch]
+        learning_rate *= _DECAY ** times[epoch]
         rates.append(learning_rate)
     return rates

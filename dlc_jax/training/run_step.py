@@ -19,8 +19,7 @@ from dlc_jax.workspace import Written, artefacts, keys, records
 
 def key_of_run(fingerprint: str, positions: Int64[np.ndarray, " k"], seed: int) -> dict[str, Any]:
     """Returns what decides a run: what it shares with others, kept samples and seed."""
-    kept = keys.json_hash(positions.tolist())
-    return {"shared": fingerprint, "kept": kept, "seed": int(seed)}
+    return {"shared": fingerprint, "kept": keys.json_hash(positions.tolist()), "seed": int(seed)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,18 +1,15 @@
 """Choosing how to choose: linear probes over all subset sizes, and what they say of methods."""
 
 from dlc_jax.tuning.curve import KeepCurve, keep_curve
-from dlc_jax.tuning.linear import LinearProbeConfig, LinearProbes, linear_probes
-from dlc_jax.tuning.trials import FinetuneTrials, LinearTrials, Trial, Trials
+from dlc_jax.tuning.linear import LinearProbeConfig, linear_probes
+from dlc_jax.tuning.trials import FinetuneTrials, Trial
 from dlc_jax.tuning.tune import tune
 
 __all__ = [
     "FinetuneTrials",
     "KeepCurve",
     "LinearProbeConfig",
-    "LinearProbes",
-    "LinearTrials",
     "Trial",
-    "Trials",
     "keep_curve",
     "linear_probes",
     "tune",

@@ -63,13 +63,8 @@ def keep_curve(
         )
     means = [row.to_full.mean for row in rows]
     lowest = [row.to_full.mean - row.to_full.half_width for row in rows]
-    return KeepCurve(
-        rows,
-        tuning.full_accuracy,
-        tolerance,
-        _smallest(rows, means, tolerance),
-        _smallest(rows, lowest, tolerance),
-    )
+    smallest, surely = (_smallest(rows, gaps, tolerance) for gaps in (means, lowest))
+    return KeepCurve(rows, tuning.full_accuracy, tolerance, smallest, surely)
 
 
 def _smallest(rows: tuple[Tried, ...], gaps: list[float], tolerance: float) -> float:

@@ -33,7 +33,8 @@ def mean_accuracy(outcomes: Outcomes, num_held_out: Integer[np.ndarray, " n"]) -
       outcomes: Results of one way of choosing.
       num_held_out: How often each sample was held out.
     """
-    return float(100 * _per_sample(outcomes.num_right, num_held_out).mean())
+    seen = num_held_out > 0  # at all
+    return float(100 * (outcomes.num_right[seen] / num_held_out[seen]).mean())
 
 
 def gap(one: Outcomes, other: Outcomes, num_held_out: Integer[np.ndarray, " n"]) -> Gap:
@@ -53,8 +54,10 @@ def gap(one: Outcomes, other: Outcomes, num_held_out: Integer[np.ndarray, " n"])
     """
     from scipy import stats  # a third of a second, which only tuning and reports need
 
-    difference = (one.num_right.astype(np.float64) - other.num_right)[num_held_out > 0]
-    difference /= num_held_out[num_held_out > 0]
+    seen = num_held_out > 0
+    difference = (one.num_right[seen].astype(np.float64) - other.num_right[seen]) / num_held_out[
+        seen
+    ]
     repeats = one.accuracy - other.accuracy
     mean = float(difference.mean())
     if len(repeats) < 2:
@@ -69,11 +72,3 @@ def gap(one: Outcomes, other: Outcomes, num_held_out: Integer[np.ndarray, " n"])
 
 def _variance_of_mean(values: Float64[np.ndarray, " k"]) -> float:
     return float(values.var(ddof=1) / len(values)) if len(values) > 1 else 0.0
-
-
-def _per_sample(
-    num_right: Integer[np.ndarray, " n"], num_held_out: Integer[np.ndarray, " n"]
-) -> Float64[np.ndarray, " k"]:
-    """Shares over the samples that were held out at all."""
-    seen = num_held_out > 0
-    return num_right[seen] / num_held_out[seen]

@@ -10,26 +10,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Int64, Integer
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int64, Integer
 
 from dlc_jax import checks
 from dlc_jax.distributed import by_rows, one_device, place, replicated, whole_on
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.training.images.settings import FinetuneConfig
-from dlc_jax.training.images.step import Sgd, initial_head
+from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
 from dlc_jax.training.optimiser import learning_rates
 from dlc_jax.training.order import epoch_order
 from dlc_jax.types import Conventions, Selection, as_tuple, labels_fingerprint, setting
 
 _MIB = 2**20
+_Samples = tuple[Array | np.ndarray, Array | np.ndarray]  # features [n, d] and labels [n]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,7 @@ class LinearProbeConfig:
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
         checks.optimiser("linear_probe", self)
-        checks.integer("linear_probe.chunk", self.chunk)
-        checks.at_least("linear_probe.chunk", self.chunk, 1)
+        checks.integer("linear_probe.chunk", self.chunk, 1)
         checks.at_least("linear_probe.memory_mib", self.memory_mib, 0, exclusive=True)
 
 
@@ -92,13 +91,6 @@ class LinearProbes:
     def accuracy(self) -> Float64[np.ndarray, " k"]:
         """In percent, over the validation samples."""
         return 100 * self.correct.mean(axis=1, dtype=np.float64)
-
-
-class _Heads(NamedTuple):
-    """Heads under way, stacked."""
-
-    trained: dict[str, Any]
-    optimiser: optax.OptState
 
 
 def linear_probes(
@@ -153,62 +145,33 @@ def linear_probes(
             f"{val_features.shape[1]}."
         )
     subsets, seeds = _subsets(kept, seeds, np.asarray(labels))
+    num_features, num_heads = features.shape[1], len(subsets)
     num_classes = 1 + max(int(labels.max()), int(val_labels.max()))
-    rates = learning_rates(
-        settings.epochs,
-        settings.learning_rate,
-        settings.milestones,
-        floors_milestones=Conventions.of(mode).floors_milestones,
-    )
+    num_steps = -(-max(map(len, subsets)) // settings.batch_size)
+    rates = learning_rates(settings, Conventions.of(mode))
     mesh = mesh or one_device()
-    data = _Data(
-        np.asarray(features, np.float32),
-        np.asarray(labels, np.int32),
-        np.asarray(val_features, np.float32),
-        np.asarray(val_labels, np.int32),
+    known, held_out = (
+        replicated(mesh, (np.asarray(some, np.float32), np.asarray(classes, np.int32)))
+        for some, classes in ((features, labels), (val_features, val_labels))
     )
-    data = replicated(mesh, data)
-    most = max(len(subset) for subset in subsets)
-    num_steps = -(-most // settings.batch_size)
+
+    # kernel, momentum and gradient, new and old; and the order of an epoch
+    each = 6 * 4 * (num_features + 1) * num_classes + 4 * num_steps * settings.batch_size
+    at_most = max(int(settings.memory_mib * _MIB / each), 1) * mesh.size
+    num_calls = -(-num_heads // at_most)
+    # all calls take as many heads, so that there is one program; the last repeats its own
+    num_at_once = -(-num_heads // (num_calls * mesh.size)) * mesh.size
     parts = []
-    for places in _groups(
-        len(subsets), features.shape[1], num_classes, num_steps, settings, mesh.size
-    ):
-        starts = [
-            initial_head(features.shape[1], num_classes, head, seeds[place]) for place in places
-        ]
-        some = _Cells([subsets[place] for place in places], [seeds[place] for place in places])
-        parts.append(_train(mesh, data, some, starts, rates, num_steps, settings))
-    heads = {
-        name: np.concatenate([part[name] for _, part in parts])[: len(subsets)]
-        for name in ("kernel", "bias")
-    }
-    correct = np.concatenate([correct for correct, _ in parts])[: len(subsets)]
+    for first in range(0, num_heads, num_at_once):
+        places = [min(place, num_heads - 1) for place in range(first, first + num_at_once)]
+        cells = [(subsets[place], seeds[place]) for place in places]
+        starts = [initial_head(num_features, num_classes, head, seed) for _, seed in cells]
+        trained = _train(mesh, known, cells, starts, rates, num_steps, settings)
+        correct = _is_correct(mesh, trained, held_out)
+        parts.append(jax.tree.map(np.asarray, (correct, trained)))
+    correct, heads = jax.tree.map(lambda *some: np.concatenate(some)[:num_heads], *parts)
     num_kept = np.array([len(subset) for subset in subsets], np.int64)
     return LinearProbes(correct, heads, num_kept, time.perf_counter() - start)
-
-
-class _Data(NamedTuple):
-    """What all heads see, on the device."""
-
-    features: Float[Array | np.ndarray, "n d"]
-    labels: Int[Array | np.ndarray, " n"]
-    val_features: Float[Array | np.ndarray, "v d"]
-    val_labels: Int[Array | np.ndarray, " v"]
-
-
-class _Cells(NamedTuple):
-    """Subsets trained in one call, with a seed each."""
-
-    subsets: list[Int64[np.ndarray, " _"]]
-    seeds: list[int]
-
-    def orders(self, epoch: int, length: int) -> Int32[np.ndarray, "k length"]:
-        """Returns the positions in the order in which each head sees them, padded."""
-        padded = np.zeros((len(self.subsets), length), np.int32)
-        for row, subset, seed in zip(padded, self.subsets, self.seeds, strict=True):
-            row[: len(subset)] = epoch_order(subset, seed, epoch)
-        return padded
 
 
 def _subsets(
@@ -241,115 +204,90 @@ def _subsets(
     return subsets, [int(seed) for seed in seeds]
 
 
-def _groups(
-    num_heads: int,
-    num_features: int,
-    num_classes: int,
-    num_steps: int,
-    settings: LinearProbeConfig,
-    num_devices: int,
-) -> Iterator[list[int]]:
-    """Yields the places of heads that are trained in one call.
-
-    All groups have one size, so that there is one program; the last is filled up with repetitions.
-    """
-    # kernel, momentum and gradient, new and old; and the order of an epoch
-    each = 6 * 4 * (num_features + 1) * num_classes + 4 * num_steps * settings.batch_size
-    at_most = max(int(settings.memory_mib * _MIB / each), 1) * num_devices
-    num_groups = -(-num_heads // at_most)
-    size = -(-num_heads // (num_groups * num_devices)) * num_devices
-    for start in range(0, num_heads, size):
-        yield [min(place, num_heads - 1) for place in range(start, start + size)]
-
-
 def _train(
     mesh: Mesh,
-    data: _Data,
-    cells: _Cells,
+    known: _Samples,
+    cells: list[tuple[Int64[np.ndarray, " _"], int]],
     starts: list[dict[str, np.ndarray]],
     rates: list[float],
     num_steps: int,
     settings: LinearProbeConfig,
-) -> tuple[Bool[np.ndarray, "k v"], dict[str, Float32[np.ndarray, "k ..."]]]:
-    """Returns what the heads get right, and the heads."""
-    sgd = Sgd(settings.momentum, settings.weight_decay, settings.nesterov)
-    trained = jax.tree.map(lambda *leaves: place(np.stack(leaves), by_rows(mesh)), *starts)
-    heads = _Heads(trained, jax.vmap(sgd.at(0.0).init)(trained))
-    sizes = np.array([len(subset) for subset in cells.subsets], np.int32)
-    num_kept = place(sizes, by_rows(mesh))
-    length = num_steps * settings.batch_size
+) -> dict[str, Array]:
+    """Returns heads, each trained on the subset of a cell in the order of its seed."""
+    sgd = Sgd.of(settings)
+    heads = jax.tree.map(lambda *leaves: place(np.stack(leaves), by_rows(mesh)), *starts)
+    states = jax.vmap(lambda head: TrainState.start({}, frozenset(), head, sgd))(heads)
+    num_kept = place(np.array([len(subset) for subset, _ in cells], np.int32), by_rows(mesh))
     for epoch, rate in enumerate(rates, start=1):
-        order = place(cells.orders(epoch, length), by_rows(mesh))
-        # XLA may say the same place in other words, for which jit would compile again
-        heads = jax.device_put(heads, by_rows(mesh))
-        heads = train_epoch(
+        order = np.zeros((len(cells), num_steps * settings.batch_size), np.int32)
+        for row, (subset, seed) in zip(order, cells, strict=True):
+            row[: len(subset)] = epoch_order(subset, seed, epoch)
+        states = train_epoch(
             mesh,
             sgd,
             settings.batch_size,
             settings.chunk,
-            heads,
-            order,
+            # XLA may say the same place in other words, for which jit would compile again
+            jax.device_put(states, by_rows(mesh)),
+            place(order, by_rows(mesh)),
             num_kept,
             jnp.float32(rate),
-            data.features,
-            data.labels,
+            known,
         )
-    if not bool(jnp.isfinite(heads.trained["kernel"]).all()):
+    heads = states.trained["head"]
+    if not jnp.isfinite(heads["kernel"]).all():
         raise checks.InputError(
             "linear_probe: heads have weights that are not finite, at learning rate "
             f"{settings.learning_rate:g}; try a smaller linear_probe.learning_rate."
         )
-    correct = _is_correct(mesh, heads.trained, data.val_features, data.val_labels)
-    return np.asarray(correct), jax.tree.map(np.asarray, heads.trained)
+    return heads
 
 
 @functools.partial(
-    jax.jit, static_argnames=("mesh", "sgd", "batch_size", "chunk"), donate_argnames=("heads",)
+    jax.jit, static_argnames=("mesh", "sgd", "batch_size", "chunk"), donate_argnames=("states",)
 )
 def train_epoch(
     mesh: Mesh,
     sgd: Sgd,
     batch_size: int,
     chunk: int,
-    heads: _Heads,
+    states: TrainState,
     order: Int[Array, "k s"],
     num_kept: Int[Array, " k"],
     learning_rate: Float[Array, ""],
-    features: Float[Array, "n d"],
-    labels: Int[Array, " n"],
-) -> _Heads:
+    known: _Samples,
+) -> TrainState:
     """Takes all steps of an epoch of every head.
 
     Args:
       mesh: Devices that the heads are divided among.
       sgd, batch_size: Constants of the optimiser and samples per step, of every head.
       chunk: Heads mapped side by side; 1: one after another.
-      heads: k of them, where they stand.
+      states: Where k heads stand.
       order: Positions that each head sees, in this order; padding after its num_kept.
       num_kept: Samples of each subset.
       learning_rate: Learning rate of the epoch.
-      features, labels: What positions point into.
+      known: Features and labels that positions point into.
     """
 
     def epoch_of_one(
-        data: tuple[Array, ...], head: _Heads, order: Int[Array, " s"], num_kept: Int[Array, ""]
-    ) -> _Heads:
-        features, labels = data
+        known: _Samples, state: TrainState, order: Int[Array, " s"], num_kept: Int[Array, ""]
+    ) -> TrainState:
+        features, labels = known
 
-        def step(number: Int[Array, ""], head: _Heads) -> _Heads:
+        def step(number: Int[Array, ""], state: TrainState) -> TrainState:
             start = number * batch_size
             where = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
             real = (start + jnp.arange(batch_size) < num_kept).astype(jnp.float32)
-            return _step(sgd, head, features[where], labels[where], real, learning_rate)
+            batch = features[where], labels[where], real
+            return train_step(Network(), sgd, state, *batch, learning_rate)[0]
 
-        return jax.lax.fori_loop(0, -(-num_kept // batch_size), step, head)
+        return jax.lax.fori_loop(0, -(-num_kept // batch_size), step, state)
 
-    return _over_heads(mesh, epoch_of_one, (features, labels), (heads, order, num_kept), chunk)
+    return _over_heads(mesh, epoch_of_one, known, (states, order, num_kept), chunk)
 
 
-def _over_heads(
-    mesh: Mesh, compute: Callable, data: tuple[Array, ...], cells: tuple, chunk: int = 1
-) -> Any:
+def _over_heads(mesh: Mesh, compute: Callable, data: _Samples, cells: tuple, chunk: int = 1) -> Any:
     """Maps over heads, each device over its own.
 
     Args:
@@ -360,51 +298,24 @@ def _over_heads(
       chunk: Heads side by side.
     """
 
-    def on_one_device(data: tuple[Array, ...], cells: tuple) -> Any:
+    def on_one_device(data: _Samples, cells: tuple) -> Any:
         size = chunk if chunk > 1 else None
         return jax.lax.map(lambda cell: compute(data, *cell), cells, batch_size=size)
 
-    by_heads, whole = by_rows(mesh).spec, whole_on(mesh).spec
+    whole, split = whole_on(mesh).spec, by_rows(mesh).spec
+    on_all = jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=(whole, split), out_specs=split, check_vma=False
+    )
     with precision_of("float32"):
-        on_all = jax.shard_map(
-            on_one_device,
-            mesh=mesh,
-            in_specs=(whole, by_heads),
-            out_specs=by_heads,
-            check_vma=False,
-        )
         return on_all(data, cells)
 
 
-def _step(
-    sgd: Sgd,
-    head: _Heads,
-    inputs: Float[Array, "b d"],
-    targets: Int[Array, " b"],
-    real: Float[Array, " b"],
-    learning_rate: Float[Array, ""],
-) -> _Heads:
-    def loss_of(trained: dict[str, Any]) -> Float[Array, ""]:
-        logits = inputs @ trained["kernel"] + trained["bias"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return (losses * real).sum() / real.sum()
-
-    optimiser = sgd.at(learning_rate)
-    updates, state = optimiser.update(jax.grad(loss_of)(head.trained), head.optimiser, head.trained)
-    return _Heads(optax.apply_updates(head.trained, updates), state)
-
-
 @functools.partial(jax.jit, static_argnames=("mesh",))
-def _is_correct(
-    mesh: Mesh,
-    heads: dict[str, Any],
-    features: Float[Array, "v d"],
-    labels: Int[Array, " v"],
-) -> Bool[Array, "k v"]:
+def _is_correct(mesh: Mesh, heads: dict[str, Array], held_out: _Samples) -> Bool[Array, "k v"]:
     """Returns whether each head's highest logit is the label's."""
 
-    def of_one(data: tuple[Array, ...], head: dict[str, Any]) -> Bool[Array, " v"]:
-        features, labels = data
+    def of_one(held_out: _Samples, head: dict[str, Array]) -> Bool[Array, " v"]:
+        features, labels = held_out
         return (features @ head["kernel"] + head["bias"]).argmax(axis=1) == labels
 
-    return _over_heads(mesh, of_one, (features, labels), (heads,))
+    return _over_heads(mesh, of_one, held_out, (heads,))

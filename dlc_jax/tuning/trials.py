@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -51,46 +51,38 @@ class Trials(Protocol):
         self, trials: Sequence[Trial], held_out: Int64[np.ndarray, " v"], /
     ) -> Bool[np.ndarray, "k v"]:
         """Returns whether trial k classifies each held-out sample right."""
-        ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class LinearTrials:
     """Linear heads on features of the frozen encoder, all in one program.
 
-    Args:
+    Attributes:
       features: [n, d] features of the whole training set.
       labels: [n] class ids.
       settings: How the heads are trained.
-      mode, mesh: See `linear_probes`.
+      mesh: See `linear_probes`.
     """
 
-    name = "linear_probe"
+    features: np.ndarray
+    labels: np.ndarray
+    settings: LinearProbeConfig
+    mesh: Mesh | None
 
-    def __init__(
-        self,
-        features: np.ndarray,
-        labels: np.ndarray,
-        settings: LinearProbeConfig = LinearProbeConfig(),
-        mode: str = "default",
-        mesh: Mesh | None = None,
-    ):
-        checks.features_fit_labels("features", features, labels)
-        self._features, self._labels = features, labels
-        self._settings, self._mode, self._mesh = settings, mode, mesh
+    name = "linear_probe"
 
     def __call__(
         self, trials: Sequence[Trial], held_out: Int64[np.ndarray, " v"], /
     ) -> Bool[np.ndarray, "k v"]:
         return linear_probes(
-            self._features,
-            self._labels,
+            self.features,
+            self.labels,
             [trial.positions for trial in trials],
-            val_features=self._features[held_out],
-            val_labels=self._labels[held_out],
+            val_features=self.features[held_out],
+            val_labels=self.labels[held_out],
             seeds=[trial.seed for trial in trials],
-            settings=self._settings,
-            mode=self._mode,
-            mesh=self._mesh,
+            settings=self.settings,
+            mesh=self.mesh,
         ).correct
 
 
@@ -121,26 +113,21 @@ class FinetuneTrials:
         checks.is_a(FinetuneConfig, settings=settings)
         checks.is_a(Run, run=run)
         # a held-out image is found by its position, so that none may be missing
-        self._images = dataclasses.replace(Images.of(images, image_size), on_corrupt="error")
-        self._encoder, self._dataset = encoder, self._images.dataset
-        self._settings, self._conventions, self._run = settings, Conventions.of(mode), run
+        images = dataclasses.replace(Images.of(images, image_size), on_corrupt="error")
+        self._dataset, self._run, conventions = images.dataset, run, Conventions.of(mode)
+        self._tested_on = lambda test: Finetuner(encoder, images, test, settings, conventions, run)
         self.earlier_seconds = 0.0
         self._counted: set[str] = set()  # outcomes whose seconds are known
 
     @functools.cached_property
     def _finetuner(self) -> Finetuner:
         """Tests on all samples, so that images are decoded once for all repeats."""
-        return self._finetuner_on(self._dataset)
-
-    def _finetuner_on(self, test: Dataset | None) -> Finetuner:
-        return Finetuner(
-            self._encoder, self._images, test, self._settings, self._conventions, self._run
-        )
+        return self._tested_on(self._dataset)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over all that decides how trials end, but for what is kept."""
-        return self._finetuner_on(None).fingerprint  # decodes nothing
+        return self._tested_on(None).fingerprint  # decodes nothing
 
     def __call__(
         self, trials: Sequence[Trial], held_out: Int64[np.ndarray, " v"], /
@@ -160,22 +147,20 @@ class FinetuneTrials:
         if record is not None and step.name not in self._counted:
             self.earlier_seconds += record.seconds
             self._counted.add(step.name)
-        return step.read(workspace.root)
+        return array_files.read_npy(workspace.root / step.files[0])
 
 
-class _TrialStep(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _TrialStep:
     """Predictions of a model that was fine-tuned on a subset, for every sample, [n]."""
 
     finetuner: Finetuner
     trial: Trial
 
-    @property
-    def kind(self) -> str:
-        return self.finetuner.kind
-
-    @property
-    def stage(self) -> str:
-        return "tune"
+    kind = Finetuner.kind
+    stage = "tune"
+    settings: ClassVar[Mapping[str, Any]] = {}
+    obsolete = ()
 
     @property
     def key(self) -> dict[str, Any]:
@@ -184,14 +169,6 @@ class _TrialStep(NamedTuple):
     @property
     def name(self) -> str:
         return f"trials/{json_hash(self.key)[:32]}"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {}
-
-    @property
-    def obsolete(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -206,6 +183,3 @@ class _TrialStep(NamedTuple):
         with artefacts.atomic(root / self.files[0]) as file:
             np.save(file, predictions, allow_pickle=False)
         return Written(self.files)
-
-    def read(self, root: Path) -> Int32[np.ndarray, " n"]:
-        return array_files.read_npy(root / self.files[0])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -137,7 +138,8 @@ def tune(
             raise checks.InputError(
                 "tune: linear heads need features=dlc.features(...); trials=... trains otherwise."
             )
-        trials = LinearTrials(features, labels, trials, mesh=run.mesh)
+        checks.features_fit_labels("features", features, labels)
+        trials = LinearTrials(features, labels, trials, run.mesh)
     elif not isinstance(trials, Trials):
         raise checks.InputError(
             "trials: expected dlc.LinearProbeConfig(...), or what trains otherwise, such as "
@@ -145,27 +147,33 @@ def tune(
         )
     cells = _cells(keep_fractions, methods, splits)
     ids = None if ids is None else np.asarray(ids, np.str_)
-
-    def kept(fit: Int64[np.ndarray, " k"], draw: int) -> list[Trial]:
+    keys = None if ids is None else id_keys(ids)
+    num_held_out = np.zeros(len(labels), np.int64)
+    num_right = np.zeros((len(cells), len(labels)), np.int32)
+    accuracy = np.zeros((len(cells), num_repeats))
+    for repeat in tqdm(range(num_repeats), "tune", unit="split", disable=hides_bar(run.progress)):
+        is_held_out = _parts(labels, keys, seed, repeat // _NUM_PARTS) == repeat % _NUM_PARTS
+        held_out, fit = np.flatnonzero(is_held_out), np.flatnonzero(~is_held_out)
         candidates = Candidates(
             scores[fit],
             labels[fit],
             ids=None if ids is None else ids[fit],
             features=None if features is None else features[fit],
         )
-        return [Trial(fit[_chosen(candidates, cell, draw, min_per_class)], draw) for cell in cells]
-
-    keys = None if ids is None else id_keys(ids)
-    found = _try_all(cells, kept, trials, labels, keys, num_repeats, seed, run.progress)
-    tried = _tried(cells, found)
+        draw = seed + repeat
+        chosen = [_chosen(candidates, cell, draw, min_per_class) for cell in cells]
+        correct = trials([Trial(fit[some], draw) for some in chosen], held_out)
+        num_held_out[held_out] += 1
+        num_right[:, held_out] += correct
+        accuracy[:, repeat] = correct.mean(axis=1)
+    outcomes = dict(zip(cells, map(Outcomes, num_right, accuracy), strict=True))
+    tried = [_tried(cell, outcomes, num_held_out) for cell in cells if cell != _FULL]
+    with_split = [row for row in tried if row.split is not None]
     return Tuning(
         tried=tuple(tried),
-        methods=tuple(_method(rows) for rows in _by_keep_fraction(tried)),
-        splits=tuple(
-            _split(rows)
-            for rows in _by_keep_fraction([row for row in tried if row.to_even is not None])
-        ),
-        full_accuracy=mean_accuracy(found.outcomes[_FULL], found.num_held_out),
+        methods=_choices(tried, _RANDOM, "to_random", "random pruning"),
+        splits=_choices(with_split, ("flexrand", DEFAULT_SPLIT), "to_even", "split 0.5"),
+        full_accuracy=mean_accuracy(outcomes[_FULL], num_held_out),
         trained=trials.name,
         num_repeats=num_repeats,
         min_per_class=min_per_class,
@@ -183,8 +191,7 @@ def check_tried(
         checks.split(split, f"{where}splits")
     for method in methods:
         checks.one_of(f"{where}methods", method, _CAN_BE_TRIED)
-    checks.integer(f"{where}num_repeats", num_repeats)
-    checks.at_least(f"{where}num_repeats", num_repeats, 2)
+    checks.integer(f"{where}num_repeats", num_repeats, 2)
 
 
 def _cells(
@@ -197,9 +204,8 @@ def _cells(
             ways += [(method, float(split)) for split in sorted({*splits, DEFAULT_SPLIT})]
         elif (method, None) not in ways:
             ways.append((method, None))
-    return [_FULL] + [
-        _Cell(float(keep), *way) for keep in sorted(set(keep_fractions)) for way in ways
-    ]
+    keeps = sorted(set(keep_fractions))
+    return [_FULL, *(_Cell(float(keep), *way) for keep in keeps for way in ways)]
 
 
 def _chosen(
@@ -220,40 +226,6 @@ def _chosen(
             "(budgets are rounded in every class); expected larger ones, or min_per_class=1."
         )
     return chosen.indices
-
-
-class _Found(NamedTuple):
-    outcomes: dict[_Cell, Outcomes]
-    num_held_out: Int64[np.ndarray, " n"]
-
-
-def _try_all(
-    cells: list[_Cell],
-    kept: Callable[[np.ndarray, int], list[Trial]],
-    trials: Trials,
-    labels: Integer[np.ndarray, " n"],
-    keys: UInt64[np.ndarray, " n"] | None,
-    num_repeats: int,
-    seed: int,
-    progress: bool,
-) -> _Found:
-    num_held_out = np.zeros(len(labels), np.int64)
-    num_right = np.zeros((len(cells), len(labels)), np.int32)
-    accuracy = np.zeros((len(cells), num_repeats))
-    shown = tqdm(range(num_repeats), "tune", unit="split", disable=hides_bar(progress))
-    for repeat in shown:
-        part = _parts(labels, keys, seed, repeat // _NUM_PARTS)
-        fit = np.flatnonzero(part != repeat % _NUM_PARTS)
-        held_out = np.flatnonzero(part == repeat % _NUM_PARTS)
-        correct = trials(kept(fit, seed + repeat), held_out)
-        num_held_out[held_out] += 1
-        num_right[:, held_out] += correct
-        accuracy[:, repeat] = correct.mean(axis=1)
-    outcomes = {
-        cell: Outcomes(right, share)
-        for cell, right, share in zip(cells, num_right, accuracy, strict=True)
-    }
-    return _Found(outcomes, num_held_out)
 
 
 def _parts(
@@ -277,53 +249,45 @@ def _parts(
     return part
 
 
-def _tried(cells: list[_Cell], found: _Found) -> list[Tried]:
-    """Returns a row per cell but the full set's, with its gaps."""
+def _tried(
+    cell: _Cell, outcomes: dict[_Cell, Outcomes], num_held_out: Integer[np.ndarray, " n"]
+) -> Tried:
+    """Returns the row of a cell, with its gaps."""
 
-    def gap_to(cell: _Cell, other: _Cell) -> Gap:
-        return gap(found.outcomes[cell], found.outcomes[other], found.num_held_out)
+    def gap_to(other: _Cell) -> Gap:
+        return gap(outcomes[cell], outcomes[other], num_held_out)
 
-    rows = []
-    for cell in cells[1:]:
-        even = cell._replace(split=DEFAULT_SPLIT)
-        rows.append(
-            Tried(
-                *cell,
-                accuracy=mean_accuracy(found.outcomes[cell], found.num_held_out),
-                to_random=gap_to(cell, _Cell(cell.keep_fraction, *_RANDOM)),
-                to_full=gap_to(cell, _FULL),
-                to_even=None if cell.split is None else gap_to(cell, even),
-            )
-        )
-    return rows
+    return Tried(
+        *cell,
+        accuracy=mean_accuracy(outcomes[cell], num_held_out),
+        to_random=gap_to(_Cell(cell.keep_fraction, *_RANDOM)),
+        to_full=gap_to(_FULL),
+        to_even=None if cell.split is None else gap_to(cell._replace(split=DEFAULT_SPLIT)),
+    )
 
 
-def _by_keep_fraction(rows: list[Tried]) -> list[list[Tried]]:
-    groups: dict[float, list[Tried]] = {}
-    for row in rows:
-        groups.setdefault(row.keep_fraction, []).append(row)
-    return list(groups.values())
+def _choices(
+    tried: list[Tried], reference: tuple[str, float | None], gap_to: str, name: str
+) -> tuple[Choice, ...]:
+    """Returns for each keep fraction what is better than the reference beyond noise, or that.
+
+    Args:
+      tried: Everything that is compared, by keep fraction.
+      reference: Method and split.
+      gap_to: Entry that has the gaps to it.
+      name: What messages call it.
+    """
+    groups = itertools.groupby(tried, lambda row: row.keep_fraction)
+    return tuple(_choice(list(rows), reference, gap_to, name) for _, rows in groups)
 
 
-def _method(rows: list[Tried]) -> Choice:
-    """Returns the best way of choosing at a keep fraction, or random."""
-    random = next(row for row in rows if row.method == "random")
-    others = [row for row in rows if row.method != "random"]
-    return _choice(random, [(row, row.to_random) for row in others], "random pruning")
-
-
-def _split(rows: list[Tried]) -> Choice:
-    """Returns FlexRand's best split at a keep fraction, or 0.5."""
-    even = next(row for row in rows if row.split == DEFAULT_SPLIT)
-    others = [(row, row.to_even) for row in rows if row.split != DEFAULT_SPLIT]
-    return _choice(even, [(row, g) for row, g in others if g is not None], "split 0.5")
-
-
-def _choice(reference: Tried, others: list[tuple[Tried, Gap]], name: str) -> Choice:
-    """Returns the best of those that are better than the reference beyond noise, or it."""
-    keep_fraction, method, split = reference[:3]
+def _choice(
+    rows: list[Tried], reference: tuple[str, float | None], gap_to: str, name: str
+) -> Choice:
+    keep_fraction = rows[0].keep_fraction
+    others = [(row, getattr(row, gap_to)) for row in rows if (row.method, row.split) != reference]
     if not others:
-        return Choice(keep_fraction, method, split, f"{name}: nothing else was tried")
+        return Choice(keep_fraction, *reference, f"{name}: nothing else was tried")
     among = f"of {len(others)} compared with {name} on held-out training data"
     better = [
         (row, its_gap)
@@ -335,4 +299,4 @@ def _choice(reference: Tried, others: list[tuple[Tried, Gap]], name: str) -> Cho
         why = f"{best.label}: {its_gap} points, beyond noise, and the best {among}"
         return Choice(keep_fraction, best.method, best.split, why)
     why = f"{name}: nothing is better beyond noise; {best.label}, the best {among}, is at {its_gap}"
-    return Choice(keep_fraction, method, split, why)
+    return Choice(keep_fraction, *reference, why)

@@ -361,10 +361,11 @@ def draws_of_training() -> Values:
     }
     for kind in ("mean", "cls"):
         found[f"head, {kind}"] = initial_head(8, 3, kind, 5)["kernel"].ravel()
-    for floors in (True, False):
-        found[f"rates, floored: {floors}"] = image_learning_rates(
-            7, 1.0, (0.5, 0.75), floors_milestones=floors
-        )
+    settings = dlc.FinetuneConfig(epochs=7, learning_rate=1.0, milestones=(0.5, 0.75))
+    for mode in ("default", "official"):
+        conventions = Conventions.of(mode)
+        case = f"rates, floored: {conventions.floors_milestones}"
+        found[case] = image_learning_rates(settings, conventions)
     return found
 
 

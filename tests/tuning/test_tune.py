@@ -12,7 +12,7 @@ from scipy import stats
 import dlc_jax as dlc
 from dlc_jax.tuning import FinetuneTrials, Trial
 from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
-from dlc_jax.tuning.tune import _method
+from dlc_jax.tuning.tune import _choices
 from dlc_jax.types import Choice, Gap, Tried, Tuning
 from dlc_jax.workspace import records
 
@@ -229,17 +229,21 @@ def test_the_best_of_those_beyond_noise_is_chosen():
     def row(method, mean, p_value):
         return Tried(0.3, method, None, 80 + mean, Gap(mean, 1, p_value), Gap(0, 1, 1), None)
 
+    def chosen(*rows):
+        (choice,) = _choices(list(rows), ("random", None), "to_random", "random pruning")
+        return choice
+
     random = row("random", 0, 1)
     lucky, sure, less = row("hardest", 5, 0.02), row("easiest", 3, 0.001), row("ccs", 2, 1e-6)
-    choice = _method([random, lucky, sure, less])
+    choice = chosen(random, lucky, sure, less)
     assert choice[:3] == (0.3, "easiest", None)
     assert "+3.00 ± 1.00" in choice.why
     assert "of 3 compared" in choice.why
     # 0.02 is not beyond noise among three, and is alone
-    assert _method([random, lucky, row("ccs", 1, 0.5), row("easiest", 1, 0.5)])[1] == "random"
-    assert _method([random, lucky])[1] == "hardest"
-    assert _method([random, row("easiest", -4, 1e-6)])[1] == "random"
-    assert "nothing else was tried" in _method([random]).why
+    assert chosen(random, lucky, row("ccs", 1, 0.5), row("easiest", 1, 0.5))[1] == "random"
+    assert chosen(random, lucky)[1] == "hardest"
+    assert chosen(random, row("easiest", -4, 1e-6))[1] == "random"
+    assert "nothing else was tried" in chosen(random).why
 
 
 @pytest.mark.parametrize("num", [5, 7, 12])

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, Shaped
 from PIL import Image
 
 from dlc_jax import checks
-from dlc_jax.preprocess import RandomCrops, decode, filled, in_order
+from dlc_jax.preprocess import decode, filled, in_order
 from dlc_jax.training.order import epoch_order
 from dlc_jax.types import Dataset
 
+# what the network sees of the samples at k positions in an epoch
+Inputs = Callable[[Int64[np.ndarray, " k"], int], Shaped[np.ndarray, "k ..."]]
 _STEPS_AHEAD = 8
 
 
@@ -31,26 +33,6 @@ class Batch(NamedTuple):
     ) -> Batch:
         real = (np.arange(num_rows) < len(labels)).astype(np.float32)
         return cls(filled(inputs, num_rows), filled(labels, num_rows), real)
-
-
-@runtime_checkable
-class Inputs(Protocol):
-    """Gives what the network sees of some samples in some epoch."""
-
-    def __call__(
-        self, positions: Int64[np.ndarray, " k"], epoch: int, /
-    ) -> Shaped[np.ndarray, "k ..."]: ...
-
-
-class FixedInputs(NamedTuple):
-    """The same in every epoch: evaluation crops, or features, by position."""
-
-    rows: dict[int, np.ndarray]
-
-    def __call__(
-        self, positions: Int64[np.ndarray, " k"], epoch: int
-    ) -> Shaped[np.ndarray, "k ..."]:
-        return np.stack([self.rows[position] for position in positions.tolist()])
 
 
 class DecodedImages:
@@ -80,23 +62,6 @@ class DecodedImages:
         return image
 
 
-class AugmentedInputs(NamedTuple):
-    """A fresh random crop and flip of every image in every epoch."""
-
-    images: DecodedImages
-    crops: RandomCrops
-
-    def __call__(
-        self, positions: Int64[np.ndarray, " k"], epoch: int
-    ) -> Shaped[np.ndarray, "k s s 3"]:
-        return np.stack(
-            [
-                self.crops.crop(self.images[position], position, epoch)
-                for position in positions.tolist()
-            ]
-        )
-
-
 def training_batches(
     inputs: Inputs,
     positions: Int64[np.ndarray, " k"],
@@ -105,7 +70,6 @@ def training_batches(
     batch_size: int,
     seed: int,
     epoch: int,
-    num_rows: int | None = None,
     rows: range | None = None,
     first: int = 0,
 ) -> Iterator[Batch]:
@@ -117,23 +81,21 @@ def training_batches(
       labels: Class ids of the whole data set.
       batch_size: Samples per batch; the last one may hold fewer real ones.
       seed, epoch: The only source of randomness.
-      num_rows: Rows that a batch is filled up to; None: `batch_size`.
-      rows: The rows of a batch to make; None: all.
+      rows: The rows of a batch to make, of which it may have more than samples; None: a row for
+        each sample.
       first: Batches to leave out at the beginning.
     """
-    order = epoch_order(positions, seed, epoch)
-    num_rows = num_rows or batch_size
+    order = epoch_order(positions, seed, epoch)[first * batch_size :]
+    rows = range(batch_size) if rows is None else rows
 
     def batch(number: int) -> Batch:
-        start = (first + number) * batch_size
-        where = order[start : start + batch_size]
-        if rows is None or len(rows) == num_rows:
-            return Batch.padded(inputs(where, epoch), labels[where], num_rows)
+        where = order[number * batch_size : (number + 1) * batch_size]
+        if rows.start == 0:
+            where = where[: len(rows)]
+            return Batch.padded(inputs(where, epoch), labels[where], len(rows))
         mine = np.asarray(rows)
         places, again = np.unique(mine % len(where), return_inverse=True)
-        some = where[places]
         real = (mine < len(where)).astype(np.float32)
-        return Batch(inputs(some, epoch)[again], labels[some][again], real)
+        return Batch(inputs(where[places], epoch)[again], labels[where[places]][again], real)
 
-    num_batches = -(-len(order) // batch_size)
-    yield from in_order(batch, num_batches - first, num_ahead=_STEPS_AHEAD)
+    yield from in_order(batch, -(-len(order) // batch_size), num_ahead=_STEPS_AHEAD)

@@ -14,16 +14,17 @@ from jaxtyping import Int32, Int64, Shaped, UInt8
 from dlc_jax import checks
 from dlc_jax.datasets.labels import composed
 from dlc_jax.preprocess import Images, RandomCrops, Reader, filled, in_batches, load_images
-from dlc_jax.training.images.batches import AugmentedInputs, DecodedImages, FixedInputs, Inputs
+from dlc_jax.training.images.batches import DecodedImages, Inputs
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.types import Dataset
 
 _GIB = 2**30
 
 
-class LabelledInputs(NamedTuple):
+class TestSet(NamedTuple):
     """Inputs of the network, their classes, and samples left out as unreadable, id: why."""
 
+    dataset: Dataset
     inputs: Shaped[np.ndarray, "n ..."]
     labels: Int32[np.ndarray, " n"]
     skipped: dict[str, str]
@@ -42,42 +43,43 @@ class RunData:
     def __init__(
         self,
         images: Images,
-        *,
         settings: FinetuneConfig,
         to_features: Callable[[np.ndarray], jax.Array],
         progress: bool,
     ):
-        self.to_features = to_features
+        self._to_features = to_features
         self._images, self._dataset, self._settings = images, images.dataset, settings
         self._progress = progress
+        self._is_augmented = settings.augment and not settings.linear_probe
         self._decoded = DecodedImages(images.dataset, settings.image_memory_gib * _GIB)
-        self._fixed: dict[int, np.ndarray] = {}  # rows of `FixedInputs`, by position
+        self._fixed: dict[int, np.ndarray] = {}  # crops or features, by position
 
     def training_inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> Inputs:
         """Returns what the network sees of these samples in training."""
         if self._is_augmented:
             crops = RandomCrops(self._dataset, self._images.size, seed)
-            return AugmentedInputs(self._decoded, crops)
+            return lambda positions, epoch: np.stack(
+                [crops.crop(self._decoded[i], i, epoch) for i in positions.tolist()]
+            )
         missing = np.array([i for i in positions.tolist() if i not in self._fixed], np.int64)
         if len(missing):
             some = self._dataset.subset(missing)
             loaded = load_images(some, self._images.size, progress=self._progress)
             rows = self._as_inputs(loaded.pixels)
             self._fixed.update(zip(missing.tolist(), rows, strict=True))
-        return FixedInputs(self._fixed)
+        return lambda positions, _: np.stack([self._fixed[i] for i in positions.tolist()])
 
     def evaluation_inputs(
         self, positions: Int64[np.ndarray, " k"]
     ) -> Iterator[Shaped[np.ndarray, "b ..."]]:
         """Yields evaluation crops of these samples, or their features, a batch at a time."""
-        size = self._settings.batch_size
-        if not self._is_augmented:  # trained on just these
-            inputs = self.training_inputs(positions, seed=0)
-            for start in range(0, len(positions), size):
-                yield inputs(positions[start : start + size], 0)
-            return
-        for _, crops in in_batches(self._crops.readable(positions, None), size):
-            yield np.stack(crops)
+        if self._is_augmented:
+            rows = self._crops.readable(positions, None)
+        else:
+            self.training_inputs(positions, seed=0)  # fills `_fixed`
+            rows = ((i, self._fixed[i]) for i in positions.tolist())
+        for _, some in in_batches(rows, self._settings.batch_size):
+            yield np.stack(some)
 
     def readable(self) -> tuple[Int64[np.ndarray, " k"], dict[str, str]]:
         """Returns the positions of samples that can be read, and of others the id: why.
@@ -92,17 +94,13 @@ class RunData:
         ids = {str(self._dataset.ids[i]): why for i, why in skipped.items()}
         return np.asarray(positions, np.int64), ids
 
-    @property
-    def _is_augmented(self) -> bool:
-        return self._settings.augment and not self._settings.linear_probe
-
     @functools.cached_property
     def _crops(self) -> Reader[np.ndarray]:
         # unreadable samples are found when they are read, and refused or skipped then
         images = dataclasses.replace(self._images, on_corrupt="skip")
         return images.evaluation_crops(progress=self._progress)
 
-    def test_set(self, test: Dataset) -> LabelledInputs:
+    def test_set(self, test: Dataset) -> TestSet:
         """Returns evaluation crops, or their features, with the training set's class ids.
 
         They are read as the training images are.
@@ -118,20 +116,17 @@ class RunData:
             progress=self._progress,
             cache=self._images.cache,
         )
-        return LabelledInputs(
-            self._as_inputs(loaded.pixels), labels[loaded.positions], loaded.skipped
-        )
+        inputs = self._as_inputs(loaded.pixels)
+        return TestSet(test, inputs, labels[loaded.positions], loaded.skipped)
 
     def _as_inputs(self, pixels: UInt8[np.ndarray, "n s s 3"]) -> Shaped[np.ndarray, "n ..."]:
         """Returns the pixels, or their features where only the head is trained."""
         if not self._settings.linear_probe:
             return pixels
-        parts = []
         size = self._settings.batch_size
-        for start in range(0, len(pixels), size):
-            some = pixels[start : start + size]
-            parts.append(np.asarray(self.to_features(filled(some, size)))[: len(some)])
-        return np.concatenate(parts)
+        parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
+        found = [np.asarray(self._to_features(filled(some, size)))[: len(some)] for some in parts]
+        return np.concatenate(found)
 
 
 def class_ids_by_name(test: Dataset, dataset: Dataset) -> Int32[np.ndarray, " n"]:

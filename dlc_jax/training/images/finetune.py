@@ -90,7 +90,7 @@ def finetune(
     finetuner = Finetuner(encoder, images, test, settings, Conventions.of(mode), run)
     if run.path is None:
         return train(finetuner, positions, seed)
-    workspace, used = Workspace(run.path), dataclasses.asdict(settings)
-    step = RunStep(finetuner, positions, seed, run.path, settings=used, say=workspace.say)
+    workspace = Workspace(run.path)
+    step = RunStep(finetuner, positions, seed, run.path, settings=dataclasses.asdict(settings))
     with workspace.held("folder"):
         return workspace.make(step)

@@ -19,11 +19,19 @@ from dlc_jax.preprocess import Images
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.selection import kept_positions
 from dlc_jax.training.folder import METRICS, PER_CLASS, write_metrics, write_per_class
-from dlc_jax.training.images import evaluation
 from dlc_jax.training.images.batches import training_batches
-from dlc_jax.training.images.data import RunData, class_ids_by_name
+from dlc_jax.training.images.data import RunData, TestSet, class_ids_by_name
+from dlc_jax.training.images.evaluation import over_batches
 from dlc_jax.training.images.settings import FinetuneConfig
-from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
+from dlc_jax.training.images.step import (
+    Network,
+    Sgd,
+    TrainState,
+    initial_head,
+    outputs_of_batch,
+    predicted_classes,
+    train_step,
+)
 from dlc_jax.training.loop import EpochSums, Progress, not_finite
 from dlc_jax.training.optimiser import learning_rates
 from dlc_jax.types import Conventions, Dataset, RunResult, Selection
@@ -52,28 +60,17 @@ class Finetuner:
         self.mesh = run.mesh or one_device()
         self._encoder = encoder.for_mode(conventions.mode)
         self._encoder.check_image_size(images.size)
-        self._images, self._dataset, self._test = images, images.dataset, test
-        self._settings, self._mode, self.shows_bars = settings, conventions.mode, run.progress
+        self._images, self._dataset = images, images.dataset
+        self._settings, self._conventions, self.shows_bars = settings, conventions, run.progress
         self.num_epochs, self.batch_size = settings.epochs, settings.batch_size
         self.keeps_weights = settings.keep_weights
-        self._rates = learning_rates(
-            settings.epochs,
-            settings.learning_rate,
-            settings.milestones,
-            floors_milestones=conventions.floors_milestones,
-        )
         self._sgd = Sgd.of(settings)
         whole = Network.of(self._encoder, settings.dtype)
-        assert whole.forward is not None
-        self._forward = whole.forward
-        self._network = Network.linear_probe() if settings.linear_probe else whole
-        self._data = RunData(
-            images,
-            settings=settings,
-            to_features=functools.partial(features_of_batch, whole.forward, self._encoder.params),
-            progress=run.progress,
-        )
-        self._test_set = None if test is None else self._data.test_set(test)
+        self._network = Network() if settings.linear_probe else whole
+        self._encode = (whole.forward, self._encoder.params)  # for `features_of_batch`
+        to_features = functools.partial(features_of_batch, *self._encode)
+        self.data = RunData(images, settings, to_features, progress=run.progress)
+        self._test = None if test is None else self.data.test_set(test)
 
     kind = "fine-tuning"
     files: tuple[str, ...] = (METRICS, PER_CLASS)
@@ -82,11 +79,6 @@ class Finetuner:
         "try a smaller finetune.learning_rate, such as a tenth of it, or, if that is bfloat16, "
         "finetune.dtype float32"
     )
-
-    @property
-    def skipped_test(self) -> dict[str, str]:
-        """Test samples left out as unreadable, id: why."""
-        return self._test_set.skipped if self._test_set is not None else {}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -98,27 +90,27 @@ class Finetuner:
                 **self.made_of,
                 "head": self._encoder.head,
                 "statistics": sorted(self._encoder.statistics),
-                "test": self._test.fingerprint if self._test is not None else None,
+                "test": None if self._test is None else self._test.dataset.fingerprint,
             },
         )
 
     @property
     def made_of(self) -> dict[str, Any]:
         """Data, encoder and how images are seen."""
-        return self._images.made_of(self._encoder.fingerprint, self._mode)
+        return self._images.made_of(self._encoder.fingerprint, self._conventions.mode)
 
     @property
     def notes(self) -> list[str]:
         """What the user should know of the test set."""
         if self._test is None:
             return []
-        found = [f"test set {self._test.name}"]
-        tested = {*class_ids_by_name(self._test, self._dataset).tolist()}
+        found = [f"test set {self._test.dataset.name}"]
+        tested = {*class_ids_by_name(self._test.dataset, self._dataset).tolist()}
         untested = [n for j, n in enumerate(self._dataset.class_names) if j not in tested]
         if untested:
             found.append(f"note: no test image of {checks.listed(untested)}")
-        if self.skipped_test:
-            found.append(f"unreadable test samples left out: {len(self.skipped_test)}")
+        if self._test.skipped:
+            found.append(f"unreadable test samples left out: {len(self._test.skipped)}")
         return found
 
     def positions(self, kept: Selection) -> Int64[np.ndarray, " k"]:
@@ -129,24 +121,17 @@ class Finetuner:
     def said(result: RunResult) -> str:
         """Returns the line to print at the end of a run."""
         absent = result.absent_classes
-        return (
-            f"test accuracy {result.test_accuracy:.2f} %, {result.num_kept} samples, "
-            f"{result.seconds:.1f} s"
-            + (f", no sample of {checks.listed(absent)}" if absent else "")
-        )
+        lacking = f", no sample of {checks.listed(absent)}" if absent else ""
+        tested = f"test accuracy {result.test_accuracy:.2f} %, {result.num_kept} samples"
+        return f"{tested}, {result.seconds:.1f} s{lacking}"
 
     def write(self, folder: Path, result: RunResult) -> dict[str, Any]:
         """Writes metrics and accuracies of a finished run; returns a summary of its result."""
         write_metrics(folder, result.history)
-        num_test = None if self._test_set is None else self._count(self._test_set.labels)
+        num_test = None if self._test is None else self._count(self._test.labels)
         write_per_class(folder, result, self._dataset.class_names, num_test)
-        return {
-            "num_kept": result.num_kept,
-            "test_accuracy": result.test_accuracy,
-            "absent_classes": result.absent_classes,
-            "skipped_test": result.skipped_test,
-            "seconds": result.seconds,
-        }
+        names = ("num_kept", "test_accuracy", "absent_classes", "skipped_test", "seconds")
+        return {name: getattr(result, name) for name in names}
 
     @staticmethod
     def complete(workspace: Workspace) -> None:
@@ -155,40 +140,48 @@ class Finetuner:
     def start(self, positions: Int64[np.ndarray, " k"], seed: int) -> TrainState:
         """Returns encoder and new head; ValueError where batch norm cannot train on so many."""
         self._check_last_batch(len(positions))
-        encoder = self._encoder
-        head = initial_head(self._num_features, self._dataset.num_classes, encoder.head, seed)
+        encoder, side = self._encoder, self._images.size
+        images = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
+        num_features = features_of_batch.eval_shape(*self._encode, images).shape[1]
+        head = initial_head(num_features, self._dataset.num_classes, encoder.head, seed)
+
+        def seeded(leaf: Any) -> Any:
+            """Makes streams that a module brings along, as for dropout, those of the run."""
+            is_stream = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            return jax.random.fold_in(leaf, seed) if is_stream else leaf
+
         if self._settings.linear_probe:
             return TrainState.start({}, frozenset(), head, self._sgd)
-        params = jax.tree.map(lambda leaf: _seeded(leaf, seed), encoder.params)
+        params = jax.tree.map(seeded, encoder.params)
         return TrainState.start(params, encoder.statistics, head, self._sgd)
 
     def rates(self, steps_per_epoch: int) -> list[float]:
         """Returns the learning rate of every step, the same within an epoch."""
-        return [rate for rate in self._rates for _ in range(steps_per_epoch)]
+        of_epochs = learning_rates(self._settings, self._conventions)
+        return [rate for rate in of_epochs for _ in range(steps_per_epoch)]
 
     def batches(
         self, positions: Int64[np.ndarray, " k"], seed: int, epoch: int, first: int
-    ) -> Iterator[tuple[tuple[jax.Array, ...], int]]:
+    ) -> Iterator[tuple[list[jax.Array], int]]:
         """Yields batches on the devices, of which each process makes its rows, and their sizes."""
         num_rows = -(-self.batch_size // self.mesh.size) * self.mesh.size
         made = training_batches(
-            self._data.training_inputs(positions, seed),
+            self.data.training_inputs(positions, seed),
             positions,
             self._dataset.labels,
             batch_size=self.batch_size,
             seed=seed,
             epoch=epoch,
-            num_rows=num_rows,
             rows=rows_here(self.mesh, num_rows),
             first=first,
         )
         for number, batch in enumerate(made, start=first):
-            on_devices = [from_rows_here(self.mesh, part, num_rows) for part in batch]
             num_left = len(positions) - number * self.batch_size
-            yield tuple(on_devices), min(self.batch_size, num_left)
+            on_devices = [from_rows_here(self.mesh, part, num_rows) for part in batch]
+            yield on_devices, min(self.batch_size, num_left)
 
     def step(
-        self, state: TrainState, batch: tuple[tuple[jax.Array, ...], int], rate: float
+        self, state: TrainState, batch: tuple[list[jax.Array], int], rate: float
     ) -> tuple[TrainState, Callable[[], EpochSums]]:
         """Takes a step of SGD."""
         arrays, num_real = batch
@@ -205,9 +198,8 @@ class Finetuner:
     def line(self, progress: Progress, rate: float) -> dict[str, Any]:
         """Returns the metrics of an epoch; ValueError if its last step left NaN or infinity."""
         epoch, sums = len(progress.history) + 1, progress.sums
-        if not bool(fetch(_all_finite(progress.state.trained))):
-            step = epoch * progress.num_steps
-            raise not_finite("weights that are", step, rate, self.remedy)
+        if not fetch(_all_finite(progress.state.trained)):
+            raise not_finite("weights that are", epoch * progress.num_steps, rate, self.remedy)
         num_samples = len(sums["correct"])
         line = {
             "epoch": epoch,
@@ -219,42 +211,34 @@ class Finetuner:
         }
         every = self._settings.test_every
         is_last = epoch == self.num_epochs  # `result` tests then
-        if self._test_set is not None and every and epoch % every == 0 and not is_last:
-            line["test_accuracy"] = self._accuracy(self._predictions(progress.state))
+        if self._test is not None and every and epoch % every == 0 and not is_last:
+            _, line["test_accuracy"] = self._tested(self._test, progress.state)
         return line
-
-    def readable(self) -> tuple[Int64[np.ndarray, " k"], dict[str, str]]:
-        """Returns the positions of samples that can be read, and of others the id: why."""
-        return self._data.readable()
 
     def outputs(
         self, state: TrainState, positions: Int64[np.ndarray, " k"]
-    ) -> tuple[Float32[np.ndarray, "k c"], Float32[np.ndarray, " k"]]:
-        """Returns logits of training samples and squared norms of the head's input.
+    ) -> list[Float32[np.ndarray, "k ..."]]:
+        """Returns logits [k, c] of training samples and squared norms [k] of the head's input.
 
         In evaluation mode, on evaluation crops; training does not notice.
         """
-        batches = self._data.evaluation_inputs(positions)
-        found = evaluation.outputs(self._network, state, batches, self.batch_size)
-        if len(found[0]) < len(positions):
-            raise checks.InputError(
-                f"{self._dataset.name}: {len(positions) - len(found[0])} of {len(positions)} "
-                "training samples cannot be read any more."
-            )
-        return found
+        batches = self.data.evaluation_inputs(positions)
+        return over_batches(outputs_of_batch, self._network, state, batches, self.batch_size)
 
     def result(self, progress: Progress, positions: Int64[np.ndarray, " k"]) -> RunResult:
         """Returns weights and history, and tests."""
         predictions, accuracy, per_class = None, None, None
         history = progress.history or [{"epoch": 0}]
-        if self._test_set is not None:
-            predictions = self._predictions(progress.state)
-            accuracy = self._accuracy(predictions)
-            labels = self._test_set.labels
+        if self._test is not None:
+            predictions, accuracy = self._tested(self._test, progress.state)
+            labels = self._test.labels
             with np.errstate(invalid="ignore"):  # 0 / 0 for a class without test samples is NaN
                 per_class = 100 * self._count(labels[predictions == labels]) / self._count(labels)
             history = [*history[:-1], {**history[-1], "test_accuracy": accuracy}]
         absent = np.flatnonzero(self._count(self._dataset.labels[positions]) == 0)
+        weights = progress.state.weights()
+        if self._settings.linear_probe:
+            weights["encoder"] = self._encoder.params
         return RunResult(
             test_accuracy=accuracy,
             per_class_accuracy=per_class,
@@ -262,24 +246,21 @@ class Finetuner:
             num_kept=len(positions),
             absent_classes=tuple(self._dataset.class_names[label] for label in absent),
             history=history,
-            weights=self._weights(progress.state),
-            skipped_test=self.skipped_test,
+            weights=weights,
+            skipped_test={} if self._test is None else self._test.skipped,
             seconds=progress.elapsed_s,
         )
-
-    def _weights(self, state: TrainState) -> dict[str, Any]:
-        weights = state.weights()
-        if self._settings.linear_probe:
-            weights["encoder"] = self._encoder.params
-        return weights
 
     def _count(self, labels: Integer[np.ndarray, " k"]) -> Int64[np.ndarray, " c"]:
         return np.bincount(labels, minlength=self._dataset.num_classes)
 
-    def _accuracy(self, predictions: Int32[np.ndarray, " n"]) -> float:
-        assert self._test_set is not None
-        num_right = int((predictions == self._test_set.labels).sum())
-        return 100 * num_right / len(predictions)
+    def _tested(self, test: TestSet, state: TrainState) -> tuple[Int32[np.ndarray, " n"], float]:
+        """Returns the class of highest logit of every test sample, and the accuracy in percent."""
+        size = self.batch_size
+        batches = (test.inputs[i : i + size] for i in range(0, len(test.inputs), size))
+        (found,) = over_batches(predicted_classes, self._network, state, batches, size)
+        predictions = found.astype(np.int32)
+        return predictions, 100 * int((predictions == test.labels).sum()) / len(predictions)
 
     def _check_last_batch(self, num_kept: int) -> None:
         """Batch norm of a single value is no statistic; torch refuses it as well."""
@@ -295,24 +276,6 @@ class Finetuner:
                 f"and at {side} px the last map is 1 x 1, so that batch norm would see "
                 "a single value; expected another batch size, or a larger image size."
             )
-
-    @functools.cached_property
-    def _num_features(self) -> int:
-        side = self._images.size
-        images = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
-        return features_of_batch.eval_shape(self._forward, self._encoder.params, images).shape[1]
-
-    def _predictions(self, state: TrainState) -> Int32[np.ndarray, " n"]:
-        assert self._test_set is not None
-        inputs, size = self._test_set.inputs, self.batch_size
-        return evaluation.predictions(self._network, state, inputs, size)
-
-
-def _seeded(leaf: Any, seed: int) -> Any:
-    """Makes random streams that a module brings along, as for dropout, those of the run."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.fold_in(leaf, seed)
-    return leaf
 
 
 @jax.jit

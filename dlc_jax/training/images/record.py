@@ -6,7 +6,7 @@ from dlc_jax import checks
 from dlc_jax.distributed import Run
 from dlc_jax.encoders import Encoder
 from dlc_jax.preprocess import Images
-from dlc_jax.training.images.recorder import Recorder, RecordStep
+from dlc_jax.training.images.recorder import Recorder, read_record
 from dlc_jax.training.images.settings import FinetuneConfig, RecordConfig
 from dlc_jax.types import Conventions, Dataset, TrainingRecord, overridden
 from dlc_jax.workspace import Workspace
@@ -75,8 +75,8 @@ def record_training(
         run=overridden(run, progress=progress),
     )
     if run.path is None:
-        return recorder.record(recorder.run())
-    workspace, step = Workspace(run.path), RecordStep(recorder, run.path)
+        return recorder.record(recorder.compute())
+    workspace = Workspace(run.path)
     with workspace.held("folder"):
-        workspace.ensure(step)
-    return step.read()
+        workspace.ensure(recorder)
+    return read_record(run.path)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -50,14 +50,22 @@ _FACTS = {
 
 
 class Recorder:
-    """Runs on a whole data set, and what they showed of every sample.
+    """Runs on a whole data set, and what they showed of every sample: a step of a folder's own.
 
     The first run takes the whole schedule; the others end after the early epoch.
 
-    Args: see `record_training`.
+    Args: see `record_training`; `say` takes a line for each checkpoint that is damaged.
     Raises:
       ValueError: see `record_training`.
     """
+
+    name = records.RUN
+    kind = "training record"
+    stage = "score"
+    files: tuple[str, ...] = (RECORD,)
+    optional: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = {}
+    facts: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -69,6 +77,7 @@ class Recorder:
         seed: int,
         conventions: Conventions,
         run: Run = Run(),
+        say: Callable[[str], None] = show,
     ):
         record.check()
         # a finished run keeps its weights until the others are finished too
@@ -76,7 +85,9 @@ class Recorder:
         self._finetuner = Finetuner(encoder, images, None, settings, conventions, run)
         if settings.epochs == 0:
             raise checks.InputError("finetune.epochs: recording needs 1 or more, got 0.")
-        self._images, self._dataset, self._settings = images, images.dataset, settings
+        self._images, self._dataset, self._root, self._say = images, images.dataset, run.path, say
+        self.num_epochs = int(settings.epochs)  # of the first run
+        self._batch_size = int(settings.batch_size)
         self.early_epoch = max(1, round(record.early_fraction * settings.epochs))
         num_runs = record.num_runs or conventions.num_runs
         checks.seed(seed)
@@ -93,134 +104,96 @@ class Recorder:
             "early_epoch": self.early_epoch,
         }
 
-    @property
-    def num_epochs(self) -> int:
-        """Number of epochs of the first run."""
-        return int(self._settings.epochs)
-
-    def run(self, root: Path | None = None, say: Callable[[str], None] = show) -> WatchedRuns:
-        """Trains, in all processes of the mesh.
-
-        Args:
-          root: Folder below which every run keeps its state; None: nowhere.
-          say: Takes a line for each checkpoint that is damaged.
-        """
+    def compute(self, scratch: Path | None = None) -> WatchedRuns:
+        """Trains, in all processes of the mesh; each run keeps its state in a folder below."""
         start = time.perf_counter()
         positions = np.arange(len(self._dataset))
         skipped: dict[str, str] = {}
         if self._images.on_corrupt == "skip":
-            positions, skipped = self._finetuner.readable()
+            positions, skipped = self._finetuner.data.readable()
         seconds = time.perf_counter() - start
         runs = []
         for seed in self.seeds:
-            folder = None if root is None else root / _run_name(seed)
-            seen = _Seen({}, folder / SEEN if folder is not None and processes.is_first() else None)
-            last = self._settings.epochs if seed == self.seeds.start else self.early_epoch
+            folder = None if self._root is None else self._root / f"seed_{seed}"
+            seen = folder / SEEN if folder is not None and processes.is_first() else None
+            last = self.num_epochs if seed == self.seeds.start else self.early_epoch
             watch = _Watch(self._finetuner, positions, seed, self.early_epoch, last, seen)
             if folder is None:
                 result = train(self._finetuner, positions, seed, watch=watch)
             else:
-                step = RunStep(self._finetuner, positions, seed, folder, say=say, watch=watch)
-                result = Workspace(folder, say).make(step)
+                step = RunStep(self._finetuner, positions, seed, folder, say=self._say, watch=watch)
+                result = Workspace(folder, self._say).make(step)
             seconds += result.seconds
-            runs.append(seen)
-        return WatchedRuns(positions, skipped, runs, seconds)
+            runs.append(watch)
+        return positions, skipped, runs, seconds
 
     def record(self, runs: WatchedRuns) -> TrainingRecord:
         """Returns the record of runs that this process has seen, or that are in its folder."""
-        epochs = range(1, self._settings.epochs + 1)
-        early = f"epoch_{self.early_epoch}"
-        seen = runs.seen
+        positions, skipped, watches, seconds = runs
+        epochs, early = range(1, self.num_epochs + 1), f"epoch_{self.early_epoch}"
         return TrainingRecord(
-            correct=np.stack([seen[0].get(f"correct_{epoch}") for epoch in epochs]),
-            logits=seen[0].get(f"epoch_{self._settings.epochs}_logits"),
-            early_logits=np.stack([some.get(f"{early}_logits") for some in seen]),
-            early_squared_norms=np.stack([some.get(f"{early}_squared_norms") for some in seen]),
+            correct=np.stack([watches[0].get(f"correct_{epoch}") for epoch in epochs]),
+            logits=watches[0].get(f"epoch_{self.num_epochs}_logits"),
+            early_logits=np.stack([watch.get(f"{early}_logits") for watch in watches]),
+            early_squared_norms=np.stack([w.get(f"{early}_squared_norms") for w in watches]),
             early_epoch=self.early_epoch,
-            batch_size=int(self._settings.batch_size),
-            labels=self._dataset.labels[runs.positions],
-            ids=self._dataset.ids[runs.positions],
+            batch_size=self._batch_size,
+            labels=self._dataset.labels[positions],
+            ids=self._dataset.ids[positions],
             class_names=self._dataset.class_names,
-            seconds=runs.seconds,
-            num_epochs=int(self._settings.epochs) + (len(seen) - 1) * self.early_epoch,
-            skipped=runs.skipped,
+            seconds=seconds,
+            num_epochs=self.num_epochs + (len(watches) - 1) * self.early_epoch,
+            skipped=skipped,
         )
 
-
-class WatchedRuns(NamedTuple):
-    """Runs of a record.
-
-    Attributes:
-      positions: [n] samples that they train on.
-      skipped: Samples that are left out, id: why.
-      seen: What each run showed.
-      seconds: Time of all.
-    """
-
-    positions: Int64[np.ndarray, " n"]
-    skipped: dict[str, str]
-    seen: list[_Seen]
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RecordStep:
-    """A training record and the runs that it is made of, in a folder of their own."""
-
-    recorder: Recorder
-    root: Path
-    say: Callable[[str], None] = show
-
-    name = records.RUN
-    kind = "training record"
-    stage = "score"
-    files = (RECORD,)
-    optional = ()
-
-    @property
-    def key(self) -> dict[str, Any]:
-        return self.recorder.key
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {}
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {}
-
-    def compute(self, scratch: Path | None) -> WatchedRuns:
-        return self.recorder.run(self.root, self.say)
-
     def write(self, root: Path, runs: WatchedRuns) -> Written:
-        _write(root / RECORD, self.recorder.record(runs))
-        return Written(self.files, seconds=runs.seconds)
+        """Writes record.npz."""
+        record = self.record(runs)
+        facts = json.dumps({name: getattr(record, name) for name in _FACTS})
+        arrays = {name: getattr(record, name) for name in _ARRAYS}
+        with artefacts.atomic(root / RECORD) as file:
+            np.savez(file, allow_pickle=False, facts=np.array(facts), **arrays)
+        return Written(self.files, seconds=record.seconds)
 
     @property
     def obsolete(self) -> tuple[str, ...]:
         names = (CHECKPOINT, SEEN)
-        return tuple(f"{_run_name(seed)}/{n}" for seed in self.recorder.seeds for n in names)
+        return tuple(f"seed_{seed}/{name}" for seed in self.seeds for name in names)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Watch:
+    """Keeps what a run shows of every sample, in arrays that are there whole or not at all.
+
+    Attributes:
+      finetuner, positions, seed: Trainer, samples and seed of the run.
+      early_epoch, last_epoch: Epochs after which logits are looked at; the run ends with the last.
+      folder: Where arrays are kept; None: in memory.
+      arrays: Those in memory, by name.
+    """
+
+    finetuner: Finetuner
+    positions: Int64[np.ndarray, " n"]
+    seed: int
+    early_epoch: int
+    last_epoch: int
+    folder: Path | None
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
-    def seconds(self) -> float:
-        """Time that the record took, once it is written."""
-        record = records.read(self.root, self.name)
-        return 0.0 if record is None else record.seconds
+    def key(self) -> list[int]:
+        return [self.early_epoch, self.last_epoch]
 
-    def read(self) -> TrainingRecord:
-        """Returns the record that was written."""
-        record = _read(self.root / RECORD)
-        assert record is not None  # it was made
-        return record
+    def __call__(self, epoch: int, state: TrainState, sums: EpochSums) -> None:
+        order = np.argsort(epoch_order(self.positions, self.seed, epoch))  # positions ascend
+        correct = np.frombuffer(sums["correct"].encode(), np.uint8) == ord("1")
+        self._put(f"correct_{epoch}", correct[order])
+        if epoch in (self.early_epoch, self.last_epoch):
+            logits, squared_norms = self.finetuner.outputs(state, self.positions)
+            self._put(f"epoch_{epoch}_logits", logits)
+            self._put(f"epoch_{epoch}_squared_norms", squared_norms)
 
-
-class _Seen(NamedTuple):
-    """Arrays by name, in memory or in a folder, where each is whole or not there at all."""
-
-    arrays: dict[str, np.ndarray]
-    folder: Path | None
-
-    def put(self, name: str, array: np.ndarray) -> None:
+    def _put(self, name: str, array: np.ndarray) -> None:
         if self.folder is None:
             self.arrays[name] = array
             return
@@ -233,92 +206,43 @@ class _Seen(NamedTuple):
         return array_files.read_npy(self.folder / f"{name}.npy")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Watch:
-    """Keeps what a run shows of every sample.
+# what runs train on; samples that are left out, id: why; what each run showed; seconds of all
+WatchedRuns = tuple[Int64[np.ndarray, " n"], dict[str, str], list[_Watch], float]
 
-    Attributes:
-      finetuner, positions, seed: Trainer, samples and seed of the run.
-      early_epoch, last_epoch: Epochs after which logits are looked at; the run ends with the last.
-      seen: Where it is kept.
+
+def read_record(folder: Path, ids: np.ndarray | None = None) -> TrainingRecord:
+    """Reads the finished record in a folder.
+
+    Args:
+      folder: Folder of the record.
+      ids: [n] samples that it has to be of; None: any.
+    Raises:
+      ValueError: there is none, or it is of other samples than these.
     """
-
-    finetuner: Finetuner
-    positions: Int64[np.ndarray, " n"]
-    seed: int
-    early_epoch: int
-    last_epoch: int
-    seen: _Seen
-
-    @property
-    def key(self) -> list[int]:
-        return [self.early_epoch, self.last_epoch]
-
-    def __call__(self, epoch: int, state: TrainState, sums: EpochSums) -> None:
-        order = np.argsort(epoch_order(self.positions, self.seed, epoch))  # positions ascend
-        correct = np.frombuffer(sums["correct"].encode(), np.uint8) == ord("1")
-        self.seen.put(f"correct_{epoch}", correct[order])
-        if epoch in (self.early_epoch, self.last_epoch):
-            logits, squared_norms = self.finetuner.outputs(state, self.positions)
-            self.seen.put(f"epoch_{epoch}_logits", logits)
-            self.seen.put(f"epoch_{epoch}_squared_norms", squared_norms)
-
-
-def _run_name(seed: int) -> str:
-    return f"seed_{seed}"
-
-
-def _write(path: Path, record: TrainingRecord) -> None:
-    facts = json.dumps({name: getattr(record, name) for name in _FACTS})
-    arrays = {name: getattr(record, name) for name in _ARRAYS}
-    with artefacts.atomic(path) as file:
-        np.savez(file, allow_pickle=False, facts=np.array(facts), **arrays)
-
-
-def _read(path: Path) -> TrainingRecord | None:
-    """Returns the record; None if there is none."""
+    path = folder / RECORD
     if not path.exists():
-        return None
+        raise checks.InputError(f"{path}: not there; record a training first.")
     try:
-        fields: dict[str, Any] = {
-            **array_files.read_npz(path, _ARRAYS | {"facts": Expected("U", 0)})
-        }
-        facts = parse_json(str(fields.pop("facts")), _FACTS, path)
-        fields |= {name: facts[name] for name in _FACTS}
-        record = TrainingRecord(**fields | {"class_names": tuple(facts["class_names"])})
-        _check_lengths(path, record)
+        expected = _ARRAYS | {"facts": Expected("U", 0)}
+        arrays: dict[str, Any] = {**array_files.read_npz(path, expected)}
+        facts = parse_json(str(arrays.pop("facts")), _FACTS, path)
+        facts["class_names"] = tuple(facts["class_names"])
+        record = TrainingRecord(**arrays, **{name: facts[name] for name in _FACTS})
+        num_samples, num_classes = len(record.ids), len(record.class_names)
+        num_runs = len(record.early_logits)
+        for name, shape in (
+            ("correct", (len(record.correct), num_samples)),
+            ("logits", (num_samples, num_classes)),
+            ("early_logits", (num_runs, num_samples, num_classes)),
+            ("early_squared_norms", (num_runs, num_samples)),
+            ("labels", (num_samples,)),
+        ):
+            if (found := getattr(record, name).shape) != shape:
+                raise checks.InputError(f"{path}: {name} is {found}, expected {shape}.")
     except checks.InputError as error:
         raise checks.InputError(
             f"{path}: not a training record: {error} Delete it to record again."
         ) from error
-    return record
-
-
-def _check_lengths(path: Path, record: TrainingRecord) -> None:
-    """Raises ValueError unless all arrays are of as many samples and classes."""
-    num_samples, num_classes = len(record.ids), len(record.class_names)
-    num_runs = len(record.early_logits)
-    for name, shape in (
-        ("correct", (len(record.correct), num_samples)),
-        ("logits", (num_samples, num_classes)),
-        ("early_logits", (num_runs, num_samples, num_classes)),
-        ("early_squared_norms", (num_runs, num_samples)),
-        ("labels", (num_samples,)),
-    ):
-        found = getattr(record, name).shape
-        if found != shape:
-            raise checks.InputError(f"{path}: {name} is {found}, expected {shape}.")
-
-
-def read_record(folder: Path, ids: np.ndarray) -> TrainingRecord:
-    """Reads the finished record in a folder.
-
-    Raises:
-      ValueError: there is none, or it is of other samples than these.
-    """
-    record = _read(folder / RECORD)
-    if record is None:
-        raise checks.InputError(f"{folder / RECORD}: not there; record a training first.")
-    if not np.array_equal(record.ids, ids):
-        raise checks.InputError(f"{folder / RECORD}: is of other samples than the scores.")
+    if ids is not None and not np.array_equal(record.ids, ids):
+        raise checks.InputError(f"{path}: is of other samples than the scores.")
     return record

@@ -70,8 +70,7 @@ class FinetuneConfig:
         """Raises ValueError unless all values are in range."""
         checks.optimiser("finetune", self)
         checks.one_of("finetune.dtype", self.dtype, DTYPES)
-        checks.integer("finetune.test_every", self.test_every)
-        checks.at_least("finetune.test_every", self.test_every, 0)
+        checks.integer("finetune.test_every", self.test_every, 0)
         checks.at_least("finetune.image_memory_gib", self.image_memory_gib, 0)
 
 
@@ -94,7 +93,6 @@ class RecordConfig:
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
         if self.num_runs is not None:
-            checks.integer("record.num_runs", self.num_runs)
-            checks.at_least("record.num_runs", self.num_runs, 1)
+            checks.integer("record.num_runs", self.num_runs, 1)
         checks.at_least("record.early_fraction", self.early_fraction, 0, exclusive=True)
         checks.at_most("record.early_fraction", self.early_fraction, 1)

@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dlc_jax.encoders.encoder import Encoder, join_statistics, precision_of, split_statistics
 from dlc_jax.probes.kernel import Forward, cast, pooled
-from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.optimiser import torch_sgd
 from dlc_jax.types import Params
 
@@ -24,26 +23,21 @@ _VIT_HEAD_DEVIATION = 0.02
 
 
 class Network(NamedTuple):
-    """What the programs are specialised to: hashable, no weights in it.
+    """What the programs are specialised to: hashable, no weights in it; by default a head alone.
 
     Attributes:
       forward: The encoder in evaluation mode; None where inputs are features already.
       apply_training: See `Encoder`.
     """
 
-    forward: Forward | None
-    apply_training: Callable[[Params, Array, Array], tuple[Array, Params]] | None
+    forward: Forward | None = None
+    apply_training: Callable[[Params, Array, Array], tuple[Array, Params]] | None = None
 
     @classmethod
     def of(cls, encoder: Encoder, dtype: str) -> Network:
         """The encoder and a linear head on it."""
         forward = Forward.of(encoder, dtype)._replace(pooling=encoder.head)
         return cls(forward, encoder.apply_training)
-
-    @classmethod
-    def linear_probe(cls) -> Network:
-        """A linear head alone."""
-        return cls(None, None)
 
 
 class Sgd(NamedTuple):
@@ -54,18 +48,13 @@ class Sgd(NamedTuple):
     nesterov: bool
 
     @classmethod
-    def of(cls, settings: FinetuneConfig) -> Sgd:
-        """Returns the constants in the settings of a run."""
+    def of(cls, settings: Any) -> Sgd:
+        """Returns the constants in the settings of a run or of linear probes."""
         return cls(settings.momentum, settings.weight_decay, settings.nesterov)
 
     def at(self, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
         """Returns torch.optim.SGD with this learning rate."""
-        return torch_sgd(
-            learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-        )
+        return torch_sgd(learning_rate, **self._asdict())
 
 
 class TrainState(NamedTuple):
@@ -127,10 +116,6 @@ class StepMetrics(NamedTuple):
     loss: Float[Array, ""]  # mean cross-entropy in nats
     correct: Bool[Array, " b"]  # whether the highest logit was right; False for padding
 
-    @property
-    def num_correct(self) -> Int[Array, ""]:
-        return self.correct.sum()
-
 
 @functools.partial(jax.jit, static_argnames=("network", "sgd"))
 def train_step(
@@ -170,23 +155,16 @@ def train_step(
     return TrainState(trained, statistics, optimiser), StepMetrics(loss, correct)
 
 
-class Outputs(NamedTuple):
-    """What the last layer gives and takes, in evaluation mode."""
-
-    logits: Float[Array, "b c"]
-    squared_norms: Float[Array, " b"]  # of its input
-
-
 @functools.partial(jax.jit, static_argnames=("network",))
 def outputs_of_batch(
     network: Network, state: TrainState, inputs: Shaped[Array, "b ..."]
-) -> Outputs:
-    """Returns logits and squared feature norms, in evaluation mode."""
+) -> tuple[Float[Array, "b c"], Float[Array, " b"]]:
+    """Returns the logits, and the squared norms of the head's input, in evaluation mode."""
     features = inputs
     if (forward := network.forward) is not None:
         encoder = cast(state.trained["encoder"], forward.dtype)
         features = forward.with_params(join_statistics(encoder, state.statistics), inputs)
-    return Outputs(_head(state.trained["head"], features), jnp.square(features).sum(axis=1))
+    return _head(state.trained["head"], features), jnp.square(features).sum(axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("network",))
@@ -194,15 +172,14 @@ def predicted_classes(
     network: Network, state: TrainState, inputs: Shaped[Array, "b ..."]
 ) -> Int[Array, " b"]:
     """Returns the class of highest logit, in evaluation mode."""
-    return outputs_of_batch(network, state, inputs).logits.argmax(axis=1)
+    return outputs_of_batch(network, state, inputs)[0].argmax(axis=1)
 
 
 def _features_in_training(
     network: Network, encoder: Params, statistics: Params, inputs: Array, real: Array
 ) -> tuple[Float[Array, "b d"], Params]:
     """Returns features, and the statistics as the batch moves them."""
-    forward = network.forward
-    if forward is None:
+    if (forward := network.forward) is None:
         return inputs, statistics
     # statistics stay float32: a tenth of a batch's would vanish in bfloat16
     params = join_statistics(cast(encoder, forward.dtype), statistics)

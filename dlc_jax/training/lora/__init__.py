@@ -2,6 +2,5 @@
 
 from dlc_jax.training.lora.finetune import finetune_lora
 from dlc_jax.training.lora.settings import LoraConfig
-from dlc_jax.training.lora.tuner import LoraResult, LoraTuner
 
-__all__ = ["LoraConfig", "LoraResult", "LoraTuner", "finetune_lora"]
+__all__ = ["LoraConfig", "finetune_lora"]

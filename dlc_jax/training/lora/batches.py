@@ -59,9 +59,8 @@ def _packed(order: Sequence[int], lengths: dict[int, int], capacity: int) -> lis
     rows: list[list[int]] = []
     room: list[int] = []
     for i in order:
-        place = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
-        if place is None:
-            place = len(rows)
+        place = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
+        if place == len(rows):
             rows.append([])
             room.append(capacity)
         rows[place].append(i)
@@ -70,18 +69,15 @@ def _packed(order: Sequence[int], lengths: dict[int, int], capacity: int) -> lis
 
 
 def _rows(data: Tokenised, some: list[list[int]], num_rows: int, length: int) -> TokenRows:
-    rows = TokenRows(
-        np.zeros((num_rows, length), np.int32),
-        np.zeros((num_rows, length), np.int32),
-        np.zeros((num_rows, length), bool),
-    )
+    tokens, segments = np.zeros((2, num_rows, length), np.int32)
+    counts = np.zeros((num_rows, length), bool)
     for r, members in enumerate(some):
         start = 0
         for number, i in enumerate(members, start=1):
             ids = data.tokens[i]
             end = start + len(ids)
-            rows.tokens[r, start:end] = ids
-            rows.segments[r, start:end] = number
-            rows.counts[r, start + max(int(data.num_prompt[i]), 1) : end] = True
+            tokens[r, start:end] = ids
+            segments[r, start:end] = number
+            counts[r, start + max(int(data.num_prompt[i]), 1) : end] = True
             start = end
-    return rows
+    return TokenRows(tokens, segments, counts)

@@ -93,8 +93,8 @@ def finetune_lora(
     positions = tuner.positions(kept)
     if run.path is None:
         return train(tuner, positions, seed)
-    workspace, used = Workspace(run.path), dataclasses.asdict(settings)
-    step = RunStep(tuner, positions, seed, run.path, settings=used, say=workspace.say)
+    workspace = Workspace(run.path)
+    step = RunStep(tuner, positions, seed, run.path, settings=dataclasses.asdict(settings))
     with workspace.held("folder"):
         workspace.ensure(step)
         tuner.complete(workspace)

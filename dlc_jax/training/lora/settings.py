@@ -95,10 +95,9 @@ class LoraConfig:
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
         for name in ("rank", "epochs", "batch_size", "rows_at_once", "checkpoint_steps"):
-            checks.integer(f"lora.{name}", getattr(self, name))
-            checks.at_least(f"lora.{name}", getattr(self, name), 1)
-        checks.integer("lora.warmup_steps", self.warmup_steps)
-        for name in ("warmup_steps", "weight_decay", "momentum"):
+            checks.integer(f"lora.{name}", getattr(self, name), 1)
+        checks.integer("lora.warmup_steps", self.warmup_steps, 0)
+        for name in ("weight_decay", "momentum"):
             checks.at_least(f"lora.{name}", getattr(self, name), 0)
         for name in ("alpha", "learning_rate"):
             checks.at_least(f"lora.{name}", getattr(self, name), 0, exclusive=True)
@@ -124,11 +123,7 @@ def learning_rates(num_steps: int, learning_rate: float, warmup_steps: int) -> l
       learning_rate: At the end of the warm-up.
       warmup_steps: How long that is.
     """
-    rates = []
-    for step in range(num_steps):
-        if step < warmup_steps:
-            rates.append(learning_rate * step / warmup_steps)
-        else:
-            passed = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-            rates.append(learning_rate * 0.5 * (1 + math.cos(math.pi * passed)))
-    return rates
+    rising = [learning_rate * step / warmup_steps for step in range(min(warmup_steps, num_steps))]
+    left = num_steps - warmup_steps
+    passed = [step / left for step in range(left)]
+    return rising + [learning_rate * 0.5 * (1 + math.cos(math.pi * part)) for part in passed]

@@ -48,12 +48,6 @@ class LoraState(NamedTuple):
     adapter: Params
     optimiser: optax.OptState
 
-    @classmethod
-    def start(cls, adapter: Params, optimiser: Optimiser) -> LoraState:
-        """Returns the state before the first step."""
-        adapter = jax.tree.map(jnp.asarray, adapter)
-        return cls(adapter, optimiser.at(0.0).init(adapter))
-
 
 def initial_adapter(architecture: Architecture, seed: int) -> Params:
     """Returns an adapter that changes nothing yet, as PEFT starts it.

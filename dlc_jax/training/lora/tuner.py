@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Int64
 
 from dlc_jax import checks
@@ -117,7 +117,7 @@ class LoraTuner:
             model.architecture.with_adapter(settings.adapter), rematerialise=settings.rematerialise
         )
         self._optimiser = Optimiser.of(settings)
-        mesh = self.mesh
+        self.mesh = mesh = mesh_of(model.params)  # None: on the default device
         if settings.merge and mesh is not None and Team.of(mesh).mesh.is_multi_process:
             raise checks.InputError(
                 "lora.merge: True, but no process has all weights; expected mesh.fsdp to divide "
@@ -140,14 +140,10 @@ class LoraTuner:
     kind = "adapter"
     files: tuple[str, ...] = (
         METRICS,
-        *(f"{ADAPTER}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)),
+        f"{ADAPTER}/{ADAPTER_WEIGHTS}",
+        f"{ADAPTER}/{ADAPTER_CONFIG}",
     )
     remedy = "try a smaller lora.learning_rate, such as a tenth of it"
-
-    @property
-    def mesh(self) -> Mesh | None:
-        """Devices that the model was loaded on; None: the default one."""
-        return mesh_of(self._model.params)
 
     @property
     def notes(self) -> list[str]:
@@ -179,28 +175,19 @@ class LoraTuner:
         """Writes adapter and metrics of a finished run; returns a summary of its result."""
         write_adapter(result.model, folder / ADAPTER)
         write_metrics(folder, result.history)
-        return {
-            "num_kept": result.num_kept,
-            "test_loss": result.test_loss,
-            "seconds": result.seconds,
-        }
+        return {name: getattr(result, name) for name in ("num_kept", "test_loss", "seconds")}
 
     def read(self, folder: Path) -> LoraResult:
         """Returns the result of a finished run."""
         record = records.read(folder, records.RUN)
         assert record is not None  # it is finished
-        summary = record.facts[records.RESULT]
-        return LoraResult(
-            model=load_adapter(self._model, folder / ADAPTER),
-            num_kept=summary["num_kept"],
-            test_loss=summary.get("test_loss"),
-            history=read_metrics(folder),
-            seconds=summary["seconds"],
-        )
+        model = load_adapter(self._model, folder / ADAPTER)
+        return LoraResult(model, history=read_metrics(folder), **record.facts[records.RESULT])
 
     def start(self, positions: Int64[np.ndarray, " k"], seed: int) -> LoraState:
         """Returns the state before the first step, of an adapter that changes nothing yet."""
-        return LoraState.start(initial_adapter(self._architecture, seed), self._optimiser)
+        adapter = jax.tree.map(jnp.asarray, initial_adapter(self._architecture, seed))
+        return LoraState(adapter, self._optimiser.at(0.0).init(adapter))
 
     def rates(self, steps_per_epoch: int) -> list[float]:
         """Returns the learning rate of every step."""
@@ -219,26 +206,19 @@ class LoraTuner:
         self, state: LoraState, batch: Int64[np.ndarray, " b"], rate: float
     ) -> tuple[LoraState, Callable[[], EpochSums]]:
         """Adds up the gradients of some rows after others, and takes a step of the optimiser."""
-        params, settings = self._model.params, self._settings
+        params, data, settings = self._model.params, self._data, self._settings
         sums = on_every_device(params, Sums.zero(state.adapter))
-        rows_at_once = whole_rows(params, settings.rows_at_once)
-        batches = rows_of_step(
-            self._data, batch, rows_at_once, self._max_length, packing=settings.packing
-        )
-        num_tokens = 0
-        for rows in batches:
+        num_tokens, num_rows = 0, whole_rows(params, settings.rows_at_once)
+        for rows in rows_of_step(data, batch, num_rows, self._max_length, packing=settings.packing):
             num_tokens += int(rows.counts.sum())
-            rows = over_devices(params, rows)
-            sums = add_rows(self._architecture, params, state.adapter, rows, sums)
+            placed = over_devices(params, rows)
+            sums = add_rows(self._architecture, params, state.adapter, placed, sums)
         state = take_step(
             self._optimiser, state, sums.gradients, jnp.float32(num_tokens), jnp.float32(rate)
         )
-        loss, num_read = sums.loss, sum(len(self._data.tokens[i]) for i in batch)
-        return state, lambda: {
-            "loss": float(fetch(loss)),
-            "num_tokens": num_tokens,
-            "num_read": num_read,
-        }
+        loss, num_read = sums.loss, sum(len(data.tokens[i]) for i in batch)
+        known = {"num_tokens": num_tokens, "num_read": num_read}
+        return state, lambda: {"loss": float(fetch(loss)), **known}
 
     def line(self, progress: Progress, rate: float) -> dict[str, Any]:
         """Returns the metrics of an epoch."""
@@ -255,13 +235,16 @@ class LoraTuner:
     def result(self, progress: Progress, positions: Int64[np.ndarray, " k"]) -> LoraResult:
         """Returns model and history, and tests; ValueError if the adapter is not finite."""
         model = self._model.with_adapter(self._settings.adapter, progress.state.adapter)
-        _check_finite(progress)
-        test_loss = None
-        if self._test is not None:
-            losses = response_losses(
-                model, self._test, tokens_per_batch=self._tokens_per_batch
-            ).astype(np.float64)
-            test_loss = float(np.average(losses, weights=self._test.num_response))
+        for path, leaf in by_path(progress.state.adapter).items():  # no later loss would show it
+            if not np.isfinite(fetch(leaf)).all():
+                raise checks.SharedError(
+                    f"fine-tuning gave an adapter with NaN or infinite values ({path}) at its last "
+                    f"step; {self.remedy}."
+                )
+        test_loss, test = None, self._test
+        if test is not None:
+            losses = response_losses(model, test, tokens_per_batch=self._tokens_per_batch)
+            test_loss = float(np.average(losses.astype(np.float64), weights=test.num_response))
         return LoraResult(model, len(positions), test_loss, progress.history, progress.elapsed_s)
 
 
@@ -275,6 +258,7 @@ class MergedStep:
     name = "adapter/merged"
     kind = "adapter"
     stage = "finetune"
+    settings: ClassVar[Mapping[str, Any]] = {}
     obsolete = ()
     files = (f"{MERGED}/config.json",)
 
@@ -285,26 +269,12 @@ class MergedStep:
         adapter = {name: sha for name, sha in run.outputs.items() if name.startswith(ADAPTER)}
         return {"model": self.model.fingerprint, "adapter": adapter}
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {}
-
     def compute(self, scratch: Path) -> LanguageModel:
         return load_adapter(self.model, self.root / ADAPTER)
 
     def write(self, root: Path, model: LanguageModel) -> Written:
         write_merged(model, root / MERGED)
         return Written(f"{MERGED}/{name}" for name in artefacts.names_below(root / MERGED))
-
-
-def _check_finite(progress: Progress) -> None:
-    """Raises ValueError if the last step left NaN or infinity, which no later loss would show."""
-    for path, leaf in by_path(progress.state.adapter).items():
-        if not np.isfinite(fetch(leaf)).all():
-            raise checks.SharedError(
-                f"fine-tuning gave an adapter with NaN or infinite values ({path}) at its last "
-                "step; try a smaller lora.learning_rate, such as a tenth of it."
-            )
 
 
 def _check_lengths(name: str, data: Tokenised, max_length: int) -> None:

@@ -112,12 +112,17 @@ def train_torch(model, encoder, data) -> list[float]:
     return losses
 
 
+def rates_of(epochs, rate, milestones=MILESTONES, floors=True) -> list[float]:
+    settings = dlc.FinetuneConfig(epochs=epochs, learning_rate=rate, milestones=milestones)
+    return learning_rates(settings, Conventions.of("default" if floors else "official"))
+
+
 def train_ours(encoder, head, data, epochs=EPOCHS, **changes) -> tuple[TrainState, list[float]]:
     sgd = Sgd(**{**SGD, **changes})
     state = TrainState.start(encoder.params, encoder.statistics, head, sgd)
     network = Network.of(encoder, "float32")
     losses = []
-    for rate in learning_rates(epochs, RATE, MILESTONES, floors_milestones=True):
+    for rate in rates_of(epochs, RATE):
         for images, labels in data:
             batch = Batch.padded(images, labels, SIZE)
             state, metrics = train_step(network, sgd, state, *batch, jnp.float32(rate))
@@ -225,14 +230,13 @@ def test_learning_rates_are_multisteplrs(epochs, mode):
         expected.append(optimiser.param_groups[0]["lr"])
         optimiser.step()
         scheduler.step()
-    floors = Conventions.of(mode).floors_milestones
-    found = learning_rates(epochs, 1e-3, MILESTONES, floors_milestones=floors)
+    found = rates_of(epochs, 1e-3, floors=Conventions.of(mode).floors_milestones)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_papers_decays():
-    rates = learning_rates(50, 1e-3, MILESTONES, floors_milestones=True)
+    rates = rates_of(50, 1e-3)
     assert [rates.index(rate) for rate in sorted(set(rates), reverse=True)] == [0, 25, 37]
-    official = learning_rates(50, 1e-3, MILESTONES, floors_milestones=False)
+    official = rates_of(50, 1e-3, floors=False)
     assert [official.index(rate) for rate in sorted(set(official), reverse=True)] == [0, 25]
-    assert learning_rates(100, 1e-3, (0.29,), floors_milestones=True).index(1e-4) == 29
+    assert rates_of(100, 1e-3, (0.29,)).index(1e-4) == 29

@@ -316,7 +316,7 @@ class _Work(NamedTuple):
             losses[:, self._positions([number])] = found["losses"]
         return losses
 
-    def _positions(self, numbers: Sequence[int]) -> list[int]:
+    def _positions(self, numbers: Sequence[int]) -> list[np.int64]:
         """Returns the positions of the samples of some shards."""
         return [i for number in numbers for plan in self.shards[number] for i in plan.positions]
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 from absl import app, flags
 
-from dlc_jax.probes.certificate import Interval, certify_losses, compare
-from dlc_jax.types import KEEP_FRACTIONS
+from dlc_jax.probes.certificate import Interval, certify, compare
+from dlc_jax.types import KEEP_FRACTIONS, ProbeLosses
 
 _SHARE = flags.DEFINE_float("share", 0.5, "Of the samples, in a part.")
 _NUM = flags.DEFINE_integer("num", 20, "Parts.")
@@ -38,7 +38,17 @@ def _row(losses: np.ndarray, labels: np.ndarray, num_probes: int) -> str:
     for seed in range(_NUM.value):
         chosen = np.random.default_rng(seed).choice(num, round(num * _SHARE.value), replace=False)
         part, of = losses[:, np.sort(chosen)], labels[np.sort(chosen)]
-        found = certify_losses(part[steps], of, steps, num_steps, seed=seed)
+        probes = ProbeLosses(
+            losses=part[steps],
+            sparsity=np.zeros(num_probes, np.float32),
+            labels=of,
+            ids=np.arange(len(of)).astype(np.str_),
+            prototypes=np.zeros((1, 0), np.float32),
+            class_names=(),
+            steps=steps,
+            num_steps=num_steps,
+        )
+        found = certify(probes, seed=seed)
         truth = compare(part[steps].mean(axis=0), part.mean(axis=0), of, KEEP_FRACTIONS)
         said.append(found.spearman.estimate)
         true.append(truth.spearman)

@@ -25,7 +25,7 @@ from absl import app, flags
 import dlc_jax as dlc
 from benchmarks import peers
 from benchmarks.measuring import enlarged_sample, linked, measured, save
-from dlc_jax.preprocess import evaluation_crops, in_batches
+from dlc_jax.preprocess import in_batches
 
 _FOLDER = flags.DEFINE_string("folder", None, "Images, one sub-folder per class.")
 _REPEAT = flags.DEFINE_integer("repeat", 1, "Links per image.")
@@ -41,7 +41,7 @@ def ours(folder: Path, cache: dlc.ImageCache | None) -> Callable[[], int]:
     dataset = dlc.load_dataset(f"folder:{folder}")
 
     def run() -> int:
-        reader = evaluation_crops(dataset, _SIZE.value, cache=cache)
+        reader = dlc.Images(dataset, _SIZE.value, cache=cache).evaluation_crops()
         items = reader.readable(np.arange(len(dataset)), None)
         return sum(len(np.stack(pixels)) for _, pixels in in_batches(items, _BATCH))
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dlc_jax import checks
-from dlc_jax.preprocess import opened
+from dlc_jax.files.image_files import opened
 from dlc_jax.types import Dataset, Sample
 
 # What torchvision.datasets.ImageFolder takes for images; it looks at nothing else of a name.

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -41,10 +41,10 @@ _INDEX = {
     "checksums": [int],
     "sha256": SHA256,
 }
+Decode = Callable[[], Iterable[np.ndarray | str]]  # every crop, or why it cannot be had
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class CachedCrops:
+class CachedCrops(NamedTuple):
     """One entry, opened.
 
     Attributes:
@@ -84,21 +84,16 @@ class ImageCache:
     @property
     def path(self) -> Path:
         """Where the entries are."""
-        if self.folder is not None:
-            return Path(self.folder).expanduser()
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(base).expanduser() / "dlc_jax"
+        folder = f"{base}/dlc_jax" if self.folder is None else self.folder
+        return Path(folder).expanduser()
 
     def takes(self, num_images: int, image_size: int) -> bool:
         """Whether that many images of that size may be kept at all."""
         return 0 < num_images * image_size**2 * 3 <= self.max_gib * _GIB
 
     def crops(
-        self,
-        dataset: Dataset,
-        part: range,
-        image_size: int,
-        decode_all: Callable[[], Iterable[np.ndarray | str]],
+        self, dataset: Dataset, part: range, image_size: int, decode_all: Decode
     ) -> CachedCrops | None:
         """Returns a data set's crops, decoded now unless they are there already.
 
@@ -122,23 +117,16 @@ class ImageCache:
                 found = _opened(entry, len(part), image_size)
                 if found is None:
                     artefacts.remove(entry)  # damaged
-                    if not self._write(entry, len(part), image_size, decode_all):
-                        return None
-                    found = _opened(entry, len(part), image_size)
+                    if self._write(entry, len(part), image_size, decode_all):
+                        found = _opened(entry, len(part), image_size)
+                return found
         except OSError as error:
             raise checks.InputError(
                 f"cache.folder: {self.path} cannot be used: {error.strerror or error}; expected a "
                 "folder to write to with room for the decoded images. cache.max_gib=0 does without."
             ) from error
-        return found
 
-    def _write(
-        self,
-        entry: Path,
-        num_images: int,
-        image_size: int,
-        decode_all: Callable[[], Iterable[np.ndarray | str]],
-    ) -> bool:
+    def _write(self, entry: Path, num_images: int, image_size: int, decode_all: Decode) -> bool:
         """Decodes everything into a new entry; False if there is no room for it."""
         num_bytes = num_images * image_size**2 * 3
         with contextlib.ExitStack() as stack:
@@ -148,11 +136,11 @@ class ImageCache:
                 folder = stack.enter_context(artefacts.atomic_folder(entry))
                 file = stack.enter_context(open(folder / "pixels.raw", "wb"))
                 file.truncate(num_bytes)  # counts from now on for others that make room
-            problems: dict[int, str] = {}
+            problems: dict[str, str] = {}
             checksums: list[int] = []
             for position, crop in enumerate(decode_all()):
                 if isinstance(crop, str):
-                    problems[position] = crop
+                    problems[str(position)] = crop
                     crop = np.zeros((image_size, image_size, 3), np.uint8)
                 if position % _BLOCK == 0:
                     checksums.append(0)
@@ -162,13 +150,10 @@ class ImageCache:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            index = {
-                "shape": [num_images, image_size],
-                "problems": {str(position): why for position, why in problems.items()},
-                "checksums": checksums,
-            }
-            index["sha256"] = _index_hash(entry, index)
-            artefacts.write_json(folder / "entry.json", index)
+            shape = [num_images, image_size]
+            index = {"shape": shape, "problems": problems, "checksums": checksums}
+            sha256 = json_hash([entry.name, index])
+            artefacts.write_json(folder / "entry.json", {**index, "sha256": sha256})
         return True
 
     def _make_room(self, num_bytes: int) -> bool:
@@ -213,13 +198,12 @@ def _opened(entry: Path, num_images: int, image_size: int) -> CachedCrops | None
     try:
         facts = parse_json(held.read(), _INDEX, entry / "entry.json")
         problems = {int(position): why for position, why in facts["problems"].items()}
-        if facts["shape"] != [num_images, image_size]:
-            return None
-        if not all(position < num_images for position in problems):
-            return None
-        if facts.pop("sha256") != _index_hash(entry, facts):
-            return None
-        if (entry / "pixels.raw").stat().st_size != np.prod(shape):
+        if (
+            facts.pop("sha256") != json_hash([entry.name, facts])
+            or facts["shape"] != [num_images, image_size]
+            or not all(position < num_images for position in problems)
+            or (entry / "pixels.raw").stat().st_size != math.prod(shape)
+        ):
             return None
         pixels = np.memmap(entry / "pixels.raw", np.uint8, "r", shape=shape)
         if list(_checksums(pixels)) != facts["checksums"]:
@@ -230,19 +214,14 @@ def _opened(entry: Path, num_images: int, image_size: int) -> CachedCrops | None
     return CachedCrops(pixels, problems, held)
 
 
-def _index_hash(entry: Path, index: dict[str, Any]) -> str:
-    """Returns the SHA-256 of an index and of the key of its entry."""
-    return json_hash([entry.name, index])
-
-
 def _checksums(pixels: UInt8[np.ndarray, "n s s 3"]) -> Iterator[int]:
+    def checksum(start: int) -> int:
+        return zlib.crc32(pixels[start : start + _BLOCK].data)
+
     starts = range(0, len(pixels), _BLOCK)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for some in range(0, len(starts), 1024):  # never more results waiting than that
-            yield from pool.map(
-                lambda start: zlib.crc32(pixels[start : start + _BLOCK].data),
-                starts[some : some + 1024],
-            )
+            yield from pool.map(checksum, starts[some : some + 1024])
 
 
 @contextlib.contextmanager

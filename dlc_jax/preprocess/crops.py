@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,9 +13,7 @@ from PIL import Image
 
 from dlc_jax.types import Dataset
 
-_SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
-_TRIES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +44,7 @@ class RandomCrops:
     ) -> UInt8[np.ndarray, "b s s 3"]:
         """Returns draw number `draw` (>= 0) of every image, on all cores."""
         with ThreadPoolExecutor() as pool:
-            crops = pool.map(
-                lambda image, position: self.crop(image, position, draw),
-                originals,
-                positions.tolist(),
-            )
+            crops = pool.map(self.crop, originals, positions.tolist(), itertools.repeat(draw))
             return np.stack(list(crops))
 
 
@@ -73,18 +68,14 @@ def random_box(
     After ten boxes that do not fit, the centre with the nearest allowed ratio.
     Source: Szegedy et al. 2015, arXiv 1409.4842; torchvision's RandomResizedCrop.
     """
-    for _ in range(_TRIES):
-        area = height * width * generator.uniform(*_SCALE)
+    for _ in range(10):
+        area = height * width * generator.uniform(0.08, 1.0)
         ratio = math.exp(generator.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left = int(generator.integers(0, width - w + 1))
             top = int(generator.integers(0, height - h + 1))
             return left, top, left + w, top + h
-    w, h = width, height
-    if width / height < _RATIO[0]:
-        h = round(width / _RATIO[0])
-    elif width / height > _RATIO[1]:
-        w = round(height * _RATIO[1])
+    w, h = min(width, round(height * _RATIO[1])), min(height, round(width / _RATIO[0]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dlc_jax import checks
 from dlc_jax.files.image_files import bits_per_channel, opened
-from dlc_jax.preprocess.deep import CHOICES, in_8_bits, largest_of, scaled
+from dlc_jax.preprocess.deep import CHOICES, in_8_bits, scaled
 from dlc_jax.types import Dataset
 
 
@@ -69,8 +69,9 @@ def _from_array(image: np.ndarray, deep_images: str) -> Image.Image:
         if deep_images == "clip":
             image = np.clip(np.nan_to_num(image), 0, 255).astype(np.uint8)
         else:
+            largest = 1.0 if image.dtype.kind == "f" else float(np.iinfo(image.dtype).max)
             colours = image[..., :3] if image.ndim == 3 else image  # without alpha
-            image = scaled(colours, largest_of(image.dtype), deep_images)
+            image = scaled(colours, largest, deep_images)
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     return Image.fromarray(image).convert("RGB")
@@ -88,18 +89,14 @@ def resize_and_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "s
       ValueError: an image so long and thin that, scaled, it has more than PIL's MAX_IMAGE_PIXELS.
     """
     side = round(image_size * 256 / 224)
-    width, height = image.size
-    if width <= height:
-        size = (side, int(side * height / width))
-    else:
-        size = (int(side * width / height), side)
+    width, height = (int(side * length / min(image.size)) for length in image.size)
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and size[0] * size[1] > limit:
+    if limit is not None and width * height > limit:
         raise checks.InputError(
-            f"{width} x {height} pixels would be scaled to {size[0]} x {size[1]}; expected at most "
-            f"{limit} pixels, an image that is not as long and thin."
+            f"{image.width} x {image.height} pixels would be scaled to {width} x {height}; "
+            f"expected at most {limit} pixels, an image that is not as long and thin."
         )
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (round((length - image_size) / 2) for length in size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (round((length - image_size) / 2) for length in image.size)
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))

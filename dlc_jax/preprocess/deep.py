@@ -32,28 +32,21 @@ def scaled(
     """
     if not np.all(np.isfinite(values)):
         raise checks.InputError("has pixels that are not finite")
-    low, high = values.min(), values.max()
+    low, high = float(values.min()), float(values.max())
+    found = f"has values from {low:g} to {high:g}"
     if deep_images == "min_max":
-        low, high = float(low), float(high)
         if low == high:
             return np.full(values.shape, MID_GREY, np.uint8)
         factor = 255 / (high - low)
         if not 0 < factor < np.inf:
-            raise checks.InputError(
-                f"has values from {low:g} to {high:g}, expected a range that float64 can hold"
-            )
+            raise checks.InputError(f"{found}, expected a range that float64 can hold")
         return np.rint((values.astype(np.float64) - low) * factor).astype(np.uint8)
     if low < 0 or high > largest:
         raise checks.NeedsSetting(
-            f"has values from {low:g} to {high:g}, and dataset.deep_images=full_range expects "
-            f"0..{largest:g}; choose min_max or clip"
+            f"{found}, and dataset.deep_images=full_range expects 0..{largest:g}; choose min_max "
+            "or clip"
         )
     return np.rint(values.astype(np.float64) * (255 / largest)).astype(np.uint8)
-
-
-def largest_of(kind: np.dtype) -> float:
-    """Returns what `full_range` divides an array by: 65535 for uint16, 1 for floats."""
-    return 1.0 if kind.kind == "f" else float(np.iinfo(kind).max)
 
 
 def in_8_bits(image: Image.Image, content: bytes, bits: int, deep_images: str) -> Image.Image:
@@ -93,12 +86,18 @@ def _values(
         return np.asarray(image), 1.0
     if image.mode.startswith("I"):
         return _integers(image, bits)
-    planes = _rawmodes(image)
-    if planes is None:
+    tile = image.tile[0] if image.tile else None  # type: ignore[attr-defined]
+    if image.format not in ("PNG", "TIFF") or tile is None:
         return None
-    high, low = (_decoded_as(content, rawmode) for rawmode in planes)
-    if planes[0] == planes[1]:  # of grey and alpha, the two bytes of both
-        return high[:, :, 0].astype(np.uint16) * 256 + high[:, :, 1], 65535.0
+    rawmode = tile.args if isinstance(tile.args, str) else tile.args[0]
+    if rawmode == "LA;16B":  # Pillow's name; the two bytes of grey and of alpha
+        both = _decoded_as(content, "RGBA")
+        return both[:, :, 0].astype(np.uint16) * 256 + both[:, :, 1], 65535.0
+    kind, order = rawmode[:-1], rawmode[-1:]
+    others = {"B": "L", "L": "B", "N": "B"}
+    if kind not in ("RGB;16", "RGBA;16", "RGBX;16") or order not in others:
+        return None
+    high, low = (_decoded_as(content, name) for name in (rawmode, kind + others[order]))
     return high[:, :, :3].astype(np.uint16) * 256 + low[:, :, :3], 65535.0
 
 
@@ -112,21 +111,6 @@ def _integers(image: Image.Image, bits: int) -> tuple[Shaped[np.ndarray, "h w"],
     if image.format == "JPEG2000":  # which Pillow shifts up to 16 bits
         return values, float((2**bits - 1) << (16 - bits))
     return values, 65535.0  # PNG; PGM, which Pillow scales to that
-
-
-def _rawmodes(image: Image.Image) -> tuple[str, str] | None:
-    """Returns Pillow's names for the pixels' high and low bytes; None if it has none."""
-    tile = image.tile[0] if image.tile else None  # type: ignore[attr-defined]
-    if image.format not in ("PNG", "TIFF") or tile is None:
-        return None
-    rawmode = tile.args if isinstance(tile.args, str) else tile.args[0]
-    if rawmode == "LA;16B":
-        return "RGBA", "RGBA"
-    for ours in ("RGB;16", "RGBA;16", "RGBX;16"):
-        if rawmode in (f"{ours}B", f"{ours}L", f"{ours}N"):
-            other = "L" if rawmode.endswith("B") else "B"
-            return rawmode, ours + other
-    return None
 
 
 def _decoded_as(content: bytes, rawmode: str) -> UInt8[np.ndarray, "h w c"]:

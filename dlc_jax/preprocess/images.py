@@ -1,16 +1,21 @@
-"""A data set of images with how it is read."""
+"""A data set of images with how it is read: crops in a stream, or all in one array."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int64, UInt8
 
 from dlc_jax import checks
 from dlc_jax.preprocess.cache import ImageCache
-from dlc_jax.preprocess.load import ON_CORRUPT, Reader, evaluation_crops
+from dlc_jax.preprocess.decode import resize_and_crop
+from dlc_jax.preprocess.load import CachedReader, Reader, shown, unreadable
 from dlc_jax.types import Dataset, overridden
+
+ON_CORRUPT = ("error", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +77,30 @@ class Images:
     def evaluation_crops(
         self, part: range | None = None, progress: bool = False
     ) -> Reader[np.ndarray]:
-        """Returns a reader of the evaluation transform of every image; see `evaluation_crops`."""
-        return evaluation_crops(
-            self.dataset,
-            self.size,
-            on_corrupt=self.on_corrupt,
-            cache=self.cache,
-            part=part,
-            progress=progress,
-        )
+        """Returns a reader of uint8 [s, s, 3]: the evaluation transform of every image.
+
+        Without a cache, or if they do not fit, images are decoded whenever they are read.
+
+        Args:
+          part: Positions that will be asked for; None: all.
+          progress: Whether to show a bar while the cache is filled.
+        Raises:
+          ValueError: naming the sample, if one cannot be read while the cache is filled.
+        """
+        reader = Reader(self.dataset, lambda image, _: resize_and_crop(image, self.size))
+        part = range(len(self.dataset)) if part is None else part
+        if self.cache is None or not part:
+            return reader
+
+        def everything() -> Iterator[np.ndarray | str]:
+            crops = reader.read(np.asarray(part))
+            for crop in shown(crops, "decode", len(part), progress):
+                if isinstance(crop, str) and self.on_corrupt == "error":  # not after all the others
+                    raise unreadable(self.dataset, crop)
+                yield crop
+
+        cached = self.cache.crops(self.dataset, part, self.size, everything)
+        return reader if cached is None else CachedReader(self.dataset, cached, part.start)
 
 
 def check_dataset(name: str, value: object) -> None:
@@ -90,3 +110,54 @@ def check_dataset(name: str, value: object) -> None:
             f"{name}: expected a Dataset, as from dlc.load_dataset(...), got "
             f"{checks.shortened(repr(value))}."
         )
+
+
+class LoadedImages(NamedTuple):
+    """Pixels of the readable samples.
+
+    Attributes:
+      pixels: Evaluation crops.
+      positions: Where in the data set each of them stands, ascending.
+      skipped: Unreadable samples, id: why.
+    """
+
+    pixels: UInt8[np.ndarray, "n s s 3"]
+    positions: Int64[np.ndarray, " n"]
+    skipped: dict[str, str]
+
+
+def load_images(
+    dataset: Dataset,
+    image_size: int,
+    *,
+    on_corrupt: str = "error",
+    progress: bool = False,
+    cache: ImageCache | None = None,
+) -> LoadedImages:
+    """Decodes, resizes and crops every image, into memory or, with a cache, into a mapped file.
+
+    Args:
+      dataset: What to read.
+      image_size: Side of the crop in pixels.
+      on_corrupt: `error`, or `skip` to leave unreadable images out and list them.
+      progress: Whether to show a bar on the terminal.
+      cache: Where decoded crops are kept.
+    Raises:
+      ValueError: naming the sample, if it cannot be read and `on_corrupt` is `error`; or if no
+        sample can be read.
+    """
+    images = Images(dataset, image_size, on_corrupt, cache)
+    reader = images.evaluation_crops(progress=progress)
+    everything = np.arange(len(dataset))
+    if isinstance(reader, CachedReader) and not reader.cached.problems:
+        return LoadedImages(reader.cached.pixels, everything, {})
+    pixels = np.empty((len(dataset), image_size, image_size, 3), np.uint8)
+    positions: list[int] = []
+    skipped: dict[int, str] = {}
+    crops = reader.readable(everything, skipped if on_corrupt == "skip" else None)
+    for position, crop in shown(crops, "decode", len(dataset), progress):
+        pixels[len(positions)] = crop
+        positions.append(position)
+    checks.some_readable(dataset.name, len(positions), len(dataset))
+    ids = {str(dataset.ids[position]): why for position, why in skipped.items()}
+    return LoadedImages(pixels[: len(positions)], np.asarray(positions, np.int64), ids)

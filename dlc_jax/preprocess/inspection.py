@@ -13,7 +13,8 @@ import numpy as np
 from dlc_jax import checks
 from dlc_jax.datasets.files import left_out_text
 from dlc_jax.files.image_files import depth
-from dlc_jax.preprocess import decode, in_order, is_mid_grey, shown
+from dlc_jax.preprocess import decode, in_order
+from dlc_jax.preprocess.load import is_mid_grey, shown
 from dlc_jax.types import Dataset
 
 # Smallest over largest class, and sides in pixels, beyond which a person should look.
@@ -64,8 +65,7 @@ class Findings:
     @property
     def is_clean(self) -> bool:
         """Whether there is nothing to look at."""
-        counts = ("samples", "samples of the test set")
-        return all(number == 0 for name, number, _ in self.rows() if name not in counts)
+        return all(num == 0 for name, num, _ in self.rows() if not name.startswith("samples"))
 
     def rows(self) -> list[tuple[str, int, str]]:
         """Returns what was looked for, how often it was found, and the first case.
@@ -127,9 +127,9 @@ class _Read(NamedTuple):
     is_test: bool
     label: str
     digest: str
-    size: tuple[int, int] | None
     problem: str | None
     deep: str | None = None
+    odd: str | None = None
     is_mid_grey: bool = False
 
 
@@ -153,17 +153,14 @@ def inspect(
     for row in both:
         by_content[row.digest].append(row)
     groups = [group for group in by_content.values() if len(group) > 1]
-    within: tuple[list, list] = ([], [])  # of training, of test
-    across = []
-    for group in groups:
-        sides = [[r for r in group if r.is_test == is_test] for is_test in (False, True)]
-        for groups_of_side, side in zip(within, sides, strict=True):
-            groups_of_side += [[row.id for row in side]] if len(side) > 1 else []
-        if all(sides):
-            across.append([row.id for side in sides for row in side])
+
+    def repeated(is_test: bool) -> list[list[str]]:
+        """Returns the ids of each group within the data set, or within the test set."""
+        sides = ([row.id for row in group if row.is_test == is_test] for group in groups)
+        return [side for side in sides if len(side) > 1]
+
     readable = Counter(row.label for row in train if row.problem is None)
     sizes = {name: readable[name] for name in dataset.class_names}
-    odd = {row: said for row in both if row.size and (said := _odd(*row.size))}
     no_class = [] if test is None else list(test.empty_classes)
     return Findings(
         num_samples=len(train),
@@ -171,12 +168,12 @@ def inspect(
         unreadable={row.id: row.problem for row in both if row.problem is not None},
         deep={row.id: row.deep for row in both if row.deep is not None},
         mid_grey=[row.id for row in both if row.is_mid_grey],
-        duplicates=[*within[0], *within[1]],
-        across=across,
+        duplicates=[*repeated(False), *repeated(True)],
+        across=[[r.id for r in g] for g in groups if len({row.is_test for row in g}) > 1],
         conflicting=[[r.id for r in g] for g in groups if len({row.label for row in g}) > 1],
         small_classes={name: size for name, size in sizes.items() if size < minimum},
         imbalance=min(sizes.values()) / max(max(sizes.values()), 1),
-        odd_sizes={row.id: said for row, said in odd.items()},
+        odd_sizes={row.id: row.odd for row in both if row.odd is not None},
         left_out=dict(dataset.left_out),
         test_left_out={} if test is None else dict(test.left_out),
         empty_classes=list(dataset.empty_classes),
@@ -185,9 +182,9 @@ def inspect(
             "unreadable": sum(row.is_test and row.problem is not None for row in both),
             "more than 8 bits a channel": sum(row.is_test and row.deep is not None for row in both),
             "constant, made mid-grey": sum(row.is_test and row.is_mid_grey for row in both),
-            "repeated content (groups)": len(within[1]),
+            "repeated content (groups)": len(repeated(True)),
             "classes without samples": len(no_class),
-            "odd sizes": sum(row.is_test for row in odd),
+            "odd sizes": sum(row.is_test and row.odd is not None for row in both),
         },
     )
 
@@ -200,24 +197,19 @@ def _read(dataset: Dataset, is_test: bool, progress: bool) -> Iterator[_Read]:
         try:
             image = dataset[position].image
         except OSError as error:
-            return _Read(name, is_test, label, name, None, f"cannot be read: {error}")
-        content = (
-            image if isinstance(image, bytes) else repr(image.shape).encode() + image.tobytes()
-        )
-        digest = hashlib.sha256(content).hexdigest()
+            return _Read(name, is_test, label, name, f"cannot be read: {error}")
+        data = image if isinstance(image, bytes) else repr(image.shape).encode() + image.tobytes()
+        digest = hashlib.sha256(data).hexdigest()
         how = dataset.deep_images
         deep = depth(image) if how == "error" else None
         try:
             decoded = decode(image, name, "clip" if how == "error" else how)
         except checks.InputError as error:
-            return _Read(name, is_test, label, digest, None, str(error), deep)
+            return _Read(name, is_test, label, digest, str(error), deep)
+        small, large = sorted(decoded.size)
+        is_odd = small < _SMALL_SIDE or large > _LARGE_SIDE or large > _LONG_RATIO * small
+        odd = f"{decoded.width} x {decoded.height}" if is_odd else None
         grey = is_mid_grey(dataset, np.asarray(decoded))
-        return _Read(name, is_test, label, digest, decoded.size, None, deep, grey)
+        return _Read(name, is_test, label, digest, None, deep, odd, grey)
 
     yield from shown(in_order(read, len(dataset)), "read", len(dataset), progress)
-
-
-def _odd(width: int, height: int) -> str | None:
-    small, large = sorted((width, height))
-    odd = small < _SMALL_SIDE or large > _LARGE_SIDE or large > _LONG_RATIO * small
-    return f"{width} x {height}" if odd else None

@@ -99,13 +99,11 @@ def tokenise(
     rows, num_prompt, truncated, kept = [], [], [], []
     skipped: dict[str, str] = {}
     for position, (prompt, response) in enumerate(zip(data.prompts, data.responses, strict=True)):
-        where = f"{data.name}: sample {data.ids[position]!s}"
-        with tokenising(f"{where}: the tokenizer cannot read it"):
+        name = str(data.ids[position])
+        with tokenising(f"{data.name}: sample {name}: the tokenizer cannot read it"):
             ids, num_before = _joint(prompt, response, tokenizer, data.has_special_tokens)
         if num_before >= max_length:
-            skipped[str(data.ids[position])] = (
-                f"its prompt alone has {num_before} tokens, of at most {max_length}"
-            )
+            skipped[name] = f"its prompt alone has {num_before} tokens, of at most {max_length}"
             continue
         rows.append(np.array(ids[:max_length], np.int32))
         num_prompt.append(num_before)
@@ -172,28 +170,21 @@ def _joint(
     read = functools.partial(tokenizer, add_special_tokens=not has_special_tokens, verbose=False)
     if tokenizer.is_fast:
         found = read(prompt + response, return_offsets_mapping=True)
-        ids = list(found["input_ids"])
-        twice = _begins_twice(ids, tokenizer) and not has_special_tokens
-        ids, ends = ids[twice:], [end for _, end in found["offset_mapping"]][twice:]
+        ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
         # an end of sequence that the tokenizer put there covers no characters
         num_before = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
     else:
-        ids = list(read(prompt + response)["input_ids"])
-        alone = read(prompt)["input_ids"]
-        twice = _begins_twice(ids, tokenizer) and not has_special_tokens
-        ids, alone = ids[twice:], alone[twice:]
+        ids, alone = list(read(prompt + response)["input_ids"]), read(prompt)["input_ids"]
         pairs = zip(alone, ids, strict=False)
         num_before = next((i for i, (a, b) in enumerate(pairs) if a != b), len(alone))
-    end = tokenizer.eos_token_id
-    if not has_special_tokens and end is not None and (not ids or ids[-1] != end):
+    begin, end = getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id
+    if has_special_tokens:
+        return ids, num_before
+    if begin is not None and ids[:2] == [begin, begin]:  # put before one that the text has
+        ids, num_before = ids[1:], max(num_before - 1, 0)
+    if end is not None and (not ids or ids[-1] != end):
         ids.append(end)
     return ids, num_before
-
-
-def _begins_twice(ids: list[int], tokenizer: Any) -> bool:
-    """Whether a begin of sequence was put before one that the text has."""
-    begin = getattr(tokenizer, "bos_token_id", None)
-    return begin is not None and ids[:2] == [begin, begin]
 
 
 class TokenBatch(NamedTuple):

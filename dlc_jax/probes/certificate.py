@@ -20,11 +20,12 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from dlc_jax import checks
 from dlc_jax.types import KEEP_FRACTIONS, ProbeLosses
 
-_EXPONENTS = np.linspace(0.5, 0.95, 10)  # 0.5: increments do not depend on each other
+_EXPONENTS = np.linspace(0.5, 0.95, 10).tolist()  # 0.5: increments do not depend on each other
 _EXPONENT = 0.75  # of two probes, which cannot tell; measured: 0.7 to 0.85
 _SMOOTHER = 0.5  # of the logarithm of deviations; measured, see docs/log/speed.md
 _NUM_SAMPLES = 20_000  # of large sets, so many are looked at
 _FINER = 4  # of a whole path, the comparison is with so many times the probes
+Ranks = Int64[np.ndarray, " n"]
 
 
 class Interval(NamedTuple):
@@ -60,8 +61,8 @@ class RankCertificate:
         """Returns what JSON can hold; keep fractions as `0.30`."""
         found = dataclasses.asdict(self) | {"spearman": self.spearman._asdict()}
         for method in ("easiest", "hardest"):
-            of = getattr(self, method)
-            found[method] = {f"{share:.2f}": some._asdict() for share, some in of.items()}
+            of = found[method].items()
+            found[method] = {f"{share:.2f}": some._asdict() for share, some in of}
         return found
 
     def __str__(self) -> str:
@@ -108,43 +109,18 @@ def certify(
     if len(probes.losses) < 2:
         raise checks.InputError("rank certificate: needs two probes or more, got 1.")
     checks.losses_are_finite(probes.losses, probes.ids)
-    for fraction in keep_fractions:
-        checks.at_least("keep_fractions", fraction, 0, exclusive=True)
-        checks.at_most("keep_fractions", fraction, 1, exclusive=True)
-    checks.at_least("level", level, 0, exclusive=True)
-    checks.at_most("level", level, 1, exclusive=True)
+    shares = [("keep_fractions", fraction) for fraction in keep_fractions]
+    for name, value in [*shares, ("level", level)]:
+        checks.at_least(name, value, 0, exclusive=True)
+        checks.at_most(name, value, 1, exclusive=True)
     checks.at_least("num_draws", num_draws, 1)
-    return certify_losses(
-        probes.losses,
-        probes.labels,
-        probes.steps,
-        probes.num_steps,
-        keep_fractions=keep_fractions,
-        level=level,
-        num_draws=num_draws,
-        seed=seed,
-    )
-
-
-def certify_losses(
-    losses: Float[np.ndarray, "m n"],
-    labels: Int[np.ndarray, " n"],
-    steps: Int[np.ndarray, " m"],
-    num_steps: int,
-    *,
-    keep_fractions: Sequence[float] = KEEP_FRACTIONS,
-    level: float = 0.95,
-    num_draws: int = 200,
-    seed: int = 0,
-) -> RankCertificate:
-    """The same for losses of these steps of a path, finite, of two probes or more."""
     generator = np.random.default_rng(seed)
-    chosen = _some_samples(labels, generator)
-    classes = _Classes.of_labels(labels[chosen])
-    curves = classes.centred(losses[:, chosen].astype(np.float64))
-    used = np.asarray(steps, np.float64)
-    finer = _FINER if len(used) == num_steps else 1
-    compared = np.arange((num_steps - 1) * finer + 1) / finer
+    chosen = _some_samples(probes.labels, generator)
+    classes = _Classes.of_labels(probes.labels[chosen])
+    curves = classes.centred(probes.losses[:, chosen].astype(np.float64))
+    used = probes.steps.astype(np.float64)
+    finer = _FINER if len(used) == probes.num_steps else 1
+    compared = np.arange((probes.num_steps - 1) * finer + 1) / finer
     expected, deviation = _mean_over(compared, used, curves)
     scores = curves.mean(axis=0)
     ranking = classes.ranks(scores)
@@ -158,7 +134,7 @@ def certify_losses(
         between = scores + generator.uniform() * (expected - scores)
         noise = generator.normal(size=len(expected))
         drawn = classes.ranks(between + factor * deviation * noise)
-        rows.append(_agreement(classes, ranking, drawn, keep_fractions))
+        rows.append(classes.agreement(ranking, drawn, keep_fractions))
     tail = (1 - level) / 2
 
     def interval(values: Sequence[float]) -> Interval:
@@ -196,22 +172,7 @@ def compare(
 ) -> Agreement:
     """Returns how two scores of the same samples agree, class by class."""
     classes = _Classes.of_labels(labels)
-    return _agreement(classes, classes.ranks(scores), classes.ranks(others), keep_fractions)
-
-
-def _agreement(
-    classes: _Classes,
-    ranks: Int64[np.ndarray, " n"],
-    others: Int64[np.ndarray, " n"],
-    keep_fractions: Sequence[float],
-) -> Agreement:
-    easiest, hardest = {}, {}
-    for share in keep_fractions:
-        num = classes.counts(share)
-        easiest[share] = _shared(ranks < num, others < num)
-        rest = classes.sizes - num
-        hardest[share] = _shared(ranks >= rest, others >= rest)
-    return Agreement(classes.spearman(ranks, others), easiest, hardest)
+    return classes.agreement(classes.ranks(scores), classes.ranks(others), keep_fractions)
 
 
 class _Classes(NamedTuple):
@@ -235,24 +196,26 @@ class _Classes(NamedTuple):
 
     def centred(self, rows: Float64[np.ndarray, "m n"]) -> Float64[np.ndarray, "m n"]:
         """Returns rows without the means of classes, which do not rank within them."""
-        sizes = np.bincount(self.of)
-        return np.stack([row - (np.bincount(self.of, row) / sizes)[self.of] for row in rows])
+        return np.stack([row - np.bincount(self.of, row)[self.of] / self.sizes for row in rows])
 
-    def ranks(self, values: Float[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    def ranks(self, values: Float[np.ndarray, " n"]) -> Ranks:
         """Returns the rank of each sample in its class, from 0; equal values by position."""
         ranks = np.empty(len(values), np.int64)
         ranks[np.lexsort((values, self.of))] = np.arange(len(values))
         return ranks - self.starts
 
-    def counts(self, share: float) -> Int64[np.ndarray, " n"]:
-        """Returns how many of its class are kept, for each sample; half to even."""
-        return np.round(self.sizes * share).astype(np.int64)
-
-    def spearman(self, ranks: Int64[np.ndarray, " n"], others: Int64[np.ndarray, " n"]) -> float:
-        """Returns the correlation of ranks within classes; 1 where no class has two samples."""
+    def agreement(self, ranks: Ranks, others: Ranks, keep_fractions: Sequence[float]) -> Agreement:
+        """Returns how two rankings agree; 1 where no class has two samples, or nothing is kept."""
         middle = (self.sizes - 1) / 2
         squares = ((ranks - middle) ** 2).sum()
-        return float(((ranks - middle) * (others - middle)).sum() / squares) if squares else 1.0
+        products = ((ranks - middle) * (others - middle)).sum()
+        easiest, hardest = {}, {}
+        for share in keep_fractions:
+            num = np.round(self.sizes * share).astype(np.int64)  # of a sample's class, half to even
+            easiest[share] = _shared(ranks < num, others < num)
+            rest = self.sizes - num
+            hardest[share] = _shared(ranks >= rest, others >= rest)
+        return Agreement(float(products / squares) if squares else 1.0, easiest, hardest)
 
 
 def _some_samples(
@@ -292,61 +255,38 @@ def _mean_over(
     if not squares.any():
         return curves.mean(axis=0), 0.0
     squares = np.maximum(squares, 1e-6 * squares.max())  # places of equal losses are no one place
-    exponent = _likeliest_exponent(used, moved, squares)
-    times = _times(compared, used, squares, exponent)
-    known = _times(used, used, squares, exponent)
-    # of what was gained since the first probe, which is known
-    inverse = np.linalg.inv(_covariance(known[1:], known[1:], exponent))
-    of_mean = _covariance(times, known[1:], exponent).mean(axis=0)
-    gain = of_mean @ inverse
-    variance = _covariance(times, times, exponent).mean() - gain @ of_mean
-    return curves[0] + gain @ (curves[1:] - curves[0]), float(np.sqrt(max(variance, 0)))
-
-
-def _likeliest_exponent(
-    used: Float64[np.ndarray, " m"],
-    moved: Float64[np.ndarray, "g n"],
-    squares: Float64[np.ndarray, " g"],
-) -> float:
-    """Returns the Hurst exponent under which these increments are most probable."""
-    if len(squares) < 2:
-        return _EXPONENT
     sample = moved @ moved.T / moved.shape[1]
 
+    def times(places: Float64[np.ndarray, " k"], exponent: float) -> Float64[np.ndarray, " k"]:
+        """Returns the process's time at places: 0 at the first one used, as fast as losses move."""
+        passed = squares ** (1 / (2 * exponent))
+        found = np.interp(places, used, np.concatenate([[0.0], np.cumsum(passed)]))
+        before, after = np.minimum(places - used[0], 0), np.maximum(places - used[-1], 0)
+        found += before * passed[0] / (used[1] - used[0])
+        return found + after * passed[-1] / (used[-1] - used[-2])
+
     def surprise(exponent: float) -> float:
-        times = _times(used, used, squares, exponent)
-        whole = _covariance(times, times, exponent)
-        of_moves = np.diff(np.diff(whole, axis=0), axis=1)
+        """Returns how improbable these increments are under a Hurst exponent."""
+        known = times(used, exponent)
+        of_moves = np.diff(np.diff(_covariance(known, known, exponent), axis=0), axis=1)
         return float(np.linalg.slogdet(of_moves)[1] + np.trace(np.linalg.solve(of_moves, sample)))
 
-    return min(map(float, _EXPONENTS), key=surprise)
-
-
-def _times(
-    places: Float64[np.ndarray, " k"],
-    used: Float64[np.ndarray, " m"],
-    squares: Float64[np.ndarray, " g"],
-    exponent: float,
-) -> Float64[np.ndarray, " k"]:
-    """Returns the process's time at places: 0 at the first one used, as fast as losses move."""
-    passed = squares ** (1 / (2 * exponent))
-    at_used = np.concatenate([[0.0], np.cumsum(passed)])
-    times = np.interp(places, used, at_used)
-    before, after = np.minimum(places - used[0], 0), np.maximum(places - used[-1], 0)
-    times += before * passed[0] / (used[1] - used[0])
-    return times + after * passed[-1] / (used[-1] - used[-2])
+    exponent = min(_EXPONENTS, key=surprise) if len(used) > 2 else _EXPONENT
+    sought, known = times(compared, exponent), times(used, exponent)[1:]
+    # of what was gained since the first probe, which is known
+    of_mean = _covariance(sought, known, exponent).mean(axis=0)
+    gain = of_mean @ np.linalg.inv(_covariance(known, known, exponent))
+    variance = _covariance(sought, sought, exponent).mean() - gain @ of_mean
+    return curves[0] + gain @ (curves[1:] - curves[0]), float(np.sqrt(max(variance, 0)))
 
 
 def _covariance(
     times: Float64[np.ndarray, " k"], others: Float64[np.ndarray, " l"], exponent: float
 ) -> Float64[np.ndarray, "k l"]:
     """Returns that of fractional Brownian motion which is 0 at time 0."""
-    twice = 2 * exponent
-    return 0.5 * (
-        np.abs(times)[:, None] ** twice
-        + np.abs(others) ** twice
-        - np.abs(times[:, None] - others) ** twice
-    )
+    apart = np.abs(times[:, None] - others)
+    mine, theirs, both = (np.abs(t) ** (2 * exponent) for t in (times[:, None], others, apart))
+    return 0.5 * (mine + theirs - both)
 
 
 def _shared(kept: Bool[np.ndarray, " n"], others: Bool[np.ndarray, " n"]) -> float:

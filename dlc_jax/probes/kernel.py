@@ -31,6 +31,8 @@ COMPILER_OPTIONS: dict[str, str | bool] | None = (
     if jaxlib.version.__version_info__ >= (0, 9)
     else None
 )
+_compiled = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+_on_devices = functools.partial(jax.shard_map, check_vma=False)
 
 
 class Forward(NamedTuple):
@@ -85,7 +87,7 @@ def pooled(output: Any, num_images: int, pooling: str) -> Float[Array, "b d"]:
     return pool(output.astype(jnp.float32), pooling)
 
 
-@functools.partial(jax.jit, static_argnames=("forward",), compiler_options=COMPILER_OPTIONS)
+@functools.partial(_compiled, static_argnames=("forward",))
 def features_of_batch(
     forward: Forward, params: Params, images: UInt8[Array, "b s s 3"]
 ) -> Float[Array, "b d"]:
@@ -93,7 +95,7 @@ def features_of_batch(
     return forward(params, images)
 
 
-@functools.partial(jax.jit, static_argnames=("forward", "mesh"), compiler_options=COMPILER_OPTIONS)
+@functools.partial(_compiled, static_argnames=("forward", "mesh"))
 def features_of_batches(
     forward: Forward, mesh: Mesh, params: Params, images: UInt8[Array, "k b s s 3"]
 ) -> Float[Array, "k b d"]:
@@ -102,17 +104,11 @@ def features_of_batches(
     def of_one(params: Params, images: UInt8[Array, "1 b s s 3"]) -> Float[Array, "1 b d"]:
         return forward(params, images[0])[None]
 
-    on_all = jax.shard_map(
-        of_one, mesh=mesh, in_specs=(_WHOLE, P(DATA)), out_specs=P(DATA), check_vma=False
-    )
+    on_all = _on_devices(of_one, mesh=mesh, in_specs=(_WHOLE, P(DATA)), out_specs=P(DATA))
     return on_all(params, images)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("forward", "prunable", "chunk", "mesh"),
-    compiler_options=COMPILER_OPTIONS,
-)
+@functools.partial(_compiled, static_argnames=("forward", "prunable", "chunk", "mesh"))
 def losses_of_batches(
     forward: Forward,
     prunable: tuple[str, ...],
@@ -152,11 +148,6 @@ def losses_of_batches(
         size = None if chunk == 1 else chunk
         return jax.lax.map(one_probe, thresholds, batch_size=size)[None]
 
-    on_all = jax.shard_map(
-        on_one_device,
-        mesh=mesh,
-        in_specs=(_WHOLE, _WHOLE, P(PROBE), _WHOLE, P(DATA), P(DATA)),
-        out_specs=P(DATA, PROBE),
-        check_vma=False,
-    )
+    where = (_WHOLE, _WHOLE, P(PROBE), _WHOLE, P(DATA), P(DATA))
+    on_all = _on_devices(on_one_device, mesh=mesh, in_specs=where, out_specs=P(DATA, PROBE))
     return on_all(params, importance, thresholds, prototypes, images, labels)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from dlc_jax import checks
-from dlc_jax.distributed import FSDP, PROBE, Run, Team
+from dlc_jax.distributed import FSDP, PROBE, Run, Team, replicated
 from dlc_jax.encoders import Encoder
-from dlc_jax.masking import AUTO, PathSpec
+from dlc_jax.masking import PathSpec
 from dlc_jax.preprocess import Images, RandomCrops, Reader
+from dlc_jax.probes.kernel import Forward
 from dlc_jax.probes.passes import (
     Layout,
     Pass,
@@ -21,8 +21,8 @@ from dlc_jax.probes.passes import (
     measure_prototypes,
 )
 from dlc_jax.probes.path import LearningPath, learning_path
-from dlc_jax.probes.program import Masks, Program
-from dlc_jax.probes.rounds import until_it_ranks
+from dlc_jax.probes.program import Program
+from dlc_jax.probes.rounds import measured_path
 from dlc_jax.probes.settings import Compute
 from dlc_jax.probes.shards import Parts
 from dlc_jax.types import Conventions, Dataset, ProbeLosses, overridden
@@ -57,10 +57,7 @@ def features(
     encoder.check_image_size(images.size)
     batch_size = compute.images_per_call(images.size)
     decisive = [images.size, batch_size, compute.dtype, images.on_corrupt, mode]
-    team = _team(run.mesh)
-    parts = Parts.of("features", run, team, lambda: [*_fingerprints(encoder, images), decisive])
-    work, program = _first_pass(encoder, images, compute, run, team)
-    return measure_features(work, program.features_of, on_corrupt=images.on_corrupt, parts=parts)
+    return measure_features(_first_pass("features", encoder, images, compute, run, decisive))
 
 
 def probe(
@@ -130,80 +127,45 @@ def probe(
     decisive = [path.schedule, path.step, path.num_probes, path.placement, path.max_sparsity]
     decisive += [path.masking, images.size, batch_size, compute.chunk, compute.dtype, path.augment]
     decisive += [images.on_corrupt, seed, mode]
-    team = _team(run.mesh)
-    parts = Parts.of("losses", run, team, lambda: [*_fingerprints(encoder, images), decisive])
     probes = learning_path(encoder, path, seed, Conventions.of(mode))
     crops = RandomCrops(dataset, images.size, seed) if path.augment else None
-    work, program = _first_pass(encoder, images, compute, run, team, crops)
-    found = measure_prototypes(work, program.features_of, on_corrupt=images.on_corrupt, parts=parts)
+    work = _first_pass("losses", encoder, images, compute, run, decisive, crops)
+    means, positions, skipped = measure_prototypes(work)
     if crops is not None:
         work = work._replace(reader=Reader(dataset, lambda image, _: image))
 
-    def losses_of(some: LearningPath) -> Float32[np.ndarray, "k n"]:
+    def losses_of(some: LearningPath, suffix: str) -> Float32[np.ndarray, "k n"]:
         chunk = compute.probes_per_call(len(some))
-        masks = Masks.on(work.team, some, chunk, crops is not None)
-        started = functools.partial(program.losses_of, masks, found.means, dataset.labels)
-        if crops is not None:
-            started = functools.partial(
-                program.losses_under_crops, masks, found.means, dataset.labels, crops
-            )
-        name = "losses" if path.num_probes != AUTO else f"losses-{some.name}"
-        return measure_losses(
-            work, started, found.positions, num_probes=len(some), parts=parts, name=name
-        )
+        start = work.program.losses_under(some, chunk, means, dataset.labels, crops)
+        return measure_losses(work, start, positions, num_probes=len(some), suffix=suffix)
 
-    labels = dataset.labels[found.positions]
-    if path.num_probes == AUTO:
-        probes, losses = until_it_ranks(probes, losses_of, labels, path.agreement)
-    else:
-        losses = losses_of(probes)
-    ids = dataset.ids if not found.skipped else dataset.ids[found.positions]
-    checks.losses_are_finite(losses, ids)
-    return ProbeLosses(
-        losses=losses,
-        sparsity=probes.sparsity,
-        labels=labels,
-        ids=ids,
-        prototypes=found.means,
+    return measured_path(
+        path,
+        probes,
+        losses_of,
+        labels=dataset.labels[positions],
+        ids=dataset.ids[positions],
+        prototypes=means,
         class_names=dataset.class_names,
-        skipped={str(dataset.ids[position]): why for position, why in found.skipped.items()},
-        steps=probes.steps,
-        num_steps=probes.num_steps,
+        skipped={str(dataset.ids[position]): why for position, why in skipped.items()},
     )
 
 
 def _first_pass(
+    kind: str,
     encoder: Encoder,
     images: Images,
     compute: Compute,
     run: Run,
-    team: Team,
+    decisive: list[Any],
     crops: RandomCrops | None = None,
-) -> tuple[Pass, Program]:
-    """Returns a pass over evaluation crops, or over the first random ones, and the programs."""
-    dataset = images.dataset
-    batch_size = compute.images_per_call(images.size)
-    layout = Layout.of(len(dataset), batch_size)
-    team = layout.few_rows(team, batch_size)
-    if crops is None:
-        reader = images.evaluation_crops(layout.samples_of(team), run.progress)
-    else:
-        reader = Reader(dataset, lambda image, position: crops.crop(image, position, draw=0))
-    program = Program.on(team, encoder, compute.dtype, min(batch_size, len(dataset)))
-    return Pass(reader, layout, team, batch_size, run.progress), program
-
-
-def _fingerprints(encoder: Encoder, images: Images) -> list[str]:
-    return [encoder.fingerprint, images.dataset.fingerprint]
-
-
-def _team(mesh: Mesh | None) -> Team:
-    """Returns who does which part.
+) -> Pass:
+    """Returns a pass over evaluation crops, or over the first random ones.
 
     Raises:
-      ValueError: a mesh that these programs cannot use.
+      ValueError: a mesh that these programs cannot use, or processes without a folder to share.
     """
-    team = Team.alone() if mesh is None else Team.of(mesh)
+    team = Team.alone() if run.mesh is None else Team.of(run.mesh)
     if team.mesh.shape[FSDP] > 1:
         raise checks.InputError(
             f"mesh.fsdp: {team.mesh.shape[FSDP]}; expected 1: it spreads the weights of a language "
@@ -215,4 +177,16 @@ def _team(mesh: Mesh | None) -> Team:
             "of a process; expected a divisor of their number, so that no two processes read the "
             "same images."
         )
-    return team
+    dataset = images.dataset
+    parts = Parts.of(kind, run, team, lambda: [encoder.fingerprint, dataset.fingerprint, decisive])
+    batch_size = min(compute.images_per_call(images.size), len(dataset))
+    layout = Layout.of(len(dataset), batch_size)
+    samples = layout.samples_of(team)
+    if crops is None:
+        reader = images.evaluation_crops(samples, run.progress)
+    else:
+        reader = Reader(dataset, lambda image, position: crops.crop(image, position, draw=0))
+    team = team.of_rows(-(-len(samples) // batch_size))  # no more than it has batches
+    params = replicated(team.mesh, encoder.params)
+    program = Program(Forward.of(encoder, compute.dtype), team, params, batch_size)
+    return Pass(reader, layout, program, parts, images.on_corrupt, run.progress)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int, Int64
 
 from dlc_jax.encoders import Encoder
 from dlc_jax.encoders.language_model import LanguageModel
@@ -21,7 +20,6 @@ from dlc_jax.masking import (
     weight_importance,
 )
 from dlc_jax.types import Conventions, by_path
-from dlc_jax.workspace.keys import json_hash
 
 
 class LearningPath(NamedTuple):
@@ -46,33 +44,17 @@ class LearningPath(NamedTuple):
     def __len__(self) -> int:
         return len(self.sparsity)
 
-    def padded_to(self, chunk: int) -> Thresholds:
-        """Returns thresholds of a multiple of `chunk` probes, the last one repeated."""
-        num = len(self)
-        places = np.minimum(np.arange(-(-num // chunk) * chunk), num - 1)
+    def thresholds_at(self, places: Int[np.ndarray, " k"]) -> Thresholds:
+        """Returns the thresholds of the probes at these places, which may repeat."""
         return Thresholds(*(part[places] for part in self.thresholds))
-
-    @property
-    def name(self) -> str:
-        """Name of these probes among others of the path."""
-        return json_hash(self.steps.tolist())[:8]
 
     def only(self, steps: Int64[np.ndarray, " k"]) -> LearningPath:
         """Returns the path with these of its steps as probes."""
         rows = np.searchsorted(self.steps, steps)
-        thresholds = Thresholds(*(part[rows] for part in self.thresholds))
+        thresholds = self.thresholds_at(rows)
         return LearningPath(
-            self.prunable,
-            self.importance,
-            thresholds,
-            self.sparsity[rows],
-            self.steps[rows],
-            self.num_steps,
+            self.prunable, self.importance, thresholds, self.sparsity[rows], steps, self.num_steps
         )
-
-    def repeated(self, k: int, times: int) -> Thresholds:
-        """Returns the threshold of probe k alone, so many times."""
-        return Thresholds(*(part[[k] * times] for part in self.thresholds))
 
 
 def learning_path(
@@ -84,28 +66,18 @@ def learning_path(
     num_weights = sum(leaves[name].size for name in prunable)
     found = path.counts(num_weights)
     if conventions.ties_as_torch and path.masking == "l1":
-        in_order = prunable
-        if encoder.module_order is not None:
-            in_order = tuple(sorted(prunable, key=encoder.module_order))
+        order = encoder.module_order
+        in_order = prunable if order is None else tuple(sorted(prunable, key=order))
         importance = removal_steps(encoder.params, in_order, found.grid)
     else:
         importance = weight_importance(encoder.params, prunable, path.masking, seed)
     thresholds = exact_thresholds(encoder.params, prunable, importance, found.chosen)
+    if importance is not None:  # where the weights are that it belongs to
+        importance = {
+            name: jax.device_put(value, getattr(leaves[name], "sharding", None))
+            for name, value in importance.items()
+        }
+    sparsity = (found.chosen / num_weights).astype(np.float32)
     return LearningPath(
-        prunable,
-        _beside(importance, leaves),
-        thresholds,
-        sparsity=(found.chosen / num_weights).astype(np.float32),
-        steps=found.steps,
-        num_steps=len(found.grid),
+        prunable, importance, thresholds, sparsity, found.steps, num_steps=len(found.grid)
     )
-
-
-def _beside(importance: Importance, leaves: Mapping[str, Any]) -> Importance:
-    """Puts importances where the weights are that they belong to."""
-    if importance is None:
-        return None
-    return {
-        path: jax.device_put(value, getattr(leaves[path], "sharding", None))
-        for path, value in importance.items()
-    }

@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Float32, Int32, Int64, Shaped, UInt8
+from jaxtyping import Float32, Int32, Shaped
 
 from dlc_jax.distributed import DATA, PROBE, Team, replicated
-from dlc_jax.encoders import Encoder
-from dlc_jax.masking import Importance, Thresholds
 from dlc_jax.preprocess import RandomCrops, filled
 from dlc_jax.probes.kernel import Forward, features_of_batches, losses_of_batches
 from dlc_jax.probes.path import LearningPath
-from dlc_jax.probes.shards import ShardBatch
+from dlc_jax.probes.shards import ShardBatch, Start
 from dlc_jax.types import Params
-
-
-class Masks(NamedTuple):
-    """The masked networks, on the devices that compute them.
-
-    Attributes:
-      prunable: Paths of the leaves that are masked.
-      importance: Importance of their weights.
-      thresholds: Thresholds of every probe; or of one at a time, where each sees another crop.
-      chunk: Probes side by side.
-      steps: [m] which steps of the path they are.
-    """
-
-    prunable: tuple[str, ...]
-    importance: Importance
-    thresholds: list[Thresholds]
-    chunk: int
-    steps: Int64[np.ndarray, " m"]
-
-    @classmethod
-    def on(cls, team: Team, path: LearningPath, chunk: int, one_by_one: bool) -> Masks:
-        spread = NamedSharding(team.mesh, PartitionSpec(PROBE))
-        num_parts = team.mesh.shape[PROBE]
-        chunk = min(chunk, -(-len(path) // num_parts))
-        thresholds = [path.padded_to(chunk * num_parts)]
-        if one_by_one:
-            thresholds, chunk = [path.repeated(k, num_parts) for k in range(len(path))], 1
-        return cls(
-            path.prunable,
-            replicated(team.mesh, path.importance),
-            [jax.device_put(some, spread) for some in thresholds],
-            chunk,
-            path.steps,
-        )
 
 
 class Program(NamedTuple):
@@ -69,64 +34,62 @@ class Program(NamedTuple):
     params: Params
     batch_size: int
 
-    @classmethod
-    def on(cls, team: Team, encoder: Encoder, dtype: str, batch_size: int) -> Program:
-        params = replicated(team.mesh, encoder.params)
-        return cls(Forward.of(encoder, dtype), team, params, batch_size)
-
     def features_of(self, batches: list[ShardBatch]) -> jax.Array:
         """Starts on the unmasked features of some batches: [k, b, d]."""
         pixels = self._side_by_side([np.stack(batch.items) for batch in batches])
         return features_of_batches(self.forward, self.team.mesh, self.params, pixels)
 
-    def losses_of(
+    def losses_under(
         self,
-        masks: Masks,
+        path: LearningPath,
+        chunk: int,
         prototypes: Float32[np.ndarray, "c d"],
         labels: Int32[np.ndarray, " n"],
-        batches: list[ShardBatch],
-    ) -> jax.Array:
-        """Starts on the losses of some batches under every probe: [k, m, b]."""
-        pixels = [np.stack(batch.items) for batch in batches]
-        return self._losses(masks, masks.thresholds[0], prototypes, labels, batches, pixels)
+        crops: RandomCrops | None,
+    ) -> Start:
+        """Returns what starts on the losses of some batches under every probe: [k, m, b].
 
-    def losses_under_crops(
-        self,
-        masks: Masks,
-        prototypes: Float32[np.ndarray, "c d"],
-        labels: Int32[np.ndarray, " n"],
-        crops: RandomCrops,
-        batches: list[ShardBatch],
-    ) -> jax.Array:
-        """The same for decoded images, of which every probe sees another crop."""
-        rows = []
-        for step, threshold in zip(masks.steps.tolist(), masks.thresholds, strict=True):
-            pixels = [crops.cut(batch.items, batch.positions, draw=step + 1) for batch in batches]
-            losses = self._losses(masks, threshold, prototypes, labels, batches, pixels)
-            rows.append(losses[:, :1])  # every part of the probe axis has computed the same
-        return jnp.concatenate(rows, axis=1)
-
-    def _losses(
-        self,
-        masks: Masks,
-        thresholds: Thresholds,
-        prototypes: Float32[np.ndarray, "c d"],
-        labels: Int32[np.ndarray, " n"],
-        batches: list[ShardBatch],
-        pixels: list[UInt8[np.ndarray, "_ s s 3"]],
-    ) -> jax.Array:
-        return losses_of_batches(
-            self.forward,
-            masks.prunable,
-            masks.chunk,
-            self.team.mesh,
-            self.params,
-            masks.importance,
-            thresholds,
-            prototypes,
-            self._side_by_side(pixels),
-            self._side_by_side([labels[batch.positions] for batch in batches]),
+        Args:
+          path: The probes, whose masks are put on the devices.
+          chunk: Most probes side by side.
+          prototypes: Class means of the unmasked features.
+          labels: Class ids of the whole data set.
+          crops: Cut from items that are decoded images, another one for every probe; None: items
+            are pixels, and all probes see the same.
+        """
+        mesh, num_probes = self.team.mesh, len(path)
+        num_parts = mesh.shape[PROBE]
+        if crops is None:  # the last probe is repeated until the parts are equal
+            chunk = min(chunk, -(-num_probes // num_parts))
+            at_once = chunk * num_parts
+            num_places = -(-num_probes // at_once) * at_once
+            calls = [np.minimum(np.arange(num_places), num_probes - 1)]
+        else:  # one at a time
+            chunk, calls = 1, [np.full(num_parts, k) for k in range(num_probes)]
+        spread = NamedSharding(mesh, PartitionSpec(PROBE))
+        thresholds = [jax.device_put(path.thresholds_at(places), spread) for places in calls]
+        importance = replicated(mesh, path.importance)
+        program = functools.partial(
+            losses_of_batches, self.forward, path.prunable, chunk, mesh, self.params, importance
         )
+
+        def under_all(batches: list[ShardBatch]) -> jax.Array:
+            pixels = self._side_by_side([np.stack(batch.items) for batch in batches])
+            return program(thresholds[0], prototypes, pixels, labels_of(batches))
+
+        def under_each(batches: list[ShardBatch]) -> jax.Array:
+            assert crops is not None
+            own, rows = labels_of(batches), []
+            for step, threshold in zip(path.steps.tolist(), thresholds, strict=True):
+                cut = [crops.cut(batch.items, batch.positions, draw=step + 1) for batch in batches]
+                losses = program(threshold, prototypes, self._side_by_side(cut), own)
+                rows.append(losses[:, :1])  # every part of the probe axis has computed the same
+            return jnp.concatenate(rows, axis=1)
+
+        def labels_of(batches: list[ShardBatch]) -> jax.Array:
+            return self._side_by_side([labels[batch.positions] for batch in batches])
+
+        return under_all if crops is None else under_each
 
     def _side_by_side(self, rows: list[Shaped[np.ndarray, "_ ..."]]) -> jax.Array:
         """Returns one batch for every part of the data axis; missing ones repeat the first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -29,9 +29,7 @@ from dlc_jax.distributed import (
 )
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.masking import AUTO, PathSpec
-from dlc_jax.masking.importance import Importance
-from dlc_jax.masking.thresholds import Thresholds, masked
+from dlc_jax.masking import Importance, PathSpec, Thresholds, masked
 from dlc_jax.preprocess.tokens import (
     TOKENS_PER_BATCH,
     BatchPlan,
@@ -41,14 +39,14 @@ from dlc_jax.preprocess.tokens import (
     tokenise,
 )
 from dlc_jax.probes.path import LearningPath, learning_path
-from dlc_jax.probes.rounds import until_it_ranks
+from dlc_jax.probes.rounds import measured_path
 from dlc_jax.probes.shards import Arrays, Parts, ShardBatch, shards_done
 from dlc_jax.types import Conventions, Params, ProbeLosses, ResponseLosses, overridden
 
-_FEWEST_PARTS, _MOST_BATCHES, _MOST_PARTS = 64, 16, 4096  # see `_Work._size`
+# enough to deal out, and not too many files
+_FEWEST_PARTS, _MOST_BATCHES, _MOST_PARTS = 64, 16, 4096
 RESPONSES_PATH = PathSpec(num_probes=8, placement="midpoint")
 _RESPONSE = "### Response:"  # what Cherry LLM scores responses behind
-Rows = tuple[Array, ...]  # tokens [b, t], num_tokens [b], num_prompt [b]
 
 
 def response_losses(
@@ -82,7 +80,7 @@ def response_losses(
     """
     checks.is_a(Run, run=run)
 
-    def of_rows(rows: Rows) -> Array:
+    def of_rows(*rows: Array) -> Array:
         return _losses(model.architecture, model.params, *rows)[None]
 
     work = _Work.of(model, data, tokens_per_batch, ["losses"], run)
@@ -213,34 +211,22 @@ def probe_responses(
     probes = learning_path(model, path, seed, Conventions.of("default"))
     decisive = [path.schedule, path.step, path.num_probes, path.placement, path.max_sparsity]
     work = _Work.of(model, data, tokens_per_batch, [*decisive, path.masking, seed], run)
-    labels = np.zeros(len(data), np.int32)
 
-    def losses_of(some: LearningPath) -> Float32[np.ndarray, "k n"]:
+    def losses_of(some: LearningPath, suffix: str) -> Float32[np.ndarray, "k n"]:
         thresholds = on_every_device(model.params, some.thresholds)
+        masks = (some.prunable, model.params, some.importance, thresholds)
+        of_rows = functools.partial(_probe_losses, model.architecture, *masks)
+        return work.measured(of_rows, len(some), suffix)
 
-        def of_rows(rows: Rows) -> Array:
-            return _probe_losses(
-                model.architecture, some.prunable, model.params, some.importance, thresholds, *rows
-            )
-
-        name = "batches" if path.num_probes != AUTO else f"batches-{some.name}"
-        return work.measured(of_rows, len(some), name)
-
-    if path.num_probes == AUTO:
-        probes, losses = until_it_ranks(probes, losses_of, labels, path.agreement)
-    else:
-        losses = losses_of(probes)
-    checks.losses_are_finite(losses, data.ids)
-    return ProbeLosses(
-        losses=losses,
-        sparsity=probes.sparsity,
-        labels=labels,
+    return measured_path(
+        path,
+        probes,
+        losses_of,
+        labels=np.zeros(len(data), np.int32),
         ids=data.ids,
         prototypes=np.zeros((1, 0), np.float32),
         class_names=("all",),
         skipped=data.skipped,
-        steps=probes.steps,
-        num_steps=probes.num_steps,
     )
 
 
@@ -249,15 +235,17 @@ class _Work(NamedTuple):
 
     Attributes:
       model, data: Language model and tokenised instructions.
-      plans: All batches.
-      parts: Where losses are kept, a number of neighbouring batches at a time.
+      shards: All batches, neighbouring ones together.
+      at_once: How many batches a program call takes side by side.
+      parts: Where the losses of each shard are kept.
       team: Who does which part.
       progress: Whether to show a bar.
     """
 
     model: LanguageModel
     data: Tokenised
-    plans: list[BatchPlan]
+    shards: list[list[BatchPlan]]
+    at_once: int
     parts: Parts
     team: Team
     progress: bool
@@ -274,28 +262,43 @@ class _Work(NamedTuple):
         checks.at_least("tokens_per_batch", tokens_per_batch, 1)
         model.check_tokens(data.named)
         plans = list(plan_batches(data, tokens_per_batch))
-        team = Team.alone(mesh_of(model.params)) if run.mesh is None else Team.of(run.mesh)
+        num = len(plans)
+        size = max(min(-(-num // _FEWEST_PARTS), _MOST_BATCHES), -(-num // _MOST_PARTS))
+        shards = [plans[start : start + size] for start in range(0, num, size)]
+        mesh = mesh_of(model.params)
+        team = Team.alone(mesh) if run.mesh is None else Team.of(run.mesh)
         inputs = [tokens_per_batch, *decisive]
         parts = Parts.of(
             "response losses", run, team, lambda: [model.fingerprint, data.fingerprint, *inputs]
         )
-        return cls(model, data, plans, parts, team, run.progress)
+        at_once = 1 if mesh is None else mesh.shape[DATA]
+        return cls(model, data, shards, at_once, parts, team, run.progress)
 
     def measured(
-        self,
-        of_rows: Callable[[Rows], Array],
-        num_rows: int,
-        name: str = "batches",
+        self, of_rows: Callable[..., Any], num_probes: int, suffix: str = ""
     ) -> Float32[np.ndarray, "m n"]:
-        """Returns the losses of all samples; parts are kept under this name."""
-        names = [f"{name}-{number:06}" for number in range(-(-len(self.plans) // self._size))]
+        """Returns the losses of all samples; parts are kept under names with this suffix."""
+        names = [f"batches{suffix}-{number:06}" for number in range(len(self.shards))]
         mine = range(self.team.number, len(names), self.team.num_teams)  # the long ones come last
 
-        def losses_of(shards: list[int]) -> Iterator[Arrays]:
-            total, left = (
-                sum(len(plan.positions) for k in some for plan in self._plans_of(k))
-                for some in (mine, shards)
-            )
+        def started(group: list[ShardBatch]) -> Array:
+            """Starts on the losses of a group: [m, k b], missing batches repeat the first."""
+            params = self.model.params
+            num_rows = whole_rows(params, group[0].items.num_rows * self.at_once) // self.at_once
+            batches = [make_batch(self.data, batch.items)[1:] for batch in group]
+            batches += batches[:1] * (self.at_once - len(batches))
+            rows = [
+                np.concatenate([filled_up(array, num_rows) for array in arrays])
+                for arrays in zip(*batches, strict=True)
+            ]
+            return of_rows(*over_devices(params, rows))
+
+        def values_of(losses: np.ndarray, place: int, num: int) -> np.ndarray:
+            start = place * (losses.shape[1] // self.at_once)
+            return losses[:, start : start + num]
+
+        def losses_of(missing: list[int]) -> Iterator[Arrays]:
+            total, left = (len(self._positions(numbers)) for numbers in (mine, missing))
             bar = tqdm(
                 total=total,
                 initial=total - left,
@@ -303,58 +306,27 @@ class _Work(NamedTuple):
                 unit="row",
                 disable=hides_bar(self.progress),
             )
-            start = functools.partial(self._started, of_rows)
             # none ahead: two calls would take twice the memory
-            for results in shards_done(
-                shards, self._groups(shards), start, self._losses_of_batch, bar, ahead=0
-            ):
-                yield {"losses": np.concatenate([losses for _, losses in results], axis=1)}
+            groups = self._groups(missing)
+            for batches in shards_done(missing, groups, started, values_of, bar, ahead=0):
+                yield {"losses": np.concatenate([batch.items for batch in batches], axis=1)}
 
-        losses = np.empty((num_rows, len(self.data)), np.float32)
+        losses = np.empty((num_probes, len(self.data)), np.float32)
         for number, found in enumerate(self.parts.complete(names, mine, losses_of)):
-            positions = np.concatenate([plan.positions for plan in self._plans_of(number)])
-            losses[:, positions] = found["losses"]
+            losses[:, self._positions([number])] = found["losses"]
         return losses
 
-    @property
-    def _size(self) -> int:
-        """How many batches are kept together: enough to deal out, and not too many files."""
-        num = len(self.plans)
-        return max(min(-(-num // _FEWEST_PARTS), _MOST_BATCHES), -(-num // _MOST_PARTS))
+    def _positions(self, numbers: Sequence[int]) -> list[np.int64]:
+        """Returns the positions of the samples of some shards."""
+        return [i for number in numbers for plan in self.shards[number] for i in plan.positions]
 
-    def _plans_of(self, number: int) -> list[BatchPlan]:
-        return self.plans[number * self._size : (number + 1) * self._size]
-
-    @property
-    def _at_once(self) -> int:
-        """How many batches a program call takes side by side."""
-        mesh = mesh_of(self.model.params)
-        return 1 if mesh is None else mesh.shape[DATA]
-
-    def _groups(self, shards: list[int]) -> Iterator[list[ShardBatch]]:
+    def _groups(self, numbers: list[int]) -> Iterator[list[ShardBatch]]:
         """Yields batches of one shape and shard that go side by side."""
-        for number in shards:
-            plans = self._plans_of(number)
-            for _, some in groupby(plans, lambda plan: (plan.num_rows, plan.length)):
+        for number in numbers:
+            for _, some in groupby(self.shards[number], lambda plan: (plan.num_rows, plan.length)):
                 batches = [ShardBatch(number, plan.positions, plan) for plan in some]
-                for start in range(0, len(batches), self._at_once):
-                    yield batches[start : start + self._at_once]
-
-    def _started(self, of_rows: Callable[[Rows], Array], group: list[ShardBatch]) -> Array:
-        """Starts on the losses of a group: [m, k b], missing batches repeat the first."""
-        params, at_once = self.model.params, self._at_once
-        num_rows = whole_rows(params, group[0].items.num_rows * at_once) // at_once
-        batches = [make_batch(self.data, batch.items)[1:] for batch in group]
-        batches += batches[:1] * (at_once - len(batches))
-        rows: Any = tuple(
-            np.concatenate([filled_up(array, num_rows) for array in arrays])
-            for arrays in zip(*batches, strict=True)
-        )
-        return of_rows(over_devices(params, rows))
-
-    def _losses_of_batch(self, losses: np.ndarray, place: int, num: int) -> np.ndarray:
-        start = place * (losses.shape[1] // self._at_once)
-        return losses[:, start : start + num]
+                for start in range(0, len(batches), self.at_once):
+                    yield batches[start : start + self.at_once]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -364,15 +336,13 @@ def _probe_losses(
     params: Params,
     importance: Importance,
     thresholds: Thresholds,
-    tokens: Int[Array, "b t"],
-    num_tokens: Int[Array, " b"],
-    num_prompt: Int[Array, " b"],
+    *rows: Int[Array, "b ..."],
 ) -> Float32[Array, "m b"]:
     def one_probe(threshold: Thresholds) -> Float32[Array, " b"]:
         # as in `kernel`: the importance of all weights would be four bytes each
         frozen, threshold = jax.lax.optimization_barrier((params, threshold))
         copy = masked(frozen, prunable, importance, threshold)
-        return _response_losses(architecture, copy, tokens, num_tokens, num_prompt)
+        return _response_losses(architecture, copy, *rows)
 
     return jax.lax.map(one_probe, thresholds)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from dlc_jax.workspace import artefacts
 from dlc_jax.workspace.keys import key_of, machine
 
 Arrays = dict[str, np.ndarray]
+Item = TypeVar("Item")
 
 
 class ShardBatch(NamedTuple):
@@ -31,7 +32,7 @@ class ShardBatch(NamedTuple):
     Attributes:
       shard: Its number.
       positions: [r] in the data set.
-      items: What the program takes.
+      items: What the program takes, [r]; then what it gave for them.
     """
 
     shard: int
@@ -39,20 +40,20 @@ class ShardBatch(NamedTuple):
     items: Any
 
 
-Result = tuple[Int64[np.ndarray, " r"], np.ndarray]  # positions of a batch, and what they gave
+Start = Callable[[list[ShardBatch]], jax.Array]  # starts a program on a group of batches
 
 
 def shards_done(
     shards: Sequence[int],
     groups: Iterable[list[ShardBatch]],
-    start: Callable[[list[ShardBatch]], jax.Array],
+    start: Start,
     values_of: Callable[[np.ndarray, int, int], np.ndarray],
     bar: tqdm,
     *,
     ahead: int,
     bar_step: int = 1,
-) -> Iterator[list[Result]]:
-    """Yields the results of every shard, in order, as they are finished.
+) -> Iterator[list[ShardBatch]]:
+    """Yields the batches of every shard with their results as items, in order, as they finish.
 
     Args:
       shards: Numbers; one without a batch has no results.
@@ -64,36 +65,32 @@ def shards_done(
       bar_step: How far a sample moves the bar.
     """
 
-    def results() -> Iterator[tuple[int, Result]]:
+    def results() -> Iterator[ShardBatch]:
         for array, group in _ahead(((start(group), group) for group in groups), ahead):
             signals.poll()
-            for place, (shard, positions, _) in enumerate(group):
-                bar.update(len(positions) * bar_step)
-                yield shard, (positions, values_of(array, place, len(positions)))
+            values = fetch(array)
+            for place, batch in enumerate(group):
+                num = len(batch.positions)
+                bar.update(num * bar_step)
+                yield batch._replace(items=values_of(values, place, num))
 
     with bar:
-        by_shard = groupby(results(), key=lambda result: result[0])
+        by_shard = groupby(results(), key=lambda batch: batch.shard)
         number, found = next(by_shard, (None, iter(())))
         for shard in shards:
-            if shard != number:
-                yield []
-                continue
-            yield [result for _, result in found]
-            number, found = next(by_shard, (None, iter(())))
+            yield list(found) if shard == number else []
+            if shard == number:
+                number, found = next(by_shard, (None, iter(())))
 
 
-def _ahead(
-    started: Iterable[tuple[jax.Array, list[ShardBatch]]], num: int
-) -> Iterator[tuple[np.ndarray, list[ShardBatch]]]:
-    """Waits for a result only after the next ones were started: the device is never idle."""
-    waiting: list[tuple[jax.Array, list[ShardBatch]]] = []
-    for result in started:
-        waiting.append(result)
+def _ahead(started: Iterable[Item], num: int) -> Iterator[Item]:
+    """Yields a call only after the next ones were started: the device is never idle."""
+    waiting: list[Item] = []
+    for call in started:
+        waiting.append(call)
         if len(waiting) > num:
-            array, group = waiting.pop(0)
-            yield fetch(array), group
-    for array, group in waiting:
-        yield fetch(array), group
+            yield waiting.pop(0)
+    yield from waiting
 
 
 class Parts:
@@ -107,7 +104,8 @@ class Parts:
     def __init__(self, folder: Path | None = None, *, writes: bool = True):
         self.folder, self._writes = folder, writes
         self._in_memory: dict[str, Arrays] = {}
-        self._pull()
+        if folder is not None:  # what others wrote, where processes do not share a file system
+            artefacts.pull(folder)
 
     @classmethod
     def of(cls, kind: str, run: Run, team: Team, inputs: Callable[[], list[Any]]) -> Parts:
@@ -145,7 +143,7 @@ class Parts:
             self._write(names[number], **arrays)
         if self.folder is not None and processes.count() > 1:
             processes.wait_for_all()
-            self._pull()
+            artefacts.pull(self.folder)
             if lost := [name for name in names if not self._path(name).is_file()]:
                 raise checks.InputError(
                     f"{self.folder}: {len(lost)} parts that other processes wrote are not there, "
@@ -162,11 +160,9 @@ class Parts:
         """Keeps a part, whole or not at all."""
         if self.folder is None:
             self._in_memory[name] = arrays
-            return
-        if not self._writes:
-            return
-        with artefacts.atomic(self._path(name)) as file:
-            np.savez(file, allow_pickle=False, **arrays)
+        elif self._writes:
+            with artefacts.atomic(self._path(name)) as file:
+                np.savez(file, allow_pickle=False, **arrays)
 
     def _take(self, name: str) -> Arrays:
         """Returns a part that was written; one in memory is not kept any longer."""
@@ -177,11 +173,6 @@ class Parts:
             )
         return found
 
-    def _pull(self) -> None:
-        """Brings what others wrote, where processes do not share a file system."""
-        if self.folder is not None:
-            artefacts.pull(self.folder)
-
     def _path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.npz"
@@ -191,7 +182,7 @@ class Parts:
         if self.folder is None:
             return self._in_memory.get(name, {})
         try:
-            headers = array_files.npz_headers(self._path(name))
-            return array_files.load_npz(self._path(name), headers)
+            path = self._path(name)
+            return array_files.load_npz(path, array_files.npz_headers(path))
         except checks.InputError:
             return {}

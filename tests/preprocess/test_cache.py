@@ -198,7 +198,7 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path):
 def test_what_is_in_use_is_not_removed(tmp_path):
     cache = dlc.ImageCache(str(tmp_path), max_gib=4 * MIB / 2**30)
     first, second = noise(0), noise(1)
-    reader = dlc.preprocess.evaluation_crops(first, SIZE, cache=cache)
+    reader = dlc.Images(first, SIZE, cache=cache).evaluation_crops()
     streamed = load_images(second, SIZE, cache=cache)  # no room: not kept
     np.testing.assert_array_equal(streamed.pixels, load_images(second, SIZE).pixels)
     assert entry(cache, first).is_dir()

@@ -6,8 +6,8 @@ from conftest import encoded, random_images, subset
 from PIL import Image
 
 import dlc_jax as dlc
-from dlc_jax.preprocess import RandomCrops, decode, load_images, resize_and_crop, resized_crop
-from dlc_jax.preprocess.crops import random_box
+from dlc_jax.preprocess import RandomCrops, decode, load_images, resize_and_crop
+from dlc_jax.preprocess.crops import random_box, resized_crop
 
 
 def test_resize_and_crop_is_torchvisions(timm, sample):
@@ -145,7 +145,7 @@ def test_memory_that_does_not_suffice_is_told_by_sample(monkeypatch):
     def no_memory(image, image_size):
         raise MemoryError
 
-    monkeypatch.setattr("dlc_jax.preprocess.load.resize_and_crop", no_memory)
+    monkeypatch.setattr("dlc_jax.preprocess.images.resize_and_crop", no_memory)
     dataset = dlc.array_dataset(random_images(1), [0], ["a"])
     with pytest.raises(ValueError, match="sample 'a' cannot be used: MemoryError"):
         load_images(dataset, 32)

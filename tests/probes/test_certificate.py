@@ -9,7 +9,8 @@ from scipy.stats import spearmanr
 
 import dlc_jax as dlc
 from dlc_jax.masking import refinements
-from dlc_jax.probes.certificate import certify_losses, compare
+from dlc_jax.probes.certificate import compare
+from dlc_jax.types import ProbeLosses
 
 
 def midpoints(num_probes, num_steps=50):
@@ -28,10 +29,25 @@ def curves(exponent, num=600, num_steps=50, seed=0):
     return moves + 2 * generator.normal(size=num), generator.integers(0, 4, num)
 
 
+def certified(losses, labels, steps, num_steps, seed=0):
+    """The certificate of losses of these steps of a path."""
+    probes = ProbeLosses(
+        losses.astype(np.float32),
+        np.zeros(len(losses), np.float32),
+        labels.astype(np.int32),
+        np.arange(len(labels)).astype(np.str_),
+        np.zeros((1, 0), np.float32),
+        ("all",),
+        steps=steps,
+        num_steps=num_steps,
+    )
+    return dlc.certify(probes, seed=seed)
+
+
 def held(losses, labels, num_probes, seed):
     """Which of the certificate's intervals hold what all probes say."""
     steps = midpoints(num_probes, len(losses))
-    found = certify_losses(losses[steps], labels, steps, len(losses), seed=seed)
+    found = certified(losses[steps], labels, steps, len(losses), seed=seed)
     truth = compare(losses[steps].mean(axis=0), losses.mean(axis=0), labels)
     pairs = [(found.spearman, truth.spearman)]
     for method in ("easiest", "hardest"):
@@ -72,21 +88,21 @@ def test_intervals_hold_the_truth_on_recorded_losses():
 def test_intervals_are_of_use():
     losses, labels = curves(0.7)
     steps = midpoints(5)
-    found = certify_losses(losses[steps], labels, steps, 50)
+    found = certified(losses[steps], labels, steps, 50)
     wild = losses.copy()
     wild[steps] += np.random.default_rng(1).normal(size=(5, 600))  # each probe says something else
-    other = certify_losses(wild[steps], labels, steps, 50)
+    other = certified(wild[steps], labels, steps, 50)
     assert found.spearman.high - found.spearman.low < 0.05
     assert other.spearman.estimate < found.spearman.low
     more = midpoints(15)
-    better = certify_losses(losses[more], labels, more, 50)
+    better = certified(losses[more], labels, more, 50)
     assert better.spearman.low > found.spearman.low
     assert better.easiest[0.3].estimate > found.easiest[0.3].estimate
 
 
 def test_a_whole_path_is_compared_with_a_finer_one():
     losses, labels = curves(0.7)
-    found = certify_losses(losses, labels, np.arange(50), 50)
+    found = certified(losses, labels, np.arange(50), 50)
     assert (found.num_probes, found.num_compared) == (50, 197)
     assert 0.99 < found.spearman.low <= found.spearman.high < 1
 
@@ -113,7 +129,7 @@ def test_comparison_is_of_ranks_within_classes():
 )
 @pytest.mark.parametrize("labels", [np.zeros(8), np.arange(8)])
 def test_odd_losses_have_a_certificate(losses, labels):
-    found = certify_losses(losses, labels.astype(np.int32), np.array([1, 4, 7]), 9)
+    found = certified(losses, labels.astype(np.int32), np.array([1, 4, 7]), 9)
     for interval in (found.spearman, *found.easiest.values(), *found.hardest.values()):
         assert -1 <= interval.low <= interval.estimate <= interval.high <= 1
     if np.ptp(losses, axis=0).max() == 0:  # nothing moves along the path
@@ -124,10 +140,10 @@ def test_of_many_samples_some_are_looked_at():
     losses, labels = curves(0.7, num=600)
     many = np.tile(losses, 100) + 1e-3 * np.random.default_rng(0).normal(size=60_000)
     steps = midpoints(5)
-    few = certify_losses(losses[steps], labels, steps, 50)
-    found = certify_losses(many[steps], np.tile(labels, 100), steps, 50)
+    few = certified(losses[steps], labels, steps, 50)
+    found = certified(many[steps], np.tile(labels, 100), steps, 50)
     assert found.spearman.estimate == pytest.approx(few.spearman.estimate, abs=0.005)
-    assert certify_losses(many[steps], np.tile(labels, 100), steps, 50) == found
+    assert certified(many[steps], np.tile(labels, 100), steps, 50) == found
 
 
 @pytest.mark.slow
@@ -201,7 +217,7 @@ def test_auto_goes_on_where_it_was_stopped(sample_encoder, small_sample, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(rounds, "certify_losses", fail)
+        patch.setattr(rounds, "certify", fail)
         with pytest.raises(KeyboardInterrupt):
             dlc.probe(sample_encoder, small_sample, **options, run=dlc.Run(folder=tmp_path))
     first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("losses-*.npz")}

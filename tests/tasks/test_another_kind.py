@@ -16,7 +16,7 @@ from dlc_jax.config import KINDS, Config
 from dlc_jax.config.kinds import DataKind
 from dlc_jax.exports.instructions import InstructionExport
 from dlc_jax.planning.plan import Plan
-from dlc_jax.probes import prototype_loss
+from dlc_jax.probes.prototypes import prototype_loss
 from dlc_jax.stages import pipeline
 from dlc_jax.tasks import TASKS, Task
 from dlc_jax.tasks.export_step import export_steps

@@ -36,23 +36,15 @@ _BESIDES = ("*.json", "*.model", "*.jinja", "tokenizer*")
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"), (False, None)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
     "modules_to_save": (None, []),
-    "layers_to_transform": (None,),
-    "layer_replication": (None,),
+    **dict.fromkeys(("layers_to_transform", "layer_replication"), (None,)),
     # others change the model's own weights as well
     "init_lora_weights": (True, False, "gaussian", None),
     "alora_invocation_tokens": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
+    **dict.fromkeys(("use_bdlora", "use_qalora"), (None, False)),
+    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config"), (None,)),
 }
 
 
@@ -129,8 +121,7 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     records.check_beside_run(folder)
     adapter = _adapter_of(artefacts.read_json(path), path)
     shapes = model.architecture.with_adapter(adapter).abstract_adapter()
-    names = _adapter_names(model, by_path(shapes))
-    found = _read_adapter(model, folder / ADAPTER_WEIGHTS, names, by_path(shapes))
+    found = _read_adapter(model, folder / ADAPTER_WEIGHTS, by_path(shapes))
     weights = jax.tree_util.tree_map_with_path(lambda place, _: found[path_name(place)], shapes)
     return model.with_adapter(adapter, on_every_device(model.params, weights))
 
@@ -140,13 +131,10 @@ def _not_finite(name: str) -> checks.InputError:
 
 
 def _read_adapter(
-    model: LanguageModel,
-    file: Path,
-    names: Mapping[str, Stored],
-    expected: Mapping[str, jax.ShapeDtypeStruct],
+    model: LanguageModel, file: Path, expected: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Reads exactly these tensors in these shapes; ValueError where the file has others."""
-    tensors = headers(file)
+    names, tensors = _adapter_names(model, expected), headers(file)
     wrong = misfits(expected, names, tensors)
     extra, lost = sorted(wrong.unused), sorted(names[path].name for path in wrong.missing)
     if extra or lost:
@@ -173,7 +161,6 @@ def _adapter_of(config: Mapping[str, Any], path: Path) -> Adapter:
     except KeyError as error:
         raise checks.InputError(f"{path}: has no {error}.") from error
     checks.integer(f"{path}: r", rank)
-    checks.number(f"{path}: lora_alpha", alpha)
     for key, value in (("r", rank), ("lora_alpha", alpha)):
         checks.at_least(f"{path}: {key}", value, 0, exclusive=True)
         checks.at_most(f"{path}: {key}", value, _LARGEST)
@@ -222,16 +209,11 @@ def write_merged(model: LanguageModel, folder: str | Path) -> None:
             for file in model.folder.glob(pattern):
                 if file.is_file() and not file.name.endswith(".safetensors.index.json"):
                     shutil.copyfile(file, place / file.name)
-        _stamp(place / "config.json", model)
+        config = artefacts.read_json(place / "config.json")
+        config.pop("torch_dtype", None)  # as older versions called it
+        config |= {"dtype": model.architecture.dtype, "tie_word_embeddings": model.config.tied}
+        (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _write_shards(model, place)
-
-
-def _stamp(path: Path, model: LanguageModel) -> None:
-    """Makes `config.json` say how the weights are written."""
-    config = artefacts.read_json(path)
-    config.pop("torch_dtype", None)  # as older versions called it
-    written = {"dtype": model.architecture.dtype, "tie_word_embeddings": model.config.tied}
-    path.write_text(json.dumps({**config, **written}, indent=2) + "\n")
 
 
 def _write_shards(model: LanguageModel, place: Path) -> None:

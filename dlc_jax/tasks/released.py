@@ -55,7 +55,7 @@ def released_steps(
     positions = {}
     for (cell, part), path in _paths(config, root, *_made_with(root)).items():
         name = path.relative_to(root).as_posix()
-        positions[name] = part_positions(dataset, kept[cell], part, str(path))
+        _, positions[name] = part_positions(dataset, kept[cell], part, str(path))
     for name, some in _in_released_order(config, dataset, positions).items():
         key = {"form": RELEASED, "positions": keys.json_hash(some.tolist())}
         yield ExportStep(name, False, key, functools.partial(_write_positions, some))

@@ -138,8 +138,7 @@ class JaxLM(TemplateLM):
             tokens_per_batch=self.tokens_per_batch,
             progress=not disable_tqdm,
         )
-        num_cut = int((found.num_cut > 0).sum())
-        if num_cut:
+        if num_cut := int((found.num_cut > 0).sum()):
             _log.warning(
                 "%d of %d requests are longer than %d tokens and were cut from the left.",
                 num_cut,

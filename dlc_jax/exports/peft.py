@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dlc_jax.encoders.huggingface import stored_names
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.projection import TARGETS, Adapter
 from dlc_jax.encoders.stored_tensors import Stored, headers, misfits, read_tensors
+from dlc_jax.exports.tables import grouped
 from dlc_jax.types import by_path, path_name
 from dlc_jax.workspace import artefacts, records
 
@@ -91,7 +92,7 @@ def write_adapter(model: LanguageModel, folder: str | Path) -> None:
     }
     with artefacts.atomic_folder(Path(folder).expanduser()) as place:
         save_file(tensors, place / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        (place / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        artefacts.write_json(place / ADAPTER_CONFIG, config)
 
 
 def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
@@ -212,14 +213,15 @@ def write_merged(model: LanguageModel, folder: str | Path) -> None:
         config = artefacts.read_json(place / "config.json")
         config.pop("torch_dtype", None)  # as older versions called it
         config |= {"dtype": model.architecture.dtype, "tie_word_embeddings": model.config.tied}
-        (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        artefacts.write_json(place / "config.json", config)
         _write_shards(model, place)
 
 
 def _write_shards(model: LanguageModel, place: Path) -> None:
     """Writes one file, or several with an index, never more than one in memory."""
     leaves = by_path(model.params)
-    shards = list(_shards(leaves))
+    whole = [path for path in leaves if path.rpartition("/")[2] not in _MATRICES]
+    shards = list(grouped(whole, lambda path: leaves[path].nbytes, _SHARD_BYTES, math.inf))
     weight_map: dict[str, str] = {}
     for number, paths in enumerate(shards, start=1):
         name = "model.safetensors"
@@ -232,21 +234,7 @@ def _write_shards(model: LanguageModel, place: Path) -> None:
     if len(shards) > 1:
         size = sum(leaves[path].nbytes for paths in shards for path in paths)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shards(leaves: Mapping[str, jax.Array]) -> Iterator[list[str]]:
-    some: list[str] = []
-    num_bytes = 0
-    for path, leaf in leaves.items():
-        if path.rpartition("/")[2] in _MATRICES:
-            continue
-        if some and num_bytes + leaf.nbytes > _SHARD_BYTES:
-            yield some
-            some, num_bytes = [], 0
-        some.append(path)
-        num_bytes += leaf.nbytes
-    yield some
+        artefacts.write_json(place / "model.safetensors.index.json", index)
 
 
 def _merged(model: LanguageModel, leaves: Mapping[str, jax.Array], path: str) -> jax.Array:

@@ -192,7 +192,6 @@ def check_name(name: str) -> None:
 
 
 def _whole(name: str, value: Any, parts: int) -> int:
-    checks.number(name, value)
     checks.at_least(name, value, 0, exclusive=True)
     checks.at_most(name, value, 1, exclusive=True)
     whole = round(value * parts)

@@ -15,7 +15,6 @@ from dlc_jax.selection.methods import (
     INPUTS,
     SELECTORS,
     Cell,
-    Method,
     has_split,
 )
 from dlc_jax.selection.rules import Rules
@@ -29,7 +28,6 @@ __all__ = [
     "SELECTORS",
     "Candidates",
     "Cell",
-    "Method",
     "Rules",
     "has_split",
     "id_keys",

@@ -13,7 +13,7 @@ from dlc_jax.selection import official
 from dlc_jax.selection.allocation import ALLOCATIONS
 from dlc_jax.selection.group import Draw, Group
 from dlc_jax.selection.lots import id_keys
-from dlc_jax.selection.methods import AUTO, DEFAULT_METHOD, INPUTS, SELECTORS, check_cell
+from dlc_jax.selection.methods import AUTO, DEFAULT_METHOD, INPUTS, SELECTORS, Cell, check_cell
 from dlc_jax.selection.rules import Rules
 from dlc_jax.types import (
     Choice,
@@ -75,32 +75,26 @@ class Candidates:
     ) -> Selection:
         """Picks the samples to keep in one cell; arguments and errors as for `dlc_jax.select`."""
         conventions = Conventions.of(mode)
-        split = check_cell(method, keep_fraction, split, seed, conventions)
+        split = check_cell(Cell(method, keep_fraction, split, seed), conventions)
         checks.is_a(Rules, rules=rules)
         rules.check(method, conventions)
+        selector, gamma, chosen = method, split, None
         if AUTO in (method, split):
             rules.check_tunable()
-            choice = self._choice(method, keep_fraction, rules.min_per_class, tuning)
-            selected = self.select(
-                method=choice.method,
-                keep_fraction=keep_fraction,
-                split=choice.split,
-                seed=seed,
-                rules=rules,
-            )
-            return dataclasses.replace(selected, method=method, split=split, chosen=choice)
-        assert not isinstance(split, str)  # it was `auto`
-        if tuning is not None:
+            chosen = self._choice(method, keep_fraction, rules.min_per_class, tuning)
+            selector, gamma = chosen.method, chosen.split
+        elif tuning is not None:
             raise checks.InputError(
                 f"tuning: is for method or split {AUTO!r}, got method {method!r} and split "
                 f"{split!r}."
             )
-        self._check_all_there(method, rules.allocation)
+        assert not isinstance(gamma, str)  # it was `auto`
+        self._check_all_there(selector, rules.allocation)
         as_released = conventions.draws_as_released
-        groups = self._groups(SELECTORS[method].needs, rules.per_class, as_released)
+        groups = self._groups(SELECTORS[selector].needs, rules.per_class, as_released)
         members = [group.positions for group in groups.values()]
-        if as_released and split is not None:
-            kept = official.flexrand(members, keep_fraction, split, seed)
+        if as_released and gamma is not None:
+            kept = official.flexrand(members, keep_fraction, gamma, seed)
         else:
             fractions = [keep_fraction] * len(members)
             if rules.per_class and not as_released:
@@ -108,9 +102,9 @@ class Candidates:
                 fractions = allocated(members, self._scores, keep_fraction, rules.min_per_class)
             kept = []
             for (label, group), fraction in zip(groups.items(), fractions, strict=True):
-                draw = Draw(fraction, split, seed, label, rules.per_class, rules.variant)
+                draw = Draw(fraction, gamma, seed, label, rules.per_class, rules.variant)
                 whole = fraction == 1
-                kept.append(group.positions if whole else SELECTORS[method].select(group, draw))
+                kept.append(group.positions if whole else SELECTORS[selector].select(group, draw))
         is_kept = np.zeros(len(self._labels), bool)  # sorts as it is read
         is_kept[np.concatenate(kept)] = True
         indices = np.flatnonzero(is_kept).astype(np.int64)
@@ -123,6 +117,7 @@ class Candidates:
             seed=seed,
             mode=mode,
             **dataclasses.asdict(rules),
+            chosen=chosen,
             num_kept_per_class=np.bincount(self._labels[indices], minlength=len(sizes)),
             single_sample_classes=tuple(np.flatnonzero(sizes == 1).tolist()),
             labels_fingerprint=self._labels_fingerprint,

@@ -118,14 +118,9 @@ def check_split(split: float | str, name: str = "split") -> None:
         raise checks.InputError(f"{name}: expected numbers or {AUTO!r}, got {split!r}.")
 
 
-def check_cell(
-    method: str,
-    keep_fraction: float,
-    split: float | str | None,
-    seed: int,
-    conventions: Conventions,
-) -> float | str | None:
+def check_cell(cell: Cell, conventions: Conventions) -> float | str | None:
     """Returns the split to use (None for methods without one), or raises ValueError."""
+    method, keep_fraction, split, seed = cell
     checks.one_of("selection method", method, [*SELECTORS, AUTO])
     checks.keep_fraction(keep_fraction)
     checks.seed(seed)

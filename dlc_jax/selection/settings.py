@@ -80,7 +80,7 @@ class SelectionConfig:
         checks.one_of("selection.score", self.score, SCORES)
         self._check_variant()
         for cell in self.cells():
-            check_cell(*cell, conventions)
+            check_cell(cell, conventions)
         for method in self.methods:
             self.rules_of(method).check(method, conventions, "selection.")
         if self.need.tuning:

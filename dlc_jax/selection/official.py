@@ -28,7 +28,7 @@ def grid_cell(keep_fraction: float, split: float) -> tuple[int, int]:
 
 
 def _step(name: str, value: float, num_steps: int, valid: str) -> int:
-    step = round(value * num_steps)
+    step = round(value * num_steps) if 0 < value < 1 else 0
     if not (1 <= step < num_steps and abs(value - step / num_steps) < 1e-9):
         raise checks.InputError(f"{name}: mode 'official' has {valid} only, got {value!r}.")
     return step

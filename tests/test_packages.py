@@ -58,7 +58,7 @@ BREACHES = {
     ),
     "a circle of modules": (
         "checks/errors.py",
-        "from dlc_jax.checks.settings import MODES",
+        "from dlc_jax.checks.settings import one_of",
         "in a circle",
     ),
 }

@@ -54,21 +54,16 @@ def first_line(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
-def listed(names: Iterable[Any]) -> str:
-    """Returns the names separated by commas; of more than ten, ten and how many more."""
-    return joined(names, ", ")
+def listed(names: Iterable[Any], separator: str = ", ") -> str:
+    """Returns the names with this between them; of more than ten, ten and how many more."""
+    every = [str(name) for name in names]
+    more = f" and {len(every) - _MOST_LISTED} more" if len(every) > _MOST_LISTED else ""
+    return separator.join(every[:_MOST_LISTED]) + more
 
 
 def problems(found: Mapping[str, Collection[Any]]) -> str:
     """Returns what is wrong and where, such as `missing: a, b; unused: c`; "" if nothing is."""
     return "; ".join(f"{what}: {listed(where)}" for what, where in found.items() if where)
-
-
-def joined(names: Iterable[Any], separator: str) -> str:
-    """Returns the names with this between them; of more than ten, ten and how many more."""
-    every = [str(name) for name in names]
-    more = f" and {len(every) - _MOST_LISTED} more" if len(every) > _MOST_LISTED else ""
-    return separator.join(every[:_MOST_LISTED]) + more
 
 
 def shortened(text: str, length: int = 60) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import sys
 import unicodedata
@@ -51,9 +52,7 @@ def markdown_text(text: str, *, begins_line: bool = False) -> str:
     shown = re.sub(r"(?i)(?<=\w)(?=:/)|(?<=www)(?=\.)", r"\\", shown)
     if begins_line:
         shown = re.sub(r"^\s*([0-9]+(?=[.)])|(?=[#+=-]))", r"\g<0>\\", shown)
-    for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-        shown = shown.replace(char, entity)
-    return shown
+    return html.escape(shown, quote=False)
 
 
 def csv_cell(value: Any) -> Any:

@@ -49,9 +49,7 @@ def dataset_is_consistent(
         except UnicodeEncodeError as error:  # bytes of a name that are no UTF-8 become such text
             bad = next(n for n in names if any(0xD800 <= ord(char) < 0xE000 for char in n))
             raise InputError(f"{name}: {what} {bad!r} is not valid UTF-8.") from error
-    unique, counts = np.unique(ids, return_counts=True)
-    if len(unique) < len(ids):
-        repeated = unique[counts > 1]
+    if (repeated := _repeated(ids)).size:
         raise InputError(
             f"{name}: {len(repeated)} ids occur more than once ({listed(repeated)}); ids must be "
             "unique."
@@ -97,35 +95,35 @@ def positions(name: str, values: np.ndarray, num_samples: int) -> None:
 
 def no_repetition(name: str, values: np.ndarray) -> None:
     """Raises if a value occurs twice."""
+    if (repeated := _repeated(values)).size:
+        raise InputError(
+            f"{name}: {len(repeated)} occur more than once, first {repeated[0]!s}; expected each "
+            "at most once."
+        )
+
+
+def _repeated(values: np.ndarray) -> np.ndarray:
     unique, counts = np.unique(values, return_counts=True)
-    if len(unique) < len(values):
-        raise InputError(
-            f"{name}: {int((counts > 1).sum())} occur more than once, first "
-            f"{unique[counts > 1][0]!s}; expected each at most once."
-        )
-
-
-_EMPTY_CLASSES = " dataset.without_empty_classes() leaves them out."
-
-
-def every_class_has_samples(
-    name: str, labels: np.ndarray, class_names: Sequence[str], why: str = ""
-) -> None:
-    """Raises, naming the classes, if one has no sample (its prototype would not exist)."""
-    empty = np.flatnonzero(np.bincount(labels, minlength=len(class_names)) == 0)
-    if empty.size:
-        shown = listed(repr(class_names[int(j)]) for j in empty)
-        raise InputError(
-            f"{name}: {empty.size} of {len(class_names)} classes have no sample: {shown}. "
-            f"Every class needs at least one.{why or _EMPTY_CLASSES}"
-        )
+    return unique[counts > 1]
 
 
 def prototypes_can_differ(
     name: str, labels: np.ndarray, class_names: Sequence[str], why: str = ""
 ) -> None:
-    """Raises unless there are two classes or more, and none is empty."""
-    every_class_has_samples(name, labels, class_names, why)
+    """Raises unless there are two classes or more, and none, whose prototype is missed, is empty.
+
+    Args:
+      name, labels, class_names: A data set's.
+      why: What the message ends with, if classes are empty; "": how to leave them out.
+    """
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(class_names)) == 0)
+    if empty.size:
+        shown = listed(repr(class_names[int(j)]) for j in empty)
+        hint = why or " dataset.without_empty_classes() leaves them out."
+        raise InputError(
+            f"{name}: {empty.size} of {len(class_names)} classes have no sample: {shown}. "
+            f"Every class needs at least one.{hint}"
+        )
     if len(class_names) < 2:
         raise InputError(
             f"{name}: has one class only ({class_names[0]!r}); every loss would be 0. "

@@ -13,14 +13,7 @@ import numpy as np
 
 from dlc_jax.checks.errors import InputError, listed, shortened
 
-MODES = ("default", "official")
-
 _MOST_CHOICES = 20  # beyond them, choices are names from a file
-
-
-def mode(value: str) -> None:
-    """Raises unless `value` is a mode."""
-    one_of("mode", value, MODES)
 
 
 def is_a(kind: type, **values: Any) -> None:
@@ -44,27 +37,20 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 def keep_fraction(value: float, name: str = "keep_fraction") -> None:
     """Raises unless 0 < value < 1."""
-    if not _is_open_fraction(value):
-        hint = ""
-        if isinstance(value, numbers.Real) and 1 < value < 100:
-            hint = f" Did you mean {float(value) / 100:g}?"
-        raise InputError(
-            f"{name}: the fraction of samples kept must lie strictly between 0 and 1, "
-            f"got {value!r}.{hint}"
-        )
+    is_percent = isinstance(value, numbers.Real) and 1 < value < 100
+    hint = f" Did you mean {float(value) / 100:g}?" if is_percent else ""
+    _open_fraction(name, value, "the fraction of samples kept", hint)
 
 
 def split(value: float, name: str = "split") -> None:
     """Raises unless 0 < value < 1."""
-    if not _is_open_fraction(value):
-        raise InputError(
-            f"{name}: the share of a class that counts as easy (gamma) must lie strictly "
-            f"between 0 and 1, got {value!r}."
-        )
+    _open_fraction(name, value, "the share of a class that counts as easy (gamma)")
 
 
-def _is_open_fraction(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) < 1
+def _open_fraction(name: str, value: Any, what: str, hint: str = "") -> None:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 < float(value) < 1:
+        raise InputError(f"{name}: {what} must lie strictly between 0 and 1, got {value!r}.{hint}")
 
 
 def is_hub_id(text: str) -> bool:
@@ -101,7 +87,7 @@ def at_least(name: str, value: Any, minimum: float, *, exclusive: bool = False) 
         raise InputError(f"{name}: must be {sign} {minimum}, got {value!r}.")
 
 
-def at_most(name: str, value: float, maximum: float, *, exclusive: bool = False) -> None:
+def at_most(name: str, value: Any, maximum: float, *, exclusive: bool = False) -> None:
     """Raises unless value <= maximum (< if exclusive)."""
     number(name, value)
     if not value <= maximum or (exclusive and value == maximum):

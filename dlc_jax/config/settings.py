@@ -79,7 +79,7 @@ class Config:
         )
 
     def check(self) -> None:
-        checks.mode(self.mode)
+        Conventions.of(self.mode)
         checks.seed(self.seed)
         kind = self.data_kind
         if not self.stages:

@@ -5,6 +5,7 @@ Importing this module registers the class. It needs the extra `eval`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -65,7 +66,15 @@ class JaxLM(TemplateLM):
         """
         super().__init__()
         checks.at_least("tokens_per_batch", tokens_per_batch, 1)
-        model = _loaded(pretrained, dtype)
+        if not isinstance(pretrained, LanguageModel):
+            model = load_language_model(pretrained, dtype=dtype or "bfloat16")
+        elif dtype is None:
+            model = pretrained
+        else:
+            raise checks.InputError(
+                f"dtype: got {dtype!r} for a loaded model, which has one: "
+                f"{pretrained.architecture.dtype}."
+            )
         if peft is not None:
             from dlc_jax.exports.peft import load_adapter
 
@@ -129,8 +138,7 @@ class JaxLM(TemplateLM):
             tokens_per_batch=self.tokens_per_batch,
             progress=not disable_tqdm,
         )
-        num_cut = int((found.num_cut > 0).sum())
-        if num_cut:
+        if num_cut := int((found.num_cut > 0).sum()):
             _log.warning(
                 "%d of %d requests are longer than %d tokens and were cut from the left.",
                 num_cut,
@@ -145,8 +153,7 @@ class JaxLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Returns each whole text's log-likelihood in nats; long ones are judged by windows."""
-        parts: list[tuple[None, list[int], list[int]]] = []
-        counts = []
+        parts_of = []
         for request in requests:
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
@@ -154,13 +161,12 @@ class JaxLM(TemplateLM):
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            before = len(parts)
-            parts += [(None, *make_disjoint_window(window)) for window in windows]
-            counts.append(len(parts) - before)
+            parts_of.append([(None, *make_disjoint_window(window)) for window in windows])
+        parts = list(itertools.chain.from_iterable(parts_of))
         answers = iter(self._loglikelihood_tokens(parts, disable_tqdm=disable_tqdm))
         totals = []
-        for request, count in zip(requests, counts, strict=True):
-            totals.append(sum(next(answers)[0] for _ in range(count)))
+        for request, own in zip(requests, parts_of, strict=True):
+            totals.append(sum(next(answers)[0] for _ in own))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
         return totals
 
@@ -172,14 +178,3 @@ class JaxLM(TemplateLM):
             "(generate_until). Supported are tasks of output_type multiple_choice, loglikelihood "
             "and loglikelihood_rolling; for others, export the merged model and use --model hf."
         )
-
-
-def _loaded(pretrained: str | LanguageModel, dtype: str | None) -> LanguageModel:
-    if not isinstance(pretrained, LanguageModel):
-        return load_language_model(pretrained, dtype=dtype or "bfloat16")
-    if dtype is not None:
-        raise checks.InputError(
-            f"dtype: got {dtype!r} for a loaded model, which has one: "
-            f"{pretrained.architecture.dtype}."
-        )
-    return pretrained

@@ -87,9 +87,7 @@ def continuation_log_likelihoods(
     """
     max_length = longest_input(model, max_length)
     checks.at_least("tokens_per_batch", tokens_per_batch, 1)
-    _check(pairs, max_length)
-    for number, pair in enumerate(pairs):
-        model.check_tokens((f"pair {number}", ids) for ids in pair)
+    _check(model, pairs, max_length)
     num_cut = np.array([max(0, len(a) + len(b) - 1 - max_length) for a, b in pairs], np.int64)
     inputs, judged = _laid_out(pairs, num_cut)
     logs = np.zeros(len(judged.pairs))
@@ -97,13 +95,11 @@ def continuation_log_likelihoods(
     with tqdm(
         total=len(inputs), desc="likelihoods", unit="row", disable=hides_bar(progress)
     ) as bar:
-        for batch, chosen, width in _batches(inputs, judged, tokens_per_batch, max_length):
+        batches = _batches(inputs, judged, tokens_per_batch, max_length)
+        for batch, chosen, width in batches:
             signals.poll()
-            found = _judged(
-                model.architecture,
-                model.params,
-                *_arrays(model.params, batch, judged, chosen, width),
-            )
+            arrays = _arrays(model.params, batch, judged, np.resize(chosen, width))
+            found = _judged(model.architecture, model.params, *arrays)
             logs[chosen], is_likeliest[chosen] = (fetch(x)[: len(chosen)] for x in found)
             bar.update(len(batch.positions))
     sums = np.bincount(judged.pairs, logs, minlength=len(pairs)).astype(np.float32)
@@ -116,24 +112,23 @@ def longest_input(model: LanguageModel, asked: int | None) -> int:
     limit = model.config.max_length
     if asked is None:
         return limit
-    checks.integer("max_length", asked)
-    checks.at_least("max_length", asked, 1)
+    checks.integer("max_length", asked, 1)
     checks.at_most(f"max_length, of {model.name}", asked, limit)
     return asked
 
 
-def _check(pairs: Sequence[Pair], max_length: int) -> None:
+def _check(model: LanguageModel, pairs: Sequence[Pair], max_length: int) -> None:
     for number, (context, continuation) in enumerate(pairs):
+        where = f"pair {number}"
         for name, ids in (("context", context), ("continuation", continuation)):
             if len(ids) == 0:
-                raise checks.InputError(
-                    f"pair {number}: its {name} has no token, expected at least one."
-                )
+                raise checks.InputError(f"{where}: its {name} has no token, expected at least one.")
         if len(continuation) > max_length:
             raise checks.InputError(
-                f"pair {number}: its continuation has {len(continuation)} tokens, expected at most "
+                f"{where}: its continuation has {len(continuation)} tokens, expected at most "
                 f"{max_length}, the longest sequence of the model."
             )
+        model.check_tokens([(where, context), (where, continuation)])
 
 
 def _laid_out(
@@ -142,7 +137,7 @@ def _laid_out(
     """Returns the distinct inputs, and what is judged in them."""
     numbers: dict[bytes, int] = {}
     inputs: list[np.ndarray] = []
-    parts = []
+    parts = [np.zeros((4, 0), np.int64)]
     for number, (context, continuation) in enumerate(pairs):
         whole = np.array([*context, *continuation], np.int32)[num_cut[number] :]
         read = whole[:-1]
@@ -150,11 +145,8 @@ def _laid_out(
         if row == len(inputs):
             inputs.append(read)
         places = np.arange(len(read) - len(continuation), len(read))
-        ones = np.ones_like(places)
-        parts.append((number * ones, row * ones, places, whole[places + 1].astype(np.int64)))
-    if not parts:
-        return inputs, _Places(*[np.zeros(0, np.int64)] * 4)
-    return inputs, _Places(*map(np.concatenate, zip(*parts, strict=True)))
+        parts.append(np.stack(np.broadcast_arrays(number, row, places, whole[places + 1])))
+    return inputs, _Places(*np.concatenate(parts, axis=1))
 
 
 def _batches(inputs, judged: _Places, tokens_per_batch: int, max_length: int):
@@ -164,11 +156,12 @@ def _batches(inputs, judged: _Places, tokens_per_batch: int, max_length: int):
     zeros = np.zeros(len(inputs), np.int32)
     data = Tokenised(tuple(inputs), zeros, zeros.astype(bool), np.arange(len(inputs)).astype(str))
     order = np.argsort(judged.rows, kind="stable")
-    bounds = np.searchsorted(judged.rows[order], np.arange(len(inputs) + 1))
-    found = []
-    for batch in token_batches(data, tokens_per_batch, max_length):
-        parts = [order[bounds[row] : bounds[row + 1]] for row in batch.positions]
-        found.append((batch, np.concatenate(parts)))
+    bounds = np.searchsorted(judged.rows[order], np.arange(1, len(inputs)))
+    of_row = np.split(order, bounds)
+    found = [
+        (batch, np.concatenate([of_row[row] for row in batch.positions]))
+        for batch in token_batches(data, tokens_per_batch, max_length)
+    ]
     widths: dict[tuple[int, ...], int] = {}  # one program per shape of the inputs
     for batch, chosen in found:
         widths[batch.tokens.shape] = max(widths.get(batch.tokens.shape, 0), len(chosen))
@@ -177,18 +170,13 @@ def _batches(inputs, judged: _Places, tokens_per_batch: int, max_length: int):
 
 
 def _arrays(
-    params: Params,
-    batch: TokenBatch,
-    judged: _Places,
-    chosen: Int64[np.ndarray, " r"],
-    width: int,
+    params: Params, batch: TokenBatch, judged: _Places, chosen: Int64[np.ndarray, " s"]
 ) -> tuple[Array, ...]:
-    """Returns what `_judged` takes of a batch, judgements repeated up to `width`."""
+    """Returns what `_judged` takes of a batch for these judgements."""
     within = np.zeros(batch.positions.max() + 1, np.int64)
     within[batch.positions] = np.arange(len(batch.positions))
-    filled = np.resize(chosen, width)
     tokens, num_tokens = over_devices(params, (batch.tokens, batch.num_tokens))
-    others = (within[judged.rows[filled]], judged.places[filled], judged.targets[filled])
+    others = (within[judged.rows[chosen]], judged.places[chosen], judged.targets[chosen])
     places = tuple(jnp.asarray(some, jnp.int32) for some in others)
     return jnp.asarray(tokens), jnp.asarray(num_tokens), *on_every_device(params, places)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax import checks
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.evaluation.likelihoods import Pair, continuation_log_likelihoods
 from dlc_jax.evaluation.mmlu_questions import LETTERS, SUBJECTS, Mmlu
@@ -63,11 +62,7 @@ def evaluate_mmlu(
       >>> result.num_questions, result.accuracy
       (8, 12.5)
     """
-    checks.integer("num_shots", num_shots)
-    checks.at_least("num_shots", num_shots, 0)
-    if limit is not None:
-        checks.integer("limit", limit)
-        checks.at_least("limit", limit, 1)
+    EvaluationConfig(num_shots=num_shots, limit=limit).check(where="")
     mmlu.check_shots(num_shots)
     asked = [(s, question) for s in mmlu.subjects for question in s.questions[:limit]]
     prompts = [subject.prompt(question, num_shots) for subject, question in asked]

@@ -57,10 +57,8 @@ class Question:
 
     def shown(self) -> str:
         """Returns it as a prompt, up to where the letter is to follow."""
-        lines = [
-            f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=True)
-        ]
-        return "\n".join([self.question.strip(), *lines, "Answer:"])
+        lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, self.choices, strict=True)]
+        return "\n".join([self.question.strip(), *lettered, "Answer:"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +77,11 @@ class Subject:
 
     def prompt(self, question: Question, num_shots: int) -> str:
         """Returns what the model reads before it gives a letter."""
-        parts = [
-            "The following are multiple choice questions (with answers) about "
-            f"{self.name.replace('_', ' ')}."
-        ]
-        for shot in (self.shots or ())[:num_shots]:
-            parts.append(f"{shot.shown()} {LETTERS[shot.answer]}")
-        return "\n\n".join([*parts, question.shown()])
+        topic = self.name.replace("_", " ")
+        task = f"The following are multiple choice questions (with answers) about {topic}."
+        shots = (self.shots or ())[:num_shots]
+        solved = [f"{shot.shown()} {LETTERS[shot.answer]}" for shot in shots]
+        return "\n\n".join([task, *solved, question.shown()])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,22 +148,20 @@ def _subject(folder: Path, name: str) -> Subject:
 
 def _questions(file: Path) -> tuple[Question, ...]:
     rows = _rows(file)
-    first = [name.strip() for name in rows[0][1]]
-    order = list(range(len(_COLUMNS)))
-    if "question" in first or "answer" in first:
-        missing = [name for name in _COLUMNS if name not in first]
+    header = [name.strip() for name in rows[0][1]]
+    if "question" in header or "answer" in header:
+        missing = [name for name in _COLUMNS if name not in header]
         if missing:
             raise checks.InputError(
                 f"{file}, line {rows[0][0]}: has no column {', '.join(missing)}; expected "
-                f"{', '.join(_COLUMNS)}, found {checks.listed(first)}."
+                f"{', '.join(_COLUMNS)}, found {checks.listed(header)}."
             )
-        order, rows = [first.index(name) for name in _COLUMNS], rows[1:]
-        width = len(first)
+        rows = rows[1:]
     else:
-        width = len(_COLUMNS)
+        header = list(_COLUMNS)
     if not rows:
         raise checks.InputError(f"{file}: has a header only, expected questions.")
-    return tuple(_question(f"{file}, line {line}", row, width, order) for line, row in rows)
+    return tuple(_question(f"{file}, line {line}", row, header) for line, row in rows)
 
 
 def _rows(file: Path) -> list[tuple[int, list[str]]]:
@@ -190,12 +184,13 @@ def _rows(file: Path) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _question(where: str, row: list[str], width: int, order: list[int]) -> Question:
-    if len(row) != width:
+def _question(where: str, row: list[str], header: list[str]) -> Question:
+    if len(row) != len(header):
         raise checks.InputError(
-            f"{where}: has {len(row)} values, expected {width}, among them {', '.join(_COLUMNS)}."
+            f"{where}: has {len(row)} values, expected {len(header)}, among them "
+            f"{', '.join(_COLUMNS)}."
         )
-    values = dict(zip(_COLUMNS, [row[place] for place in order], strict=True))
+    values = {name: row[header.index(name)] for name in _COLUMNS}
     written = values.pop("answer").strip()
     if written not in _ANSWERS:
         raise checks.InputError(f"{where}: the answer is {written!r}, expected 0 to 3 or A to D.")

@@ -19,10 +19,8 @@ class EvaluationConfig:
     num_shots: int = setting(5, "solved questions before each one")
     limit: int | None = setting(None, "only so many questions of each subject; None: all")
 
-    def check(self) -> None:
-        """Raises ValueError unless all values are in range."""
-        checks.integer("evaluation.num_shots", self.num_shots)
-        checks.at_least("evaluation.num_shots", self.num_shots, 0)
+    def check(self, where: str = "evaluation.") -> None:
+        """Raises ValueError unless all values are in range; `where` is put before their names."""
+        checks.integer(f"{where}num_shots", self.num_shots, 0)
         if self.limit is not None:
-            checks.integer("evaluation.limit", self.limit)
-            checks.at_least("evaluation.limit", self.limit, 1)
+            checks.integer(f"{where}limit", self.limit, 1)

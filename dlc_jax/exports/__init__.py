@@ -19,7 +19,7 @@ from dlc_jax.exports.lists import (
     write_manifest,
     write_positions,
 )
-from dlc_jax.exports.part import PARTS, Part, part_of, part_positions
+from dlc_jax.exports.part import PARTS, Part, part_positions
 from dlc_jax.exports.tables import write_hub_folder, write_parquet
 from dlc_jax.types import Dataset, Selection, file_of
 
@@ -100,7 +100,9 @@ def export(
             f"{', '.join(EXPORTS)}; exports.released.released_positions gives its positions."
         )
     checks.one_of("export form", form, EXPORTS)
-    written = part_of(dataset, kept, part, str(path))
+    rows, positions = part_positions(dataset, kept, part, str(path))
+    selection = kept if isinstance(kept, Selection) else None
+    written = Part(part, dataset.subset(positions), rows, selection)
     if not overwrite and os.path.lexists(path):
         raise checks.InputError(f"{path}: is there already; expected a new name, or overwrite.")
     _check_does_not_hold(path, dataset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,7 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     """Returns a folder name for each class: its own name where that is possible."""
     names, taken = [], {CLASS_NAMES}
     for class_name in class_names:
-        name = plain(composed(class_name))  # as `folder:` reads it
-        name = _not_passed_over(name)
+        name = _folder(composed(class_name))  # as `folder:` reads it
         candidates = itertools.chain(
             [name] if len(name.encode()) <= _LONGEST else [], _marked(name, "", class_name)
         )
@@ -57,14 +57,12 @@ class ImagePaths:
         *folders, name = parts or ["_"]
         if class_name in folders:
             folders.remove(class_name)
-        folders = [_not_passed_over(plain(part)) for part in folders]
-        name = plain(name)
-        stem, dot, last = name.rpartition(".")
-        if stem and f".{last.lower()}" in FOLDER_SUFFIXES:
-            suffix = f"{dot}{last}"
+        stem, ending = os.path.splitext(plain(name))
+        if ending.lower() in FOLDER_SUFFIXES:
+            suffix = ending
         else:
-            stem = name
-        paths = _paths([folder, *folders], stem, suffix, sample_id)
+            stem += ending
+        paths = _paths([folder, *map(_folder, folders)], stem, suffix, sample_id)
         return next(path for path in paths if self._take(path))
 
     def _take(self, path: str) -> bool:
@@ -89,8 +87,10 @@ def plain(name: str) -> str:
     return f"_{name}" if _DEVICES.fullmatch(name.partition(".")[0].rstrip()) else name
 
 
-def _not_passed_over(folder: str) -> str:
-    return f"_{folder}" if is_junk(folder) else folder
+def _folder(name: str) -> str:
+    """Returns a name for a folder that readers of image folders do not pass over."""
+    name = plain(name)
+    return f"_{name}" if is_junk(name) else name
 
 
 def _is_unsafe(char: str) -> bool:

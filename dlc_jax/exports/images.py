@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,18 +26,6 @@ _SUFFIXES = {
     "WEBP": ".webp",
 }
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-
-
-class File(NamedTuple):
-    """An image as a file.
-
-    Attributes:
-      content: Its bytes.
-      suffix: One that image folders are read by, by what the bytes are.
-    """
-
-    content: bytes
-    suffix: str
 
 
 def read(samples: Dataset, index: int) -> Sample:
@@ -96,8 +83,8 @@ def encoded(sample: Sample) -> bytes:
         raise _no_image(sample, error) from error
 
 
-def as_file(sample: Sample) -> File:
-    """Returns the image as a file of an image folder.
+def as_file(sample: Sample) -> tuple[bytes, str]:
+    """Returns the image as a file of an image folder: its bytes, and their suffix there.
 
     Formats that have no suffix there (GIF, JPEG 2000, AVIF, ...) become PNG of the same pixels, the
     first frame of several; all others keep their bytes.
@@ -109,7 +96,7 @@ def as_file(sample: Sample) -> File:
     try:
         with opened(content) as image:
             suffix = _SUFFIXES.get(image.format or "")
-            return File(content, suffix) if suffix else File(_png(image), ".png")
+            return (content, suffix) if suffix else (_png(image), ".png")
     except Exception as error:
         raise _no_image(sample, error) from error
 

@@ -23,7 +23,7 @@ def write_rows_jsonl(data: Instructions, path: Path) -> None:
     check_jsonl_holds(data)
     with artefacts.atomic(path) as file:
         for row in data.rows:
-            file.write(json_line(row, _plain))
+            file.write(json_line(row, default=lambda date: date.isoformat()))
 
 
 def check_jsonl_holds(data: Instructions) -> None:
@@ -35,10 +35,6 @@ def check_jsonl_holds(data: Instructions) -> None:
                     f"{data.name}: column {column!r} of row {name!r} holds {problem}. The form "
                     "jsonl has no place for it; perhaps parquet has."
                 )
-
-
-def _plain(value: Any) -> str:
-    return value.isoformat()
 
 
 def write_rows_parquet(data: Instructions, path: Path) -> None:

@@ -33,10 +33,10 @@ class Part(NamedTuple):
     selection: Selection | None
 
 
-def part_of(
+def part_positions(
     dataset: Dataset, kept: Selection | np.ndarray | Sequence[int], part: str, where: str
-) -> Part:
-    """Returns the kept or the dropped samples, in the scored order.
+) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
+    """Returns the positions of kept or dropped samples in the scored order and in the data set.
 
     Samples that were not scored, such as unreadable ones, are neither.
 
@@ -44,28 +44,9 @@ def part_of(
       dataset, kept, part: See `export`.
       where: For messages.
     Raises:
-      ValueError: see `part_positions`.
-    """
-    rows, positions = _rows_and_positions(dataset, kept, part, where)
-    selection = kept if isinstance(kept, Selection) else None
-    return Part(part, dataset.subset(positions), rows, selection)
-
-
-def part_positions(
-    dataset: Dataset, kept: Selection | np.ndarray | Sequence[int], part: str, where: str
-) -> Int64[np.ndarray, " k"]:
-    """Returns the positions of these samples in the data set.
-
-    Raises:
       ValueError: an unknown part, `kept` that does not fit the data set, nothing is dropped, or a
         selection that does not know what was scored.
     """
-    return _rows_and_positions(dataset, kept, part, where)[1]
-
-
-def _rows_and_positions(
-    dataset: Dataset, kept: Selection | np.ndarray | Sequence[int], part: str, where: str
-) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
     checks.one_of("export part", part, PARTS)
     rows = kept_positions(dataset, kept)
     scored: np.ndarray | None = dataset.ids

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dlc_jax.encoders.huggingface import stored_names
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.projection import TARGETS, Adapter
 from dlc_jax.encoders.stored_tensors import Stored, headers, misfits, read_tensors
+from dlc_jax.exports.tables import grouped
 from dlc_jax.types import by_path, path_name
 from dlc_jax.workspace import artefacts, records
 
@@ -36,23 +37,15 @@ _BESIDES = ("*.json", "*.model", "*.jinja", "tokenizer*")
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"), (False, None)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
     "modules_to_save": (None, []),
-    "layers_to_transform": (None,),
-    "layer_replication": (None,),
+    **dict.fromkeys(("layers_to_transform", "layer_replication"), (None,)),
     # others change the model's own weights as well
     "init_lora_weights": (True, False, "gaussian", None),
     "alora_invocation_tokens": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
+    **dict.fromkeys(("use_bdlora", "use_qalora"), (None, False)),
+    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config"), (None,)),
 }
 
 
@@ -99,7 +92,7 @@ def write_adapter(model: LanguageModel, folder: str | Path) -> None:
     }
     with artefacts.atomic_folder(Path(folder).expanduser()) as place:
         save_file(tensors, place / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        (place / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        artefacts.write_json(place / ADAPTER_CONFIG, config)
 
 
 def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
@@ -129,8 +122,7 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     records.check_beside_run(folder)
     adapter = _adapter_of(artefacts.read_json(path), path)
     shapes = model.architecture.with_adapter(adapter).abstract_adapter()
-    names = _adapter_names(model, by_path(shapes))
-    found = _read_adapter(model, folder / ADAPTER_WEIGHTS, names, by_path(shapes))
+    found = _read_adapter(model, folder / ADAPTER_WEIGHTS, by_path(shapes))
     weights = jax.tree_util.tree_map_with_path(lambda place, _: found[path_name(place)], shapes)
     return model.with_adapter(adapter, on_every_device(model.params, weights))
 
@@ -140,13 +132,10 @@ def _not_finite(name: str) -> checks.InputError:
 
 
 def _read_adapter(
-    model: LanguageModel,
-    file: Path,
-    names: Mapping[str, Stored],
-    expected: Mapping[str, jax.ShapeDtypeStruct],
+    model: LanguageModel, file: Path, expected: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Reads exactly these tensors in these shapes; ValueError where the file has others."""
-    tensors = headers(file)
+    names, tensors = _adapter_names(model, expected), headers(file)
     unused, missing, misshaped = misfits(expected, names, tensors)
     extra, lost = sorted(unused), sorted(names[path].name for path in missing)
     if extra or lost:
@@ -173,7 +162,6 @@ def _adapter_of(config: Mapping[str, Any], path: Path) -> Adapter:
     except KeyError as error:
         raise checks.InputError(f"{path}: has no {error}.") from error
     checks.integer(f"{path}: r", rank)
-    checks.number(f"{path}: lora_alpha", alpha)
     for key, value in (("r", rank), ("lora_alpha", alpha)):
         checks.at_least(f"{path}: {key}", value, 0, exclusive=True)
         checks.at_most(f"{path}: {key}", value, _LARGEST)
@@ -222,22 +210,18 @@ def write_merged(model: LanguageModel, folder: str | Path) -> None:
             for file in model.folder.glob(pattern):
                 if file.is_file() and not file.name.endswith(".safetensors.index.json"):
                     shutil.copyfile(file, place / file.name)
-        _stamp(place / "config.json", model)
+        config = artefacts.read_json(place / "config.json")
+        config.pop("torch_dtype", None)  # as older versions called it
+        config |= {"dtype": model.architecture.dtype, "tie_word_embeddings": model.config.tied}
+        artefacts.write_json(place / "config.json", config)
         _write_shards(model, place)
-
-
-def _stamp(path: Path, model: LanguageModel) -> None:
-    """Makes `config.json` say how the weights are written."""
-    config = artefacts.read_json(path)
-    config.pop("torch_dtype", None)  # as older versions called it
-    written = {"dtype": model.architecture.dtype, "tie_word_embeddings": model.config.tied}
-    path.write_text(json.dumps({**config, **written}, indent=2) + "\n")
 
 
 def _write_shards(model: LanguageModel, place: Path) -> None:
     """Writes one file, or several with an index, never more than one in memory."""
     leaves = by_path(model.params)
-    shards = list(_shards(leaves))
+    whole = [path for path in leaves if path.rpartition("/")[2] not in _MATRICES]
+    shards = list(grouped(whole, lambda path: leaves[path].nbytes, _SHARD_BYTES, math.inf))
     weight_map: dict[str, str] = {}
     for number, paths in enumerate(shards, start=1):
         name = "model.safetensors"
@@ -250,21 +234,7 @@ def _write_shards(model: LanguageModel, place: Path) -> None:
     if len(shards) > 1:
         size = sum(leaves[path].nbytes for paths in shards for path in paths)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shards(leaves: Mapping[str, jax.Array]) -> Iterator[list[str]]:
-    some: list[str] = []
-    num_bytes = 0
-    for path, leaf in leaves.items():
-        if path.rpartition("/")[2] in _MATRICES:
-            continue
-        if some and num_bytes + leaf.nbytes > _SHARD_BYTES:
-            yield some
-            some, num_bytes = [], 0
-        some.append(path)
-        num_bytes += leaf.nbytes
-    yield some
+        artefacts.write_json(place / "model.safetensors.index.json", index)
 
 
 def _merged(model: LanguageModel, leaves: Mapping[str, jax.Array], path: str) -> jax.Array:

@@ -35,8 +35,12 @@ class Entry(NamedTuple):
     """A sample of the released code's training set."""
 
     class_name: str
-    file_name: str
     path: Path
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Class and file name as samples are found by them."""
+        return _key(self.class_name, self.path.name)
 
 
 def released_order(datasets_dir: str | Path, name: str) -> list[Entry]:
@@ -80,7 +84,7 @@ def released_positions(
     Raises:
       ValueError: see `export`, `released_order` and `match_samples`.
     """
-    samples = part_positions(dataset, kept, part, dataset.name)
+    _, samples = part_positions(dataset, kept, part, dataset.name)
     return np.sort(match_samples(dataset, samples, datasets_dir, name))
 
 
@@ -101,7 +105,7 @@ def match_samples(
         several, two that could be the same, or a file with another image.
     """
     order = released_order(datasets_dir, name)
-    entries = _by_key([_key(entry.class_name, entry.file_name) for entry in order])
+    entries = _by_key([entry.key for entry in order])
     paths = [PurePosixPath(i) for i in dataset.ids.tolist()]
     keys = _keys(dataset)
     namesakes = _by_key(keys)
@@ -127,19 +131,19 @@ def check_names_match(
       dataset, datasets_dir, name: As there.
       all_of_them: Whether all samples will be looked for, or only some that are not known yet.
     """
-    order = released_order(datasets_dir, name)
-    keys = {_key(entry.class_name, entry.file_name) for entry in order}
-    found = [key in keys for key in _keys(dataset)]
-    if not any(found) or (all_of_them and not all(found)):
-        index = found.index(False)
-        raise _not_there(dataset, index, _keys(dataset)[index], f"{name} in {datasets_dir}")
+    there = {entry.key for entry in released_order(datasets_dir, name)}
+    keys = _keys(dataset)
+    lost = [index for index, key in enumerate(keys) if key not in there]
+    if len(lost) == len(keys) or (all_of_them and lost):
+        raise _not_there(dataset, lost[0], keys[lost[0]], f"{name} in {datasets_dir}")
 
 
 def _keys(dataset: Dataset) -> list[tuple[str, str]]:
     """Returns class and file name of every sample."""
-    classes = [dataset.class_names[label] for label in dataset.labels.tolist()]
-    names = [PurePosixPath(sample).name for sample in dataset.ids.tolist()]
-    return [_key(*pair) for pair in zip(classes, names, strict=True)]
+    return [
+        _key(dataset.class_names[label], PurePosixPath(sample).name)
+        for label, sample in zip(dataset.labels.tolist(), dataset.ids.tolist(), strict=True)
+    ]
 
 
 def released_path(
@@ -188,7 +192,6 @@ def check_name(name: str) -> None:
 
 
 def _whole(name: str, value: Any, parts: int) -> int:
-    checks.number(name, value)
     checks.at_least(name, value, 0, exclusive=True)
     checks.at_most(name, value, 1, exclusive=True)
     whole = round(value * parts)
@@ -202,13 +205,13 @@ def _whole(name: str, value: Any, parts: int) -> int:
 def _read_dtd(root: Path, name: str, split: str) -> Iterator[Entry]:
     data = root / "dtd" / "dtd"
     for words in _lines(data / "labels" / f"{split}1.txt", "/", "<class>/<file>"):
-        yield Entry(*words, data / "images" / words[0] / words[1])
+        yield Entry(words[0], data / "images" / "/".join(words))
 
 
 def _read_aircraft(root: Path, name: str, split: str) -> Iterator[Entry]:
     data = root / "fgvc-aircraft-2013b" / "data"
     for image, variant in _lines(data / f"images_variant_{split}.txt", " ", "<id> <variant>"):
-        yield Entry(variant, f"{image}.jpg", data / "images" / f"{image}.jpg")
+        yield Entry(variant, data / "images" / f"{image}.jpg")
 
 
 _LAYOUTS: Mapping[str, Callable[[Path, str, str], Iterator[Entry]]] = {
@@ -251,7 +254,7 @@ def _read_folder(root: Path, name: str, split: str) -> Iterator[Entry]:
                 "found none; torchvision takes every folder for a class."
             )
         for path in paths:
-            yield Entry(class_name, path.name, path)
+            yield Entry(class_name, path)
 
 
 def _key(class_name: str, file_name: str) -> tuple[str, str]:

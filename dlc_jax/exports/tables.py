@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from dlc_jax.checks.escaping import markdown_text
 from dlc_jax.exports.images import encoded, read
@@ -16,6 +16,8 @@ from dlc_jax.workspace import artefacts
 
 # Written at a time, so that memory does not grow with the selection.
 _ROWS, _BYTES = 256, 2**26
+
+Item = TypeVar("Item")
 
 
 def write_parquet(part: Part, path: Path) -> None:
@@ -46,20 +48,29 @@ def _write(samples: Dataset, file: IO) -> None:
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     schema = pa.schema({"image": image, "label": pa.int64()}, metadata)
     with pq.ParquetWriter(file, schema) as table:
-        for batch in _batches(samples, schema):
-            table.write_batch(batch)
+        for rows in grouped(
+            _table_rows(samples), lambda row: len(row["image"]["bytes"]), _BYTES, _ROWS
+        ):
+            table.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
 
 
-def _batches(samples: Dataset, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    rows: list[dict[str, Any]] = []
-    num_bytes = 0
+def _table_rows(samples: Dataset) -> Iterator[dict[str, Any]]:
     for index in range(len(samples)):
         sample = read(samples, index)
-        content = encoded(sample)
-        if rows and (len(rows) == _ROWS or num_bytes + len(content) > _BYTES):
-            yield pa.RecordBatch.from_pylist(rows, schema=schema)
-            rows, num_bytes = [], 0
-        rows.append({"image": {"bytes": content, "path": sample.id}, "label": sample.label})
-        num_bytes += len(content)
-    if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema=schema)
+        yield {"image": {"bytes": encoded(sample), "path": sample.id}, "label": sample.label}
+
+
+def grouped(
+    items: Iterable[Item], num_bytes: Callable[[Item], int], most_bytes: int, most_items: float
+) -> Iterator[list[Item]]:
+    """Yields the items in order, as many at a time as these limits allow, at least one."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        total += num_bytes(item)
+        if group and (total > most_bytes or len(group) == most_items):
+            yield group
+            group, total = [], num_bytes(item)
+        group.append(item)
+    if group:
+        yield group

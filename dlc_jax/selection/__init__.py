@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from dlc_jax.selection.allocation import ALLOCATIONS
 from dlc_jax.selection.candidates import Candidates
 from dlc_jax.selection.kept import kept_positions
 from dlc_jax.selection.lots import id_keys, lots
@@ -15,31 +14,21 @@ from dlc_jax.selection.methods import (
     FULL,
     INPUTS,
     SELECTORS,
-    VARIANTS,
     Cell,
-    Method,
-    check_cell,
-    check_text_split,
     has_split,
 )
 from dlc_jax.selection.rules import Rules
 from dlc_jax.types import Selection, Tuning
 
 __all__ = [
-    "ALLOCATIONS",
     "AUTO",
-    "DEFAULT_METHOD",
     "DEFAULT_SPLIT",
     "FULL",
     "INPUTS",
     "SELECTORS",
-    "VARIANTS",
     "Candidates",
     "Cell",
-    "Method",
     "Rules",
-    "check_cell",
-    "check_text_split",
     "has_split",
     "id_keys",
     "kept_positions",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -14,13 +13,7 @@ from dlc_jax.selection import official
 from dlc_jax.selection.allocation import ALLOCATIONS
 from dlc_jax.selection.group import Draw, Group
 from dlc_jax.selection.lots import id_keys
-from dlc_jax.selection.methods import (
-    AUTO,
-    DEFAULT_METHOD,
-    INPUTS,
-    SELECTORS,
-    check_cell,
-)
+from dlc_jax.selection.methods import AUTO, DEFAULT_METHOD, INPUTS, SELECTORS, Cell, check_cell
 from dlc_jax.selection.rules import Rules
 from dlc_jax.types import (
     Choice,
@@ -33,14 +26,6 @@ from dlc_jax.types import (
 )
 
 _SCORES = "dlc.score(...)"
-
-
-class _Grouping(NamedTuple):
-    """What decides groups and the order in them."""
-
-    by: str  # `nothing`, `scores`, or one of `INPUTS`
-    per_class: bool
-    as_released: bool  # drawn and sorted as the released code does it
 
 
 class Candidates:
@@ -73,9 +58,9 @@ class Candidates:
             if given.get(name) is not None:
                 raise checks.InputError(f"inputs: {name!r} is given twice; expected it once.")
         given |= inputs
-        self._given = {k: None if v is None else np.asarray(v) for k, v in given.items()}
+        self._given = {k: np.asarray(v) for k, v in given.items() if v is not None}
         self._given_labels, self._given_ids = np.asarray(labels), ids
-        self._groups_by: dict[_Grouping, tuple[list[int], list[Group]]] = {}
+        self._groups_by: dict[tuple[str, bool, bool], dict[int, Group]] = {}
 
     def select(
         self,
@@ -90,50 +75,40 @@ class Candidates:
     ) -> Selection:
         """Picks the samples to keep in one cell; arguments and errors as for `dlc_jax.select`."""
         conventions = Conventions.of(mode)
-        split = check_cell(method, keep_fraction, split, seed, conventions)
+        split = check_cell(Cell(method, keep_fraction, split, seed), conventions)
         checks.is_a(Rules, rules=rules)
         rules.check(method, conventions)
-        if AUTO not in (method, split) and tuning is not None:
+        selector, gamma, chosen = method, split, None
+        if AUTO in (method, split):
+            rules.check_tunable()
+            chosen = self._choice(method, keep_fraction, rules.min_per_class, tuning)
+            selector, gamma = chosen.method, chosen.split
+        elif tuning is not None:
             raise checks.InputError(
                 f"tuning: is for method or split {AUTO!r}, got method {method!r} and split "
                 f"{split!r}."
             )
-        if AUTO in (method, split):
-            rules.check_tunable()
-            choice = self._choice(method, keep_fraction, rules.min_per_class, tuning)
-            selected = self.select(
-                method=choice.method,
-                keep_fraction=keep_fraction,
-                split=choice.split,
-                seed=seed,
-                rules=rules,
-            )
-            return dataclasses.replace(selected, method=method, split=split, chosen=choice)
-        assert not isinstance(split, str)  # it was `auto`
-        self._check_all_there(method, rules.allocation)
+        assert not isinstance(gamma, str)  # it was `auto`
+        self._check_all_there(selector, rules.allocation)
         as_released = conventions.draws_as_released
-        by = _Grouping(SELECTORS[method].needs, rules.per_class, as_released)
-        names, groups = self._groups(by)
-        members = [group.positions for group in groups]
-        if as_released and split is not None:
-            kept = official.flexrand(members, keep_fraction, split, seed)
+        groups = self._groups(SELECTORS[selector].needs, rules.per_class, as_released)
+        members = [group.positions for group in groups.values()]
+        if as_released and gamma is not None:
+            kept = official.flexrand(members, keep_fraction, gamma, seed)
         else:
             fractions = [keep_fraction] * len(members)
             if rules.per_class and not as_released:
                 allocated = ALLOCATIONS[rules.allocation]
                 fractions = allocated(members, self._scores, keep_fraction, rules.min_per_class)
-            kept = [
-                group.positions
-                if fraction == 1
-                else SELECTORS[method].select(
-                    group, Draw(fraction, split, seed, name, rules.per_class, rules.variant)
-                )
-                for name, group, fraction in zip(names, groups, fractions, strict=True)
-            ]
+            kept = []
+            for (label, group), fraction in zip(groups.items(), fractions, strict=True):
+                draw = Draw(fraction, gamma, seed, label, rules.per_class, rules.variant)
+                whole = fraction == 1
+                kept.append(group.positions if whole else SELECTORS[selector].select(group, draw))
         is_kept = np.zeros(len(self._labels), bool)  # sorts as it is read
-        for positions in kept:
-            is_kept[positions] = True
+        is_kept[np.concatenate(kept)] = True
         indices = np.flatnonzero(is_kept).astype(np.int64)
+        sizes = np.bincount(self._labels)
         return Selection(
             indices=indices,
             method=method,
@@ -142,8 +117,9 @@ class Candidates:
             seed=seed,
             mode=mode,
             **dataclasses.asdict(rules),
-            num_kept_per_class=np.bincount(self._labels[indices], minlength=len(self._sizes)),
-            single_sample_classes=tuple(np.flatnonzero(self._sizes == 1).tolist()),
+            chosen=chosen,
+            num_kept_per_class=np.bincount(self._labels[indices], minlength=len(sizes)),
+            single_sample_classes=tuple(np.flatnonzero(sizes == 1).tolist()),
             labels_fingerprint=self._labels_fingerprint,
             ids=None if self._ids is None else self._ids[indices],
             scored_ids=self._ids,
@@ -153,10 +129,6 @@ class Candidates:
     def _labels(self) -> np.ndarray:
         checks.class_ids(self._given_labels)
         return self._given_labels
-
-    @functools.cached_property
-    def _sizes(self) -> np.ndarray:
-        return np.bincount(self._labels)
 
     @functools.cached_property
     def _labels_fingerprint(self) -> str:
@@ -187,70 +159,65 @@ class Candidates:
 
     @functools.cached_property
     def _scores(self) -> np.ndarray | None:
-        if (scores := self._given["scores"]) is not None:
+        if (scores := self._given.get("scores")) is not None:
             checks.scores_fit_labels(scores, self._labels)
         return scores
 
     @functools.cached_property
     def _scores_fingerprint(self) -> str:
-        assert self._given["scores"] is not None
         return scores_fingerprint(self._given["scores"], self._given_labels)
 
     @functools.cached_property
     def _features_fingerprint(self) -> str:
-        assert self._given["features"] is not None
         return features_fingerprint(self._given["features"])
 
     def _check_all_there(self, method: str, allocation: str) -> None:
         needs, score = SELECTORS[method].needs, SELECTORS[method].score
-        if needs != "nothing" and self._given.get(needs) is None:
+        if needs != "nothing" and needs not in self._given:
             source = INPUTS[needs].source if needs in INPUTS else _SCORES
             if score is not None:
                 source = f"{score!r} of dlc.record_training(...)"
             raise checks.InputError(f"{needs}: method {method!r} needs them; see {source}.")
-        if allocation == "nucs" and self._given["scores"] is None:
+        if allocation == "nucs" and "scores" not in self._given:
             raise checks.InputError(f"scores: allocation 'nucs' needs them; see {_SCORES}.")
 
-    def _groups(self, how: _Grouping) -> tuple[list[int], list[Group]]:
-        """Returns the labels there are (0 for all samples), and the samples of each."""
-        if how not in self._groups_by:
-            scores, rows = self._scores, self._rows(how.by)
-            labels = self._labels if how.per_class else np.zeros_like(self._labels)
+    def _groups(self, needs: str, per_class: bool, as_released: bool) -> dict[int, Group]:
+        """Returns the samples of each label there is, or all as those of label 0.
+
+        Args:
+          needs: What decides their order, `scores` or nothing, or which of `INPUTS` they have.
+          per_class: Whether each class is a group.
+          as_released: Whether they are drawn and sorted as the released code does it.
+        """
+        key = (needs, per_class, as_released)
+        if key not in self._groups_by:
+            scores, rows = self._scores, None
+            if needs in INPUTS:
+                rows = self._given[needs]
+                INPUTS[needs].check(rows, self._labels)
+            labels = self._labels if per_class else np.zeros_like(self._labels)
             # the released code draws, and breaks ties, by position
-            keys = None if how.as_released else self._keys
+            keys = None if as_released else self._keys
             if keys is None:
                 by_label = np.argsort(labels, kind="stable")
             else:
                 by_label = self._by_id[np.argsort(labels[self._by_id], kind="stable")]
             present, starts = np.unique(labels[by_label], return_index=True)
             members = np.split(by_label, starts[1:])
-            if how.by == "scores":
+            if needs == "scores":
                 assert scores is not None
                 # the released code sorts with NumPy's default, which leaves ties in any order (Q9)
-                kind: Literal["quicksort", "stable"]
-                kind = "quicksort" if how.as_released else "stable"
-                members = [some[np.argsort(scores[some], kind=kind)] for some in members]
-            self._groups_by[how] = (
-                present.tolist(),
-                [Group(positions, scores, rows, keys) for positions in members],
-            )
-        return self._groups_by[how]
-
-    def _rows(self, needs: str) -> np.ndarray | None:
-        """Returns the input that the method needs, if it needs one."""
-        if needs not in INPUTS:
-            return None
-        rows = self._given[needs]
-        assert rows is not None
-        INPUTS[needs].check(rows, self._labels)
-        return rows
+                stable = None if as_released else True
+                members = [some[np.argsort(scores[some], stable=stable)] for some in members]
+            groups = [Group(positions, scores, rows, keys) for positions in members]
+            self._groups_by[key] = dict(zip(present.tolist(), groups, strict=True))
+        return self._groups_by[key]
 
     def _choice(
         self, method: str, keep_fraction: float, min_per_class: int, tuning: Tuning | None
     ) -> Choice:
         """Returns what `auto` stands for."""
-        scores, features = self._given["scores"], self._given["features"]
-        if tuning is None or scores is None:
+        if tuning is None or "scores" not in self._given:
             raise checks.InputError(
                 "tuning: 'auto' needs scores and tuning=dlc.tune(scores, labels, features=...)."
             )
@@ -266,7 +233,7 @@ class Candidates:
             )
         choice = tuning.choice(keep_fraction, of="methods" if method == AUTO else "splits")
         if (
-            features is not None
+            "features" in self._given
             and SELECTORS[choice.method].needs == "features"
             and self._features_fingerprint != tuning.features_fingerprint
         ):

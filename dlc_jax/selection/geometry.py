@@ -88,7 +88,7 @@ def _euclidean(group: Group, origin: Float64[np.ndarray, " d"]) -> Space:
         centred = (block - origin) / unit
         return centred, np.square(centred).sum(axis=1)
 
-    return _space(group, _mean(group), placed)
+    return _space(group, placed)
 
 
 def _divergence(group: Group) -> Space:
@@ -98,24 +98,18 @@ def _divergence(group: Group) -> Space:
         logarithms = np.log(np.maximum(block, _SMALLEST))
         return np.hstack([block, logarithms]) / 2, (block * logarithms).sum(axis=1) / 2
 
-    return _space(group, _mean(group), placed)
+    return _space(group, placed)
 
 
-def _space(
-    group: Group,
-    mean: Float64[np.ndarray, " d"],
-    placed: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-) -> Space:
-    """Returns the group's samples as `placed` puts blocks of them, padded."""
-    (centre,), (centre_norm,) = placed(mean[None])
+def _space(group: Group, placed: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Space:
+    """Returns the group's samples, and their mean, as `placed` puts blocks of them, padded."""
+    (centre,), (centre_norm,) = placed(_mean(group)[None])
     num_samples = len(group.positions)
     rows = np.zeros((padded_length(num_samples), len(centre)))
     norms = np.zeros(len(rows))
-    start = 0
-    for block in _blocks(group):
+    for start, block in zip(range(0, num_samples, _BLOCK), _blocks(group), strict=True):
         here = slice(start, start + len(block))
         rows[here], norms[here] = placed(block)
-        start += len(block)
     # device_put, since jnp.asarray would hold a third copy of the rows for a moment
     return Space(*map(jax.device_put, (rows, norms, centre, centre_norm, np.asarray(num_samples))))
 

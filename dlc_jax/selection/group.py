@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int64, Integer, Shaped, UInt64
@@ -73,15 +73,6 @@ class Draw(NamedTuple):
     label: int
     per_class: bool
     variant: str
-
-
-@runtime_checkable
-class Selector(Protocol):
-    """Picks from one group."""
-
-    def __call__(self, group: Group, draw: Draw, /) -> Positions:
-        """Returns `budget(group, draw)` different positions of the group, in any order."""
-        ...
 
 
 def budget(group: Group, draw: Draw) -> int:

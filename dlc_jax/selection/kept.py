@@ -20,23 +20,9 @@ def kept_positions(
       ValueError: they are empty, out of range or repeated, or the selection was made from another
         data set: from other labels or, where it knows its ids, with ids the data set has not.
     """
-    if kept is None or not isinstance(kept, Selection):
-        return _given("kept", kept, len(dataset))
-    _check_keeps_some(kept)
-    if kept.ids is not None:
-        checks.no_repetition("kept.ids", kept.ids)
-        positions = places_of(dataset.name, dataset.ids, kept.ids)
-    else:
-        positions = kept.indices
-        made_from = kept.labels_fingerprint
-        if made_from is not None and made_from != labels_fingerprint(dataset.labels):
-            raise checks.InputError(
-                f"kept: selected from other labels than those of {dataset.name} (their fingerprint "
-                f"is {made_from[:12]}, not {labels_fingerprint(dataset.labels)[:12]}); expected a "
-                "selection from this data set, in its order, or one made with select(..., "
-                "ids=...)."
-            )
-        checks.positions("kept.indices", positions, len(dataset))
+    positions = kept_rows(dataset.name, dataset.ids, kept, dataset.labels)
+    if not isinstance(kept, Selection):
+        return positions
     num_kept = np.bincount(dataset.labels[positions], minlength=dataset.num_classes)
     expected = np.zeros_like(num_kept)
     expected[: len(kept.num_kept_per_class)] = kept.num_kept_per_class[: len(expected)]
@@ -47,11 +33,14 @@ def kept_positions(
             f"{dataset.name}, but the selection has {expected[label]}: it was made from another "
             "data set."
         )
-    return np.sort(positions)
+    return positions
 
 
 def kept_rows(
-    name: str, ids: np.ndarray, kept: Selection | np.ndarray | Sequence[int] | None
+    name: str,
+    ids: np.ndarray,
+    kept: Selection | np.ndarray | Sequence[int] | None,
+    labels: np.ndarray | None = None,
 ) -> Int64[np.ndarray, " k"]:
     """Returns the kept positions among samples that have no classes; see `kept_positions`.
 
@@ -59,32 +48,32 @@ def kept_rows(
       name: What the samples are called in messages.
       ids: [n] sample ids.
       kept: A selection that knows its ids, positions, or None for all.
+      labels: [n] class ids, from which a selection without ids must have been made; None: any.
     """
-    if kept is None or not isinstance(kept, Selection):
-        return _given("kept", kept, len(ids))
-    _check_keeps_some(kept)
-    if kept.ids is None:
-        checks.positions("kept.indices", kept.indices, len(ids))
-        return np.sort(kept.indices)
-    checks.no_repetition("kept.ids", kept.ids)
-    return np.sort(places_of(name, ids, kept.ids))
-
-
-def _given(
-    name: str, kept: np.ndarray | Sequence[int] | None, num_samples: int
-) -> Int64[np.ndarray, " k"]:
     if kept is None:
-        return np.arange(num_samples)
-    checks.positions(name, np.asarray(kept), num_samples)
-    return np.sort(np.asarray(kept)).astype(np.int64)
-
-
-def _check_keeps_some(kept: Selection) -> None:
+        return np.arange(len(ids))
+    if not isinstance(kept, Selection):
+        given = np.asarray(kept)
+        checks.positions("kept", given, len(ids))
+        return np.sort(given).astype(np.int64)
     if len(kept) == 0:
         raise checks.InputError(
             f"kept: {kept.method} at keep fraction {kept.keep_fraction:g} keeps no sample (budgets "
             "are rounded in every class); expected one or more."
         )
+    if kept.ids is not None:
+        checks.no_repetition("kept.ids", kept.ids)
+        return np.sort(places_of(name, ids, kept.ids))
+    made_from = kept.labels_fingerprint
+    found = None if labels is None else labels_fingerprint(labels)
+    if found and made_from and made_from != found:
+        raise checks.InputError(
+            f"kept: selected from other labels than those of {name} (their fingerprint is "
+            f"{made_from[:12]}, not {found[:12]}); expected a selection from this data set, in "
+            "its order, or one made with select(..., ids=...)."
+        )
+    checks.positions("kept.indices", kept.indices, len(ids))
+    return np.sort(kept.indices)
 
 
 def places_of(

@@ -10,7 +10,7 @@ import numpy as np
 
 from dlc_jax import checks
 from dlc_jax.selection import flexrand, geometry, official, strata, topk
-from dlc_jax.selection.group import Selector
+from dlc_jax.selection.group import Draw, Group, Positions
 from dlc_jax.types import Conventions
 
 AUTO = "auto"  # a method, or a split: what tuning found best
@@ -69,14 +69,15 @@ class Method(NamedTuple):
     """A selector, and what it takes.
 
     Attributes:
-      select: Picks from one class, or from all samples.
+      select: Picks from one class, or from all samples: returns `budget(group, draw)` different
+        positions of the group, in any order.
       has_split: Whether it takes FlexRand's gamma.
       needs: What it needs: `nothing`, `scores`, or one of `INPUTS`.
       variants: The published definition, and others.
       score: Name of the score it is meant for; None: any score.
     """
 
-    select: Selector
+    select: Callable[[Group, Draw], Positions]
     has_split: bool = False
     needs: str = "scores"
     variants: tuple[str, ...] = ("published",)
@@ -109,25 +110,22 @@ def has_split(method: str) -> bool:
     return method != AUTO and SELECTORS[method].has_split
 
 
-def check_text_split(split: str, name: str = "split") -> None:
-    """Raises ValueError unless the text is `auto`."""
-    if split != AUTO:
+def check_split(split: float | str, name: str = "split") -> None:
+    """Raises ValueError unless the split is `auto` or in (0, 1)."""
+    if not isinstance(split, str):
+        checks.split(split, name)
+    elif split != AUTO:
         raise checks.InputError(f"{name}: expected numbers or {AUTO!r}, got {split!r}.")
 
 
-def check_cell(
-    method: str,
-    keep_fraction: float,
-    split: float | str | None,
-    seed: int,
-    conventions: Conventions,
-) -> float | str | None:
+def check_cell(cell: Cell, conventions: Conventions) -> float | str | None:
     """Returns the split to use (None for methods without one), or raises ValueError."""
+    method, keep_fraction, split, seed = cell
     checks.one_of("selection method", method, [*SELECTORS, AUTO])
     checks.keep_fraction(keep_fraction)
     checks.seed(seed)
     if isinstance(split, str):
-        check_text_split(split)
+        check_split(split)
     if AUTO in (method, split) and conventions.draws_as_released:
         raise checks.InputError(
             f"mode {conventions.mode!r} has no {AUTO!r}; expected a method and a split."
@@ -139,6 +137,5 @@ def check_cell(
             raise checks.InputError(f"split: method {method!r} takes none, got {split!r}.")
         return None
     split = DEFAULT_SPLIT if split is None else split
-    if not isinstance(split, str):
-        checks.split(split)
+    check_split(split)
     return split

@@ -11,8 +11,8 @@ from dlc_jax import checks
 from dlc_jax.selection.flexrand import fractions
 from dlc_jax.selection.group import Positions
 
-_NUM_SPLITS = 19  # 0.05 * i, i = 1..19
-_NUM_BUDGETS = 9  # i / 10, i = 1..9
+_SPLIT_STEPS = 20  # 0.05 * i, i = 1..19
+_BUDGET_STEPS = 10  # j / 10, j = 1..9
 
 
 def grid_cell(keep_fraction: float, split: float) -> tuple[int, int]:
@@ -21,16 +21,17 @@ def grid_cell(keep_fraction: float, split: float) -> tuple[int, int]:
     Raises:
       ValueError: the released code has no such cell.
     """
-    i, j = round(split / 0.05), round(keep_fraction * 10)
-    if not (1 <= i <= _NUM_SPLITS and abs(split - 0.05 * i) < 1e-9):
-        raise checks.InputError(
-            f"split: mode 'official' has 0.05, 0.10, ..., 0.95 only, got {split!r}."
-        )
-    if not (1 <= j <= _NUM_BUDGETS and abs(keep_fraction - j / 10) < 1e-9):
-        raise checks.InputError(
-            f"keep_fraction: mode 'official' has 0.1, 0.2, ..., 0.9 only, got {keep_fraction!r}."
-        )
-    return i, j
+    return (
+        _step("split", split, _SPLIT_STEPS, "0.05, 0.10, ..., 0.95"),
+        _step("keep_fraction", keep_fraction, _BUDGET_STEPS, "0.1, 0.2, ..., 0.9"),
+    )
+
+
+def _step(name: str, value: float, num_steps: int, valid: str) -> int:
+    step = round(value * num_steps) if 0 < value < 1 else 0
+    if not (1 <= step < num_steps and abs(value - step / num_steps) < 1e-9):
+        raise checks.InputError(f"{name}: mode 'official' has {valid} only, got {value!r}.")
+    return step
 
 
 def flexrand(
@@ -67,8 +68,8 @@ def _states(sizes: tuple[int, ...], seed: int) -> dict[tuple[int, int], Any]:
     """Returns the generator's state before each cell."""
     generator = np.random.RandomState(seed)
     states = {}
-    for i in range(1, _NUM_SPLITS + 1):
-        for j in range(1, _NUM_BUDGETS + 1):
+    for i in range(1, _SPLIT_STEPS):
+        for j in range(1, _BUDGET_STEPS):
             states[i, j] = generator.get_state()
             for size in sizes:
                 pool, num_easy, num_hard = _draws(size, (i, j))

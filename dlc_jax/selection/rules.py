@@ -42,8 +42,7 @@ class Rules:
           where: Before the name of a number, in messages: `selection.` for a configuration's.
         """
         name = f"{where}min_per_class"
-        checks.integer(name, self.min_per_class)
-        checks.at_least(name, self.min_per_class, 0)
+        checks.integer(name, self.min_per_class, 0)
         if self.min_per_class and conventions.draws_as_released:
             raise checks.InputError(
                 f"{name}: mode {conventions.mode!r} has none, expected 0, got "

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from dlc_jax import checks
 from dlc_jax.scores import SCORES, column_name
-from dlc_jax.selection import (
-    ALLOCATIONS,
+from dlc_jax.selection.allocation import ALLOCATIONS
+from dlc_jax.selection.methods import (
     AUTO,
     DEFAULT_METHOD,
     DEFAULT_SPLIT,
@@ -16,11 +16,11 @@ from dlc_jax.selection import (
     SELECTORS,
     VARIANTS,
     Cell,
-    Rules,
     check_cell,
-    check_text_split,
+    check_split,
     has_split,
 )
+from dlc_jax.selection.rules import Rules
 from dlc_jax.types import KEEP_FRACTIONS, Conventions, setting
 
 # of methods, and of scores that methods use
@@ -74,16 +74,13 @@ class SelectionConfig:
         for keep_fraction in self.keep_fractions:
             checks.keep_fraction(keep_fraction, "selection.keep_fractions")
         for split in self.splits:
-            if isinstance(split, str):
-                check_text_split(split, "selection.splits")
-            else:
-                checks.split(split, "selection.splits")
+            check_split(split, "selection.splits")
         for seed in self.seeds:
             checks.seed(seed, "selection.seeds")
         checks.one_of("selection.score", self.score, SCORES)
         self._check_variant()
         for cell in self.cells():
-            check_cell(*cell, conventions)
+            check_cell(cell, conventions)
         for method in self.methods:
             self.rules_of(method).check(method, conventions, "selection.")
         if self.need.tuning:
@@ -122,8 +119,7 @@ class SelectionConfig:
     def score_of(self, method: str) -> str:
         """Returns the column of `scores.parquet` that the method uses."""
         name = self.score_name(method)
-        has_variant = self.variant in SCORES[name].variants
-        return name if not has_variant else column_name(name, self.variant)
+        return column_name(name, self.variant) if self.variant in SCORES[name].variants else name
 
     def score_name(self, method: str) -> str:
         """Returns the score in `SCORES` that the method uses."""
@@ -138,11 +134,10 @@ class SelectionConfig:
         """What the methods need, apart from DLC."""
         known = [SELECTORS[method] for method in self.methods if method in SELECTORS]
         names = {method.score or self.score for method in known} | {self.score}
-        tuning = AUTO in self.methods or (AUTO in self.splits and "flexrand" in self.methods)
         inputs = dict.fromkeys(method.needs for method in known if method.needs in INPUTS)
+        sources = {SCORES[name].of for name in names} | {INPUTS[name].of for name in inputs}
         return Need(
             measured=tuple(name for name in inputs if INPUTS[name].of == "encoder"),
-            training=any(SCORES[name].of == "training" for name in names)
-            or any(INPUTS[name].of == "training" for name in inputs),
-            tuning=tuning,
+            training="training" in sources,
+            tuning=AUTO in self.methods or (AUTO in self.splits and "flexrand" in self.methods),
         )

@@ -73,7 +73,7 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
     if "report" in config.stages:
         workspace.alone(lambda: report_if_it_can(job))
     if job.failures:
-        lines = checks.joined(job.failures, "; ")
+        lines = checks.listed(job.failures, "; ")
         raise checks.SharedError(f"{len(job.failures)} runs failed: {lines}")
 
 

@@ -54,7 +54,7 @@ def released_steps(
     positions = {}
     for (cell, part), path in _paths(config, root, *_made_with(root)).items():
         name = path.relative_to(root).as_posix()
-        positions[name] = part_positions(dataset, kept[cell], part, str(path))
+        _, positions[name] = part_positions(dataset, kept[cell], part, str(path))
     samples = np.unique(np.concatenate(list(positions.values())))
     order = np.full(len(dataset), -1, np.int64)
     order[samples] = match_samples(dataset, samples, *_place(config))  # each is looked up once

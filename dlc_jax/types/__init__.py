@@ -9,7 +9,7 @@ from dlc_jax.types.fingerprints import features_fingerprint, labels_fingerprint,
 from dlc_jax.types.results import ProbeLosses, ResponseLosses, RunResult, Selection, TrainingRecord
 from dlc_jax.types.settings import KEEP_FRACTIONS, Conventions, as_tuple, overridden, setting
 from dlc_jax.types.trees import Params, by_path, path_name
-from dlc_jax.types.tuning import Choice, Gap, Tried, Tuning, way
+from dlc_jax.types.tuning import Choice, Gap, Tried, Tuning
 
 __all__ = [
     "DEEP_IMAGES",
@@ -38,5 +38,4 @@ __all__ = [
     "path_name",
     "scores_fingerprint",
     "setting",
-    "way",
 ]

@@ -177,13 +177,9 @@ class Dataset:
         """Returns the SHA-256 of blocks of samples, which are read for it."""
         found = []
         with ThreadPoolExecutor() as pool:
-            for block in blocks:
-                start = block * ROWS_OF_DIGEST
-                digest = hashlib.sha256()
-                for row in pool.map(
-                    self.row_digest, range(start, min(start + ROWS_OF_DIGEST, len(self)))
-                ):
-                    digest.update(row)
+            for start in (block * ROWS_OF_DIGEST for block in blocks):
+                rows = range(start, min(start + ROWS_OF_DIGEST, len(self)))
+                digest = hashlib.sha256(b"".join(pool.map(self.row_digest, rows)))
                 found.append(digest.hexdigest())
         return found
 

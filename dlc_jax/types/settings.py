@@ -38,6 +38,8 @@ def as_tuple(value: Any) -> Any:
 class Conventions:
     """What `mode` decides: the paper's way, or the released code's where that differs.
 
+    Defaults are those of mode `default`.
+
     Attributes:
       mode: `default` or `official`.
       schedule: The learning path's, where none is asked for (Q1).
@@ -51,47 +53,34 @@ class Conventions:
         which knows some splits and keep fractions only, and nothing of ids.
     """
 
-    mode: str
-    schedule: str
-    pooling: str
-    deep_images: str
-    num_runs: int
-    imagenet_normalised: bool
-    ties_as_torch: bool
-    floors_milestones: bool
-    draws_as_released: bool
+    mode: str = "default"
+    schedule: str = "linear"
+    pooling: str = "mean"
+    deep_images: str = "error"
+    num_runs: int = 3
+    imagenet_normalised: bool = False
+    ties_as_torch: bool = False
+    floors_milestones: bool = True
+    draws_as_released: bool = False
 
     @classmethod
     def of(cls, mode: str) -> Conventions:
         """Returns the conventions of that name; ValueError if there are none."""
-        checks.mode(mode)
+        checks.one_of("mode", mode, _CONVENTIONS)
         return _CONVENTIONS[mode]
 
 
 _CONVENTIONS = {
-    found.mode: found
-    for found in (
-        Conventions(
-            mode="default",
-            schedule="linear",
-            pooling="mean",
-            deep_images="error",
-            num_runs=3,
-            imagenet_normalised=False,
-            ties_as_torch=False,
-            floors_milestones=True,
-            draws_as_released=False,
-        ),
-        Conventions(
-            mode="official",
-            schedule="geometric",
-            pooling="scalar",
-            deep_images="clip",
-            num_runs=10,
-            imagenet_normalised=True,
-            ties_as_torch=True,
-            floors_milestones=False,
-            draws_as_released=True,
-        ),
-    )
+    "default": Conventions(),
+    "official": Conventions(
+        mode="official",
+        schedule="geometric",
+        pooling="scalar",
+        deep_images="clip",
+        num_runs=10,
+        imagenet_normalised=True,
+        ties_as_torch=True,
+        floors_milestones=False,
+        draws_as_released=True,
+    ),
 }

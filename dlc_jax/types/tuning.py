@@ -125,8 +125,4 @@ class Tuning:
 
     def row(self, keep_fraction: float, method: str, split: float | None) -> Tried:
         """Returns what a way of choosing came to; KeyError if it was not tried."""
-        wanted = (keep_fraction, method, split)
-        for row in self.tried:
-            if row[:3] == wanted:
-                return row
-        raise KeyError(wanted)
+        return {row[:3]: row for row in self.tried}[keep_fraction, method, split]

@@ -238,7 +238,7 @@ def test_the_order_is_torchvisions(vision, tmp_path):
     _, files, classes = training_set(vision, tmp_path, "Any")
     order = released_order(tmp_path, "Any")
     assert [entry.path for entry in order] == files
-    assert [entry.file_name for entry in order] == [file.name for file in files]
+    assert [entry.path.name for entry in order] == [file.name for file in files]
     assert sorted({entry.class_name for entry in order}) == classes
     assert len(files) == 2 * 12 + 2 * 5 + 3
 

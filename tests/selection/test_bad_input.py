@@ -43,6 +43,7 @@ def changed(name, place, value):
         ("herding", {"split": 0.5}, "takes none"),
         ("random", {"rules": dlc.Rules(per_class=False, min_per_class=1)}, "per_class=False"),
         ("easiest", {"rules": dlc.Rules(per_class=False), "mode": "official"}, "official"),
+        ("flexrand", {"split": np.nan, "mode": "official"}, "0.95 only, got nan"),
     ],
 )
 def test_it_is_refused(method, changes, says):

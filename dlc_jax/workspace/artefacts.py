@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,14 +180,10 @@ def write_scores(workdir: Path, samples: ScoredSamples) -> None:
         for start in range(0, len(samples.ids), _ROWS):
             some = slice(start, start + _ROWS)
             labels = samples.labels[some]
-            columns = [samples.ids[some].tolist(), labels, names[labels]]
-            columns += [values[some] for values in samples.scores.values()]
-            table.write_batch(
-                pa.record_batch(
-                    [pa.array(c, kind) for c, kind in zip(columns, schema.types, strict=True)],
-                    schema=schema,
-                )
-            )
+            ids = samples.ids[some].tolist()
+            columns = {"id": ids, "label": labels, "class_name": names[labels]}
+            columns |= {name: values[some] for name, values in samples.scores.items()}
+            table.write_batch(pa.record_batch(columns, schema=schema))
 
 
 def read_scores(workdir: Path) -> ScoredSamples:
@@ -273,11 +269,6 @@ def read_losses(workdir: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:
-    """Returns the SHA-256 of each file."""
-    return {path.as_posix(): file_hash(workdir / path) for path in paths}
-
-
 def file_hash(path: Path) -> str:
     """Returns the SHA-256 of a file."""
     with open(path, "rb") as file:
@@ -291,12 +282,12 @@ def names_below(folder: Path | None) -> list[str]:
     return [name.as_posix() for name in names if not is_temporary(name)]
 
 
-def hashes_below(folder: Path | None, names: list[str] | None = None) -> dict[str, str]:
+def hashes_below(folder: Path | None, names: Collection[str] | None = None) -> dict[str, str]:
     """Returns the SHA-256 of the files in a folder, or of those of `names` that are there."""
+    if folder is None:
+        return {}
     found = names_below(folder)
-    wanted = found if names is None else {*names}
-    chosen = [Path(name) for name in found if name in wanted]
-    return {} if folder is None else file_hashes(folder, chosen)
+    return {name: file_hash(folder / name) for name in found if names is None or name in names}
 
 
 def difference(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,8 +23,7 @@ _RUN_FOLDERS = (f"{artefacts.FINETUNE}/*/*", artefacts.TRAINING)  # folders that
 _PROVENANCE = {"layout?": int, "versions?": {"dlc_jax?": re.compile(r"[\w.+-]{1,40}")}}
 
 
-@dataclasses.dataclass(frozen=True)
-class Made(Generic[Value]):
+class Made(NamedTuple, Generic[Value]):
     """What a step computed, apart from what it left on disk."""
 
     value: Value
@@ -45,7 +43,7 @@ class Workspace(NamedTuple):
     @classmethod
     def of(cls, root: Path, say: Callable[[str], None]) -> Workspace:
         """Returns a work directory of whose processes the first alone prints."""
-        return cls(root, say if processes.is_first() else _say_nothing)
+        return cls(root, say if processes.is_first() else lambda line: None)
 
     @contextlib.contextmanager
     def held(self, option: str = "--workdir") -> Iterator[None]:
@@ -137,7 +135,7 @@ class Workspace(NamedTuple):
 
     def set_aside(self, record: Record) -> None:
         """Moves a result to `superseded/`, from where `ensure` takes it back."""
-        folder = self.root / records.SUPERSEDED / record.group
+        folder = self.root / records.group_folder(record)
         _move([*record.outputs, records.file_of(record.step)], self.root, folder)
 
     def _set_other_aside(self, step: Step[Any]) -> None:
@@ -290,10 +288,6 @@ class Workspace(NamedTuple):
 
 def _holds_run(folder: Path) -> bool:
     return (folder / records.file_of(records.RUN)).is_file()
-
-
-def _say_nothing(line: str) -> None:
-    """Takes the lines of processes other than the first."""
 
 
 def _move(names: list[str], source: Path, target: Path) -> None:

@@ -192,11 +192,7 @@ def read_scores(workdir: Path) -> ScoredSamples:
     Raises:
       ValueError: it is not there or not what `write_scores` writes.
     """
-    path = workdir / SCORES
-    if not path.exists():
-        raise checks.InputError(
-            f"{path}: not there; run the stage 'score' in this work directory first."
-        )
+    path = _made_by_score(workdir / SCORES, "in this work directory")
     try:
         with open(path, "rb") as file:  # given a name, Arrow would expand a ~ in it
             table = pq.ParquetFile(file)
@@ -221,6 +217,13 @@ def read_scores(workdir: Path) -> ScoredSamples:
     return ScoredSamples(ids, labels, tuple(class_names), columns)
 
 
+def _made_by_score(path: Path, how: str) -> Path:
+    """Returns the path; ValueError if there is no such file."""
+    if not path.exists():
+        raise checks.InputError(f"{path}: not there; run the stage 'score' {how} first.")
+    return path
+
+
 def _check_columns(path: Path, schema: pa.Schema, class_names: Any) -> None:
     """Raises ValueError unless columns have the types that `write_scores` gives them."""
     check_shape(class_names, [str], path, "class_names")
@@ -237,11 +240,7 @@ def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np
     Raises:
       ValueError: it is not there, cannot be read, or is of other samples.
     """
-    path = workdir / name
-    if not path.exists():
-        raise checks.InputError(
-            f"{path}: not there; run the stage 'score' with the same selection.methods first."
-        )
+    path = _made_by_score(workdir / name, "with the same selection.methods")
     arrays = array_files.read_npz(path, {key: Expected("f", 2), "ids": Expected("U", 1)})
     if not np.array_equal(arrays["ids"], samples.ids) or len(arrays[key]) != len(samples.ids):
         raise checks.InputError(

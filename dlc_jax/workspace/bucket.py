@@ -82,27 +82,16 @@ def work_in(
             stack.enter_context(whole_files.locked(home))
         except checks.InputError as error:
             raise checks.InputError(f"{store.url}: its local copy {error}") from error
-        stack.enter_context(_only_for_now(home))
+        if not processes.is_first():  # its copy holds no more than parts
+            for path in home.iterdir():  # of a run that was killed
+                whole_files.remove(path)
+            stack.callback(shutil.rmtree, home, ignore_errors=True)
         stack.enter_context(whole_files.mirrored_by(Bucket(store, home)))
         try:
             yield files, lambda line: say(line.replace(str(files), store.url))
         except checks.InputError as error:
             error.args = (str(error).replace(str(files), store.url),)
             raise
-
-
-@contextlib.contextmanager
-def _only_for_now(home: Path) -> Iterator[None]:
-    """Clears the local copy of another process than the first, which holds no more than parts."""
-    if processes.is_first():
-        yield
-        return
-    for path in home.iterdir():  # of a run that was killed
-        whole_files.remove(path)
-    try:
-        yield
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def _home(url: str) -> Path:
@@ -150,7 +139,9 @@ class Bucket:
                     (self._files / known).unlink()
             exported = {known for known in stale if _is_export(known)}
             self._note({known: Held(found[known]) for known in exported})
-            _remove_empty_folders(path)
+            for folder, _, _ in os.walk(path, topdown=False):
+                with contextlib.suppress(OSError):  # not empty
+                    os.rmdir(folder)
             self._fetch({known: found[known] for known in sorted(stale - exported)})
 
     def push(self, path: Path) -> None:
@@ -279,9 +270,3 @@ def _below(names: Iterable[str], name: str) -> list[str]:
     if not name:
         return list(names)
     return [known for known in names if known == name or known.startswith(f"{name}/")]
-
-
-def _remove_empty_folders(root: Path) -> None:
-    for folder, _, _ in os.walk(root, topdown=False):
-        with contextlib.suppress(OSError):  # not empty
-            os.rmdir(folder)

@@ -211,12 +211,11 @@ def _version(info: dict[str, Any]) -> str:
 def _may_pass(error: BaseException) -> bool:
     if not isinstance(error, Exception) or _is_of_own_disk(error):
         return False
-    code = getattr(error, "code", None)  # of gcsfs, a number or text
-    if str(code) in ("408", "429") or str(code).startswith("5"):
-        return True
-    if isinstance(error, OSError) and error.errno in _PASSING_ERRNO:
-        return True
-    return bool(_PASSING & {kind.__name__ for kind in type(error).__mro__})
+    code = str(getattr(error, "code", None))  # of gcsfs, a number or text
+    is_busy = code in ("408", "429") or code.startswith("5")
+    is_interrupted = isinstance(error, OSError) and error.errno in _PASSING_ERRNO
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return is_busy or is_interrupted or not _PASSING.isdisjoint(kinds)
 
 
 def _is_of_own_disk(error: BaseException) -> bool:

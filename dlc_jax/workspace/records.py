@@ -134,14 +134,6 @@ class Record:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of_stage(
-        cls, stage: str, settings: Mapping[str, Any], seconds: float, facts: Mapping[str, Any]
-    ) -> Record:
-        """Returns a record of how a stage of many results ran; it has no result of its own."""
-        settings, facts = as_json(settings), as_json(facts)
-        return cls(stage, "stage", 0, {}, settings, {}, round(seconds, 3), facts=facts)
-
-    @classmethod
     def of(cls, root: Path, step: Step[Any], written: Written, seconds: float = 0.0) -> Record:
         """Returns the record of a step whose files have been written, or of one that begins."""
         taken = seconds if written.seconds is None else written.seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +24,8 @@ _RUN_FOLDERS = (f"{artefacts.FINETUNE}/*/*", artefacts.TRAINING)  # folders that
 _PROVENANCE = {"layout?": int, "versions?": {"dlc_jax?": re.compile(r"[\w.+-]{1,40}")}}
 
 
-class Made(NamedTuple, Generic[Value]):
+@dataclasses.dataclass(frozen=True)
+class Made(Generic[Value]):
     """What a step computed, apart from what it left on disk."""
 
     value: Value
@@ -186,11 +188,11 @@ class Workspace(NamedTuple):
         """Records how a stage ran whose results have records elsewhere, unless that is known."""
 
         def put() -> None:
-            record = Record.of_stage(stage, settings, seconds, facts)
+            known = records.as_json(settings), round(seconds, 3), records.as_json(facts)
             there = records.read(self.root, stage)
-            known = ("settings", "seconds", "facts")
-            if there is None or any(getattr(there, n) != getattr(record, n) for n in known):
-                self._put(record)
+            if there is None or (there.settings, there.seconds, there.facts) != known:
+                # it has no key and no files of its own
+                self._put(Record(stage, "stage", 0, {}, known[0], {}, known[1], facts=known[2]))
 
         on_first(put)
 

@@ -72,10 +72,9 @@ def end(code: int, message: str) -> NoReturn:
       message: What the others say of it.
     """
     if processes.count() > 1:
+        said = json.dumps({"code": code, "message": message})
         with contextlib.suppress(Exception):  # the first process may be gone
-            processes.client().key_value_set(
-                f"{_ENDS}/{processes.index()}", json.dumps({"code": code, "message": message})
-            )
+            processes.client().key_value_set(f"{_ENDS}/{processes.index()}", said)
         _leave(code)
     _exit(code)
 

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from dlc_jax import checks
 from dlc_jax.checks.escaping import visible
 from dlc_jax.config import Config
-from dlc_jax.distributed import positions_from_first, said_of, stopping
+from dlc_jax.distributed import positions_from_first, processes, said_of, stopping
 from dlc_jax.selection import FULL, Cell
 from dlc_jax.stages.selection_files import read_selection
 from dlc_jax.stages.selection_inputs import SelectionInputs
@@ -127,7 +127,7 @@ class _Sweep(NamedTuple):
                 if said is not None:
                     self.workspace.alone(lambda: write_results(self.workdir))
             except Exception as error:  # whatever it is, the other runs go on
-                if self.workspace.is_shared and not isinstance(error, checks.SharedError):
+                if processes.count() > 1 and not isinstance(error, checks.SharedError):
                     raise  # unless other processes know nothing of it, and wait for this one
                 reason = _reason(error, self.of(cell))
                 failures.append(f"{cell.name}: {reason}")

@@ -57,18 +57,12 @@ _ROWS = 8192  # written and read at a time, so that memory does not grow with th
 _FOLDERS = (
     "",
     "*",
-    TRAINING,
-    f"{TRAINING}/*",
+    "*/*",
+    "*/*/*",
     f"{TRAINING}/*/seen",
-    f"{UNFINISHED}/*",
-    f"{UNFINISHED}/*/*",
     "records/**",
     f"{TUNING}/**",
-    f"{SELECTIONS}/*",
-    f"{FINETUNE}/*/*",
     f"{FINETUNE}/*/*/records/**",
-    f"{EVALUATE}/*",
-    f"{EXPORTS}/*/*",
     f"{EXPORTS}/idxs*/*/*/*/*",
 )
 

@@ -247,14 +247,12 @@ class Bucket:
 
 def _read_known(path: Path) -> dict[str, Held]:
     """Reads what `_note` wrote, and writes it anew without what was superseded."""
-    known: dict[str, Held] = {}
+    noted: dict[str, list | None] = {}
     with contextlib.suppress(FileNotFoundError), open(path) as file:
         for line in file:
             with contextlib.suppress(ValueError):  # a kill may have cut the last one off
-                name, held = json.loads(line)
-                known.pop(name, None)
-                if held is not None:
-                    known[name] = Held(*held)
+                noted.update([json.loads(line)])
+    known = {name: Held(*held) for name, held in noted.items() if held is not None}
     if known:
         with whole_files.atomic(path, "w") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in known.items())

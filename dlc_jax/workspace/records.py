@@ -129,8 +129,8 @@ class Record:
     settings: dict[str, Any]
     outputs: dict[str, str]
     seconds: float
-    versions: dict[str, str] = dataclasses.field(default_factory=keys.versions)
-    devices: list[str] = dataclasses.field(default_factory=keys.devices)
+    versions: dict[str, str] = dataclasses.field(default_factory=lambda: keys.versions())
+    devices: list[str] = dataclasses.field(default_factory=lambda: keys.devices())
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod

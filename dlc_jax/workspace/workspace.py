@@ -173,11 +173,6 @@ class Workspace(NamedTuple):
                 file.write(text)
         return processes.is_first()
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether several processes use it together."""
-        return processes.count() > 1
-
     def note(
         self,
         stage: str,

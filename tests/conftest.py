@@ -138,6 +138,6 @@ def record_scores(workdir: Path, facts: dict, settings: dict) -> None:
     paths = [Path(artefacts.LOSSES), Path(artefacts.SCORES)]
     encoder = {"name": "", "weights": ""} | settings.get("encoder", {})
     asked = {"dataset": {"train": facts["dataset"]["source"]}, "encoder": encoder}
-    outputs = artefacts.file_hashes(workdir, paths)
+    outputs = {path.as_posix(): artefacts.file_hash(workdir / path) for path in paths}
     settings = settings | {"asked": asked}
     Record("score", "losses", 1, {}, settings, outputs, 0.0, {}, [], facts).write(workdir)

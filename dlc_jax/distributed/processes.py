@@ -68,39 +68,33 @@ def find_place(
     Raises:
       ValueError: some are missing, or do not fit together.
     """
-    given: dict[str, Any] = {
-        "coordinator_address": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "num_processes": _number("JAX_NUM_PROCESSES", num_processes),
-        "process_id": _number("JAX_PROCESS_ID", process_id),
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
+    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    num_processes = _number("JAX_NUM_PROCESSES", num_processes)
+    process_id = _number("JAX_PROCESS_ID", process_id)
+    if address is None and num_processes is None and process_id is None:
         return _place_in_slurm()
-    if given["num_processes"] == 1:
+    if num_processes == 1:
         return None
-    if missing:
+    if address is None or num_processes is None or process_id is None:
+        given = {"coordinator_address": address, "num_processes": num_processes}
+        missing = next((name for name, value in given.items() if value is None), "process_id")
         raise checks.InputError(
-            f"--{missing[0]}: missing; expected coordinator_address, num_processes and process_id "
+            f"--{missing}: missing; expected coordinator_address, num_processes and process_id "
             "together, as options or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID."
         )
-    assert isinstance(given["coordinator_address"], str)
-    place = Place(
-        given["coordinator_address"], int(given["num_processes"]), int(given["process_id"])
-    )
-    _check_address(place.coordinator)
-    checks.at_least("--num_processes", place.num_processes, 1)
-    if not 0 <= place.process_id < place.num_processes:
+    _check_address(address)
+    checks.at_least("--num_processes", num_processes, 1)
+    if not 0 <= process_id < num_processes:
         raise checks.InputError(
-            f"--process_id: expected 0 to {place.num_processes - 1}, got {place.process_id}."
+            f"--process_id: expected 0 to {num_processes - 1}, got {process_id}."
         )
-    return place
+    return Place(address, num_processes, process_id)
 
 
 def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
-        host.encode("idna")  # as looking it up does
-        is_host = host != ""
+        is_host = bool(host.encode("idna"))  # as looking it up does
     except UnicodeError:
         is_host = False
     if not is_host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
@@ -110,7 +104,7 @@ def _check_address(address: str) -> None:
         )
 
 
-def _number(name: str, given: int | None) -> int | None:
+def _number(name: str, given: int | None = None) -> int | None:
     text = os.environ.get(name)
     if given is not None or not text:
         return given
@@ -121,30 +115,22 @@ def _number(name: str, given: int | None) -> int | None:
 
 def _place_in_slurm() -> Place | None:
     """Returns the task's place in a step of several tasks, as started by `srun`; None: one task."""
-    num_tasks = _number("SLURM_STEP_NUM_TASKS", None)
+    num_tasks = _number("SLURM_STEP_NUM_TASKS")
     if num_tasks is None or num_tasks <= 1:
         return None
-    number, job = _in_slurm("SLURM_PROCID"), _in_slurm("SLURM_JOB_ID")
-    if number >= num_tasks:
-        raise _half_of_slurm(f"SLURM_PROCID is {number} of SLURM_STEP_NUM_TASKS {num_tasks}")
+    number, job = _number("SLURM_PROCID"), _number("SLURM_JOB_ID")
     nodes = os.environ.get("SLURM_STEP_NODELIST", "").strip()  # such as a[07-09,12],b3
     first = re.match(r"([^,\[\]]+)(?:\[([^,\-\[\]]+)[^\[\]]*\])?(?:,|$)", nodes)
-    if first is None:
-        raise _half_of_slurm(f"SLURM_STEP_NODELIST is {nodes!r}")
-    host = first[1] + (first[2] or "")
-    port = _SLURM_PORTS[job % len(_SLURM_PORTS)]
-    return Place(f"{host}:{port}", num_tasks, number)
-
-
-def _in_slurm(name: str) -> int:
-    number = _number(name, None)
-    if number is None:
-        raise _half_of_slurm(f"{name} is not set")
-    return number
-
-
-def _half_of_slurm(found: str) -> checks.InputError:
-    return checks.InputError(
+    if number is None or job is None:
+        found = f"{'SLURM_PROCID' if number is None else 'SLURM_JOB_ID'} is not set"
+    elif number >= num_tasks:
+        found = f"SLURM_PROCID is {number} of SLURM_STEP_NUM_TASKS {num_tasks}"
+    elif first is None:
+        found = f"SLURM_STEP_NODELIST is {nodes!r}"
+    else:
+        port = _SLURM_PORTS[job % len(_SLURM_PORTS)]
+        return Place(f"{first[1]}{first[2] or ''}:{port}", num_tasks, number)
+    raise checks.InputError(
         f"Slurm: {found}, in a step of several tasks; expected all that srun sets, or "
         "SLURM_STEP_NUM_TASKS unset for a run of one process."
     )
@@ -266,14 +252,9 @@ def on_first(compute: Callable[[], Value]) -> Value | None:
     Raises:
       ValueError: in all processes, if it or OSError is raised in the first.
     """
-    if _is_alone or count() == 1:
-        return compute()
-    key, value = f"{_PREFIX}/said/{next(_numbers)}", None
-    if is_first():
-        value = _told(key, compute, lambda _: None)
-    else:
-        _heard(key)
-    return value
+    found: list[Value] = []
+    value_of_first(lambda: found.append(compute()))
+    return found[0] if found else None
 
 
 def value_of_first(compute: Callable[[], Value]) -> Value:
@@ -284,12 +265,24 @@ def value_of_first(compute: Callable[[], Value]) -> Value:
     Raises:
       ValueError: in all processes, if it or OSError is raised in the first.
     """
+    global _is_alone
     if _is_alone or count() == 1:
         return compute()
     key = f"{_PREFIX}/said/{next(_numbers)}"
-    if is_first():
-        return _told(key, compute, lambda value: value)
-    value: Value = _heard(key)
+    if not is_first():
+        message = json.loads(_waited_for(key))
+        if "error" in message:
+            raise SaidByFirst(message["error"])
+        return message["value"]
+    _is_alone = True
+    try:
+        value = compute()
+    except (checks.InputError, OSError) as error:
+        client().key_value_set(key, json.dumps({"error": str(error)}))
+        raise checks.SharedError(str(error)) from error
+    finally:
+        _is_alone = False
+    client().key_value_set(key, json.dumps({"value": value}))
     return value
 
 
@@ -332,27 +325,6 @@ def client() -> Any:
     return global_state.client
 
 
-def _told(key: str, compute: Callable[[], Value], tell: Callable[[Value], Any]) -> Value:
-    global _is_alone
-    _is_alone = True
-    try:
-        value = compute()
-    except (checks.InputError, OSError) as error:
-        client().key_value_set(key, json.dumps({"error": str(error)}))
-        raise checks.SharedError(str(error)) from error
-    finally:
-        _is_alone = False
-    client().key_value_set(key, json.dumps({"value": tell(value)}))
-    return value
-
-
-def _heard(key: str) -> Any:
-    message = json.loads(_waited_for(key))
-    if "error" in message:
-        raise SaidByFirst(message["error"])
-    return message["value"]
-
-
 def _waited_for(key: str) -> str:
     """Returns a value of the store as soon as it is there, however long that takes.
 
@@ -360,8 +332,7 @@ def _waited_for(key: str) -> str:
     """
     while True:
         try:
-            value: str = client().blocking_key_value_get(key, _POLL_MS)
-            return value
+            return client().blocking_key_value_get(key, _POLL_MS)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise

@@ -60,10 +60,9 @@ def sharding_of(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
 def mesh_of(params: Params) -> Mesh | None:
     """Returns the mesh that parameters were spread over; None: they are on one device."""
     for leaf in jax.tree.leaves(params):
-        where = getattr(leaf, "sharding", None)
-        if isinstance(where, NamedSharding) and FSDP in where.mesh.axis_names:
-            assert isinstance(where.mesh, Mesh)
-            return where.mesh
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if isinstance(mesh, Mesh) and FSDP in mesh.axis_names:
+            return mesh
     return None
 
 
@@ -83,14 +82,8 @@ def over_devices(params: Params, rows: Tree) -> Tree:
         their number divides: a device that repeats a row costs no more than one that waits.
     """
     mesh = mesh_of(params)
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, rows)
-    where = by_rows(mesh)
-
-    def one(array: np.ndarray) -> jax.Array:
-        return place(filled_up(array, whole_rows(params, len(array))), where)
-
-    return jax.tree.map(one, rows)
+    put = jnp.asarray if mesh is None else functools.partial(place_rows, mesh)
+    return jax.tree.map(put, rows)
 
 
 def filled_up(array: np.ndarray, num_rows: int) -> np.ndarray:
@@ -190,10 +183,9 @@ def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
         for shard in parts.values():
             whole[shard.index] = shard.data
         return whole
-    where = array.sharding
-    assert isinstance(where, NamedSharding)
-    assert isinstance(where.mesh, Mesh)
-    return np.asarray(_everywhere(whole_on(where.mesh))(array))
+    assert isinstance(array.sharding, NamedSharding)
+    where = NamedSharding(array.sharding.mesh, PartitionSpec())
+    return np.asarray(_everywhere(where)(array))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dlc_jax import signals
 from dlc_jax.distributed import processes
@@ -18,6 +19,7 @@ from dlc_jax.signals import Stopped
 __all__ = ["Stopped", "at_steps", "check", "is_due", "stop_together"]
 
 _STEPS_LATE = 2  # so that no step waits for the answer of the one before
+_most = jax.jit(jnp.max)
 _pending: collections.deque[jax.Array] = collections.deque()  # answers that nobody waits for yet
 
 
@@ -62,16 +64,7 @@ def stop_together() -> NoReturn:
 
 def _largest(value: int) -> jax.Array:
     """Returns the largest value of all processes, without waiting for it."""
-    devices = np.array(jax.devices())
-    spread = jax.sharding.NamedSharding(
-        jax.sharding.Mesh(devices, "all"), jax.sharding.PartitionSpec("all")
-    )
-    flags = jax.make_array_from_callback(
-        (len(devices),), spread, lambda where: np.full(1, value, np.int32)
-    )
-    return _most(flags)
-
-
-@jax.jit
-def _most(flags: jax.Array) -> jax.Array:
-    return jnp.max(flags)
+    mesh = Mesh(np.array(jax.devices()), "all")
+    here = np.full(1, value, np.int32)
+    spread = NamedSharding(mesh, PartitionSpec("all"))
+    return _most(jax.make_array_from_callback((mesh.size,), spread, lambda _: here))

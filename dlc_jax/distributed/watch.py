@@ -72,10 +72,9 @@ def end(code: int, message: str) -> NoReturn:
       message: What the others say of it.
     """
     if processes.count() > 1:
+        said = json.dumps({"code": code, "message": message})
         with contextlib.suppress(Exception):  # the first process may be gone
-            processes.client().key_value_set(
-                f"{_ENDS}/{processes.index()}", json.dumps({"code": code, "message": message})
-            )
+            processes.client().key_value_set(f"{_ENDS}/{processes.index()}", said)
         _leave(code)
     _exit(code)
 
@@ -174,8 +173,10 @@ class _Watch:
 
     def _give_up(self) -> None:
         """Prints who died, and ends this process."""
+        mine = self._beats.get(processes.index(), ("", 0.0))[1]
         # JAX finds the dead some time between a third of its limit and the whole
-        silent = self._silent_for(processes.heartbeat_s() / 3)
+        latest = mine - processes.heartbeat_s() / 3
+        silent = sorted(who for who, (_, when) in self._beats.items() if when < latest)
         if not silent and not processes.answers(processes.coordinator()):
             silent = [0]  # it has the store
         names = ", ".join(f"process {who}" for who in silent)
@@ -184,11 +185,6 @@ class _Watch:
         if names:  # else it is this process that crashes
             _say(f"stopped: {names} died; the same command goes on where this one ended")
             _exit(RESTART)
-
-    def _silent_for(self, seconds: float) -> list[int]:
-        """Returns the processes that were silent so much longer than this one."""
-        mine = self._beats.get(processes.index(), ("", 0.0))[1]
-        return sorted(who for who, (_, when) in self._beats.items() if when < mine - seconds)
 
 
 def _leave(code: int) -> NoReturn:

@@ -13,7 +13,7 @@ from jaxtyping import Int64
 
 from dlc_jax import checks
 from dlc_jax.checks.escaping import visible
-from dlc_jax.distributed import positions_from_first, stopping
+from dlc_jax.distributed import positions_from_first, processes, stopping
 from dlc_jax.selection import FULL, Cell
 from dlc_jax.stages.job import Job
 from dlc_jax.stages.selection_files import read_selection
@@ -62,7 +62,7 @@ class Sweep(NamedTuple):
                 if said is not None:
                     workspace.alone(lambda: write_results(workspace.root))
             except Exception as error:  # whatever it is, the other runs go on
-                if workspace.is_shared and not isinstance(error, checks.SharedError):
+                if processes.count() > 1 and not isinstance(error, checks.SharedError):
                     raise  # unless other processes know nothing of it, and wait for this one
                 reason = _reason(error, self._folder(cell))
                 failures.append(f"{cell.name}: {reason}")

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +57,12 @@ _ROWS = 8192  # written and read at a time, so that memory does not grow with th
 _FOLDERS = (
     "",
     "*",
-    TRAINING,
-    f"{TRAINING}/*",
+    "*/*",
+    "*/*/*",
     f"{TRAINING}/*/seen",
-    f"{UNFINISHED}/*",
-    f"{UNFINISHED}/*/*",
     "records/**",
     f"{TUNING}/**",
-    f"{SELECTIONS}/*",
-    f"{FINETUNE}/*/*",
     f"{FINETUNE}/*/*/records/**",
-    f"{EVALUATE}/*",
-    f"{EXPORTS}/*/*",
     f"{EXPORTS}/idxs*/*/*/*/*",
 )
 
@@ -180,14 +174,10 @@ def write_scores(workdir: Path, samples: ScoredSamples) -> None:
         for start in range(0, len(samples.ids), _ROWS):
             some = slice(start, start + _ROWS)
             labels = samples.labels[some]
-            columns = [samples.ids[some].tolist(), labels, names[labels]]
-            columns += [values[some] for values in samples.scores.values()]
-            table.write_batch(
-                pa.record_batch(
-                    [pa.array(c, kind) for c, kind in zip(columns, schema.types, strict=True)],
-                    schema=schema,
-                )
-            )
+            ids = samples.ids[some].tolist()
+            columns = {"id": ids, "label": labels, "class_name": names[labels]}
+            columns |= {name: values[some] for name, values in samples.scores.items()}
+            table.write_batch(pa.record_batch(columns, schema=schema))
 
 
 def read_scores(workdir: Path) -> ScoredSamples:
@@ -196,11 +186,7 @@ def read_scores(workdir: Path) -> ScoredSamples:
     Raises:
       ValueError: it is not there or not what `write_scores` writes.
     """
-    path = workdir / SCORES
-    if not path.exists():
-        raise checks.InputError(
-            f"{path}: not there; run the stage 'score' in this work directory first."
-        )
+    path = _made_by_score(workdir / SCORES, "in this work directory")
     try:
         with open(path, "rb") as file:  # given a name, Arrow would expand a ~ in it
             table = pq.ParquetFile(file)
@@ -225,6 +211,13 @@ def read_scores(workdir: Path) -> ScoredSamples:
     return ScoredSamples(ids, labels, tuple(class_names), columns)
 
 
+def _made_by_score(path: Path, how: str) -> Path:
+    """Returns the path; ValueError if there is no such file."""
+    if not path.exists():
+        raise checks.InputError(f"{path}: not there; run the stage 'score' {how} first.")
+    return path
+
+
 def _check_columns(path: Path, schema: pa.Schema, class_names: Any) -> None:
     """Raises ValueError unless columns have the types that `write_scores` gives them."""
     check_shape(class_names, [str], path, "class_names")
@@ -241,11 +234,7 @@ def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np
     Raises:
       ValueError: it is not there, cannot be read, or is of other samples.
     """
-    path = workdir / name
-    if not path.exists():
-        raise checks.InputError(
-            f"{path}: not there; run the stage 'score' with the same selection.methods first."
-        )
+    path = _made_by_score(workdir / name, "with the same selection.methods")
     arrays = array_files.read_npz(path, {key: Expected("f", 2), "ids": Expected("U", 1)})
     if not np.array_equal(arrays["ids"], samples.ids) or len(arrays[key]) != len(samples.ids):
         raise checks.InputError(
@@ -273,11 +262,6 @@ def read_losses(workdir: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def file_hashes(workdir: Path, paths: list[Path]) -> dict[str, str]:
-    """Returns the SHA-256 of each file."""
-    return {path.as_posix(): file_hash(workdir / path) for path in paths}
-
-
 def file_hash(path: Path) -> str:
     """Returns the SHA-256 of a file."""
     with open(path, "rb") as file:
@@ -291,12 +275,12 @@ def names_below(folder: Path | None) -> list[str]:
     return [name.as_posix() for name in names if not is_temporary(name)]
 
 
-def hashes_below(folder: Path | None, names: list[str] | None = None) -> dict[str, str]:
+def hashes_below(folder: Path | None, names: Collection[str] | None = None) -> dict[str, str]:
     """Returns the SHA-256 of the files in a folder, or of those of `names` that are there."""
+    if folder is None:
+        return {}
     found = names_below(folder)
-    wanted = found if names is None else {*names}
-    chosen = [Path(name) for name in found if name in wanted]
-    return {} if folder is None else file_hashes(folder, chosen)
+    return {name: file_hash(folder / name) for name in found if names is None or name in names}
 
 
 def difference(

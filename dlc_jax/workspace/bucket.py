@@ -15,14 +15,12 @@ they read.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -31,43 +29,14 @@ from dlc_jax import checks
 from dlc_jax.distributed import processes
 from dlc_jax.files import whole_files
 from dlc_jax.workspace import artefacts, lease, records
+from dlc_jax.workspace.lease import LeaseObject
 from dlc_jax.workspace.object_store import ObjectStore
 
 _FILES, _KNOWN = "files", "known.jsonl"
-_SETTLE_S = 2.0
 _FETCHED = ".fetched"
 # Written for others: may be large, and no stage reads it. Without their records they are written
 # again on another machine.
 _NOT_FETCHED = (artefacts.EXPORTS, f"{records.FOLDER}/{artefacts.EXPORTS}")
-
-
-class LeaseObject(NamedTuple):
-    """The lease of a work directory in a bucket; see `lease.LeasePlace`."""
-
-    store: ObjectStore
-
-    @property
-    def name(self) -> str:
-        return self.store.url
-
-    def read(self) -> bytes | None:
-        return self.store.read_if_there(lease.FILE)
-
-    def create(self, content: bytes, /) -> bool:
-        if not self.store.create(lease.FILE, content):
-            return self.read() == content  # the answer of an earlier try may have been lost
-        time.sleep(_SETTLE_S)  # where two can create it, the last one has it
-        return self.read() == content
-
-    def replace(self, content: bytes, /) -> None:
-        self.store.write(lease.FILE, content)
-
-    def delete(self) -> None:
-        self.store.delete([lease.FILE])
-
-    def age_s(self) -> float:
-        """Unknown: the dates of objects are not to be compared with any clock here."""
-        return 0.0
 
 
 class Held(NamedTuple):
@@ -81,6 +50,10 @@ class Held(NamedTuple):
     version: str
     size: int | None = None
     changed: int | None = None
+
+
+# Noted of an object before it is written, so that it is known if writing fails half-way.
+_WRITTEN = Held("")
 
 
 @contextlib.contextmanager
@@ -109,27 +82,16 @@ def work_in(
             stack.enter_context(whole_files.locked(home))
         except checks.InputError as error:
             raise checks.InputError(f"{store.url}: its local copy {error}") from error
-        stack.enter_context(_only_for_now(home))
+        if not processes.is_first():  # its copy holds no more than parts
+            for path in home.iterdir():  # of a run that was killed
+                whole_files.remove(path)
+            stack.callback(shutil.rmtree, home, ignore_errors=True)
         stack.enter_context(whole_files.mirrored_by(Bucket(store, home)))
         try:
             yield files, lambda line: say(line.replace(str(files), store.url))
         except checks.InputError as error:
             error.args = (str(error).replace(str(files), store.url),)
             raise
-
-
-@contextlib.contextmanager
-def _only_for_now(home: Path) -> Iterator[None]:
-    """Clears the local copy of another process than the first, which holds no more than parts."""
-    if processes.is_first():
-        yield
-        return
-    for path in home.iterdir():  # of a run that was killed
-        whole_files.remove(path)
-    try:
-        yield
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def _home(url: str) -> Path:
@@ -139,17 +101,6 @@ def _home(url: str) -> Path:
     if not processes.is_first():
         name += f"-{processes.index()}"
     return (Path(base).expanduser() / "dlc_jax" / "workdirs" / name).resolve()
-
-
-def _one_at_a_time(method: Callable[..., None]) -> Callable[..., None]:
-    """Keeps threads apart: a checkpoint is put while training goes on."""
-
-    @functools.wraps(method)
-    def alone(self: Bucket, *paths: Path) -> None:
-        with self._lock:
-            method(self, *paths)
-
-    return alone
 
 
 class Bucket:
@@ -164,7 +115,7 @@ class Bucket:
         self._store, self._files = store, home / _FILES
         self._list = home / _KNOWN
         self._known = _read_known(self._list)
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # a checkpoint is put while training goes on
 
     @property
     def lease(self) -> LeaseObject:
@@ -175,65 +126,66 @@ class Bucket:
         """Whether the path is in the local copy, and no temporary file."""
         return path.is_relative_to(self._files) and not whole_files.is_temporary(path)
 
-    @_one_at_a_time
     def pull(self, path: Path) -> None:
         """Makes a file or folder like the bucket's."""
-        name = self._name(path)
-        found = self._store.list(name)
-        found.pop(lease.FILE, None)
-        self._note({known: None for known in _below(self._known, name) if known not in found})
-        stale = {known for known in found if not self._is_current(known, found[known])}
-        for known in self._local_names(name):
-            if known not in found or known in stale:
-                (self._files / known).unlink()
-        exported = {known for known in stale if _is_export(known)}
-        self._note({known: Held(found[known]) for known in exported})
-        _remove_empty_folders(path)
-        self._fetch({known: found[known] for known in sorted(stale - exported)})
+        with self._lock:
+            name = self._name(path)
+            found = self._store.list(name)
+            found.pop(lease.FILE, None)
+            self._note({known: None for known in _below(self._known, name) if known not in found})
+            stale = {known for known in found if not self._is_current(known, found[known])}
+            for known in self._local_names(name):
+                if known not in found or known in stale:
+                    (self._files / known).unlink()
+            exported = {known for known in stale if _is_export(known)}
+            self._note({known: Held(found[known]) for known in exported})
+            for folder, _, _ in os.walk(path, topdown=False):
+                with contextlib.suppress(OSError):  # not empty
+                    os.rmdir(folder)
+            self._fetch({known: found[known] for known in sorted(stale - exported)})
 
-    @_one_at_a_time
     def push(self, path: Path) -> None:
         """Puts a file or folder in place of what is there."""
-        name = self._name(path)
-        if path.is_file():
-            self._store.put([(name, path)])
-            self._note({name: self._held(name, self._store.version(name))})
-            return
-        names = self._local_names(name)
-        links = [known for known in names if (self._files / known).is_symlink()]
-        if links:
-            raise checks.InputError(f"{self._files / links[0]}: a bucket holds no links.")
-        mine = set(names)
-        self._delete([known for known in _below(self._known, name) if known not in mine])
-        self._expect(names)
-        self._store.put((known, self._files / known) for known in names)
-        self._note_all(name)
+        with self._lock:
+            name = self._name(path)
+            if path.is_file():
+                self._store.put([(name, path)])
+                self._note({name: self._held(name, self._store.version(name))})
+                return
+            names = self._local_names(name)
+            links = [known for known in names if (self._files / known).is_symlink()]
+            if links:
+                raise checks.InputError(f"{self._files / links[0]}: a bucket holds no links.")
+            mine = set(names)
+            self._delete([known for known in _below(self._known, name) if known not in mine])
+            self._note(dict.fromkeys(names, _WRITTEN))
+            self._store.put((known, self._files / known) for known in names)
+            self._note_all(name)
 
-    @_one_at_a_time
     def remove(self, path: Path) -> None:
         """Removes a file or folder, if it is there."""
-        name = self._name(path)
-        record, others = _of_run(name, _below(self._known, name))
-        self._delete(record)
-        self._delete(others)
+        with self._lock:
+            for names in self._of_run(self._name(path)):
+                self._delete(names)
 
-    @_one_at_a_time
     def move(self, source: Path, target: Path) -> None:
         """Moves a file, replacing any at the target, or a run's folder to an empty place."""
         name, to = self._name(source), self._name(target)
-        record, others = _of_run(name, _below(self._known, name))
-        moved = {known: to + known.removeprefix(name) for known in [*others, *record]}
-        self._expect(moved.values())
-        for names in (others, record):
-            self._store.copy((known, moved[known]) for known in names)
-        for names in (record, others):
-            self._delete(names)
-        if moved:
-            self._note_all(to)
+        with self._lock:
+            record, others = self._of_run(name)
+            moved = {known: to + known.removeprefix(name) for known in [*others, *record]}
+            self._note(dict.fromkeys(moved.values(), _WRITTEN))
+            for names in (others, record):
+                self._store.copy((known, moved[known]) for known in names)
+            for names in (record, others):
+                self._delete(names)
+            if moved:
+                self._note_all(to)
 
-    def _expect(self, names: Iterable[str]) -> None:
-        """Notes objects about to be written, so that they are known if writing fails half-way."""
-        self._note(dict.fromkeys(names, Held("")))
+    def _of_run(self, name: str) -> tuple[list[str], list[str]]:
+        """Splits what is known below a name into the record of the run there, and the others."""
+        names, record = _below(self._known, name), f"{name}/{records.file_of(records.RUN)}"
+        return [known for known in names if known == record], [n for n in names if n != record]
 
     def _note_all(self, name: str) -> None:
         """Notes every object at or below this name as equal to its local file."""
@@ -241,9 +193,8 @@ class Bucket:
         self._note({known: self._held(known, version) for known, version in found.items()})
 
     def _fetch(self, versions: dict[str, str]) -> None:
-        places = {name: self._files / name for name in versions}
-        temporary = {name: path.with_name(path.name + _FETCHED) for name, path in places.items()}
-        for path in places.values():
+        temporary = {name: self._files / (name + _FETCHED) for name in versions}
+        for path in temporary.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._store.fetch(temporary.items())
@@ -252,8 +203,8 @@ class Bucket:
                 raise
             # a full disk says so without naming a file
             raise OSError(error.errno, error.strerror, str(self._files)) from error
-        for name, path in places.items():
-            os.replace(temporary[name], path)
+        for name, path in temporary.items():
+            os.replace(path, self._files / name)
             self._note({name: self._held(name, versions[name])})
 
     def _delete(self, names: list[str]) -> None:
@@ -296,14 +247,12 @@ class Bucket:
 
 def _read_known(path: Path) -> dict[str, Held]:
     """Reads what `_note` wrote, and writes it anew without what was superseded."""
-    known: dict[str, Held] = {}
+    noted: dict[str, list | None] = {}
     with contextlib.suppress(FileNotFoundError), open(path) as file:
         for line in file:
             with contextlib.suppress(ValueError):  # a kill may have cut the last one off
-                name, held = json.loads(line)
-                known.pop(name, None)
-                if held is not None:
-                    known[name] = Held(*held)
+                noted.update([json.loads(line)])
+    known = {name: Held(*held) for name, held in noted.items() if held is not None}
     if known:
         with whole_files.atomic(path, "w") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in known.items())
@@ -319,15 +268,3 @@ def _below(names: Iterable[str], name: str) -> list[str]:
     if not name:
         return list(names)
     return [known for known in names if known == name or known.startswith(f"{name}/")]
-
-
-def _of_run(name: str, names: list[str]) -> tuple[list[str], list[str]]:
-    """Splits names into the record of the run in this folder, if there is one, and the others."""
-    record = f"{name}/{records.file_of(records.RUN)}"
-    return [known for known in names if known == record], [n for n in names if n != record]
-
-
-def _remove_empty_folders(root: Path) -> None:
-    for folder, _, _ in os.walk(root, topdown=False):
-        with contextlib.suppress(OSError):  # not empty
-            os.rmdir(folder)

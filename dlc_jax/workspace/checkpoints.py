@@ -84,7 +84,9 @@ class Checkpoints:
                 damage = self._damage(path)
                 if damage is None:
                     history = artefacts.read_json(path / _HISTORY)["epochs"]
-                    return _read_state(path / _STATE, shapes), history
+                    with _orbax() as (orbax, args):
+                        found = args.StandardRestore(shapes)
+                        return orbax.restore((path / _STATE).resolve(), args=found), history
                 self._say(f"note: {path}: damaged, not used: {damage}")
         return None
 
@@ -101,7 +103,9 @@ class Checkpoints:
             failure = self._failure_of_write(number, state, history, beside)
             if failure is not None:
                 gc.collect()  # what was under way, while nobody hears it complain
-                _clear(self._folder)
+                for _ in range(10):  # other writes under way may still add to what was left
+                    artefacts.clear_leftovers(self._folder, everyones=True)
+                    time.sleep(0.1)
         if failure is not None:
             raise checks.InputError(f"{failure}. {self._after_failure()}")
         for other in self._numbers() - {number}:
@@ -113,7 +117,8 @@ class Checkpoints:
         """Writes a checkpoint; returns why that failed, without the error, which holds a lot."""
         try:
             with artefacts.atomic_folder(self._folder / str(number)) as place:
-                _write_state(place / _STATE, state)
+                with _orbax() as (orbax, args):
+                    orbax.save((place / _STATE).resolve(), args=args.StandardSave(state))
                 artefacts.write_json(place / _HISTORY, {"epochs": history})
                 written = {
                     "inputs": self._inputs,
@@ -143,14 +148,14 @@ class Checkpoints:
             written = artefacts.read_json(path / _CHECKSUMS)
             number, inputs = written["number"], written["inputs"]
             files, beside = dict(written["files"]), dict(written["beside"])
-        except (checks.InputError, KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             return f"{_CHECKSUMS} is missing or cannot be read."
         if (str(number), inputs) != (path.name, self._inputs):
             return f"it is checkpoint {number} of a run with inputs {str(inputs)[:12]}."
         found = artefacts.hashes_below(path)
         del found[_CHECKSUMS]
         # more is beside it if the run ended before the next checkpoint
-        found_beside = artefacts.hashes_below(self._beside, [*beside])
+        found_beside = artefacts.hashes_below(self._beside, beside)
         return artefacts.difference(files, found) or artefacts.difference(beside, found_beside)
 
     @contextlib.contextmanager
@@ -165,8 +170,8 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _orbax() -> Iterator[Any]:
-    """Gives Orbax's checkpointer, which works in this process alone."""
+def _orbax() -> Iterator[tuple[Any, Any]]:
+    """Gives Orbax's checkpointer, which works in this process alone, and the kinds of arguments."""
     import orbax.checkpoint as ocp  # half a second, which only fine-tuning to disk needs
 
     # one process keeps all of it, and the others do not know: Orbax should not wait for them
@@ -177,21 +182,7 @@ def _orbax() -> Iterator[Any]:
     )
     options = {"multiprocessing_options": alone} if processes.count() > 1 else {}
     with ocp.Checkpointer(ocp.StandardCheckpointHandler(**options), **options) as orbax:
-        yield orbax
-
-
-def _write_state(path: Path, state: Any) -> None:
-    import orbax.checkpoint as ocp
-
-    with _orbax() as orbax:
-        orbax.save(path.resolve(), args=ocp.args.StandardSave(state))
-
-
-def _read_state(path: Path, shapes: Any) -> Any:
-    import orbax.checkpoint as ocp
-
-    with _orbax() as orbax:
-        return orbax.restore(path.resolve(), args=ocp.args.StandardRestore(shapes))
+        yield orbax, ocp.args
 
 
 @contextlib.contextmanager
@@ -216,13 +207,6 @@ def _quiet() -> Iterator[None]:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _clear(folder: Path) -> None:
-    """Removes what a write that failed left, to which other writes under way may still add."""
-    for _ in range(10):
-        artefacts.clear_leftovers(folder, everyones=True)
-        time.sleep(0.1)
 
 
 def _reason(error: Exception) -> str:

@@ -18,10 +18,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, TypeAlias
 
 from dlc_jax import checks
 from dlc_jax.files import whole_files
+from dlc_jax.workspace.object_store import ObjectStore
 
 FILE = ".lease.json"
 _RENEW_S, _VOID_S = 10.0, 60.0
@@ -29,47 +30,18 @@ _RENEW_S, _VOID_S = 10.0, 60.0
 _DOUBT_S = 30.0
 _LOOK_S = 0.5
 _SETTLE_S = 0.5  # for others that take a void lease at the same moment
+_SETTLE_IN_BUCKET_S = 2.0  # for others that create one at the same moment
 
 
 class Lost(BaseException):
     """Another run holds the work directory. No `Exception`: nothing should go on after it."""
 
 
-@runtime_checkable
-class LeasePlace(Protocol):
-    """Where a lease is kept."""
-
-    @property
-    def name(self) -> str:
-        """What the user calls the work directory."""
-        ...
-
-    def read(self) -> bytes | None:
-        """Returns its content; None if there is none."""
-        ...
-
-    def create(self, content: bytes, /) -> bool:
-        """Writes it whole, unless there is one; returns whether it did."""
-        ...
-
-    def replace(self, content: bytes, /) -> None:
-        """Writes it whole, whether or not there is one."""
-        ...
-
-    def delete(self) -> None:
-        """Deletes it, if it is there."""
-        ...
-
-    def age_s(self) -> float:
-        """Returns how long it has not changed, as far as that can be known at once."""
-        ...
-
-
 class Folder(NamedTuple):
-    """A work directory on a file system.
+    """Where the lease of a work directory on a file system is.
 
     Attributes:
-      name: Its path.
+      name: What the user calls the work directory: its path.
     """
 
     name: str
@@ -79,34 +51,39 @@ class Folder(NamedTuple):
         return Path(self.name) / FILE
 
     def read(self) -> bytes | None:
+        """Returns its content; None if there is none."""
         with contextlib.suppress(FileNotFoundError):
             return self._path.read_bytes()
         return None
 
-    def create(self, content: bytes, /) -> bool:
+    def create(self, content: bytes) -> bool:
+        """Writes it whole, unless there is one; returns whether it did."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._written(content) as temporary:
+        with self._written(content) as temporary, contextlib.suppress(FileExistsError):
             try:
                 os.link(temporary, self._path)  # unlike a new file, whole from its first moment
             except FileExistsError:
-                return False
+                raise
             except OSError:  # a file system without links
-                try:
-                    with open(self._path, "xb") as file:
-                        file.write(content)
-                except FileExistsError:
-                    return False
-        return True
+                with open(self._path, "xb") as file:
+                    file.write(content)
+            return True
+        return False
 
-    def replace(self, content: bytes, /) -> None:
+    def replace(self, content: bytes) -> None:
+        """Writes it whole, whether or not there is one."""
         with self._written(content) as temporary:
             os.replace(temporary, self._path)
 
     def delete(self) -> None:
+        """Deletes it, if it is there."""
         self._path.unlink(missing_ok=True)
 
     def age_s(self) -> float:
-        """By the clock of the file system, which also dates a file that is written now."""
+        """Returns how long it has not changed, as far as that can be known at once.
+
+        By the clock of the file system, which also dates a file that is written now.
+        """
         with self._written(b"") as temporary, contextlib.suppress(FileNotFoundError):
             return temporary.stat().st_mtime - self._path.stat().st_mtime
         return 0.0
@@ -126,11 +103,41 @@ class Folder(NamedTuple):
             temporary.unlink(missing_ok=True)
 
 
+class LeaseObject(NamedTuple):
+    """Where the lease of a work directory in a bucket is; see `Folder`."""
+
+    store: ObjectStore
+
+    @property
+    def name(self) -> str:
+        return self.store.url
+
+    def read(self) -> bytes | None:
+        return self.store.read(FILE)
+
+    def create(self, content: bytes) -> bool:
+        if self.store.create(FILE, content):
+            time.sleep(_SETTLE_IN_BUCKET_S)  # where two can create it, the last one has it
+        return self.read() == content  # also where the answer of an earlier try was lost
+
+    def replace(self, content: bytes) -> None:
+        self.store.write(FILE, content)
+
+    def delete(self) -> None:
+        self.store.delete([FILE])
+
+    def age_s(self) -> float:
+        """Unknown: the dates of objects are not to be compared with any clock here."""
+        return 0.0
+
+
+LeasePlace: TypeAlias = Folder | LeaseObject
+
+
 def place_of(workdir: Path) -> LeasePlace:
     """Returns where the lease of a work directory is: in it, or in the bucket that it is like."""
     mirror = whole_files.mirror_of(workdir)
-    place: LeasePlace = Folder(str(workdir)) if mirror is None else mirror.lease
-    return place
+    return Folder(str(workdir)) if mirror is None else mirror.lease
 
 
 @contextlib.contextmanager
@@ -188,8 +195,8 @@ class _Lease:
         # whatever the file's date says, one that lives is given the time to show it
         silent_s = min(max(0.0, self._place.age_s()), _VOID_S - 1.5 * _RENEW_S)
         seen_at, said = _clock() - silent_s, False
-        while last is not None and not _is_dead(last) and _clock() - seen_at < _VOID_S:
-            if _is_alive(last) and _clock() - seen_at < 2 * _RENEW_S:
+        while last is not None and _lives(last) is not False and _clock() - seen_at < _VOID_S:
+            if _lives(last) and _clock() - seen_at < 2 * _RENEW_S:
                 raise checks.InputError(self._refusal(last))
             if not said:
                 left_s = _VOID_S - (_clock() - seen_at)
@@ -205,24 +212,20 @@ class _Lease:
     def _take(self, void: bytes | None) -> None:
         """Takes a lease that is void or gone, unless another process is faster."""
         if void is None:
-            is_ours = self._place.create(self._content())
-        else:
-            is_ours = self._place.read() == void
-            if is_ours:
-                self._place.replace(self._content())
-                time.sleep(_SETTLE_S)
+            self._place.create(self._content())
+        elif self._place.read() == void:
+            self._place.replace(self._content())
+            time.sleep(_SETTLE_S)
         found = self._place.read()
-        if not is_ours or _facts(found).get("token") != self._token:
+        if _facts(found).get("token") != self._token:
             raise checks.InputError(self._refusal(found))
         self._sure_at = _clock()
 
     def keep(self) -> None:
         """Renews the lease until it ends or is lost."""
-        while not self.ended.wait(_RENEW_S):
+        while self._taken_by is None and not self.ended.wait(_RENEW_S):
             with contextlib.suppress(BaseException):  # `check` meets what does not pass
                 self._renew()
-            if self._taken_by is not None:
-                return
 
     def check(self) -> None:
         """Raises `Lost` unless the lease is ours, so that something can be written."""
@@ -289,22 +292,12 @@ def _who(content: bytes | None) -> str:
     return f"process {facts['pid']} on {facts['host']} holds it since {facts['since']}"
 
 
-def _is_here(facts: dict[str, Any]) -> bool:
-    """Whether the holder's number means a process that can be looked at here."""
+def _lives(content: bytes) -> bool | None:
+    """Whether the holder, which ran on this machine, still does; None: it cannot be looked at."""
+    facts = _facts(content)
     is_here = facts.get("host") == platform.node() and facts.get("machine") == _machine()
     names_process = type(facts.get("pid")) is int and isinstance(facts.get("started"), str)
-    return is_here and names_process
-
-
-def _is_dead(content: bytes) -> bool:
-    """Whether the holder ran on this machine and no longer does."""
-    facts = _facts(content)
-    return _is_here(facts) and _started(facts["pid"]) != facts.get("started")
-
-
-def _is_alive(content: bytes) -> bool:
-    """Whether the holder runs on this machine."""
-    return _is_here(_facts(content)) and not _is_dead(content)
+    return _started(facts["pid"]) == facts["started"] if is_here and names_process else None
 
 
 def _started(pid: int) -> str | None:

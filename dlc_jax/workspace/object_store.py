@@ -85,8 +85,7 @@ class ObjectStore:
 
         def look() -> dict[str, Any]:
             try:
-                found: dict[str, Any] = self._files.find(self._path(name), detail=True)
-                return found
+                return self._files.find(self._path(name), detail=True)
             except FileNotFoundError as error:
                 raise checks.InputError(f"{self.url}: there is no such bucket.") from error
 
@@ -100,24 +99,15 @@ class ObjectStore:
 
     def version(self, name: str) -> str:
         """Returns that of an object."""
-        return _version(
-            self._patiently("be looked at", lambda: self._files.info(self._path(name)), name)
-        )
+        info = self._patiently("be looked at", lambda: self._files.info(self._path(name)), name)
+        return _version(info)
 
-    def read(self, name: str) -> bytes:
-        """Returns an object's content."""
-        content: bytes = self._patiently(
-            "be read", lambda: self._files.cat_file(self._path(name)), name
-        )
-        return content
-
-    def read_if_there(self, name: str) -> bytes | None:
+    def read(self, name: str) -> bytes | None:
         """Returns an object's content; None if there is no such object."""
 
         def look() -> bytes | None:
             with contextlib.suppress(FileNotFoundError):
-                content: bytes = self._files.cat_file(self._path(name))
-                return content
+                return self._files.cat_file(self._path(name))
             return None
 
         return self._patiently("be read", look, name)
@@ -140,35 +130,23 @@ class ObjectStore:
 
     def write(self, name: str, content: bytes) -> None:
         """Puts an object with this content."""
-
-        def one(name: str) -> None:
-            self._files.pipe_file(self._path(name), content)
-
-        self._each("be written", one, [name])
+        pipe = self._files.pipe_file
+        self._each("be written", lambda name: pipe(self._path(name), content), [(name,)])
 
     def fetch(self, places: Iterable[tuple[str, Path]]) -> None:
         """Fetches objects to files."""
-
-        def one(place: tuple[str, Path]) -> None:
-            self._files.get_file(self._path(place[0]), str(place[1]))
-
-        self._each("be read", one, places)
+        get = self._files.get_file
+        self._each("be read", lambda name, file: get(self._path(name), str(file)), places)
 
     def put(self, places: Iterable[tuple[str, Path]]) -> None:
         """Puts files as objects."""
-
-        def one(place: tuple[str, Path]) -> None:
-            self._files.put_file(str(place[1]), self._path(place[0]))
-
-        self._each("be written", one, places)
+        put = self._files.put_file
+        self._each("be written", lambda name, file: put(str(file), self._path(name)), places)
 
     def copy(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Copies objects, each from its first to its second name."""
-
-        def one(pair: tuple[str, str]) -> None:
-            self._files.cp_file(self._path(pair[0]), self._path(pair[1]))
-
-        self._each("be written", one, pairs)
+        copy = self._files.cp_file
+        self._each("be written", lambda one, two: copy(self._path(one), self._path(two)), pairs)
 
     def delete(self, names: Iterable[str]) -> None:
         """Deletes objects, if they are there."""
@@ -177,13 +155,13 @@ class ObjectStore:
             with contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._path(name))
 
-        self._each("be deleted", one, names)
+        self._each("be deleted", one, ((name,) for name in names))
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
-    def _each(self, what: str, do: Callable[[Any], None], items: Iterable[Any]) -> None:
-        """Does it with every item, several at once, and again with those that failed.
+    def _each(self, what: str, do: Callable[..., None], items: Iterable[tuple]) -> None:
+        """Does it with the values of every item, several at once; again with those that failed.
 
         Nothing is on its way any more when this ends, also if a signal ends it.
         """
@@ -191,7 +169,7 @@ class ObjectStore:
 
         def some() -> None:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
-                futures = {pool.submit(do, item): item for item in left}
+                futures = {pool.submit(do, *item): item for item in left}
                 try:
                     for future in as_completed(futures):
                         future.result()
@@ -233,20 +211,17 @@ def _version(info: dict[str, Any]) -> str:
 def _may_pass(error: BaseException) -> bool:
     if not isinstance(error, Exception) or _is_of_own_disk(error):
         return False
-    code = getattr(error, "code", None)  # of gcsfs, a number or text
-    if str(code) in ("408", "429") or str(code).startswith("5"):
-        return True
-    if isinstance(error, OSError) and error.errno in _PASSING_ERRNO:
-        return True
-    return bool(_PASSING & {kind.__name__ for kind in type(error).__mro__})
+    code = str(getattr(error, "code", None))  # of gcsfs, a number or text
+    is_busy = code in ("408", "429") or code.startswith("5")
+    is_interrupted = isinstance(error, OSError) and error.errno in _PASSING_ERRNO
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return is_busy or is_interrupted or not _PASSING.isdisjoint(kinds)
 
 
 def _is_of_own_disk(error: BaseException) -> bool:
     """Whether it is about the local copy: a full disk, or a file that cannot be opened."""
-    if not isinstance(error, OSError):
-        return False
-    return error.errno in _OWN_DISK or (
-        error.filename is not None and os.path.isabs(error.filename)
+    return isinstance(error, OSError) and (
+        error.errno in _OWN_DISK or os.path.isabs(error.filename or "")
     )
 
 

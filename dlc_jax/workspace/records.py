@@ -87,11 +87,9 @@ class Step(Protocol[Value]):
 
     def compute(self, scratch: Path, /) -> Value:
         """Computes the result, in all processes, which share a folder for what is unfinished."""
-        ...
 
     def write(self, root: Path, value: Value, /) -> Written:
         """Writes the result below the work directory, in the first process."""
-        ...
 
 
 @runtime_checkable
@@ -110,7 +108,6 @@ class FolderStep(Step[Value], Protocol[Value]):
 
     def compute(self, scratch: Path | None, /) -> Value:
         """Computes the result, in all processes; the first alone is given the folder."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,27 +129,9 @@ class Record:
     settings: dict[str, Any]
     outputs: dict[str, str]
     seconds: float
-    versions: dict[str, str]
-    devices: list[str]
-    facts: dict[str, Any]
-
-    @classmethod
-    def of_stage(
-        cls, stage: str, settings: Mapping[str, Any], seconds: float, facts: Mapping[str, Any]
-    ) -> Record:
-        """Returns a record of how a stage of many results ran; it has no result of its own."""
-        return cls(
-            step=stage,
-            kind="stage",
-            number=0,
-            key={},
-            settings=as_json(settings),
-            outputs={},
-            facts=as_json(facts),
-            seconds=round(seconds, 3),
-            versions=keys.versions(),
-            devices=keys.devices(),
-        )
+    versions: dict[str, str] = dataclasses.field(default_factory=lambda: keys.versions())
+    devices: list[str] = dataclasses.field(default_factory=lambda: keys.devices())
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, root: Path, step: Step[Any], written: Written, seconds: float = 0.0) -> Record:
@@ -165,21 +144,14 @@ class Record:
             key=_key_of(step),
             settings=as_json(step.settings),
             outputs=_hashes(root, written.files),
-            facts=as_json(written.facts),
             seconds=round(taken, 3),
-            versions=keys.versions(),
-            devices=keys.devices(),
+            facts=as_json(written.facts),
         )
 
     @property
     def identity(self) -> str:
         """SHA-256 of the key."""
         return keys.json_hash(self.key)
-
-    @property
-    def group(self) -> str:
-        """Folder in `superseded/` that results of the same settings share."""
-        return _group(self.kind, self.number, self.key)
 
     def difference(self, step: Step[Any]) -> str | None:
         """Returns a phrase for the first thing in which the step differs; None if it does not."""
@@ -227,8 +199,7 @@ def _hashes(root: Path, names: Iterable[str]) -> dict[str, str]:
 
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """Returns values as reading them from a JSON file would."""
-    found: dict[str, Any] = json.loads(json.dumps(artefacts.finite(value), default=keys.plain))
-    return found
+    return json.loads(json.dumps(artefacts.finite(value), default=keys.plain))
 
 
 def is_run(step: Step[Any]) -> TypeGuard[FolderStep[Any]]:
@@ -274,31 +245,29 @@ def matching(root: Path, pattern: str) -> list[Record]:
     top = root / FOLDER
     paths = sorted(path.relative_to(top) for path in top.glob(f"{pattern}.json"))
     names = [path.as_posix().removesuffix(".json") for path in paths]
-    found = [(name, read(root, name)) for name in names]
     # a record that was copied from elsewhere proves nothing
-    return [record for name, record in found if record is not None and record.step == name]
+    return [record for name in names if (record := read(root, name)) and record.step == name]
 
 
-def settings_of(root: Path, name: str, shape: Shape) -> dict[str, Any] | None:
-    """Returns the settings in a record; None if there is none.
+def settings_of(
+    root: Path, name: str, shape: Shape, part: str = "settings"
+) -> dict[str, Any] | None:
+    """Returns the settings, or another part, of a record; None if there is none.
 
     Raises:
-      ValueError: the settings do not have this shape.
+      ValueError: the part does not have this shape.
     """
     record = read(root, name)
     if record is None:
         return None
-    check_shape(record.settings, shape, root / file_of(name), "settings")
-    return record.settings
+    found = getattr(record, part)
+    check_shape(found, shape, root / file_of(name), part)
+    return found
 
 
 def facts_of(root: Path, name: str, shape: Shape) -> dict[str, Any]:
     """Returns the facts in a record, {} if there is none; ValueError as `settings_of`."""
-    record = read(root, name)
-    if record is None:
-        return {}
-    check_shape(record.facts, shape, root / file_of(name), "facts")
-    return record.facts
+    return settings_of(root, name, shape, "facts") or {}
 
 
 def reason_to_make(root: Path, step: Step[Any]) -> str | None:
@@ -339,21 +308,17 @@ def check_beside_run(folder: Path) -> None:
         )
 
 
-def group_folder(step: Step[Any]) -> Path:
+def group_folder(of: Record | Step[Any]) -> Path:
     """Returns where results of the same settings are kept once others have replaced them."""
-    number = keys.result_number(step.kind)
-    return Path(SUPERSEDED) / _group(step.kind, number, _key_of(step))
+    number = of.number if isinstance(of, Record) else keys.result_number(of.kind)
+    shared = {name: value for name, value in _key_of(of).items() if name != CELL}
+    group = f"{of.kind}-{keys.json_hash([number, shared])[:12]}"
+    return Path(SUPERSEDED) / group.replace(" ", "-")
 
 
-def _key_of(step: Step[Any]) -> dict[str, Any]:
-    """Returns the key as its record holds it; numbers that JSON has no form of by their names."""
-    key: dict[str, Any] = artefacts.finite(step.key, otherwise=str)
-    return as_json(key)
-
-
-def _group(kind: str, number: int, key: Mapping[str, Any]) -> str:
-    shared = {name: value for name, value in key.items() if name != CELL}
-    return f"{kind}-{keys.json_hash([number, shared])[:12]}".replace(" ", "-")
+def _key_of(of: Record | Step[Any]) -> dict[str, Any]:
+    """Returns the key as a record holds it; numbers that JSON has no form of by their names."""
+    return as_json(artefacts.finite(of.key, otherwise=str))
 
 
 def _first_difference(

@@ -45,7 +45,7 @@ class Workspace(NamedTuple):
     @classmethod
     def of(cls, root: Path, say: Callable[[str], None]) -> Workspace:
         """Returns a work directory of whose processes the first alone prints."""
-        return cls(root, say if processes.is_first() else _say_nothing)
+        return cls(root, say if processes.is_first() else lambda line: None)
 
     @contextlib.contextmanager
     def held(self, option: str = "--workdir") -> Iterator[None]:
@@ -137,7 +137,7 @@ class Workspace(NamedTuple):
 
     def set_aside(self, record: Record) -> None:
         """Moves a result to `superseded/`, from where `ensure` takes it back."""
-        folder = self.root / records.SUPERSEDED / record.group
+        folder = self.root / records.group_folder(record)
         _move([*record.outputs, records.file_of(record.step)], self.root, folder)
 
     def _set_other_aside(self, step: Step[Any]) -> None:
@@ -173,11 +173,6 @@ class Workspace(NamedTuple):
                 file.write(text)
         return processes.is_first()
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether several processes use it together."""
-        return processes.count() > 1
-
     def note(
         self,
         stage: str,
@@ -188,11 +183,11 @@ class Workspace(NamedTuple):
         """Records how a stage ran whose results have records elsewhere, unless that is known."""
 
         def put() -> None:
-            record = Record.of_stage(stage, settings, seconds, facts)
+            known = records.as_json(settings), round(seconds, 3), records.as_json(facts)
             there = records.read(self.root, stage)
-            known = ("settings", "seconds", "facts")
-            if there is None or any(getattr(there, n) != getattr(record, n) for n in known):
-                self._put(record)
+            if there is None or (there.settings, there.seconds, there.facts) != known:
+                # it has no key and no files of its own
+                self._put(Record(stage, "stage", 0, {}, known[0], {}, known[1], facts=known[2]))
 
         on_first(put)
 
@@ -290,10 +285,6 @@ class Workspace(NamedTuple):
 
 def _holds_run(folder: Path) -> bool:
     return (folder / records.file_of(records.RUN)).is_file()
-
-
-def _say_nothing(line: str) -> None:
-    """Takes the lines of processes other than the first."""
 
 
 def _move(names: list[str], source: Path, target: Path) -> None:

@@ -287,8 +287,8 @@ def test_two_machines_do_not_run_in_one_place(plain, tmp_path, server):
 def test_a_lease_in_a_bucket(url, monkeypatch):
     for module, name in ((lease, "_RENEW_S"), (lease, "_VOID_S"), (lease, "_LOOK_S")):
         monkeypatch.setattr(module, name, getattr(module, name) / 40)
-    monkeypatch.setattr(bucket, "_SETTLE_S", 0.1)
-    place, said = bucket.LeaseObject(ObjectStore(url)), []
+    monkeypatch.setattr(lease, "_SETTLE_IN_BUCKET_S", 0.1)
+    place, said = lease.LeaseObject(ObjectStore(url)), []
     with lease.held(place):
         assert names(url) == [lease.FILE]
         first = json.loads(place.read())
@@ -309,7 +309,7 @@ def test_a_lease_in_a_bucket(url, monkeypatch):
 
 
 def held(url: str):
-    return lease.held(bucket.LeaseObject(ObjectStore(url)))
+    return lease.held(lease.LeaseObject(ObjectStore(url)))
 
 
 def test_two_that_create_a_lease_at_once(url, monkeypatch):
@@ -322,8 +322,8 @@ def test_two_that_create_a_lease_at_once(url, monkeypatch):
         return done
 
     monkeypatch.setattr(ObjectStore, "create", create)
-    monkeypatch.setattr(bucket, "_SETTLE_S", 0.0)
-    place = bucket.LeaseObject(ObjectStore(url))
+    monkeypatch.setattr(lease, "_SETTLE_IN_BUCKET_S", 0.0)
+    place = lease.LeaseObject(ObjectStore(url))
     assert not place.create(b"mine")
     assert place.read() == b"another"
 

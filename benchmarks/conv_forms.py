@@ -14,7 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dlc_jax.encoders import layers
+from dlc_jax.encoders import resnet
 from dlc_jax.probes.kernel import COMPILER_OPTIONS
 
 # (side, in, out, kernel size, stride)
@@ -48,8 +48,8 @@ def main() -> None:
         kernel = jnp.ones((size, size, inputs, outputs))
         positions = (-(-side // stride)) ** 2
         flops = 2.0 * batch_size * positions * size**2 * inputs * outputs
-        own = rate(layers.conv2d_xla, x, kernel, stride, flops)
-        matmul = rate(layers.conv2d_matmul, x, kernel, stride, flops)
+        own = rate(resnet.conv2d_xla, x, kernel, stride, flops)
+        matmul = rate(resnet.conv2d_matmul, x, kernel, stride, flops)
         shape = f"{side}, {inputs}, {outputs}, {size}, {stride}"
         print(f"{shape:<32}{own:8.1f}{matmul:8.1f}{matmul / own:8.2f}", flush=True)
 

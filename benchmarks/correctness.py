@@ -222,11 +222,11 @@ def main(_: list[str]) -> None:
     files = [Path(name) for name in _COMPARE.value]
     if len(files) != 3:
         raise app.UsageError("--compute=FILE, or --compare=CPU,DEVICE,AGAIN")
-    checks = list(compared(*[dict(np.load(file)) for file in files]))
+    expect = list(compared(*[dict(np.load(file)) for file in files]))
     print("| | found | expected | holds |\n|---|---|---|---|")
-    for check in checks:
+    for check in expect:
         print(f"| {check.name} | {check.found:.4g} | {check.expected} | {check.holds} |")
-    save(_JSON.value, [check._asdict() for check in checks])
+    save(_JSON.value, [check._asdict() for check in expect])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from absl import app, flags
 import dlc_jax as dlc
 from dlc_jax.training.images import FinetuneConfig, Finetuner
 from dlc_jax.training.loop import train
-from dlc_jax.training.order import epoch_order
+from dlc_jax.training.optimiser import epoch_order
 from dlc_jax.tuning.linear import train_epoch
 from dlc_jax.types import Conventions
 

@@ -26,13 +26,12 @@ from absl import app, flags
 from benchmarks import peers
 from benchmarks.measuring import measured, peak, peak_bytes_in_use, print_rows, save, traced_with
 from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.encoders.decoder import PAPER_MODELS, DecoderConfig
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.encoders.paper_models import PAPER_MODELS
 from dlc_jax.masking import PathSpec, exact_thresholds, prunable_paths
 from dlc_jax.planning.decoder_memory import Scoring
 from dlc_jax.planning.programs import count_flops
-from dlc_jax.probes.responses import _probe_losses
+from dlc_jax.probes.text import _probe_losses
 from dlc_jax.types import Params, by_path
 
 _PAPER = flags.DEFINE_enum("paper", None, list(PAPER_MODELS), "Model whose sizes are used.")

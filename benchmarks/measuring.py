@@ -19,9 +19,9 @@ from flax import nnx
 from PIL import Image
 
 import dlc_jax as dlc
-from dlc_jax.checks import first_line
 from dlc_jax.encoders import ENCODERS, Encoder, decoder
 from dlc_jax.encoders.encoder import apply_module
+from dlc_jax.expect import first_line
 from dlc_jax.files.whole_files import atomic
 from dlc_jax.masking import PathSpec
 from dlc_jax.preprocess import decode

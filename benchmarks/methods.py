@@ -28,8 +28,7 @@ from dlc_jax.reports.results import SeedMean
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO, SELECTORS, Cell
 from dlc_jax.stages import pipeline
-from dlc_jax.stages.job import Job
-from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.stages.selections import Job, SelectionInputs
 from dlc_jax.stages.tune import run_tune
 from dlc_jax.tasks import task_of
 from dlc_jax.tasks.images import load_configured

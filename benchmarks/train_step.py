@@ -27,7 +27,7 @@ import dlc_jax as dlc
 from benchmarks import peers
 from benchmarks.measuring import Measured, measured, print_rows, save
 from dlc_jax.probes.kernel import Forward
-from dlc_jax.training.images.batches import Batch
+from dlc_jax.training.images.data import Batch
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
 
 _ENCODERS = flags.DEFINE_list("encoders", ["resnet18", "resnet50"], "timm's names.")

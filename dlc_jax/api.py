@@ -4,20 +4,20 @@ The examples of their docstrings follow `import dlc_jax as dlc` and `import nump
 write files do so in the current folder.
 """
 
-from dlc_jax.checks import InputError
 from dlc_jax.datasets import array_dataset, load_dataset, stratified_split
 from dlc_jax.datasets.instructions import Instructions, load_instructions
 from dlc_jax.distributed import Run, make_mesh, use_all_cores
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
+from dlc_jax.expect import InputError
 from dlc_jax.exports import export
 from dlc_jax.exports.peft import load_adapter, write_adapter, write_merged
 from dlc_jax.masking import PathSpec
 from dlc_jax.preprocess import ImageCache, Images
 from dlc_jax.preprocess.tokens import tokenise
 from dlc_jax.probes import Compute, RankCertificate, certify, features, probe
-from dlc_jax.probes.responses import measure_responses, probe_responses, response_losses
+from dlc_jax.probes.text import measure_responses, probe_responses, response_losses
 from dlc_jax.scores import score
 from dlc_jax.selection import Rules, select
 from dlc_jax.training.images import FinetuneConfig, RecordConfig, finetune, record_training

@@ -140,9 +140,9 @@ def arrays(tmp_path):
             f"--json={found}",
         )
         assert done.returncode == 0, done.stderr
-        checks = json.loads(found.read_text())
-        assert len(checks) == 21
-        return {check["name"]: check["found"] for check in checks if not check["holds"]}
+        expect = json.loads(found.read_text())
+        assert len(expect) == 21
+        return {check["name"]: check["found"] for check in expect if not check["holds"]}
 
     return device, compare
 

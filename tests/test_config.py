@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.config import Config, default_config, describe, known_keys
 
 
@@ -174,7 +174,7 @@ def test_cells_are_all_combinations_and_splits_only_where_used():
 def test_a_report_that_would_have_nothing_to_show_is_refused_before_training():
     values = {"encoder": {"name": "decoder", "weights": "x"}, "dataset": {"train": "jsonl:x.jsonl"}}
     stages = ("score", "select", "finetune", "report")
-    with pytest.raises(checks.InputError, match=r"^stages: 'report' of instructions .*'evaluate'"):
+    with pytest.raises(expect.InputError, match=r"^stages: 'report' of instructions .*'evaluate'"):
         Config.of(values | {"stages": stages})
     Config.of(values | {"stages": stages[:-1]})
     Config.of(values | {"stages": ("report",)})  # of runs that were evaluated before

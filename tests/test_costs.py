@@ -14,13 +14,12 @@ import dlc_jax as dlc
 from benchmarks.measuring import probe_arguments, random_encoder
 from dlc_jax.distributed import one_device
 from dlc_jax.planning.programs import count_flops, inner_programs, traced
-from dlc_jax.preprocess import load
+from dlc_jax.preprocess import images
 from dlc_jax.probes.kernel import Forward, features_of_batches, losses_of_batches
-from dlc_jax.training.images.batches import Batch
+from dlc_jax.training.images.data import Batch
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
-from dlc_jax.training.lora.batches import TokenRows
 from dlc_jax.training.lora.settings import LoraConfig
-from dlc_jax.training.lora.step import Sums, add_rows, initial_adapter
+from dlc_jax.training.lora.step import Sums, TokenRows, add_rows, initial_adapter
 
 SLACK = 1.05
 
@@ -147,13 +146,13 @@ def test_float32_products_are_not_tf32_on_gpus(made, dtype):
 def counted(monkeypatch):
     """How many images are decoded."""
     numbers = []
-    plain = load.decode
+    plain = images.decode
 
     def decode(*args, **kwargs):
         numbers.append(1)
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(load, "decode", decode)
+    monkeypatch.setattr(images, "decode", decode)
     return numbers
 
 

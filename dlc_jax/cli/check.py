@@ -9,9 +9,9 @@ from pathlib import Path
 
 from absl import flags
 
-from dlc_jax import checks
-from dlc_jax.checks.escaping import show, visible
+from dlc_jax import expect
 from dlc_jax.datasets import load_dataset
+from dlc_jax.expect import show, visible
 from dlc_jax.preprocess.inspection import Findings, inspect
 from dlc_jax.types import DEEP_IMAGES
 from dlc_jax.workspace import artefacts
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the data, prints a report and sets the exit code."""
     try:
         if len(argv) > 1 or _DATASET.value is None:
-            raise checks.InputError("--dataset is required, and nothing but flags is taken")
+            raise expect.InputError("--dataset is required, and nothing but flags is taken")
         load = functools.partial(
             load_dataset,
             deep_images=_DEEP.value,
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         found = inspect(dataset, test, minimum=_MINIMUM.value, progress=True)
         if _JSON.value is not None:
             artefacts.write_json(Path(_JSON.value).expanduser(), found.to_dict())
-    except (checks.InputError, OSError) as error:
+    except (expect.InputError, OSError) as error:
         show(f"error: {' '.join(str(error).split())}", to_stderr=True)
         sys.exit(2)
     _print(found)

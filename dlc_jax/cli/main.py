@@ -12,12 +12,12 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from dlc_jax import checks, signals
-from dlc_jax.checks.escaping import show, visible
+from dlc_jax import expect, signals
 from dlc_jax.cli.presets import run_name
 from dlc_jax.config import Config, describe, known_keys
 from dlc_jax.distributed import processes, use_all_cores
 from dlc_jax.distributed.watch import end, watched
+from dlc_jax.expect import show, visible
 from dlc_jax.stages import pipeline
 from dlc_jax.tasks.agreement import agree_on_settings
 from dlc_jax.workspace import bucket, lease
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     try:
         place = processes.find_place(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    except checks.InputError as error:
+    except expect.InputError as error:
         _fail(str(error))
     with watched(place is not None):
         code, said = _run(place, workdir)
@@ -84,7 +84,7 @@ def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
         return 0, ""
     except processes.SaidByFirst as error:
         return 2, f"failed: {error}"
-    except (checks.InputError, OSError) as error:
+    except (expect.InputError, OSError) as error:
         _say(f"error: {' '.join(str(error).split())}")
         return 2, f"failed: {error}"
     except processes.NotAllCame as error:
@@ -113,18 +113,18 @@ def parse(argv: Sequence[str]) -> list[str]:
         for argument in argv[1:]:
             override = re.match(r"--?config\.([^=]+)", argument)
             if override:
-                checks.one_of("configuration key", override[1], known_keys())
+                expect.one_of("configuration key", override[1], known_keys())
         return flags.FLAGS(list(argv))
     except Exception as error:  # the configuration file is the user's code: anything can happen
         raised: BaseException | None = error.__context__
         while raised is not None:  # of what the file raised, the first is the one that says why
-            if isinstance(raised, checks.InputError) and raised.__context__ is None:
+            if isinstance(raised, expect.InputError) and raised.__context__ is None:
                 _fail(f"--config: cannot load it: {raised}")
             raised = raised.__context__
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         if "Traceback (most recent call last):" in lines:  # of what the file raised
             _fail(f"--config: cannot load it: {lines[-1]}")
-        if isinstance(error, (flags.Error, checks.InputError)):
+        if isinstance(error, (flags.Error, expect.InputError)):
             _fail(str(error))
         _fail(f"--config: cannot load it: {type(error).__name__}: {lines[-1]}")
 

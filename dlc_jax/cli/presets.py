@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.config import default_config
 from dlc_jax.encoders.language_model import DECODER
 
@@ -36,7 +36,7 @@ def paper_instructions(model: str) -> ConfigDict:
       ValueError: an unknown model.
     Source: Jiang et al. 2025, section 4; probes are 8 midpoints of its path instead of all 50.
     """
-    checks.one_of("model", model, LANGUAGE_MODELS)
+    expect.one_of("model", model, LANGUAGE_MODELS)
     config = default_config()
     config.stages = ("score", "select", "export")
     config.encoder.name = DECODER

@@ -7,13 +7,3 @@ it into frozen dataclasses. Nothing else reads a ConfigDict.
 from dlc_jax.config.kinds import KINDS
 from dlc_jax.config.sections import DatasetConfig, MeshConfig
 from dlc_jax.config.settings import Config, default_config, describe, known_keys
-
-__all__ = [
-    "KINDS",
-    "Config",
-    "DatasetConfig",
-    "MeshConfig",
-    "default_config",
-    "describe",
-    "known_keys",
-]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.encoders import ENCODERS
 from dlc_jax.encoders.language_model import DECODER
 from dlc_jax.exports import EXPORTS, RELEASED, Export
@@ -82,5 +82,5 @@ def data_kind_of(encoder_name: str) -> DataKind:
       ValueError: an unknown encoder.
     """
     kinds = {name: kind for kind in KINDS.values() for name in kind.encoders}
-    checks.one_of("encoder.name", encoder_name, kinds)
+    expect.one_of("encoder.name", encoder_name, kinds)
     return kinds[encoder_name]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from dlc_jax import checks
+from dlc_jax import expect
 
 
 def keys(section: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
@@ -55,11 +55,11 @@ def build(section: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in fields:
-            checks.one_of(f"configuration key {name!r}", name, [f"{prefix}{k}" for k in fields])
+            expect.one_of(f"configuration key {name!r}", name, [f"{prefix}{k}" for k in fields])
         kind = fields[key]
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, (Mapping, ConfigDict)):
-                raise checks.InputError(f"{name}: expected a group of settings, got {value!r}.")
+                raise expect.InputError(f"{name}: expected a group of settings, got {value!r}.")
             arguments[key] = build(kind, dict(value), f"{name}.")
         else:
             arguments[key] = _convert(name, kind, value)
@@ -76,7 +76,7 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         for choice in sorted(others, key=lambda choice: choice is str):  # text fits anything: last
             try:
                 return _convert(name, choice, value)
-            except checks.InputError:
+            except expect.InputError:
                 continue
     elif origin is tuple:
         if isinstance(value, str):
@@ -97,7 +97,7 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         if kind is float and type(read) is int:
             return float(read)
     expected = kind.__name__ if isinstance(kind, type) and origin is None else kind
-    raise checks.InputError(f"{name}: expected {expected}, got {value!r}.")
+    raise expect.InputError(f"{name}: expected {expected}, got {value!r}.")
 
 
 def _literal(text: str) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.config.kinds import KINDS
 from dlc_jax.datasets import load_dataset
 from dlc_jax.datasets.instructions import TEMPLATES
@@ -45,14 +45,14 @@ class DatasetConfig:
 
     def check(self) -> None:
         if not self.train:
-            raise checks.InputError(
+            raise expect.InputError(
                 "dataset.train: missing; give a source such as folder:/data/flowers."
             )
-        checks.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)
+        expect.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)
         if self.deep_images is not None:
-            checks.one_of("dataset.deep_images", self.deep_images, DEEP_IMAGES)
+            expect.one_of("dataset.deep_images", self.deep_images, DEEP_IMAGES)
         if self.template is not None:
-            checks.one_of("dataset.template", self.template, TEMPLATES)
+            expect.one_of("dataset.template", self.template, TEMPLATES)
 
     def load(self, source: str) -> Dataset:
         """Returns a data set of images, read as these settings say; see `load_dataset`."""
@@ -82,16 +82,16 @@ class EncoderConfig:
 
     def check(self) -> None:
         if not self.weights:
-            raise checks.InputError(
+            raise expect.InputError(
                 "encoder.weights: missing; give a hub id such as 'timm/resnet18.tv_in1k', a "
                 ".safetensors file or a folder."
             )
-        checks.at_least("encoder.image_size", self.image_size, 8)
+        expect.at_least("encoder.image_size", self.image_size, 8)
         if self.name in ENCODERS:
             check_pooling(self.name, self.pooling)
         if self.max_length is not None:
-            checks.at_least("encoder.max_length", self.max_length, 2)
-        checks.normalisation(self.mean, self.std)
+            expect.at_least("encoder.max_length", self.max_length, 2)
+        expect.normalisation(self.mean, self.std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ProbeConfig(Compute, PathSpec):
     def check(self) -> None:
         PathSpec.check(self)
         Compute.check(self)
-        checks.at_least("probe.tokens_per_batch", self.tokens_per_batch, 1)
+        expect.at_least("probe.tokens_per_batch", self.tokens_per_batch, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +116,9 @@ class MeshConfig:
 
     def check(self) -> None:
         if self.data != -1:
-            checks.at_least("mesh.data", self.data, 1)
-        checks.at_least("mesh.probe", self.probe, 1)
-        checks.at_least("mesh.fsdp", self.fsdp, 1)
+            expect.at_least("mesh.data", self.data, 1)
+        expect.at_least("mesh.probe", self.probe, 1)
+        expect.at_least("mesh.fsdp", self.fsdp, 1)
 
     def make(self, *, of_cores: bool = False) -> Mesh:
         """Returns the mesh; ValueError unless it has as many devices as are there.
@@ -147,18 +147,18 @@ class ExportConfig:
         for key, choices in (("forms", forms), ("parts", PARTS)):
             values = getattr(self, key)
             if not values:
-                raise checks.InputError(
+                raise expect.InputError(
                     f"export.{key}: expected one or more of {', '.join(choices)}."
                 )
             for value in values:
-                checks.one_of(f"export.{key}", value, choices)
+                expect.one_of(f"export.{key}", value, choices)
         if RELEASED in self.forms:
             for key in ("datasets_dir", "released_name"):
                 if not getattr(self, key):
-                    raise checks.InputError(
+                    raise expect.InputError(
                         f"export.{key}: missing; the form {RELEASED!r} needs it. Give the folder "
                         "and the name that the released code knows the data set by, such as /data "
                         "and DTD."
                     )
             check_name(self.released_name or "")
-            checks.one_of("export.pretrain", self.pretrain, PRETRAINS)
+            expect.one_of("export.pretrain", self.pretrain, PRETRAINS)

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.config import reading
 from dlc_jax.config.kinds import KINDS, DataKind, data_kind_of
 from dlc_jax.config.sections import (
@@ -21,7 +21,7 @@ from dlc_jax.config.sections import (
     MeshConfig,
     ProbeConfig,
 )
-from dlc_jax.evaluation.settings import EvaluationConfig
+from dlc_jax.evaluation.mmlu import EvaluationConfig
 from dlc_jax.preprocess import ImageCache, Images
 from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO, FULL, Cell
@@ -80,29 +80,29 @@ class Config:
 
     def check(self) -> None:
         Conventions.of(self.mode)
-        checks.seed(self.seed)
+        expect.seed(self.seed)
         kind = self.data_kind
         if not self.stages:
-            raise checks.InputError(f"stages: expected one or more of {', '.join(kind.stages)}.")
+            raise expect.InputError(f"stages: expected one or more of {', '.join(kind.stages)}.")
         for stage in self.stages:
-            checks.one_of("stages", stage, kind.stages)
+            expect.one_of("stages", stage, kind.stages)
         if {"score", "export", "finetune"} & set(self.stages):
             self.dataset.check()
         if {"plan", "score", "finetune", "evaluate"} & set(self.stages):
             self.encoder.check()
         if "finetune" in self.stages and not self.dataset.test and kind.needs_test:
-            raise checks.InputError(
+            raise expect.InputError(
                 "dataset.test: missing; the stage 'finetune' tests on it. Give a source such as "
                 "folder:/data/flowers/test."
             )
         unmeasured = {"finetune", "report"} <= {*self.stages} and "evaluate" not in self.stages
         if unmeasured and "evaluate" in kind.stages:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"stages: 'report' of {kind.name} shows what the stage 'evaluate' measures; "
                 "expected 'evaluate' between 'finetune' and 'report', or no 'report'."
             )
         if "evaluate" in self.stages and self.evaluation.mmlu is None:
-            raise checks.InputError(
+            raise expect.InputError(
                 "evaluation.mmlu: missing; the stage 'evaluate' asks its questions. Give "
                 "mmlu:<folder>, or demo:mmlu for a few of them."
             )
@@ -150,11 +150,11 @@ class Config:
         kind, need = self.data_kind, self.need
         for key, (value, why) in kind.only.items():
             if (found := operator.attrgetter(key)(self)) != value:
-                raise checks.InputError(f"{key}: {why}; expected {value!r}, got {found!r}.")
+                raise expect.InputError(f"{key}: {why}; expected {value!r}, got {found!r}.")
         source = SCORES[self.selection.score].of
         for other in KINDS.values():
             if source in other.measures - kind.measures:
-                raise checks.InputError(
+                raise expect.InputError(
                     f"selection.score: {self.selection.score!r} is of {other.name}; expected "
                     f"encoder.name {' or '.join(map(repr, other.encoders))} with it."
                 )
@@ -163,31 +163,31 @@ class Config:
             ("training", need.training, "record of training"),
         ):
             if is_needed and source not in kind.measures:
-                raise checks.InputError(
+                raise expect.InputError(
                     f"selection.methods: {kind.name} have no {what}; expected methods that need "
                     "only scores, such as flexrand, easiest, ccs."
                 )
         if need.tuning and "tune" not in kind.stages:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"selection: {kind.name} have no stage 'tune', which {AUTO!r} needs; expected "
                 "methods and splits by name."
             )
         if "export" in self.stages:
             for form in self.export.forms:
-                checks.one_of("export.forms", form, kind.forms)
+                expect.one_of("export.forms", form, kind.forms)
 
     def _check_tuning(self) -> None:
         if self.mode == "official":
-            raise checks.InputError(
+            raise expect.InputError(
                 "stages: mode 'official' has no 'tune'; expected mode 'default'."
             )
         if AUTO in self.selection.splits and "flexrand" not in self.tuning.methods:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"tuning.methods: {', '.join(self.tuning.methods)}; expected flexrand among them, "
                 f"since selection.splits has {AUTO!r}."
             )
         if SCORES[self.selection.score].of == "training":
-            raise checks.InputError(
+            raise expect.InputError(
                 f"selection.score: {self.selection.score!r} comes from training on what {AUTO!r} "
                 "holds out; expected 'dlc' with it."
             )
@@ -240,7 +240,7 @@ def default_config() -> ConfigDict:
 def describe() -> str:
     """Returns one line per key: name, default, meaning."""
     rows = [
-        (f"  --config.{key}", checks.shortened(repr(default), 24), doc)
+        (f"  --config.{key}", expect.shortened(repr(default), 24), doc)
         for key, default, doc in reading.keys(Config)
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True, preserve_whitespace=True)

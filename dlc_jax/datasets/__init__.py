@@ -7,22 +7,16 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from dlc_jax import checks
-from dlc_jax.datasets.aircraft import load_aircraft
-from dlc_jax.datasets.arrays import array_dataset
-from dlc_jax.datasets.columns import USUAL, Columns
-from dlc_jax.datasets.csv_file import load_csv
-from dlc_jax.datasets.folder import load_folder
+from dlc_jax import expect
+from dlc_jax.datasets.arrays import array_dataset, load_npz
+from dlc_jax.datasets.columns import USUAL, Columns, load_csv
+from dlc_jax.datasets.folder import load_aircraft, load_folder
 from dlc_jax.datasets.huggingface import load_hf
-from dlc_jax.datasets.npz import load_npz
 from dlc_jax.datasets.parquet import load_demo, load_parquet
-from dlc_jax.datasets.parts import concatenate, part_sources
-from dlc_jax.datasets.splits import load_split, stratified_split
+from dlc_jax.datasets.splits import concatenate, load_split, part_sources, stratified_split
 from dlc_jax.datasets.tfds import load_tfds
 from dlc_jax.datasets.webdataset import load_tar
 from dlc_jax.types import Dataset
-
-__all__ = ["SOURCES", "array_dataset", "load_dataset", "stratified_split"]
 
 
 def _load_split(where: str, columns: Columns = USUAL) -> Dataset:
@@ -95,17 +89,17 @@ def load_dataset(
     scheme, colon, rest = str(source).partition(":")
     if not colon or not rest:
         hint = f" Did you mean 'folder:{source}'?" if Path(source).is_dir() else ""
-        raise checks.InputError(
+        raise expect.InputError(
             f"dataset: {str(source)!r} is no source; expected <scheme>:<where>, "
             f"with a scheme out of {', '.join(SOURCES)}.{hint}"
         )
-    checks.one_of("dataset scheme", scheme, SOURCES)
+    expect.one_of("dataset scheme", scheme, SOURCES)
     # these read parts themselves
     wheres = [rest] if scheme in ("tfds", "hf", "split") else part_sources(rest)
     columns = Columns(image_column, label_column)
     given = () if columns == USUAL else (columns,)
     if given and scheme in ("folder", "fgvc_aircraft"):
-        raise checks.InputError(
+        raise expect.InputError(
             "dataset.image_column, dataset.label_column: "
             f"{str(source)!r} has no columns; expected neither with it."
         )

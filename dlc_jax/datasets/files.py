@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dlc_jax import checks
-from dlc_jax.checks.escaping import visible
+from dlc_jax import expect
+from dlc_jax.expect import visible
 from dlc_jax.files.image_files import HEIF_SUFFIXES, NEEDS_HEIF
 
 # What file managers, network storage and notebooks leave beside one's own files.
@@ -78,7 +78,7 @@ def suffix_of(name: str) -> str:
 def left_out_text(counts: Mapping[str, int]) -> str:
     """Returns `3 .heic, 1 .txt` for suffixes and their counts, and what would read them."""
     rows = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
-    text = checks.listed(f"{count} {visible(suffix)}" for suffix, count in rows)
+    text = expect.listed(f"{count} {visible(suffix)}" for suffix, count in rows)
     return f"{text} ({NEEDS_HEIF})" if set(counts) & set(HEIF_SUFFIXES) else text
 
 
@@ -94,7 +94,7 @@ def _check_are_of_one_kind(source: str, names: list[str]) -> None:
     parts = train_parts(words)
     tests = sorted(word for word in words if word.lower() in _TEST_PARTS)
     if parts and tests:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{source}: holds files of training ({', '.join(parts)}) and of test "
             f"({', '.join(tests)}); give those of one, "
             f"{source}/{parts[0]}*{Path(names[0]).suffix}."
@@ -135,7 +135,7 @@ def matching(scheme: str, where: str) -> list[Path]:
       ValueError: there is none, or one that is no regular file.
     """
     path, source, suffix = Path(where).expanduser(), f"{scheme}:{where}", f".{scheme}"
-    with checks.refusing(f"{source}: cannot be read", OSError):
+    with expect.refusing(f"{source}: cannot be read", OSError):
         if path.is_dir():
             names = (name for name in os.listdir(path) if name.lower().endswith(suffix))
             found = [path / name for name in names if not is_junk(name)]
@@ -147,5 +147,5 @@ def matching(scheme: str, where: str) -> list[Path]:
     if path.is_dir():
         _check_are_of_one_kind(source, [file.name for file in files])
     if not files:
-        raise checks.InputError(f"{source}: no such file, or no *{suffix} in it.")
+        raise expect.InputError(f"{source}: no such file, or no *{suffix} in it.")
     return files

@@ -1,4 +1,7 @@
-"""`folder:` one sub-folder of images per class."""
+"""`folder:` one sub-folder of images per class, and `fgvc_aircraft:`, an archive with lists.
+
+Source: Maji et al. 2013, arXiv 1306.5151.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from dlc_jax import checks
-from dlc_jax.datasets.files import images_in, is_junk, split_in, suffix_of, train_parts
+from dlc_jax import expect
+from dlc_jax.datasets.files import images_in, is_junk, regular, split_in, suffix_of, train_parts
 from dlc_jax.datasets.labels import composed, labelled
 from dlc_jax.files.image_files import HEIF_SUFFIXES, NEEDS_HEIF, suffixes
 from dlc_jax.types import Dataset
@@ -24,25 +27,25 @@ def load_folder(where: str) -> Dataset:
       ValueError: no such folder, no image in a sub-folder, sub-folders that are splits, a class all
         of whose images are HEIC that cannot be read here, or a folder that may not be read.
     """
-    with checks.refusing(f"folder:{where}: cannot be read", OSError):
+    with expect.refusing(f"folder:{where}: cannot be read", OSError):
         return _load(where, Path(where).expanduser())
 
 
 def _load(where: str, root: Path) -> Dataset:
     if not root.is_dir():
-        raise checks.InputError(f"folder:{where}: no such folder.")
+        raise expect.InputError(f"folder:{where}: no such folder.")
     entries = [path for path in sorted(root.iterdir()) if not is_junk(path.name)]
     folders = [path.name for path in entries if path.is_dir() and path.name[0] != "."]
     left_out = Counter(suffix_of(path.name) for path in entries if not path.is_dir())
     if not folders:
-        raise checks.InputError(
+        raise expect.InputError(
             f"folder:{where}: expected one sub-folder of images per class, found none."
         )
     images = {}
     for name in folders:
         images[name], others = _images_below(root, name)
         if not images[name] and set(others) & set(HEIF_SUFFIXES):
-            raise checks.InputError(
+            raise expect.InputError(
                 f"folder:{where}: class {name!r} has no image that can be read, but "
                 f"{sum(others[suffix] for suffix in HEIF_SUFFIXES)} HEIC; {NEEDS_HEIF}."
             )
@@ -64,8 +67,8 @@ def _check_are_classes(where: str, images: dict[str, list[str]]) -> None:
     """Raises if there is no image, or if the folders are splits with classes in them."""
     filled = [name for name in images if images[name]]
     if not filled:
-        raise checks.InputError(
-            f"folder:{where}: no image in its sub-folders {checks.listed(images)} (looked for "
+        raise expect.InputError(
+            f"folder:{where}: no image in its sub-folders {expect.listed(images)} (looked for "
             f"{', '.join(suffixes())})."
         )
     is_nested = all(image.count("/") > 1 for name in filled for image in images[name])
@@ -80,7 +83,7 @@ def _check_are_classes(where: str, images: dict[str, list[str]]) -> None:
         hint = f"give one, folder:{where}/{parts[0]}"
     if len(parts) > 1:
         hint += f", or what is for training, folder:{where}/{'+'.join(parts)}"
-    raise checks.InputError(
+    raise expect.InputError(
         f"folder:{where}: its sub-folders are splits ({', '.join(filled)}), not classes; {hint}."
     )
 
@@ -110,3 +113,37 @@ def _images_below(root: Path, class_name: str) -> tuple[list[str], Counter[str]]
             else:
                 found.append(f"{below}/{name}")
     return sorted(found, key=lambda name: name.split("/")), others
+
+
+def load_aircraft(where: str) -> Dataset:
+    """Loads `<root>/<split>`, with `data/images_variant_<split>.txt` below the root.
+
+    Raises:
+      ValueError: an unknown split, a list that is not there or a line that is not `<id> <variant>`.
+    """
+    source = f"fgvc_aircraft:{where}"
+    root, _, split = where.rpartition("/")
+    expect.one_of(f"{source}: split", split, ("train", "val", "trainval", "test"))
+    data = Path(root).expanduser()
+    data = data / "data" if (data / "data").is_dir() else data
+    names, variants = [], []
+    for number, line in enumerate(_lines(source, data / f"images_variant_{split}.txt"), start=1):
+        name, space, variant = line.partition(" ")
+        if not space or not name.isdigit():
+            raise expect.InputError(
+                f"{source}: images_variant_{split}.txt, line {number}: expected "
+                f"'<id> <variant>', found {line!r}."
+            )
+        names.append(f"images/{name}.jpg")
+        variants.append(variant.strip())
+    classes = _lines(source, data / "variants.txt")
+    return labelled(images_in(data, names), variants, names, source, classes)
+
+
+def _lines(source: str, file: Path) -> list[str]:
+    with expect.refusing(f"{source}: {file} cannot be read", OSError, ValueError):
+        text = regular(file).read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise expect.InputError(f"{source}: {file} is empty.")
+    return lines

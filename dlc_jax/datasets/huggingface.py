@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.datasets.columns import USUAL, Columns
 from dlc_jax.datasets.parquet import from_tables, open_parquet
 from dlc_jax.datasets.row_groups import ArrowTable, Table
@@ -40,16 +40,16 @@ def open_hf(where: str) -> list[Table]:
     source = f"hf:{where}"
     place, _, splits = where.rpartition("/")
     if not place or not splits:
-        raise checks.InputError(f"{source}: expected hf:<owner/name or folder>/<split>.")
+        raise expect.InputError(f"{source}: expected hf:<owner/name or folder>/<split>.")
     folder = Path(place).expanduser()
     tables: list[Table] = []
     for split in splits.split("+"):
         if folder.is_dir():
             tables += _local(source, folder, split)
-        elif checks.is_hub_id(place):
+        elif expect.is_hub_id(place):
             tables += open_parquet(_download(source, place, split))
         else:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{source}: no folder {place!r}, and that is no hub id (owner/name) either."
             )
     return tables
@@ -63,9 +63,9 @@ def _local(source: str, folder: Path, split: str) -> Sequence[Table]:
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.parquet"))]
     if found := _files_of(source, names, split):
         return open_parquet(folder / name for name in found)
-    raise checks.InputError(
+    raise expect.InputError(
         f"{source}: no Parquet file of split {split!r} in {folder} "
-        f"(found {checks.listed(names) or 'none'})."
+        f"(found {expect.listed(names) or 'none'})."
     )
 
 
@@ -73,7 +73,7 @@ def _saved(source: str, folder: Path, split: str | None) -> list[ArrowTable]:
     """Returns what `save_to_disk` wrote; other Arrow files there are results that it cached."""
     problem = f"{source}: {folder / 'state.json'} does not say which Arrow files are the data"
     kinds = OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
-    with checks.refusing(problem, *kinds, shown=checks.first_line):
+    with expect.refusing(problem, *kinds, shown=expect.first_line):
         state = json.loads((folder / "state.json").read_bytes())
         names = [file["filename"] for file in state["_data_files"]]
         if not names or any(Path(name).name != name for name in names):
@@ -81,7 +81,7 @@ def _saved(source: str, folder: Path, split: str | None) -> list[ArrowTable]:
         _refuse_changes(source, folder / "state.json", state)
     held = state.get("_split")
     if split is not None and held not in (None, split):
-        raise checks.InputError(f"{source}: {folder} holds the split {held!r}, not {split!r}.")
+        raise expect.InputError(f"{source}: {folder} holds the split {held!r}, not {split!r}.")
     return [ArrowTable.open(folder / name) for name in names]
 
 
@@ -93,7 +93,7 @@ def _refuse_changes(source: str, path: Path, state: dict[str, Any]) -> None:
     if any(step.get("transforms") for step in state.get("_inplace_history") or []):
         found.append("_inplace_history")
     if found:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{source}: {path} has {', '.join(found)}: the rows are a selection or a changed "
             "version of the Arrow files, which is not read. Load it with `datasets`, call "
             "flatten_indices() and save it again."
@@ -105,8 +105,8 @@ def _files_of(source: str, names: Sequence[str], split: str) -> list[str]:
     found = sorted(name for name in names if _is_of(name, split))
     folders = {f"/{name}".rpartition("/")[0].removesuffix(f"/{split}") for name in found}
     if len(folders) > 1:
-        shown = checks.listed(repr(folder[1:]) for folder in sorted(folders))
-        raise checks.InputError(
+        shown = expect.listed(repr(folder[1:]) for folder in sorted(folders))
+        raise expect.InputError(
             f"{source}: files of split {split!r} are in several folders ({shown}), which may be "
             "configurations of it; expected one. Give a local copy of that folder, as in "
             f"hf:<copy>/<folder>/{split}."
@@ -132,4 +132,4 @@ def _download(source: str, repository: str, split: str) -> list[Path]:
             where = {"repo_type": "dataset", "revision": revision}
             if found := _files_of(source, hub.list_repo_files(repository, **where), split):
                 return [Path(hub.hf_hub_download(repository, name, **where)) for name in found]
-    raise checks.InputError(f"{source}: {repository} has no Parquet file of split {split!r}.")
+    raise expect.InputError(f"{source}: {repository} has no Parquet file of split {split!r}.")

@@ -5,17 +5,40 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.datasets.files import matching
 from dlc_jax.datasets.huggingface import open_hf
-from dlc_jax.datasets.json_values import json_problem
 from dlc_jax.datasets.parquet import open_parquet
 from dlc_jax.datasets.row_groups import Table
 from dlc_jax.files.json_files import without_repetition
+
+
+def json_problem(value: Any) -> str | None:
+    """Returns what is wrong with a value, or with one in it; None if it can be written as JSON.
+
+    Dates may be in it, which are written as text.
+    """
+    if value is None or isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        is_text = value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
+        return None if is_text else "half of a surrogate pair, which is no character"
+    if isinstance(value, int):
+        fits = -(2**63) <= value < 2**64
+        return None if fits else "an integer beyond 64 bits; text could hold it"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "a number that is NaN or infinite; expected null"
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, map(json_problem, value)), None)
+    return None if hasattr(value, "isoformat") else f"a value of type {type(value).__name__}"
+
 
 Row = Mapping[str, Any]
 
@@ -48,7 +71,7 @@ class Rows:
         """Raises ValueError, naming the rows, if there are any for which `is_bad` holds."""
         bad = [place for place, value in zip(self.places, is_bad, strict=True) if value]
         if bad:
-            raise checks.InputError(f"{self.name}: {len(bad)} {problem}: {checks.listed(bad)}.")
+            raise expect.InputError(f"{self.name}: {len(bad)} {problem}: {expect.listed(bad)}.")
 
     def refuse_context(self, template: str) -> None:
         """Raises ValueError, naming column and rows, for context that a template leaves out."""
@@ -78,11 +101,11 @@ def read_rows(source: str) -> list[Row]:
     """
     scheme, separator, where = source.partition(":")
     if not separator:
-        raise checks.InputError(f"{source!r}: expected <scheme>:<file>, such as jsonl:train.jsonl.")
-    checks.one_of(f"scheme of {source!r}", scheme, ROW_SOURCES)
+        raise expect.InputError(f"{source!r}: expected <scheme>:<file>, such as jsonl:train.jsonl.")
+    expect.one_of(f"scheme of {source!r}", scheme, ROW_SOURCES)
     rows = ROW_SOURCES[scheme](where)
     if not rows:
-        raise checks.InputError(f"{source}: has no rows.")
+        raise expect.InputError(f"{source}: has no rows.")
     return rows
 
 
@@ -98,11 +121,11 @@ def _lines(file: Path) -> list[Row]:
                 line = line.removeprefix("\ufeff")  # where files were joined, not only the first
                 if line.strip():
                     rows.append(_object(_parsed(line), f"{file}, line {number}"))
-        except checks.InputError:
+        except expect.InputError:
             raise
         except (ValueError, RecursionError) as error:
-            found = checks.first_line(error)
-            raise checks.InputError(f"{file}, line {len(rows) + 1} on: {found}.") from error
+            found = expect.first_line(error)
+            raise expect.InputError(f"{file}, line {len(rows) + 1} on: {found}.") from error
     return rows
 
 
@@ -117,16 +140,16 @@ def _integer(digits: str) -> int:
 
 def _list(file: Path) -> list[Row]:
     problem = f"{file}: not JSON"
-    with checks.refusing(problem, ValueError, RecursionError, shown=checks.first_line):
+    with expect.refusing(problem, ValueError, RecursionError, shown=expect.first_line):
         rows = _parsed(file.read_text(encoding="utf-8-sig"))
     if not isinstance(rows, list):
-        raise checks.InputError(f"{file}: expected a list of objects, found {type(rows).__name__}.")
+        raise expect.InputError(f"{file}: expected a list of objects, found {type(rows).__name__}.")
     return [_object(row, f"{file}, entry {number}") for number, row in enumerate(rows, 1)]
 
 
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise checks.InputError(f"{where}: expected an object, found {type(value).__name__}.")
+        raise expect.InputError(f"{where}: expected an object, found {type(value).__name__}.")
     for column, cell in value.items():
         try:
             problem = json_problem([column, cell])
@@ -134,7 +157,7 @@ def _object(value: Any, where: str) -> Row:
             problem = "lists or objects in one another that are too many"
         if problem:
             shown = column.encode("ascii", "backslashreplace").decode()
-            raise checks.InputError(f"{where}: column {shown!r} holds {problem}.")
+            raise expect.InputError(f"{where}: column {shown!r} holds {problem}.")
     return value
 
 
@@ -143,8 +166,8 @@ def _of_tables(tables: Iterable[Table]) -> list[Row]:
     for table in tables:
         names = table.schema.names
         if len(set(names)) < len(names):
-            raise checks.InputError(
-                f"{table.file}: expected columns of different names, found {checks.listed(names)}."
+            raise expect.InputError(
+                f"{table.file}: expected columns of different names, found {expect.listed(names)}."
             )
         columns = [table.values(name) for name in names]
         rows += [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
@@ -153,7 +176,7 @@ def _of_tables(tables: Iterable[Table]) -> list[Row]:
 
 def _demo(where: str) -> list[Row]:
     """The bundled sample: 400 rows of Dolly+HH-RLHF to prune, 100 others to test on."""
-    checks.one_of("demo instructions", where, _DEMOS)
+    expect.one_of("demo instructions", where, _DEMOS)
     return _lines(Path(__file__).parent / "instructions_sample" / _DEMOS[where])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.datasets.instruction_rows import Row, Rows, read_rows
 from dlc_jax.datasets.labels import content_ids, encode_labels
 from dlc_jax.datasets.templates import TEMPLATES, told_by_columns
@@ -70,7 +70,7 @@ class Instructions:
             (not isinstance(value, str) or not value.strip() for value in values),
             f"have no text in column {column!r}",
         )
-        checks.no_nul(self.name, f"column {column!r}:", values)
+        expect.no_nul(self.name, f"column {column!r}:", values)
         labels, names, _ = encode_labels(values, None, self.name)
         return labels, names
 
@@ -120,13 +120,13 @@ def instructions(
     named = Rows(rows, name)
     if template is None:
         template = told_by_columns(named, TEMPLATES)
-    checks.one_of("template", template, TEMPLATES)
+    expect.one_of("template", template, TEMPLATES)
     prompts, responses, has_special_tokens, identities = TEMPLATES[template].texts(named, tokenizer)
     given = [row.get("id") for row in rows]
     ids = [str(i) for i in given]
     if None in given or len(set(ids)) < len(ids):
         ids = content_ids(map(str.encode, identities))
-    unique = checks.as_ids(name, ids)
+    unique = expect.as_ids(name, ids)
     return Instructions(
         prompts, responses, unique, tuple(map(dict, rows)), name, has_special_tokens
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.types import Dataset, ImageSource
 
 Labels = tuple[np.ndarray, tuple[str, ...], dict[int, int] | None]
@@ -34,31 +34,31 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
     """
     missing = [i for i, value in enumerate(values) if value is None]
     if missing:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{where}: {len(missing)} samples have no label, first at row {missing[0]}."
         )
     if class_names is not None:
         class_names = [composed(name) for name in class_names]
         repeated = [name for name, count in Counter(class_names).items() if count > 1]
         if repeated:
-            raise checks.InputError(
-                f"{where}: class names must be all different; {checks.listed(map(repr, repeated))} "
-                f"occur more than once among {checks.listed(map(repr, class_names))}."
+            raise expect.InputError(
+                f"{where}: class names must be all different; {expect.listed(map(repr, repeated))} "
+                f"occur more than once among {expect.listed(map(repr, class_names))}."
             )
     if all(isinstance(value, str) for value in values):
         values = [composed(value) for value in values]
         names = tuple(class_names or sorted(set(values)))
         unnamed = sorted(set(values) - set(names))
         if unnamed:
-            raise checks.InputError(
-                f"{where}: labels {checks.listed(map(repr, unnamed))} are not among the "
+            raise expect.InputError(
+                f"{where}: labels {expect.listed(map(repr, unnamed))} are not among the "
                 f"{len(names)} class names."
             )
         rank = {name: index for index, name in enumerate(names)}
         return np.array([rank[value] for value in values], np.int32), names, None
     strange = next((i for i, v in enumerate(values) if not isinstance(v, numbers.Integral)), None)
     if strange is not None:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{where}: labels must be integers or strings, all alike; found "
             f"{reprlib.repr(values[strange])} in row {strange}."
         )
@@ -66,13 +66,13 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
         array = np.asarray(values, np.int64)
     except OverflowError as error:
         row = next(i for i, value in enumerate(values) if not -(2**63) <= value < 2**63)
-        raise checks.InputError(
+        raise expect.InputError(
             f"{where}: row {row} has label {values[row]}, expected an integer of 64 bits."
         ) from error
     if class_names is not None:
         bad = np.flatnonzero((array < 0) | (array >= len(class_names)))
         if bad.size:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{where}: row {bad[0]} has label {array[bad[0]]}, but the source names "
                 f"{len(class_names)} classes (0..{len(class_names) - 1})."
             )

@@ -7,24 +7,24 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dlc_jax import checks
-from dlc_jax.datasets import csv_file
+from dlc_jax import expect
+from dlc_jax.datasets import columns
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
 from dlc_jax.datasets.files import images_in, matching, posix_names
 from dlc_jax.datasets.labels import labelled
-from dlc_jax.datasets.parts import joined
 from dlc_jax.datasets.row_groups import ParquetTable, RecentGroups, Table
+from dlc_jax.datasets.splits import joined
 from dlc_jax.files.arrow import pa
 from dlc_jax.types import Dataset, ImageSource
 
-_IMAGE_COLUMNS = tuple(dict.fromkeys(("image", "img", *csv_file.PATH_COLUMNS)))
+_IMAGE_COLUMNS = tuple(dict.fromkeys(("image", "img", *columns.PATH_COLUMNS)))
 _Images = tuple[ImageSource, list[str | None]]
 _DEMOS = {"caltech15/train": "train.parquet", "caltech15/test": "test.parquet"}
 
 
 def load_demo(where: str, columns: Columns = USUAL) -> Dataset:
     """Loads the bundled sample: 15 Caltech-101 classes, 50 train and 20 test images each."""
-    checks.one_of("demo data set", where, _DEMOS)
+    expect.one_of("demo data set", where, _DEMOS)
     file = Path(__file__).parent / "sample" / _DEMOS[where]
     return dataclasses.replace(load_parquet(str(file), columns), name=f"demo:{where}")
 
@@ -72,16 +72,16 @@ def from_tables(source: str, tables: Sequence[Table], columns: Columns = USUAL) 
     for table in tables:
         for name in (image, label):
             if table.schema.names.count(name) != 1:
-                raise checks.InputError(
+                raise expect.InputError(
                     f"{source}: its files differ in columns: {table.file} has "
-                    f"{checks.listed(table.schema.names)}, expected one {name!r}."
+                    f"{expect.listed(table.schema.names)}, expected one {name!r}."
                 )
         others = _class_names(table, label)
         if others != class_names:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{source}: its files differ in class names: {table.file} declares "
-                f"{checks.listed(map(repr, others or ())) or 'none'}, {tables[0].file} "
-                f"{checks.listed(map(repr, class_names or ())) or 'none'}."
+                f"{expect.listed(map(repr, others or ())) or 'none'}, {tables[0].file} "
+                f"{expect.listed(map(repr, class_names or ())) or 'none'}."
             )
         values += table.values(label)
         images, paths = _images(table, image)
@@ -106,9 +106,9 @@ def _class_names(table: Table, label: str) -> list[str] | None:
     if names is None:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise checks.InputError(
+        raise expect.InputError(
             f"{table.file}: expected the names of classes to be a list of texts, found "
-            f"{checks.listed(names) if isinstance(names, list) else repr(names)}."
+            f"{expect.listed(names) if isinstance(names, list) else repr(names)}."
         )
     return names
 
@@ -123,14 +123,14 @@ def _images(table: Table, name: str) -> _Images:
     if pa.types.is_struct(kind):
         fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
         if "bytes" not in fields:
-            raise checks.InputError(
-                f"{table.file}: image column has fields {checks.listed(sorted(fields))}, "
+            raise expect.InputError(
+                f"{table.file}: image column has fields {expect.listed(sorted(fields))}, "
                 "expected bytes and path."
             )
         where, kind = (name, "bytes"), fields["bytes"]
         path_column = "path" if _is_text(fields.get("path", pa.null())) else None
     if kind not in (pa.binary(), pa.large_binary(), pa.binary_view(), pa.null()):
-        raise checks.InputError(
+        raise expect.InputError(
             f"{table.file}: images are {kind}, expected encoded bytes, {{bytes, path}} or paths."
         )
     missing, images = table.missing(*where), table.images(*where)
@@ -138,7 +138,7 @@ def _images(table: Table, name: str) -> _Images:
     if len(missing) == len(paths) and any(paths):
         return _files(table, name, paths)
     if len(missing):
-        raise checks.InputError(
+        raise expect.InputError(
             f"{table.file}: {len(missing)} rows have no image bytes, first row {missing[0]} "
             f"(path {paths[missing[0]]!r})."
         )
@@ -148,7 +148,7 @@ def _images(table: Table, name: str) -> _Images:
 def _files(table: Table, name: str, paths: Sequence[str | None]) -> _Images:
     bad = next((row for row, path in enumerate(paths) if not path or "\0" in path), None)
     if bad is not None:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{table.file}: column {name}, row {bad}: expected a path, found {paths[bad]!r}."
         )
     root = table.file.parent

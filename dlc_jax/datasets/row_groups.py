@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.datasets.files import LazyImages, regular
 from dlc_jax.files.arrow import pa, pc, pq
 from dlc_jax.types import ImageSource
@@ -163,7 +163,7 @@ Table = ParquetTable | ArrowTable
 
 
 def _refusing(problem: str) -> AbstractContextManager[None]:
-    return checks.refusing(problem, pa.ArrowException, OSError, ValueError)
+    return expect.refusing(problem, pa.ArrowException, OSError, ValueError)
 
 
 def _part_of(table: pa.Table, column: Sequence[str]) -> pa.ChunkedArray:

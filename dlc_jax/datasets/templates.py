@@ -1,16 +1,176 @@
-"""How rows of instruction data become prompts and responses, by name."""
+"""How rows of instruction data become prompts and responses, by name or by a chat template."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-from dlc_jax import checks
-from dlc_jax.datasets.chat import MESSAGES, conversations_of, render
-from dlc_jax.datasets.instruction_rows import Row, Rows
+from dlc_jax import expect
+from dlc_jax.datasets.instruction_rows import Row, Rows, is_empty
+
+_SECONDS, _BYTES = 10.0, 2**29
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Ends a block that takes more than 10 seconds, or 512 MiB more than the process has.
+
+    Time is limited in the main thread, where signals arrive; memory where /proc gives its size.
+
+    Raises:
+      TimeoutError, MemoryError: in the block.
+    """
+    with contextlib.ExitStack() as after:
+        _limit_memory(after)
+        if threading.current_thread() is threading.main_thread():
+            after.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, _stop))
+            # again and again: a template that is compiled swallows what its constants raise
+            timer = signal.setitimer(signal.ITIMER_REAL, _SECONDS, _SECONDS)
+            after.callback(signal.setitimer, signal.ITIMER_REAL, *timer)
+        yield
+
+
+def _limit_memory(after: contextlib.ExitStack) -> None:
+    try:
+        num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:  # another system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = num_pages * resource.getpagesize() + _BYTES
+    lowest = min([limit, *(known for known in (soft, hard) if known != resource.RLIM_INFINITY)])
+    after.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (lowest, hard))
+
+
+def _stop(*_: object) -> NoReturn:
+    raise TimeoutError(f"took more than {_SECONDS:g} s")
+
+
+MESSAGES = "messages"  # column
+# Fields of a message besides role and content that a template may know or not.
+_FIELDS = ("tool_calls", "function_call", "tools", "documents", "images", "videos", "audios")
+Messages = list[dict[str, Any]]
+_LONGEST_TEMPLATE = 2**20  # characters that are not of the conversation
+
+
+def conversations_of(rows: Rows) -> list[Messages]:
+    """Returns the column `messages`, of which the last is the response.
+
+    Raises:
+      ValueError: by id, no list of {role, content} with text in both; fewer than two; a last one
+        that is not the assistant's, or is empty.
+    """
+    rows.refuse(
+        (not _is_conversation(row) for row in rows.rows),
+        f"have no two or more {{role, content}} of text in column {MESSAGES!r}",
+    )
+    last = [row[MESSAGES][-1] for row in rows.rows]
+    rows.refuse(
+        (message["role"] != "assistant" for message in last),
+        "end with a message of another role than 'assistant'",
+    )
+    rows.refuse((not message["content"].strip() for message in last), "have an empty response")
+    # a table gives every message all fields that one of them has
+    return [
+        [{k: v for k, v in message.items() if v is not None} for message in row[MESSAGES]]
+        for row in rows.rows
+    ]
+
+
+def _is_conversation(row: Row) -> bool:
+    messages = row.get(MESSAGES)
+    return (
+        isinstance(messages, list)
+        and len(messages) > 1
+        and all(isinstance(message, Mapping) for message in messages)
+        and all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
+    )
+
+
+def render(
+    conversations: Sequence[Messages], rows: Rows, tokenizer: Any
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Writes conversations out; prompt and response together are what the template gives.
+
+    The end of the turn belongs to the response, and so does what the template puts behind it, such
+    as Gemma's line break: the tokens are then those of `apply_chat_template`, which other programs
+    train on.
+
+    Args:
+      conversations: One per row, each ending with the response.
+      rows: Rows that hold them, for messages.
+      tokenizer: A tokenizer of transformers, or a function that returns one; None: there is none.
+    Returns:
+      Prompts [n], all before the response, and how a response is begun; responses [n], the response
+      and all that the template puts behind it. Both hold their special tokens.
+    Raises:
+      ValueError: no tokenizer, one without a chat template; by id, conversations that it refuses,
+        or that begin otherwise once the response is there.
+    """
+    if tokenizer is None:
+        raise expect.InputError(
+            f"{rows.name}: template 'chat' is the tokenizer's own; expected tokenizer=... with it."
+        )
+    if not hasattr(tokenizer, "apply_chat_template"):
+        tokenizer = tokenizer()
+    if not getattr(tokenizer, "chat_template", None):
+        raise expect.InputError(
+            f"{rows.name}: the tokenizer {tokenizer.name_or_path!r} has no chat template, as those "
+            "of base models; expected one of a model for chat, or another template."
+        )
+    prompts, wholes = [], []
+    for place, messages in zip(rows.places, conversations, strict=True):
+        problem = f"{rows.name}: {place}: the tokenizer's chat template refuses it"
+        # the template is a program of its own: anything can happen
+        with expect.refusing(problem, Exception, shown=expect.first_line):
+            prompts.append(written(tokenizer, messages[:-1], add_generation_prompt=True))
+            wholes.append(written(tokenizer, messages))
+            unused = _unused_field(tokenizer, messages, wholes[-1])
+        if unused is not None:
+            raise expect.InputError(
+                f"{rows.name}: {place}: has messages with {unused!r}, which the tokenizer's chat "
+                "template leaves out; expected a template that uses it, or messages without it."
+            )
+    pairs = list(zip(wholes, prompts, strict=True))
+    rows.refuse(
+        (not whole.startswith(prompt) or whole == prompt for whole, prompt in pairs),
+        "are written otherwise by the tokenizer's chat template once the response is there, so "
+        "that prompt and response cannot be told apart",
+    )
+    return tuple(prompts), tuple(whole[len(prompt) :] for whole, prompt in pairs)
+
+
+def written(tokenizer: Any, messages: Messages, **options: Any) -> str:
+    """Returns what a tokenizer's chat template makes of a conversation.
+
+    Raises:
+      ValueError: it is far longer than the conversation.
+      Exception: any that the template raises, or its limits; see `limited`.
+    """
+    with limited():
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    size = sum(len(str(message)) for message in messages)
+    if len(text) > _LONGEST_TEMPLATE + 10 * size:
+        raise ValueError(f"it makes {len(text)} characters of {size}")
+    return text
+
+
+def _unused_field(tokenizer: Any, messages: Messages, text: str) -> str | None:
+    """Returns a field of these messages that the text does not depend on."""
+    for field in _FIELDS:
+        if any(not is_empty(message.get(field)) for message in messages):
+            without = [{k: v for k, v in m.items() if k != field} for m in messages]
+            if written(tokenizer, without) == text:
+                return field
+    return None
 
 
 class Texts(NamedTuple):
@@ -144,8 +304,8 @@ def told_by_columns(rows: Rows, choices: Mapping[str, Template | TextColumns]) -
     fitting = [name for name in columns if all(column in first for column in columns[name])]
     if len(fitting) != 1:
         expected = "; ".join(f"{name}: {', '.join(columns[name])}" for name in columns)
-        raise checks.InputError(
-            f"{rows.name}: columns {checks.listed(first)} fit "
+        raise expect.InputError(
+            f"{rows.name}: columns {expect.listed(first)} fit "
             f"{' and '.join(fitting) or 'no template'}; expected those of one ({expected}), or "
             "template=... that says which."
         )

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
 from dlc_jax.datasets.files import LazyImages
 from dlc_jax.datasets.labels import labelled
 from dlc_jax.types import Dataset
 
 # tfds's own errors differ by kind, and so do those of networks and disks
-_refusing = functools.partial(checks.refusing, shown=checks.first_line, end="")
+_refusing = functools.partial(expect.refusing, shown=expect.first_line, end="")
 _NAME_FEATURES = ("file_name", "filename", "image/filename", "image_id", "id")
 
 
@@ -30,7 +30,7 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
 
     name, _, split = where.rpartition("/")
     if not name or not split:
-        raise checks.InputError(f"tfds:{where}: expected tfds:<name>/<split>.")
+        raise expect.InputError(f"tfds:{where}: expected tfds:<name>/<split>.")
     with _refusing(f"tfds:{where}: no data set {name!r}", Exception):
         builder = tfds.builder(name)
     if not builder.is_prepared():
@@ -39,12 +39,12 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
     image = _feature(features, where, tfds.features.Image, "image", columns.image)
     label = _feature(features, where, tfds.features.ClassLabel, "label", columns.label)
     if not isinstance(features[image], tfds.features.Image):
-        raise checks.InputError(
+        raise expect.InputError(
             f"tfds:{where}: feature {image!r} is {type(features[image]).__name__}, expected Image."
         )
     with _refusing(
         f"tfds:{where}: cannot read split {split!r} "
-        f"(the data set has {checks.listed(builder.info.splits)}; files must be array_record)",
+        f"(the data set has {expect.listed(builder.info.splits)}; files must be array_record)",
         Exception,
     ):
         source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
@@ -61,7 +61,7 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
 
 def _prepare(builder: Any, where: str) -> None:
     if importlib.util.find_spec("tensorflow") is None:
-        raise checks.InputError(
+        raise expect.InputError(
             f"tfds:{where}: not prepared in {builder.data_dir}, and preparing needs TensorFlow: "
             "install the extra with pip install -e '.[tfds]', or prepare it elsewhere as "
             "array_record (tfds build --file_format=array_record) and point TFDS_DATA_DIR there."

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.datasets.columns import USUAL, Columns, column
 from dlc_jax.datasets.files import LazyImages, is_junk, matching
 from dlc_jax.datasets.labels import integers_or_text, labelled
@@ -59,7 +59,7 @@ def load_tar(where: str, columns: Columns = USUAL) -> Dataset:
             values.append(_label(place, parts, columns.label))
             left_out.update(kind for kind in parts if kind not in (*readable, ".cls", ".json"))
     if not images:
-        raise checks.InputError(f"{source}: holds no sample.")
+        raise expect.InputError(f"{source}: holds no sample.")
     members = LazyImages(len(images), lambda position: images[position].read())
     return labelled(members, integers_or_text(values), names, source, left_out=dict(left_out))
 
@@ -70,7 +70,7 @@ def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:
     problem = f"{source}: {shard}: not a readable, uncompressed tar file"
     kinds = tarfile.TarError, OSError, ValueError, EOFError
     with (
-        checks.refusing(problem, *kinds, shown=checks.first_line),
+        expect.refusing(problem, *kinds, shown=expect.first_line),
         tarfile.open(shard, mode="r:") as file,  # "r:" alone: offsets are those of the file
     ):
         for member in file:
@@ -81,7 +81,7 @@ def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:
             key, kind = f"{folder}/{stem}" if folder else stem, f"{dot}{suffix}".lower()
             parts = samples.setdefault(key, {})
             if kind in parts:
-                raise checks.InputError(
+                raise expect.InputError(
                     f"{source}: {shard.name}: sample {key!r} has more than one member "
                     f"{kind!r} (again {member.name!r}); expected one."
                 )
@@ -97,8 +97,8 @@ def _image(where: str, parts: dict[str, _Member], wanted: str | None) -> _Member
         wanted = f".{wanted.lower().removeprefix('.')}"
     found = list(parts) if wanted else [kind for kind in parts if kind in suffixes()]
     if not found:
-        raise checks.InputError(
-            f"{where} has no image (found {checks.listed(parts)}; expected one of "
+        raise expect.InputError(
+            f"{where} has no image (found {expect.listed(parts)}; expected one of "
             f"{', '.join(suffixes())})."
         )
     return parts[column(where, "image", found, (), wanted, declared=found, noun="member")]
@@ -106,7 +106,7 @@ def _image(where: str, parts: dict[str, _Member], wanted: str | None) -> _Member
 
 def _label(where: str, parts: dict[str, _Member], wanted: str | None) -> Any:
     kinds = OSError, ValueError, TypeError, RecursionError
-    with checks.refusing(f"{where}: label cannot be read", *kinds):
+    with expect.refusing(f"{where}: label cannot be read", *kinds):
         if ".cls" in parts and (wanted is None or (wanted == "cls" and ".json" not in parts)):
             return parts[".cls"].read().decode("utf-8-sig").strip()
         if ".json" in parts:
@@ -116,6 +116,6 @@ def _label(where: str, parts: dict[str, _Member], wanted: str | None) -> Any:
     expected = f".cls, or .json with {' or '.join(_LABEL_KEYS)}"
     if wanted:
         expected = f".json with {wanted!r}"
-    raise checks.InputError(
-        f"{where} has no label; expected {expected} (found {checks.listed(parts)})."
+    raise expect.InputError(
+        f"{where} has no label; expected {expected} (found {expect.listed(parts)})."
     )

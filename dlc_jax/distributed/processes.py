@@ -1,10 +1,12 @@
-"""The processes of a run: how they find each other, and what the first one sends the others.
+"""The processes of a run: how they find each other, share what one has, and stop together.
 
 Without `start` there is one process, and everything here does nothing.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import itertools
 import json
 import os
@@ -12,15 +14,17 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
-
-# JAX offers no public way to the store that its processes share
+import jax.numpy as jnp
+import numpy as np
 from jax._src.distributed import global_state
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dlc_jax import checks, signals
+from dlc_jax import expect, signals
+from dlc_jax.signals import Stopped
 
 RESTART = signals.RESTART
 _PREFIX = "dlc_jax"
@@ -53,7 +57,7 @@ class NotAllCame(Exception):
     """The processes of a run did not find each other in time; trying again may help."""
 
 
-class SaidByFirst(checks.SharedError):
+class SaidByFirst(expect.SharedError):
     """What went wrong in the first process, which prints it."""
 
 
@@ -78,14 +82,14 @@ def find_place(
     if address is None or num_processes is None or process_id is None:
         given = {"coordinator_address": address, "num_processes": num_processes}
         missing = next((name for name, value in given.items() if value is None), "process_id")
-        raise checks.InputError(
+        raise expect.InputError(
             f"--{missing}: missing; expected coordinator_address, num_processes and process_id "
             "together, as options or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID."
         )
     _check_address(address)
-    checks.at_least("--num_processes", num_processes, 1)
+    expect.at_least("--num_processes", num_processes, 1)
     if not 0 <= process_id < num_processes:
-        raise checks.InputError(
+        raise expect.InputError(
             f"--process_id: expected 0 to {num_processes - 1}, got {process_id}."
         )
     return Place(address, num_processes, process_id)
@@ -98,7 +102,7 @@ def _check_address(address: str) -> None:
     except UnicodeError:
         is_host = False
     if not is_host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
-        raise checks.InputError(
+        raise expect.InputError(
             f"--coordinator_address: expected host:port, with a port from 1 to 65535, got "
             f"{address!r}."
         )
@@ -109,7 +113,7 @@ def _number(name: str, given: int | None = None) -> int | None:
     if given is not None or not text:
         return given
     if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise checks.InputError(f"{name}: expected a number, got {text!r}.")
+        raise expect.InputError(f"{name}: expected a number, got {text!r}.")
     return int(text)
 
 
@@ -130,7 +134,7 @@ def _place_in_slurm() -> Place | None:
     else:
         port = _SLURM_PORTS[job % len(_SLURM_PORTS)]
         return Place(f"{first[1]}{first[2] or ''}:{port}", num_tasks, number)
-    raise checks.InputError(
+    raise expect.InputError(
         f"Slurm: {found}, in a step of several tasks; expected all that srun sets, or "
         "SLURM_STEP_NUM_TASKS unset for a run of one process."
     )
@@ -202,7 +206,7 @@ def _meet(place: Place, heartbeat_s: int, timeout_s: int) -> None:
         return
     why = f" within {timeout_s} s"
     if failed:
-        why = f": {checks.first_line(failed[0])}"
+        why = f": {expect.first_line(failed[0])}"
     elif time.monotonic() > answered + _POLL_MS / 1000:
         why = ": process 0 died, or gave up"
     raise NotAllCame(
@@ -277,9 +281,9 @@ def value_of_first(compute: Callable[[], Value]) -> Value:
     _is_alone = True
     try:
         value = compute()
-    except (checks.InputError, OSError) as error:
+    except (expect.InputError, OSError) as error:
         client().key_value_set(key, json.dumps({"error": str(error)}))
-        raise checks.SharedError(str(error)) from error
+        raise expect.SharedError(str(error)) from error
     finally:
         _is_alone = False
     client().key_value_set(key, json.dumps({"value": value}))
@@ -288,7 +292,7 @@ def value_of_first(compute: Callable[[], Value]) -> Value:
 
 def refuse(message: str) -> NoReturn:
     """Raises ValueError in all processes, which have found the same; the first one's is shown."""
-    raise checks.SharedError(message) if is_first() else SaidByFirst(message)
+    raise expect.SharedError(message) if is_first() else SaidByFirst(message)
 
 
 def wait_for_all() -> None:
@@ -336,3 +340,57 @@ def _waited_for(key: str) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+
+
+__all__ = ["Stopped", "at_steps", "check", "is_due", "stop_together"]
+
+_STEPS_LATE = 2  # so that no step waits for the answer of the one before
+_most = jax.jit(jnp.max)
+_pending: collections.deque[jax.Array] = collections.deque()  # answers that nobody waits for yet
+
+
+def check() -> None:
+    """Raises `Stopped` if the run was asked to stop while that was put off."""
+    if number := value_of_first(signals.asked):
+        signals.note(number)
+        raise Stopped
+
+
+@contextlib.contextmanager
+def at_steps() -> Iterator[None]:
+    """Puts `Stopped` off, in here: a loop asks `is_due` after every step, saves, and raises it."""
+    _pending.clear()
+    with signals.deferred():
+        yield
+
+
+def is_due() -> bool:
+    """Whether to stop after this step, within `at_steps`.
+
+    All processes have to ask at the same steps, and get the same answer if any was asked to stop.
+    """
+    if not signals.is_deferred() or count() == 1:
+        return signals.is_deferred() and signals.asked() > 0
+    _pending.append(_largest(signals.asked()))
+    if len(_pending) <= _STEPS_LATE:
+        return False
+    number = int(_pending.popleft())
+    signals.note(number)
+    return number > 0
+
+
+def stop_together() -> NoReturn:
+    """Raises `Stopped` once all processes have come here.
+
+    The end of one would end another that still writes what it leaves.
+    """
+    wait_for_all()
+    raise Stopped
+
+
+def _largest(value: int) -> jax.Array:
+    """Returns the largest value of all processes, without waiting for it."""
+    mesh = Mesh(np.array(jax.devices()), "all")
+    here = np.full(1, value, np.int32)
+    spread = NamedSharding(mesh, PartitionSpec("all"))
+    return _most(jax.make_array_from_callback((mesh.size,), spread, lambda _: here))

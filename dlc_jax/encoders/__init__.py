@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.encoders import resnet, vit
 from dlc_jax.encoders.encoder import POOLINGS, Encoder, module_functions
 from dlc_jax.encoders.stored_tensors import Table, Tensors
 from dlc_jax.encoders.weights import assign, read_checkpoint, without_prefix
-
-__all__ = ["ENCODERS", "POOLINGS", "Encoder", "check_pooling", "load_encoder"]
 
 
 class ImageArchitecture(NamedTuple):
@@ -107,8 +105,8 @@ def load_encoder(
       >>> encoder.mean, encoder.params["conv1"]["kernel"].shape
       ((0.485, 0.456, 0.406), (7, 7, 3, 16))
     """
-    checks.one_of("encoder.name", name, ENCODERS)
-    checks.normalisation(mean, std)
+    expect.one_of("encoder.name", name, ENCODERS)
+    expect.normalisation(mean, std)
     check_pooling(name, pooling)
     architecture = ENCODERS[name]
     tensors, config = read_checkpoint(str(weights))
@@ -119,11 +117,11 @@ def load_encoder(
     expected = nnx.to_pure_dict(state)
     try:
         params = assign(tensors, expected, architecture.names, architecture.ignored)
-    except checks.InputError as error:
+    except expect.InputError as error:
         stated = config.get("architecture")
         hint = f" (its config.json says {stated!r})" if stated and stated != name else ""
         hint += f" (names read without their prefix {prefix!r})" if prefix else ""
-        raise checks.InputError(
+        raise expect.InputError(
             f"encoder.weights: {weights!r} does not fit {name!r}{hint}: {error}"
         ) from error
     normalisation = "explicit"
@@ -155,4 +153,4 @@ def _abstract(architecture: ImageArchitecture, tensors: Tensors) -> tuple[nnx.Gr
 def check_pooling(name: str, pooling: str | None) -> None:
     """Raises ValueError unless the architecture can be pooled like this."""
     if pooling is not None:
-        checks.one_of(f"encoder.pooling of {name}", pooling, ENCODERS[name].poolings)
+        expect.one_of(f"encoder.pooling of {name}", pooling, ENCODERS[name].poolings)

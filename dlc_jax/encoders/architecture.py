@@ -11,9 +11,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32
 
-from dlc_jax.encoders.decoder import Decoder, DecoderConfig, Hidden, Tokens
+from dlc_jax.encoders.decoder import Adapter, Decoder, DecoderConfig, Hidden, Tokens
 from dlc_jax.encoders.encoder import precision_of
-from dlc_jax.encoders.projection import Adapter
 from dlc_jax.types import Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}

@@ -1,11 +1,18 @@
 """One decoder for Llama 3, Llama 3.1, Mistral and Gemma 2, token ids to logits.
 
+Source: Hu et al. 2021, arXiv 2106.09685.
+
 They differ by the switches of `DecoderConfig`, which a Hugging Face `config.json` decides. The
 arithmetic is that of their torch classes in transformers, rounding steps of half precision
 included.
 
 Sources: Grattafiori et al. 2024, arXiv 2407.21783; Jiang et al. 2023, arXiv 2310.06825; Gemma Team
 2024, arXiv 2408.00118; Su et al. 2021, arXiv 2104.09864, for rotary positions.
+
+Facts of their published `config.json` files.
+
+Sources: Jiang et al. 2023, arXiv 2310.06825; Grattafiori et al. 2024, arXiv 2407.21783; Gemma Team
+2024, arXiv 2408.00118.
 """
 
 from __future__ import annotations
@@ -22,7 +29,66 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from dlc_jax.encoders.projection import Adapter, Projection
+from dlc_jax.encoders.encoder import precision_of
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Which projections have a low-rank change, and of what size.
+
+    Attributes:
+      rank: Rank of the change.
+      alpha: The change is multiplied by alpha / rank.
+      targets: Names of projections, in `TARGETS`.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class Projection(nnx.Linear):
+    """x @ kernel; of an adapter's target, plus scale * (x @ lora_a) @ lora_b.
+
+    Args:
+      name: In `TARGETS`.
+      num_in, num_out: Its size.
+      adapter: None: there is none.
+      dtype: Type of the kernel; the adapter's matrices, and what they add, are float32.
+      rngs: Source of random weights; the adapter's matrices are zeros.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_in: int,
+        num_out: int,
+        *,
+        adapter: Adapter | None,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(num_in, num_out, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.lora_scale: float | None = None
+        if adapter is not None and name in adapter.targets:
+            self.lora_scale = adapter.scale
+            self.lora_a = nnx.LoRAParam(jnp.zeros((num_in, adapter.rank)))
+            self.lora_b = nnx.LoRAParam(jnp.zeros((adapter.rank, num_out)))
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        y = super().__call__(x)
+        if self.lora_scale is None:
+            return y
+        with precision_of("float32"):
+            change = (x.astype(jnp.float32) @ self.lora_a[...]) @ self.lora_b[...]
+        return (y + change * self.lora_scale).astype(y.dtype)
+
 
 Tokens = Int[Array, "b t"]  # ids, or the number of each token's sequence in its row
 Hidden = Float[Array, "b t d"]
@@ -292,3 +358,46 @@ def _attention(
     scores = jnp.where(mask[:, :, None], scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bgrts,bsgh->btgrh", shares, v).reshape(batch, length, num_heads, head_dim)
+
+
+_MISTRAL_7B = DecoderConfig(
+    vocab_size=32768,
+    width=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_width=14336,
+    windows=(None,) * 32,
+    max_length=32768,
+    norm_epsilon=1e-5,
+    rope_theta=1e6,
+    rope_scaling=None,
+    attention_scale=128**-0.5,
+)
+PAPER_MODELS = {  # hub id -> sizes and switches
+    "mistralai/Mistral-7B-v0.3": _MISTRAL_7B,
+    "meta-llama/Meta-Llama-3-8B": dataclasses.replace(
+        _MISTRAL_7B, vocab_size=128256, max_length=8192, rope_theta=5e5
+    ),
+    "google/gemma-2-9b": DecoderConfig(
+        vocab_size=256000,
+        width=3584,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=256,
+        mlp_width=14336,
+        windows=(4096, None) * 21,
+        max_length=8192,
+        norm_epsilon=1e-6,
+        rope_theta=1e4,
+        rope_scaling=None,
+        attention_scale=256**-0.5,
+        attention_cap=50.0,
+        final_cap=30.0,
+        activation="gelu_pytorch_tanh",
+        sandwich=True,
+        offset_norm=True,
+        scale_embedding=True,
+        tied=True,
+    ),
+}

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.distributed import fetch
 from dlc_jax.types import Conventions, Params, by_path, path_name
 
@@ -77,17 +77,17 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if self.pooling is not None:
-            checks.one_of("encoder.pooling", self.pooling, POOLINGS)
-        checks.one_of("encoder.head", self.head, HEADS)
+            expect.one_of("encoder.pooling", self.pooling, POOLINGS)
+        expect.one_of("encoder.head", self.head, HEADS)
         for path in self.statistics:
-            checks.one_of("encoder.statistics", path, by_path(self.params))
-        checks.normalisation(self.mean, self.std)
+            expect.one_of("encoder.statistics", path, by_path(self.params))
+        expect.normalisation(self.mean, self.std)
         # hashable, because the compiled programs are specialised to them
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         for path, leaf in by_path(self.params).items():
             if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
-                raise checks.InputError(
+                raise expect.InputError(
                     f"encoder {self.name}: parameter {path} has values that are NaN or infinite."
                 )
 
@@ -109,7 +109,7 @@ class Encoder:
 
         The module is taken as it is, put into evaluation mode. Fine-tuning puts it into training
         mode; `nnx.BatchNorm` then also counts the padding of a short last batch, which repeats real
-        samples (`dlc_jax.encoders.layers.BatchNorm` does not).
+        samples (`dlc_jax.encoders.resnet.BatchNorm` does not).
 
         Args:
           module: Put into evaluation mode.
@@ -144,9 +144,9 @@ class Encoder:
 
     def check_image_size(self, image_size: int) -> None:
         """Raises ValueError if the encoder does not take images of this size."""
-        checks.at_least("encoder.image_size", image_size, 8)
+        expect.at_least("encoder.image_size", image_size, 8)
         if self.image_size is not None and image_size != self.image_size:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"encoder.image_size: {self.name} takes images of {self.image_size} px only, "
                 f"got {image_size}."
             )

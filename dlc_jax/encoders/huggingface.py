@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import ACTIVATIONS, DecoderConfig, RopeScaling
 from dlc_jax.encoders.stored_tensors import (
@@ -27,9 +32,31 @@ from dlc_jax.encoders.stored_tensors import (
     read_tensors,
     stored_tensors,
 )
-from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.files.json_files import read_json
 from dlc_jax.types import Params, by_path, path_name
+
+
+@functools.cache
+def transformers_library() -> ModuleType:
+    """Returns transformers, also where torchvision is installed but cannot be imported.
+
+    Configurations and tokenizers need no torchvision, but transformers imports it where it is
+    found; one that was built for another torch would stop it.
+    """
+    os.environ["RUST_BACKTRACE"] = "0"  # a tokenizer that panics is refused in a line
+    try:
+        importlib.import_module("torchvision")
+    except Exception:  # it is not there, or fails in one of many ways
+        sys.modules["torchvision"] = None  # type: ignore[assignment]  # not to be found
+    try:
+        import transformers
+
+        transformers.utils.is_torchvision_available()  # remembers what it finds
+        return transformers
+    finally:
+        if sys.modules["torchvision"] is None:
+            del sys.modules["torchvision"]
+
 
 FAMILIES = ("llama", "mistral", "gemma2")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -80,8 +107,8 @@ def read_config(folder: Path) -> DecoderConfig:
     tensors = stored_tensors(folder)
     found = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
     if found != config.depth:
-        names = f"; its tensors are {checks.listed(sorted(tensors))}" if not found else ""
-        raise checks.InputError(
+        names = f"; its tensors are {expect.listed(sorted(tensors))}" if not found else ""
+        raise expect.InputError(
             f"{folder}: config.json has num_hidden_layers {config.depth}, the weights have "
             f"{found}{names}."
         )
@@ -100,41 +127,41 @@ def read_config_alone(folder: Path) -> DecoderConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise checks.InputError(f"{path}: not there; expected a Hugging Face model folder.")
+        raise expect.InputError(f"{path}: not there; expected a Hugging Face model folder.")
     raw = read_json(path)
-    checks.one_of(f"{path}: model_type", raw.get("model_type"), FAMILIES)
+    expect.one_of(f"{path}: model_type", raw.get("model_type"), FAMILIES)
     _check_loadable(folder, path, raw)
     for name in _SIZES:  # one out of range would take all memory as soon as it is used
         if (size := raw.get(name)) is not None:
-            checks.integer(f"{path}: {name}", size)
-            checks.at_least(f"{path}: {name}", size, 1)
+            expect.integer(f"{path}: {name}", size)
+            expect.at_least(f"{path}: {name}", size, 1)
             largest = _MOST_BLOCKS if name == "num_hidden_layers" else _LARGEST_SIZE
-            checks.at_most(f"{path}: {name}", size, largest)
+            expect.at_most(f"{path}: {name}", size, largest)
     try:
         library = transformers_library()
         config = library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return _decoder_config(config, str(path))
-    except checks.InputError:
+    except expect.InputError:
         raise
     except Exception as error:  # what transformers refuses, it refuses in many ways
         said = " ".join(str(error).split())[:300]  # the field first, what was wrong on other lines
-        raise checks.InputError(f"{path}: {type(error).__name__}: {said}") from error
+        raise expect.InputError(f"{path}: {type(error).__name__}: {said}") from error
 
 
 def _check_loadable(folder: Path, path: Path, raw: Mapping[str, Any]) -> None:
     """Raises ValueError where transformers would load something else than the plain weights."""
     if (quantised := raw.get("quantization_config")) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise checks.InputError(
+        raise expect.InputError(
             f"{path}: quantization_config: the weights are quantised ({method}); expected those of "
             "a model that is not."
         )
     if (weights := raw.get("transformers_weights")) is not None:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{path}: transformers_weights {weights!r}; expected weights under their usual names."
         )
     if (folder / "adapter_config.json").exists():
-        raise checks.InputError(
+        raise expect.InputError(
             f"{folder}: holds an adapter (adapter_config.json) beside a model; expected a folder "
             "for each, or a model with the adapter merged into its weights."
         )
@@ -152,18 +179,18 @@ def _decoder_config(config: Any, source: str) -> DecoderConfig:
     is_gemma = config.model_type == "gemma2"
     _check_plain(config, source)
     activation = config.hidden_activation if is_gemma else config.hidden_act
-    checks.one_of(f"{source}: activation", activation, ACTIVATIONS)
+    expect.one_of(f"{source}: activation", activation, ACTIVATIONS)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scale = config.query_pre_attn_scalar if is_gemma else head_dim
     if config.num_attention_heads % config.num_key_value_heads or head_dim % 2:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{source}: {config.num_attention_heads} heads of {head_dim} features and "
             f"{config.num_key_value_heads} key-value heads; expected a multiple of the latter, and "
             "an even number of features."
         )
     positive = {"rms_norm_eps": config.rms_norm_eps, "query_pre_attn_scalar": scale}
     for name, value in (positive | {"rope_theta": config.rope_parameters["rope_theta"]}).items():
-        checks.at_least(f"{source}: {name}", value, 0, exclusive=True)
+        expect.at_least(f"{source}: {name}", value, 0, exclusive=True)
     return DecoderConfig(
         vocab_size=config.vocab_size,
         width=config.hidden_size,
@@ -190,10 +217,10 @@ def _decoder_config(config: Any, source: str) -> DecoderConfig:
 def _check_plain(config: Any, source: str) -> None:
     for switch in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if getattr(config, switch, None):
-            raise checks.InputError(f"{source}: {switch} is on, which this decoder does not do.")
+            raise expect.InputError(f"{source}: {switch} is on, which this decoder does not do.")
     factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
     if factor != 1:
-        raise checks.InputError(f"{source}: partial_rotary_factor {factor}; expected 1.")
+        raise expect.InputError(f"{source}: partial_rotary_factor {factor}; expected 1.")
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
@@ -206,7 +233,7 @@ def _windows(config: Any) -> tuple[int | None, ...]:
 
 def _rope_scaling(parameters: Mapping[str, Any], source: str) -> RopeScaling | None:
     kind = parameters.get("rope_type", "default")
-    checks.one_of(f"{source}: rope_type", kind, ("default", "llama3"))
+    expect.one_of(f"{source}: rope_type", kind, ("default", "llama3"))
     if kind == "default":
         return None
     return RopeScaling(
@@ -258,5 +285,5 @@ def stored_names(config: DecoderConfig, paths: Iterable[str]) -> dict[str, Store
 
 def _refuse(folder: Path, problems: Mapping[str, list[str]]) -> None:
     """Raises ValueError with everything that is wrong, if anything is."""
-    if found := checks.problems(problems):
-        raise checks.InputError(f"{folder}: {found}.")
+    if found := expect.problems(problems):
+        raise expect.InputError(f"{folder}: {found}.")

@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.encoders.architecture import DTYPES, Architecture, joined
-from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.encoders.decoder import Adapter, DecoderConfig
 from dlc_jax.encoders.encoder import fingerprint_of
-from dlc_jax.encoders.huggingface import read_config, read_params
-from dlc_jax.encoders.projection import Adapter
-from dlc_jax.encoders.transformers_library import transformers_library
+from dlc_jax.encoders.huggingface import read_config, read_params, transformers_library
 from dlc_jax.files.hub import fetching
 from dlc_jax.preprocess.tokens import check_vocabulary, tokenising
 from dlc_jax.types import Params
@@ -44,8 +42,8 @@ def longest_sequence(config: DecoderConfig, name: str, asked: int | None) -> int
     """
     if asked is None:
         return min(_USUAL_LENGTH, config.max_length)
-    checks.at_least("max_length", asked, 2)
-    checks.at_most(f"max_length, of {name}", asked, config.max_length)
+    expect.at_least("max_length", asked, 2)
+    expect.at_most(f"max_length, of {name}", asked, config.max_length)
     return asked
 
 
@@ -86,7 +84,7 @@ class LanguageModel:
     def check_has_no_adapter(self) -> None:
         """Raises ValueError if it has one: a second would have to be added to it first."""
         if self.architecture.adapter is not None:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{self.name}: has an adapter, expected a model without one; write_merged gives a "
                 "model that another can be added to."
             )
@@ -155,7 +153,7 @@ def load_language_model(
       >>> model.config.width, model.config.max_length, len(model.tokenizer)
       (192, 1024, 4096)
     """
-    checks.one_of("dtype", dtype, DTYPES)
+    expect.one_of("dtype", dtype, DTYPES)
     folder = model_folder(weights)
     architecture = Architecture(read_config(folder), dtype)
     params = read_params(folder, architecture, mesh)
@@ -179,16 +177,16 @@ def _tokenizer_in(folder: Path) -> Any:
 def model_folder(weights: str) -> Path:
     """Returns the folder of a model, fetched where it is a hub id; see `load_language_model`."""
     if weights.startswith("demo:"):
-        checks.one_of("weights", weights, ["demo:tiny-llama"])
+        expect.one_of("weights", weights, ["demo:tiny-llama"])
         return Path(str(resources.files("dlc_jax.datasets") / "instructions_sample" / "model"))
     folder = Path(weights).expanduser()
     if folder.is_dir():
         for file in folder.iterdir():  # reading another kind of file might never end
             if file.exists() and not (file.is_file() or file.is_dir()):
-                raise checks.InputError(f"{file}: not a regular file.")
+                raise expect.InputError(f"{file}: not a regular file.")
         return folder
-    if not checks.is_hub_id(weights):
-        raise checks.InputError(
+    if not expect.is_hub_id(weights):
+        raise expect.InputError(
             f"weights: no folder {weights!r}, and that is no hub id (owner/name) either."
         )
     with fetching(

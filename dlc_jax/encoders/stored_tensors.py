@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.datasets.files import regular
 from dlc_jax.distributed import place, sharding_of
 from dlc_jax.files.json_files import NAME, read_json
@@ -87,7 +87,7 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(regular(path), framework="flax") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise checks.InputError(f"{path}: not a readable safetensors file: {error}.") from error
+        raise expect.InputError(f"{path}: not a readable safetensors file: {error}.") from error
 
 
 def names_of(table: Table, paths: Iterable[str]) -> dict[str, Stored]:
@@ -180,20 +180,20 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         return headers(folder / WHOLE)
     index = folder / INDEX
     if not index.is_file():
-        raise checks.InputError(f"{folder}: neither {WHOLE} nor {INDEX} is there.")
+        raise expect.InputError(f"{folder}: neither {WHOLE} nor {INDEX} is there.")
     table = read_json(index, {"weight_map": {NAME: _SHARD}})["weight_map"]
     shards = sorted(set(table.values()))
     if lost := [name for name in shards if not (folder / name).is_file()]:
-        shown = checks.listed(lost)
-        raise checks.InputError(f"{folder}: shards that {INDEX} names are missing: {shown}.")
+        shown = expect.listed(lost)
+        raise expect.InputError(f"{folder}: shards that {INDEX} names are missing: {shown}.")
     found: dict[str, StoredTensor] = {}
     for shard in shards:
         there = headers(folder / shard)
         listed = {name for name, file in table.items() if file == shard}
         if wrong := sorted(listed ^ there.keys()):
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{folder / shard}: does not hold what {INDEX} says; they disagree about "
-                f"{checks.listed(wrong)}."
+                f"{expect.listed(wrong)}."
             )
         found |= there
     return found
@@ -209,7 +209,7 @@ def headers(path: Path, *, only_floats: bool = True) -> dict[str, StoredTensor]:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         for name, some in slices.items():
             if only_floats and some.get_dtype() not in _FLOATS:
-                raise checks.InputError(
+                raise expect.InputError(
                     f"{path}: {name} is {some.get_dtype()}; expected {', '.join(_FLOATS)}, that "
                     "is, weights that are not quantised."
                 )

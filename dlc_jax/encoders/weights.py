@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.encoders.stored_tensors import (
     WHOLE,
     Table,
@@ -94,30 +94,30 @@ def assign(tensors: Tensors, expected: Params, table: Table, ignored: tuple[str,
         "entries with NaN or infinite values": not_finite,
         "parameters without an entry": missing,
     }
-    if report := checks.problems(problems):
-        raise checks.InputError(report)
+    if report := expect.problems(problems):
+        raise expect.InputError(report)
     return jax.tree_util.tree_map_with_path(lambda path, _: params[path_name(path)], expected)
 
 
 def _locate(weights: str) -> tuple[Path, Path]:
     if not weights:
-        raise checks.InputError(
+        raise expect.InputError(
             "encoder.weights: missing; give a hub id such as 'timm/resnet18.tv_in1k', a "
             ".safetensors file, a folder, or 'demo:resnet18'."
         )
     path = Path(weights).expanduser()
     if weights.startswith("demo:"):
-        checks.one_of("encoder.weights", weights, ["demo:resnet18"])
+        expect.one_of("encoder.weights", weights, ["demo:resnet18"])
         path = Path(str(resources.files("dlc_jax.datasets") / "sample"))
     if path.is_dir():
         if not (path / WHOLE).is_file():
-            inside = checks.listed(sorted(p.name for p in path.iterdir())) or "nothing"
-            raise checks.InputError(f"encoder.weights: {path} holds no {WHOLE} (found: {inside}).")
+            inside = expect.listed(sorted(p.name for p in path.iterdir())) or "nothing"
+            raise expect.InputError(f"encoder.weights: {path} holds no {WHOLE} (found: {inside}).")
         path = path / WHOLE
     if path.is_file():
         return path, path.with_name(_CONFIG)
-    if weights.endswith(".safetensors") or not checks.is_hub_id(weights):
-        raise checks.InputError(
+    if weights.endswith(".safetensors") or not expect.is_hub_id(weights):
+        raise expect.InputError(
             f"encoder.weights: no file or folder {weights!r}, and that is no hub id "
             "(owner/name) either."
         )

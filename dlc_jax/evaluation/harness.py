@@ -9,10 +9,10 @@ import itertools
 import logging
 from typing import Any
 
-from dlc_jax import checks
-from dlc_jax.datasets.chat import written
+from dlc_jax import expect
+from dlc_jax.datasets.templates import written
+from dlc_jax.encoders.huggingface import transformers_library
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
-from dlc_jax.encoders.transformers_library import transformers_library
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods, longest_input
 from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, tokenising
 
@@ -22,7 +22,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError(
-        f"lm_eval cannot be imported ({checks.first_line(error)}). It comes with the extra `eval`: "
+        f"lm_eval cannot be imported ({expect.first_line(error)}). It comes with the extra `eval`: "
         "pip install 'dlc_jax[eval]'."
     ) from error
 
@@ -65,13 +65,13 @@ class JaxLM(TemplateLM):
           ValueError: see `load_language_model`; a value out of range.
         """
         super().__init__()
-        checks.at_least("tokens_per_batch", tokens_per_batch, 1)
+        expect.at_least("tokens_per_batch", tokens_per_batch, 1)
         if not isinstance(pretrained, LanguageModel):
             model = load_language_model(pretrained, dtype=dtype or "bfloat16")
         elif dtype is None:
             model = pretrained
         else:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"dtype: got {dtype!r} for a loaded model, which has one: "
                 f"{pretrained.architecture.dtype}."
             )
@@ -174,7 +174,7 @@ class JaxLM(TemplateLM):
         """Refuses: there is no decoding loop."""
         tasks = sorted({str(request.task_name) for request in requests})
         raise NotImplementedError(
-            f"dlc_jax does not generate text, which {checks.listed(tasks)} asks for "
+            f"dlc_jax does not generate text, which {expect.listed(tasks)} asks for "
             "(generate_until). Supported are tasks of output_type multiple_choice, loglikelihood "
             "and loglikelihood_rolling; for others, export the merged model and use --model hf."
         )

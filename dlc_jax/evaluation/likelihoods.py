@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, Int64
 from tqdm import tqdm
 
-from dlc_jax import checks, signals
+from dlc_jax import expect, signals
 from dlc_jax.distributed import fetch, hides_bar, on_every_device, over_devices
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
@@ -86,7 +86,7 @@ def continuation_log_likelihoods(
         more than `max_length` tokens.
     """
     max_length = longest_input(model, max_length)
-    checks.at_least("tokens_per_batch", tokens_per_batch, 1)
+    expect.at_least("tokens_per_batch", tokens_per_batch, 1)
     _check(model, pairs, max_length)
     num_cut = np.array([max(0, len(a) + len(b) - 1 - max_length) for a, b in pairs], np.int64)
     inputs, judged = _laid_out(pairs, num_cut)
@@ -112,8 +112,8 @@ def longest_input(model: LanguageModel, asked: int | None) -> int:
     limit = model.config.max_length
     if asked is None:
         return limit
-    checks.integer("max_length", asked, 1)
-    checks.at_most(f"max_length, of {model.name}", asked, limit)
+    expect.integer("max_length", asked, 1)
+    expect.at_most(f"max_length, of {model.name}", asked, limit)
     return asked
 
 
@@ -122,9 +122,9 @@ def _check(model: LanguageModel, pairs: Sequence[Pair], max_length: int) -> None
         where = f"pair {number}"
         for name, ids in (("context", context), ("continuation", continuation)):
             if len(ids) == 0:
-                raise checks.InputError(f"{where}: its {name} has no token, expected at least one.")
+                raise expect.InputError(f"{where}: its {name} has no token, expected at least one.")
         if len(continuation) > max_length:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{where}: its continuation has {len(continuation)} tokens, expected at most "
                 f"{max_length}, the longest sequence of the model."
             )

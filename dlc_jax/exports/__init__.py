@@ -9,21 +9,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dlc_jax import checks
-from dlc_jax.exports.image_folder import check_has_files, write_image_folder, write_image_links
-from dlc_jax.exports.images import check_fit_png
+from dlc_jax import expect
+from dlc_jax.exports.images import (
+    check_fit_png,
+    check_has_files,
+    write_hub_folder,
+    write_image_folder,
+    write_image_links,
+    write_parquet,
+)
 from dlc_jax.exports.lists import (
+    PARTS,
+    Part,
     check_ids_are_lines,
+    part_positions,
     write_ids,
     write_jsonl,
     write_manifest,
     write_positions,
 )
-from dlc_jax.exports.part import PARTS, Part, part_positions
-from dlc_jax.exports.tables import write_hub_folder, write_parquet
 from dlc_jax.types import Dataset, Selection, file_of
-
-__all__ = ["EXPORTS", "FORMS", "PARTS", "RELEASED", "Export", "export", "part_positions"]
 
 
 class Export(NamedTuple):
@@ -94,22 +99,22 @@ def export(
     """
     path = Path(path).expanduser()
     if form == RELEASED:
-        raise checks.InputError(
+        raise expect.InputError(
             f"export form: {form!r} is a form of the stage 'export' only, for its paths tell with "
             f"what the scores were made: --config.export.forms={form}. Expected one of "
             f"{', '.join(EXPORTS)}; exports.released.released_positions gives its positions."
         )
-    checks.one_of("export form", form, EXPORTS)
+    expect.one_of("export form", form, EXPORTS)
     rows, positions = part_positions(dataset, kept, part, str(path))
     selection = kept if isinstance(kept, Selection) else None
     written = Part(part, dataset.subset(positions), rows, selection)
     if not overwrite and os.path.lexists(path):
-        raise checks.InputError(f"{path}: is there already; expected a new name, or overwrite.")
+        raise expect.InputError(f"{path}: is there already; expected a new name, or overwrite.")
     _check_does_not_hold(path, dataset)
     try:
         EXPORTS[form].write(written, path)
     except OSError as error:
-        raise checks.InputError(f"{path}: cannot be written: {error}.") from error
+        raise expect.InputError(f"{path}: cannot be written: {error}.") from error
     return path
 
 
@@ -120,7 +125,7 @@ def _check_does_not_hold(path: Path, dataset: Dataset) -> None:
     files = (file_of(dataset.images, index) for index in range(len(dataset)))
     folders = {file.parent for file in files if file is not None}
     if any(folder.resolve().is_relative_to(path.resolve()) for folder in folders):
-        raise checks.InputError(
+        raise expect.InputError(
             f"{path}: holds images of {dataset.name}, which would be deleted; expected another "
             "place."
         )

@@ -1,15 +1,30 @@
-"""Samples as image files."""
+"""Samples as image files, image folders, and Parquet in the Hugging Face image convention."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import itertools
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from dlc_jax import checks
+from dlc_jax import expect
+from dlc_jax.datasets.files import is_junk, split_in
+from dlc_jax.datasets.labels import composed
+from dlc_jax.expect import markdown_text
+from dlc_jax.exports.lists import Part
+from dlc_jax.files.arrow import pa, pq
 from dlc_jax.files.image_files import opened
-from dlc_jax.types import Dataset, Sample
+from dlc_jax.types import Dataset, Sample, file_of
+from dlc_jax.workspace import artefacts
 
 # What torchvision.datasets.ImageFolder takes for images; it looks at nothing else of a name.
 FOLDER_SUFFIXES = (
@@ -33,7 +48,7 @@ def read(samples: Dataset, index: int) -> Sample:
     try:
         return samples[index]
     except OSError as error:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{samples.name}: sample {str(samples.ids[index])!r} cannot be read: {error}."
         ) from error
 
@@ -53,7 +68,7 @@ def check_fit_png(samples: Dataset, where: str) -> None:
         if not isinstance(image, np.ndarray):
             return
         if not _fits_png(image):
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{where}: sample {str(samples.ids[index])!r} of {samples.name} {_no_png(image)}"
             )
 
@@ -72,7 +87,7 @@ def encoded(sample: Sample) -> bytes:
     """
     image = sample.image
     if isinstance(image, np.ndarray) and not _fits_png(image):
-        raise checks.InputError(f"sample {sample.id!r} {_no_png(image)}")
+        raise expect.InputError(f"sample {sample.id!r} {_no_png(image)}")
     try:
         if isinstance(image, np.ndarray):
             native = image.astype(image.dtype.newbyteorder("="), copy=False)
@@ -118,7 +133,246 @@ def _no_png(image: np.ndarray) -> str:
     )
 
 
-def _no_image(sample: Sample, error: Exception) -> checks.InputError:
-    return checks.InputError(
-        f"sample {sample.id!r} is not a readable image: {checks.first_line(error)}"
+def _no_image(sample: Sample, error: Exception) -> expect.InputError:
+    return expect.InputError(
+        f"sample {sample.id!r} is not a readable image: {expect.first_line(error)}"
     )
+
+
+CLASS_NAMES = "class_names.json"  # beside the folders of the classes
+# Bytes of a name, and of a path below the folder of a class; file systems stop at 255 a name.
+_LONGEST = 200
+# Windows opens devices by these names, whatever their suffix.
+_DEVICES = re.compile(r"(con|prn|aux|nul|clock\$|conin\$|conout\$|(com|lpt)[0-9¹²³])", re.I)
+
+
+def folder_names(class_names: Sequence[str]) -> list[str]:
+    """Returns a folder name for each class: its own name where that is possible."""
+    names, taken = [], {CLASS_NAMES}
+    for class_name in class_names:
+        name = _folder(composed(class_name))  # as `folder:` reads it
+        candidates = itertools.chain(
+            [name] if len(name.encode()) <= _LONGEST else [], _marked(name, "", class_name)
+        )
+        name = next(some for some in candidates if _folded(some) not in taken)
+        taken.add(_folded(name))
+        names.append(name)
+    return names
+
+
+class ImagePaths:
+    """Paths of images below the folder of their class, no two the same to any file system."""
+
+    def __init__(self) -> None:
+        self._files: set[str] = set()
+        self._folders: set[str] = set()
+
+    def add(self, folder: str, class_name: str, sample_id: str, suffix: str) -> str:
+        """Returns a path below the folder of all classes, with `/`.
+
+        Folders and file name are those of the id where they can be, without the folder of the
+        class.
+
+        Args:
+          folder: The folder of the class.
+          class_name: Its name.
+          sample_id: Any text; may be a path, and may lead anywhere.
+          suffix: What the file name gets where it has none that image folders are read by.
+        """
+        parts = [part for part in sample_id.split("/") if part not in ("", ".", "..")]
+        *folders, name = parts or ["_"]
+        if class_name in folders:
+            folders.remove(class_name)
+        stem, ending = os.path.splitext(plain(name))
+        if ending.lower() in FOLDER_SUFFIXES:
+            suffix = ending
+        else:
+            stem += ending
+        paths = _paths([folder, *map(_folder, folders)], stem, suffix, sample_id)
+        return next(path for path in paths if self._take(path))
+
+    def _take(self, path: str) -> bool:
+        """Takes the path, and returns True, if it is free."""
+        folded = _folded(path)
+        folders = {folded[: match.start()] for match in re.finditer("/", folded)}
+        if folded in self._files or folded in self._folders or folders & self._files:
+            return False
+        self._files.add(folded)
+        self._folders |= folders
+        return True
+
+
+def plain(name: str) -> str:
+    """Returns a name for a file or folder in which only what is unsafe is replaced.
+
+    That is what leads elsewhere, what one of the usual file systems cannot hold, and what readers
+    of folders take for hidden.
+    """
+    name = "".join("_" if _is_unsafe(char) else char for char in name)
+    name = re.sub(r"^\.+|[.\s]+$", lambda found: "_" * len(found[0]), name) or "_"
+    return f"_{name}" if _DEVICES.fullmatch(name.partition(".")[0].rstrip()) else name
+
+
+def _folder(name: str) -> str:
+    """Returns a name for a folder that readers of image folders do not pass over."""
+    name = plain(name)
+    return f"_{name}" if is_junk(name) else name
+
+
+def _is_unsafe(char: str) -> bool:
+    return char in '/\\:*?"<>|' or not (char.isprintable() or unicodedata.category(char) == "Zs")
+
+
+def _paths(folders: Sequence[str], stem: str, suffix: str, sample_id: str) -> Iterator[str]:
+    """Yields ever less of an id's own path, and ever more of its hash."""
+    below = "/".join([*folders[1:], f"{stem}{suffix}"])
+    if len(below.encode()) <= _LONGEST:
+        yield f"{folders[0]}/{below}"
+        yield "/".join([*folders, next(_marked(stem, suffix, sample_id))])
+    for name in _marked(stem, suffix, sample_id):
+        yield f"{folders[0]}/{name}"
+
+
+def _marked(stem: str, suffix: str, of: str) -> Iterator[str]:
+    """Yields names with a hash behind the stem, which is cut to fit."""
+    for attempt in itertools.count():
+        mark = f"-{hashlib.sha256(f'{attempt} {of}'.encode()).hexdigest()[:8]}{suffix}"
+        cut = stem.encode()[: _LONGEST - len(mark.encode())].decode(errors="ignore")
+        yield f"{cut}{mark}"
+
+
+def _folded(path: str) -> str:
+    """Returns what is the same for paths that some file system takes for the same."""
+    path = unicodedata.normalize("NFD", path).casefold()
+    return unicodedata.normalize("NFD", path)
+
+
+def write_image_folder(part: Part, path: Path) -> None:
+    """Writes `<class name>/<id>`, which `folder:` and torchvision's `ImageFolder` read back.
+
+    Where a file system could not hold a name, or tell two apart, it is changed as little as
+    possible; if that is a class's, `class_names.json` has the names of the classes by folder.
+
+    Raises:
+      ValueError: a sample that cannot be read.
+    """
+    with artefacts.atomic_folder(path) as root:
+        for _, target, content in _targets(part.samples, root):
+            target.write_bytes(content)
+
+
+def write_image_links(part: Part, path: Path) -> None:
+    """Writes the same with symbolic links to the images where they are.
+
+    Raises:
+      ValueError: see `write_image_folder`; or an image that is not a file of its own.
+    """
+    check_has_files(part.samples, str(path))
+    with artefacts.atomic_folder(path) as root:
+        for index, target, _ in _targets(part.samples, root):
+            file = file_of(part.samples.images, index)
+            assert file is not None  # checked above
+            target.symlink_to(file.resolve())
+
+
+def check_has_files(samples: Dataset, where: str) -> None:
+    """Raises ValueError, naming the sample, unless every image is a file of its own.
+
+    Args:
+      samples: None of which is read.
+      where: For the message.
+    """
+    for index in range(len(samples)):
+        if file_of(samples.images, index) is None:
+            raise expect.InputError(
+                f"{where}: sample {str(samples.ids[index])!r} of {samples.name} is no file of "
+                "its own to link to; expected a source of files (folder:, csv:, "
+                "fgvc_aircraft:). Use form image_folder, which copies."
+            )
+
+
+def _targets(samples: Dataset, root: Path) -> Iterator[tuple[int, Path, bytes]]:
+    """Yields where each sample goes, with its place and content; makes the folders."""
+    folders = _folders(samples)
+    names = {folder: samples.class_names[label] for label, folder in folders.items()}
+    if any(folder != name for folder, name in names.items()):
+        artefacts.write_json(root / CLASS_NAMES, names)
+    paths = ImagePaths()
+    for index in range(len(samples)):
+        sample = read(samples, index)
+        content, suffix = as_file(sample)
+        class_name = samples.class_names[sample.label]
+        target = root / paths.add(folders[sample.label], class_name, sample.id, suffix)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield index, target, content
+
+
+def _folders(samples: Dataset) -> dict[int, str]:
+    """Returns the folders of the classes that have samples, the same for kept and dropped."""
+    all_folders = folder_names(samples.class_names)
+    folders = {label: all_folders[label] for label in np.unique(samples.labels).tolist()}
+    if all(map(split_in, folders.values())):  # read back, they would be splits
+        folders = {label: f"_{folder}" for label, folder in folders.items()}
+    return folders
+
+
+# Written at a time, so that memory does not grow with the selection.
+_ROWS, _BYTES = 256, 2**26
+
+Item = TypeVar("Item")
+
+
+def write_parquet(part: Part, path: Path) -> None:
+    """Writes a row per sample: image {bytes, path}, label; class names in the file's metadata."""
+    with artefacts.atomic(path) as file:
+        _write(part.samples, file)
+
+
+def write_hub_folder(part: Part, path: Path) -> None:
+    """Writes a folder that `datasets.load_dataset` reads as the split `train`."""
+    with artefacts.atomic_folder(path) as root:
+        (root / "data").mkdir()
+        with open(root / "data" / "train-00000-of-00001.parquet", "wb") as file:
+            _write(part.samples, file)
+        (root / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+            f"    path: data/train-*\n---\n\n{len(part.samples)} samples of "
+            f"{markdown_text(part.samples.name)}.\n"
+        )
+
+
+def _write(samples: Dataset, file: IO) -> None:
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(samples.class_names), "_type": "ClassLabel"},
+    }
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    schema = pa.schema({"image": image, "label": pa.int64()}, metadata)
+    with pq.ParquetWriter(file, schema) as table:
+        for rows in grouped(
+            _table_rows(samples), lambda row: len(row["image"]["bytes"]), _BYTES, _ROWS
+        ):
+            table.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+
+
+def _table_rows(samples: Dataset) -> Iterator[dict[str, Any]]:
+    for index in range(len(samples)):
+        sample = read(samples, index)
+        yield {"image": {"bytes": encoded(sample), "path": sample.id}, "label": sample.label}
+
+
+def grouped(
+    items: Iterable[Item], num_bytes: Callable[[Item], int], most_bytes: int, most_items: float
+) -> Iterator[list[Item]]:
+    """Yields the items in order, as many at a time as these limits allow, at least one."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        total += num_bytes(item)
+        if group and (total > most_bytes or len(group) == most_items):
+            yield group
+            group, total = [], num_bytes(item)
+        group.append(item)
+    if group:
+        yield group

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dlc_jax import checks
+from dlc_jax import expect
+from dlc_jax.datasets.instruction_rows import json_problem
 from dlc_jax.datasets.instructions import Instructions
-from dlc_jax.datasets.json_values import json_problem
 from dlc_jax.exports.lists import json_line
 from dlc_jax.files.arrow import pa, pq
 from dlc_jax.workspace import artefacts
@@ -31,7 +31,7 @@ def check_jsonl_holds(data: Instructions) -> None:
     for name, row in zip(data.ids.tolist(), data.rows, strict=True):
         for column, cell in row.items():
             if problem := json_problem([column, cell]):
-                raise checks.InputError(
+                raise expect.InputError(
                     f"{data.name}: column {column!r} of row {name!r} holds {problem}. The form "
                     "jsonl has no place for it; perhaps parquet has."
                 )
@@ -59,8 +59,8 @@ def _write_table(data: Instructions, file: Any) -> None:
         arrays = {name: _column([row.get(name) for row in rows]) for name in columns}
         pq.write_table(pa.table(arrays), file)
     except (pa.ArrowException, OverflowError, TypeError, UnicodeError) as error:
-        raise checks.InputError(
-            f"{data.name} does not fit a table: {checks.first_line(error)}; expected form jsonl "
+        raise expect.InputError(
+            f"{data.name} does not fit a table: {expect.first_line(error)}; expected form jsonl "
             "for it."
         ) from error
 

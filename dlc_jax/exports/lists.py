@@ -1,18 +1,88 @@
-"""Selections without images: positions, ids, a line of JSON per sample, and a manifest."""
+"""What an export writes, and selections without images: positions, ids, JSON lines, a manifest."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
-from dlc_jax import checks
-from dlc_jax.exports.part import Part
-from dlc_jax.types import Dataset
+from dlc_jax import expect
+from dlc_jax.selection import kept_positions
+from dlc_jax.selection.kept import places_of
+from dlc_jax.types import Dataset, Selection, labels_fingerprint
 from dlc_jax.workspace import artefacts
+
+PARTS = ("kept", "dropped")
+
+
+class Part(NamedTuple):
+    """The kept or the dropped samples.
+
+    Attributes:
+      name: `kept` or `dropped`.
+      samples: Those samples, with all classes.
+      rows: [k] positions of the samples in the scored order, ascending; that is the order of the
+        data set unless samples were left out of the scores.
+      selection: Selection that kept or dropped them; None where only positions were given.
+    """
+
+    name: str
+    samples: Dataset
+    rows: Int64[np.ndarray, " k"]
+    selection: Selection | None
+
+
+def part_positions(
+    dataset: Dataset, kept: Selection | np.ndarray | Sequence[int], part: str, where: str
+) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
+    """Returns the positions of kept or dropped samples in the scored order and in the data set.
+
+    Samples that were not scored, such as unreadable ones, are neither.
+
+    Args:
+      dataset, kept, part: See `export`.
+      where: For messages.
+    Raises:
+      ValueError: an unknown part, `kept` that does not fit the data set, nothing is dropped, or a
+        selection that does not know what was scored.
+    """
+    expect.one_of("export part", part, PARTS)
+    rows = kept_positions(dataset, kept)
+    scored: np.ndarray | None = dataset.ids
+    if isinstance(kept, Selection):
+        rows, scored = np.sort(kept.indices), _scored_ids(dataset, kept)
+    if part == "dropped":
+        if scored is None:
+            raise expect.InputError(
+                f"{where}: the selection does not know which samples it was made from, and so not "
+                "which are dropped; expected one made with select(..., ids=...)."
+            )
+        rows = np.setdiff1d(np.arange(len(scored)), rows)
+        if not len(rows):
+            raise expect.InputError(f"{where}: nothing is dropped, so there is nothing to write.")
+    if scored is dataset.ids:
+        return rows, rows
+    if scored is None:
+        assert isinstance(kept, Selection)
+        wanted = kept.ids[np.argsort(kept.indices)] if kept.ids is not None else None
+        return rows, rows if wanted is None else places_of(dataset.name, dataset.ids, wanted)
+    return rows, places_of(dataset.name, dataset.ids, scored[rows], part)
+
+
+def _scored_ids(dataset: Dataset, kept: Selection) -> np.ndarray | None:
+    """Returns the ids of what was scored, in that order; None where that cannot be known."""
+    if kept.scored_ids is not None:
+        return kept.scored_ids
+    if kept.labels_fingerprint != labels_fingerprint(dataset.labels):
+        return None
+    expect.positions("kept.indices", kept.indices, len(dataset))
+    in_its_order = kept.ids is None or np.array_equal(dataset.ids[kept.indices], kept.ids)
+    return dataset.ids if in_its_order else None
+
 
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
@@ -34,7 +104,7 @@ def check_ids_are_lines(samples: Dataset, where: str) -> None:
     """Raises ValueError, naming it, for an id that is empty or holds a line break of any kind."""
     broken = [name for name in samples.ids.tolist() if name.splitlines() != [name]]
     if broken:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{where}: id {broken[0]!r} is not one line of text; use form jsonl."
         )
 

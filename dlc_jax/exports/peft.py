@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import save_file
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.distributed import fetch, on_every_device
 from dlc_jax.encoders.architecture import DTYPES
+from dlc_jax.encoders.decoder import TARGETS, Adapter
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.huggingface import stored_names
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.encoders.projection import TARGETS, Adapter
 from dlc_jax.encoders.stored_tensors import Stored, headers, misfits, read_tensors
-from dlc_jax.exports.tables import grouped
+from dlc_jax.exports.images import grouped
 from dlc_jax.types import by_path, path_name
 from dlc_jax.workspace import artefacts, records
 
@@ -70,7 +70,7 @@ def write_adapter(model: LanguageModel, folder: str | Path) -> None:
     """
     adapter = model.architecture.adapter
     if adapter is None:
-        raise checks.InputError(f"{model.name}: has no adapter; finetune_lora gives one.")
+        raise expect.InputError(f"{model.name}: has no adapter; finetune_lora gives one.")
     weights = by_path(model.architecture.abstract_adapter())
     leaves = by_path(model.params)
     names = _adapter_names(model, weights)
@@ -118,7 +118,7 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     folder = Path(folder).expanduser()
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
-        raise checks.InputError(f"{path}: not there; expected a folder with a PEFT adapter.")
+        raise expect.InputError(f"{path}: not there; expected a folder with a PEFT adapter.")
     records.check_beside_run(folder)
     adapter = _adapter_of(artefacts.read_json(path), path)
     shapes = model.architecture.with_adapter(adapter).abstract_adapter()
@@ -127,8 +127,8 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     return model.with_adapter(adapter, on_every_device(model.params, weights))
 
 
-def _not_finite(name: str) -> checks.InputError:
-    return checks.InputError(f"{name} has NaN or infinite values; expected finite ones.")
+def _not_finite(name: str) -> expect.InputError:
+    return expect.InputError(f"{name} has NaN or infinite values; expected finite ones.")
 
 
 def _read_adapter(
@@ -139,14 +139,14 @@ def _read_adapter(
     unused, missing, misshaped = misfits(expected, names, tensors)
     extra, lost = sorted(unused), sorted(names[path].name for path in missing)
     if extra or lost:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{file}: does not fit {model.name}: {len(lost)} tensors are missing "
-            f"({checks.listed(lost)}), {len(extra)} have no place ({checks.listed(extra)})."
+            f"({expect.listed(lost)}), {len(extra)} have no place ({expect.listed(extra)})."
         )
     for path in expected:
         if path in misshaped:
             name, wanted = names[path].name, expected[path].shape[::-1]
-            raise checks.InputError(f"{file}: {name} is {tensors[name].shape}, expected {wanted}.")
+            raise expect.InputError(f"{file}: {name} is {tensors[name].shape}, expected {wanted}.")
     found, not_finite = read_tensors(expected, names, tensors)
     for name in not_finite:
         raise _not_finite(f"{file}: {name}")
@@ -156,21 +156,21 @@ def _read_adapter(
 def _adapter_of(config: Mapping[str, Any], path: Path) -> Adapter:
     for key, values in _PLAIN.items():
         if key in config and config[key] not in values:
-            raise checks.InputError(f"{path}: {key} {config[key]!r}; expected {values[0]!r}.")
+            raise expect.InputError(f"{path}: {key} {config[key]!r}; expected {values[0]!r}.")
     try:
         rank, alpha, targets = (config[key] for key in ("r", "lora_alpha", "target_modules"))
     except KeyError as error:
-        raise checks.InputError(f"{path}: has no {error}.") from error
-    checks.integer(f"{path}: r", rank)
+        raise expect.InputError(f"{path}: has no {error}.") from error
+    expect.integer(f"{path}: r", rank)
     for key, value in (("r", rank), ("lora_alpha", alpha)):
-        checks.at_least(f"{path}: {key}", value, 0, exclusive=True)
-        checks.at_most(f"{path}: {key}", value, _LARGEST)
+        expect.at_least(f"{path}: {key}", value, 0, exclusive=True)
+        expect.at_most(f"{path}: {key}", value, _LARGEST)
     if not isinstance(targets, list) or not targets:
-        raise checks.InputError(f"{path}: target_modules {targets!r}; expected a list of names.")
+        raise expect.InputError(f"{path}: target_modules {targets!r}; expected a list of names.")
     for target in targets:
-        checks.one_of(f"{path}: target_modules", target, TARGETS)
+        expect.one_of(f"{path}: target_modules", target, TARGETS)
     if repeated := sorted({target for target in targets if targets.count(target) > 1}):
-        raise checks.InputError(f"{path}: target_modules: {', '.join(repeated)} occur twice.")
+        raise expect.InputError(f"{path}: target_modules: {', '.join(repeated)} occur twice.")
     return Adapter(rank, float(alpha), tuple(sorted(targets, key=TARGETS.index)))
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.datasets.files import regular
 from dlc_jax.datasets.labels import composed
 from dlc_jax.exports import part_positions
@@ -60,7 +60,7 @@ def released_order(datasets_dir: str | Path, name: str) -> list[Entry]:
     train, val = (list(read(root, name, split)) for split in ("train", "val"))
     classes, other = ({entry.class_name for entry in part} for part in (train, val))
     if classes != other and read is not _read_aircraft:  # that one has a list of all classes
-        raise checks.InputError(
+        raise expect.InputError(
             f"{name} in {root}: class {min(classes ^ other)!r} is in one of train and val only; "
             "expected the same classes in both, or torchvision numbers them differently."
         )
@@ -166,7 +166,7 @@ def released_path(
     Source: released score-wot.py and finetune.py (method Q12).
     """
     check_name(name)
-    checks.one_of("export.pretrain", pretrain, PRETRAINS)
+    expect.one_of("export.pretrain", pretrain, PRETRAINS)
     principle = cell.method.replace("_", "")
     if needs_grid(cell.method):
         kept = _CELLS.get(cell.method) or f"s{_whole('split', cell.split, 100)}"
@@ -185,18 +185,18 @@ def needs_grid(method: str) -> bool:
 def check_name(name: str) -> None:
     """Raises ValueError unless the name is that of a folder."""
     if not name or name in (".", "..") or "/" in name or "\0" in name:
-        raise checks.InputError(
+        raise expect.InputError(
             f"export.released_name: expected what the released code's --dataset is, such as DTD, "
             f"got {name!r}."
         )
 
 
 def _whole(name: str, value: Any, parts: int) -> int:
-    checks.at_least(name, value, 0, exclusive=True)
-    checks.at_most(name, value, 1, exclusive=True)
+    expect.at_least(name, value, 0, exclusive=True)
+    expect.at_most(name, value, 1, exclusive=True)
     whole = round(value * parts)
     if whole < 1 or abs(value * parts - whole) > 1e-9:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{name}: the released layout has whole multiples of {1 / parts} only, got {value!r}."
         )
     return whole
@@ -225,18 +225,18 @@ def _lines(file: Path, separator: str, expected: str) -> Iterator[tuple[str, str
     try:
         lines = regular(file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
-        raise checks.InputError(f"{file}: cannot be read, expected a list: {error}.") from error
+        raise expect.InputError(f"{file}: cannot be read, expected a list: {error}.") from error
     for number, line in enumerate(lines, start=1):
         first, _, second = line.strip().partition(separator)
         if not first or not second or (separator == "/" and "/" in second):
-            raise checks.InputError(f"{file}, line {number}: expected {expected}, found {line!r}.")
+            raise expect.InputError(f"{file}, line {number}: expected {expected}, found {line!r}.")
         yield first, second
 
 
 def _read_folder(root: Path, name: str, split: str) -> Iterator[Entry]:
     folder = root / name / split
     if not folder.is_dir():
-        raise checks.InputError(
+        raise expect.InputError(
             f"{folder}: no such folder; expected train and val in {root / name}, a sub-folder per "
             f"class in each (only {' and '.join(_LAYOUTS)} have other layouts)."
         )
@@ -249,7 +249,7 @@ def _read_folder(root: Path, name: str, split: str) -> Iterator[Entry]:
             if file.lower().endswith(FOLDER_SUFFIXES)
         ]
         if not paths:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{folder / class_name}: expected images ({', '.join(FOLDER_SUFFIXES)}), "
                 "found none; torchvision takes every folder for a class."
             )
@@ -275,14 +275,14 @@ def _match(
     """Returns the key of the file that is a sample's, out of files and ids of the same name."""
     near = _nearest(ids[index], files)
     if len(near) > 1:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{where}: id {ids[index]} could be {files[near[0]]} or {files[near[1]]}; expected an "
             "id whose folders tell them apart, such as train/<class>/<file> (sources joined by + "
             "get such ids where they are needed)."
         )
     rivals = [i for i in _nearest(files[near[0]], ids) if i != index]
     if rivals:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{where}: ids {ids[index]} and {ids[rivals[0]]} could both be {files[near[0]]}; "
             "expected one sample for each file."
         )
@@ -303,14 +303,14 @@ def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
     )
 
 
-def _not_there(dataset: Dataset, index: int, key: tuple[str, str], where: str) -> checks.InputError:
+def _not_there(dataset: Dataset, index: int, key: tuple[str, str], where: str) -> expect.InputError:
     name = str(dataset.ids[index])
     if not key[1].lower().endswith(SUFFIXES):
-        return checks.InputError(
+        return expect.InputError(
             f"{dataset.name}: id {name!r} is no file name, by which samples are found in {where}; "
             "expected ids such as banded/banded_0002.jpg."
         )
-    return checks.InputError(
+    return expect.InputError(
         f"{dataset.name}: sample {name!r} is not in train and val of {where}; expected a file "
         f"{key[1]!r} of class {key[0]!r} there."
     )
@@ -321,7 +321,7 @@ def _check_same_image(dataset: Dataset, index: int, path: Path) -> None:
     try:
         sample, content = dataset[index], regular(path).read_bytes()
     except OSError as error:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{dataset.name}: sample {dataset.ids[index]} cannot be compared with {path}: {error}."
         ) from error
     if not isinstance(sample.image, np.ndarray) and sample.image == content:
@@ -330,7 +330,7 @@ def _check_same_image(dataset: Dataset, index: int, path: Path) -> None:
     found = decode(content, str(path), dataset.deep_images)
     if held.size != found.size or held.tobytes() != found.tobytes():
         sizes = " and ".join(f"{width} x {height}" for width, height in (found.size, held.size))
-        raise checks.InputError(
+        raise expect.InputError(
             f"{path}: holds another image than sample {sample.id!r} of {dataset.name} ({sizes}); "
             "expected the same pixels."
         )

@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from dlc_jax import checks
+from dlc_jax import expect
 
 _READ = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -73,16 +73,16 @@ def read_npz(path: Path, expected: Mapping[str, Expected]) -> dict[str, np.ndarr
     headers = npz_headers(path)
     for name, (kind, ndim) in expected.items():
         if name not in headers:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{path}: has no array {name!r}, found {', '.join(headers) or 'none'}."
             )
         shape, dtype = headers[name]
         if dtype.kind != kind or len(shape) != ndim:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{path}: {name} is {dtype} {shape}, expected {_KINDS[kind]} with {ndim} axes."
             )
     if sum(headers[name].num_bytes for name in expected) > path.stat().st_size:
-        raise checks.InputError(f"{path}: is compressed, expected a file of numpy.savez.")
+        raise expect.InputError(f"{path}: is compressed, expected a file of numpy.savez.")
     return load_npz(path, expected)
 
 
@@ -115,9 +115,9 @@ def npz_headers(path: Path) -> dict[str, Header]:
 def _reading(path: Path, problem: str) -> AbstractContextManager[None]:
     """Refuses what is no regular file, and every error in the block."""
     if not path.is_file():  # a pipe would never end
-        raise checks.InputError(f"{path}: not there, or no regular file; expected arrays.")
+        raise expect.InputError(f"{path}: not there, or no regular file; expected arrays.")
     # NumPy and zipfile raise anything, as of a header that is no Python
-    return checks.refusing(f"{path}: {problem}", Exception, shown=checks.first_line)
+    return expect.refusing(f"{path}: {problem}", Exception, shown=expect.first_line)
 
 
 def _header(file: io.BufferedIOBase | IO[bytes], num_bytes: int, name: str = "") -> Header:

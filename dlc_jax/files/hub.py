@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from types import ModuleType
 
-from dlc_jax import checks
+from dlc_jax import expect
 
 
 @contextlib.contextmanager
@@ -21,10 +21,10 @@ def fetching(what: str, otherwise: str) -> Iterator[ModuleType]:
 
     try:
         yield huggingface_hub
-    except checks.InputError:
+    except expect.InputError:
         raise
     except Exception as error:  # its errors for no network, no such id and no access vary
-        said = checks.first_line(error)
-        raise checks.InputError(
+        said = expect.first_line(error)
+        raise expect.InputError(
             f"{what} fetched from the Hugging Face hub ({said}). {otherwise}"
         ) from error

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dlc_jax import checks
+from dlc_jax import expect
 
 # What a value has to be:
 #   str, bool, int, float, dict, list, None   that kind; an integer of 64 bits is a number as well,
@@ -51,11 +51,11 @@ def read_json(path: Path, shape: Shape = dict) -> Any:
     if not path.exists():
         return {}
     if not path.is_file():  # a pipe would never end
-        raise checks.InputError(f"{path}: no regular file, expected a JSON file.")
+        raise expect.InputError(f"{path}: no regular file, expected a JSON file.")
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{path}: cannot be read: {error.strerror or error}; expected a JSON file."
         ) from error
     return parse_json(content, shape, path)
@@ -64,11 +64,11 @@ def read_json(path: Path, shape: Shape = dict) -> Any:
 def parse_json(content: bytes | str, shape: Shape, path: Path) -> Any:
     """Returns the value of JSON that was read from a file; ValueError as for `read_json`."""
     problem = f"{path}: not valid JSON"
-    with checks.refusing(problem, ValueError, RecursionError, shown=checks.first_line):
+    with expect.refusing(problem, ValueError, RecursionError, shown=expect.first_line):
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(text, object_pairs_hook=without_repetition)
     if not isinstance(value, dict):
-        raise checks.InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+        raise expect.InputError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     check_shape(value, shape, path)
     return value
 
@@ -76,7 +76,7 @@ def parse_json(content: bytes | str, shape: Shape, path: Path) -> Any:
 def check_shape(value: Any, shape: Shape, path: Path, field: str = "") -> None:
     """Raises ValueError, naming file and field, unless the value has the shape."""
     if not _fits(value, shape):
-        raise checks.InputError(
+        raise expect.InputError(
             f"{path}: {field or 'its value'} is {_shown(value)}, expected {_expected(shape)}."
         )
     if isinstance(shape, list):
@@ -93,7 +93,7 @@ def check_shape(value: Any, shape: Shape, path: Path, field: str = "") -> None:
             if key in value:
                 check_shape(value[key], part, path, inner)
             elif key == name:
-                raise checks.InputError(f"{path}: {inner} is missing, expected {_expected(part)}.")
+                raise expect.InputError(f"{path}: {inner} is missing, expected {_expected(part)}.")
     elif isinstance(shape, tuple):  # the first that fits on the outside is meant
         check_shape(value, next(part for part in shape if _fits(value, part)), path, field)
 
@@ -103,7 +103,7 @@ def _check_all(
 ) -> None:
     for name, item in value.items():
         if not pattern.fullmatch(name):
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{path}: {field or 'its value'} has the name {name[:60]!r}, expected "
                 f"{_expected(pattern)}."
             )
@@ -131,7 +131,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, (dict, list)):
         parts = "values" if isinstance(value, list) else "fields"
         return f"{_KINDS[type(value)]} of {len(value)} {parts}"
-    return checks.shortened(repr(value))
+    return expect.shortened(repr(value))
 
 
 def _expected(shape: Shape) -> str:

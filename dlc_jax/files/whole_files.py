@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
-from dlc_jax import checks
+from dlc_jax import expect
 
 # Temporary files tell whose they are, so that a later run on the same host can clear those of a
 # killed one and leaves everything else alone.
@@ -171,12 +171,12 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise checks.InputError(f"{folder}: cannot be used: {error.strerror or error}.") from error
+        raise expect.InputError(f"{folder}: cannot be used: {error.strerror or error}.") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{folder}: another process is running there; wait, or use another folder."
             ) from error
         except OSError:

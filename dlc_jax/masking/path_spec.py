@@ -1,18 +1,66 @@
-"""Which masked copies of a network are probed, as settings."""
+"""Which masked copies of a network are probed, and how many weights each zeroes."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
 
-from dlc_jax import checks
-from dlc_jax.masking.importance import MASKINGS
-from dlc_jax.masking.schedules import AUTO, OFFICIAL_LENGTH, PLACEMENTS, SCHEDULES, midpoints
+from dlc_jax import expect
+from dlc_jax.masking.thresholds import MASKINGS
 from dlc_jax.types import Conventions, overridden, setting
+
+PLACEMENTS = ("grid", "midpoint")
+AUTO = "auto"  # as num_probes: as many as it takes
+_AUTO_FIRST, _AUTO_FACTOR = 5, 3  # midpoints of thirds are midpoints again
+OFFICIAL_LENGTH = 50  # the paper's and the released code's number of probes
+
+
+def linear(num_weights: int, step: float, num_steps: int) -> list[int]:
+    """Returns round(step k N) for k = 0..num_steps-1 (half to even).
+
+    Source: Jiang et al. 2025, figure 2.
+    """
+    return [round(step * k * num_weights) for k in range(num_steps)]
+
+
+def geometric(num_weights: int, step: float, num_steps: int) -> list[int]:
+    """Returns running sums of round(step x remaining) (half to even), starting with 0.
+
+    Source: released score-wot.py, through torch.nn.utils.prune.
+    """
+    counts = [0]
+    while len(counts) < num_steps:
+        counts.append(counts[-1] + round(step * (num_weights - counts[-1])))
+    return counts[:num_steps]
+
+
+SCHEDULES: dict[str, Callable[[int, float, int], list[int]]] = {
+    "linear": linear,
+    "geometric": geometric,
+}
+
+
+def refinements(num_steps: int) -> Iterator[Int64[np.ndarray, " m"]]:
+    """Yields more and more steps of a path, each time those before among them; at last all.
+
+    5, 15, 45, ... midpoints: floor((j + 0.5) num_steps / m) of 3 m hold those of m.
+    """
+    num = _AUTO_FIRST
+    while num < num_steps:
+        yield midpoints(num_steps, num)
+        num *= _AUTO_FACTOR
+    yield midpoints(num_steps, num_steps)
+
+
+def midpoints(num_steps: int, num: int) -> Int64[np.ndarray, " m"]:
+    """Returns the steps in the middle of `num` equal parts of a path; all, of as many parts."""
+    return (2 * np.arange(num) + 1) * num_steps // (2 * num)
+
 
 SomePath = TypeVar("SomePath", bound="PathSpec")
 
@@ -80,21 +128,21 @@ class PathSpec:
     def check(self) -> None:
         """Raises ValueError unless these describe a path; names are those of the configuration."""
         if self.schedule is not None:
-            checks.one_of("probe.schedule", self.schedule, SCHEDULES)
-        checks.one_of("probe.placement", self.placement, PLACEMENTS)
+            expect.one_of("probe.schedule", self.schedule, SCHEDULES)
+        expect.one_of("probe.placement", self.placement, PLACEMENTS)
         for name in ("step", "max_sparsity", "agreement"):
-            checks.at_least(f"probe.{name}", getattr(self, name), 0, exclusive=True)
-            checks.at_most(f"probe.{name}", getattr(self, name), 1, exclusive=name == "step")
-        checks.one_of("probe.masking", self.masking, MASKINGS)
+            expect.at_least(f"probe.{name}", getattr(self, name), 0, exclusive=True)
+            expect.at_most(f"probe.{name}", getattr(self, name), 1, exclusive=name == "step")
+        expect.one_of("probe.masking", self.masking, MASKINGS)
         if self.num_probes == AUTO:
             return
         if isinstance(self.num_probes, str):
-            raise checks.InputError(
+            raise expect.InputError(
                 f"probe.num_probes: expected {AUTO!r} or an integer >= 1, got {self.num_probes!r}."
             )
-        checks.at_least("probe.num_probes", self.num_probes, 1)
+        expect.at_least("probe.num_probes", self.num_probes, 1)
         if self.schedule == "linear" and self.num_probes > self._whole:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"probe.num_probes: {self.num_probes} probes at step {self.step} run past full "
                 f"sparsity; at most {self._whole}, or a smaller probe.step."
             )

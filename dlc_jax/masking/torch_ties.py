@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from dlc_jax.masking.importance import Importance
+from dlc_jax.masking.thresholds import Importance
 from dlc_jax.types import Params, by_path
 
 _BLOCK = 1 << 14  # weights compared with the top of the heap at a time

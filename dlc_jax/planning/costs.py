@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax.config import Config
-from dlc_jax.planning.machine import Mesh, is_processor, num_here
+from dlc_jax.planning.machine import MeshSize, is_processor, num_here
 
 
 class Cost(NamedTuple):
@@ -64,7 +64,11 @@ class Speeds(NamedTuple):
 
     @classmethod
     def of(
-        cls, mesh: Mesh, flops_per_s: float, decode_seconds: float = 0.0, crop_seconds: float = 0.0
+        cls,
+        mesh: MeshSize,
+        flops_per_s: float,
+        decode_seconds: float = 0.0,
+        crop_seconds: float = 0.0,
     ) -> Speeds:
         """Returns the speeds of a mesh, measured on one device and on one host."""
         if is_processor():  # its devices share its cores

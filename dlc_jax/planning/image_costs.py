@@ -19,10 +19,10 @@ from dlc_jax.planning.image_memory import (
     images_of,
     shapes,
 )
-from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.programs import count_flops
+from dlc_jax.probes.image_shards import Layout
 from dlc_jax.probes.kernel import Forward, features_of_batch
-from dlc_jax.probes.passes import Layout
 from dlc_jax.selection import DEFAULT_SPLIT, has_split
 from dlc_jax.training.images import Recorder
 from dlc_jax.types import Dataset
@@ -47,7 +47,7 @@ class ImageCosts:
     config: Config
     encoder: Encoder
     dataset: Dataset
-    mesh: Mesh
+    mesh: MeshSize
     num_test: int
     pixels: float
 

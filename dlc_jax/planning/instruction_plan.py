@@ -1,23 +1,29 @@
-"""The plan of a run that prunes instructions."""
+"""The plan of a run that prunes instructions: what it computes, by the shapes of programs."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int64
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.config import Config
+from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.encoders.decoder import PAPER_MODELS, DecoderConfig
 from dlc_jax.encoders.huggingface import read_config, read_config_alone
 from dlc_jax.encoders.language_model import longest_sequence, model_folder
-from dlc_jax.encoders.paper_models import PAPER_MODELS
 from dlc_jax.files.hub import fetching
-from dlc_jax.planning.costs import Cost, Speeds, num_kept, planned_stages
+from dlc_jax.planning.costs import Cost, Speeds, kept_by_run, num_kept, planned_stages
 from dlc_jax.planning.decoder_memory import Finetuning, Scoring
-from dlc_jax.planning.instruction_costs import InstructionCosts
-from dlc_jax.planning.machine import Machine, Mesh, is_processor, resident_bytes
+from dlc_jax.planning.machine import Machine, MeshSize, is_processor, resident_bytes
 from dlc_jax.planning.memory import (
     DeviceJob,
     Memory,
@@ -27,7 +33,152 @@ from dlc_jax.planning.memory import (
     ways_on_processor,
 )
 from dlc_jax.planning.plan import Host, Plan, Work
+from dlc_jax.planning.programs import count_flops
 from dlc_jax.planning.speed import block_speed
+from dlc_jax.preprocess.tokens import bucket_length, tokenise
+from dlc_jax.training.lora.step import Sums, TokenRows, add_rows
+
+_MOST_READ = 256  # samples whose length is looked at
+_CHARACTERS = 4  # of a token, where there is no tokenizer
+# for the other scores: responses with their prompts, alone, and behind "### Response:"
+_UNMASKED_PASSES = 3
+
+
+class Lengths(NamedTuple):
+    """Average lengths of rows in tokens, padding included.
+
+    Attributes:
+      whole: Tokens of prompt and response.
+      alone: Tokens of the response.
+      measured: How they were measured, in words.
+    """
+
+    whole: int
+    alone: int
+    measured: str
+
+    @classmethod
+    def of(cls, data: Instructions, tokenizer: Any, max_length: int) -> Lengths:
+        """Looks at some samples.
+
+        Args:
+          data: Instructions.
+          tokenizer: None: lengths are taken from the number of characters.
+          max_length: Longest row.
+        """
+        num = min(len(data), _MOST_READ)
+        some = data.subset(np.arange(num) * len(data) // num)
+        if tokenizer is None:
+            pairs = zip(some.prompts, some.responses, strict=True)
+            lengths = [(len(p) + len(r), len(r)) for p, r in pairs]
+            whole, alone = np.maximum(np.array(lengths) // _CHARACTERS, 2).T
+            how = f"{_CHARACTERS} characters a token, since there is no tokenizer here"
+        else:
+            tokens = tokenise(some, tokenizer, max_length, on_corrupt="skip")
+            whole, alone = np.array([len(row) for row in tokens.tokens]), tokens.num_response
+            how = "tokenised"
+        padded = [
+            round(float(np.mean([bucket_length(int(n), max_length) for n in found])))
+            for found in (whole, alone)
+        ]
+        return cls(padded[0], padded[1], f"{num} of {len(data)} samples, {how}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InstructionCosts:
+    """All that a run does with instructions.
+
+    Attributes:
+      config: Checked configuration of the run.
+      sizes: Sizes and switches of the model.
+      mesh: Devices that are planned for.
+      num_samples, num_test: Instructions.
+      lengths: Average lengths of their rows.
+    """
+
+    config: Config
+    sizes: DecoderConfig
+    mesh: MeshSize
+    num_samples: int
+    num_test: int
+    lengths: Lengths
+
+    def costs(self) -> list[Cost]:
+        """Returns the parts of the run in their order, those of the stages that are planned."""
+        n, m = self.num_samples, int(self.config.probe.num_probes)
+        whole, alone = map(self.forward_flops, (self.lengths.whole, self.lengths.alone))
+        kept = kept_by_run(self.config, self.counts)
+        name = f"LoRA, {len(kept)} runs"
+        epochs = self.config.lora.epochs
+        training = self._task("finetune", name, sum(kept) * epochs, self.training_flops)
+        costs = [
+            self._task("score", f"losses of {m} probes", n, whole, m),
+            self._task("score", "losses with and without prompts", n, whole + 2 * alone)._replace(
+                passes=_UNMASKED_PASSES, num_samples=_UNMASKED_PASSES * n
+            ),
+            training._replace(passes=len(kept) * epochs),
+        ]
+        if self.num_test:
+            name = f"tests, {self.num_test} instructions"
+            costs.append(self._task("finetune", name, self.num_test, whole, len(kept)))
+        return [cost for cost in costs if cost.stage in planned_stages(self.config)]
+
+    def _task(self, stage: str, name: str, num: int, flops: int, passes: int = 1) -> Cost:
+        total = passes * num * flops
+        return Cost(stage, name, passes, passes * num, total, -(-total // self.mesh.num_devices))
+
+    def forward_flops(self, length: int) -> int:
+        """Returns the operations for a row among others as long, with logits of all its tokens."""
+        num_rows = max(1, self.config.probe.tokens_per_batch // length)
+        tokens = jax.ShapeDtypeStruct((num_rows, length), jnp.int32)
+
+        def forward(architecture: Architecture) -> int:
+            def losses(params: Any, tokens: jax.Array) -> jax.Array:
+                hidden = architecture.hidden(params, tokens, tokens)
+                return architecture.cross_entropies(params, hidden, tokens)
+
+            return count_flops(losses, architecture.abstract_params(), tokens)
+
+        whole = Architecture(self.sizes, self.config.probe.dtype)
+        return self._over_depth(forward, whole) // num_rows
+
+    @functools.cached_property
+    def training_flops(self) -> int:
+        """Operations for one row in a step."""
+        lora = self.config.lora
+        tokens = jax.ShapeDtypeStruct((lora.rows_at_once, self.lengths.whole), jnp.int32)
+
+        def gradients(architecture: Architecture) -> int:
+            def added(params: Any, adapter: Any, tokens: jax.Array, sums: Any) -> Any:
+                some: Any = (tokens, tokens, tokens > 0)
+                rows = TokenRows(*some)
+                return add_rows(architecture, params, adapter, rows, sums)
+
+            adapter = architecture.abstract_adapter()
+            frozen = dataclasses.replace(architecture, adapter=None).abstract_params()
+            return count_flops(added, frozen, adapter, tokens, jax.eval_shape(Sums.zero, adapter))
+
+        whole = Architecture(self.sizes, lora.dtype, lora.adapter, lora.rematerialise)
+        return self._over_depth(gradients, whole) // lora.rows_at_once
+
+    def _over_depth(self, count: Callable[[Architecture], int], whole: Architecture) -> int:
+        """Adds up blocks, each counted once for every attention window there is."""
+
+        @functools.cache
+        def of(*windows: int | None) -> int:
+            config = dataclasses.replace(self.sizes, windows=windows)
+            return count(dataclasses.replace(whole, config=config))
+
+        windows = self.sizes.windows
+        first = windows[0]
+        rest = 2 * of(first) - of(first, first)  # what is not in blocks
+        return rest + sum(of(window) - rest for window in windows)
+
+    @property
+    def counts(self) -> Int64[np.ndarray, " c"]:
+        """Samples of each class; they are one, as far as a plan goes."""
+        return np.array([self.num_samples])
+
 
 _GIB = 1 << 30
 REFERENCES = (Machine("1 x 80 GiB", 1, 80 * _GIB), Machine("8 x 24 GiB", 8, 24 * _GIB))
@@ -35,7 +186,7 @@ _TOKEN = 4  # bytes
 
 
 def plan_of_instructions(
-    config: Config, sizes: DecoderConfig, mesh: Mesh, costs: InstructionCosts | None
+    config: Config, sizes: DecoderConfig, mesh: MeshSize, costs: InstructionCosts | None
 ) -> Plan:
     """Returns the plan.
 
@@ -59,11 +210,11 @@ def plan_of_instructions(
         mesh.num_devices,
         _jobs(config, sizes, mesh),
         None if costs is None else _work(costs),
-        {some: _jobs(config, sizes, Mesh(1, 1, some.num_devices)) for some in REFERENCES},
+        {some: _jobs(config, sizes, MeshSize(1, 1, some.num_devices)) for some in REFERENCES},
     )
 
 
-def _jobs(config: Config, sizes: DecoderConfig, mesh: Mesh) -> dict[str, DeviceJob]:
+def _jobs(config: Config, sizes: DecoderConfig, mesh: MeshSize) -> dict[str, DeviceJob]:
     """Returns what devices do; every part of the data axis has batches of its own."""
     probe = config.probe
     max_length = longest_sequence(sizes, config.encoder.weights, config.encoder.max_length)
@@ -129,7 +280,7 @@ def model_sizes(weights: str) -> DecoderConfig:
     """
     if weights in PAPER_MODELS and not Path(weights).is_dir():
         return PAPER_MODELS[weights]
-    if is_local(weights) or not checks.is_hub_id(weights):
+    if is_local(weights) or not expect.is_hub_id(weights):
         return read_config(model_folder(weights))
     with fetching(
         f"encoder.weights: {weights!r} is no local folder, and its config.json could not be",

@@ -35,7 +35,7 @@ class Machine(NamedTuple):
         return int(USABLE * self.bytes_each)
 
 
-class Mesh(NamedTuple):
+class MeshSize(NamedTuple):
     """How many devices along each axis."""
 
     data: int
@@ -43,7 +43,7 @@ class Mesh(NamedTuple):
     fsdp: int
 
     @classmethod
-    def of(cls, config: MeshConfig) -> Mesh:
+    def of(cls, config: MeshConfig) -> MeshSize:
         """Returns the mesh that is asked for, whether or not that many devices are here."""
         rest = config.probe * config.fsdp
         data = max(1, num_here() // rest) if config.data == -1 else config.data

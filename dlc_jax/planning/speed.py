@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.planning.image_memory import ImageScoring
@@ -146,16 +146,16 @@ def decoding_speed(dataset: Dataset, image_size: int) -> Decoding:
             sample = dataset[int(positions[place])]
             image = decode(sample.image, sample.id, dataset.deep_images)
             resize_and_crop(image, image_size)
-        except checks.NeedsSetting as error:
-            raise checks.NeedsSetting(f"{dataset.name}: {error}") from error
-        except (checks.InputError, OSError) as error:
+        except expect.NeedsSetting as error:
+            raise expect.NeedsSetting(f"{dataset.name}: {error}") from error
+        except (expect.InputError, OSError) as error:
             return str(error)
         encoded = sample.image
         return encoded.nbytes if isinstance(encoded, np.ndarray) else len(encoded), image
 
     found, seconds = _for_a_while(one, num)
     read = [image for image in found if not isinstance(image, str)]
-    checks.some_readable(dataset.name, len(read), len(found))
+    expect.some_readable(dataset.name, len(read), len(found))
     return Decoding(
         seconds,
         _crop_seconds(RandomCrops(dataset, image_size, seed=0), [image for _, image in read]),

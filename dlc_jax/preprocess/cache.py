@@ -27,11 +27,11 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.files.json_files import SHA256, parse_json
 from dlc_jax.types import Dataset, setting
 from dlc_jax.workspace import artefacts
-from dlc_jax.workspace.keys import decoder, json_hash
+from dlc_jax.workspace.artefacts import decoder, json_hash
 
 _GIB = 2**30
 _BLOCK = 64  # rows per checksum
@@ -74,12 +74,12 @@ class ImageCache:
     max_gib: float = setting(10.0, "most it may hold; 0 turns it off, images are decoded twice")
 
     def __post_init__(self) -> None:
-        checks.number("cache.max_gib", self.max_gib)
+        expect.number("cache.max_gib", self.max_gib)
         if not math.isfinite(self.max_gib):
-            raise checks.InputError(
+            raise expect.InputError(
                 f"cache.max_gib: expected a finite number of gibibytes, got {self.max_gib}."
             )
-        checks.at_least("cache.max_gib", self.max_gib, 0)
+        expect.at_least("cache.max_gib", self.max_gib, 0)
 
     @property
     def path(self) -> Path:
@@ -121,7 +121,7 @@ class ImageCache:
                         found = _opened(entry, len(part), image_size)
                 return found
         except OSError as error:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"cache.folder: {self.path} cannot be used: {error.strerror or error}; expected a "
                 "folder to write to with room for the decoded images. cache.max_gib=0 does without."
             ) from error

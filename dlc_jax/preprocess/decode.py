@@ -1,18 +1,134 @@
-"""Decoding, and the evaluation transform: Resize(round(s 256 / 224)), CenterCrop(s)."""
+"""Decoding, images of more than 8 bits, evaluation crops, and random crops."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, Shaped, UInt8
 from PIL import Image
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.files.image_files import bits_per_channel, opened
-from dlc_jax.preprocess.deep import CHOICES, in_8_bits, scaled
 from dlc_jax.types import Dataset
+
+CHOICES = (
+    "expected 8 bits a channel; choose dataset.deep_images=full_range (divided by the largest "
+    "value of their bits; floats lie in 0..1), min_max (of each image) or clip (as Pillow does: "
+    "greys above 255 are white, of colours the high byte is kept)"
+)
+MID_GREY = 128
+
+
+def scaled(
+    values: Shaped[np.ndarray, "h w ..."], largest: float, deep_images: str
+) -> UInt8[np.ndarray, "h w ..."]:
+    """Returns 0 to 255, rounded; of a constant image under `min_max` 128 throughout.
+
+    Args:
+      values: Integers or floats.
+      largest: Divisor of `full_range`: of integers the largest of their bits, of floats 1.
+      deep_images: `full_range` or `min_max`, the latter over all channels together.
+    Raises:
+      NeedsSetting: `full_range`, and values below 0 or above `largest`.
+      ValueError: values or a range that are not finite, which no setting helps.
+    """
+    if not np.all(np.isfinite(values)):
+        raise expect.InputError("has pixels that are not finite")
+    low, high = float(values.min()), float(values.max())
+    found = f"has values from {low:g} to {high:g}"
+    if deep_images == "min_max":
+        if low == high:
+            return np.full(values.shape, MID_GREY, np.uint8)
+        factor = 255 / (high - low)
+        if not 0 < factor < np.inf:
+            raise expect.InputError(f"{found}, expected a range that float64 can hold")
+        return np.rint((values.astype(np.float64) - low) * factor).astype(np.uint8)
+    if low < 0 or high > largest:
+        raise expect.NeedsSetting(
+            f"{found}, and dataset.deep_images=full_range expects 0..{largest:g}; choose min_max "
+            "or clip"
+        )
+    return np.rint(values.astype(np.float64) * (255 / largest)).astype(np.uint8)
+
+
+def in_8_bits(image: Image.Image, content: bytes, bits: int, deep_images: str) -> Image.Image:
+    """Returns an encoded image as RGB by `full_range` or `min_max`; alpha is dropped.
+
+    Args:
+      image: As opened, not decoded.
+      content: The file it is of.
+      bits: Stored bits of a channel, more than 8.
+      deep_images: How.
+    Raises:
+      ValueError: see `scaled`; what Pillow cannot give in full depth under `min_max`.
+    """
+    if image.format == "TIFF" and len(image.getbands()) > 1 and image.tag_v2.get(284) == 2:  # type: ignore[attr-defined]
+        raise expect.InputError(
+            f"has {bits} bits a channel in separate planes, which Pillow misreads"
+        )
+    found = _values(image, content, bits)
+    if found is not None:
+        values, largest = found
+        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
+            values = largest - values.astype(np.float64)  # 0 is white, which Pillow passes over
+        return Image.fromarray(scaled(values, largest, deep_images)).convert("RGB")
+    if deep_images == "full_range":  # to within one step of 255
+        return image.convert("RGB")
+    raise expect.NeedsSetting(
+        f"has {bits} bits a channel, of which Pillow gives 8 in {image.format}, too few for "
+        "dataset.deep_images=min_max; choose full_range or clip"
+    )
+
+
+def _values(
+    image: Image.Image, content: bytes, bits: int
+) -> tuple[Shaped[np.ndarray, "h w ..."], float] | None:
+    """Returns all stored bits of the pixels, and the largest value; None if they cannot be had."""
+    if image.mode == "F":
+        return np.asarray(image), 1.0
+    if image.mode.startswith("I"):
+        return _integers(image, bits)
+    tile = image.tile[0] if image.tile else None  # type: ignore[attr-defined]
+    if image.format not in ("PNG", "TIFF") or tile is None:
+        return None
+    rawmode = tile.args if isinstance(tile.args, str) else tile.args[0]
+    if rawmode == "LA;16B":  # Pillow's name; the two bytes of grey and of alpha
+        both = _decoded_as(content, "RGBA")
+        return both[:, :, 0].astype(np.uint16) * 256 + both[:, :, 1], 65535.0
+    kind, order = rawmode[:-1], rawmode[-1:]
+    others = {"B": "L", "L": "B", "N": "B"}
+    if kind not in ("RGB;16", "RGBA;16", "RGBX;16") or order not in others:
+        return None
+    high, low = (_decoded_as(content, name) for name in (rawmode, kind + others[order]))
+    return high[:, :, :3].astype(np.uint16) * 256 + low[:, :, :3], 65535.0
+
+
+def _integers(image: Image.Image, bits: int) -> tuple[Shaped[np.ndarray, "h w"], float]:
+    values = np.asarray(image)
+    if image.format == "TIFF":
+        is_signed = image.tag_v2.get(339, (1,))[0] == 2  # type: ignore[attr-defined]
+        if bits == 32 and not is_signed:  # in Pillow's signed integers
+            values = values.view(np.uint32)
+        return values, float(2 ** (bits - is_signed) - 1)
+    if image.format == "JPEG2000":  # which Pillow shifts up to 16 bits
+        return values, float((2**bits - 1) << (16 - bits))
+    return values, 65535.0  # PNG; PGM, which Pillow scales to that
+
+
+def _decoded_as(content: bytes, rawmode: str) -> UInt8[np.ndarray, "h w c"]:
+    """Decodes the file with its bytes taken for other channels than they are."""
+    with opened(content) as image:
+        image.tile = [  # type: ignore[attr-defined]
+            tile._replace(args=rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:]))
+            for tile in image.tile  # type: ignore[attr-defined]
+        ]
+        return np.asarray(image)
 
 
 def decode(
@@ -36,7 +152,7 @@ def decode(
         with opened(image) as encoded:
             bits = bits_per_channel(encoded, image)
             if bits > 8 and deep_images == "error":
-                raise checks.NeedsSetting(f"has {bits} bits a channel, {CHOICES}")
+                raise expect.NeedsSetting(f"has {bits} bits a channel, {CHOICES}")
             if bits > 8 and deep_images != "clip":
                 return in_8_bits(encoded, image, bits, deep_images)
             if encoded.mode == "RGB":  # converting would copy it
@@ -46,11 +162,11 @@ def decode(
                 # PIL's advice on transparency in palettes; the conversion wanted ignores it
                 warnings.filterwarnings("ignore", message="Palette images with Transparency")
                 return encoded.convert("RGB")
-    except checks.NeedsSetting as error:
-        raise checks.NeedsSetting(f"sample {sample_id!r} {error}") from error
+    except expect.NeedsSetting as error:
+        raise expect.NeedsSetting(f"sample {sample_id!r} {error}") from error
     except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
         said = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
-        raise checks.InputError(
+        raise expect.InputError(
             f"sample {sample_id!r} is not a readable image: {type(error).__name__}: {said}"
         ) from error
 
@@ -63,7 +179,7 @@ def _from_array(image: np.ndarray, deep_images: str) -> Image.Image:
         )
     if image.dtype != np.uint8:
         if deep_images == "error":
-            raise checks.NeedsSetting(
+            raise expect.NeedsSetting(
                 f"is not a readable image of uint8 but numbers of {image.dtype}, {CHOICES}"
             )
         if deep_images == "clip":
@@ -92,7 +208,7 @@ def resize_and_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "s
     width, height = (int(side * length / min(image.size)) for length in image.size)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{image.width} x {image.height} pixels would be scaled to {width} x {height}; "
             f"expected at most {limit} pixels, an image that is not as long and thin."
         )
@@ -100,3 +216,71 @@ def resize_and_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "s
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (round((length - image_size) / 2) for length in image.size)
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+
+
+_RATIO = (3 / 4, 4 / 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrops:
+    """RandomResizedCrop(image_size) and horizontal flip, drawn from (seed, id, draw).
+
+    The distribution is torchvision's; its generator is not, so the draws differ.
+
+    Attributes:
+      dataset: Where the images come from.
+      image_size: Side of the crop in pixels.
+      seed: Seed of all draws.
+    """
+
+    dataset: Dataset
+    image_size: int
+    seed: int
+
+    def crop(self, image: Image.Image, position: int, draw: int) -> UInt8[np.ndarray, "s s 3"]:
+        """Returns draw number `draw` (>= 0) of the image at this position."""
+        sample_key = str(self.dataset.ids[position]).encode()
+        generator = np.random.default_rng([self.seed, draw, *sample_key])
+        box = random_box(generator, image.height, image.width)
+        return resized_crop(image, box, generator.random() < 0.5, self.image_size)
+
+    def cut(
+        self, originals: list[Image.Image], positions: Int64[np.ndarray, " b"], draw: int
+    ) -> UInt8[np.ndarray, "b s s 3"]:
+        """Returns draw number `draw` (>= 0) of every image, on all cores."""
+        with ThreadPoolExecutor() as pool:
+            crops = pool.map(self.crop, originals, positions.tolist(), itertools.repeat(draw))
+            return np.stack(list(crops))
+
+
+def resized_crop(
+    image: Image.Image, box: tuple[int, int, int, int], flip: bool, image_size: int
+) -> UInt8[np.ndarray, "s s 3"]:
+    """Returns the box (left, top, right, bottom) at image_size, mirrored if asked.
+
+    Bilinear with antialiasing; the same pixels as torchvision's on PIL.
+    """
+    crop = image.crop(box).resize((image_size, image_size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(crop)
+    return pixels[:, ::-1] if flip else pixels
+
+
+def random_box(
+    generator: np.random.Generator, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """Draws (left, top, right, bottom): area 8 to 100 %, log-uniform aspect ratio 3/4 to 4/3.
+
+    After ten boxes that do not fit, the centre with the nearest allowed ratio.
+    Source: Szegedy et al. 2015, arXiv 1409.4842; torchvision's RandomResizedCrop.
+    """
+    for _ in range(10):
+        area = height * width * generator.uniform(0.08, 1.0)
+        ratio = math.exp(generator.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(generator.integers(0, width - w + 1))
+            top = int(generator.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * _RATIO[1])), min(height, round(width / _RATIO[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h

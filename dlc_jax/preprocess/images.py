@@ -1,19 +1,154 @@
-"""A data set of images with how it is read: crops in a stream, or all in one array."""
+"""A data set's images as evaluation crops: streamed, from the cache, or all in one array."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Shaped, UInt8
+from PIL import Image
+from tqdm import tqdm
 
-from dlc_jax import checks
-from dlc_jax.preprocess.cache import ImageCache
-from dlc_jax.preprocess.decode import resize_and_crop
-from dlc_jax.preprocess.load import CachedReader, Reader, shown, unreadable
+from dlc_jax import expect
+from dlc_jax.distributed import hides_bar
+from dlc_jax.preprocess.cache import CachedCrops, ImageCache
+from dlc_jax.preprocess.decode import MID_GREY, decode, resize_and_crop
 from dlc_jax.types import Dataset, overridden
+
+Result = TypeVar("Result")
+
+
+def in_order(
+    compute: Callable[[int], Result], num: int, *, num_ahead: int | None = None
+) -> Iterator[Result]:
+    """Yields `compute(0)`, `compute(1)`, ... `compute(num - 1)`, computed on all cores.
+
+    Args:
+      compute: Must not depend on the order of its calls.
+      num: How many.
+      num_ahead: Most results that are under way or wait to be taken; None: eight per thread.
+    Raises:
+      Exception: what the first failing call raised, when its turn has come.
+    """
+    num_threads = (os.cpu_count() or 1) + 1  # one more, for when one waits for the disk
+    num_ahead = num_ahead or 8 * num_threads
+    waiting: collections.deque[Future[Result]] = collections.deque()
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="in_order")
+    try:
+        for number in range(num):
+            waiting.append(pool.submit(compute, number))
+            if len(waiting) > num_ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_batches(
+    items: Iterator[tuple[int, Any]], size: int
+) -> Iterator[tuple[np.ndarray, list[Any]]]:
+    """Yields positions [k] and items, `size` at a time, the last time perhaps fewer."""
+    while some := list(islice(items, size)):
+        positions, values = zip(*some, strict=True)
+        yield np.asarray(positions, np.int64), list(values)
+
+
+def filled(rows: Shaped[np.ndarray, "k ..."], size: int) -> Shaped[np.ndarray, "b ..."]:
+    """Returns `size` rows: these, and repetitions of them, so that one program fits all batches."""
+    return rows if len(rows) == size else rows[np.arange(size) % len(rows)]
+
+
+Item = TypeVar("Item")
+
+
+class Reader(Generic[Item]):
+    """Gives samples in the form that `of_image` makes of them; nothing is kept.
+
+    Args:
+      dataset: What to read.
+      of_image: Takes a decoded image and its position; runs on all cores.
+    """
+
+    def __init__(self, dataset: Dataset, of_image: Callable[[Image.Image, int], Item]):
+        self.dataset = dataset
+        self._of_image = of_image
+
+    def read(self, positions: Int64[np.ndarray, " k"]) -> Iterator[Item | str]:
+        """Yields what was made of the image at each position, or why there is none."""
+        return in_order(lambda place: self._one(int(positions[place])), len(positions))
+
+    def _one(self, position: int) -> Item | str:
+        try:
+            sample = self.dataset[position]
+            image = decode(sample.image, sample.id, self.dataset.deep_images)
+        except expect.NeedsSetting as error:
+            raise expect.NeedsSetting(f"{self.dataset.name}: {error}") from error
+        except expect.InputError as error:
+            return str(error)
+        except (OSError, MemoryError) as error:  # a file that is gone, or that may not be read
+            why = str(error) or type(error).__name__
+            return f"sample {str(self.dataset.ids[position])!r} cannot be read: {why}"
+        try:
+            if is_mid_grey(self.dataset, np.asarray(image)):
+                self.dataset.mid_grey.add(sample.id)
+            return self._of_image(image, position)
+        except (expect.InputError, MemoryError) as error:
+            return f"sample {sample.id!r} cannot be used: {str(error) or type(error).__name__}"
+
+    def readable(
+        self, positions: Int64[np.ndarray, " k"], skipped: dict[int, str] | None
+    ) -> Iterator[tuple[int, Item]]:
+        """Yields the readable ones of these positions, with what `read` gives.
+
+        Args:
+          positions: In the data set.
+          skipped: Takes the others, position: why; None makes them an error.
+        Raises:
+          ValueError: naming the sample, if it cannot be read and `skipped` is None.
+        """
+        for position, item in zip(positions.tolist(), self.read(positions), strict=True):
+            if not isinstance(item, str):
+                yield position, item
+            elif skipped is None:
+                raise unreadable(self.dataset, item)
+            else:
+                skipped[position] = item
+
+
+class CachedReader(Reader[np.ndarray]):
+    """Evaluation crops that the cache has, from the position `first` on."""
+
+    def __init__(self, dataset: Dataset, cached: CachedCrops, first: int):
+        self.dataset, self.cached, self._first = dataset, cached, first
+
+    def read(self, positions: Int64[np.ndarray, " k"]) -> Iterator[np.ndarray | str]:
+        for place in (positions - self._first).tolist():
+            if is_mid_grey(self.dataset, self.cached.pixels[place]):
+                self.dataset.mid_grey.add(str(self.dataset.ids[place + self._first]))
+            yield self.cached.problems.get(place) or self.cached.pixels[place]
+
+
+def is_mid_grey(dataset: Dataset, pixels: UInt8[np.ndarray, "h w 3"]) -> bool:
+    """Whether `min_max` found nothing to stretch: other images have a 0 and a 255."""
+    return dataset.deep_images == "min_max" and bool(np.all(pixels == MID_GREY))
+
+
+def unreadable(dataset: Dataset, why: str) -> expect.InputError:
+    """Returns the error for a sample that must be readable and is not."""
+    return expect.InputError(f"{dataset.name}: {why} (on_corrupt='skip' leaves such samples out)")
+
+
+def shown(items: Iterator[Item], what: str, num: int, progress: bool) -> Iterator[Item]:
+    """Returns the items with a bar that counts them, if asked for and on a terminal."""
+    return iter(tqdm(items, what, num, unit="img", disable=hides_bar(progress), leave=False))
+
 
 ON_CORRUPT = ("error", "skip")
 
@@ -41,11 +176,11 @@ class Images:
 
     def __post_init__(self) -> None:
         check_dataset("dataset", self.dataset)
-        checks.integer("encoder.image_size", self.size)
-        checks.at_least("encoder.image_size", self.size, 8)
+        expect.integer("encoder.image_size", self.size)
+        expect.at_least("encoder.image_size", self.size, 8)
         if self.cache is not None:
-            checks.is_a(ImageCache, cache=self.cache)
-        checks.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)
+            expect.is_a(ImageCache, cache=self.cache)
+        expect.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)
 
     @classmethod
     def of(cls, given: Images | Dataset, image_size: int | None = None) -> Images:
@@ -106,9 +241,9 @@ class Images:
 def check_dataset(name: str, value: object) -> None:
     """Raises ValueError unless the value is a `Dataset`; the name is the caller's for it."""
     if not isinstance(value, Dataset):
-        raise checks.InputError(
+        raise expect.InputError(
             f"{name}: expected a Dataset, as from dlc.load_dataset(...), got "
-            f"{checks.shortened(repr(value))}."
+            f"{expect.shortened(repr(value))}."
         )
 
 
@@ -158,6 +293,6 @@ def load_images(
     for position, crop in shown(crops, "decode", len(dataset), progress):
         pixels[len(positions)] = crop
         positions.append(position)
-    checks.some_readable(dataset.name, len(positions), len(dataset))
+    expect.some_readable(dataset.name, len(positions), len(dataset))
     ids = {str(dataset.ids[position]): why for position, why in skipped.items()}
     return LoadedImages(pixels[: len(positions)], np.asarray(positions, np.int64), ids)

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.datasets.files import left_out_text
 from dlc_jax.files.image_files import depth
 from dlc_jax.preprocess import decode, in_order
-from dlc_jax.preprocess.load import is_mid_grey, shown
+from dlc_jax.preprocess.images import is_mid_grey, shown
 from dlc_jax.types import Dataset
 
 # Smallest over largest class, and sides in pixels, beyond which a person should look.
@@ -79,9 +79,9 @@ class Findings:
             cases = _cases(found)
             num_test = self.of_test.get(name, 0)
             num = len(cases) - num_test
-            rows.append((name, num, checks.shortened(cases[0], 100) if num else ""))
+            rows.append((name, num, expect.shortened(cases[0], 100) if num else ""))
             if num_test:
-                rows.append((f"{name}, test set", num_test, checks.shortened(cases[num], 100)))
+                rows.append((f"{name}, test set", num_test, expect.shortened(cases[num], 100)))
         for name, files in (("", self.left_out), (", test set", self.test_left_out)):
             if files or not name:
                 rows.append((f"files left out{name}", sum(files.values()), left_out_text(files)))
@@ -146,7 +146,7 @@ def inspect(
     Raises:
       ValueError: a minimum below 1.
     """
-    checks.at_least("minimum", minimum, 1)
+    expect.at_least("minimum", minimum, 1)
     train = list(_read(dataset, False, progress))
     both = train + (list(_read(test, True, progress)) if test is not None else [])
     by_content = defaultdict(list)
@@ -204,7 +204,7 @@ def _read(dataset: Dataset, is_test: bool, progress: bool) -> Iterator[_Read]:
         deep = depth(image) if how == "error" else None
         try:
             decoded = decode(image, name, "clip" if how == "error" else how)
-        except checks.InputError as error:
+        except expect.InputError as error:
             return _Read(name, is_test, label, digest, str(error), deep)
         small, large = sorted(decoded.size)
         is_odd = small < _SMALL_SIDE or large > _LARGE_SIDE or large > _LONG_RATIO * small

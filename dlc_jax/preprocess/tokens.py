@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.datasets.instructions import Instructions
 
 TOKENS_PER_BATCH = 8192  # of a program call, where nothing else is asked for
@@ -94,8 +94,8 @@ def tokenise(
       >>> model.tokenizer.decode(tokens.tokens[0][tokens.num_prompt[0] :])[:24]
       'Kangen water is alkaline'
     """
-    checks.at_least("max_length", max_length, 2)
-    checks.one_of("on_corrupt", on_corrupt, ("error", "skip"))
+    expect.at_least("max_length", max_length, 2)
+    expect.one_of("on_corrupt", on_corrupt, ("error", "skip"))
     rows, num_prompt, truncated, kept = [], [], [], []
     skipped: dict[str, str] = {}
     for position, (prompt, response) in enumerate(zip(data.prompts, data.responses, strict=True)):
@@ -111,12 +111,12 @@ def tokenise(
         kept.append(position)
     if skipped and on_corrupt == "error":
         name, why = next(iter(skipped.items()))
-        raise checks.InputError(
+        raise expect.InputError(
             f"{data.name}: {len(skipped)} samples have no response left at max_length "
             f"{max_length}, such as {name}: {why}; expected a larger one, or on_corrupt='skip'."
         )
     if not rows:
-        raise checks.InputError(f"{data.name}: no sample is left at max_length {max_length}.")
+        raise expect.InputError(f"{data.name}: no sample is left at max_length {max_length}.")
     return Tokenised(
         tuple(rows),
         np.array(num_prompt, np.int32),
@@ -135,7 +135,7 @@ def tokenising(failure: str) -> Iterator[None]:
         # a panic of the tokenizer, which is written in Rust, is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise checks.InputError(f"{failure}: {checks.first_line(error)}") from error
+        raise expect.InputError(f"{failure}: {expect.first_line(error)}") from error
 
 
 def check_vocabulary(
@@ -155,7 +155,7 @@ def check_vocabulary(
         outside = row[(row < 0) | (row >= vocab_size)]
         if outside.size:
             token = int(outside[0])
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{name}: token {token} ({text_of(token)!r}) has no row in the model's embedding, "
                 f"expected ids of 0 to {vocab_size - 1}. Does the tokenizer belong to the model? "
                 "After a token was added, the embedding has to be resized."

@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Int64
 from tqdm import tqdm
 
-from dlc_jax import checks, signals
+from dlc_jax import expect, signals
 from dlc_jax.distributed import Run, Team, fetch, processes
 from dlc_jax.files import array_files
 from dlc_jax.workspace import artefacts
-from dlc_jax.workspace.keys import key_of, machine
+from dlc_jax.workspace.artefacts import key_of, machine
 
 Arrays = dict[str, np.ndarray]
 Item = TypeVar("Item")
@@ -118,7 +118,7 @@ class Parts:
             writes = not team.mesh.is_multi_process or processes.is_first()
             return cls(run.path / key_of(kind, [machine(), *inputs()])[:16], writes=writes)
         if team.num_teams > 1:
-            raise checks.InputError(
+            raise expect.InputError(
                 "folder: missing; processes that share the work need one that all of them see."
             )
         return cls()
@@ -145,7 +145,7 @@ class Parts:
             processes.wait_for_all()
             artefacts.pull(self.folder)
             if lost := [name for name in names if not self._path(name).is_file()]:
-                raise checks.InputError(
+                raise expect.InputError(
                     f"{self.folder}: {len(lost)} parts that other processes wrote are not there, "
                     f"such as {lost[0]}; expected a folder that all {processes.count()} processes "
                     "share, or one in a bucket."
@@ -168,7 +168,7 @@ class Parts:
         """Returns a part that was written; one in memory is not kept any longer."""
         found = self._in_memory.pop(name, None) or self._read(name)
         if not found:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{self._path(name)}: cannot be read any more; the same call computes it again."
             )
         return found
@@ -184,5 +184,5 @@ class Parts:
         try:
             path = self._path(name)
             return array_files.load_npz(path, array_files.npz_headers(path))
-        except checks.InputError:
+        except expect.InputError:
             return {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from dlc_jax.checks.escaping import markdown_text
 from dlc_jax.datasets.instructions import Instructions
+from dlc_jax.expect import markdown_text
 
 _NUM = 5  # of each end
 _LONGEST = 600  # characters shown of a prompt or response

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlc_jax import checks
-from dlc_jax.checks.escaping import csv_text
+from dlc_jax import expect
+from dlc_jax.expect import csv_text
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO
 
@@ -115,23 +115,23 @@ def read_results(path: Path) -> list[Result]:
         range, or a run that occurs twice.
     """
     if not path.is_file():
-        raise checks.InputError(f"{path}: not there; run the stage 'finetune' first.")
+        raise expect.InputError(f"{path}: not there; run the stage 'finetune' first.")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             return _read_table(path, csv.DictReader(file))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise checks.InputError(
-            f"{path}: not a table of results: {checks.first_line(error)}."
+        raise expect.InputError(
+            f"{path}: not a table of results: {expect.first_line(error)}."
         ) from error
 
 
 def _read_table(path: Path, table: csv.DictReader) -> list[Result]:
     names = table.fieldnames or ()
     if missing := [name for name in _NEEDED if name not in names]:
-        raise checks.InputError(f"{path}: has no column {', '.join(missing)}.")
+        raise expect.InputError(f"{path}: has no column {', '.join(missing)}.")
     if len(set(names)) < len(names):
         twice = next(name for name in names if list(names).count(name) > 1)
-        raise checks.InputError(f"{path}: the column {twice!r} is there twice.")
+        raise expect.InputError(f"{path}: the column {twice!r} is there twice.")
     results: dict[tuple[Any, ...], Result] = {}
     what = "has no rows; every run failed or none was finished."
     for row in table:
@@ -142,15 +142,15 @@ def _read_table(path: Path, table: csv.DictReader) -> list[Result]:
         try:
             result = _result(row)
         except (TypeError, ValueError) as error:
-            raise checks.InputError(f"{place}: {str(error).removesuffix('.')}.") from error
+            raise expect.InputError(f"{place}: {str(error).removesuffix('.')}.") from error
         if result[:4] in results:
             shown = f"{result.label}, keep fraction {result.keep_fraction:g}, seed {result.seed}"
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{place}: the run {shown} is there twice; expected each run once."
             )
         results[result[:4]] = result
     if not results:
-        raise checks.InputError(f"{path}: {what}")
+        raise expect.InputError(f"{path}: {what}")
     return list(results.values())
 
 
@@ -159,18 +159,18 @@ def _result(row: dict[str, str]) -> Result:
     split: float | str | None = row["split"] or None
     if split not in (None, AUTO):
         split = float(row["split"])
-        checks.split(split)
+        expect.split(split)
     keep_fraction, accuracy = float(row["keep_fraction"]), float(row["test_accuracy"])
     limits = (("keep_fraction", keep_fraction, 1), ("test_accuracy", accuracy, 100))
     for name, value, most in limits:
-        checks.at_least(name, value, 0)
-        checks.at_most(name, value, most)
+        expect.at_least(name, value, 0)
+        expect.at_most(name, value, most)
     seed = int(row["seed"])
-    checks.seed(seed)
+    expect.seed(seed)
     loss = math.nan
     if row.get("test_loss"):
         loss = float(row["test_loss"])
-        checks.at_least("test_loss", loss, 0)
+        expect.at_least("test_loss", loss, 0)
     return Result(csv_text(row["method"]), keep_fraction, split, seed, accuracy, test_loss=loss)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 from tabulate import tabulate
 
-from dlc_jax.checks.escaping import markdown_text, visible
+from dlc_jax.expect import markdown_text, visible
 
 _MAX_CLASSES = 50
 _MAX_ID = 36

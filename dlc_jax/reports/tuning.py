@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlc_jax.reports.gap_figure import keep_fraction_figure
+from dlc_jax.reports.figures import keep_fraction_figure
 from dlc_jax.reports.table import markdown
 from dlc_jax.tuning import KeepCurve
 from dlc_jax.types import Tried, Tuning

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from dlc_jax.selection.candidates import Candidates
+from dlc_jax.selection.group import id_keys, lots
 from dlc_jax.selection.kept import kept_positions
-from dlc_jax.selection.lots import id_keys, lots
 from dlc_jax.selection.methods import (
     AUTO,
     DEFAULT_METHOD,
@@ -19,22 +19,6 @@ from dlc_jax.selection.methods import (
 )
 from dlc_jax.selection.rules import Rules
 from dlc_jax.types import Selection, Tuning
-
-__all__ = [
-    "AUTO",
-    "DEFAULT_SPLIT",
-    "FULL",
-    "INPUTS",
-    "SELECTORS",
-    "Candidates",
-    "Cell",
-    "Rules",
-    "has_split",
-    "id_keys",
-    "kept_positions",
-    "lots",
-    "select",
-]
 
 
 def select(

@@ -8,13 +8,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dlc_jax import checks
-from dlc_jax.selection import official
-from dlc_jax.selection.allocation import ALLOCATIONS
-from dlc_jax.selection.group import Draw, Group
-from dlc_jax.selection.lots import id_keys
+from dlc_jax import expect
+from dlc_jax.selection import methods
+from dlc_jax.selection.group import Draw, Group, id_keys
 from dlc_jax.selection.methods import AUTO, DEFAULT_METHOD, INPUTS, SELECTORS, Cell, check_cell
-from dlc_jax.selection.rules import Rules
+from dlc_jax.selection.rules import ALLOCATIONS, Rules
 from dlc_jax.types import (
     Choice,
     Conventions,
@@ -54,9 +52,9 @@ class Candidates:
     ):
         given = {"scores": scores, "features": features, "probabilities": probabilities}
         for name in inputs:
-            checks.one_of("inputs", name, INPUTS)
+            expect.one_of("inputs", name, INPUTS)
             if given.get(name) is not None:
-                raise checks.InputError(f"inputs: {name!r} is given twice; expected it once.")
+                raise expect.InputError(f"inputs: {name!r} is given twice; expected it once.")
         given |= inputs
         self._given = {k: np.asarray(v) for k, v in given.items() if v is not None}
         self._given_labels, self._given_ids = np.asarray(labels), ids
@@ -76,7 +74,7 @@ class Candidates:
         """Picks the samples to keep in one cell; arguments and errors as for `dlc_jax.select`."""
         conventions = Conventions.of(mode)
         split = check_cell(Cell(method, keep_fraction, split, seed), conventions)
-        checks.is_a(Rules, rules=rules)
+        expect.is_a(Rules, rules=rules)
         rules.check(method, conventions)
         selector, gamma, chosen = method, split, None
         if AUTO in (method, split):
@@ -84,7 +82,7 @@ class Candidates:
             chosen = self._choice(method, keep_fraction, rules.min_per_class, tuning)
             selector, gamma = chosen.method, chosen.split
         elif tuning is not None:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"tuning: is for method or split {AUTO!r}, got method {method!r} and split "
                 f"{split!r}."
             )
@@ -94,7 +92,7 @@ class Candidates:
         groups = self._groups(SELECTORS[selector].needs, rules.per_class, as_released)
         members = [group.positions for group in groups.values()]
         if as_released and gamma is not None:
-            kept = official.flexrand(members, keep_fraction, gamma, seed)
+            kept = methods.flexrand_as_released(members, keep_fraction, gamma, seed)
         else:
             fractions = [keep_fraction] * len(members)
             if rules.per_class and not as_released:
@@ -127,7 +125,7 @@ class Candidates:
 
     @functools.cached_property
     def _labels(self) -> np.ndarray:
-        checks.class_ids(self._given_labels)
+        expect.class_ids(self._given_labels)
         return self._given_labels
 
     @functools.cached_property
@@ -138,8 +136,8 @@ class Candidates:
     def _ids(self) -> np.ndarray | None:
         ids, num = self._given_ids, len(self._given_labels)
         if ids is not None and len(ids) != num:
-            raise checks.InputError(f"ids: expected one per label, got {len(ids)} for {num}.")
-        return None if ids is None else checks.as_ids("ids", ids)
+            raise expect.InputError(f"ids: expected one per label, got {len(ids)} for {num}.")
+        return None if ids is None else expect.as_ids("ids", ids)
 
     @functools.cached_property
     def _keys(self) -> np.ndarray | None:
@@ -153,14 +151,14 @@ class Candidates:
         order = np.argsort(self._keys)
         in_order = self._keys[order]
         if np.any(in_order[1:] == in_order[:-1]):
-            checks.no_repetition("ids", self._ids)
+            expect.no_repetition("ids", self._ids)
             order = np.lexsort((self._ids, self._keys))
         return order
 
     @functools.cached_property
     def _scores(self) -> np.ndarray | None:
         if (scores := self._given.get("scores")) is not None:
-            checks.scores_fit_labels(scores, self._labels)
+            expect.scores_fit_labels(scores, self._labels)
         return scores
 
     @functools.cached_property
@@ -177,9 +175,9 @@ class Candidates:
             source = INPUTS[needs].source if needs in INPUTS else _SCORES
             if score is not None:
                 source = f"{score!r} of dlc.record_training(...)"
-            raise checks.InputError(f"{needs}: method {method!r} needs them; see {source}.")
+            raise expect.InputError(f"{needs}: method {method!r} needs them; see {source}.")
         if allocation == "nucs" and "scores" not in self._given:
-            raise checks.InputError(f"scores: allocation 'nucs' needs them; see {_SCORES}.")
+            raise expect.InputError(f"scores: allocation 'nucs' needs them; see {_SCORES}.")
 
     def _groups(self, needs: str, per_class: bool, as_released: bool) -> dict[int, Group]:
         """Returns the samples of each label there is, or all as those of label 0.
@@ -218,17 +216,17 @@ class Candidates:
     ) -> Choice:
         """Returns what `auto` stands for."""
         if tuning is None or "scores" not in self._given:
-            raise checks.InputError(
+            raise expect.InputError(
                 "tuning: 'auto' needs scores and tuning=dlc.tune(scores, labels, features=...)."
             )
         found = self._scores_fingerprint
         if found != tuning.scores_fingerprint:
-            raise checks.InputError(
+            raise expect.InputError(
                 "tuning: was made from other scores or labels (their fingerprint is "
                 f"{tuning.scores_fingerprint[:12]}, not {found[:12]}); expected tune(...) of these."
             )
         if min_per_class != tuning.min_per_class:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"min_per_class: tuned with {tuning.min_per_class}, got {min_per_class}."
             )
         choice = tuning.choice(keep_fraction, of="methods" if method == AUTO else "splits")
@@ -237,7 +235,7 @@ class Candidates:
             and SELECTORS[choice.method].needs == "features"
             and self._features_fingerprint != tuning.features_fingerprint
         ):
-            raise checks.InputError(
+            raise expect.InputError(
                 "tuning: was made from other features; expected those given to tune(...)."
             )
         return choice

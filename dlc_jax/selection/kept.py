@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.types import Dataset, Selection, labels_fingerprint
 
 
@@ -28,7 +28,7 @@ def kept_positions(
     expected[: len(kept.num_kept_per_class)] = kept.num_kept_per_class[: len(expected)]
     if not np.array_equal(num_kept, expected):
         label = int(np.flatnonzero(num_kept != expected)[0])
-        raise checks.InputError(
+        raise expect.InputError(
             f"kept: {num_kept[label]} samples are of class {dataset.class_names[label]!r} in "
             f"{dataset.name}, but the selection has {expected[label]}: it was made from another "
             "data set."
@@ -54,25 +54,25 @@ def kept_rows(
         return np.arange(len(ids))
     if not isinstance(kept, Selection):
         given = np.asarray(kept)
-        checks.positions("kept", given, len(ids))
+        expect.positions("kept", given, len(ids))
         return np.sort(given).astype(np.int64)
     if len(kept) == 0:
-        raise checks.InputError(
+        raise expect.InputError(
             f"kept: {kept.method} at keep fraction {kept.keep_fraction:g} keeps no sample (budgets "
             "are rounded in every class); expected one or more."
         )
     if kept.ids is not None:
-        checks.no_repetition("kept.ids", kept.ids)
+        expect.no_repetition("kept.ids", kept.ids)
         return np.sort(places_of(name, ids, kept.ids))
     made_from = kept.labels_fingerprint
     found = None if labels is None else labels_fingerprint(labels)
     if found and made_from and made_from != found:
-        raise checks.InputError(
+        raise expect.InputError(
             f"kept: selected from other labels than those of {name} (their fingerprint is "
             f"{made_from[:12]}, not {found[:12]}); expected a selection from this data set, in "
             "its order, or one made with select(..., ids=...)."
         )
-    checks.positions("kept.indices", kept.indices, len(ids))
+    expect.positions("kept.indices", kept.indices, len(ids))
     return np.sort(kept.indices)
 
 
@@ -92,7 +92,7 @@ def places_of(
     places = {sample: position for position, sample in enumerate(ids.tolist())}
     unknown = [sample for sample in wanted.tolist() if sample not in places]
     if unknown:
-        raise checks.InputError(
+        raise expect.InputError(
             f"kept: {len(unknown)} of {len(wanted)} {part} samples are not in {name}, first "
             f"{unknown[0]!r}: the selection was made from another data set."
         )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.scores import SCORES, column_name
-from dlc_jax.selection.allocation import ALLOCATIONS
 from dlc_jax.selection.methods import (
     AUTO,
     DEFAULT_METHOD,
@@ -20,7 +19,7 @@ from dlc_jax.selection.methods import (
     check_split,
     has_split,
 )
-from dlc_jax.selection.rules import Rules
+from dlc_jax.selection.rules import ALLOCATIONS, Rules
 from dlc_jax.types import KEEP_FRACTIONS, Conventions, setting
 
 # of methods, and of scores that methods use
@@ -65,19 +64,19 @@ class SelectionConfig:
         for key in ("methods", "keep_fractions", "splits", "seeds"):
             values = getattr(self, key)
             if not values or len(set(values)) < len(values):
-                raise checks.InputError(
+                raise expect.InputError(
                     f"selection.{key}: expected one or more different values, got {values} "
                     "(a list given twice on the command line adds up)."
                 )
         for method in self.methods:
-            checks.one_of("selection.methods", method, [*SELECTORS, AUTO])
+            expect.one_of("selection.methods", method, [*SELECTORS, AUTO])
         for keep_fraction in self.keep_fractions:
-            checks.keep_fraction(keep_fraction, "selection.keep_fractions")
+            expect.keep_fraction(keep_fraction, "selection.keep_fractions")
         for split in self.splits:
             check_split(split, "selection.splits")
         for seed in self.seeds:
-            checks.seed(seed, "selection.seeds")
-        checks.one_of("selection.score", self.score, SCORES)
+            expect.seed(seed, "selection.seeds")
+        expect.one_of("selection.score", self.score, SCORES)
         self._check_variant()
         for cell in self.cells():
             check_cell(cell, conventions)
@@ -88,13 +87,13 @@ class SelectionConfig:
 
     def _check_variant(self) -> None:
         """Raises ValueError for a variant that nothing asked for has."""
-        checks.one_of("selection.variant", self.variant, _VARIANTS)
+        expect.one_of("selection.variant", self.variant, _VARIANTS)
         methods = [name for name in self.methods if name in SELECTORS]
         scores = dict.fromkeys([*map(self.score_name, methods), self.score])
         known = [v for name in methods for v in SELECTORS[name].variants]
         known += [v for name in scores for v in SCORES[name].variants]
         if self.variant not in known:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"selection.variant: {self.variant!r} is a variant of none of the methods "
                 f"{', '.join(self.methods)} and the scores {', '.join(scores)}; expected "
                 f"{' or '.join(dict.fromkeys(known))}."

@@ -9,18 +9,18 @@ from typing import Any, cast
 
 import jax
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.config import Config
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.evaluation import evaluate_mmlu
 from dlc_jax.exports.peft import load_adapter
 from dlc_jax.selection import Cell
-from dlc_jax.stages.job import Job
+from dlc_jax.stages.selections import Job
 from dlc_jax.stages.sweep_results import BASE_CELL, read_run, run_folder, write_results
 from dlc_jax.tasks.task import EvaluatedTask
-from dlc_jax.training.folder import ADAPTER
+from dlc_jax.training.loop import ADAPTER
 from dlc_jax.workspace import Written, artefacts, records
-from dlc_jax.workspace.keys import key_of
+from dlc_jax.workspace.artefacts import key_of
 
 # What the stage `finetune` records of the models it trained.
 _TRAINED = {
@@ -128,7 +128,7 @@ def _finished(config: Config, workdir: Path, base: LanguageModel) -> list[list[A
     """Returns cell and identity of every finished run; ValueError if they are of another model."""
     trained = records.settings_of(workdir, "finetune", _TRAINED)
     if trained is not None and trained["encoder_fingerprint"] != base.fingerprint:
-        raise checks.InputError(
+        raise expect.InputError(
             f"evaluate: the runs in {workdir} are not of {base.name} in "
             f"{base.architecture.dtype}; expected encoder.weights and lora.dtype as in the stage "
             f"'finetune', {trained['encoder']['weights']} in {trained['lora']['dtype']}."
@@ -140,7 +140,7 @@ def _finished(config: Config, workdir: Path, base: LanguageModel) -> list[list[A
         if run is not None and records.RESULT in run.facts
     ]
     if not found:
-        raise checks.InputError(
+        raise expect.InputError(
             f"evaluate: none of {len(runs)} runs is finished; run the stage 'finetune' first."
         )
     return found

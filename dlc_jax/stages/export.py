@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dlc_jax.stages.job import Job
-from dlc_jax.stages.selection_files import read_selection
+from dlc_jax.stages.selections import Job, read_selection
 from dlc_jax.tasks.measurements import check_is_what_was_scored
 from dlc_jax.workspace import artefacts
 

@@ -1,4 +1,4 @@
-"""The stages in order; what is on disk and still valid is not done again."""
+"""The stages in order, and whether the configuration names what was scored."""
 
 from __future__ import annotations
 
@@ -6,20 +6,136 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from dlc_jax import checks
-from dlc_jax.checks.escaping import show
+from dlc_jax import expect
 from dlc_jax.config import Config
-from dlc_jax.stages.job import Job, Stage
+from dlc_jax.expect import show
+from dlc_jax.masking import AUTO
 from dlc_jax.stages.plan import run_plan
 from dlc_jax.stages.report import print_summary, report_if_it_can, report_of_these_results
-from dlc_jax.stages.selection_inputs import SelectionInputs
-from dlc_jax.stages.what_was_scored import check_names_what_was_scored
+from dlc_jax.stages.selections import Job, SelectionInputs, Stage
 from dlc_jax.tasks import task_of
-from dlc_jax.tasks.export_step import check_can_be_written
-from dlc_jax.tasks.measurements import check_scores_are_whole
-from dlc_jax.workspace import Workspace, artefacts
+from dlc_jax.tasks.exports import check_can_be_written
+from dlc_jax.tasks.measurements import (
+    NOT_IN_LOSSES,
+    check_is_what_was_scored,
+    check_scores_are_whole,
+    scored_facts,
+)
+from dlc_jax.workspace import Workspace, artefacts, records
+
+_Settings: TypeAlias = dict[str, Any]
+_Names: TypeAlias = tuple[str, str]  # in the configuration, and of what was scored
+_SETTINGS = {
+    "asked": {"dataset": {"train": str}, "encoder": {"name": str, "weights": str}},
+    "encoder?": dict,
+    "probe": dict,
+    "seed": int,
+}
+# Settings that do not decide the losses.
+_NOT_OF_DATA = ("train", "test", "on_corrupt")
+_ELSEWHERE = "Run the stages 'score' and 'select' with it, in another work directory."
+
+
+def check_names_what_was_scored(job: Job) -> None:
+    """Compares what is named with what was scored; reads data and weights where names differ.
+
+    What the configuration leaves empty is not compared. Other probe settings are noted: what
+    follows uses the scores that are there. Where an encoder is fine-tuned or evaluated, or that is
+    reported, the configuration names that one, which may be another than was scored.
+
+    Raises:
+      ValueError: another data set or encoder, naming both.
+    """
+    config, (workdir, echo) = job.config, job.workspace
+    known = records.settings_of(workdir, "score", _SETTINGS)
+    if known is None:
+        return
+    if config.dataset.train:
+        _check_dataset(job, known)
+    names_trained = {"finetune", "evaluate"} & set(config.stages) or config.stages == ("report",)
+    if config.encoder.weights and not names_trained:
+        _check_encoder(job, known)
+    _note_probes(config, known, echo)
+
+
+def _check_dataset(job: Job, known: _Settings) -> None:
+    config, theirs, workdir = job.config, known["asked"]["dataset"], job.workspace.root
+    mine, names = config.asked["dataset"], (config.dataset.train, theirs["train"])
+    others: tuple[str, ...] = _NOT_OF_DATA
+    if config.dataset.deep_images == config.conventions.deep_images:  # the mode's, not asked for
+        others += ("deep_images",)
+    compared = {name: value for name, value in mine.items() if name not in others}
+    _compare("dataset", compared, theirs, {}, names, workdir)
+    if names[0] != names[1]:
+        data = _loaded("dataset.train", names, workdir, lambda: job.task.load(names[0]))
+        check_is_what_was_scored(workdir, data)
+
+
+def _check_encoder(job: Job, known: _Settings) -> None:
+    theirs, mine = known["asked"]["encoder"], job.config.asked["encoder"]
+    named, scored = (f"{encoder['name']} {encoder['weights']}" for encoder in (mine, theirs))
+    compared = {name: mine[name] for name in job.task.encoder_settings}
+    decided = {**known.get("encoder", {}), "max_length": known.get("max_length")}
+    workdir = job.workspace.root
+    _compare("encoder", compared, theirs, decided, (named, scored), workdir)
+    if (mine["name"], mine["weights"]) == (theirs["name"], theirs["weights"]):
+        return
+    load = job.task.encoder_fingerprint
+    fingerprint = _loaded("encoder.weights", (named, scored), workdir, load)
+    expected = scored_facts(workdir, "encoder").get("fingerprint", fingerprint)
+    if fingerprint != expected:
+        raise expect.InputError(
+            f"encoder.weights: {named} is not what was scored in {workdir}: its fingerprint is "
+            f"{fingerprint[:12]}, expected {expected[:12]} ({scored}). {_ELSEWHERE}"
+        )
+
+
+def _compare(
+    section: str,
+    mine: _Settings,
+    theirs: _Settings,
+    decided: _Settings,
+    names: _Names,
+    workdir: Path,
+) -> None:
+    """Raises ValueError for a setting that is neither what was asked for nor what came of it."""
+    for name in sorted(mine.keys() & theirs.keys()):
+        if mine[name] not in (theirs[name], decided.get(name, theirs[name])):
+            raise expect.InputError(
+                f"{section}.{name}: {mine[name]!r} ({names[0]}) is not what was scored in "
+                f"{workdir}, expected {theirs[name]!r} ({names[1]}). {_ELSEWHERE}"
+            )
+
+
+def _loaded(key: str, names: _Names, workdir: Path, load: Callable[[], Any]) -> Any:
+    """Loads what has another name than what was scored, and may be the same."""
+    try:
+        return load()
+    except expect.InputError as error:
+        raise expect.InputError(
+            f"{key}: {names[0]} is not what was scored in {workdir}, {names[1]}, and cannot be "
+            f"compared with it: {error}"
+        ) from error
+
+
+def _note_probes(config: Config, known: _Settings, echo: Callable[[str], None]) -> None:
+    """Notes settings of probes that differ from those of the scores."""
+    mine = config.to_dict()["probe"] | {"seed": config.seed}
+    theirs = known["probe"] | {"seed": known["seed"]}
+    others = {*NOT_IN_LOSSES}
+    if config.mode != known.get("mode", config.mode):
+        others.add("schedule")  # the mode decides it, and the stage select notes another mode
+    if config.probe.num_probes != AUTO:
+        others.add("agreement")
+    if config.probe.masking != "random":
+        others.add("seed")
+    differ = sorted(n for n in mine.keys() & theirs.keys() - others if mine[n] != theirs[n])
+    if differ:
+        there, here = (", ".join(f"{n} {some[n]}" for n in differ) for some in (theirs, mine))
+        echo(f"note: the scores are of probes with {there}; the configuration says {here}")
+
 
 _BESIDE_SCORES = ("plan", "score", "report")  # run before there are scores, or on results.csv
 
@@ -73,8 +189,8 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
     if "report" in config.stages:
         workspace.alone(lambda: report_if_it_can(job))
     if job.failures:
-        lines = checks.listed(job.failures, "; ")
-        raise checks.SharedError(f"{len(job.failures)} runs failed: {lines}")
+        lines = expect.listed(job.failures, "; ")
+        raise expect.SharedError(f"{len(job.failures)} runs failed: {lines}")
 
 
 def _read_scores(job: Job, settings: dict[str, Any]) -> SelectionInputs:

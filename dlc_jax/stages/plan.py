@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.config import Config
 from dlc_jax.masking import AUTO
-from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.machine import MeshSize
 from dlc_jax.tasks import task_of
 
 
@@ -22,7 +22,7 @@ def run_plan(config: Config, echo: Callable[[str], None]) -> None:
       ValueError: no such data or model; or, after everything is printed, what does not fit, and
         which setting to turn.
     """
-    mesh = Mesh.of(config.mesh)
+    mesh = MeshSize.of(config.mesh)
     if config.probe.num_probes == AUTO:
         config = _with_all_probes(config)
         echo("plan: probe.num_probes=auto may stop at 5 probes; planned for all of the path")
@@ -30,7 +30,7 @@ def run_plan(config: Config, echo: Callable[[str], None]) -> None:
     if mesh.note is not None:
         echo(mesh.note)
     if problems:
-        raise checks.InputError(f"plan: does not fit: {'; '.join(problems)}")
+        raise expect.InputError(f"plan: does not fit: {'; '.join(problems)}")
 
 
 def _with_all_probes(config: Config) -> Config:

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax import checks, reports
-from dlc_jax.checks.escaping import visible
+from dlc_jax import expect, reports
 from dlc_jax.config import Config
+from dlc_jax.expect import visible
 from dlc_jax.reports.results import Row
 from dlc_jax.selection import INPUTS, Cell
-from dlc_jax.stages.job import Job
-from dlc_jax.stages.selection_files import pruning_seconds
+from dlc_jax.stages.selections import Job, pruning_seconds
 from dlc_jax.stages.sweep_results import note_on_chance, what_is_finished
 from dlc_jax.tasks.measurements import scored_facts
 from dlc_jax.workspace import Workspace, Written, artefacts, records
@@ -27,7 +26,7 @@ def report_if_it_can(job: Job) -> None:
     """Prints and saves the report; where runs failed, what it lacks is only printed."""
     try:
         _report(job.config, job.workspace)
-    except checks.InputError as error:
+    except expect.InputError as error:
         if not job.failures:
             raise
         job.workspace.say(f"report: {error}")
@@ -133,7 +132,7 @@ def print_summary(job: Job) -> None:
     echo("")
     sizes = np.bincount(labels, minlength=len(names))
     if singles := [names[j] for j in np.flatnonzero(sizes == 1)]:
-        listed = checks.listed(map(visible, singles))
+        listed = expect.listed(map(visible, singles))
         echo(f"classes of one sample (in mode 'default' always kept): {listed}")
     if skipped := scored_facts(workdir, "dataset").get("skipped"):
         echo(f"{job.task.left_out}: {len(skipped)}, listed in {artefacts.PROVENANCE}")

@@ -6,9 +6,7 @@ import time
 
 from dlc_jax.config import Config
 from dlc_jax.selection import Cell
-from dlc_jax.stages.job import Job
-from dlc_jax.stages.selection_files import SelectionStep, pruning_seconds
-from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.stages.selections import Job, SelectionInputs, SelectionStep, pruning_seconds
 from dlc_jax.stages.tune import run_tune
 from dlc_jax.types import Selection
 from dlc_jax.workspace import Record, Workspace, artefacts, records

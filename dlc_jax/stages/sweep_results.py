@@ -9,13 +9,13 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dlc_jax import checks
-from dlc_jax.checks.escaping import csv_cell
+from dlc_jax import expect
 from dlc_jax.config import Config
+from dlc_jax.expect import csv_cell
 from dlc_jax.files.json_files import NAME, check_shape
 from dlc_jax.selection import FULL, Cell
-from dlc_jax.stages.selection_files import CELL, cell_of
-from dlc_jax.training.folder import PER_CLASS, read_metrics
+from dlc_jax.stages.selections import CELL, cell_of
+from dlc_jax.training.loop import PER_CLASS, read_metrics
 from dlc_jax.workspace import Record, artefacts, records
 
 _COLUMNS = ("method", "keep_fraction", "split", "seed", "num_kept", "test_accuracy", "seconds")
@@ -164,7 +164,7 @@ def read_runs(workdir: Path) -> tuple[dict[str, Record], dict[str, str]]:
         try:
             if (run := read_run(workdir, name)) is not None:
                 runs[name] = run
-        except (checks.InputError, OSError) as error:
+        except (expect.InputError, OSError) as error:
             unreadable[name] = str(error)
     return runs, unreadable
 
@@ -172,7 +172,7 @@ def read_runs(workdir: Path) -> tuple[dict[str, Record], dict[str, str]]:
 def _check_cell(facts: dict[str, Any], name: str, path: Path) -> None:
     """Raises ValueError if a file is of another cell than its place says."""
     if "cell" in facts and (found := cell_of(facts["cell"]).name) != name:
-        raise checks.InputError(f"{path}: is of {found}, expected {name}. Delete it to run again.")
+        raise expect.InputError(f"{path}: is of {found}, expected {name}. Delete it to run again.")
 
 
 def read_evaluation(workdir: Path, cell: Cell) -> dict[str, Any]:

@@ -11,10 +11,9 @@ import jax
 import numpy as np
 
 from dlc_jax import reports
-from dlc_jax.checks.escaping import csv_cell
 from dlc_jax.distributed import Run, make_mesh
-from dlc_jax.stages.job import Job
-from dlc_jax.stages.selection_files import CHOICE, choice_of
+from dlc_jax.expect import csv_cell
+from dlc_jax.stages.selections import CHOICE, Job, choice_of
 from dlc_jax.tasks.task import TunedTask
 from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
 from dlc_jax.types import Gap, Tried, Tuning

@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import processes
 from dlc_jax.types import ROWS_OF_DIGEST, Dataset, file_of
-from dlc_jax.workspace import artefacts, keys
+from dlc_jax.workspace import artefacts
 
 _FEW_BLOCKS = 64  # of a data set that every process reads all of
 _READERS = 2  # processes that read a sample of a larger one
@@ -45,7 +45,7 @@ def agree(facts: Mapping[str, Any], of: str = "") -> None:
 
 def agree_on_settings(config: Config, workdir: str) -> None:
     """Raises ValueError unless all processes have the same settings, code and work directory."""
-    settings, versions = _flat(config.to_dict(), "config."), keys.versions()
+    settings, versions = _flat(config.to_dict(), "config."), artefacts.versions()
     # the cache is a machine's own
     facts = {name: settings[name] for name in settings if not name.startswith("config.cache.")}
     facts |= {f"version of {name}": versions[name] for name in ("dlc_jax", "jax")}
@@ -158,4 +158,4 @@ def _flat(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _shown(text: str | None) -> str:
-    return "none" if text is None else checks.shortened(text)
+    return "none" if text is None else expect.shortened(text)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.probes import certify
 from dlc_jax.scores import SCORES, column_name, score
 from dlc_jax.selection import INPUTS
@@ -54,7 +54,7 @@ def read_input(root: Path, name: str, samples: ScoredSamples) -> np.ndarray:
       ValueError: it was not measured, or is not of these scores.
     """
     if problem := _problem(root, record_with(name)):
-        raise checks.InputError(
+        raise expect.InputError(
             f"{root}/scores: {problem}; run the stage 'score' with the same settings of selection "
             "and tuning first."
         )
@@ -127,19 +127,19 @@ def check_scores_are_whole(root: Path) -> None:
     if losses is None and table is None:
         return  # scores of the user's own
     if losses is None:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{root / artefacts.SCORES}: the losses that it was made from are not there any more; "
             "run the stage 'score' again."
         )
     has_table = artefacts.SCORES in losses.outputs  # of instructions
     for record in (losses,) if has_table or table is None else (losses, table):
         if damage := record.damage(root):
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{root}/scores: not as the stage 'score' left it ({damage}); run that stage again."
             )
     made_from = None if table is None else table.key.get("losses")
     if not has_table and made_from != losses.outputs.get(artefacts.LOSSES):
-        raise checks.InputError(
+        raise expect.InputError(
             f"{root / artefacts.SCORES}: not of the losses beside it (a run was stopped while it "
             "wrote); run the stage 'score' again."
         )
@@ -161,7 +161,7 @@ def check_is_what_was_scored(workdir: Path, dataset: Samples) -> None:
     scored = scored_facts(workdir, "dataset")
     fingerprint = scored.get("fingerprint", dataset.fingerprint)
     if fingerprint != dataset.fingerprint:
-        raise checks.InputError(
+        raise expect.InputError(
             f"dataset.train: {dataset.name} is not what was scored in {workdir}: its fingerprint "
             f"is {dataset.fingerprint[:12]}, expected {fingerprint[:12]} ({scored.get('source')}). "
             "Run the stages 'score' and 'select' on it, in another work directory."

@@ -12,10 +12,10 @@ import numpy as np
 from dlc_jax.config import Config
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.evaluation import Mmlu
-from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.plan import Plan
 from dlc_jax.selection import Cell
-from dlc_jax.tasks.export_step import ExportStep
+from dlc_jax.tasks.exports import ExportStep
 from dlc_jax.training.loop import Trainer
 from dlc_jax.tuning import FinetuneTrials
 from dlc_jax.types import Selection
@@ -92,7 +92,7 @@ class Task(Protocol):
     def training(self, workspace: Workspace, /) -> Training:
         """Returns what is fine-tuned, loaded in all processes."""
 
-    def plan(self, mesh: Mesh, /) -> Plan:
+    def plan(self, mesh: MeshSize, /) -> Plan:
         """Returns what a run on these devices takes of devices, hosts and time."""
 
 

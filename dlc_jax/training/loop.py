@@ -1,15 +1,17 @@
-"""The loop of fine-tuning: steps and epochs, resumed where a run was stopped, and kept on disk."""
+"""The loop of fine-tuning: steps and epochs, resumed where a run was stopped, kept as a result."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import csv
 import dataclasses
 import functools
+import json
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
 
@@ -18,12 +20,75 @@ from jax.sharding import Mesh
 from jaxtyping import Int64
 from tqdm import tqdm
 
-from dlc_jax import checks
-from dlc_jax.distributed import from_first, hides_bar, stopping
-from dlc_jax.training.folder import STOPPED, RunFolder, write_metrics
-from dlc_jax.types import Selection
-from dlc_jax.workspace import Workspace
+from dlc_jax import expect
+from dlc_jax.distributed import from_first, hides_bar, processes
+from dlc_jax.expect import csv_cell, show, visible
+from dlc_jax.files.json_files import parse_json
+from dlc_jax.types import RunResult, Selection
+from dlc_jax.workspace import Workspace, Written, artefacts, records
 from dlc_jax.workspace.checkpoints import Checkpoints
+
+METRICS = "metrics.jsonl"
+PER_CLASS = "per_class_accuracy.csv"
+CHECKPOINT = "checkpoint"
+STOPPED = "stopped"  # of a run that was stopped where it keeps no checkpoint by itself
+ADAPTER, MERGED = "adapter", "merged"
+SEEN = "seen"  # what a watch keeps of every epoch
+ERROR = "error.txt"
+
+
+class RunFolder(NamedTuple):
+    """The folder of one run: metrics.jsonl, per_class_accuracy.csv, checkpoint/.
+
+    Attributes:
+      path: The folder.
+      identity: Hash of what decides the run; checkpoints of another run are not restored.
+      say: Takes a line for each checkpoint that is damaged.
+    """
+
+    path: Path
+    identity: str
+    say: Callable[[str], None] = print
+
+    def checkpoints(self, name: str = CHECKPOINT) -> Checkpoints:
+        """Opens the checkpoints of the run."""
+        return Checkpoints(self.path / name, self.identity, self.path / SEEN, self.say)
+
+
+def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Writes `metrics.jsonl`, one line per epoch; numbers that are not finite as null."""
+    with artefacts.atomic(folder / METRICS, "w") as file:
+        for epoch in history:
+            file.write(f"{json.dumps(artefacts.finite(epoch), allow_nan=False)}\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns what `write_metrics` wrote, null as NaN."""
+    path = folder / METRICS
+    lines = [parse_json(line, dict, path) for line in path.read_text().splitlines()]
+    return [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
+
+
+def write_per_class(
+    folder: Path, result: RunResult, class_names: Iterable[str], num_test: np.ndarray | None
+) -> None:
+    """Writes `per_class_accuracy.csv`.
+
+    Args:
+      folder: Folder of the run.
+      result: Accuracies, in percent.
+      class_names: Names of the c classes.
+      num_test: [c] test samples of each class; None without a test set.
+    """
+    with artefacts.atomic(folder / PER_CLASS, "w") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("label", "class_name", "num_test", "test_accuracy"))
+        for label, name in enumerate(class_names):
+            number = 0 if num_test is None else int(num_test[label])
+            tested = result.per_class_accuracy if number else None
+            accuracy = "" if tested is None else repr(float(tested[label]))
+            table.writerow((label, csv_cell(visible(name)), number, accuracy))
+
 
 Result = TypeVar("Result")
 EpochSums = dict[str, Any]  # numbers, and texts that grow
@@ -172,7 +237,7 @@ def train(
       folder: Where the run keeps its state; None: nowhere.
       watch: Sees every epoch.
     """
-    checks.seed(seed)
+    expect.seed(seed)
     progress, mesh = Progress(trainer.start(positions, seed), [], {}), trainer.mesh
     with contextlib.ExitStack() as stack:
         checkpoints = None
@@ -183,7 +248,7 @@ def train(
             progress = Progress.of(*from_first(mesh, progress.state, progress.facts))
         # what is kept nowhere need not be brought to an end
         if folder is not None or (mesh is not None and mesh.is_multi_process):
-            stack.enter_context(stopping.at_steps())
+            stack.enter_context(processes.at_steps())
         steps_per_epoch = -(-len(positions) // trainer.batch_size)
         rates = trainer.rates(steps_per_epoch)
         loop = _Loop(trainer, positions, seed, steps_per_epoch, rates, folder, checkpoints, watch)
@@ -193,9 +258,9 @@ def train(
     return trainer.result(progress, positions)
 
 
-def not_finite(what: str, step: int, rate: float, remedy: str) -> checks.SharedError:
+def not_finite(what: str, step: int, rate: float, remedy: str) -> expect.SharedError:
     """Returns the error of a run that has gone astray."""
-    return checks.SharedError(
+    return expect.SharedError(
         f"fine-tuning gave {what} not finite, at step {step}, learning rate {rate:g}; {remedy}."
     )
 
@@ -232,7 +297,7 @@ class _Loop:
         for step, batch in enumerate(bar, start=before + done + 1):
             state, added = trainer.step(state, batch, self.rates[step - 1])
             pending.append((step, added))
-            ends, leaves = step == before + self.steps_per_epoch, stopping.is_due()
+            ends, leaves = step == before + self.steps_per_epoch, processes.is_due()
             every = trainer.checkpoint_steps
             saves = ends or (every > 0 and step % every == 0)
             while len(pending) > (0 if saves or leaves else _STEPS_LATE):
@@ -279,7 +344,7 @@ class _Loop:
                 stopped.save(step, progress.state, progress.facts)
         if self.checkpoints is not None:
             self.checkpoints.wait()
-        stopping.stop_together()
+        processes.stop_together()
 
 
 def _restored(new: Progress, folder: RunFolder, checkpoints: Checkpoints) -> Progress:
@@ -302,3 +367,77 @@ def _total(parts: list[EpochSums]) -> EpochSums:
         name: "".join(some) if isinstance(some[0], str) else functools.reduce(operator.add, some)
         for name, some in values.items()
     }
+
+
+def key_of_run(fingerprint: str, positions: Int64[np.ndarray, " k"], seed: int) -> dict[str, Any]:
+    """Returns what decides a run: what it shares with others, kept samples and seed."""
+    return {
+        "shared": fingerprint,
+        "kept": artefacts.json_hash(positions.tolist()),
+        "seed": int(seed),
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunStep:
+    """A run in a folder of its own.
+
+    Attributes:
+      trainer: What trains.
+      positions: Kept samples, ascending, in the data set.
+      seed: Seed of the run.
+      root: Folder of the run.
+      facts: What `run.json` holds besides, from the start of the run on.
+      settings: Settings as the user knows them.
+      say: Takes a line for each checkpoint that is damaged.
+      watch: Sees every epoch.
+    """
+
+    trainer: Trainer[Any]
+    positions: Int64[np.ndarray, " k"]
+    seed: int
+    root: Path
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    say: Callable[[str], None] = show
+    watch: Watch | None = None
+
+    name = records.RUN
+    stage = "finetune"
+
+    @property
+    def kind(self) -> str:
+        return self.trainer.kind
+
+    @functools.cached_property
+    def key(self) -> dict[str, Any]:
+        shared = self.trainer.fingerprint
+        if self.watch is not None:
+            shared = artefacts.json_hash([shared, *self.watch.key])
+        return key_of_run(shared, self.positions, self.seed)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.trainer.files
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        is_kept = self.trainer.keeps_weights and (self.root / CHECKPOINT).exists()
+        return () if is_kept else (CHECKPOINT,)
+
+    def compute(self, scratch: Path | None) -> Any:
+        folder = None
+        if scratch is not None:
+            folder = RunFolder(scratch, artefacts.json_hash(self.key), self.say)
+        return train(self.trainer, self.positions, self.seed, folder, self.watch)
+
+    def write(self, root: Path, result: Any) -> Written:
+        summary = self.trainer.write(root, result)
+        names = [*self.files]
+        if self.trainer.keeps_weights:
+            names += [f"{CHECKPOINT}/{name}" for name in artefacts.names_below(root / CHECKPOINT)]
+        return Written(names, {**self.facts, records.RESULT: summary}, seconds=result.seconds)
+
+    @property
+    def obsolete(self) -> tuple[str, ...]:
+        return (ERROR, STOPPED) if self.trainer.keeps_weights else (ERROR, STOPPED, CHECKPOINT)

@@ -1,4 +1,4 @@
-"""torch.optim.SGD and MultiStepLR in optax."""
+"""torch.optim.SGD and MultiStepLR in optax, and the order in which an epoch sees its samples."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import collections
 import math
 from typing import Any
 
+import numpy as np
 import optax
+from jaxtyping import Int64
 
 from dlc_jax.types import Conventions
+
+
+def epoch_order(
+    positions: Int64[np.ndarray, " k"], seed: int, epoch: int
+) -> Int64[np.ndarray, " k"]:
+    """Returns the positions in the order in which an epoch trains on them; epochs count from 1."""
+    return np.random.default_rng([seed, epoch]).permutation(positions)
+
 
 _DECAY = 0.1
 

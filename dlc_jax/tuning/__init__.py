@@ -4,13 +4,3 @@ from dlc_jax.tuning.curve import KeepCurve, keep_curve
 from dlc_jax.tuning.linear import LinearProbeConfig, linear_probes
 from dlc_jax.tuning.trials import FinetuneTrials, Trial
 from dlc_jax.tuning.tune import tune
-
-__all__ = [
-    "FinetuneTrials",
-    "KeepCurve",
-    "LinearProbeConfig",
-    "Trial",
-    "keep_curve",
-    "linear_probes",
-    "tune",
-]

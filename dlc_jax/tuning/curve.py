@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.tuning.settings import TuningConfig
 from dlc_jax.types import Tried, Tuning
 
@@ -50,7 +50,7 @@ def keep_curve(
       >>> dlc.keep_curve(tuning).smallest
       0.2
     """
-    checks.at_least("tolerance", tolerance, 0)
+    expect.at_least("tolerance", tolerance, 0)
     if method in ("auto", "flexrand"):
         choices = tuning.methods if method == "auto" else tuning.splits
         rows = tuple(tuning.row(*choice[:3]) for choice in choices)
@@ -58,7 +58,7 @@ def keep_curve(
         rows = tuple(row for row in tuning.tried if row.method == method)
     if not rows:
         names = dict.fromkeys(row.method for row in tuning.tried)
-        raise checks.InputError(
+        raise expect.InputError(
             f"method: {method!r} was not tried; tried: auto, {', '.join(names)}."
         )
     means = [row.to_full.mean for row in rows]

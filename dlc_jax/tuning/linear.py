@@ -19,13 +19,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int64, Integer
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.distributed import by_rows, one_device, place, replicated, whole_on
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
-from dlc_jax.training.optimiser import learning_rates
-from dlc_jax.training.order import epoch_order
+from dlc_jax.training.optimiser import epoch_order, learning_rates
 from dlc_jax.types import Conventions, Selection, as_tuple, labels_fingerprint, setting
 
 _MIB = 2**20
@@ -66,9 +65,9 @@ class LinearProbeConfig:
 
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
-        checks.optimiser("linear_probe", self)
-        checks.integer("linear_probe.chunk", self.chunk, 1)
-        checks.at_least("linear_probe.memory_mib", self.memory_mib, 0, exclusive=True)
+        expect.optimiser("linear_probe", self)
+        expect.integer("linear_probe.chunk", self.chunk, 1)
+        expect.at_least("linear_probe.memory_mib", self.memory_mib, 0, exclusive=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,12 +134,12 @@ def linear_probes(
       [100.0, 50.0]
     """
     start = time.perf_counter()
-    checks.is_a(LinearProbeConfig, settings=settings)
+    expect.is_a(LinearProbeConfig, settings=settings)
     settings.check()
-    checks.features_fit_labels("features", features, labels)
-    checks.features_fit_labels("val_features", val_features, val_labels)
+    expect.features_fit_labels("features", features, labels)
+    expect.features_fit_labels("val_features", val_features, val_labels)
     if features.shape[1] != val_features.shape[1]:
-        raise checks.InputError(
+        raise expect.InputError(
             f"val_features: expected {features.shape[1]} columns, as features have, got "
             f"{val_features.shape[1]}."
         )
@@ -181,14 +180,14 @@ def _subsets(
 ) -> tuple[list[Int64[np.ndarray, " _"]], list[int]]:
     """Returns ascending positions and a seed for each subset, checked."""
     if len(kept) == 0:
-        raise checks.InputError("kept: expected one or more subsets, got none.")
+        raise expect.InputError("kept: expected one or more subsets, got none.")
     subsets, fingerprint = [], labels_fingerprint(labels)
     for number, one in enumerate(kept):
         positions = np.asarray(one.indices if isinstance(one, Selection) else one)
-        checks.positions(f"kept[{number}]", positions, len(labels))
+        expect.positions(f"kept[{number}]", positions, len(labels))
         made_from = one.labels_fingerprint if isinstance(one, Selection) else None
         if made_from not in (None, fingerprint):
-            raise checks.InputError(
+            raise expect.InputError(
                 f"kept[{number}]: selected from other labels than these; expected a selection "
                 "from these labels, in their order."
             )
@@ -196,11 +195,11 @@ def _subsets(
     if seeds is None:
         seeds = [one.seed if isinstance(one, Selection) else 0 for one in kept]
     if len(seeds) != len(kept):
-        raise checks.InputError(
+        raise expect.InputError(
             f"seeds: expected one per subset, got {len(seeds)} for {len(kept)}."
         )
     for seed in seeds:
-        checks.seed(seed, "seeds")
+        expect.seed(seed, "seeds")
     return subsets, [int(seed) for seed in seeds]
 
 
@@ -236,7 +235,7 @@ def _train(
         )
     heads = states.trained["head"]
     if not jnp.isfinite(heads["kernel"]).all():
-        raise checks.InputError(
+        raise expect.InputError(
             "linear_probe: heads have weights that are not finite, at learning rate "
             f"{settings.learning_rate:g}; try a smaller linear_probe.learning_rate."
         )

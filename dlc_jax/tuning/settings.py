@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.selection import SELECTORS
 from dlc_jax.tuning.trials import TRIALS
 from dlc_jax.tuning.tune import METHODS, NUM_REPEATS, SPLITS, check_tried
@@ -31,6 +31,6 @@ class TuningConfig:
         )
 
     def check(self) -> None:
-        checks.one_of("tuning.by", self.by, TRIALS)
+        expect.one_of("tuning.by", self.by, TRIALS)
         check_tried(self.methods, self.splits, self.num_repeats, "tuning.")
-        checks.at_least("tuning.tolerance", self.tolerance, 0)
+        expect.at_least("tuning.tolerance", self.tolerance, 0)

@@ -12,19 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int32, Int64
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.distributed import Run
 from dlc_jax.encoders import Encoder
 from dlc_jax.files import array_files
 from dlc_jax.preprocess import Images
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig
-from dlc_jax.training.loop import train
-from dlc_jax.training.run_step import key_of_run
+from dlc_jax.training.loop import key_of_run, train
 from dlc_jax.tuning.linear import LinearProbeConfig, linear_probes
 from dlc_jax.types import Conventions, Dataset
 from dlc_jax.workspace import Workspace, Written, artefacts, records
-from dlc_jax.workspace.keys import json_hash
+from dlc_jax.workspace.artefacts import json_hash
 
 TRIALS = ("linear_probe", "finetune")
 
@@ -110,8 +109,8 @@ class FinetuneTrials:
         mode: str = "default",
         run: Run = Run(),
     ):
-        checks.is_a(FinetuneConfig, settings=settings)
-        checks.is_a(Run, run=run)
+        expect.is_a(FinetuneConfig, settings=settings)
+        expect.is_a(Run, run=run)
         # a held-out image is found by its position, so that none may be missing
         images = dataclasses.replace(Images.of(images, image_size), on_corrupt="error")
         self._dataset, self._run, conventions = images.dataset, run, Conventions.of(mode)

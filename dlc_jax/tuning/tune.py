@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, Integer, UInt64
+from jaxtyping import Float, Float64, Int64, Integer, UInt64
 from tqdm import tqdm
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.distributed import Run, hides_bar
 from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, Candidates, Rules, id_keys, lots
-from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
 from dlc_jax.tuning.linear import LinearProbeConfig
 from dlc_jax.tuning.trials import LinearTrials, Trial, Trials
 from dlc_jax.types import (
@@ -27,6 +27,70 @@ from dlc_jax.types import (
     features_fingerprint,
     scores_fingerprint,
 )
+
+_CONFIDENCE = 0.95
+_ROUNDING = 1e-24  # variance of equal differences of shares
+
+
+class Outcomes(NamedTuple):
+    """What one way of choosing a subset came to, over all repeats.
+
+    Attributes:
+      num_right: [n] how often each sample was classified right while it was held out.
+      accuracy: [r] share of the held-out samples classified right, in each repeat.
+    """
+
+    num_right: Integer[np.ndarray, " n"]
+    accuracy: Float[np.ndarray, " r"]
+
+
+def mean_accuracy(outcomes: Outcomes, num_held_out: Integer[np.ndarray, " n"]) -> float:
+    """Returns the mean over held-out samples, in percent.
+
+    Args:
+      outcomes: Results of one way of choosing.
+      num_held_out: How often each sample was held out.
+    """
+    seen = num_held_out > 0  # at all
+    return float(100 * (outcomes.num_right[seen] / num_held_out[seen]).mean())
+
+
+def gap(one: Outcomes, other: Outcomes, num_held_out: Integer[np.ndarray, " n"]) -> Gap:
+    """Returns how much better `one` is than `other`, paired by sample and by repeat.
+
+    Two things are random: which samples there are to validate on, and what was drawn and trained
+    in a repeat. The variance is the sum of both parts, each as if the other were not there: of
+    the samples' mean differences over n, and of the repeats' differences over r. Student's t with
+    r - 1 degrees of freedom. It speaks of this training set, of new samples and new seeds.
+
+    Args:
+      one, other: Results on the same repeats.
+      num_held_out: How often each sample was held out.
+    Returns:
+      In percentage points; half the width of the 95 % interval is infinite for one repeat. The
+      p-value is 1 for one repeat, and where all differences are equal.
+    """
+    from scipy import stats  # a third of a second, which only tuning and reports need
+
+    seen = num_held_out > 0
+    difference = (one.num_right[seen].astype(np.float64) - other.num_right[seen]) / num_held_out[
+        seen
+    ]
+    repeats = one.accuracy - other.accuracy
+    mean = float(difference.mean())
+    if len(repeats) < 2:
+        return Gap(100 * mean, math.inf, 1.0)
+    variance = _variance_of_mean(difference) + _variance_of_mean(repeats)
+    if variance < _ROUNDING:  # the same difference throughout, which shows no noise to be beyond
+        return Gap(100 * mean, 0.0, 1.0)
+    error, freedom = math.sqrt(variance), len(repeats) - 1
+    quantile = float(stats.t.ppf((1 + _CONFIDENCE) / 2, freedom))
+    return Gap(100 * mean, 100 * quantile * error, float(stats.t.sf(mean / error, freedom)))
+
+
+def _variance_of_mean(values: Float64[np.ndarray, " k"]) -> float:
+    return float(values.var(ddof=1) / len(values)) if len(values) > 1 else 0.0
+
 
 METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "moderate", "herding")
 SPLITS = tuple(round(0.05 * i, 2) for i in range(1, 20))
@@ -113,37 +177,37 @@ def tune(
     """
     start = time.perf_counter()
     scores, labels = np.asarray(scores), np.asarray(labels)
-    checks.scores_fit_labels(scores, labels)
+    expect.scores_fit_labels(scores, labels)
     if methods is None:
         methods = [m for m in METHODS if features is not None or SELECTORS[m].needs != "features"]
     check_tried(methods, splits, num_repeats)
     for keep_fraction in keep_fractions:
-        checks.keep_fraction(keep_fraction, "keep_fractions")
+        expect.keep_fraction(keep_fraction, "keep_fractions")
     if not keep_fractions:
-        raise checks.InputError("keep_fractions: expected one or more, got none.")
-    checks.seed(seed)
-    checks.seed(seed + num_repeats - 1, "seed of the last repeat")
+        raise expect.InputError("keep_fractions: expected one or more, got none.")
+    expect.seed(seed)
+    expect.seed(seed + num_repeats - 1, "seed of the last repeat")
     if len(labels) < _NUM_PARTS:
-        raise checks.InputError(
+        raise expect.InputError(
             f"tune: {len(labels)} samples are too few to hold a fifth out; expected five or more."
         )
-    checks.is_a(Run, run=run)
+    expect.is_a(Run, run=run)
     if run.folder is not None:
-        raise checks.InputError(
+        raise expect.InputError(
             f"run.folder: expected None, as tune keeps nothing there, got {str(run.folder)!r}; "
             "FinetuneTrials can be given one."
         )
     if isinstance(trials, LinearProbeConfig):
         if features is None:
-            raise checks.InputError(
+            raise expect.InputError(
                 "tune: linear heads need features=dlc.features(...); trials=... trains otherwise."
             )
-        checks.features_fit_labels("features", features, labels)
+        expect.features_fit_labels("features", features, labels)
         trials = LinearTrials(features, labels, trials, run.mesh)
     elif not isinstance(trials, Trials):
-        raise checks.InputError(
+        raise expect.InputError(
             "trials: expected dlc.LinearProbeConfig(...), or what trains otherwise, such as "
-            f"dlc.FinetuneTrials(...), got {checks.shortened(repr(trials))}."
+            f"dlc.FinetuneTrials(...), got {expect.shortened(repr(trials))}."
         )
     cells = _cells(keep_fractions, methods, splits)
     ids = None if ids is None else np.asarray(ids, np.str_)
@@ -188,10 +252,10 @@ def check_tried(
 ) -> None:
     """Raises ValueError unless there are such methods, splits and numbers of repeats."""
     for split in splits:
-        checks.split(split, f"{where}splits")
+        expect.split(split, f"{where}splits")
     for method in methods:
-        checks.one_of(f"{where}methods", method, _CAN_BE_TRIED)
-    checks.integer(f"{where}num_repeats", num_repeats, 2)
+        expect.one_of(f"{where}methods", method, _CAN_BE_TRIED)
+    expect.integer(f"{where}num_repeats", num_repeats, 2)
 
 
 def _cells(
@@ -221,7 +285,7 @@ def _chosen(
         rules=Rules(min_per_class=min_per_class),
     )
     if len(chosen) == 0:
-        raise checks.InputError(
+        raise expect.InputError(
             f"keep_fractions: {cell.keep_fraction:g} keeps no sample of four fifths of the data "
             "(budgets are rounded in every class); expected larger ones, or min_per_class=1."
         )

@@ -1,4 +1,4 @@
-"""Labelled images behind random access."""
+"""Labelled images behind random access, and SHA-256 of what is handed on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,26 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.files.image_files import depth
+
+
+def labels_fingerprint(labels: Integer[np.ndarray, " n"]) -> str:
+    """Returns the SHA-256 of labels in their order."""
+    return hashlib.sha256(np.ascontiguousarray(labels, np.int32).tobytes()).hexdigest()
+
+
+def scores_fingerprint(scores: np.ndarray, labels: Integer[np.ndarray, " n"]) -> str:
+    """Returns the SHA-256 of scores, as float32, and labels in their order."""
+    digest = hashlib.sha256(np.ascontiguousarray(scores, np.float32).tobytes())
+    digest.update(labels_fingerprint(labels).encode())
+    return digest.hexdigest()
+
+
+def features_fingerprint(features: np.ndarray) -> str:
+    """Returns the SHA-256 of features, as float32, in the order of their rows."""
+    return hashlib.sha256(np.ascontiguousarray(features, np.float32).tobytes()).hexdigest()
+
 
 DEEP_IMAGES = ("error", "full_range", "min_max", "clip")
 ROWS_OF_DIGEST = 1024  # samples that one digest is of
@@ -104,9 +122,9 @@ class Dataset:
     empty_classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        checks.one_of("deep_images", self.deep_images, DEEP_IMAGES)
-        labels, ids = np.asarray(self.labels), checks.as_ids(self.name, self.ids)
-        checks.dataset_is_consistent(self.name, len(self.images), labels, ids, self.class_names)
+        expect.one_of("deep_images", self.deep_images, DEEP_IMAGES)
+        labels, ids = np.asarray(self.labels), expect.as_ids(self.name, self.ids)
+        expect.dataset_is_consistent(self.name, len(self.images), labels, ids, self.class_names)
         object.__setattr__(self, "labels", labels.astype(np.int32))
         object.__setattr__(self, "ids", ids)
 
@@ -128,7 +146,7 @@ class Dataset:
           ValueError: a position is out of range or repeated, or there is none.
         """
         positions = np.asarray(positions)
-        checks.positions("subset", positions, len(self))
+        expect.positions("subset", positions, len(self))
         return dataclasses.replace(
             self,
             images=_Some(self.images, positions),

@@ -1,4 +1,4 @@
-"""Settings as dataclasses, and what `mode` decides."""
+"""Settings as dataclasses, what `mode` decides, and paths of the leaves of a tree."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ import dataclasses
 import numbers
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
-from dlc_jax import checks
+from dlc_jax import expect
+
+Params = Any  # a pytree of arrays
+
+
+def path_name(path: tuple) -> str:
+    """Returns `layer1/0/conv1/kernel` for the key path of a leaf."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_path(params: Params) -> dict[str, Any]:
+    """Returns the leaves of a tree by path, in tree order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
 
 KEEP_FRACTIONS = tuple(k / 10 for k in range(1, 10))  # the paper's
 Settings = TypeVar("Settings")
@@ -66,7 +80,7 @@ class Conventions:
     @classmethod
     def of(cls, mode: str) -> Conventions:
         """Returns the conventions of that name; ValueError if there are none."""
-        checks.one_of("mode", mode, _CONVENTIONS)
+        expect.one_of("mode", mode, _CONVENTIONS)
         return _CONVENTIONS[mode]
 
 

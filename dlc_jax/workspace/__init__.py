@@ -2,5 +2,3 @@
 
 from dlc_jax.workspace.records import Record, Step, Written
 from dlc_jax.workspace.workspace import Workspace
-
-__all__ = ["Record", "Step", "Workspace", "Written"]

@@ -1,4 +1,9 @@
-"""What a run leaves on disk: names, formats, and writes that are whole or not there at all."""
+"""What a run leaves on disk: names, formats, keys, and writes that are whole or not there at all.
+
+The package's version has no part in it. Each kind of result has a number, which is raised whenever
+the same settings would give other bytes; `tests/golden/test_result_numbers.py` notices where they
+do.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,21 @@ import functools
 import hashlib
 import json
 import math
+import platform
 from collections.abc import Callable, Collection, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import PIL
+from PIL import features
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.files import array_files
 from dlc_jax.files.array_files import Expected
 from dlc_jax.files.arrow import pa, pq
-
-# used as parts of this module
 from dlc_jax.files.json_files import check_shape
 from dlc_jax.files.json_files import read_json as read_json
 from dlc_jax.files.whole_files import atomic as atomic
@@ -29,7 +37,78 @@ from dlc_jax.files.whole_files import is_temporary as is_temporary
 from dlc_jax.files.whole_files import move as move
 from dlc_jax.files.whole_files import pull as pull
 from dlc_jax.files.whole_files import remove as remove
-from dlc_jax.workspace.keys import plain
+from dlc_jax.version import __version__
+
+# Result numbers above 1, by kind of result; every other kind has number 1.
+RESULT_NUMBERS: dict[str, int] = {}
+# Kinds that can be made again from other results: they are replaced, not set aside.
+DERIVED = ("scores", "export", "report")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "pillow",
+    "pyarrow",
+    "safetensors",
+)
+
+
+def result_number(kind: str) -> int:
+    """Returns the result number of a kind of result."""
+    return RESULT_NUMBERS.get(kind, 1)
+
+
+def key_of(kind: str, decisive: Any) -> str:
+    """Returns the SHA-256 of what decides a result, and of the number of its kind.
+
+    Args:
+      kind: Kind of result.
+      decisive: Everything that decides the result, as JSON has it; names in any order.
+    """
+    return json_hash([kind, result_number(kind), decisive])
+
+
+def json_hash(value: Any) -> str:
+    """Returns the SHA-256 of a value's JSON, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Returns NumPy's numbers, which users' loops hand over, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def machine() -> list[str]:
+    """Returns what decides the bytes of unfinished parts, besides their settings."""
+    device = jax.devices()[0]
+    return [jax.__version__, device.platform, device.device_kind]
+
+
+def decoder() -> list[str | None]:
+    """Returns what decides the pixels of decoded images: the versions of Pillow and of its JPEG."""
+    return [PIL.__version__, features.version("jpg")]
+
+
+@functools.cache
+def devices() -> list[str]:
+    """Returns platform and kind of every device."""
+    return [f"{device.platform} {device.device_kind}" for device in jax.devices()]
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Returns the versions of this package, Python and the libraries that results come from."""
+    return {
+        "dlc_jax": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _PACKAGES},
+    }
+
 
 CONFIG = "config.json"
 PROVENANCE = "provenance.json"
@@ -93,8 +172,8 @@ class ScoredSamples:
           ValueError: it is not there.
         """
         if name not in self.scores:
-            raise checks.InputError(
-                f"{SCORES}: has no column {name!r}, only {checks.listed(self.scores)}; run the "
+            raise expect.InputError(
+                f"{SCORES}: has no column {name!r}, only {expect.listed(self.scores)}; run the "
                 "stage 'score' with the same selection.methods and selection.score first."
             )
         return self.scores[name]
@@ -124,7 +203,7 @@ def prepare_workdir(workdir: Path, option: str = "--workdir") -> None:
             file.write(b"")
         remove(workdir / ".writable")
     except OSError as error:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{option}: cannot write to {workdir}: {error.strerror or error}."
         ) from error
     for folders in _FOLDERS:
@@ -202,19 +281,19 @@ def read_scores(workdir: Path) -> ScoredSamples:
                     parts[name].append(part.astype(np.str_) if name == "id" else part.copy())
         columns = {name: np.concatenate(parts[name]) for name in wanted}
         ids, labels = columns.pop("id"), columns.pop("label")
-    except checks.InputError:
+    except expect.InputError:
         raise
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        shown = checks.first_line(error)
-        raise checks.InputError(f"{path}: not a table of scores: {shown}.") from error
-    checks.dataset_is_consistent(str(path), len(labels), labels, ids, class_names)
+        shown = expect.first_line(error)
+        raise expect.InputError(f"{path}: not a table of scores: {shown}.") from error
+    expect.dataset_is_consistent(str(path), len(labels), labels, ids, class_names)
     return ScoredSamples(ids, labels, tuple(class_names), columns)
 
 
 def _made_by_score(path: Path, how: str) -> Path:
     """Returns the path; ValueError if there is no such file."""
     if not path.exists():
-        raise checks.InputError(f"{path}: not there; run the stage 'score' {how} first.")
+        raise expect.InputError(f"{path}: not there; run the stage 'score' {how} first.")
     return path
 
 
@@ -225,7 +304,7 @@ def _check_columns(path: Path, schema: pa.Schema, class_names: Any) -> None:
     for name in dict.fromkeys([*known, "dlc", *schema.names]):
         kind, expected = schema.field(name).type, known.get(name, pa.float32())
         if kind != expected:
-            raise checks.InputError(f"{path}: column {name} is {kind}, expected {expected}.")
+            raise expect.InputError(f"{path}: column {name} is {kind}, expected {expected}.")
 
 
 def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np.ndarray:
@@ -237,7 +316,7 @@ def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np
     path = _made_by_score(workdir / name, "with the same selection.methods")
     arrays = array_files.read_npz(path, {key: Expected("f", 2), "ids": Expected("U", 1)})
     if not np.array_equal(arrays["ids"], samples.ids) or len(arrays[key]) != len(samples.ids):
-        raise checks.InputError(
+        raise expect.InputError(
             f"{path}: is of other samples than {SCORES}; run the stage 'score' again."
         )
     return arrays[key]
@@ -254,11 +333,11 @@ def read_losses(workdir: Path) -> dict[str, np.ndarray]:
     num_probes, num_samples = arrays["losses"].shape
     for name, length in (("sparsity", num_probes), ("labels", num_samples), ("ids", num_samples)):
         if len(arrays[name]) != length:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{path}: {name} has {len(arrays[name])} values, expected {length}, as losses "
                 f"{arrays['losses'].shape} have."
             )
-    checks.losses_are_finite(arrays["losses"], arrays["ids"])
+    expect.losses_are_finite(arrays["losses"], arrays["ids"])
     return arrays
 
 

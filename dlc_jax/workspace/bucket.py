@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.distributed import processes
 from dlc_jax.files import whole_files
 from dlc_jax.workspace import artefacts, lease, records
@@ -80,8 +80,8 @@ def work_in(
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(whole_files.locked(home))
-        except checks.InputError as error:
-            raise checks.InputError(f"{store.url}: its local copy {error}") from error
+        except expect.InputError as error:
+            raise expect.InputError(f"{store.url}: its local copy {error}") from error
         if not processes.is_first():  # its copy holds no more than parts
             for path in home.iterdir():  # of a run that was killed
                 whole_files.remove(path)
@@ -89,7 +89,7 @@ def work_in(
         stack.enter_context(whole_files.mirrored_by(Bucket(store, home)))
         try:
             yield files, lambda line: say(line.replace(str(files), store.url))
-        except checks.InputError as error:
+        except expect.InputError as error:
             error.args = (str(error).replace(str(files), store.url),)
             raise
 
@@ -155,7 +155,7 @@ class Bucket:
             names = self._local_names(name)
             links = [known for known in names if (self._files / known).is_symlink()]
             if links:
-                raise checks.InputError(f"{self._files / links[0]}: a bucket holds no links.")
+                raise expect.InputError(f"{self._files / links[0]}: a bucket holds no links.")
             mine = set(names)
             self._delete([known for known in _below(self._known, name) if known not in mine])
             self._note(dict.fromkeys(names, _WRITTEN))

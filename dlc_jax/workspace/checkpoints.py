@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.distributed import processes
 from dlc_jax.workspace import artefacts
 
@@ -107,7 +107,7 @@ class Checkpoints:
                     artefacts.clear_leftovers(self._folder, everyones=True)
                     time.sleep(0.1)
         if failure is not None:
-            raise checks.InputError(f"{failure}. {self._after_failure()}")
+            raise expect.InputError(f"{failure}. {self._after_failure()}")
         for other in self._numbers() - {number}:
             artefacts.remove(self._folder / str(other))
 
@@ -163,7 +163,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{self._folder}: cannot {what} a checkpoint: {_reason(error)}. "
                 "Delete the folder to start this run again."
             ) from error
@@ -211,7 +211,7 @@ def _quiet() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """Returns the system's reason, which TensorStore hides in a page of paths and settings."""
-    if isinstance(error, checks.InputError):
+    if isinstance(error, expect.InputError):
         return str(error).rstrip(".")
     said = re.search(r": ([^:\[\]]+) \[(?:tensorstore_spec|os_error_code)=", str(error))
-    return said[1] if said else checks.first_line(error)[:300]
+    return said[1] if said else expect.first_line(error)[:300]

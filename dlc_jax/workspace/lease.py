@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.files import whole_files
 from dlc_jax.workspace.object_store import ObjectStore
 
@@ -161,7 +161,7 @@ def held(
     try:
         lease.acquire(say)
     except OSError as error:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{option}: cannot write to {place.name}: {error.strerror or error}."
         ) from error
     thread = threading.Thread(target=lease.keep, name="lease", daemon=True)
@@ -197,7 +197,7 @@ class _Lease:
         seen_at, said = _clock() - silent_s, False
         while last is not None and _lives(last) is not False and _clock() - seen_at < _VOID_S:
             if _lives(last) and _clock() - seen_at < 2 * _RENEW_S:
-                raise checks.InputError(self._refusal(last))
+                raise expect.InputError(self._refusal(last))
             if not said:
                 left_s = _VOID_S - (_clock() - seen_at)
                 say(f"{self._place.name}: {_who(last)}; waiting {left_s:.0f} s for a sign of life")
@@ -205,7 +205,7 @@ class _Lease:
             time.sleep(_LOOK_S)
             found = self._place.read()
             if found is not None and found != last:
-                raise checks.InputError(self._refusal(found))
+                raise expect.InputError(self._refusal(found))
             last = found
         self._take(last)
 
@@ -218,7 +218,7 @@ class _Lease:
             time.sleep(_SETTLE_S)
         found = self._place.read()
         if _facts(found).get("token") != self._token:
-            raise checks.InputError(self._refusal(found))
+            raise expect.InputError(self._refusal(found))
         self._sure_at = _clock()
 
     def keep(self) -> None:

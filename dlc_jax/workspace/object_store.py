@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dlc_jax import checks
+from dlc_jax import expect
 
 EXTRA = "pip install 'dlc_jax[bucket]'"
 _OF_EXTRA = ("s3", "s3a", "gs", "gcs")
@@ -68,13 +68,13 @@ class ObjectStore:
         except ImportError as error:
             protocol = url.partition("://")[0]
             install = f"{EXTRA} ({error})" if protocol in _OF_EXTRA else str(error)
-            raise checks.InputError(
+            raise expect.InputError(
                 f"--workdir: {protocol}:// needs a package that is not installed: {install}."
             ) from error
         except Exception as error:  # of credentials, for one
-            raise checks.InputError(f"--workdir: {url}: {checks.first_line(error)}.") from error
+            raise expect.InputError(f"--workdir: {url}: {expect.first_line(error)}.") from error
         if "/" not in self._root.strip("/"):
-            raise checks.InputError(
+            raise expect.InputError(
                 f"--workdir: expected a folder in a bucket, such as {self.url}/runs/demo, got "
                 f"{url!r}."
             )
@@ -87,7 +87,7 @@ class ObjectStore:
             try:
                 return self._files.find(self._path(name), detail=True)
             except FileNotFoundError as error:
-                raise checks.InputError(f"{self.url}: there is no such bucket.") from error
+                raise expect.InputError(f"{self.url}: there is no such bucket.") from error
 
         start = len(self._root.rstrip("/")) + 1
         found = self._patiently("be listed", look)
@@ -193,13 +193,13 @@ class ObjectStore:
         try:
             value = again(do)
         except Exception as error:
-            if isinstance(error, checks.InputError) or _is_of_own_disk(error):
+            if isinstance(error, expect.InputError) or _is_of_own_disk(error):
                 raise
             place = f"{self.url}/{name}".rstrip("/")
             message = f"{place}: cannot {what}: {_reason(error)}."
             if _may_pass(error) and self._was_reached:
                 raise Unreachable(message) from error
-            raise checks.InputError(message) from error
+            raise expect.InputError(message) from error
         self._was_reached = True
         return value
 
@@ -226,7 +226,7 @@ def _is_of_own_disk(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    said = checks.first_line(error).rstrip(".")
+    said = expect.first_line(error).rstrip(".")
     is_refused = isinstance(error, PermissionError) or str(getattr(error, "code", "")) == "401"
     if is_refused or re.search("CredentialsError|Forbidden", said):
         said += " (expected the credentials that the cloud's own tools use, with access to it)"

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.files.json_files import BELOW, NAME, SHA256, Shape, check_shape, read_json
-from dlc_jax.workspace import artefacts, keys
+from dlc_jax.workspace import artefacts
 
 FOLDER = "records"
 # Name of the step that fills a work directory by itself, and has its record beside its files.
@@ -129,8 +129,8 @@ class Record:
     settings: dict[str, Any]
     outputs: dict[str, str]
     seconds: float
-    versions: dict[str, str] = dataclasses.field(default_factory=lambda: keys.versions())
-    devices: list[str] = dataclasses.field(default_factory=lambda: keys.devices())
+    versions: dict[str, str] = dataclasses.field(default_factory=lambda: artefacts.versions())
+    devices: list[str] = dataclasses.field(default_factory=lambda: artefacts.devices())
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -140,7 +140,7 @@ class Record:
         return cls(
             step=step.name,
             kind=step.kind,
-            number=keys.result_number(step.kind),
+            number=artefacts.result_number(step.kind),
             key=_key_of(step),
             settings=as_json(step.settings),
             outputs=_hashes(root, written.files),
@@ -151,13 +151,13 @@ class Record:
     @property
     def identity(self) -> str:
         """SHA-256 of the key."""
-        return keys.json_hash(self.key)
+        return artefacts.json_hash(self.key)
 
     def difference(self, step: Step[Any]) -> str | None:
         """Returns a phrase for the first thing in which the step differs; None if it does not."""
         if self.step != step.name:
             return f"is of {self.step}, expected {step.name}"
-        number = keys.result_number(step.kind)
+        number = artefacts.result_number(step.kind)
         if self.kind != step.kind:
             return f"is of kind {self.kind!r}, expected {step.kind!r}"
         if self.number != number:
@@ -199,7 +199,7 @@ def _hashes(root: Path, names: Iterable[str]) -> dict[str, str]:
 
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """Returns values as reading them from a JSON file would."""
-    return json.loads(json.dumps(artefacts.finite(value), default=keys.plain))
+    return json.loads(json.dumps(artefacts.finite(value), default=artefacts.plain))
 
 
 def is_run(step: Step[Any]) -> TypeGuard[FolderStep[Any]]:
@@ -209,7 +209,7 @@ def is_run(step: Step[Any]) -> TypeGuard[FolderStep[Any]]:
 
 def identity_of(step: Step[Any]) -> str:
     """Returns the identity of the record that a step would have."""
-    return keys.json_hash(_key_of(step))
+    return artefacts.json_hash(_key_of(step))
 
 
 def file_of(name: str) -> str:
@@ -227,7 +227,7 @@ def read(root: Path, name: str) -> Record | None:
     if not found:
         return None
     if name == RUN and "step" not in found and "inputs" in found:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{root / file_of(name)}: was written by dlc_jax 0.1, whose runs this version does not "
             "resume; expected an empty folder."
         )
@@ -302,7 +302,7 @@ def check_beside_run(folder: Path) -> None:
     assert record is not None  # it is there
     others = tuple(name for name in record.outputs if not name.startswith(f"{folder.name}/"))
     if damage := record.damage(folder.parent, others):
-        raise checks.InputError(
+        raise expect.InputError(
             f"{folder.parent}: {damage}; expected what the run recorded in {place}. Run the stage "
             "'finetune' again."
         )
@@ -310,9 +310,9 @@ def check_beside_run(folder: Path) -> None:
 
 def group_folder(of: Record | Step[Any]) -> Path:
     """Returns where results of the same settings are kept once others have replaced them."""
-    number = of.number if isinstance(of, Record) else keys.result_number(of.kind)
+    number = of.number if isinstance(of, Record) else artefacts.result_number(of.kind)
     shared = {name: value for name, value in _key_of(of).items() if name != CELL}
-    group = f"{of.kind}-{keys.json_hash([number, shared])[:12]}"
+    group = f"{of.kind}-{artefacts.json_hash([number, shared])[:12]}"
     return Path(SUPERSEDED) / group.replace(" ", "-")
 
 
@@ -339,4 +339,4 @@ def _text(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    return checks.shortened(_text(value), 40)
+    return expect.shortened(_text(value), 40)

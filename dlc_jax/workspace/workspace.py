@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from dlc_jax import checks
-from dlc_jax.checks.escaping import show
+from dlc_jax import expect
 from dlc_jax.distributed import processes
 from dlc_jax.distributed.processes import on_first, value_of_first
+from dlc_jax.expect import show
 from dlc_jax.files.json_files import read_json
-from dlc_jax.workspace import artefacts, keys, lease, records
+from dlc_jax.workspace import artefacts, lease, records
 from dlc_jax.workspace.records import FolderStep, Record, Step, Value, Written
 
 Computed = TypeVar("Computed")
@@ -133,7 +133,7 @@ class Workspace(NamedTuple):
           ValueError: it is not there, was made from something else, or its files have changed.
         """
         if reason := records.reason_to_make(self.root, step):
-            raise checks.InputError(f"{reason}. Run the stage {step.stage!r} again.")
+            raise expect.InputError(f"{reason}. Run the stage {step.stage!r} again.")
 
     def set_aside(self, record: Record) -> None:
         """Moves a result to `superseded/`, from where `ensure` takes it back."""
@@ -144,7 +144,7 @@ class Workspace(NamedTuple):
         """Sets aside the result of another key that is where this one goes."""
         there = records.read(self.root, step.name)
         is_other = there is not None and there.step == step.name and there.difference(step)
-        if there is not None and is_other and step.kind not in keys.DERIVED:
+        if there is not None and is_other and step.kind not in artefacts.DERIVED:
             self.set_aside(there)
 
     def remove(self, name: str) -> None:
@@ -214,7 +214,7 @@ class Workspace(NamedTuple):
         found = read_json(self.root / artefacts.PROVENANCE, _PROVENANCE)
         if found and found.get("layout") != _LAYOUT:
             theirs = found.get("versions", {}).get("dlc_jax", "0.1")
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{self.root}: was made by dlc_jax {theirs}, whose work directories have another "
                 f"layout; expected a new --workdir, or dlc_jax {theirs} to continue this one."
             )
@@ -227,7 +227,7 @@ class Workspace(NamedTuple):
         """Records what the folder is of, before there is a result; returns the facts of that."""
         there = records.read(self.root, step.name)
         if there is not None and (difference := there.difference(step)):
-            raise checks.InputError(
+            raise expect.InputError(
                 f"{self.root}: holds a run with other data, encoder, kept samples or settings "
                 f"({difference}); expected an empty folder, or the one of the same run."
             )

@@ -8,8 +8,8 @@ from conftest import encoded, random_images
 from markdown_it import MarkdownIt
 
 import dlc_jax as dlc
-from dlc_jax.checks.escaping import csv_cell, csv_text, markdown_text, show, visible
 from dlc_jax.cli import check, main
+from dlc_jax.expect import csv_cell, csv_text, markdown_text, show, visible
 from dlc_jax.preprocess.inspection import inspect
 
 HOSTILE = "a\x1b[2J\x9b31m\r\n\t\b\u202eb\u2028c"

@@ -15,7 +15,7 @@ import pytest
 from conftest import require_shared
 
 import dlc_jax as dlc
-from dlc_jax.datasets.parts import concatenate
+from dlc_jax.datasets.splits import concatenate
 from dlc_jax.preprocess import decode, load_images
 
 NAMES = ("bonsai", "butterfly", "chandelier")

@@ -10,7 +10,7 @@ import pytest
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.exports.instructions import write_rows_jsonl, write_rows_parquet
-from dlc_jax.training.folder import read_metrics, write_metrics
+from dlc_jax.training.loop import read_metrics, write_metrics
 from dlc_jax.workspace import artefacts
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import dlc_jax as dlc
-from dlc_jax.encoders import layers
+from dlc_jax.encoders import resnet
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.loop import train
@@ -116,7 +116,7 @@ def _finetuned(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, dict]:
         return {path: np.asarray(leaf) for path, leaf in by_path(weights).items()}
 
     one, two = run(None), run(mesh_of(2))
-    layers.BatchNorm.__call__ = _of_halves
+    resnet.BatchNorm.__call__ = _of_halves
     jax.clear_caches()
     apart = run(None)
     start = {f"encoder/{path}": np.asarray(leaf) for path, leaf in by_path(encoder.params).items()}
@@ -136,10 +136,10 @@ def _finetuned(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, dict]:
     return found
 
 
-_whole = layers.BatchNorm.__call__
+_whole = resnet.BatchNorm.__call__
 
 
-def _of_halves(self: layers.BatchNorm, x: jax.Array, **_: object) -> jax.Array:
+def _of_halves(self: resnet.BatchNorm, x: jax.Array, **_: object) -> jax.Array:
     """What two devices would compute if each normalised its own half of the batch."""
     if self.use_running_average:
         return _whole(self, x)

@@ -15,11 +15,10 @@ from dlc_jax.masking import prunable_paths
 from dlc_jax.masking.thresholds import Thresholds
 from dlc_jax.planning.decoder_memory import Finetuning, Scoring
 from dlc_jax.preprocess.tokens import Tokenised
-from dlc_jax.probes.responses import _probe_losses, probe_responses, response_losses
+from dlc_jax.probes.text import _probe_losses, probe_responses, response_losses
 from dlc_jax.training.loop import train
-from dlc_jax.training.lora.batches import TokenRows
 from dlc_jax.training.lora.settings import LoraConfig
-from dlc_jax.training.lora.step import Sums, add_rows, initial_adapter
+from dlc_jax.training.lora.step import Sums, TokenRows, add_rows, initial_adapter
 from dlc_jax.training.lora.tuner import LoraTuner
 from dlc_jax.types import by_path
 

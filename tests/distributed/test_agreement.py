@@ -12,7 +12,7 @@ from conftest import encoded, random_images
 from test_processes import SCORE, ended, start
 
 import dlc_jax as dlc
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.config import Config, default_config
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.distributed import processes
@@ -56,7 +56,7 @@ def in_processes(monkeypatch):
 
 def check_refused(raised: list, says: str) -> None:
     """All are refused at the same place, and the first one says it."""
-    assert isinstance(raised[0], checks.SharedError), raised
+    assert isinstance(raised[0], expect.SharedError), raised
     assert says in str(raised[0])
     assert all(isinstance(error, processes.SaidByFirst) for error in raised[1:])
 

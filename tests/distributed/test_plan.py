@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from dlc_jax import checks, presets
+from dlc_jax import expect, presets
 from dlc_jax.config import Config, default_config
 from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.paper_models import PAPER_MODELS
+from dlc_jax.encoders.decoder import PAPER_MODELS
 from dlc_jax.planning import instruction_plan, plan
 from dlc_jax.planning.decoder_memory import Finetuning, Scoring, weight_bytes
 from dlc_jax.planning.machine import Machine
@@ -182,7 +182,7 @@ def test_only_this_machine_is_refused(sample_config, monkeypatch):
         config
     )
     monkeypatch.setattr(plan, "this_machine", lambda num: small)
-    with pytest.raises(checks.InputError, match=r"score takes .* try probe.tokens_per_batch=4096"):
+    with pytest.raises(expect.InputError, match=r"score takes .* try probe.tokens_per_batch=4096"):
         told(config)
     config.probe.tokens_per_batch = 4096
     told(config)
@@ -193,5 +193,5 @@ def test_a_folder_needs_its_sizes_only(tmp_path):
 
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     assert instruction_plan.model_sizes(str(tmp_path)).depth == 6
-    with pytest.raises(checks.InputError, match="no folder 'nowhere'"):
+    with pytest.raises(expect.InputError, match="no folder 'nowhere'"):
         instruction_plan.model_sizes("nowhere")

@@ -140,7 +140,7 @@ def test_where_parameters_lie(path, shape, expected):
 
 
 def test_a_product_that_is_not_the_number_of_devices():
-    with pytest.raises(dlc_jax.checks.InputError, match=r"64 devices, 1 of kind cpu are there"):
+    with pytest.raises(dlc_jax.expect.InputError, match=r"64 devices, 1 of kind cpu are there"):
         make_mesh(fsdp=64)
-    with pytest.raises(dlc_jax.checks.InputError, match=r"mesh.data 3 x .* is 3 devices, 1 "):
+    with pytest.raises(dlc_jax.expect.InputError, match=r"mesh.data 3 x .* is 3 devices, 1 "):
         make_mesh(data=3)

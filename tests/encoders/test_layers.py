@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from dlc_jax.encoders.layers import conv2d, max_pool
+from dlc_jax.encoders.resnet import conv2d, max_pool
 
 
 @pytest.mark.parametrize("backend_form", ["matmul where faster", "convolution"])

@@ -19,23 +19,22 @@ import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.encoders import resnet, vit
 from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.encoders.decoder import Adapter, DecoderConfig
 from dlc_jax.encoders.language_model import model_folder
-from dlc_jax.encoders.projection import Adapter
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods
 from dlc_jax.evaluation.mmlu import _pairs
 from dlc_jax.preprocess import RandomCrops, load_images
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.path import LearningPath, learning_path
-from dlc_jax.probes.responses import RESPONSES_PATH
+from dlc_jax.probes.text import RESPONSES_PATH
 from dlc_jax.reports.results import Result, results_table, summarise
 from dlc_jax.scores import SCORES
 from dlc_jax.selection import SELECTORS
 from dlc_jax.training.images.step import initial_head
 from dlc_jax.training.lora.settings import learning_rates
 from dlc_jax.training.lora.step import initial_adapter
+from dlc_jax.training.optimiser import epoch_order
 from dlc_jax.training.optimiser import learning_rates as image_learning_rates
-from dlc_jax.training.order import epoch_order
 from dlc_jax.types import Conventions, by_path, path_name
 
 Values = dict[str, Any]  # by name: integers, texts and truths are exact, floats are not

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from results_by_kind import MADE
 
-from dlc_jax.tasks.image_measurements import MEASURED
-from dlc_jax.workspace.keys import RESULT_NUMBERS, result_number
+from dlc_jax.tasks.images import MEASURED
+from dlc_jax.workspace.artefacts import RESULT_NUMBERS, result_number
 
 FILE = Path(__file__).parent / "data" / "results.json"
 RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}

@@ -7,7 +7,7 @@ import pytest
 
 from dlc_jax.planning import costs, plan
 from dlc_jax.planning.costs import Cost, Speeds
-from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.plan import paybacks
 
 
@@ -29,18 +29,18 @@ def test_nothing_is_won_back_where_nothing_is_dropped():
 
 def test_a_processor_decodes_or_computes(monkeypatch):
     cost = Cost("score", "", 1, 100, 1000, 1000, decodes=10, crops=20)
-    speeds = Speeds.of(Mesh(1, 1, 1), 100.0, 0.5, 0.25)
+    speeds = Speeds.of(MeshSize(1, 1, 1), 100.0, 0.5, 0.25)
     assert speeds.seconds(cost) == 10 + 10 * 0.5 + 20 * 0.25
     monkeypatch.setattr(costs, "is_processor", lambda: False)
-    speeds = Speeds.of(Mesh(1, 1, 1), 100.0, 0.5, 0.25)
+    speeds = Speeds.of(MeshSize(1, 1, 1), 100.0, 0.5, 0.25)
     assert speeds.seconds(cost) == 10  # decoded meanwhile
 
 
 def test_devices_of_one_processor_share_it(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda: 8)
-    assert Speeds.of(Mesh(8, 1, 1), 80.0).flops_per_s == 10
+    assert Speeds.of(MeshSize(8, 1, 1), 80.0).flops_per_s == 10
     monkeypatch.setattr(costs, "is_processor", lambda: False)
-    speeds = Speeds.of(Mesh(16, 1, 1), 80.0, 1.0)
+    speeds = Speeds.of(MeshSize(16, 1, 1), 80.0, 1.0)
     assert (speeds.flops_per_s, speeds.decode_seconds) == (80, 0.5)
 
 

@@ -11,11 +11,11 @@ from dlc_jax.config import Config, default_config
 from dlc_jax.planning.costs import num_kept
 from dlc_jax.planning.image_costs import ImageCosts
 from dlc_jax.planning.image_plan import cache_disk, finetuning_host, scoring_host
-from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.machine import MeshSize
 from dlc_jax.preprocess import ImageCache
 
 N, M, SIZE = 90, 6, 32
-ONE = Mesh(1, 1, 1)
+ONE = MeshSize(1, 1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +91,12 @@ def test_crops_that_every_probe_sees(made):
 
 def test_devices_share_samples_and_probes(made):
     flops = made().forward_flops
-    over = by_name(made(Mesh(2, 1, 1)))  # six batches
+    over = by_name(made(MeshSize(2, 1, 1)))  # six batches
     assert over["prototypes"].device_flops == 3 * 16 * flops
-    over = by_name(made(Mesh(2, 2, 1)))
+    over = by_name(made(MeshSize(2, 2, 1)))
     assert over[f"losses of {M} probes"].device_flops == 3 * 16 * 3 * flops
     # probes that do not divide are repeated
-    over = by_name(made(Mesh(1, 4, 1)))
+    over = by_name(made(MeshSize(1, 4, 1)))
     assert over[f"losses of {M} probes"].device_flops == 96 * 2 * flops
     assert over[f"losses of {M} probes"].flops == M * N * flops
 

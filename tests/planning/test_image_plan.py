@@ -13,12 +13,12 @@ import pytest
 from conftest import ROOT, random_images
 
 import dlc_jax as dlc
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.config import Config, default_config
 from dlc_jax.planning import image_plan, machine, plan
 from dlc_jax.planning.costs import Speeds
 from dlc_jax.planning.image_costs import ImageCosts
-from dlc_jax.planning.machine import Machine, Mesh
+from dlc_jax.planning.machine import Machine, MeshSize
 from dlc_jax.planning.speed import decoding_speed, scoring_speed
 from dlc_jax.stages.plan import run_plan
 
@@ -57,7 +57,7 @@ def with_devices_of(monkeypatch, num_bytes: int) -> None:
 
 def refused(config: Config) -> tuple[str, dict[str, str]]:
     """Returns the error, and the settings with values that it names."""
-    with pytest.raises(checks.InputError, match="plan: does not fit") as error:
+    with pytest.raises(expect.InputError, match="plan: does not fit") as error:
         told(config)
     return str(error.value), dict(re.findall(r"([a-z]+\.[a-z_]+)=([\w.]+)", str(error.value)))
 
@@ -103,7 +103,7 @@ def test_break_even_of_known_speeds(measured, monkeypatch):
     text = told(config)
     encoder = dlc.load_encoder("resnet18", "demo:resnet18").for_mode("default")
     data = dlc.load_dataset("demo:caltech15/train")
-    work = ImageCosts(config, encoder, data, Mesh(1, 1, 1), 300, 1.0)
+    work = ImageCosts(config, encoder, data, MeshSize(1, 1, 1), 300, 1.0)
     pruning = 0.75 + 51 * 768 * work.forward_flops / 1e10
     saved = 600 * (work.training_flops / 1e10 + 1e-3)  # in an epoch
     epochs, runs = re.search(r"\| 0.20 .*\| ([\d.]+) +\| ([\d.]+) +\|", text).groups()
@@ -153,7 +153,7 @@ def work_of(config: Config) -> ImageCosts:
     encoder = dlc.load_encoder("resnet18", "demo:resnet18").for_mode("default")
     data = dlc.load_dataset("demo:caltech15/train")
     pixels = decoding_speed(data, 64).pixels
-    return ImageCosts(config, encoder, data, Mesh(1, 1, 1), 300, pixels)
+    return ImageCosts(config, encoder, data, MeshSize(1, 1, 1), 300, pixels)
 
 
 def test_losses_that_do_not_fit_a_host(measured, monkeypatch):
@@ -214,7 +214,7 @@ def test_devices_that_are_not_here(measured):
     ],
 )
 def test_what_is_wrong_is_told_as_ever(measured, settings, said):
-    with pytest.raises(checks.InputError, match=re.escape(said)):
+    with pytest.raises(expect.InputError, match=re.escape(said)):
         told(configured(**settings))
 
 
@@ -224,7 +224,7 @@ def test_unreadable_images_are_counted():
     found = decoding_speed(dataset, 32)
     assert (found.num_read, found.num_unreadable) == (5, 1)
     assert found.num_bytes == np.mean([len(image) for image in images[:4]])
-    with pytest.raises(checks.InputError, match="none of its 1 images is readable"):
+    with pytest.raises(expect.InputError, match="none of its 1 images is readable"):
         decoding_speed(dataset.subset(np.array([4])), 32)
 
 
@@ -241,7 +241,7 @@ def test_predicted_seconds_are_those_of_a_run(sample, sample_encoder):
     """Within a factor of three, of three tries: other work on the machine comes and goes."""
     config = configured(("plan", "score"), probe__num_probes=10, cache__max_gib=0.0)
     encoder = sample_encoder.for_mode("default")
-    work = ImageCosts(config, encoder, sample, Mesh(1, 1, 1), 0, 1.0)
+    work = ImageCosts(config, encoder, sample, MeshSize(1, 1, 1), 0, 1.0)
     settings = {"num_probes": 10, "image_size": 64, "compute": dlc.Compute(batch_size=128)}
     dlc.probe(sample_encoder, sample, **settings)  # compiles
     ratios = []

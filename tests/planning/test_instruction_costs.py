@@ -8,16 +8,16 @@ import pytest
 import dlc_jax as dlc
 from dlc_jax.config import Config, default_config
 from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.decoder import PAPER_MODELS
 from dlc_jax.encoders.huggingface import read_config
 from dlc_jax.encoders.language_model import load_tokenizer, model_folder
-from dlc_jax.encoders.paper_models import PAPER_MODELS
-from dlc_jax.planning.instruction_costs import InstructionCosts, Lengths
-from dlc_jax.planning.machine import Mesh
+from dlc_jax.planning.instruction_plan import InstructionCosts, Lengths
+from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.programs import count_flops
 from dlc_jax.preprocess.tokens import bucket_length, tokenise
 
 LENGTH = 512
-ONE = Mesh(1, 1, 1)
+ONE = MeshSize(1, 1, 1)
 
 
 def made(sizes, mesh=ONE, **probe) -> InstructionCosts:
@@ -68,7 +68,7 @@ def test_passes_and_devices():
     sizes = read_config(model_folder("demo:tiny-llama"))
     one, four = (
         {cost.name: cost for cost in made(sizes, mesh, num_probes=8).costs()}
-        for mesh in (Mesh(1, 1, 1), Mesh(2, 1, 2))
+        for mesh in (MeshSize(1, 1, 1), MeshSize(2, 1, 2))
     )
     losses = one["losses of 8 probes"]
     assert (losses.passes, losses.num_samples) == (8, 800)

@@ -40,7 +40,7 @@ def no_decoding(monkeypatch) -> None:
     def refuse(*_):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr("dlc_jax.preprocess.load.decode", refuse)
+    monkeypatch.setattr("dlc_jax.preprocess.images.decode", refuse)
 
 
 def test_what_is_cached_is_what_is_decoded(few, cache, monkeypatch):

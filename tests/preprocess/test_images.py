@@ -7,7 +7,7 @@ from PIL import Image
 
 import dlc_jax as dlc
 from dlc_jax.preprocess import RandomCrops, decode, load_images, resize_and_crop
-from dlc_jax.preprocess.crops import random_box, resized_crop
+from dlc_jax.preprocess.decode import random_box, resized_crop
 
 
 def test_resize_and_crop_is_torchvisions(timm, sample):

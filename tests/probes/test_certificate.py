@@ -175,16 +175,16 @@ def test_refinements_are_nested_and_end_with_all(num_steps):
 def test_auto_measures_no_probe_twice_and_what_fixed_numbers_measure(
     sample_encoder, small_sample, monkeypatch
 ):
-    from dlc_jax.probes import measure
+    from dlc_jax.probes import images
 
     sizes = []
-    plain = measure.measure_losses
+    plain = images.measure_losses
 
     def counted(*args, num_probes, **kwargs):
         sizes.append(num_probes)
         return plain(*args, num_probes=num_probes, **kwargs)
 
-    monkeypatch.setattr(measure, "measure_losses", counted)
+    monkeypatch.setattr(images, "measure_losses", counted)
     options = {"image_size": 32, "step": 0.05}
     all_of_them = dlc.probe(sample_encoder, small_sample, num_probes=20, **options)
     sizes.clear()
@@ -207,7 +207,7 @@ def test_auto_measures_no_probe_twice_and_what_fixed_numbers_measure(
 
 @pytest.mark.slow
 def test_auto_goes_on_where_it_was_stopped(sample_encoder, small_sample, tmp_path, monkeypatch):
-    from dlc_jax.probes import rounds
+    from dlc_jax.probes import certificate
 
     path = dlc.PathSpec(step=0.05, num_probes="auto", agreement=1.0)
     options = {"image_size": 32, "path": path}
@@ -217,7 +217,7 @@ def test_auto_goes_on_where_it_was_stopped(sample_encoder, small_sample, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(rounds, "certify", fail)
+        patch.setattr(certificate, "certify", fail)
         with pytest.raises(KeyboardInterrupt):
             dlc.probe(sample_encoder, small_sample, **options, run=dlc.Run(folder=tmp_path))
     first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("losses-*.npz")}

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlc_jax.probes.prototypes import ClassSums, prototype_loss
+from dlc_jax.probes.kernel import ClassSums, prototype_loss
 
 
 @settings(deadline=None, max_examples=25)

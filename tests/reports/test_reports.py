@@ -5,7 +5,7 @@ from conftest import random_images
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.reports import class_table, easiest_hardest, easiest_hardest_text
-from dlc_jax.reports import lettering as lettering_module
+from dlc_jax.reports import figures as lettering_module
 from dlc_jax.reports.table import markdown
 
 

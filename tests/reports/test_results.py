@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.reports import (
     gap_to_random,
     read_results,
@@ -245,7 +245,7 @@ def test_tables_that_cannot_be_read(tmp_path, text, says):
     path = tmp_path / "results.csv"
     if text is not None:
         path.write_text(text, errors="surrogateescape")
-    with pytest.raises(checks.InputError, match=says):
+    with pytest.raises(expect.InputError, match=says):
         read_results(path)
 
 

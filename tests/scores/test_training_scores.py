@@ -10,8 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from records import random_record
 
-from dlc_jax.scores import score
-from dlc_jax.scores.training import entropy, forgetting, least_confidence, margin
+from dlc_jax.scores import entropy, forgetting, least_confidence, margin, score
 from dlc_jax.training.images import FinetuneConfig, RecordConfig, record_training
 from dlc_jax.types import TrainingRecord
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dlc_jax as dlc
-from dlc_jax.selection.flexrand import budgets, fractions
+from dlc_jax.selection.methods import budgets, fractions
 
 FRACTION = st.floats(0.01, 0.99)
 

@@ -7,7 +7,7 @@ import dlc_jax as dlc
 from dlc_jax.config import Config, default_config
 from dlc_jax.selection import Cell
 from dlc_jax.selection.settings import SelectionConfig
-from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.stages.selections import SelectionInputs
 from dlc_jax.types import Conventions
 from dlc_jax.workspace.artefacts import ScoredSamples
 

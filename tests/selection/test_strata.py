@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dlc_jax as dlc
-from dlc_jax.selection.strata import even_budgets
+from dlc_jax.selection.methods import even_budgets
 
 
 def plain_ccs_counts(scores, num):

@@ -10,13 +10,13 @@ import pytest
 from conftest import random_images
 
 import dlc_jax as dlc
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.config import KINDS, Config
 from dlc_jax.selection import INPUTS, SELECTORS, Candidates
 from dlc_jax.selection.geometry import k_center_greedy
 from dlc_jax.selection.methods import Input, Method
 from dlc_jax.stages import pipeline
-from dlc_jax.tasks.image_measurements import MEASURED, Measurement
+from dlc_jax.tasks.images import MEASURED, Measurement
 from dlc_jax.tasks.measurements import read_input
 from dlc_jax.workspace import artefacts, records
 
@@ -47,7 +47,7 @@ def brightness(monkeypatch):
         measured.append(len(scored.dataset))
         return np.arange(len(scored.dataset), dtype=np.float32)[:, None] ** 2
 
-    check = functools.partial(checks.features_fit_labels, "mean_light")
+    check = functools.partial(expect.features_fit_labels, "mean_light")
     monkeypatch.setitem(INPUTS, "mean_light", Input(check, "a call"))
     monkeypatch.setitem(SELECTORS, "most_different", Method(k_center_greedy, needs="mean_light"))
     monkeypatch.setitem(MEASURED, "mean_light", Measurement(measure, ("dtype", "step")))

@@ -16,13 +16,13 @@ from dlc_jax.config import KINDS, Config
 from dlc_jax.config.kinds import DataKind
 from dlc_jax.exports.instructions import InstructionExport
 from dlc_jax.planning.plan import Plan
-from dlc_jax.probes.prototypes import prototype_loss
+from dlc_jax.probes.kernel import prototype_loss
 from dlc_jax.stages import pipeline
 from dlc_jax.tasks import TASKS, Task
-from dlc_jax.tasks.export_step import export_steps
+from dlc_jax.tasks.exports import export_steps
 from dlc_jax.tasks.measurements import TableStep, write_certificate
 from dlc_jax.tasks.task import Sources, Training
-from dlc_jax.training.folder import METRICS, read_metrics, write_metrics
+from dlc_jax.training.loop import METRICS, read_metrics, write_metrics
 from dlc_jax.types import ProbeLosses
 from dlc_jax.workspace import Written, artefacts
 

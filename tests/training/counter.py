@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 import dlc_jax as dlc
-from dlc_jax.training.folder import write_metrics
-from dlc_jax.training.order import epoch_order
+from dlc_jax.training.loop import write_metrics
+from dlc_jax.training.optimiser import epoch_order
 
 
 class Counter:

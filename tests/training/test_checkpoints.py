@@ -11,9 +11,8 @@ from conftest import subset
 from counter import Counter
 
 import dlc_jax as dlc
-from dlc_jax.training.folder import SEEN
 from dlc_jax.training.images import Finetuner
-from dlc_jax.training.run_step import RunStep
+from dlc_jax.training.loop import SEEN, RunStep
 from dlc_jax.workspace import Workspace, records
 from dlc_jax.workspace.checkpoints import Checkpoints
 

@@ -8,11 +8,10 @@ import pytest
 from counter import Counter
 
 import dlc_jax as dlc
-from dlc_jax.distributed import stopping
+from dlc_jax.distributed import processes
 from dlc_jax.training import loop
-from dlc_jax.training.folder import RunFolder, read_metrics
-from dlc_jax.training.loop import Progress, train
-from dlc_jax.training.order import epoch_order
+from dlc_jax.training.loop import Progress, RunFolder, read_metrics, train
+from dlc_jax.training.optimiser import epoch_order
 
 POSITIONS = np.array([1, 3, 4, 6, 8, 9, 11])  # four steps an epoch, the last of one sample
 
@@ -33,7 +32,7 @@ def numbers(folder):
 def stop_at(monkeypatch, number):
     """Has the nth question whether to stop answered by yes."""
     asked = []
-    monkeypatch.setattr(stopping, "is_due", lambda: asked.append(1) or len(asked) == number)
+    monkeypatch.setattr(processes, "is_due", lambda: asked.append(1) or len(asked) == number)
 
 
 def test_every_epoch_sees_all_samples_in_its_own_order():
@@ -56,7 +55,7 @@ def test_a_run_that_is_stopped_resumes_at_the_next_step(
     expected, folder = train(whole, POSITIONS, 5), RunFolder(tmp_path, "ab")
     with monkeypatch.context() as patch:
         stop_at(patch, number)
-        with pytest.raises(stopping.Stopped):
+        with pytest.raises(processes.Stopped):
             train(counter, POSITIONS, 5, folder)
     is_saved = number % 4 == 0 or (checkpoint_steps > 0 and number % checkpoint_steps == 0)
     assert numbers(tmp_path / "stopped") == ([] if is_saved else [number])
@@ -91,7 +90,7 @@ def test_the_later_of_a_stop_and_a_checkpoint_counts(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path, "ab")
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
-        with pytest.raises(stopping.Stopped):
+        with pytest.raises(processes.Stopped):
             train(Counter(), POSITIONS, 5, folder)
     train(Counter(), POSITIONS, 5, folder)
     counter = Counter()

@@ -11,8 +11,7 @@ from scipy import stats
 
 import dlc_jax as dlc
 from dlc_jax.tuning import FinetuneTrials, Trial
-from dlc_jax.tuning.evidence import Outcomes, gap, mean_accuracy
-from dlc_jax.tuning.tune import _choices
+from dlc_jax.tuning.tune import Outcomes, _choices, gap, mean_accuracy
 from dlc_jax.types import Choice, Gap, Tried, Tuning
 from dlc_jax.workspace import records
 

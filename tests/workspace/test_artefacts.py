@@ -12,8 +12,7 @@ from dlc_jax.config import Config
 from dlc_jax.files import whole_files
 from dlc_jax.selection import Cell
 from dlc_jax.stages.select import run_select
-from dlc_jax.stages.selection_files import read_selection
-from dlc_jax.stages.selection_inputs import SelectionInputs
+from dlc_jax.stages.selections import SelectionInputs, read_selection
 from dlc_jax.tasks import measurements
 from dlc_jax.workspace import Record, Workspace, artefacts, records
 from dlc_jax.workspace.artefacts import ScoredSamples

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT
 from moto.server import ThreadedMotoServer
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.workspace import artefacts, bucket, lease, object_store
 from dlc_jax.workspace.object_store import ObjectStore
 
@@ -293,7 +293,7 @@ def test_a_lease_in_a_bucket(url, monkeypatch):
         assert names(url) == [lease.FILE]
         first = json.loads(place.read())
         with (
-            pytest.raises(checks.InputError, match=f"{re.escape(url)}: in use: process"),
+            pytest.raises(expect.InputError, match=f"{re.escape(url)}: in use: process"),
             held(url),
         ):
             pass
@@ -387,7 +387,7 @@ def opened(url: str, home: Path, monkeypatch):
 )
 def test_urls_that_are_none(url, said, tmp_path, monkeypatch, server):
     with (
-        pytest.raises(checks.InputError, match=f"--workdir: .*{said}"),
+        pytest.raises(expect.InputError, match=f"--workdir: .*{said}"),
         opened(url, tmp_path, monkeypatch),
     ):
         pass
@@ -412,7 +412,7 @@ def test_no_credentials(server, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with (
         opened("s3://bucket/run", tmp_path, monkeypatch) as (folder, _),
-        pytest.raises(checks.InputError, match="expected the credentials that the cloud's own"),
+        pytest.raises(expect.InputError, match="expected the credentials that the cloud's own"),
     ):
         artefacts.prepare_workdir(folder)
 
@@ -504,7 +504,7 @@ def test_exports_are_not_fetched(url, tmp_path, monkeypatch):
 def test_one_run_at_a_time(url, tmp_path, monkeypatch):
     with (
         opened(url, tmp_path, monkeypatch),
-        pytest.raises(checks.InputError, match="another process is running there") as error,
+        pytest.raises(expect.InputError, match="another process is running there") as error,
         opened(url, tmp_path, monkeypatch),
     ):
         pass
@@ -521,7 +521,7 @@ def test_messages_name_the_bucket(url, tmp_path, monkeypatch):
             write(folder / "config.json", "{")
             artefacts.read_json(folder / "config.json")
 
-    with pytest.raises(checks.InputError) as error:
+    with pytest.raises(expect.InputError) as error:
         run_badly()
     assert said == [f"files: {url}/ (all)"]
     assert str(error.value).startswith(f"{url}/config.json: not valid JSON")
@@ -530,7 +530,7 @@ def test_messages_name_the_bucket(url, tmp_path, monkeypatch):
 def test_links_are_refused(url, tmp_path, monkeypatch):
     with (
         opened(url, tmp_path, monkeypatch) as (folder, _),
-        pytest.raises(checks.InputError, match="a bucket holds no links"),
+        pytest.raises(expect.InputError, match="a bucket holds no links"),
         artefacts.atomic_folder(folder / "kept-links") as links,
     ):
         (links / "image").symlink_to(ROOT / "README.md")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.workspace import artefacts, lease
 
 WHEN = "2026-01-02 03:04:05 UTC"
@@ -66,7 +66,7 @@ def refused(folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease, "_VOID_S", 60.0)
         patch.setattr(lease, "_RENEW_S", 10.0)
-        with pytest.raises(checks.InputError) as error, held(folder):
+        with pytest.raises(expect.InputError) as error, held(folder):
             pass
     assert time.monotonic() - start < 20
     return str(error.value)
@@ -235,7 +235,7 @@ def contend(folder: Path, together, found, done) -> None:
         with held(folder):
             found.put("held")
             done.wait()
-    except checks.InputError:
+    except expect.InputError:
         found.put("refused")
 
 

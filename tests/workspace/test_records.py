@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import dlc_jax as dlc
 from dlc_jax.distributed import processes
 from dlc_jax.files import whole_files
-from dlc_jax.workspace import Workspace, Written, keys, records
+from dlc_jax.workspace import Workspace, Written, artefacts, records
 
 
 @dataclasses.dataclass
@@ -257,14 +257,14 @@ def test_a_move_that_was_stopped_and_another_key(tmp_path, monkeypatch, first):
 def test_a_number_voids_results_and_the_version_does_not(tmp_path, monkeypatch):
     workspace, step = Workspace(tmp_path), Text({"seed": 1})
     workspace.ensure(step)
-    monkeypatch.setattr(keys, "versions", lambda: {"dlc_jax": "9.9"})
+    monkeypatch.setattr(artefacts, "versions", lambda: {"dlc_jax": "9.9"})
     assert workspace.ensure(step) is None
     other = Text({"seed": 2}, name="other", files=("c.txt",))
     workspace.ensure(other)
     stages = json.loads((tmp_path / "provenance.json").read_text())["stages"]
     assert stages["text"]["versions"]["dlc_jax"] == dlc.__version__
     assert stages["other"]["versions"] == {"dlc_jax": "9.9"}
-    monkeypatch.setitem(keys.RESULT_NUMBERS, "losses", 2)
+    monkeypatch.setitem(artefacts.RESULT_NUMBERS, "losses", 2)
     assert workspace.ensure(step) is not None
     assert workspace.ensure(step) is None
 

@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 import dlc_jax as dlc
 from dlc_jax.config import KINDS, Config
 from dlc_jax.selection import Cell
-from dlc_jax.stages import pipeline, sweep_results, what_was_scored
-from dlc_jax.stages.job import Job
-from dlc_jax.stages.selection_files import read_selection
-from dlc_jax.stages.selection_inputs import SelectionInputs
-from dlc_jax.tasks import image_measurements, images, measurements, task_of
+from dlc_jax.stages import pipeline, sweep_results
+from dlc_jax.stages.selections import Job, SelectionInputs, read_selection
+from dlc_jax.tasks import images, measurements, task_of
 from dlc_jax.training.images import Finetuner, read_record
 from dlc_jax.types import ProbeLosses
 from dlc_jax.workspace import Record, Workspace, artefacts, records
@@ -63,7 +61,7 @@ def fixed_losses(encoder, images, **_) -> ProbeLosses:
 def run(settings_: Config, workdir: Path) -> str:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_measurements, "probe", fixed_losses)
+        patch.setattr(images, "probe", fixed_losses)
         pipeline.run(settings_, workdir, said.append)
     return "\n".join(said)
 
@@ -225,7 +223,7 @@ def test_another_encoder_is_refused_unless_it_is_fine_tuned(place, sample_encode
         assert f"expected {fingerprint[:12]} (resnet18 demo:resnet18)" in said
     tuned = config("finetune", encoder=moved, dataset={"test": "folder:images"})
     job = Job(tuned, Workspace(place / "run", print), task_of(tuned, print))
-    what_was_scored.check_names_what_was_scored(job)
+    pipeline.check_names_what_was_scored(job)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Integer
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.distributed import Run, fetch, from_rows_here, one_device, rows_here
 from dlc_jax.encoders import Encoder
-from dlc_jax.preprocess import Images
+from dlc_jax.preprocess import Images, check_dataset
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.selection import kept_positions
-from dlc_jax.training.folder import METRICS, PER_CLASS, write_metrics, write_per_class
-from dlc_jax.training.images.batches import training_batches
-from dlc_jax.training.images.data import RunData, TestSet, class_ids_by_name
-from dlc_jax.training.images.evaluation import over_batches
+from dlc_jax.training.images.data import RunData, TestSet, class_ids_by_name, training_batches
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.images.step import (
     Network,
@@ -29,14 +27,25 @@ from dlc_jax.training.images.step import (
     TrainState,
     initial_head,
     outputs_of_batch,
+    over_batches,
     predicted_classes,
     train_step,
 )
-from dlc_jax.training.loop import EpochSums, Progress, not_finite
+from dlc_jax.training.loop import (
+    METRICS,
+    PER_CLASS,
+    EpochSums,
+    Progress,
+    RunStep,
+    not_finite,
+    train,
+    write_metrics,
+    write_per_class,
+)
 from dlc_jax.training.optimiser import learning_rates
-from dlc_jax.types import Conventions, Dataset, RunResult, Selection
+from dlc_jax.types import Conventions, Dataset, RunResult, Selection, overridden
 from dlc_jax.workspace import Workspace
-from dlc_jax.workspace.keys import key_of
+from dlc_jax.workspace.artefacts import key_of
 
 
 class Finetuner:
@@ -108,7 +117,7 @@ class Finetuner:
         tested = {*class_ids_by_name(self._test.dataset, self._dataset).tolist()}
         untested = [n for j, n in enumerate(self._dataset.class_names) if j not in tested]
         if untested:
-            found.append(f"note: no test image of {checks.listed(untested)}")
+            found.append(f"note: no test image of {expect.listed(untested)}")
         if self._test.skipped:
             found.append(f"unreadable test samples left out: {len(self._test.skipped)}")
         return found
@@ -121,7 +130,7 @@ class Finetuner:
     def said(result: RunResult) -> str:
         """Returns the line to print at the end of a run."""
         absent = result.absent_classes
-        lacking = f", no sample of {checks.listed(absent)}" if absent else ""
+        lacking = f", no sample of {expect.listed(absent)}" if absent else ""
         tested = f"test accuracy {result.test_accuracy:.2f} %, {result.num_kept} samples"
         return f"{tested}, {result.seconds:.1f} s{lacking}"
 
@@ -271,7 +280,7 @@ class Finetuner:
         images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
         shape = jax.eval_shape(encoder.apply, encoder.params, images).shape
         if encoder.statistics and self.num_epochs and shape[1:3] == (1, 1):
-            raise checks.SharedError(
+            raise expect.SharedError(
                 f"finetune.batch_size: {size} leaves a last batch of one of {num_kept} samples, "
                 f"and at {side} px the last map is 1 x 1, so that batch norm would see "
                 "a single value; expected another batch size, or a larger image size."
@@ -281,3 +290,78 @@ class Finetuner:
 @jax.jit
 def _all_finite(tree: Any) -> Bool[jax.Array, ""]:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def finetune(
+    encoder: Encoder,
+    images: Images | Dataset,
+    kept: Selection | np.ndarray | Sequence[int] | None = None,
+    *,
+    test: Dataset | None = None,
+    image_size: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    folder: str | Path | None = None,
+    settings: FinetuneConfig = FinetuneConfig(),
+    mode: str = "default",
+    run: Run = Run(),
+) -> RunResult:
+    """Trains the encoder with a new linear head on the kept samples, as PyTorch would.
+
+    SGD with L2 in the gradient, step decay, mean cross-entropy of each batch's real samples, batch
+    norm with torch's running statistics. The same seed gives bit-equal runs on the same machine.
+
+    Args:
+      encoder: From `load_encoder`, or your own `Encoder`; it is not changed.
+      images: What `kept` was selected from; with `Images` also how it is read, and the test images
+        with it. An unreadable training image is always an error. A cache is for the test images.
+      kept: A `Selection`, positions in the data set, or None for all of it.
+      test: Tested on after the last epoch, and used for nothing else; classes are matched by name.
+      image_size: Side of the images in pixels; None: that of `images`, 224 of a data set.
+      epochs, batch_size, learning_rate: Instead of those in `settings`.
+      seed: Seed of head, data order and augmentation; None takes that of the selection, or 0.
+      folder: Where metrics.jsonl, per_class_accuracy.csv, run.json and checkpoint/ go; a run that
+        was stopped resumes at its last whole checkpoint there. None: that of `run`.
+      settings: Optimiser, schedule, augmentation and number type; see `FinetuneConfig`.
+      mode: `default`, or `official` for the released code's decay (Q6) and normalisation (Q11).
+      run: Devices, bars and folder; see `Run`. Every batch is divided among the devices; loss and
+        batch norm are of the whole batch.
+    Returns:
+      Accuracies in percent, the history of all epochs, and the weights.
+    Raises:
+      ValueError: kept positions that are out of range, repeated or of another data set; a test
+        class that training does not know; a loss that is not finite; a folder that holds another
+        run, is in use or cannot be written to; a last batch of one sample where batch norm would
+        see a single value; values out of range; an unreadable sample.
+    Source: Jiang et al. 2025, section 5.
+    Example:
+      >>> images = np.zeros((8, 32, 32, 3), np.uint8)
+      >>> images[4:] = 255
+      >>> dataset = dlc.array_dataset(images, ["dark"] * 4 + ["light"] * 4)
+      >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
+      >>> kept = [0, 1, 6, 7]
+      >>> result = dlc.finetune(encoder, dataset, kept, test=dataset, image_size=32, epochs=2)
+      >>> result.num_kept, result.test_accuracy
+      (4, 100.0)
+    """
+    images = Images.of(images, image_size)
+    if test is not None:
+        check_dataset("test", test)
+    expect.is_a(FinetuneConfig, settings=settings)
+    expect.is_a(Run, run=run)
+    settings = overridden(
+        settings, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate
+    )
+    run = overridden(run, folder=folder)
+    positions = kept_positions(images.dataset, kept)
+    if seed is None:
+        seed = kept.seed if isinstance(kept, Selection) else 0
+    finetuner = Finetuner(encoder, images, test, settings, Conventions.of(mode), run)
+    if run.path is None:
+        return train(finetuner, positions, seed)
+    workspace = Workspace(run.path)
+    step = RunStep(finetuner, positions, seed, run.path, settings=dataclasses.asdict(settings))
+    with workspace.held("folder"):
+        return workspace.make(step)

@@ -12,22 +12,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from dlc_jax import checks
-from dlc_jax.checks.escaping import show
+from dlc_jax import expect
 from dlc_jax.distributed import Run, processes
 from dlc_jax.encoders import Encoder
+from dlc_jax.expect import show
 from dlc_jax.files import array_files
 from dlc_jax.files.array_files import Expected
 from dlc_jax.files.json_files import NAME, parse_json
 from dlc_jax.preprocess import Images
-from dlc_jax.training.folder import CHECKPOINT, SEEN
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig, RecordConfig
 from dlc_jax.training.images.step import TrainState
-from dlc_jax.training.loop import EpochSums, train
-from dlc_jax.training.order import epoch_order
-from dlc_jax.training.run_step import RunStep
-from dlc_jax.types import Conventions, TrainingRecord
+from dlc_jax.training.loop import CHECKPOINT, SEEN, EpochSums, RunStep, train
+from dlc_jax.training.optimiser import epoch_order
+from dlc_jax.types import Conventions, Dataset, TrainingRecord, overridden
 from dlc_jax.workspace import Workspace, Written, artefacts, records
 
 RECORD = "record.npz"
@@ -84,14 +82,14 @@ class Recorder:
         settings = dataclasses.replace(settings, keep_weights=True)
         self._finetuner = Finetuner(encoder, images, None, settings, conventions, run)
         if settings.epochs == 0:
-            raise checks.InputError("finetune.epochs: recording needs 1 or more, got 0.")
+            raise expect.InputError("finetune.epochs: recording needs 1 or more, got 0.")
         self._images, self._dataset, self._root, self._say = images, images.dataset, run.path, say
         self.num_epochs = int(settings.epochs)  # of the first run
         self._batch_size = int(settings.batch_size)
         self.early_epoch = max(1, round(record.early_fraction * settings.epochs))
         num_runs = record.num_runs or conventions.num_runs
-        checks.seed(seed)
-        checks.seed(seed + num_runs - 1, "seed of the last run")
+        expect.seed(seed)
+        expect.seed(seed + num_runs - 1, "seed of the last run")
         self.seeds = range(int(seed), int(seed) + num_runs)
 
     @property
@@ -221,7 +219,7 @@ def read_record(folder: Path, ids: np.ndarray | None = None) -> TrainingRecord:
     """
     path = folder / RECORD
     if not path.exists():
-        raise checks.InputError(f"{path}: not there; record a training first.")
+        raise expect.InputError(f"{path}: not there; record a training first.")
     try:
         expected = _ARRAYS | {"facts": Expected("U", 0)}
         arrays: dict[str, Any] = {**array_files.read_npz(path, expected)}
@@ -238,11 +236,81 @@ def read_record(folder: Path, ids: np.ndarray | None = None) -> TrainingRecord:
             ("labels", (num_samples,)),
         ):
             if (found := getattr(record, name).shape) != shape:
-                raise checks.InputError(f"{path}: {name} is {found}, expected {shape}.")
-    except checks.InputError as error:
-        raise checks.InputError(
+                raise expect.InputError(f"{path}: {name} is {found}, expected {shape}.")
+    except expect.InputError as error:
+        raise expect.InputError(
             f"{path}: not a training record: {error} Delete it to record again."
         ) from error
     if ids is not None and not np.array_equal(record.ids, ids):
-        raise checks.InputError(f"{path}: is of other samples than the scores.")
+        raise expect.InputError(f"{path}: is of other samples than the scores.")
     return record
+
+
+def record_training(
+    encoder: Encoder,
+    images: Images | Dataset,
+    *,
+    image_size: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    settings: FinetuneConfig = FinetuneConfig(),
+    record: RecordConfig = RecordConfig(),
+    mode: str = "default",
+    progress: bool | None = None,
+    run: Run = Run(),
+) -> TrainingRecord:
+    """Fine-tunes on the whole data set and records what `score` makes training-based scores of.
+
+    One run over the whole schedule serves forgetting, entropy, margin and least confidence, and is
+    the first of the runs that EL2N and GraNd average over. The others have the same schedule and
+    stop after the early epoch. Each run trains bit for bit as `finetune` does with its seed.
+
+    Args:
+      encoder: From `load_encoder`, or your own `Encoder`; it is not changed.
+      images: All of it is trained on; with `Images` also how it is read: with `on_corrupt="skip"`
+        without the unreadable ones.
+      image_size, mode: See `finetune`.
+      epochs, batch_size, learning_rate: Instead of those in `settings`.
+      seed: Seed of the first run; the others count on from it.
+      settings: How to fine-tune, for 1 epoch or more; see `FinetuneConfig`.
+      record: How many runs, and the early epoch; see `RecordConfig`.
+      progress: Instead of that in `run`.
+      run: Folder, devices of this process, and bars; see `Run`. A call that was stopped resumes
+        at the last whole checkpoint in the folder, and a finished one is read. It holds
+        record.npz, and of each run seed_<seed>/metrics.jsonl.
+    Raises:
+      ValueError: a folder that holds another record, is in use or cannot be written to; an
+        unreadable sample; a loss that is not finite; values out of range.
+    Source: Toneva et al. 2019, arXiv 1812.05159; Coleman et al. 2020, arXiv 1906.11829; Paul et al.
+      2021, arXiv 2107.07075.
+    Example:
+      >>> images = np.zeros((8, 32, 32, 3), np.uint8)
+      >>> images[4:] = 255
+      >>> dataset = dlc.array_dataset(images, ["dark"] * 4 + ["light"] * 4)
+      >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
+      >>> record = dlc.record_training(
+      ...     encoder, dataset, image_size=32, epochs=2, record=dlc.RecordConfig(num_runs=1)
+      ... )
+      >>> record.correct.shape, record.probabilities.argmax(axis=1).tolist()
+      ((2, 8), [0, 0, 0, 0, 1, 1, 1, 1])
+    """
+    expect.is_a(FinetuneConfig, settings=settings)
+    expect.is_a(RecordConfig, record=record)
+    expect.is_a(Run, run=run)
+    recorder = Recorder(
+        encoder,
+        Images.of(images, image_size),
+        overridden(settings, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate),
+        record,
+        seed=seed,
+        conventions=Conventions.of(mode),
+        run=overridden(run, progress=progress),
+    )
+    if run.path is None:
+        return recorder.record(recorder.compute())
+    workspace = Workspace(run.path)
+    with workspace.held("folder"):
+        workspace.ensure(recorder)
+    return read_record(run.path)

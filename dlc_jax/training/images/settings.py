@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.probes import DTYPES
 from dlc_jax.types import as_tuple, setting
 
@@ -68,10 +68,10 @@ class FinetuneConfig:
 
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
-        checks.optimiser("finetune", self)
-        checks.one_of("finetune.dtype", self.dtype, DTYPES)
-        checks.integer("finetune.test_every", self.test_every, 0)
-        checks.at_least("finetune.image_memory_gib", self.image_memory_gib, 0)
+        expect.optimiser("finetune", self)
+        expect.one_of("finetune.dtype", self.dtype, DTYPES)
+        expect.integer("finetune.test_every", self.test_every, 0)
+        expect.at_least("finetune.image_memory_gib", self.image_memory_gib, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,6 @@ class RecordConfig:
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
         if self.num_runs is not None:
-            checks.integer("record.num_runs", self.num_runs, 1)
-        checks.at_least("record.early_fraction", self.early_fraction, 0, exclusive=True)
-        checks.at_most("record.early_fraction", self.early_fraction, 1)
+            expect.integer("record.num_runs", self.num_runs, 1)
+        expect.at_least("record.early_fraction", self.early_fraction, 0, exclusive=True)
+        expect.at_most("record.early_fraction", self.early_fraction, 1)

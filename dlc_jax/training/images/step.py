@@ -1,11 +1,11 @@
-"""The compiled programs of fine-tuning: a training step, and outputs of a batch."""
+"""The compiled programs of fine-tuning: a training step, and outputs in evaluation mode."""
 
 from __future__ import annotations
 
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from dlc_jax.distributed import fetch, mesh_of, place_rows
 from dlc_jax.encoders.encoder import Encoder, join_statistics, precision_of, split_statistics
+from dlc_jax.preprocess import filled
 from dlc_jax.probes.kernel import Forward, cast, pooled
 from dlc_jax.training.optimiser import torch_sgd
 from dlc_jax.types import Params
@@ -201,3 +203,27 @@ def _features_in_training(
 def _head(head: dict[str, Any], features: Float[Array, "b d"]) -> Float[Array, "b c"]:
     with precision_of("float32"):
         return features @ head["kernel"] + head["bias"]
+
+
+def over_batches(
+    program: Callable[[Network, TrainState, jax.Array], Any],
+    network: Network,
+    state: TrainState,
+    batches: Iterable[Shaped[np.ndarray, "b ..."]],
+    batch_size: int,
+) -> list[Shaped[np.ndarray, "n ..."]]:
+    """Returns on the host what a program gives of all samples, an array for each of its outputs.
+
+    Args:
+      program: `predicted_classes` or `outputs_of_batch`.
+      network, state: What it takes besides.
+      batches: Samples; each batch is filled up, and placed on the devices that the network is on.
+      batch_size: Samples of every call.
+    """
+    parts, mesh = [], mesh_of(state.trained)
+    for some in batches:
+        full = filled(some, batch_size)
+        placed = jnp.asarray(full) if mesh is None else place_rows(mesh, full)
+        found = jax.tree.leaves(program(network, state, placed))
+        parts.append([fetch(leaf)[: len(some)] for leaf in found])
+    return [np.concatenate(output) for output in zip(*parts, strict=True)]

@@ -7,9 +7,9 @@ import math
 import numbers
 from typing import Any
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.encoders.architecture import DTYPES
-from dlc_jax.encoders.projection import TARGETS, Adapter
+from dlc_jax.encoders.decoder import TARGETS, Adapter
 from dlc_jax.types import as_tuple, setting
 
 OPTIMISERS = ("sgd", "adamw")
@@ -95,22 +95,22 @@ class LoraConfig:
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
         for name in ("rank", "epochs", "batch_size", "rows_at_once", "checkpoint_steps"):
-            checks.integer(f"lora.{name}", getattr(self, name), 1)
-        checks.integer("lora.warmup_steps", self.warmup_steps, 0)
+            expect.integer(f"lora.{name}", getattr(self, name), 1)
+        expect.integer("lora.warmup_steps", self.warmup_steps, 0)
         for name in ("weight_decay", "momentum"):
-            checks.at_least(f"lora.{name}", getattr(self, name), 0)
+            expect.at_least(f"lora.{name}", getattr(self, name), 0)
         for name in ("alpha", "learning_rate"):
-            checks.at_least(f"lora.{name}", getattr(self, name), 0, exclusive=True)
-        checks.at_most("lora.momentum", self.momentum, 1, exclusive=True)
-        checks.one_of("lora.optimiser", self.optimiser, OPTIMISERS)
-        checks.one_of("lora.dtype", self.dtype, DTYPES)
+            expect.at_least(f"lora.{name}", getattr(self, name), 0, exclusive=True)
+        expect.at_most("lora.momentum", self.momentum, 1, exclusive=True)
+        expect.one_of("lora.optimiser", self.optimiser, OPTIMISERS)
+        expect.one_of("lora.dtype", self.dtype, DTYPES)
         if not self.targets or len(set(self.targets)) < len(self.targets):
-            raise checks.InputError(
+            raise expect.InputError(
                 f"lora.targets: expected one or more different ones of {', '.join(TARGETS)}, got "
                 f"{self.targets}."
             )
         for target in self.targets:
-            checks.one_of("lora.targets", target, TARGETS)
+            expect.one_of("lora.targets", target, TARGETS)
 
 
 def learning_rates(num_steps: int, learning_rate: float, warmup_steps: int) -> list[float]:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int64
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.distributed import (
+    Run,
     Team,
     fetch,
     mesh_of,
@@ -31,17 +32,19 @@ from dlc_jax.exports.peft import (
     write_merged,
 )
 from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, Tokenised
-from dlc_jax.probes.responses import response_losses
+from dlc_jax.probes.text import response_losses
 from dlc_jax.selection.kept import kept_rows
-from dlc_jax.training.folder import (
+from dlc_jax.training.loop import (
     ADAPTER,
     MERGED,
     METRICS,
+    EpochSums,
+    Progress,
+    RunStep,
     read_metrics,
+    train,
     write_metrics,
 )
-from dlc_jax.training.loop import EpochSums, Progress
-from dlc_jax.training.lora.batches import rows_of_step
 from dlc_jax.training.lora.settings import LoraConfig, learning_rates
 from dlc_jax.training.lora.step import (
     LoraState,
@@ -49,12 +52,13 @@ from dlc_jax.training.lora.step import (
     Sums,
     add_rows,
     initial_adapter,
+    rows_of_step,
     take_step,
 )
-from dlc_jax.training.order import epoch_order
-from dlc_jax.types import Selection, by_path
+from dlc_jax.training.optimiser import epoch_order
+from dlc_jax.types import Selection, by_path, overridden
 from dlc_jax.workspace import Workspace, Written, artefacts, records
-from dlc_jax.workspace.keys import key_of
+from dlc_jax.workspace.artefacts import key_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +123,7 @@ class LoraTuner:
         self._optimiser = Optimiser.of(settings)
         self.mesh = mesh = mesh_of(model.params)  # None: on the default device
         if settings.merge and mesh is not None and Team.of(mesh).mesh.is_multi_process:
-            raise checks.InputError(
+            raise expect.InputError(
                 "lora.merge: True, but no process has all weights; expected mesh.fsdp to divide "
                 "the number of devices of a process, or write_merged later, on one machine."
             )
@@ -237,7 +241,7 @@ class LoraTuner:
         model = self._model.with_adapter(self._settings.adapter, progress.state.adapter)
         for path, leaf in by_path(progress.state.adapter).items():  # no later loss would show it
             if not np.isfinite(fetch(leaf)).all():
-                raise checks.SharedError(
+                raise expect.SharedError(
                     f"fine-tuning gave an adapter with NaN or infinite values ({path}) at its last "
                     f"step; {self.remedy}."
                 )
@@ -281,7 +285,88 @@ def _check_lengths(name: str, data: Tokenised, max_length: int) -> None:
     lengths = np.array([len(row) for row in data.tokens])
     longest = int(lengths.argmax())
     if lengths[longest] > max_length:
-        raise checks.InputError(
+        raise expect.InputError(
             f"{name}: sample {data.ids[longest]!s} has {lengths[longest]} tokens, expected at most "
             f"{max_length}; tokenise with max_length={max_length}."
         )
+
+
+def finetune_lora(
+    model: LanguageModel,
+    data: Tokenised,
+    kept: Selection | np.ndarray | Sequence[int] | None = None,
+    *,
+    test: Tokenised | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    optimiser: str | None = None,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    folder: str | Path | None = None,
+    settings: LoraConfig = LoraConfig(),
+    run: Run = Run(),
+) -> LoraResult:
+    """Trains low-rank changes of a language model's projections on the kept samples.
+
+    The loss of a step is the mean over all response tokens of its samples. Adapter, gradients and
+    optimiser are float32, whatever the model is in. The same seed gives the same adapter.
+
+    Args:
+      model: From `load_language_model`, without an adapter; it is not changed.
+      data: From `tokenise`.
+      kept: A `Selection`, positions in the data, or None for all of it.
+      test: Its loss is measured after the last step, and used for nothing else.
+      epochs, batch_size, optimiser, learning_rate: Instead of those in `settings`.
+      seed: Seed of the adapter's start and of the data order; None takes the selection's, or 0.
+      folder: Where adapter/ (as PEFT reads it), metrics.jsonl and run.json go; a run that was
+        stopped resumes at its last whole checkpoint there, a finished one is read. None: that of
+        `run`.
+      settings: Size of the change, optimiser and schedule; see `LoraConfig`. Its `dtype` is not
+        used: the model has one.
+      run: Folder and bars; see `Run`. The devices are those that the model was loaded on, and
+        another mesh is an error.
+    Returns:
+      The model with its adapter, the loss of the test set, and the history of all epochs.
+    Raises:
+      ValueError: kept positions that are out of range, repeated or of other data; tokens that the
+        model does not have, by sample; a loss that is not finite; a folder that holds another run,
+        is in use or cannot be written to; values out of range.
+    Source: Hu et al. 2021, arXiv 2106.09685; Jiang et al. 2025, section 5.
+    Example:
+      >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
+      >>> data = dlc.load_instructions("demo:dolly/train").subset(np.arange(4))
+      >>> tokens = dlc.tokenise(data, model.tokenizer, max_length=64)
+      >>> settings = dlc.LoraConfig(optimiser="adamw", learning_rate=0.01, warmup_steps=0)
+      >>> result = dlc.finetune_lora(model, tokens, [0, 2], epochs=2, settings=settings)
+      >>> first, last = [epoch["train_loss"] for epoch in result.history]
+      >>> result.num_kept, last < first
+      (2, True)
+    """
+    expect.is_a(LoraConfig, settings=settings)
+    expect.is_a(Run, run=run)
+    if run.mesh is not None and run.mesh.size > 1 and run.mesh != mesh_of(model.params):
+        raise expect.InputError(
+            "run.mesh: other devices than those of the model; expected None, or the mesh that "
+            "load_language_model was given."
+        )
+    settings = overridden(
+        settings,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimiser=optimiser,
+        learning_rate=learning_rate,
+        dtype=model.architecture.dtype,
+    )
+    run = overridden(run, folder=folder)
+    tuner = LoraTuner(model, data, settings, test=test, progress=run.progress)
+    if seed is None:
+        seed = kept.seed if isinstance(kept, Selection) else 0
+    positions = tuner.positions(kept)
+    if run.path is None:
+        return train(tuner, positions, seed)
+    workspace = Workspace(run.path)
+    step = RunStep(tuner, positions, seed, run.path, settings=dataclasses.asdict(settings))
+    with workspace.held("folder"):
+        workspace.ensure(step)
+        tuner.complete(workspace)
+    return tuner.read(run.path)

@@ -13,14 +13,13 @@ import pytest
 from conftest import subset
 
 import dlc_jax as dlc
-from dlc_jax.checks.escaping import csv_text
+from dlc_jax.expect import csv_text
 from dlc_jax.preprocess import load_images
 from dlc_jax.probes.kernel import features_of_batch
-from dlc_jax.training.folder import write_per_class
 from dlc_jax.training.images import FinetuneConfig, Finetuner
-from dlc_jax.training.images.batches import training_batches
-from dlc_jax.training.images.data import RunData
+from dlc_jax.training.images.data import RunData, training_batches
 from dlc_jax.training.images.step import Network, initial_head, train_step
+from dlc_jax.training.loop import write_per_class
 from dlc_jax.types import by_path
 
 FAST = {"image_size": 32, "epochs": 2, "batch_size": 16, "learning_rate": 0.05, "seed": 3}

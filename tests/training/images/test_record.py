@@ -24,7 +24,7 @@ from dlc_jax.training.images import (
     recorder,
 )
 from dlc_jax.training.loop import train
-from dlc_jax.training.order import epoch_order
+from dlc_jax.training.optimiser import epoch_order
 from dlc_jax.types import Conventions, TrainingRecord
 from dlc_jax.workspace.checkpoints import Checkpoints
 

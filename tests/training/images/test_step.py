@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import dlc_jax as dlc
 from dlc_jax.encoders.encoder import normalise
-from dlc_jax.encoders.layers import BatchNorm, conv2d, max_pool
-from dlc_jax.training.images.batches import Batch
+from dlc_jax.encoders.resnet import BatchNorm, conv2d, max_pool
+from dlc_jax.training.images.data import Batch
 from dlc_jax.training.images.step import (
     Network,
     Sgd,

@@ -15,7 +15,7 @@ from dlc_jax.encoders.decoder import Decoder, DecoderConfig
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.training.lora import tuner as loop
-from dlc_jax.training.lora.batches import rows_of_step
+from dlc_jax.training.lora.step import rows_of_step
 from dlc_jax.types import by_path
 
 CONFIG = DecoderConfig(

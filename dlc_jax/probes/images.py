@@ -2,30 +2,88 @@
 
 from __future__ import annotations
 
+import dataclasses
+import numbers
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float32
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.distributed import FSDP, PROBE, Run, Team, replicated
 from dlc_jax.encoders import Encoder
-from dlc_jax.masking import PathSpec
+from dlc_jax.masking import AUTO, PathSpec
 from dlc_jax.preprocess import Images, RandomCrops, Reader
-from dlc_jax.probes.kernel import Forward
-from dlc_jax.probes.passes import (
+from dlc_jax.probes.certificate import measured_path
+from dlc_jax.probes.image_shards import (
     Layout,
     Pass,
+    Program,
     measure_features,
     measure_losses,
     measure_prototypes,
 )
+from dlc_jax.probes.kernel import DTYPES, Forward
 from dlc_jax.probes.path import LearningPath, learning_path
-from dlc_jax.probes.program import Program
-from dlc_jax.probes.rounds import measured_path
-from dlc_jax.probes.settings import Compute
 from dlc_jax.probes.shards import Parts
-from dlc_jax.types import Conventions, Dataset, ProbeLosses, overridden
+from dlc_jax.types import Conventions, Dataset, ProbeLosses, overridden, setting
+
+_BATCH_SIZE = 128
+_PIXELS_IN_CACHE = 16 * 224**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the probe program runs on images.
+
+    Attributes:
+      batch_size: Samples per program call and device; changes speed and memory, not the losses.
+        `auto`: 128, and on CPUs fewer of larger images (16 at 224 px), which stay in the cache.
+      chunk: Most probes side by side, or `auto`; changes speed and memory, not the losses.
+      dtype: What the network computes in, `float32` or `bfloat16`; distances are float32.
+
+    Example: `dlc.probe(encoder, dataset, compute=dlc.Compute(dtype="bfloat16"))`.
+    """
+
+    batch_size: int | str = setting(AUTO, "images per call of the probe program, or auto")
+    chunk: str | int = setting(AUTO, "most probes side by side, or auto")
+    dtype: str = setting("float32", f"of the network: {', '.join(DTYPES)}")
+
+    def check(self) -> None:
+        """Raises ValueError unless all values are in range; names are the configuration's."""
+        for name in ("batch_size", "chunk"):
+            value = getattr(self, name)
+            is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if value != AUTO and (not is_number or value < 1):
+                raise expect.InputError(
+                    f"probe.{name}: expected {AUTO!r} or an integer >= 1, got {value!r}."
+                )
+        expect.one_of("probe.dtype", self.dtype, DTYPES)
+
+    def images_per_call(self, image_size: int) -> int:
+        """Returns how many images a program call takes.
+
+        Source of `auto`: docs/log/speed.md.
+        """
+        if not isinstance(self.batch_size, str):
+            return self.batch_size
+        if jax.default_backend() != "cpu":
+            return _BATCH_SIZE
+        return max(1, min(_BATCH_SIZE, _PIXELS_IN_CACHE // max(image_size, 1) ** 2))
+
+    def probes_per_call(self, num_probes: int) -> int:
+        """Returns how many probes to map side by side: at most `chunk`, more than half of it.
+
+        Within that range, the number that leaves the fewest places of the last chunk empty. `auto`
+        is one after another: on CPU that is fastest for every architecture (docs/log/parity.md),
+        since side by side convolutions become grouped ones and matmuls batched ones. Other backends
+        take the same until they are measured.
+        """
+        if isinstance(self.chunk, str):
+            return 1
+        most = min(self.chunk, num_probes)
+        return min(range(most, most // 2, -1), key=lambda c: -num_probes % c)
 
 
 def features(
@@ -50,8 +108,8 @@ def features(
       ((50, 128), 0.64)
     """
     images = Images.of(images, image_size)
-    checks.is_a(Compute, compute=compute)
-    checks.is_a(Run, run=run)
+    expect.is_a(Compute, compute=compute)
+    expect.is_a(Run, run=run)
     compute.check()
     encoder = encoder.for_mode(mode)
     encoder.check_image_size(images.size)
@@ -111,18 +169,18 @@ def probe(
       True
     """
     images = Images.of(images, image_size)
-    checks.is_a(PathSpec, path=path)
-    checks.is_a(Compute, compute=compute)
-    checks.is_a(Run, run=run)
+    expect.is_a(PathSpec, path=path)
+    expect.is_a(Compute, compute=compute)
+    expect.is_a(Run, run=run)
     path = overridden(path, schedule=schedule, step=step, num_probes=num_probes, masking=masking)
     path = path.for_mode(mode)
     compute.check()
     encoder = encoder.for_mode(mode)
-    checks.seed(seed)
+    expect.seed(seed)
     encoder.check_image_size(images.size)
 
     dataset = images.dataset
-    checks.prototypes_can_differ(dataset.name, dataset.labels, dataset.class_names)
+    expect.prototypes_can_differ(dataset.name, dataset.labels, dataset.class_names)
     batch_size = compute.images_per_call(images.size)
     decisive = [path.schedule, path.step, path.num_probes, path.placement, path.max_sparsity]
     decisive += [path.masking, images.size, batch_size, compute.chunk, compute.dtype, path.augment]
@@ -167,12 +225,12 @@ def _first_pass(
     """
     team = Team.alone() if run.mesh is None else Team.of(run.mesh)
     if team.mesh.shape[FSDP] > 1:
-        raise checks.InputError(
+        raise expect.InputError(
             f"mesh.fsdp: {team.mesh.shape[FSDP]}; expected 1: it spreads the weights of a language "
             "model."
         )
     if team.mesh.is_multi_process:
-        raise checks.InputError(
+        raise expect.InputError(
             f"mesh.probe: {team.mesh.shape[PROBE]} parts of the probes are more than the devices "
             "of a process; expected a divisor of their number, so that no two processes read the "
             "same images."

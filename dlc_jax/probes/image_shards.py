@@ -1,4 +1,4 @@
-"""The passes over the images: class prototypes first, then the losses under every probe.
+"""The passes over the images, and the programs that they call: prototypes, then losses.
 
 Samples are dealt out in shards, which number and batch size alone decide, and batches never reach
 over the end of one: see `shards`.
@@ -6,20 +6,105 @@ over the end of one: see `shards`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int64
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float32, Int32, Int64, Shaped
 from tqdm import tqdm
 
-from dlc_jax import checks
-from dlc_jax.distributed import DATA, Team, hides_bar
-from dlc_jax.preprocess import Reader, in_batches
-from dlc_jax.probes.program import Program
-from dlc_jax.probes.prototypes import ClassSums
+from dlc_jax import expect
+from dlc_jax.distributed import DATA, PROBE, Team, hides_bar, replicated
+from dlc_jax.preprocess import RandomCrops, Reader, filled, in_batches
+from dlc_jax.probes.kernel import ClassSums, Forward, features_of_batches, losses_of_batches
+from dlc_jax.probes.path import LearningPath
 from dlc_jax.probes.shards import Arrays, Parts, ShardBatch, Start, shards_done
+from dlc_jax.types import Params
+
+
+class Program(NamedTuple):
+    """The two compiled programs with everything that their calls share.
+
+    Attributes:
+      forward: The network.
+      team: Processes whose devices run it.
+      params: Weights, on all of these.
+      batch_size: Images per device and call.
+    """
+
+    forward: Forward
+    team: Team
+    params: Params
+    batch_size: int
+
+    def features_of(self, batches: list[ShardBatch]) -> jax.Array:
+        """Starts on the unmasked features of some batches: [k, b, d]."""
+        pixels = self._side_by_side([np.stack(batch.items) for batch in batches])
+        return features_of_batches(self.forward, self.team.mesh, self.params, pixels)
+
+    def losses_under(
+        self,
+        path: LearningPath,
+        chunk: int,
+        prototypes: Float32[np.ndarray, "c d"],
+        labels: Int32[np.ndarray, " n"],
+        crops: RandomCrops | None,
+    ) -> Start:
+        """Returns what starts on the losses of some batches under every probe: [k, m, b].
+
+        Args:
+          path: The probes, whose masks are put on the devices.
+          chunk: Most probes side by side.
+          prototypes: Class means of the unmasked features.
+          labels: Class ids of the whole data set.
+          crops: Cut from items that are decoded images, another one for every probe; None: items
+            are pixels, and all probes see the same.
+        """
+        mesh, num_probes = self.team.mesh, len(path)
+        num_parts = mesh.shape[PROBE]
+        if crops is None:  # the last probe is repeated until the parts are equal
+            chunk = min(chunk, -(-num_probes // num_parts))
+            at_once = chunk * num_parts
+            num_places = -(-num_probes // at_once) * at_once
+            calls = [np.minimum(np.arange(num_places), num_probes - 1)]
+        else:  # one at a time
+            chunk, calls = 1, [np.full(num_parts, k) for k in range(num_probes)]
+        spread = NamedSharding(mesh, PartitionSpec(PROBE))
+        thresholds = [jax.device_put(path.thresholds_at(places), spread) for places in calls]
+        importance = replicated(mesh, path.importance)
+        program = functools.partial(
+            losses_of_batches, self.forward, path.prunable, chunk, mesh, self.params, importance
+        )
+
+        def under_all(batches: list[ShardBatch]) -> jax.Array:
+            pixels = self._side_by_side([np.stack(batch.items) for batch in batches])
+            return program(thresholds[0], prototypes, pixels, labels_of(batches))
+
+        def under_each(batches: list[ShardBatch]) -> jax.Array:
+            assert crops is not None
+            own, rows = labels_of(batches), []
+            for step, threshold in zip(path.steps.tolist(), thresholds, strict=True):
+                cut = [crops.cut(batch.items, batch.positions, draw=step + 1) for batch in batches]
+                losses = program(threshold, prototypes, self._side_by_side(cut), own)
+                rows.append(losses[:, :1])  # every part of the probe axis has computed the same
+            return jnp.concatenate(rows, axis=1)
+
+        def labels_of(batches: list[ShardBatch]) -> jax.Array:
+            return self._side_by_side([labels[batch.positions] for batch in batches])
+
+        return under_all if crops is None else under_each
+
+    def _side_by_side(self, rows: list[Shaped[np.ndarray, "_ ..."]]) -> jax.Array:
+        """Returns one batch for every part of the data axis; missing ones repeat the first."""
+        full = [filled(some, self.batch_size) for some in rows]
+        full += full[:1] * (self.team.mesh.shape[DATA] - len(full))
+        return jax.device_put(np.stack(full), NamedSharding(self.team.mesh, PartitionSpec(DATA)))
+
 
 _SHARD = 2048  # images, or one batch where that is larger
 _FEWEST_SHARDS, _MOST_SHARDS = 64, 4096  # enough to deal out, and not too many files
@@ -120,9 +205,9 @@ def measure_prototypes(work: Pass) -> Prototypes:
         total.add_arrays(found)
         lost |= dict(zip(found["skipped"].tolist(), found["why"].tolist(), strict=True))
     readable = np.setdiff1d(np.arange(len(dataset)), list(lost))
-    checks.some_readable(dataset.name, len(readable), len(dataset))
+    expect.some_readable(dataset.name, len(readable), len(dataset))
     why = " (skipped samples do not count)" if lost else ""
-    checks.prototypes_can_differ(dataset.name, dataset.labels[readable], dataset.class_names, why)
+    expect.prototypes_can_differ(dataset.name, dataset.labels[readable], dataset.class_names, why)
     return total.means(), readable, lost
 
 
@@ -175,7 +260,7 @@ def measure_features(work: Pass) -> Float32[np.ndarray, "n d"]:
 
     every = _complete(work, "features", features_of_shards)
     found = [part for arrays in every if len(part := arrays["features"])]
-    checks.some_readable(dataset.name, len(found), len(dataset))
+    expect.some_readable(dataset.name, len(found), len(dataset))
     return np.concatenate(found)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 from tqdm import tqdm
 
-from dlc_jax import checks
+from dlc_jax import expect
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import (
     DATA,
@@ -38,8 +38,8 @@ from dlc_jax.preprocess.tokens import (
     plan_batches,
     tokenise,
 )
+from dlc_jax.probes.certificate import measured_path
 from dlc_jax.probes.path import LearningPath, learning_path
-from dlc_jax.probes.rounds import measured_path
 from dlc_jax.probes.shards import Arrays, Parts, ShardBatch, shards_done
 from dlc_jax.types import Conventions, Params, ProbeLosses, ResponseLosses, overridden
 
@@ -78,7 +78,7 @@ def response_losses(
       >>> np.round(dlc.response_losses(model, tokens), 2)
       array([5.71, 4.96, 5.09, 4.65], dtype=float32)
     """
-    checks.is_a(Run, run=run)
+    expect.is_a(Run, run=run)
 
     def of_rows(*rows: Array) -> Array:
         return _losses(model.architecture, model.params, *rows)[None]
@@ -122,7 +122,7 @@ def measure_responses(
       >>> np.round(responses.losses, 2)
       array([5.71, 4.96, 5.09, 4.65], dtype=float32)
     """
-    checks.is_a(Run, run=run)
+    expect.is_a(Run, run=run)
     max_length = model.max_length(max_length)
     measured = functools.partial(response_losses, model, tokens_per_batch=tokens_per_batch, run=run)
     if tokens is None:
@@ -200,13 +200,13 @@ def probe_responses(
       >>> probes.losses.shape, bool(first < last)
       ((2, 4), True)
     """
-    checks.is_a(PathSpec, path=path)
-    checks.is_a(Run, run=run)
+    expect.is_a(PathSpec, path=path)
+    expect.is_a(Run, run=run)
     if path.augment:
-        raise checks.InputError("probe.augment: instructions have no crops; expected False.")
+        raise expect.InputError("probe.augment: instructions have no crops; expected False.")
     path = overridden(path, schedule=schedule, step=step, num_probes=num_probes, masking=masking)
     path = path.for_mode("default")
-    checks.seed(seed)
+    expect.seed(seed)
     model.check_tokens(data.named)  # before the path, which takes a pass over the weights
     probes = learning_path(model, path, seed, Conventions.of("default"))
     decisive = [path.schedule, path.step, path.num_probes, path.placement, path.max_sparsity]
@@ -259,7 +259,7 @@ class _Work(NamedTuple):
         decisive: list[Any],
         run: Run,
     ) -> _Work:
-        checks.at_least("tokens_per_batch", tokens_per_batch, 1)
+        expect.at_least("tokens_per_batch", tokens_per_batch, 1)
         model.check_tokens(data.named)
         plans = list(plan_batches(data, tokens_per_batch))
         num = len(plans)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import os
 import re
@@ -34,7 +35,7 @@ _PART_NAME = re.compile(rf"({_PARTS})([^a-z].*)?|[a-z0-9].*[^a-z]({_PARTS})")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyImages:
-    """Images that are read when asked for.
+    """Images that are read when asked for; other processes get it pickled if `read` can be.
 
     Attributes:
       count: How many there are.
@@ -53,14 +54,19 @@ class LazyImages:
         return self.read(position)
 
 
-def images_in(root: Path, names: Sequence[str]) -> LazyImages:
+def images_in(root: Path, names: Sequence[str] | np.ndarray) -> LazyImages:
     """Returns the images in files, by POSIX paths relative to the root."""
     paths = np.asarray(names, np.str_)  # a million `Path`s would take half a gigabyte
+    read, file = functools.partial(_read, root, paths), functools.partial(_path, root, paths)
+    return LazyImages(len(paths), read, file)
 
-    def file(position: int) -> Path:
-        return root / str(paths[position])
 
-    return LazyImages(len(paths), lambda position: regular(file(position)).read_bytes(), file)
+def _read(root: Path, paths: np.ndarray, position: int) -> bytes:
+    return regular(_path(root, paths, position)).read_bytes()
+
+
+def _path(root: Path, paths: np.ndarray, position: int) -> Path:
+    return root / str(paths[position])
 
 
 def is_junk(name: str) -> bool:

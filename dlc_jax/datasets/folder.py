@@ -1,6 +1,6 @@
 """`folder:` one sub-folder of images per class, and `fgvc_aircraft:`, an archive with lists.
 
-Source: Maji et al. 2013, arXiv 1306.5151.
+Source of FGVC-Aircraft: Maji et al. 2013, arXiv 1306.5151.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import itertools
 import os
 from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from dlc_jax import expect
 from dlc_jax.datasets.files import images_in, is_junk, regular, split_in, suffix_of, train_parts
@@ -52,7 +54,7 @@ def _load(where: str, root: Path) -> Dataset:
         left_out += others
     _check_are_classes(where, images)
     filled = [name for name in folders if images[name]]
-    names = [image for name in filled for image in images[name]]
+    names = np.asarray([image for name in filled for image in images[name]], np.str_)
     return labelled(
         images_in(root, names),
         [name for name in filled for _ in images[name]],

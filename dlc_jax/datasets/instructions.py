@@ -104,7 +104,7 @@ def load_instructions(
     Raises:
       ValueError: nothing there, the hub cannot be reached, a damaged file, no or several templates
         that fit, columns that are missing or no text, and empty responses, by id; for `chat`, see
-        also `chat.render`.
+        also `templates.render`.
     Example:
       >>> data = dlc.load_instructions("demo:dolly/train")
       >>> len(data), data.responses[0][:24]

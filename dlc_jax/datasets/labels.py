@@ -99,12 +99,16 @@ def integers_or_text(values: Sequence) -> list:
     return [int(value) if isinstance(value, str) else value for value in values]
 
 
-def stable_ids(names: Sequence[str | None], images: ImageSource) -> np.ndarray:
+def stable_ids(names: Sequence[str | None] | np.ndarray, images: ImageSource) -> np.ndarray:
     """Returns the names where all are present and unique, else hashes of the images' content.
+
+    An array of paths is unique, and is not copied: of millions it takes gigabytes.
 
     A running number behind the hash tells images of equal content apart. Of an image that cannot
     be read, the name is hashed; the decoder reports it later.
     """
+    if isinstance(names, np.ndarray):
+        return names
     if all(names) and len(set(names)) == len(names):
         return np.array(names, dtype=object)  # as text, NumPy would drop a NUL at the end
 
@@ -131,7 +135,7 @@ def content_ids(contents: Iterable[bytes]) -> list[str]:
 def labelled(
     images: ImageSource,
     values: Sequence,
-    names: Sequence[str | None],
+    names: Sequence[str | None] | np.ndarray,
     source: str,
     class_names: Sequence[str] | None = None,
     **more: Any,

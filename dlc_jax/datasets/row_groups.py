@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -147,7 +148,7 @@ class ArrowTable:
 
     def images(self, *column: str) -> ImageSource:
         images = self._checked(column)
-        return LazyImages(len(images), lambda position: images[position].as_py())
+        return LazyImages(len(images), functools.partial(_cell, images))
 
     def missing(self, *column: str) -> Int64[np.ndarray, " k"]:
         return _null_rows(self._checked(column))
@@ -172,6 +173,10 @@ def _part_of(table: pa.Table, column: Sequence[str]) -> pa.ChunkedArray:
     for field in fields:
         values = pc.struct_field(values, field)
     return values
+
+
+def _cell(column: pa.ChunkedArray, row: int) -> Any:
+    return column[row].as_py()
 
 
 def _null_rows(column: pa.ChunkedArray) -> Int64[np.ndarray, " k"]:

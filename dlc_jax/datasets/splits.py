@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import re
 from collections import Counter
@@ -25,16 +26,24 @@ def joined(sources: Sequence[ImageSource]) -> ImageSource:
     if len(sources) == 1:
         return sources[0]
     starts = np.cumsum([0, *map(len, sources)]).tolist()
+    read = functools.partial(_read, sources, starts)
+    return LazyImages(starts[-1], read, functools.partial(_file, sources, starts))
 
-    def place(position: int) -> tuple[ImageSource, int]:
-        number = bisect.bisect_right(starts, position) - 1
-        return sources[number], position - starts[number]
 
-    def read(position: int) -> bytes | np.ndarray:
-        source, inner = place(position)
-        return source[inner]
+def _read(sources: Sequence[ImageSource], starts: list[int], position: int) -> bytes | np.ndarray:
+    source, place = _part(sources, starts, position)
+    return source[place]
 
-    return LazyImages(starts[-1], read, lambda position: file_of(*place(position)))
+
+def _file(sources: Sequence[ImageSource], starts: list[int], position: int) -> Path | None:
+    return file_of(*_part(sources, starts, position))
+
+
+def _part(
+    sources: Sequence[ImageSource], starts: list[int], position: int
+) -> tuple[ImageSource, int]:
+    number = bisect.bisect_right(starts, position) - 1
+    return sources[number], position - starts[number]
 
 
 def part_sources(where: str) -> list[str]:

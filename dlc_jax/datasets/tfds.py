@@ -48,7 +48,7 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
         Exception,
     ):
         source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-    images = LazyImages(len(source), lambda position: source[position][image])
+    images = LazyImages(len(source), functools.partial(_encoded, source, image))
     name_feature = next((f for f in _NAME_FEATURES if f in features), None)
     values, names = [], []
     for position in range(len(source)):
@@ -57,6 +57,10 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
         names.append(str(_value(record[name_feature])) if name_feature else None)
     class_names = getattr(features[label], "names", None)
     return labelled(images, values, names, f"tfds:{where}", class_names)
+
+
+def _encoded(source: Any, image: str, position: int) -> bytes:
+    return source[position][image]
 
 
 def _prepare(builder: Any, where: str) -> None:

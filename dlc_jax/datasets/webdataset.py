@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +30,7 @@ class _Member(NamedTuple):
 
     def read(self) -> bytes:
         with open(self.shard, "rb") as file:
-            file.seek(self.offset)
-            content = file.read(self.size)
+            content = os.pread(file.fileno(), self.size, self.offset)
         if len(content) < self.size:
             raise OSError(f"{self.shard}: ends {self.size - len(content)} bytes early")
         return content
@@ -60,8 +62,12 @@ def load_tar(where: str, columns: Columns = USUAL) -> Dataset:
             left_out.update(kind for kind in parts if kind not in (*readable, ".cls", ".json"))
     if not images:
         raise expect.InputError(f"{source}: holds no sample.")
-    members = LazyImages(len(images), lambda position: images[position].read())
+    members = LazyImages(len(images), functools.partial(_read, images))
     return labelled(members, integers_or_text(values), names, source, left_out=dict(left_out))
+
+
+def _read(members: Sequence[_Member], position: int) -> bytes:
+    return members[position].read()
 
 
 def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:

@@ -1,7 +1,7 @@
 """The devices of a run as a grid, where parameters and samples lie on it, and where calls run.
 
-Weights are spread, and so are the rows of every program call: XLA's partitioner then gathers the
-weights of one layer at a time, as fully sharded data parallelism does by hand.
+Weights of language models are spread, and so are the rows of every program call: XLA's partitioner
+then gathers the weights of one layer at a time, as fully sharded data parallelism does by hand.
 
 Source: Zhao et al. 2023, arXiv 2304.11277, for the scheme.
 """

@@ -1,18 +1,15 @@
 """One decoder for Llama 3, Llama 3.1, Mistral and Gemma 2, token ids to logits.
 
-Source: Hu et al. 2021, arXiv 2106.09685.
-
 They differ by the switches of `DecoderConfig`, which a Hugging Face `config.json` decides. The
 arithmetic is that of their torch classes in transformers, rounding steps of half precision
 included.
 
+Linear layers may have a low-rank change. The sizes of the paper's three base models are facts of
+their published `config.json` files, for plans where there is no network.
+
 Sources: Grattafiori et al. 2024, arXiv 2407.21783; Jiang et al. 2023, arXiv 2310.06825; Gemma Team
-2024, arXiv 2408.00118; Su et al. 2021, arXiv 2104.09864, for rotary positions.
-
-Facts of their published `config.json` files.
-
-Sources: Jiang et al. 2023, arXiv 2310.06825; Grattafiori et al. 2024, arXiv 2407.21783; Gemma Team
-2024, arXiv 2408.00118.
+2024, arXiv 2408.00118; Su et al. 2021, arXiv 2104.09864, for rotary positions; Hu et al. 2021,
+arXiv 2106.09685, for low-rank changes.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """A probe as a threshold on importance: exact counts, ties broken by position.
 
-For models of billions of weights, possibly spread over devices: every pass goes over one leaf after
-the other and leaves numbers only. Programs are compiled for each shape of a leaf, which for small
-networks takes longer than to sort all weights.
-
 The masks of a path are nested, so one number tells a masked network apart from the next. Where
 several weights share the importance at the threshold, a position decides which of them go; without
 it the count would miss by thousands on half-precision checkpoints.
+
+Importances are sorted, or, of models of billions of weights, possibly spread over devices, counted
+by their bits: every pass goes over one leaf after the other and leaves numbers only. Programs are
+compiled for each shape of a leaf, which for small networks takes longer than to sort all weights.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def load_images(
 
     Args:
       dataset: What to read.
-      image_size: Side of the crop in pixels.
+      image_size: Side of the crop in pixels, 8 or more.
       on_corrupt: `error`, or `skip` to leave unreadable images out and list them.
       progress: Whether to show a bar on the terminal.
       cache: Where decoded crops are kept.

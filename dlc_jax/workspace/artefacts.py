@@ -1,6 +1,7 @@
 """What a run leaves on disk: names, formats, keys, and writes that are whole or not there at all.
 
-The package's version has no part in it. Each kind of result has a number, which is raised whenever
+Keys of results are hashes of everything that decides them; the package's version has no part in
+them. Each kind of result has a number, which is raised whenever
 the same settings would give other bytes; `tests/golden/test_result_numbers.py` notices where they
 do.
 """

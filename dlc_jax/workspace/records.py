@@ -62,7 +62,7 @@ class Step(Protocol[Value]):
 
     Attributes:
       name: Path of the record below `records/`, without its suffix.
-      kind: Kind of result; `keys.result_number` gives its number.
+      kind: Kind of result; `artefacts.result_number` gives its number.
       stage: Stage of the command that makes it, for messages.
       key: Everything that decides the result, as JSON has it.
       settings: Settings as the user knows them, for readers.

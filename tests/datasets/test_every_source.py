@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import json
+import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +208,25 @@ def test_every_source_gives_the_same_images_labels_and_order(some, tmp_path, nam
     if name not in ("tar", "csv", "aircraft"):
         assert dataset.ids.tolist() == some.ids.tolist()
     assert len(set(dataset.ids.tolist())) == 12
+
+
+@pytest.mark.parametrize("name", ["folder", "csv", "npz", "tar", "aircraft", "parts"])
+def test_other_processes_get_it_pickled(some, tmp_path, name):
+    """As data loaders with workers hand it on."""
+    source = f"folder:{tmp_path}/train+val"
+    for part in ("train", "val") if name == "parts" else ():
+        as_folder(some, tmp_path / part)
+    dataset = dlc.load_dataset(source if name == "parts" else BUILDERS[name](some, tmp_path))
+    again = pickle.loads(pickle.dumps(dataset))
+    last = len(dataset) - 1
+    np.testing.assert_array_equal(again[last].image, dataset[last].image)
+    assert again.fingerprint == dataset.fingerprint
+
+
+def test_a_folder_keeps_its_paths_once(some, tmp_path):
+    dataset = dlc.load_dataset(as_folder(some, tmp_path))
+    (paths,) = (a for a in dataset.images.read.args if isinstance(a, np.ndarray))
+    assert np.shares_memory(paths, dataset.ids)
 
 
 @pytest.fixture(scope="module")

@@ -262,14 +262,14 @@ def test_two_processes_at_once_decode_once(tmp_path, few):
     program = f"""
         import hashlib, time
         import dlc_jax as dlc
-        from dlc_jax.preprocess import load, load_images
+        from dlc_jax.preprocess import images, load_images
         decoded = []
-        plain = load.decode
+        plain = images.decode
         def slow(image, name, deep_images):
             decoded.append(name)
             time.sleep(0.02)
             return plain(image, name, deep_images)
-        load.decode = slow
+        images.decode = slow
         dataset = dlc.load_dataset("folder:{tmp_path}/images")
         loaded = load_images(dataset, 32, cache=dlc.ImageCache({str(tmp_path / "cache")!r}))
         print(len(decoded), hashlib.sha256(loaded.pixels.tobytes()).hexdigest())

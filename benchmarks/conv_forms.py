@@ -3,7 +3,7 @@
 python -m benchmarks.conv_forms [--batch_size=64]
 
 Prints GFLOP/s of both forms, compiled as the probes are, and their ratio for the convolutions of
-ResNets. Behind the rule in dlc_jax/encoders/layers.py.
+ResNets. Behind the rule in dlc_jax/encoders/resnet.py.
 """
 
 from __future__ import annotations

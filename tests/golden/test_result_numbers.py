@@ -110,7 +110,7 @@ def test_values_change_with_the_number_only(kind):
     if found := differences(kind, new, tolerances):
         pytest.fail(
             f"kind {kind!r} gives other values under number {number}; if that is meant, raise "
-            f"RESULT_NUMBERS[{kind!r}] in dlc_jax/workspace/keys.py and record them again: "
+            f"RESULT_NUMBERS[{kind!r}] in dlc_jax/workspace/artefacts.py and record them again: "
             f"{RECORD}\n" + "\n".join(found)
         )
     assert new.keys() == recorded["values"].keys(), f"record what was added or left out: {RECORD}"
@@ -149,6 +149,6 @@ def _as_text(written: dict[str, Any]) -> str:
 if __name__ == "__main__":
     if found := record():
         sys.exit(
-            "nothing was recorded: raise the number in dlc_jax/workspace/keys.py first\n"
+            "nothing was recorded: raise the number in dlc_jax/workspace/artefacts.py first\n"
             + "\n".join(found)
         )

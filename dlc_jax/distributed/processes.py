@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# JAX offers no public way to the store that its processes share
 from jax._src.distributed import global_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -342,14 +344,12 @@ def _waited_for(key: str) -> str:
                 raise
 
 
-__all__ = ["Stopped", "at_steps", "check", "is_due", "stop_together"]
-
 _STEPS_LATE = 2  # so that no step waits for the answer of the one before
 _most = jax.jit(jnp.max)
 _pending: collections.deque[jax.Array] = collections.deque()  # answers that nobody waits for yet
 
 
-def check() -> None:
+def stop_if_asked() -> None:
     """Raises `Stopped` if the run was asked to stop while that was put off."""
     if number := value_of_first(signals.asked):
         signals.note(number)

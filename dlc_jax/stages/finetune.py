@@ -75,7 +75,7 @@ class Sweep(NamedTuple):
 
     def _run(self, cell: Cell) -> str | None:
         """Returns what to say of the run; None if it was finished before."""
-        processes.check()
+        processes.stop_if_asked()
         mine = self.job.workspace.alone(lambda: self._make_room_for(cell))
         step, workspace = self._step(cell, positions_from_first(mine)), self._folder(cell)
         made = workspace.ensure(step)

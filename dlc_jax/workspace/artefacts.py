@@ -1,9 +1,8 @@
 """What a run leaves on disk: names, formats, keys, and writes that are whole or not there at all.
 
 Keys of results are hashes of everything that decides them; the package's version has no part in
-them. Each kind of result has a number, which is raised whenever
-the same settings would give other bytes; `tests/golden/test_result_numbers.py` notices where they
-do.
+them. Each kind of result has a number, which is raised whenever the same settings would give other
+bytes; `tests/golden/test_result_numbers.py` notices where they do.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ from dlc_jax import expect
 from dlc_jax.files import array_files
 from dlc_jax.files.array_files import Expected
 from dlc_jax.files.arrow import pa, pq
+
+# used as parts of this module
 from dlc_jax.files.json_files import check_shape
 from dlc_jax.files.json_files import read_json as read_json
 from dlc_jax.files.whole_files import atomic as atomic

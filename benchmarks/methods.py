@@ -27,9 +27,8 @@ from dlc_jax.reports import read_results
 from dlc_jax.reports.results import SeedMean
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO, SELECTORS, Cell
-from dlc_jax.stages import pipeline
-from dlc_jax.stages.selections import Job, SelectionInputs
-from dlc_jax.stages.tune import run_tune
+from dlc_jax.stages import pipeline, tune
+from dlc_jax.stages.select import Job, SelectionInputs
 from dlc_jax.tasks import task_of
 from dlc_jax.tasks.images import load_configured
 from dlc_jax.training.images import class_ids_by_name
@@ -54,7 +53,7 @@ def main(_: list[str]) -> None:
     )
     pipeline.run(config, workdir)
     known = SelectionInputs(config, workdir, artefacts.read_scores(workdir))
-    run_tune(Job(config, Workspace(workdir), task_of(config, print), known))
+    tune.run(Job(config, Workspace(workdir), task_of(config, print), known))
     cells = [cell for cell in config.selection.cells() if AUTO not in cell]
     for way in (("random", None), (AUTO, None), ("flexrand", 0.5), ("flexrand", AUTO)):
         for keep in config.selection.keep_fractions:

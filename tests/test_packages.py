@@ -57,8 +57,8 @@ BREACHES = {
         "side by side",
     ),
     "a circle of modules": (
-        "selection/group.py",
-        "from dlc_jax.selection.methods import SELECTORS",
+        "selection/methods.py",
+        "from dlc_jax.selection.settings import SELECTORS",
         "in a circle",
     ),
 }

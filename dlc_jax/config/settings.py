@@ -24,8 +24,7 @@ from dlc_jax.config.sections import (
 from dlc_jax.evaluation.mmlu import EvaluationConfig
 from dlc_jax.preprocess import ImageCache, Images
 from dlc_jax.scores import SCORES
-from dlc_jax.selection import AUTO, FULL, Cell
-from dlc_jax.selection.settings import Need, SelectionConfig
+from dlc_jax.selection import AUTO, FULL, Cell, Need, SelectionConfig
 from dlc_jax.training.images import FinetuneConfig, RecordConfig
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.tuning import LinearProbeConfig

@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax import expect
-from dlc_jax.selection import kept_positions
-from dlc_jax.selection.kept import places_of
+from dlc_jax.selection import kept_positions, places_of
 from dlc_jax.types import Dataset, Selection, labels_fingerprint
 from dlc_jax.workspace import artefacts
 

@@ -9,10 +9,16 @@ from collections.abc import Mapping
 import numpy as np
 
 from dlc_jax import expect
-from dlc_jax.selection import methods
-from dlc_jax.selection.group import Draw, Group, id_keys
-from dlc_jax.selection.methods import AUTO, DEFAULT_METHOD, INPUTS, SELECTORS, Cell, check_cell
-from dlc_jax.selection.rules import ALLOCATIONS, Rules
+from dlc_jax.selection.methods import ALLOCATIONS, Draw, Group, flexrand_as_released, id_keys
+from dlc_jax.selection.settings import (
+    AUTO,
+    DEFAULT_METHOD,
+    INPUTS,
+    SELECTORS,
+    Cell,
+    Rules,
+    check_cell,
+)
 from dlc_jax.types import (
     Choice,
     Conventions,
@@ -73,18 +79,18 @@ class Candidates:
     ) -> Selection:
         """Picks the samples to keep in one cell; arguments and errors as for `dlc_jax.select`."""
         conventions = Conventions.of(mode)
-        split = check_cell(Cell(method, keep_fraction, split, seed), conventions)
+        cell = check_cell(Cell(method, keep_fraction, split, seed), conventions)
         expect.is_a(Rules, rules=rules)
         rules.check(method, conventions)
-        selector, gamma, chosen = method, split, None
-        if AUTO in (method, split):
+        selector, gamma, chosen = method, cell.split, None
+        if AUTO in (method, gamma):
             rules.check_tunable()
             chosen = self._choice(method, keep_fraction, rules.min_per_class, tuning)
             selector, gamma = chosen.method, chosen.split
         elif tuning is not None:
             raise expect.InputError(
                 f"tuning: is for method or split {AUTO!r}, got method {method!r} and split "
-                f"{split!r}."
+                f"{gamma!r}."
             )
         assert not isinstance(gamma, str)  # it was `auto`
         self._check_all_there(selector, rules.allocation)
@@ -92,7 +98,7 @@ class Candidates:
         groups = self._groups(SELECTORS[selector].needs, rules.per_class, as_released)
         members = [group.positions for group in groups.values()]
         if as_released and gamma is not None:
-            kept = methods.flexrand_as_released(members, keep_fraction, gamma, seed)
+            kept = flexrand_as_released(members, keep_fraction, gamma, seed)
         else:
             fractions = [keep_fraction] * len(members)
             if rules.per_class and not as_released:
@@ -109,10 +115,7 @@ class Candidates:
         sizes = np.bincount(self._labels)
         return Selection(
             indices=indices,
-            method=method,
-            keep_fraction=keep_fraction,
-            split=split,
-            seed=seed,
+            **cell._asdict(),
             mode=mode,
             **dataclasses.asdict(rules),
             chosen=chosen,
@@ -239,3 +242,68 @@ class Candidates:
                 "tuning: was made from other features; expected those given to tune(...)."
             )
         return choice
+
+
+def select(
+    scores: np.ndarray | None,
+    labels: np.ndarray,
+    *,
+    method: str = DEFAULT_METHOD,
+    keep_fraction: float,
+    split: float | str | None = None,
+    seed: int = 0,
+    ids: np.ndarray | None = None,
+    features: np.ndarray | None = None,
+    probabilities: np.ndarray | None = None,
+    tuning: Tuning | None = None,
+    mode: str = "default",
+    rules: Rules = Rules(),
+) -> Selection:
+    """Picks the samples to keep; every cell stands alone, whatever else is selected.
+
+    `Candidates` does the same for many cells of large data sets, sorts them once, and takes
+    arrays of all `INPUTS`.
+
+    Args:
+      scores: [n] hardness, higher is harder; from `score`, `record_training` or your own. None
+        where neither the method nor the allocation uses them.
+      labels: [n] non-negative class ids.
+      method: By any score: `flexrand`, `easiest`, `hardest`, `ccs`. Highest first of the score of
+        that name: `least_confidence`, `entropy`, `margin`, `forgetting`, `grand`, `el2n`. By
+        features: `moderate`, `herding`, `k_center_greedy`. By probabilities:
+        `contextual_diversity`. By nothing: `random`.
+      keep_fraction: Fraction kept of each class, in (0, 1).
+      split: FlexRand's gamma in (0, 1), the share of a class that counts as easy; default 0.5.
+        `auto`: what `tuning` found best.
+      seed: Seed of the draw. The draw of a class depends on the seed and its samples only.
+      ids: [n] different sample ids. Draws and ties then follow the ids, so that the same samples
+        in another order keep the same ids (not in `official`), and `finetune` finds the kept
+        samples in any order or part of the data set. None: draws and ties follow positions.
+      features: [n, d] floating; what `features` returns, or your own.
+      probabilities: [n, c] softmax outputs of a classifier; rows add up to 1.
+      tuning: From `tune`, on the same scores and labels; for `auto`, and only for it.
+      mode: `default`: exactly round(n_j keep_fraction) of a class of n_j samples, and its only
+        sample where n_j is 1. `official`: the released code's draws, rounding and order of ties,
+        for splits 0.05 i and keep fractions i / 10.
+      rules: Budgets of classes, and the method's variant; see `Rules`.
+    Returns:
+      Kept positions, ascending, with what made them.
+    Raises:
+      ValueError: unknown names, values out of range or off the official grid, an array that the
+        method needs missing, numbers that are not finite, lengths that differ, repeated ids.
+    Source: Jiang et al. 2025, section 4; of a method, where it is defined.
+    Example:
+      >>> scores, labels = np.array([3.0, 1.0, 2.0, 4.0]), np.array([0, 0, 1, 1])
+      >>> dlc.select(scores, labels, method="easiest", keep_fraction=0.5).indices.tolist()
+      [1, 2]
+    """
+    candidates = Candidates(scores, labels, ids=ids, features=features, probabilities=probabilities)
+    return candidates.select(
+        method=method,
+        keep_fraction=keep_fraction,
+        split=split,
+        seed=seed,
+        tuning=tuning,
+        mode=mode,
+        rules=rules,
+    )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float64, Int, Int32
 
-from dlc_jax.selection.group import Draw, Group, Positions, budget
+from dlc_jax.selection.methods import Draw, Group, Positions, budget
 
 # Relative to the squared norms it is the difference of, a smaller distance is rounding error and
 # counts as 0: copies of a chosen sample then tie, whatever the order of summation.

@@ -1,18 +1,127 @@
-"""The selectors by name, what each takes, and those that use ranks or chance alone."""
+"""What a selector picks from, selectors by rank or chance alone, and how much a class keeps."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float, Float64, Int64, Integer, Shaped, UInt64
 
 from dlc_jax import expect
-from dlc_jax.selection import geometry
-from dlc_jax.selection.group import Draw, Group, Positions, budget
-from dlc_jax.types import Conventions
+
+_BLOCK = 1 << 12  # ids whose characters are 64 bits wide at a time
+
+
+def id_keys(ids: Shaped[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """Returns 64 bits for each id, which depend on its characters only.
+
+    Args:
+      ids: Text; the width of the array does not matter.
+    """
+    text = np.asarray(ids, np.str_)
+    width = max(text.dtype.itemsize // 4, 1)
+    factors = _mixed(np.arange(1, width + 1, dtype=np.uint64))
+    keys = np.empty(len(text), np.uint64)
+    for start in range(0, len(text), _BLOCK):
+        block = np.ascontiguousarray(text[start : start + _BLOCK], f"=U{width}")
+        characters = block.view(np.uint32).reshape(-1, width)
+        keys[start : start + _BLOCK] = characters.astype(np.uint64) @ factors  # modulo 2^64
+    return keys
+
+
+def lots(keys: UInt64[np.ndarray, " n"], draw: Sequence[int]) -> UInt64[np.ndarray, " n"]:
+    """Returns the lot of each sample in a draw; the lowest lots are drawn first.
+
+    A sample's lot depends on its id and the draw only. Different keys get different lots.
+
+    Args:
+      keys: From `id_keys`.
+      draw: Non-negative integers that name the draw.
+    """
+    return _mixed(keys ^ np.random.SeedSequence(list(draw)).generate_state(1, np.uint64))
+
+
+def _mixed(values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """Maps 64 bits to 64 bits one to one, each output bit depending on all input bits.
+
+    Source: Stafford's variant 13 of the finaliser of MurmurHash3, as in SplitMix64.
+    """
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+Positions: TypeAlias = Int64[np.ndarray, " _"]  # into the data set
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """The samples of one class, or of all of them; made once, however often it is picked from.
+
+    Attributes:
+      positions: Where they are: easiest first for methods that need scores. Ties, and all samples
+        where scores are not needed, are in the order of their keys, or of positions without keys.
+      scores: [n] hardness of the whole data set, higher is harder; None if none was given.
+      rows: [n, d] rows of the whole data set, never copied: the one of `INPUTS` that the method
+        needs; None if it needs none.
+      keys: [n] keys of the ids of the whole data set, from `id_keys`; None where positions decide
+        lots.
+    """
+
+    positions: Positions
+    scores: Shaped[np.ndarray, " n"] | None = None
+    rows: Float[np.ndarray, "n d"] | None = None
+    keys: UInt64[np.ndarray, " n"] | None = None
+    _ranks: dict[tuple[int, int, str], np.ndarray] = dataclasses.field(
+        default_factory=dict, init=False
+    )
+
+    def ranks_by_lot(self, draw: Draw, purpose: str) -> Integer[np.ndarray, " _"]:
+        """Returns places in `positions`, in the order in which lots call them.
+
+        (seed, label, purpose) and the id of a sample decide its lot; without ids, its place among
+        those of the group in the data set does. Its rank does not: where two scores differ a
+        little, what is drawn from one sample's pool differs only where that sample does.
+        """
+        key = (draw.seed, draw.label, purpose)
+        if key not in self._ranks:
+            seeds = [draw.seed, draw.label, zlib.crc32(purpose.encode())]
+            num = len(self.positions)
+            if self.keys is not None:
+                ranks = np.argsort(lots(self.keys[self.positions], seeds))
+            else:
+                generator = np.random.default_rng(seeds)
+                ranks = np.argsort(self.positions)[generator.permutation(num)]
+            self._ranks[key] = ranks.astype(np.min_scalar_type(num))
+        return self._ranks[key]
+
+
+class Draw(NamedTuple):
+    """How much of a group to keep, and how.
+
+    Attributes:
+      keep_fraction: The group's own, in [0, 1): round(size keep_fraction) are kept, half to even.
+      split: FlexRand's gamma; None for methods that have none.
+      seed, label: The only source of randomness; the label is 0 where the group is all samples.
+      per_class: Whether the group is a class.
+      variant: One of the method's variants.
+    """
+
+    keep_fraction: float
+    split: float | None
+    seed: int
+    label: int
+    per_class: bool
+    variant: str
+
+
+def budget(group: Group, draw: Draw) -> int:
+    """Returns how many samples of the group to keep."""
+    return round(len(group.positions) * draw.keep_fraction)
 
 
 def easiest(group: Group, draw: Draw) -> Positions:
@@ -193,129 +302,101 @@ def _states(sizes: tuple[int, ...], seed: int) -> dict[tuple[int, int], Any]:
     return states
 
 
-AUTO = "auto"  # a method, or a split: what tuning found best
-DEFAULT_METHOD, DEFAULT_SPLIT = "flexrand", 0.5
-FULL = "full"  # no method: the run on all samples, which others are compared with
+def proportional(
+    members: list[Positions],
+    scores: Shaped[np.ndarray, " n"] | None,
+    keep_fraction: float,
+    min_per_class: int,
+) -> list[float]:
+    """Returns the fraction to keep of each class: the same, but for the bounds.
 
-
-class Cell(NamedTuple):
-    """One selection, or the training run on it; split is None where the method has none."""
-
-    method: str
-    keep_fraction: float
-    split: float | str | None
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """`flexrand/keep_0.30-split_0.50-seed_1`: where its files lie below a stage's folder."""
-        parts = [f"keep_{_two_decimals(self.keep_fraction)}"]
-        if self.split is not None:
-            split = self.split if isinstance(self.split, str) else _two_decimals(self.split)
-            parts.append(f"split_{split}")
-        return f"{self.method}/{'-'.join([*parts, f'seed_{self.seed}'])}"
-
-
-def _two_decimals(value: float) -> str:
-    """Two decimals where they say it all, more where they are needed: names must not collide."""
-    return f"{value:.2f}" if round(value, 2) == value else repr(value)
-
-
-class Input(NamedTuple):
-    """An array [n, d] that some methods need instead of scores.
-
-    Attributes:
-      check: Raises ValueError unless the array fits labels [n].
-      source: Call that returns it, for messages.
-      of: Source in the stage `score`: `encoder`, or a record of `training`.
+    Args:
+      members: Positions of each class's samples.
+      scores: Not looked at.
+      keep_fraction: Fraction kept of every class.
+      min_per_class: Least samples of a class, all of one that has no more. A class of one sample
+        keeps it.
     """
-
-    check: Callable[[np.ndarray, np.ndarray], None]
-    source: str
-    of: str = "encoder"
+    return [_fraction(len(positions), keep_fraction, min_per_class) for positions in members]
 
 
-INPUTS: Mapping[str, Input] = {
-    "features": Input(
-        functools.partial(expect.features_fit_labels, "features"), "dlc.features(...)"
-    ),
-    "probabilities": Input(
-        expect.probabilities_fit_labels, "dlc.record_training(...)", of="training"
-    ),
-}
+def _fraction(num_samples: int, keep_fraction: float, min_per_class: int) -> float:
+    if num_samples == 1:  # rounding would lose the class
+        return 1.0
+    least = min(min_per_class, num_samples)
+    return keep_fraction if round(num_samples * keep_fraction) >= least else least / num_samples
 
 
-class Method(NamedTuple):
-    """A selector, and what it takes.
+def nucs(
+    members: list[Positions],
+    scores: Shaped[np.ndarray, " n"] | None,
+    keep_fraction: float,
+    min_per_class: int,
+) -> list[float]:
+    """Returns the fraction to keep of each class, more of a class that is harder.
 
-    Attributes:
-      select: Picks from one class, or from all samples: returns `budget(group, draw)` different
-        positions of the group, in any order.
-      has_split: Whether it takes FlexRand's gamma.
-      needs: What it needs: `nothing`, `scores`, or one of `INPUTS`.
-      variants: The published definition, and others.
-      score: Name of the score it is meant for; None: any score.
+    As many samples in all as `proportional` keeps. A class's share is proportional to its size
+    times its mean score, scores below its 5th and above its 95th percentile counting as these.
+    Largest remainders are rounded up. No class keeps more than it has or fewer than `min_per_class`
+    (or its only sample); what that leaves over or takes is shared among the others by the same
+    rule. Where every score is 0, shares are proportional to size.
+
+    Args:
+      members, keep_fraction, min_per_class: As in `proportional`.
+      scores: [n] zero or more.
+    Raises:
+      ValueError: a score is negative, so that it gives no share.
+    Source: Zhang et al. 2025, Non-uniform class-wise coreset selection.
     """
-
-    select: Callable[[Group, Draw], Positions]
-    has_split: bool = False
-    needs: str = "scores"
-    variants: tuple[str, ...] = ("published",)
-    score: str | None = None
-
-
-VARIANTS = ("published", "deepcore")
-
-SELECTORS: Mapping[str, Method] = {
-    "flexrand": Method(flexrand, has_split=True),
-    "easiest": Method(easiest),
-    "hardest": Method(hardest),
-    "random": Method(random, needs="nothing"),
-    "ccs": Method(ccs),
-    "moderate": Method(geometry.moderate, needs="features"),
-    "herding": Method(geometry.herding, needs="features", variants=VARIANTS),
-    "k_center_greedy": Method(geometry.k_center_greedy, needs="features"),
-    "contextual_diversity": Method(geometry.contextual_diversity, needs="probabilities"),
-    "least_confidence": Method(most_uncertain, variants=VARIANTS, score="least_confidence"),
-    "entropy": Method(most_uncertain, variants=VARIANTS, score="entropy"),
-    "margin": Method(most_uncertain, variants=VARIANTS, score="margin"),
-    "forgetting": Method(hardest, score="forgetting"),
-    "grand": Method(hardest, score="grand"),
-    "el2n": Method(hardest, score="el2n"),
-}
-
-
-def has_split(method: str) -> bool:
-    """Whether a method, or `auto`, takes FlexRand's gamma."""
-    return method != AUTO and SELECTORS[method].has_split
-
-
-def check_split(split: float | str, name: str = "split") -> None:
-    """Raises ValueError unless the split is `auto` or in (0, 1)."""
-    if not isinstance(split, str):
-        expect.split(split, name)
-    elif split != AUTO:
-        raise expect.InputError(f"{name}: expected numbers or {AUTO!r}, got {split!r}.")
-
-
-def check_cell(cell: Cell, conventions: Conventions) -> float | str | None:
-    """Returns the split to use (None for methods without one), or raises ValueError."""
-    method, keep_fraction, split, seed = cell
-    expect.one_of("selection method", method, [*SELECTORS, AUTO])
-    expect.keep_fraction(keep_fraction)
-    expect.seed(seed)
-    if isinstance(split, str):
-        check_split(split)
-    if AUTO in (method, split) and conventions.draws_as_released:
+    assert scores is not None
+    if scores.min() < 0:
         raise expect.InputError(
-            f"mode {conventions.mode!r} has no {AUTO!r}; expected a method and a split."
+            "scores: allocation 'nucs' shares out by mean score, expected none below 0, got "
+            f"{scores.min()} at position {scores.argmin()}."
         )
-    if conventions.draws_as_released and not isinstance(split, str):
-        grid_cell(keep_fraction, DEFAULT_SPLIT if split is None else split)
-    if not has_split(method):
-        if split is not None:
-            raise expect.InputError(f"split: method {method!r} takes none, got {split!r}.")
-        return None
-    split = DEFAULT_SPLIT if split is None else split
-    check_split(split)
-    return split
+    sizes = np.array([len(positions) for positions in members])
+    least = np.where(sizes == 1, 1, np.minimum(min_per_class, sizes))
+    fractions = proportional(members, scores, keep_fraction, min_per_class)
+    total = sum(round(n * share) for n, share in zip(sizes.tolist(), fractions, strict=True))
+    weights = sizes * np.array([_winsorised_mean(scores[positions]) for positions in members])
+    return (shares(total, weights, least, sizes) / sizes).tolist()
+
+
+def _winsorised_mean(scores: Shaped[np.ndarray, " _"]) -> float:
+    scores = scores.astype(np.float64)
+    return float(np.clip(scores, *np.percentile(scores, [5, 95])).mean())
+
+
+def shares(
+    total: int,
+    weights: Float64[np.ndarray, " c"],
+    least: Int64[np.ndarray, " c"],
+    most: Int64[np.ndarray, " c"],
+) -> Int64[np.ndarray, " c"]:
+    """Splits `total` in proportion to weights, within bounds, by largest remainder.
+
+    Bounds that the shares break become shares, on the side that is broken by more in all, and the
+    rest is split anew, as often as needed. Equal remainders go to the first.
+
+    Args:
+      total: At least the sum of `least`, at most that of `most`.
+      weights: Zero or more; where the rest has none, it is split in proportion to `most`.
+    """
+    exact, free = np.zeros(len(weights)), np.ones(len(weights), bool)
+    while free.any():
+        own = weights if weights[free].sum() > 0 else most
+        exact[free] = (total - exact[~free].sum()) * (own[free] / own[free].sum())
+        bounded = np.clip(exact, least, most)
+        too_low = (bounded - exact).sum() >= 0
+        broken = free & (bounded > exact if too_low else bounded < exact)
+        if not broken.any():
+            break
+        exact[broken] = bounded[broken]
+        free &= ~broken
+    floors = np.floor(exact).astype(np.int64)
+    remainders = np.where(free, exact - floors, -1.0)
+    floors[np.argsort(-remainders, kind="stable")[: total - floors.sum()]] += 1
+    return floors
+
+
+ALLOCATIONS: Mapping[str, Callable[..., list[float]]] = {"proportional": proportional, "nucs": nucs}

@@ -1,26 +1,213 @@
-"""Every setting of a selection, and what it takes to select."""
+"""Every setting of a selection: methods by name, cells, rules, and what it takes to select."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from dlc_jax import expect
 from dlc_jax.scores import SCORES, column_name
-from dlc_jax.selection.methods import (
-    AUTO,
-    DEFAULT_METHOD,
-    DEFAULT_SPLIT,
-    INPUTS,
-    SELECTORS,
-    VARIANTS,
-    Cell,
-    check_cell,
-    check_split,
-    has_split,
-)
-from dlc_jax.selection.rules import ALLOCATIONS, Rules
-from dlc_jax.types import KEEP_FRACTIONS, Conventions, setting
+from dlc_jax.selection import geometry, methods
+from dlc_jax.selection.methods import ALLOCATIONS, Draw, Group, Positions
+from dlc_jax.types import KEEP_FRACTIONS, Conventions, Selection, setting
+
+AUTO = "auto"  # a method, or a split: what tuning found best
+DEFAULT_METHOD, DEFAULT_SPLIT = "flexrand", 0.5
+FULL = "full"  # no method: the run on all samples, which others are compared with
+
+
+class Cell(NamedTuple):
+    """One selection, or the training run on it; split is None where the method has none."""
+
+    method: str
+    keep_fraction: float
+    split: float | str | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """`flexrand/keep_0.30-split_0.50-seed_1`: where its files lie below a stage's folder."""
+        parts = [f"keep_{_two_decimals(self.keep_fraction)}"]
+        if self.split is not None:
+            split = self.split if isinstance(self.split, str) else _two_decimals(self.split)
+            parts.append(f"split_{split}")
+        return f"{self.method}/{'-'.join([*parts, f'seed_{self.seed}'])}"
+
+
+def _two_decimals(value: float) -> str:
+    """Two decimals where they say it all, more where they are needed: names must not collide."""
+    return f"{value:.2f}" if round(value, 2) == value else repr(value)
+
+
+class Input(NamedTuple):
+    """An array [n, d] that some methods need instead of scores.
+
+    Attributes:
+      check: Raises ValueError unless the array fits labels [n].
+      source: Call that returns it, for messages.
+      of: Source in the stage `score`: `encoder`, or a record of `training`.
+    """
+
+    check: Callable[[np.ndarray, np.ndarray], None]
+    source: str
+    of: str = "encoder"
+
+
+INPUTS: Mapping[str, Input] = {
+    "features": Input(
+        functools.partial(expect.features_fit_labels, "features"), "dlc.features(...)"
+    ),
+    "probabilities": Input(
+        expect.probabilities_fit_labels, "dlc.record_training(...)", of="training"
+    ),
+}
+
+
+class Method(NamedTuple):
+    """A selector, and what it takes.
+
+    Attributes:
+      select: Picks from one class, or from all samples: returns `budget(group, draw)` different
+        positions of the group, in any order.
+      has_split: Whether it takes FlexRand's gamma.
+      needs: What it needs: `nothing`, `scores`, or one of `INPUTS`.
+      variants: The published definition, and others.
+      score: Name of the score it is meant for; None: any score.
+    """
+
+    select: Callable[[Group, Draw], Positions]
+    has_split: bool = False
+    needs: str = "scores"
+    variants: tuple[str, ...] = ("published",)
+    score: str | None = None
+
+
+VARIANTS = ("published", "deepcore")
+
+SELECTORS: Mapping[str, Method] = {
+    "flexrand": Method(methods.flexrand, has_split=True),
+    "easiest": Method(methods.easiest),
+    "hardest": Method(methods.hardest),
+    "random": Method(methods.random, needs="nothing"),
+    "ccs": Method(methods.ccs),
+    "moderate": Method(geometry.moderate, needs="features"),
+    "herding": Method(geometry.herding, needs="features", variants=VARIANTS),
+    "k_center_greedy": Method(geometry.k_center_greedy, needs="features"),
+    "contextual_diversity": Method(geometry.contextual_diversity, needs="probabilities"),
+    "least_confidence": Method(methods.most_uncertain, variants=VARIANTS, score="least_confidence"),
+    "entropy": Method(methods.most_uncertain, variants=VARIANTS, score="entropy"),
+    "margin": Method(methods.most_uncertain, variants=VARIANTS, score="margin"),
+    "forgetting": Method(methods.hardest, score="forgetting"),
+    "grand": Method(methods.hardest, score="grand"),
+    "el2n": Method(methods.hardest, score="el2n"),
+}
+
+
+def has_split(method: str) -> bool:
+    """Whether a method, or `auto`, takes FlexRand's gamma."""
+    return method != AUTO and SELECTORS[method].has_split
+
+
+def check_split(split: float | str, name: str = "split") -> None:
+    """Raises ValueError unless the split is `auto` or in (0, 1)."""
+    if not isinstance(split, str):
+        expect.split(split, name)
+    elif split != AUTO:
+        raise expect.InputError(f"{name}: expected numbers or {AUTO!r}, got {split!r}.")
+
+
+def check_cell(cell: Cell, conventions: Conventions) -> Cell:
+    """Returns the cell with the split to use, None for methods without one; or ValueError."""
+    method, keep_fraction, split, seed = cell
+    expect.one_of("selection method", method, [*SELECTORS, AUTO])
+    expect.keep_fraction(keep_fraction)
+    expect.seed(seed)
+    if isinstance(split, str):
+        check_split(split)
+    if AUTO in (method, split) and conventions.draws_as_released:
+        raise expect.InputError(
+            f"mode {conventions.mode!r} has no {AUTO!r}; expected a method and a split."
+        )
+    if conventions.draws_as_released and not isinstance(split, str):
+        methods.grid_cell(keep_fraction, DEFAULT_SPLIT if split is None else split)
+    if not has_split(method):
+        if split is not None:
+            raise expect.InputError(f"split: method {method!r} takes none, got {split!r}.")
+        return cell
+    split = DEFAULT_SPLIT if split is None else split
+    check_split(split)
+    return cell._replace(split=split)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How the samples of a cell are shared out among classes, and the variant of its method.
+
+    Attributes:
+      variant: `published`; `deepcore` copies that library's slip: `herding` takes the farthest
+        sample, and with per_class=False `least_confidence`, `entropy` and `margin` keep the least
+        uncertain.
+      allocation: `proportional`: the fraction of each class. `nucs`: as many in all, but more of
+        classes whose scores are higher. Not in `official`.
+      per_class: False: round(n keep_fraction) out of all samples, whatever their classes, which may
+        lose some; min_per_class must be 0. Not in `official`.
+      min_per_class: Least samples kept of a class, all of a class that has no more; a class that
+        this raises is selected from as at the keep fraction that gives as many. Not in `official`.
+
+    Example: `dlc.select(scores, labels, keep_fraction=0.1, rules=dlc.Rules(min_per_class=1))`.
+    """
+
+    variant: str = Selection.variant
+    allocation: str = Selection.allocation
+    per_class: bool = Selection.per_class
+    min_per_class: int = Selection.min_per_class
+
+    def check(self, method: str, conventions: Conventions, where: str = "") -> None:
+        """Raises ValueError unless the method, the conventions and the rules fit each other.
+
+        Args:
+          method: A method, or `auto`.
+          conventions: What `mode` decides.
+          where: Before the name of a number, in messages: `selection.` for a configuration's.
+        """
+        name = f"{where}min_per_class"
+        expect.integer(name, self.min_per_class, 0)
+        if self.min_per_class and conventions.draws_as_released:
+            raise expect.InputError(
+                f"{name}: mode {conventions.mode!r} has none, expected 0, got "
+                f"{self.min_per_class!r}."
+            )
+        known = (Rules.variant,) if method == AUTO else SELECTORS[method].variants
+        expect.one_of(f"variant of method {method!r}", self.variant, known)
+        expect.one_of("allocation", self.allocation, ALLOCATIONS)
+        if conventions.draws_as_released and not self._are_of_each_class:
+            raise expect.InputError(
+                f"mode {conventions.mode!r} has allocation='proportional' and per_class=True only, "
+                f"got {self.allocation!r} and {self.per_class}."
+            )
+        if not self.per_class and (self.allocation != Rules.allocation or self.min_per_class):
+            raise expect.InputError(
+                "per_class=False: allocation and min_per_class are about classes, expected "
+                f"'proportional' and 0, got {self.allocation!r} and {self.min_per_class}."
+            )
+
+    def check_tunable(self) -> None:
+        """Raises ValueError unless samples are shared out as `tune` does it."""
+        if not self._are_of_each_class:
+            raise expect.InputError(
+                f"{AUTO}: is tuned with allocation='proportional' and per_class=True, got "
+                f"{self.allocation!r} and {self.per_class}."
+            )
+
+    @property
+    def _are_of_each_class(self) -> bool:
+        """Whether the same fraction is kept of every class."""
+        return self.per_class and self.allocation == Rules.allocation
+
 
 # of methods, and of scores that methods use
 _VARIANTS = tuple(dict.fromkeys([*VARIANTS, *(v for s in SCORES.values() for v in s.variants)]))

@@ -15,7 +15,7 @@ from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.evaluation import evaluate_mmlu
 from dlc_jax.exports.peft import load_adapter
 from dlc_jax.selection import Cell
-from dlc_jax.stages.selections import Job
+from dlc_jax.stages.select import Job
 from dlc_jax.stages.sweep_results import BASE_CELL, read_run, run_folder, write_results
 from dlc_jax.tasks.task import EvaluatedTask
 from dlc_jax.training.loop import ADAPTER

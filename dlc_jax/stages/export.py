@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dlc_jax.stages.selections import Job, read_selection
+from dlc_jax.stages.select import Job, read_selection
 from dlc_jax.tasks.measurements import check_is_what_was_scored
 from dlc_jax.workspace import artefacts
 
 
 def run(job: Job) -> None:
-    """Writes the exports, each whole or not there at all, in the first process.
+    """Writes the exports, each whole or not there at all.
 
     Raises:
       ValueError: data that are not those that were scored, a selection that is not there, a sample
         that cannot be read, a form that cannot hold what is selected.
     """
-    job.workspace.alone(lambda: _export(job))
-
-
-def _export(job: Job) -> None:
     config, workspace = job.config, job.workspace
     check_is_what_was_scored(workspace.root, job.task.load(config.dataset.train))
     cells = config.selection.cells()

@@ -13,15 +13,13 @@ from jaxtyping import Int64
 
 from dlc_jax import expect
 from dlc_jax.distributed import positions_from_first, processes, said_of
-from dlc_jax.expect import visible
 from dlc_jax.selection import FULL, Cell
-from dlc_jax.stages.selections import Job, read_selection
+from dlc_jax.stages.select import Job, read_selection
 from dlc_jax.stages.sweep_results import BASE_CELL, read_run, read_runs, run_folder, write_results
 from dlc_jax.tasks.measurements import check_is_what_was_scored
 from dlc_jax.training.loop import ERROR, RunStep, Trainer
 from dlc_jax.types import Selection
 from dlc_jax.workspace import Workspace, artefacts, records
-from dlc_jax.workspace.artefacts import json_hash
 
 
 class Sweep(NamedTuple):
@@ -68,7 +66,7 @@ class Sweep(NamedTuple):
             if said is None:
                 num_done += 1
             else:
-                workspace.say(visible(f"{place}: {said}"))
+                workspace.say(expect.visible(f"{place}: {said}"))
         if num_done:
             workspace.say(f"finetune: {num_done} runs were finished before, not run again")
         return failures
@@ -118,7 +116,7 @@ class Sweep(NamedTuple):
 
 
 def _group(shared: Mapping[str, Any]) -> str:
-    return f"{artefacts.FINETUNE}-{json_hash(shared)[:12]}"
+    return f"{artefacts.FINETUNE}-{artefacts.json_hash(shared)[:12]}"
 
 
 def _reason(error: Exception, workspace: Workspace) -> str:
@@ -158,7 +156,7 @@ def run(job: Job) -> None:
     cells = config.runs()
     echo(f"finetune: {len(cells)} runs on {said_of(config.mesh.make())}")
     for note in sweep.trainer.notes:
-        echo(visible(f"finetune: {note}"))
+        echo(expect.visible(f"finetune: {note}"))
     failures = sweep.run_all(cells)
     if len(failures) == len(cells):
         raise expect.SharedError(f"all {len(cells)} runs failed, first {failures[0]}")

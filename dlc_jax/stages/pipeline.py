@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import Any, TypeAlias
 
 from dlc_jax import expect
 from dlc_jax.config import Config
-from dlc_jax.expect import show
 from dlc_jax.masking import AUTO
-from dlc_jax.stages.plan import run_plan
+from dlc_jax.planning.machine import MeshSize
 from dlc_jax.stages.report import print_summary, report_if_it_can, report_of_these_results
-from dlc_jax.stages.selections import Job, SelectionInputs, Stage
+from dlc_jax.stages.select import Job, SelectionInputs, Stage
 from dlc_jax.tasks import task_of
 from dlc_jax.tasks.exports import check_can_be_written
 from dlc_jax.tasks.measurements import (
@@ -138,9 +138,10 @@ def _note_probes(config: Config, known: _Settings, echo: Callable[[str], None]) 
 
 
 _BESIDE_SCORES = ("plan", "score", "report")  # run before there are scores, or on results.csv
+_IN_ALL_PROCESSES = ("finetune", "evaluate")  # of the others, which run in the first
 
 
-def run(config: Config, workdir: Path, echo: Callable[[str], None] = show) -> None:
+def run(config: Config, workdir: Path, echo: Callable[[str], None] = expect.show) -> None:
     """Runs `config.stages` and leaves their artefacts in the work directory.
 
     All processes of a run call this. The first one writes and prints; the others take part in
@@ -168,6 +169,30 @@ def run(config: Config, workdir: Path, echo: Callable[[str], None] = show) -> No
         _run_stages(config, workspace)
 
 
+def run_plan(config: Config, echo: Callable[[str], None]) -> None:
+    """Prints what the stages asked for would take, or all if there are no others.
+
+    Lists the data, decodes a few images and runs a program on made-up ones for two seconds. Nothing
+    is written.
+
+    Raises:
+      ValueError: no such data or model; or, after everything is printed, what does not fit, and
+        which setting to turn.
+    """
+    mesh = MeshSize.of(config.mesh)
+    if config.probe.num_probes == AUTO:
+        probe = config.probe
+        counts = probe.for_mode(config.mode).counts(10**9)  # so many that rounding cuts no step off
+        probe = dataclasses.replace(probe, num_probes=len(counts.grid), placement="grid")
+        config = dataclasses.replace(config, probe=probe)
+        echo("plan: probe.num_probes=auto may stop at 5 probes; planned for all of the path")
+    problems = task_of(config, echo).plan(mesh).print(echo, details=config.plan_details)
+    if mesh.note is not None:
+        echo(mesh.note)
+    if problems:
+        raise expect.InputError(f"plan: does not fit: {'; '.join(problems)}")
+
+
 def _run_stages(config: Config, workspace: Workspace) -> None:
     """Runs the stages in a work directory that nobody else writes to."""
     task = task_of(config, workspace.say)
@@ -179,10 +204,16 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
     else:
         with report_of_these_results(workspace):
             job.inputs = workspace.alone(lambda: _read_scores(job, settings))
+            asked = {*config.stages}
+            if "select" in asked and config.need.tuning:  # `auto` is found first
+                asked.add("tune")
             for name in config.data_kind.stages:
-                if name in config.stages and name not in _BESIDE_SCORES:
+                if name in asked - {*_BESIDE_SCORES}:
                     stage: Stage = importlib.import_module(f"{__package__}.{name}")
-                    stage.run(job)
+                    if name in _IN_ALL_PROCESSES:
+                        stage.run(job)
+                    else:
+                        workspace.alone(functools.partial(stage.run, job))
                 # of scores, and of a selection if there is one
                 if name == "select" and {"score", "select"} & set(config.stages):
                     workspace.alone(lambda: print_summary(job))

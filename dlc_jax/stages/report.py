@@ -13,10 +13,9 @@ import numpy as np
 
 from dlc_jax import expect, reports
 from dlc_jax.config import Config
-from dlc_jax.expect import visible
 from dlc_jax.reports.results import Row
 from dlc_jax.selection import INPUTS, Cell
-from dlc_jax.stages.selections import Job, pruning_seconds
+from dlc_jax.stages.select import Job, pruning_seconds
 from dlc_jax.stages.sweep_results import note_on_chance, what_is_finished
 from dlc_jax.tasks.measurements import scored_facts
 from dlc_jax.workspace import Workspace, Written, artefacts, records
@@ -132,7 +131,7 @@ def print_summary(job: Job) -> None:
     echo("")
     sizes = np.bincount(labels, minlength=len(names))
     if singles := [names[j] for j in np.flatnonzero(sizes == 1)]:
-        listed = expect.listed(map(visible, singles))
+        listed = expect.listed(map(expect.visible, singles))
         echo(f"classes of one sample (in mode 'default' always kept): {listed}")
     if skipped := scored_facts(workdir, "dataset").get("skipped"):
         echo(f"{job.task.left_out}: {len(skipped)}, listed in {artefacts.PROVENANCE}")

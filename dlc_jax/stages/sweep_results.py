@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 from dlc_jax import expect
 from dlc_jax.config import Config
-from dlc_jax.expect import csv_cell
 from dlc_jax.files.json_files import NAME, check_shape
 from dlc_jax.selection import FULL, Cell
-from dlc_jax.stages.selections import CELL, cell_of
+from dlc_jax.stages.select import CELL, cell_of
 from dlc_jax.training.loop import PER_CLASS, read_metrics
 from dlc_jax.workspace import Record, artefacts, records
 
@@ -133,7 +132,7 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
         columns = [*_COLUMNS, *(name for name in _MORE_COLUMNS if any(name in row for row in rows))]
         table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
-        table.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
+        table.writerows({key: expect.csv_cell(value) for key, value in row.items()} for row in rows)
     return rows
 
 

@@ -10,10 +10,9 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from dlc_jax import reports
+from dlc_jax import expect, reports
 from dlc_jax.distributed import Run, make_mesh
-from dlc_jax.expect import csv_cell
-from dlc_jax.stages.selections import CHOICE, Job, choice_of
+from dlc_jax.stages.select import CHOICE, Job, choice_of
 from dlc_jax.tasks.task import TunedTask
 from dlc_jax.tuning import FinetuneTrials, keep_curve, tune
 from dlc_jax.types import Gap, Tried, Tuning
@@ -41,11 +40,6 @@ _TUNING = {
 
 
 def run(job: Job) -> None:
-    """Tunes, or reads the results of an earlier run, in the first process."""
-    job.workspace.alone(lambda: run_tune(job))
-
-
-def run_tune(job: Job) -> None:
     """Finds `job.scored.tuning`.
 
     Tunes on held-out parts of the training data, or reads the results of an earlier run.
@@ -148,8 +142,8 @@ class TuningStep:
             table.writerow(["keep_fraction", "method", "split", "accuracy", *gaps])
             for row in tuning.tried:
                 numbers = [gap for name in _GAPS for gap in getattr(row, name) or ("", "", "")]
-                cells = [row.keep_fraction, csv_cell(row.method), row.split, row.accuracy, *numbers]
-                table.writerow(cells)
+                method = expect.csv_cell(row.method)
+                table.writerow([row.keep_fraction, method, row.split, row.accuracy, *numbers])
         with artefacts.atomic(root / _FIGURE) as file:
             reports.tuning_figure(tuning).savefig(file, format="png", dpi=150)
         lists = ("methods", "splits", "tried")

@@ -23,7 +23,6 @@ from dlc_jax.training.loop import key_of_run, train
 from dlc_jax.tuning.linear import LinearProbeConfig, linear_probes
 from dlc_jax.types import Conventions, Dataset
 from dlc_jax.workspace import Workspace, Written, artefacts, records
-from dlc_jax.workspace.artefacts import json_hash
 
 TRIALS = ("linear_probe", "finetune")
 
@@ -167,7 +166,7 @@ class _TrialStep:
 
     @property
     def name(self) -> str:
-        return f"trials/{json_hash(self.key)[:32]}"
+        return f"trials/{artefacts.json_hash(self.key)[:32]}"
 
     @property
     def files(self) -> tuple[str, ...]:

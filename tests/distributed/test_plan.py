@@ -19,7 +19,7 @@ from dlc_jax.planning.decoder_memory import Finetuning, Scoring, weight_bytes
 from dlc_jax.planning.machine import Machine
 from dlc_jax.planning.memory import ways_out
 from dlc_jax.planning.programs import peak_bytes
-from dlc_jax.stages.plan import run_plan
+from dlc_jax.stages.pipeline import run_plan
 from dlc_jax.training.lora.settings import LoraConfig
 
 GIB = 1 << 30

@@ -20,7 +20,7 @@ from dlc_jax.planning.costs import Speeds
 from dlc_jax.planning.image_costs import ImageCosts
 from dlc_jax.planning.machine import Machine, MeshSize
 from dlc_jax.planning.speed import decoding_speed, scoring_speed
-from dlc_jax.stages.plan import run_plan
+from dlc_jax.stages.pipeline import run_plan
 
 MIB, GIB = 1 << 20, 1 << 30
 

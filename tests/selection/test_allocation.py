@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from known_samples import VARIANTS, samples_of
 
 import dlc_jax as dlc
-from dlc_jax.selection.rules import shares
+from dlc_jax.selection.methods import shares
 
 
 def kept_per_class(scores, labels, keep_fraction, least=0, allocation="nucs"):

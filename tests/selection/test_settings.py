@@ -5,9 +5,8 @@ import pytest
 
 import dlc_jax as dlc
 from dlc_jax.config import Config, default_config
-from dlc_jax.selection import Cell
-from dlc_jax.selection.settings import SelectionConfig
-from dlc_jax.stages.selections import SelectionInputs
+from dlc_jax.selection import Cell, SelectionConfig
+from dlc_jax.stages.select import SelectionInputs
 from dlc_jax.types import Conventions
 from dlc_jax.workspace.artefacts import ScoredSamples
 

@@ -14,7 +14,7 @@ from dlc_jax import expect
 from dlc_jax.config import KINDS, Config
 from dlc_jax.selection import INPUTS, SELECTORS, Candidates
 from dlc_jax.selection.geometry import k_center_greedy
-from dlc_jax.selection.methods import Input, Method
+from dlc_jax.selection.settings import Input, Method
 from dlc_jax.stages import pipeline
 from dlc_jax.tasks.images import MEASURED, Measurement
 from dlc_jax.tasks.measurements import read_input

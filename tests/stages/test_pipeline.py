@@ -8,7 +8,7 @@ from test_measurements import settings_of_few_images
 
 from dlc_jax.config import KINDS, Config
 from dlc_jax.stages import pipeline
-from dlc_jax.stages.selections import Job, Stage
+from dlc_jax.stages.select import Job, Stage
 
 ALL = dict.fromkeys(stage for kind in KINDS.values() for stage in kind.stages)
 

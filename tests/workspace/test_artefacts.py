@@ -11,9 +11,8 @@ import dlc_jax as dlc
 from dlc_jax.config import Config
 from dlc_jax.files import whole_files
 from dlc_jax.selection import Cell
-from dlc_jax.stages.select import run_select
-from dlc_jax.stages.selections import SelectionInputs, read_selection
-from dlc_jax.tasks import measurements
+from dlc_jax.stages.select import Job, SelectionInputs, read_selection, run
+from dlc_jax.tasks import measurements, task_of
 from dlc_jax.workspace import Record, Workspace, artefacts, records
 from dlc_jax.workspace.artefacts import ScoredSamples
 
@@ -103,7 +102,8 @@ def known(folder, samples, mode="default", **selection) -> SelectionInputs:
 
 def select(folder, inputs: SelectionInputs) -> list[str]:
     said = []
-    run_select(inputs._config, Workspace(folder, said.append), inputs)
+    config, workspace = inputs._config, Workspace(folder, said.append)
+    run(Job(config, workspace, task_of(config, said.append), inputs))
     return said
 
 

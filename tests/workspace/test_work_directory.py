@@ -17,7 +17,7 @@ import dlc_jax as dlc
 from dlc_jax.config import KINDS, Config
 from dlc_jax.selection import Cell
 from dlc_jax.stages import pipeline, sweep_results
-from dlc_jax.stages.selections import Job, SelectionInputs, read_selection
+from dlc_jax.stages.select import Job, SelectionInputs, read_selection
 from dlc_jax.tasks import images, measurements, task_of
 from dlc_jax.training.images import Finetuner, read_record
 from dlc_jax.types import ProbeLosses

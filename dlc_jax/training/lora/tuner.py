@@ -33,7 +33,7 @@ from dlc_jax.exports.peft import (
 )
 from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, Tokenised
 from dlc_jax.probes.text import response_losses
-from dlc_jax.selection.kept import kept_rows
+from dlc_jax.selection import kept_rows
 from dlc_jax.training.loop import (
     ADAPTER,
     MERGED,

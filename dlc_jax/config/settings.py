@@ -27,8 +27,7 @@ from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO, FULL, Cell, Need, SelectionConfig
 from dlc_jax.training.images import FinetuneConfig, RecordConfig
 from dlc_jax.training.lora.settings import LoraConfig
-from dlc_jax.tuning import LinearProbeConfig
-from dlc_jax.tuning.settings import TuningConfig
+from dlc_jax.tuning import LinearProbeConfig, TuningConfig
 from dlc_jax.types import Conventions, Dataset, setting
 
 _DEFAULT_STAGES = ("score", "select")

@@ -85,7 +85,7 @@ class Candidates:
         selector, gamma, chosen = method, cell.split, None
         if AUTO in (method, gamma):
             rules.check_tunable()
-            chosen = self._choice(method, keep_fraction, rules.min_per_class, tuning)
+            chosen = self._choice(cell, rules.min_per_class, tuning)
             selector, gamma = chosen.method, chosen.split
         elif tuning is not None:
             raise expect.InputError(
@@ -214,9 +214,7 @@ class Candidates:
             self._groups_by[key] = dict(zip(present.tolist(), groups, strict=True))
         return self._groups_by[key]
 
-    def _choice(
-        self, method: str, keep_fraction: float, min_per_class: int, tuning: Tuning | None
-    ) -> Choice:
+    def _choice(self, cell: Cell, min_per_class: int, tuning: Tuning | None) -> Choice:
         """Returns what `auto` stands for."""
         if tuning is None or "scores" not in self._given:
             raise expect.InputError(
@@ -232,7 +230,9 @@ class Candidates:
             raise expect.InputError(
                 f"min_per_class: tuned with {tuning.min_per_class}, got {min_per_class}."
             )
-        choice = tuning.choice(keep_fraction, of="methods" if method == AUTO else "splits")
+        choice = tuning.choice(
+            cell.keep_fraction, of="methods" if cell.method == AUTO else "splits"
+        )
         if (
             "features" in self._given
             and SELECTORS[choice.method].needs == "features"

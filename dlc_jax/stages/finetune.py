@@ -90,10 +90,8 @@ class Sweep(NamedTuple):
         facts: dict[str, Any] = {"cell": cell._asdict()}
         if self.job.inputs is not None:
             facts["scores"] = self.job.inputs.samples.fingerprint
-        settings, (folder, say) = self.job.config.training, self._folder(cell)
-        return RunStep(
-            self.trainer, positions, cell.seed, folder, facts, dataclasses.asdict(settings), say
-        )
+        settings, (folder, say) = dataclasses.asdict(self.job.config.training), self._folder(cell)
+        return RunStep(self.trainer, positions, cell.seed, folder, facts, settings, say)
 
     def _make_room_for(self, cell: Cell) -> Int64[np.ndarray, " k"]:
         """Returns what the run trains on, once a run on other samples is out of its folder."""

@@ -14,7 +14,7 @@ from dlc_jax.config import Config
 from dlc_jax.masking import AUTO
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.stages.report import print_summary, report_if_it_can, report_of_these_results
-from dlc_jax.stages.select import Job, SelectionInputs, Stage
+from dlc_jax.stages.select import Job, SelectionInputs
 from dlc_jax.tasks import task_of
 from dlc_jax.tasks.exports import check_can_be_written
 from dlc_jax.tasks.measurements import (
@@ -61,29 +61,28 @@ def check_names_what_was_scored(job: Job) -> None:
 
 
 def _check_dataset(job: Job, known: _Settings) -> None:
-    config, theirs, workdir = job.config, known["asked"]["dataset"], job.workspace.root
+    config, theirs = job.config, known["asked"]["dataset"]
     mine, names = config.asked["dataset"], (config.dataset.train, theirs["train"])
     others: tuple[str, ...] = _NOT_OF_DATA
     if config.dataset.deep_images == config.conventions.deep_images:  # the mode's, not asked for
         others += ("deep_images",)
     compared = {name: value for name, value in mine.items() if name not in others}
-    _compare("dataset", compared, theirs, {}, names, workdir)
+    _compare("dataset", compared, theirs, names, job)
     if names[0] != names[1]:
-        data = _loaded("dataset.train", names, workdir, lambda: job.task.load(names[0]))
-        check_is_what_was_scored(workdir, data)
+        data = _loaded("dataset.train", names, job, lambda: job.task.load(names[0]))
+        check_is_what_was_scored(job.workspace.root, data)
 
 
 def _check_encoder(job: Job, known: _Settings) -> None:
     theirs, mine = known["asked"]["encoder"], job.config.asked["encoder"]
     named, scored = (f"{encoder['name']} {encoder['weights']}" for encoder in (mine, theirs))
-    compared = {name: mine[name] for name in job.task.encoder_settings}
-    decided = {**known.get("encoder", {}), "max_length": known.get("max_length")}
-    workdir = job.workspace.root
-    _compare("encoder", compared, theirs, decided, (named, scored), workdir)
+    used = theirs | known.get("encoder", {}) | {"max_length": known.get("max_length")}
+    others = (name for name in job.task.encoder_settings if mine[name] != used.get(name))
+    _compare("encoder", {name: mine[name] for name in others}, theirs, (named, scored), job)
     if (mine["name"], mine["weights"]) == (theirs["name"], theirs["weights"]):
         return
-    load = job.task.encoder_fingerprint
-    fingerprint = _loaded("encoder.weights", (named, scored), workdir, load)
+    workdir, load = job.workspace.root, job.task.encoder_fingerprint
+    fingerprint = _loaded("encoder.weights", (named, scored), job, load)
     expected = scored_facts(workdir, "encoder").get("fingerprint", fingerprint)
     if fingerprint != expected:
         raise expect.InputError(
@@ -92,31 +91,24 @@ def _check_encoder(job: Job, known: _Settings) -> None:
         )
 
 
-def _compare(
-    section: str,
-    mine: _Settings,
-    theirs: _Settings,
-    decided: _Settings,
-    names: _Names,
-    workdir: Path,
-) -> None:
-    """Raises ValueError for a setting that is neither what was asked for nor what came of it."""
+def _compare(section: str, mine: _Settings, theirs: _Settings, names: _Names, job: Job) -> None:
+    """Raises ValueError for a setting that is not what was asked for when it was scored."""
     for name in sorted(mine.keys() & theirs.keys()):
-        if mine[name] not in (theirs[name], decided.get(name, theirs[name])):
+        if mine[name] != theirs[name]:
             raise expect.InputError(
                 f"{section}.{name}: {mine[name]!r} ({names[0]}) is not what was scored in "
-                f"{workdir}, expected {theirs[name]!r} ({names[1]}). {_ELSEWHERE}"
+                f"{job.workspace.root}, expected {theirs[name]!r} ({names[1]}). {_ELSEWHERE}"
             )
 
 
-def _loaded(key: str, names: _Names, workdir: Path, load: Callable[[], Any]) -> Any:
+def _loaded(key: str, names: _Names, job: Job, load: Callable[[], Any]) -> Any:
     """Loads what has another name than what was scored, and may be the same."""
     try:
         return load()
     except expect.InputError as error:
         raise expect.InputError(
-            f"{key}: {names[0]} is not what was scored in {workdir}, {names[1]}, and cannot be "
-            f"compared with it: {error}"
+            f"{key}: {names[0]} is not what was scored in {job.workspace.root}, {names[1]}, and "
+            f"cannot be compared with it: {error}"
         ) from error
 
 
@@ -209,7 +201,7 @@ def _run_stages(config: Config, workspace: Workspace) -> None:
                 asked.add("tune")
             for name in config.data_kind.stages:
                 if name in asked - {*_BESIDE_SCORES}:
-                    stage: Stage = importlib.import_module(f"{__package__}.{name}")
+                    stage = importlib.import_module(f"{__package__}.{name}")
                     if name in _IN_ALL_PROCESSES:
                         stage.run(job)
                     else:

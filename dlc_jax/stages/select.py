@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -278,18 +278,6 @@ class Job:
         """The inputs, in the first process, the only one that holds them."""
         assert self.inputs is not None
         return self.inputs
-
-
-@runtime_checkable
-class Stage(Protocol):
-    """A module of this package named after its stage, which uses scores."""
-
-    def run(self, job: Job, /) -> None:
-        """Runs the stage: `finetune` and `evaluate` in all processes, others in the first.
-
-        Raises:
-          ValueError: anything wrong with data, model or what earlier stages left.
-        """
 
 
 def run(job: Job) -> None:

@@ -7,7 +7,7 @@ import csv
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dlc_jax import expect
 from dlc_jax.config import Config
@@ -56,38 +56,26 @@ def what_is_finished(config: Config, workdir: Path) -> str:
     return f"{said}."
 
 
-class _End(NamedTuple):
-    """How a fine-tuning run ended; accuracies in percent, in the last epoch and in the test."""
-
-    method: str
-    train_accuracy: float
-    test_accuracy: float
-    num_classes: int
-    is_chance: bool  # both are at most three standard deviations above guessing
-
-
 def note_on_chance(workdir: Path) -> str:
     """Returns a line on runs that learned nothing, the full set's first; "" if there are none."""
     paths = (workdir / artefacts.FINETUNE).glob("*/*")
     full_first = sorted(paths, key=lambda path: path.parent.name != FULL)
     ends = [end for end in map(_end_of, full_first) if end is not None]
-    at_chance = [end for end in ends if end.is_chance]
+    at_chance = [end for end in ends if end]
     if not at_chance:
         return ""
-    worst = at_chance[0]
     return (
-        f"Note: {len(at_chance)} of {len(ends)} runs learned nothing, such as {worst.method}: "
-        f"{worst.train_accuracy:.1f} % right in training and {worst.test_accuracy:.1f} % in the "
-        f"test, where guessing among {worst.num_classes} classes gives "
-        f"{100 / worst.num_classes:.1f} %. Raise finetune.learning_rate or finetune.epochs, or "
-        "lower finetune.batch_size."
+        f"Note: {len(at_chance)} of {len(ends)} runs learned nothing, such as {at_chance[0]}. "
+        "Raise finetune.learning_rate or finetune.epochs, or lower finetune.batch_size."
     )
 
 
-def _end_of(path: Path) -> _End | None:
-    """Reads how a run on images ended; None if it has not, was not trained, or is unreadable.
+def _end_of(path: Path) -> str | None:
+    """Returns how a run on images ended at chance; "" if it did better.
 
-    Also None for one class, which is always guessed right.
+    Chance: accuracies in the last epoch and in the test are at most three standard deviations above
+    guessing. None if the run has not ended, was not trained or is unreadable, and for one class,
+    which is always guessed right.
     """
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, csv.Error):
         run = records.read(path, records.RUN)
@@ -98,11 +86,16 @@ def _end_of(path: Path) -> _End | None:
         result, share = run.facts[records.RESULT], 1 / len(tested)
         trained = float(read_metrics(path)[-1]["train_accuracy"])
         right, num_kept = float(result["test_accuracy"]), int(result["num_kept"])
-        is_chance = all(
-            accuracy <= 100 * (share + 3 * math.sqrt(share * (1 - share) / max(number, 1)))
-            for accuracy, number in ((trained, num_kept), (right, sum(tested)))
+        in_training, in_test = (
+            100 * (share + 3 * math.sqrt(share * (1 - share) / max(number, 1)))
+            for number in (num_kept, sum(tested))
         )
-        return _End(path.parent.name, trained, right, len(tested), is_chance)
+        if not (trained <= in_training and right <= in_test):
+            return ""
+        return (
+            f"{path.parent.name}: {trained:.1f} % right in training and {right:.1f} % in the test, "
+            f"where guessing among {len(tested)} classes gives {100 / len(tested):.1f} %"
+        )
     return None
 
 

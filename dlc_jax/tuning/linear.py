@@ -27,7 +27,6 @@ from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head,
 from dlc_jax.training.optimiser import epoch_order, learning_rates
 from dlc_jax.types import Conventions, Selection, as_tuple, labels_fingerprint, setting
 
-_MIB = 2**20
 _Samples = tuple[Array | np.ndarray, Array | np.ndarray]  # features [n, d] and labels [n]
 
 
@@ -156,7 +155,7 @@ def linear_probes(
 
     # kernel, momentum and gradient, new and old; and the order of an epoch
     each = 6 * 4 * (num_features + 1) * num_classes + 4 * num_steps * settings.batch_size
-    at_most = max(int(settings.memory_mib * _MIB / each), 1) * mesh.size
+    at_most = max(int(settings.memory_mib * 2**20 / each), 1) * mesh.size
     num_calls = -(-num_heads // at_most)
     # all calls take as many heads, so that there is one program; the last repeats its own
     num_at_once = -(-num_heads // (num_calls * mesh.size)) * mesh.size

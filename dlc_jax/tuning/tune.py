@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -17,7 +18,7 @@ from dlc_jax import expect
 from dlc_jax.distributed import Run, hides_bar
 from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, Candidates, Rules, id_keys, lots
 from dlc_jax.tuning.linear import LinearProbeConfig
-from dlc_jax.tuning.trials import LinearTrials, Trial, Trials
+from dlc_jax.tuning.trials import TRIALS, LinearTrials, Trial, Trials
 from dlc_jax.types import (
     KEEP_FRACTIONS,
     Choice,
@@ -26,6 +27,7 @@ from dlc_jax.types import (
     Tuning,
     features_fingerprint,
     scores_fingerprint,
+    setting,
 )
 
 _CONFIDENCE = 0.95
@@ -73,9 +75,8 @@ def gap(one: Outcomes, other: Outcomes, num_held_out: Integer[np.ndarray, " n"])
     from scipy import stats  # a third of a second, which only tuning and reports need
 
     seen = num_held_out > 0
-    difference = (one.num_right[seen].astype(np.float64) - other.num_right[seen]) / num_held_out[
-        seen
-    ]
+    num_more = one.num_right[seen].astype(np.float64) - other.num_right[seen]
+    difference = num_more / num_held_out[seen]
     repeats = one.accuracy - other.accuracy
     mean = float(difference.mean())
     if len(repeats) < 2:
@@ -93,8 +94,6 @@ def _variance_of_mean(values: Float64[np.ndarray, " k"]) -> float:
 
 
 METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "moderate", "herding")
-SPLITS = tuple(round(0.05 * i, 2) for i in range(1, 20))
-NUM_REPEATS = 25
 _NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
 _LEVEL = 0.05  # most likely to prefer something at a keep fraction where nothing is better
 _RANDOM = ("random", None)
@@ -117,6 +116,31 @@ class _Cell(NamedTuple):
 _FULL = _Cell(1.0, "full", None)
 
 
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How `auto` is decided, and how much can be dropped, on held-out training data."""
+
+    by: str = setting("linear_probe", f"what is trained: {', '.join(TRIALS)}")
+    methods: tuple[str, ...] = setting(METHODS, "methods that are compared")
+    splits: tuple[float, ...] = setting(
+        tuple(round(0.05 * i, 2) for i in range(1, 20)), "FlexRand's gammas that are compared"
+    )
+    num_repeats: int = setting(25, "held-out fifths; five of them are the whole training set")
+    tolerance: float = setting(1.0, "points that may be lost against the full set")
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether linear heads are trained, or a method that is compared needs features."""
+        return self.by == "linear_probe" or any(
+            SELECTORS[method].needs == "features" for method in self.methods
+        )
+
+    def check(self) -> None:
+        expect.one_of("tuning.by", self.by, TRIALS)
+        check_tried(self.methods, self.splits, self.num_repeats, "tuning.")
+        expect.at_least("tuning.tolerance", self.tolerance, 0)
+
+
 def tune(
     scores: np.ndarray,
     labels: np.ndarray,
@@ -126,8 +150,8 @@ def tune(
     trials: LinearProbeConfig | Trials = LinearProbeConfig(),
     keep_fractions: Sequence[float] = KEEP_FRACTIONS,
     methods: Sequence[str] | None = None,
-    splits: Sequence[float] = SPLITS,
-    num_repeats: int = NUM_REPEATS,
+    splits: Sequence[float] = TuningConfig.splits,
+    num_repeats: int = TuningConfig.num_repeats,
     min_per_class: int = Rules.min_per_class,
     seed: int = 0,
     run: Run = Run(),
@@ -139,7 +163,7 @@ def tune(
     `auto` becomes the best one where it is better than random pruning beyond noise, and random
     otherwise; split `auto` FlexRand's best split where it is better than 0.5 beyond noise, and 0.5
     otherwise. Beyond noise: one-sided p at most 5 %, Bonferroni-corrected for what is compared at
-    that keep fraction (see `evidence.gap`).
+    that keep fraction (see `gap`).
 
     Args:
       scores: [n] hardness, higher is harder. They may come from all samples, since methods are
@@ -277,13 +301,8 @@ def _chosen(
 ) -> Int64[np.ndarray, " _"] | slice:
     if cell == _FULL:
         return slice(None)
-    chosen = candidates.select(
-        method=cell.method,
-        keep_fraction=cell.keep_fraction,
-        split=cell.split,
-        seed=draw,
-        rules=Rules(min_per_class=min_per_class),
-    )
+    rules = Rules(min_per_class=min_per_class)
+    chosen = candidates.select(**cell._asdict(), seed=draw, rules=rules)
     if len(chosen) == 0:
         raise expect.InputError(
             f"keep_fractions: {cell.keep_fraction:g} keeps no sample of four fifths of the data "
@@ -364,3 +383,71 @@ def _choice(
         return Choice(keep_fraction, best.method, best.split, why)
     why = f"{name}: nothing is better beyond noise; {best.label}, the best {among}, is at {its_gap}"
     return Choice(keep_fraction, *reference, why)
+
+
+class KeepCurve(NamedTuple):
+    """Validation accuracy against the keep fraction.
+
+    Attributes:
+      rows: One per keep fraction, ascending; `accuracy` in percent, `to_full` with its interval.
+      full_accuracy: Accuracy of training on everything.
+      tolerance: Points that may be lost.
+      smallest: The smallest keep fraction from which on no more than that is lost on average; 1
+        where the largest one loses more.
+      surely: The same with the lower end of the 95 % interval in place of the average.
+    """
+
+    rows: tuple[Tried, ...]
+    full_accuracy: float
+    tolerance: float
+    smallest: float
+    surely: float
+
+
+def keep_curve(
+    tuning: Tuning, *, method: str = "auto", tolerance: float = TuningConfig.tolerance
+) -> KeepCurve:
+    """Returns what a method loses by keeping less, and the smallest keep fraction that will do.
+
+    Args:
+      tuning: From `tune`.
+      method: `auto` for the choice at each keep fraction, `flexrand` for its chosen split, or
+        another method that was tried.
+      tolerance: Percentage points that may be lost against training on everything.
+    Raises:
+      ValueError: a method that was not tried, or a tolerance below 0.
+    Example:
+      >>> labels = np.repeat([0, 1], 50)
+      >>> features = np.eye(2, dtype=np.float32)[labels]
+      >>> scores = np.linspace(0, 1, 100, dtype=np.float32)
+      >>> tuning = dlc.tune(
+      ...     scores, labels, features=features, methods=("easiest",), keep_fractions=(0.2, 0.5)
+      ... )
+      >>> dlc.keep_curve(tuning).smallest
+      0.2
+    """
+    expect.at_least("tolerance", tolerance, 0)
+    if method in ("auto", "flexrand"):
+        choices = tuning.methods if method == "auto" else tuning.splits
+        rows = tuple(tuning.row(*choice[:3]) for choice in choices)
+    else:
+        rows = tuple(row for row in tuning.tried if row.method == method)
+    if not rows:
+        names = dict.fromkeys(row.method for row in tuning.tried)
+        raise expect.InputError(
+            f"method: {method!r} was not tried; tried: auto, {', '.join(names)}."
+        )
+    means = [row.to_full.mean for row in rows]
+    lowest = [row.to_full.mean - row.to_full.half_width for row in rows]
+    smallest, surely = (_smallest(rows, gaps, tolerance) for gaps in (means, lowest))
+    return KeepCurve(rows, tuning.full_accuracy, tolerance, smallest, surely)
+
+
+def _smallest(rows: tuple[Tried, ...], gaps: list[float], tolerance: float) -> float:
+    """From it on all larger ones are within the tolerance, so that a lucky one does not count."""
+    smallest = 1.0
+    for row, gap in reversed(list(zip(rows, gaps, strict=True))):
+        if gap < -tolerance:
+            break
+        smallest = row.keep_fraction
+    return smallest

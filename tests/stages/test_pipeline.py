@@ -8,7 +8,7 @@ from test_measurements import settings_of_few_images
 
 from dlc_jax.config import KINDS, Config
 from dlc_jax.stages import pipeline
-from dlc_jax.stages.select import Job, Stage
+from dlc_jax.stages.select import Job
 
 ALL = dict.fromkeys(stage for kind in KINDS.values() for stage in kind.stages)
 
@@ -16,7 +16,6 @@ ALL = dict.fromkeys(stage for kind in KINDS.values() for stage in kind.stages)
 @pytest.mark.parametrize("name", [name for name in ALL if name not in pipeline._BESIDE_SCORES])
 def test_each_stage_that_uses_scores_is_a_module_that_runs(name):
     module = importlib.import_module(f"dlc_jax.stages.{name}")
-    assert isinstance(module, Stage)
     signature = inspect.signature(module.run, eval_str=True)
     (parameter,) = signature.parameters.values()
     assert parameter.annotation is Job

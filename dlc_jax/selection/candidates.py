@@ -10,15 +10,7 @@ import numpy as np
 
 from dlc_jax import expect
 from dlc_jax.selection.methods import ALLOCATIONS, Draw, Group, flexrand_as_released, id_keys
-from dlc_jax.selection.settings import (
-    AUTO,
-    DEFAULT_METHOD,
-    INPUTS,
-    SELECTORS,
-    Cell,
-    Rules,
-    check_cell,
-)
+from dlc_jax.selection.settings import AUTO, DEFAULT_METHOD, INPUTS, SELECTORS, Cell, Rules
 from dlc_jax.types import (
     Choice,
     Conventions,
@@ -79,7 +71,7 @@ class Candidates:
     ) -> Selection:
         """Picks the samples to keep in one cell; arguments and errors as for `dlc_jax.select`."""
         conventions = Conventions.of(mode)
-        cell = check_cell(Cell(method, keep_fraction, split, seed), conventions)
+        cell = Cell(method, keep_fraction, split, seed).checked(conventions)
         expect.is_a(Rules, rules=rules)
         rules.check(method, conventions)
         selector, gamma, chosen = method, cell.split, None

@@ -37,6 +37,28 @@ class Cell(NamedTuple):
             parts.append(f"split_{split}")
         return f"{self.method}/{'-'.join([*parts, f'seed_{self.seed}'])}"
 
+    def checked(self, conventions: Conventions) -> Cell:
+        """Returns the cell with the split to use, None for methods without one; or ValueError."""
+        method, keep_fraction, split, seed = self
+        expect.one_of("selection method", method, [*SELECTORS, AUTO])
+        expect.keep_fraction(keep_fraction)
+        expect.seed(seed)
+        if isinstance(split, str):
+            check_split(split)
+        if AUTO in (method, split) and conventions.draws_as_released:
+            raise expect.InputError(
+                f"mode {conventions.mode!r} has no {AUTO!r}; expected a method and a split."
+            )
+        if conventions.draws_as_released and not isinstance(split, str):
+            methods.grid_cell(keep_fraction, DEFAULT_SPLIT if split is None else split)
+        if not has_split(method):
+            if split is not None:
+                raise expect.InputError(f"split: method {method!r} takes none, got {split!r}.")
+            return self
+        split = DEFAULT_SPLIT if split is None else split
+        check_split(split)
+        return self._replace(split=split)
+
 
 def _two_decimals(value: float) -> str:
     """Two decimals where they say it all, more where they are needed: names must not collide."""
@@ -118,29 +140,6 @@ def check_split(split: float | str, name: str = "split") -> None:
         expect.split(split, name)
     elif split != AUTO:
         raise expect.InputError(f"{name}: expected numbers or {AUTO!r}, got {split!r}.")
-
-
-def check_cell(cell: Cell, conventions: Conventions) -> Cell:
-    """Returns the cell with the split to use, None for methods without one; or ValueError."""
-    method, keep_fraction, split, seed = cell
-    expect.one_of("selection method", method, [*SELECTORS, AUTO])
-    expect.keep_fraction(keep_fraction)
-    expect.seed(seed)
-    if isinstance(split, str):
-        check_split(split)
-    if AUTO in (method, split) and conventions.draws_as_released:
-        raise expect.InputError(
-            f"mode {conventions.mode!r} has no {AUTO!r}; expected a method and a split."
-        )
-    if conventions.draws_as_released and not isinstance(split, str):
-        methods.grid_cell(keep_fraction, DEFAULT_SPLIT if split is None else split)
-    if not has_split(method):
-        if split is not None:
-            raise expect.InputError(f"split: method {method!r} takes none, got {split!r}.")
-        return cell
-    split = DEFAULT_SPLIT if split is None else split
-    check_split(split)
-    return cell._replace(split=split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +265,7 @@ class SelectionConfig:
         expect.one_of("selection.score", self.score, SCORES)
         self._check_variant()
         for cell in self.cells():
-            check_cell(cell, conventions)
+            cell.checked(conventions)
         for method in self.methods:
             self.rules_of(method).check(method, conventions, "selection.")
         if self.need.tuning:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -62,14 +62,11 @@ class ReportStep:
 
     name = kind = stage = "report"
     obsolete = ()
+    settings: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def key(self) -> dict[str, Any]:
         return {"text": self.text, "results": self.results, "title": self.title}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {}
 
     @property
     def files(self) -> tuple[str, ...]:

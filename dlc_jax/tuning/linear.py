@@ -212,26 +212,17 @@ def _train(
     settings: LinearProbeConfig,
 ) -> dict[str, Array]:
     """Returns heads, each trained on the subset of a cell in the order of its seed."""
-    sgd = Sgd.of(settings)
+    sgd, size, chunk = Sgd.of(settings), settings.batch_size, settings.chunk
     heads = jax.tree.map(lambda *leaves: place(np.stack(leaves), by_rows(mesh)), *starts)
     states = jax.vmap(lambda head: TrainState.start({}, frozenset(), head, sgd))(heads)
     num_kept = place(np.array([len(subset) for subset, _ in cells], np.int32), by_rows(mesh))
-    for epoch, rate in enumerate(rates, start=1):
-        order = np.zeros((len(cells), num_steps * settings.batch_size), np.int32)
+    for epoch, rate in enumerate(map(jnp.float32, rates), start=1):
+        order = np.zeros((len(cells), num_steps * size), np.int32)
         for row, (subset, seed) in zip(order, cells, strict=True):
             row[: len(subset)] = epoch_order(subset, seed, epoch)
-        states = train_epoch(
-            mesh,
-            sgd,
-            settings.batch_size,
-            settings.chunk,
-            # XLA may say the same place in other words, for which jit would compile again
-            jax.device_put(states, by_rows(mesh)),
-            place(order, by_rows(mesh)),
-            num_kept,
-            jnp.float32(rate),
-            known,
-        )
+        # XLA may say the same place in other words, for which jit would compile again
+        states, seen = jax.device_put(states, by_rows(mesh)), place(order, by_rows(mesh))
+        states = train_epoch(mesh, sgd, size, chunk, states, seen, num_kept, rate, known)
     heads = states.trained["head"]
     if not jnp.isfinite(heads["kernel"]).all():
         raise expect.InputError(

@@ -1,7 +1,6 @@
 """What is known of samples -> kept subset, per class or of all, within exact budgets."""
 
-from dlc_jax.selection.candidates import Candidates, select
-from dlc_jax.selection.kept import kept_positions, kept_rows, places_of
+from dlc_jax.selection.candidates import Candidates, kept_positions, kept_rows, places_of, select
 from dlc_jax.selection.methods import id_keys, lots
 from dlc_jax.selection.settings import (
     AUTO,

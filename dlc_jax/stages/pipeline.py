@@ -15,14 +15,8 @@ from dlc_jax.masking import AUTO
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.stages.report import print_summary, report_if_it_can, report_of_these_results
 from dlc_jax.stages.select import Job, SelectionInputs
-from dlc_jax.tasks import task_of
+from dlc_jax.tasks import measurements, task_of
 from dlc_jax.tasks.exports import check_can_be_written
-from dlc_jax.tasks.measurements import (
-    NOT_IN_LOSSES,
-    check_is_what_was_scored,
-    check_scores_are_whole,
-    scored_facts,
-)
 from dlc_jax.workspace import Workspace, artefacts, records
 
 _Settings: TypeAlias = dict[str, Any]
@@ -70,7 +64,7 @@ def _check_dataset(job: Job, known: _Settings) -> None:
     _compare("dataset", compared, theirs, names, job)
     if names[0] != names[1]:
         data = _loaded("dataset.train", names, job, lambda: job.task.load(names[0]))
-        check_is_what_was_scored(job.workspace.root, data)
+        measurements.check_is_what_was_scored(job.workspace.root, data)
 
 
 def _check_encoder(job: Job, known: _Settings) -> None:
@@ -83,7 +77,7 @@ def _check_encoder(job: Job, known: _Settings) -> None:
         return
     workdir, load = job.workspace.root, job.task.encoder_fingerprint
     fingerprint = _loaded("encoder.weights", (named, scored), job, load)
-    expected = scored_facts(workdir, "encoder").get("fingerprint", fingerprint)
+    expected = measurements.scored_facts(workdir, "encoder").get("fingerprint", fingerprint)
     if fingerprint != expected:
         raise expect.InputError(
             f"encoder.weights: {named} is not what was scored in {workdir}: its fingerprint is "
@@ -116,7 +110,7 @@ def _note_probes(config: Config, known: _Settings, echo: Callable[[str], None]) 
     """Notes settings of probes that differ from those of the scores."""
     mine = config.to_dict()["probe"] | {"seed": config.seed}
     theirs = known["probe"] | {"seed": known["seed"]}
-    others = {*NOT_IN_LOSSES}
+    others = {*measurements.NOT_IN_LOSSES}
     if config.mode != known.get("mode", config.mode):
         others.add("schedule")  # the mode decides it, and the stage select notes another mode
     if config.probe.num_probes != AUTO:
@@ -222,7 +216,7 @@ def _read_scores(job: Job, settings: dict[str, Any]) -> SelectionInputs:
     The file gets the settings that scoring resolved; fine-tuning may use another encoder.
     """
     config, root = job.config, job.workspace.root
-    check_scores_are_whole(root)
+    measurements.check_scores_are_whole(root)
     samples = artefacts.read_scores(root)
     if "score" not in config.stages:  # the rest of the file still describes the scores
         check_names_what_was_scored(job)

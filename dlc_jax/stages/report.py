@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,14 @@ import numpy as np
 from dlc_jax import expect, reports
 from dlc_jax.config import Config
 from dlc_jax.reports.results import Row
-from dlc_jax.selection import INPUTS, Cell
+from dlc_jax.selection import FULL, INPUTS, Cell
 from dlc_jax.stages.select import Job, pruning_seconds
-from dlc_jax.stages.sweep_results import note_on_chance, what_is_finished
+from dlc_jax.stages.sweep_results import read_runs
 from dlc_jax.tasks.measurements import scored_facts
+from dlc_jax.training.loop import PER_CLASS, read_metrics
 from dlc_jax.workspace import Workspace, Written, artefacts, records
+
+_SHOWN = ("epochs", "batch_size", "optimiser", "rank", "learning_rate", "linear_probe", "dtype")
 
 
 def report_if_it_can(job: Job) -> None:
@@ -112,6 +116,70 @@ def _report(config: Config, workspace: Workspace) -> None:
         echo(f"files: {workdir}/{artefacts.REPORT}/ (results.md, gap_to_random.png, .svg)")
     else:
         echo("report: no figure: there is no gap to random; add random to selection.methods")
+
+
+def what_is_finished(config: Config, workdir: Path) -> str:
+    """Returns how much of a sweep `results.csv` holds, and how its runs were trained."""
+    known, unreadable = read_runs(workdir)
+    finished = {name for name, run in known.items() if records.RESULT in run.facts}
+    asked = {cell.name for cell in config.runs()}
+    said = f"{len(asked & finished)} of the {len(asked)} runs asked for are finished"
+    if others := len(finished - asked):
+        said += f"; {others} others are in the table as well"
+    if unreadable:
+        said += f"; left out: {'; '.join(unreadable.values()).removesuffix('.')}"
+    settings = next((known[name].settings for name in sorted(finished)), None)
+    if settings is None:
+        return f"{said}."
+    mine = dataclasses.asdict(config.training)
+    shown = [key for key in _SHOWN if key in mine and key in settings]
+    said += ". Trained with " + ", ".join(f"{key} {settings[key]}" for key in shown)
+    if differ := [key for key in shown if settings[key] != mine[key]]:
+        said += f" (the configuration says {', '.join(f'{key} {mine[key]}' for key in differ)})"
+    return f"{said}."
+
+
+def note_on_chance(workdir: Path) -> str:
+    """Returns a line on runs that learned nothing, the full set's first; "" if there are none."""
+    paths = (workdir / artefacts.FINETUNE).glob("*/*")
+    full_first = sorted(paths, key=lambda path: path.parent.name != FULL)
+    ends = [end for end in map(_end_of, full_first) if end is not None]
+    at_chance = [end for end in ends if end]
+    if not at_chance:
+        return ""
+    return (
+        f"Note: {len(at_chance)} of {len(ends)} runs learned nothing, such as {at_chance[0]}. "
+        "Raise finetune.learning_rate or finetune.epochs, or lower finetune.batch_size."
+    )
+
+
+def _end_of(path: Path) -> str | None:
+    """Returns how a run on images ended at chance; "" if it did better.
+
+    Chance: accuracies in the last epoch and in the test are at most three standard deviations above
+    guessing. None if the run has not ended, was not trained or is unreadable, and for one class,
+    which is always guessed right.
+    """
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, csv.Error):
+        run = records.read(path, records.RUN)
+        with open(path / PER_CLASS, newline="") as file:
+            tested = [int(row["num_test"]) for row in csv.DictReader(file)]
+        if run is None or len(tested) < 2:
+            return None
+        result, share = run.facts[records.RESULT], 1 / len(tested)
+        trained = float(read_metrics(path)[-1]["train_accuracy"])
+        right, num_kept = float(result["test_accuracy"]), int(result["num_kept"])
+        in_training, in_test = (
+            100 * (share + 3 * math.sqrt(share * (1 - share) / max(number, 1)))
+            for number in (num_kept, sum(tested))
+        )
+        if not (trained <= in_training and right <= in_test):
+            return ""
+        return (
+            f"{path.parent.name}: {trained:.1f} % right in training and {right:.1f} % in the test, "
+            f"where guessing among {len(tested)} classes gives {100 / len(tested):.1f} %"
+        )
+    return None
 
 
 def print_summary(job: Job) -> None:

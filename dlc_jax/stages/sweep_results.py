@@ -1,20 +1,15 @@
-"""What a sweep came to: `results.csv`, and how much of what was asked for it holds."""
+"""What a sweep came to: its runs, what the stage `evaluate` measured of them, and `results.csv`."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 from dlc_jax import expect
-from dlc_jax.config import Config
 from dlc_jax.files.json_files import NAME, check_shape
 from dlc_jax.selection import FULL, Cell
 from dlc_jax.stages.select import CELL, cell_of
-from dlc_jax.training.loop import PER_CLASS, read_metrics
 from dlc_jax.workspace import Record, artefacts, records
 
 _COLUMNS = ("method", "keep_fraction", "split", "seed", "num_kept", "test_accuracy", "seconds")
@@ -30,73 +25,8 @@ _EVALUATION = {
     "num_questions": int,
     "num_truncated": int,
 }
-_SHOWN = ("epochs", "batch_size", "optimiser", "rank", "learning_rate", "linear_probe", "dtype")
 # What was not fine-tuned, to compare with.
 BASE_CELL = Cell("base", 0.0, None, 0)
-
-
-def what_is_finished(config: Config, workdir: Path) -> str:
-    """Returns how much of a sweep `results.csv` holds, and how its runs were trained."""
-    known, unreadable = read_runs(workdir)
-    finished = {name for name, run in known.items() if records.RESULT in run.facts}
-    asked = {cell.name for cell in config.runs()}
-    said = f"{len(asked & finished)} of the {len(asked)} runs asked for are finished"
-    if others := len(finished - asked):
-        said += f"; {others} others are in the table as well"
-    if unreadable:
-        said += f"; left out: {'; '.join(unreadable.values()).removesuffix('.')}"
-    settings = next((known[name].settings for name in sorted(finished)), None)
-    if settings is None:
-        return f"{said}."
-    mine = dataclasses.asdict(config.training)
-    shown = [key for key in _SHOWN if key in mine and key in settings]
-    said += ". Trained with " + ", ".join(f"{key} {settings[key]}" for key in shown)
-    if differ := [key for key in shown if settings[key] != mine[key]]:
-        said += f" (the configuration says {', '.join(f'{key} {mine[key]}' for key in differ)})"
-    return f"{said}."
-
-
-def note_on_chance(workdir: Path) -> str:
-    """Returns a line on runs that learned nothing, the full set's first; "" if there are none."""
-    paths = (workdir / artefacts.FINETUNE).glob("*/*")
-    full_first = sorted(paths, key=lambda path: path.parent.name != FULL)
-    ends = [end for end in map(_end_of, full_first) if end is not None]
-    at_chance = [end for end in ends if end]
-    if not at_chance:
-        return ""
-    return (
-        f"Note: {len(at_chance)} of {len(ends)} runs learned nothing, such as {at_chance[0]}. "
-        "Raise finetune.learning_rate or finetune.epochs, or lower finetune.batch_size."
-    )
-
-
-def _end_of(path: Path) -> str | None:
-    """Returns how a run on images ended at chance; "" if it did better.
-
-    Chance: accuracies in the last epoch and in the test are at most three standard deviations above
-    guessing. None if the run has not ended, was not trained or is unreadable, and for one class,
-    which is always guessed right.
-    """
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, csv.Error):
-        run = records.read(path, records.RUN)
-        with open(path / PER_CLASS, newline="") as file:
-            tested = [int(row["num_test"]) for row in csv.DictReader(file)]
-        if run is None or len(tested) < 2:
-            return None
-        result, share = run.facts[records.RESULT], 1 / len(tested)
-        trained = float(read_metrics(path)[-1]["train_accuracy"])
-        right, num_kept = float(result["test_accuracy"]), int(result["num_kept"])
-        in_training, in_test = (
-            100 * (share + 3 * math.sqrt(share * (1 - share) / max(number, 1)))
-            for number in (num_kept, sum(tested))
-        )
-        if not (trained <= in_training and right <= in_test):
-            return ""
-        return (
-            f"{path.parent.name}: {trained:.1f} % right in training and {right:.1f} % in the test, "
-            f"where guessing among {len(tested)} classes gives {100 / len(tested):.1f} %"
-        )
-    return None
 
 
 def write_results(workdir: Path) -> list[dict[str, Any]]:

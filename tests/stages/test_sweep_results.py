@@ -6,7 +6,7 @@ import runpy
 import pytest
 from conftest import ROOT
 
-from dlc_jax.stages.sweep_results import note_on_chance
+from dlc_jax.stages.report import note_on_chance
 from dlc_jax.workspace import Record
 
 

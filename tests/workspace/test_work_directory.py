@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import dlc_jax as dlc
 from dlc_jax.config import KINDS, Config
 from dlc_jax.selection import Cell
-from dlc_jax.stages import pipeline, sweep_results
+from dlc_jax.stages import pipeline, report, sweep_results
 from dlc_jax.stages.select import Job, SelectionInputs, read_selection
 from dlc_jax.tasks import images, measurements, task_of
 from dlc_jax.training.images import Finetuner, read_record
@@ -157,7 +157,7 @@ def test_a_run_of_another_cell_is_refused_and_not_in_the_table(tmp_path):
         sweep_results.read_run(tmp_path, CELLS[1].name)
     rows = sweep_results.write_results(tmp_path)
     assert [(row["method"], row["num_kept"]) for row in rows] == [("easiest", 6)]
-    said = sweep_results.what_is_finished(config(), tmp_path)
+    said = report.what_is_finished(config(), tmp_path)
     assert said.startswith("1 of the 6 runs asked for are finished")
     assert says in said
 
@@ -260,7 +260,7 @@ def use(workdir: Path, config_: Config) -> None:
         read_selection(Workspace(workdir), known, cell)
         sweep_results.read_run(workdir, cell.name)
         sweep_results.read_evaluation(workdir, cell)
-    sweep_results.what_is_finished(config_, workdir)
+    report.what_is_finished(config_, workdir)
     measurements.check_is_what_was_scored(workdir, dlc.load_dataset(config_.dataset.train))
 
 

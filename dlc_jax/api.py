@@ -21,7 +21,8 @@ from dlc_jax.probes.text import measure_responses, probe_responses, response_los
 from dlc_jax.scores import score
 from dlc_jax.selection import Rules, select
 from dlc_jax.training.images import FinetuneConfig, RecordConfig, finetune, record_training
-from dlc_jax.training.lora import LoraConfig, finetune_lora
+from dlc_jax.training.lora.settings import LoraConfig
+from dlc_jax.training.lora.tuner import finetune_lora
 from dlc_jax.tuning import FinetuneTrials, LinearProbeConfig, keep_curve, linear_probes, tune
 from dlc_jax.types import (
     Dataset,

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from dlc_jax import expect
 from dlc_jax.distributed import from_first, hides_bar, processes
-from dlc_jax.expect import csv_cell, show, visible
 from dlc_jax.files.json_files import parse_json
 from dlc_jax.types import RunResult, Selection
 from dlc_jax.workspace import Workspace, Written, artefacts, records
@@ -32,7 +31,7 @@ METRICS = "metrics.jsonl"
 PER_CLASS = "per_class_accuracy.csv"
 CHECKPOINT = "checkpoint"
 STOPPED = "stopped"  # of a run that was stopped where it keeps no checkpoint by itself
-ADAPTER, MERGED = "adapter", "merged"
+ADAPTER = "adapter"
 SEEN = "seen"  # what a watch keeps of every epoch
 ERROR = "error.txt"
 
@@ -87,7 +86,7 @@ def write_per_class(
             number = 0 if num_test is None else int(num_test[label])
             tested = result.per_class_accuracy if number else None
             accuracy = "" if tested is None else repr(float(tested[label]))
-            table.writerow((label, csv_cell(visible(name)), number, accuracy))
+            table.writerow((label, expect.csv_cell(expect.visible(name)), number, accuracy))
 
 
 Result = TypeVar("Result")
@@ -399,7 +398,7 @@ class RunStep:
     root: Path
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    say: Callable[[str], None] = show
+    say: Callable[[str], None] = expect.show
     watch: Watch | None = None
 
     name = records.RUN

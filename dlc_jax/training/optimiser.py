@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
@@ -20,28 +20,32 @@ def epoch_order(
     return np.random.default_rng([seed, epoch]).permutation(positions)
 
 
-_DECAY = 0.1
+class Sgd(NamedTuple):
+    """Constants of torch.optim.SGD without dampening: weight decay is L2 in the gradient.
 
+    Compiled programs are specialised to them.
 
-def torch_sgd(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool = False,
-) -> optax.GradientTransformation:
-    """Returns torch.optim.SGD without dampening: weight decay is L2 in the gradient.
-
-    Args:
-      learning_rate: A number or an optax schedule over steps.
+    Attributes:
       momentum: In [0, 1).
       weight_decay: Times the parameter, added to its gradient before momentum.
       nesterov: Whether a step looks ahead along the new momentum.
     """
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov),
-    )
+
+    momentum: float
+    weight_decay: float
+    nesterov: bool = False
+
+    @classmethod
+    def of(cls, settings: Any) -> Sgd:
+        """Returns the constants in the settings of a run or of linear probes."""
+        return cls(settings.momentum, settings.weight_decay, settings.nesterov)
+
+    def at(self, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        """Returns the optimiser with this learning rate, a number or a schedule over steps."""
+        return optax.chain(
+            optax.add_decayed_weights(self.weight_decay),
+            optax.sgd(learning_rate, momentum=self.momentum or None, nesterov=self.nesterov),
+        )
 
 
 def learning_rates(settings: Any, conventions: Conventions) -> list[float]:
@@ -61,6 +65,6 @@ def learning_rates(settings: Any, conventions: Conventions) -> list[float]:
     times = collections.Counter(passed)
     rates = []
     for epoch in range(epochs):
-        learning_rate *= _DECAY ** times[epoch]
+        learning_rate *= 0.1 ** times[epoch]
         rates.append(learning_rate)
     return rates

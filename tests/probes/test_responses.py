@@ -18,7 +18,7 @@ from dlc_jax.masking import PathSpec, exact_thresholds, masked, prunable_paths
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.text import measure_responses, probe_responses, response_losses
 from dlc_jax.scores import score
-from dlc_jax.training.lora import finetune_lora
+from dlc_jax.training.lora.tuner import finetune_lora
 from dlc_jax.types import by_path
 
 

@@ -13,18 +13,8 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64, Shaped, UInt8
 from PIL import Image
 
-from dlc_jax import expect
+from dlc_jax import expect, preprocess
 from dlc_jax.datasets.labels import composed
-from dlc_jax.preprocess import (
-    Images,
-    RandomCrops,
-    Reader,
-    decode,
-    filled,
-    in_batches,
-    in_order,
-    load_images,
-)
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.optimiser import epoch_order
 from dlc_jax.types import Dataset
@@ -46,7 +36,7 @@ class Batch(NamedTuple):
         cls, inputs: Shaped[np.ndarray, "k ..."], labels: Int32[np.ndarray, " k"], num_rows: int
     ) -> Batch:
         real = (np.arange(num_rows) < len(labels)).astype(np.float32)
-        return cls(filled(inputs, num_rows), filled(labels, num_rows), real)
+        return cls(preprocess.filled(inputs, num_rows), preprocess.filled(labels, num_rows), real)
 
 
 class DecodedImages:
@@ -62,60 +52,16 @@ class DecodedImages:
         """Raises ValueError, naming the sample, if it is not a readable image."""
         if position in self._kept:
             return self._kept[position]
-        try:
+        name = str(self._dataset.ids[position])
+        with expect.refusing(f"sample {name!r} cannot be read", OSError, end=""):
             sample = self._dataset[position]
-        except OSError as error:
-            name = str(self._dataset.ids[position])
-            raise expect.InputError(f"sample {name!r} cannot be read: {error}") from error
-        image = decode(sample.image, sample.id, self._dataset.deep_images)
+        image = preprocess.decode(sample.image, sample.id, self._dataset.deep_images)
         size = 4 * image.width * image.height  # PIL spends four bytes on a pixel
         with self._lock:
             if position not in self._kept and size <= self._bytes_left:
                 self._bytes_left -= size
                 self._kept[position] = image
         return image
-
-
-def training_batches(
-    inputs: Inputs,
-    positions: Int64[np.ndarray, " k"],
-    labels: Int32[np.ndarray, " n"],
-    *,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    rows: range | None = None,
-    first: int = 0,
-) -> Iterator[Batch]:
-    """Yields the batches of an epoch; (seed, epoch) decide order and augmentation.
-
-    Args:
-      inputs: What to feed.
-      positions: Samples to train on.
-      labels: Class ids of the whole data set.
-      batch_size: Samples per batch; the last one may hold fewer real ones.
-      seed, epoch: The only source of randomness.
-      rows: The rows of a batch to make, of which it may have more than samples; None: a row for
-        each sample.
-      first: Batches to leave out at the beginning.
-    """
-    order = epoch_order(positions, seed, epoch)[first * batch_size :]
-    rows = range(batch_size) if rows is None else rows
-
-    def batch(number: int) -> Batch:
-        where = order[number * batch_size : (number + 1) * batch_size]
-        if rows.start == 0:
-            where = where[: len(rows)]
-            return Batch.padded(inputs(where, epoch), labels[where], len(rows))
-        mine = np.asarray(rows)
-        places, again = np.unique(mine % len(where), return_inverse=True)
-        real = (mine < len(where)).astype(np.float32)
-        return Batch(inputs(where[places], epoch)[again], labels[where[places]][again], real)
-
-    yield from in_order(batch, -(-len(order) // batch_size), num_ahead=_STEPS_AHEAD)
-
-
-_GIB = 2**30
 
 
 class TestSet(NamedTuple):
@@ -139,7 +85,7 @@ class RunData:
 
     def __init__(
         self,
-        images: Images,
+        images: preprocess.Images,
         settings: FinetuneConfig,
         to_features: Callable[[np.ndarray], jax.Array],
         progress: bool,
@@ -148,23 +94,50 @@ class RunData:
         self._images, self._dataset, self._settings = images, images.dataset, settings
         self._progress = progress
         self._is_augmented = settings.augment and not settings.linear_probe
-        self._decoded = DecodedImages(images.dataset, settings.image_memory_gib * _GIB)
+        self._decoded = DecodedImages(images.dataset, settings.image_memory_gib * 2**30)
         self._fixed: dict[int, np.ndarray] = {}  # crops or features, by position
 
     def training_inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> Inputs:
         """Returns what the network sees of these samples in training."""
         if self._is_augmented:
-            crops = RandomCrops(self._dataset, self._images.size, seed)
+            crops = preprocess.RandomCrops(self._dataset, self._images.size, seed)
             return lambda positions, epoch: np.stack(
                 [crops.crop(self._decoded[i], i, epoch) for i in positions.tolist()]
             )
         missing = np.array([i for i in positions.tolist() if i not in self._fixed], np.int64)
         if len(missing):
             some = self._dataset.subset(missing)
-            loaded = load_images(some, self._images.size, progress=self._progress)
+            loaded = preprocess.load_images(some, self._images.size, progress=self._progress)
             rows = self._as_inputs(loaded.pixels)
             self._fixed.update(zip(missing.tolist(), rows, strict=True))
         return lambda positions, _: np.stack([self._fixed[i] for i in positions.tolist()])
+
+    def batches(
+        self, positions: Int64[np.ndarray, " k"], seed: int, epoch: int, first: int, rows: range
+    ) -> Iterator[Batch]:
+        """Yields the batches of an epoch; (seed, epoch) decide order and augmentation.
+
+        Args:
+          positions: Samples to train on; the last batch may hold fewer real ones.
+          seed, epoch: The only source of randomness.
+          first: Batches to leave out at the beginning.
+          rows: The rows of a batch to make, of which it may have more than samples.
+        """
+        inputs, labels = self.training_inputs(positions, seed), self._dataset.labels
+        size = self._settings.batch_size
+        order = epoch_order(positions, seed, epoch)[first * size :]
+
+        def batch(number: int) -> Batch:
+            where = order[number * size : (number + 1) * size]
+            if rows.start == 0:
+                where = where[: len(rows)]
+                return Batch.padded(inputs(where, epoch), labels[where], len(rows))
+            mine = np.asarray(rows)
+            places, again = np.unique(mine % len(where), return_inverse=True)
+            real = (mine < len(where)).astype(np.float32)
+            return Batch(inputs(where[places], epoch)[again], labels[where[places]][again], real)
+
+        yield from preprocess.in_order(batch, -(-len(order) // size), num_ahead=_STEPS_AHEAD)
 
     def evaluation_inputs(
         self, positions: Int64[np.ndarray, " k"]
@@ -175,7 +148,7 @@ class RunData:
         else:
             self.training_inputs(positions, seed=0)  # fills `_fixed`
             rows = ((i, self._fixed[i]) for i in positions.tolist())
-        for _, some in in_batches(rows, self._settings.batch_size):
+        for _, some in preprocess.in_batches(rows, self._settings.batch_size):
             yield np.stack(some)
 
     def readable(self) -> tuple[Int64[np.ndarray, " k"], dict[str, str]]:
@@ -192,7 +165,7 @@ class RunData:
         return np.asarray(positions, np.int64), ids
 
     @functools.cached_property
-    def _crops(self) -> Reader[np.ndarray]:
+    def _crops(self) -> preprocess.Reader[np.ndarray]:
         # unreadable samples are found when they are read, and refused or skipped then
         images = dataclasses.replace(self._images, on_corrupt="skip")
         return images.evaluation_crops(progress=self._progress)
@@ -206,7 +179,7 @@ class RunData:
           ValueError: a class that training does not know, an unreadable image.
         """
         labels = class_ids_by_name(test, self._dataset)
-        loaded = load_images(
+        loaded = preprocess.load_images(
             test,
             self._images.size,
             on_corrupt=self._images.on_corrupt,
@@ -221,9 +194,9 @@ class RunData:
         if not self._settings.linear_probe:
             return pixels
         size = self._settings.batch_size
-        parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        found = [np.asarray(self._to_features(filled(some, size)))[: len(some)] for some in parts]
-        return np.concatenate(found)
+        parts = (pixels[start : start + size] for start in range(0, len(pixels), size))
+        found = [np.asarray(self._to_features(preprocess.filled(some, size))) for some in parts]
+        return np.concatenate(found)[: len(pixels)]
 
 
 def class_ids_by_name(test: Dataset, dataset: Dataset) -> Int32[np.ndarray, " n"]:

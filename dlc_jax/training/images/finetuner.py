@@ -19,11 +19,11 @@ from dlc_jax.encoders import Encoder
 from dlc_jax.preprocess import Images, check_dataset
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.selection import kept_positions
-from dlc_jax.training.images.data import RunData, TestSet, class_ids_by_name, training_batches
+from dlc_jax.training import loop
+from dlc_jax.training.images.data import RunData, TestSet, class_ids_by_name
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.images.step import (
     Network,
-    Sgd,
     TrainState,
     initial_head,
     outputs_of_batch,
@@ -31,21 +31,9 @@ from dlc_jax.training.images.step import (
     predicted_classes,
     train_step,
 )
-from dlc_jax.training.loop import (
-    METRICS,
-    PER_CLASS,
-    EpochSums,
-    Progress,
-    RunStep,
-    not_finite,
-    train,
-    write_metrics,
-    write_per_class,
-)
-from dlc_jax.training.optimiser import learning_rates
+from dlc_jax.training.optimiser import Sgd, learning_rates
 from dlc_jax.types import Conventions, Dataset, RunResult, Selection, overridden
-from dlc_jax.workspace import Workspace
-from dlc_jax.workspace.artefacts import key_of
+from dlc_jax.workspace import Workspace, artefacts
 
 
 class Finetuner:
@@ -82,7 +70,7 @@ class Finetuner:
         self._test = None if test is None else self.data.test_set(test)
 
     kind = "fine-tuning"
-    files: tuple[str, ...] = (METRICS, PER_CLASS)
+    files: tuple[str, ...] = (loop.METRICS, loop.PER_CLASS)
     checkpoint_steps = 0
     remedy = (
         "try a smaller finetune.learning_rate, such as a tenth of it, or, if that is bfloat16, "
@@ -92,7 +80,7 @@ class Finetuner:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that its runs have in common."""
-        return key_of(
+        return artefacts.key_of(
             "fine-tuning",
             {
                 "settings": self._settings.decisive,
@@ -136,9 +124,9 @@ class Finetuner:
 
     def write(self, folder: Path, result: RunResult) -> dict[str, Any]:
         """Writes metrics and accuracies of a finished run; returns a summary of its result."""
-        write_metrics(folder, result.history)
+        loop.write_metrics(folder, result.history)
         num_test = None if self._test is None else self._count(self._test.labels)
-        write_per_class(folder, result, self._dataset.class_names, num_test)
+        loop.write_per_class(folder, result, self._dataset.class_names, num_test)
         names = ("num_kept", "test_accuracy", "absent_classes", "skipped_test", "seconds")
         return {name: getattr(result, name) for name in names}
 
@@ -174,16 +162,8 @@ class Finetuner:
     ) -> Iterator[tuple[list[jax.Array], int]]:
         """Yields batches on the devices, of which each process makes its rows, and their sizes."""
         num_rows = -(-self.batch_size // self.mesh.size) * self.mesh.size
-        made = training_batches(
-            self.data.training_inputs(positions, seed),
-            positions,
-            self._dataset.labels,
-            batch_size=self.batch_size,
-            seed=seed,
-            epoch=epoch,
-            rows=rows_here(self.mesh, num_rows),
-            first=first,
-        )
+        rows = rows_here(self.mesh, num_rows)
+        made = self.data.batches(positions, seed, epoch, first, rows)
         for number, batch in enumerate(made, start=first):
             num_left = len(positions) - number * self.batch_size
             on_devices = [from_rows_here(self.mesh, part, num_rows) for part in batch]
@@ -191,12 +171,12 @@ class Finetuner:
 
     def step(
         self, state: TrainState, batch: tuple[list[jax.Array], int], rate: float
-    ) -> tuple[TrainState, Callable[[], EpochSums]]:
+    ) -> tuple[TrainState, Callable[[], loop.EpochSums]]:
         """Takes a step of SGD."""
         arrays, num_real = batch
         state, metrics = train_step(self._network, self._sgd, state, *arrays, jnp.float32(rate))
 
-        def sums() -> EpochSums:
+        def sums() -> loop.EpochSums:
             """Returns loss, in nats, and whether each sample was right in training mode: 0 or 1."""
             right = fetch(metrics.correct)[:num_real]
             correct = "".join("1" if one else "0" for one in right)
@@ -204,11 +184,11 @@ class Finetuner:
 
         return state, sums
 
-    def line(self, progress: Progress, rate: float) -> dict[str, Any]:
+    def line(self, progress: loop.Progress, rate: float) -> dict[str, Any]:
         """Returns the metrics of an epoch; ValueError if its last step left NaN or infinity."""
         epoch, sums = len(progress.history) + 1, progress.sums
         if not fetch(_all_finite(progress.state.trained)):
-            raise not_finite("weights that are", epoch * progress.num_steps, rate, self.remedy)
+            raise loop.not_finite("weights that are", epoch * progress.num_steps, rate, self.remedy)
         num_samples = len(sums["correct"])
         line = {
             "epoch": epoch,
@@ -234,7 +214,7 @@ class Finetuner:
         batches = self.data.evaluation_inputs(positions)
         return over_batches(outputs_of_batch, self._network, state, batches, self.batch_size)
 
-    def result(self, progress: Progress, positions: Int64[np.ndarray, " k"]) -> RunResult:
+    def result(self, progress: loop.Progress, positions: Int64[np.ndarray, " k"]) -> RunResult:
         """Returns weights and history, and tests."""
         predictions, accuracy, per_class = None, None, None
         history = progress.history or [{"epoch": 0}]
@@ -360,8 +340,8 @@ def finetune(
         seed = kept.seed if isinstance(kept, Selection) else 0
     finetuner = Finetuner(encoder, images, test, settings, Conventions.of(mode), run)
     if run.path is None:
-        return train(finetuner, positions, seed)
+        return loop.train(finetuner, positions, seed)
     workspace = Workspace(run.path)
-    step = RunStep(finetuner, positions, seed, run.path, settings=dataclasses.asdict(settings))
+    step = loop.RunStep(finetuner, positions, seed, run.path, settings=dataclasses.asdict(settings))
     with workspace.held("folder"):
         return workspace.make(step)

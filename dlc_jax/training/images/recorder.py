@@ -15,9 +15,7 @@ from jaxtyping import Int64
 from dlc_jax import expect
 from dlc_jax.distributed import Run, processes
 from dlc_jax.encoders import Encoder
-from dlc_jax.expect import show
-from dlc_jax.files import array_files
-from dlc_jax.files.array_files import Expected
+from dlc_jax.files.array_files import Expected, read_npy, read_npz
 from dlc_jax.files.json_files import NAME, parse_json
 from dlc_jax.preprocess import Images
 from dlc_jax.training.images.finetuner import Finetuner
@@ -75,7 +73,7 @@ class Recorder:
         seed: int,
         conventions: Conventions,
         run: Run = Run(),
-        say: Callable[[str], None] = show,
+        say: Callable[[str], None] = expect.show,
     ):
         record.check()
         # a finished run keeps its weights until the others are finished too
@@ -155,8 +153,7 @@ class Recorder:
 
     @property
     def obsolete(self) -> tuple[str, ...]:
-        names = (CHECKPOINT, SEEN)
-        return tuple(f"seed_{seed}/{name}" for seed in self.seeds for name in names)
+        return tuple(f"seed_{seed}/{name}" for seed in self.seeds for name in (CHECKPOINT, SEEN))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,7 +198,7 @@ class _Watch:
     def get(self, name: str) -> np.ndarray:
         if self.folder is None:
             return self.arrays[name]
-        return array_files.read_npy(self.folder / f"{name}.npy")
+        return read_npy(self.folder / f"{name}.npy")
 
 
 # what runs train on; samples that are left out, id: why; what each run showed; seconds of all
@@ -222,7 +219,7 @@ def read_record(folder: Path, ids: np.ndarray | None = None) -> TrainingRecord:
         raise expect.InputError(f"{path}: not there; record a training first.")
     try:
         expected = _ARRAYS | {"facts": Expected("U", 0)}
-        arrays: dict[str, Any] = {**array_files.read_npz(path, expected)}
+        arrays: dict[str, Any] = {**read_npz(path, expected)}
         facts = parse_json(str(arrays.pop("facts")), _FACTS, path)
         facts["class_names"] = tuple(facts["class_names"])
         record = TrainingRecord(**arrays, **{name: facts[name] for name in _FACTS})

@@ -18,10 +18,8 @@ from dlc_jax.distributed import fetch, mesh_of, place_rows
 from dlc_jax.encoders.encoder import Encoder, join_statistics, precision_of, split_statistics
 from dlc_jax.preprocess import filled
 from dlc_jax.probes.kernel import Forward, cast, pooled
-from dlc_jax.training.optimiser import torch_sgd
+from dlc_jax.training.optimiser import Sgd
 from dlc_jax.types import Params
-
-_VIT_HEAD_DEVIATION = 0.02
 
 
 class Network(NamedTuple):
@@ -42,30 +40,13 @@ class Network(NamedTuple):
         return cls(forward, encoder.apply_training)
 
 
-class Sgd(NamedTuple):
-    """Constants of an optimiser step; the compiled program is specialised to them."""
-
-    momentum: float
-    weight_decay: float
-    nesterov: bool
-
-    @classmethod
-    def of(cls, settings: Any) -> Sgd:
-        """Returns the constants in the settings of a run or of linear probes."""
-        return cls(settings.momentum, settings.weight_decay, settings.nesterov)
-
-    def at(self, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-        """Returns torch.optim.SGD with this learning rate."""
-        return torch_sgd(learning_rate, **self._asdict())
-
-
 class TrainState(NamedTuple):
     """All that a step changes.
 
     Attributes:
       trained: `encoder` and `head`, float32; None in the places of `statistics`.
       statistics: The encoder's leaves that no gradient moves; None in all other places.
-      optimiser: State of `torch_sgd`.
+      optimiser: State of `Sgd`.
     """
 
     trained: dict[str, Any]
@@ -103,7 +84,7 @@ def initial_head(
     generator = np.random.default_rng([seed, zlib.crc32(b"head")])
     shape = (num_features, num_classes)
     if kind == "cls":
-        kernel = generator.normal(0, _VIT_HEAD_DEVIATION, shape)
+        kernel = generator.normal(0, 0.02, shape)
         bias = np.zeros(num_classes)
     else:
         bound = 1 / math.sqrt(num_features)

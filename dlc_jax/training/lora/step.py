@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, Int64
 from dlc_jax.encoders.architecture import Architecture, joined
 from dlc_jax.preprocess.tokens import Tokenised, bucket_length
 from dlc_jax.training.lora.settings import LoraConfig
-from dlc_jax.training.optimiser import torch_sgd
+from dlc_jax.training.optimiser import Sgd
 from dlc_jax.types import Params, path_name
 
 
@@ -107,7 +107,7 @@ class Optimiser(NamedTuple):
         """torch.optim.SGD or torch.optim.AdamW, with its defaults for what is not a setting."""
         if self.name == "adamw":
             return optax.adamw(learning_rate, weight_decay=self.weight_decay)
-        return torch_sgd(learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        return Sgd(self.momentum, self.weight_decay).at(learning_rate)
 
 
 class LoraState(NamedTuple):

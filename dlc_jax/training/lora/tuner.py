@@ -24,27 +24,11 @@ from dlc_jax.distributed import (
     whole_rows,
 )
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.exports.peft import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    load_adapter,
-    write_adapter,
-    write_merged,
-)
+from dlc_jax.exports import peft
 from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, Tokenised
 from dlc_jax.probes.text import response_losses
 from dlc_jax.selection import kept_rows
-from dlc_jax.training.loop import (
-    ADAPTER,
-    MERGED,
-    METRICS,
-    EpochSums,
-    Progress,
-    RunStep,
-    read_metrics,
-    train,
-    write_metrics,
-)
+from dlc_jax.training import loop
 from dlc_jax.training.lora.settings import LoraConfig, learning_rates
 from dlc_jax.training.lora.step import (
     LoraState,
@@ -58,7 +42,8 @@ from dlc_jax.training.lora.step import (
 from dlc_jax.training.optimiser import epoch_order
 from dlc_jax.types import Selection, by_path, overridden
 from dlc_jax.workspace import Workspace, Written, artefacts, records
-from dlc_jax.workspace.artefacts import key_of
+
+MERGED = "merged"  # folder beside the adapter's
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,7 +100,12 @@ class LoraTuner:
         self.keeps_weights = settings.keep_weights
         for name, some in (("data", data), ("test", test)):
             if some is not None:
-                _check_lengths(name, some, self._max_length)
+                longest, tokens = max(some.named, key=lambda row: len(row[1]))
+                if len(tokens) > self._max_length:
+                    raise expect.InputError(
+                        f"{name}: {longest} has {len(tokens)} tokens, expected at most "
+                        f"{self._max_length}; tokenise with max_length={self._max_length}."
+                    )
                 model.check_tokens((f"{name}: {row}", ids) for row, ids in some.named)
         self._architecture = dataclasses.replace(
             model.architecture.with_adapter(settings.adapter), rematerialise=settings.rematerialise
@@ -131,7 +121,7 @@ class LoraTuner:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that its runs have in common."""
-        return key_of(
+        return artefacts.key_of(
             "adapter",
             {
                 "settings": self._settings.decisive,
@@ -143,9 +133,9 @@ class LoraTuner:
 
     kind = "adapter"
     files: tuple[str, ...] = (
-        METRICS,
-        f"{ADAPTER}/{ADAPTER_WEIGHTS}",
-        f"{ADAPTER}/{ADAPTER_CONFIG}",
+        loop.METRICS,
+        f"{loop.ADAPTER}/{peft.ADAPTER_WEIGHTS}",
+        f"{loop.ADAPTER}/{peft.ADAPTER_CONFIG}",
     )
     remedy = "try a smaller lora.learning_rate, such as a tenth of it"
 
@@ -177,16 +167,16 @@ class LoraTuner:
 
     def write(self, folder: Path, result: LoraResult) -> dict[str, Any]:
         """Writes adapter and metrics of a finished run; returns a summary of its result."""
-        write_adapter(result.model, folder / ADAPTER)
-        write_metrics(folder, result.history)
+        peft.write_adapter(result.model, folder / loop.ADAPTER)
+        loop.write_metrics(folder, result.history)
         return {name: getattr(result, name) for name in ("num_kept", "test_loss", "seconds")}
 
     def read(self, folder: Path) -> LoraResult:
         """Returns the result of a finished run."""
         record = records.read(folder, records.RUN)
         assert record is not None  # it is finished
-        model = load_adapter(self._model, folder / ADAPTER)
-        return LoraResult(model, history=read_metrics(folder), **record.facts[records.RESULT])
+        model = peft.load_adapter(self._model, folder / loop.ADAPTER)
+        return LoraResult(model, history=loop.read_metrics(folder), **record.facts[records.RESULT])
 
     def start(self, positions: Int64[np.ndarray, " k"], seed: int) -> LoraState:
         """Returns the state before the first step, of an adapter that changes nothing yet."""
@@ -208,7 +198,7 @@ class LoraTuner:
 
     def step(
         self, state: LoraState, batch: Int64[np.ndarray, " b"], rate: float
-    ) -> tuple[LoraState, Callable[[], EpochSums]]:
+    ) -> tuple[LoraState, Callable[[], loop.EpochSums]]:
         """Adds up the gradients of some rows after others, and takes a step of the optimiser."""
         params, data, settings = self._model.params, self._data, self._settings
         sums = on_every_device(params, Sums.zero(state.adapter))
@@ -224,7 +214,7 @@ class LoraTuner:
         known = {"num_tokens": num_tokens, "num_read": num_read}
         return state, lambda: {"loss": float(fetch(loss)), **known}
 
-    def line(self, progress: Progress, rate: float) -> dict[str, Any]:
+    def line(self, progress: loop.Progress, rate: float) -> dict[str, Any]:
         """Returns the metrics of an epoch."""
         epoch, sums = len(progress.history) + 1, progress.sums
         return {
@@ -236,7 +226,7 @@ class LoraTuner:
             "elapsed_s": round(progress.elapsed_s, 3),
         }
 
-    def result(self, progress: Progress, positions: Int64[np.ndarray, " k"]) -> LoraResult:
+    def result(self, progress: loop.Progress, positions: Int64[np.ndarray, " k"]) -> LoraResult:
         """Returns model and history, and tests; ValueError if the adapter is not finite."""
         model = self._model.with_adapter(self._settings.adapter, progress.state.adapter)
         for path, leaf in by_path(progress.state.adapter).items():  # no later loss would show it
@@ -270,25 +260,15 @@ class MergedStep:
     def key(self) -> dict[str, Any]:
         run = records.read(self.root, records.RUN)
         assert run is not None  # it is finished
-        adapter = {name: sha for name, sha in run.outputs.items() if name.startswith(ADAPTER)}
+        adapter = {name: sha for name, sha in run.outputs.items() if name.startswith(loop.ADAPTER)}
         return {"model": self.model.fingerprint, "adapter": adapter}
 
     def compute(self, scratch: Path) -> LanguageModel:
-        return load_adapter(self.model, self.root / ADAPTER)
+        return peft.load_adapter(self.model, self.root / loop.ADAPTER)
 
     def write(self, root: Path, model: LanguageModel) -> Written:
-        write_merged(model, root / MERGED)
+        peft.write_merged(model, root / MERGED)
         return Written(f"{MERGED}/{name}" for name in artefacts.names_below(root / MERGED))
-
-
-def _check_lengths(name: str, data: Tokenised, max_length: int) -> None:
-    lengths = np.array([len(row) for row in data.tokens])
-    longest = int(lengths.argmax())
-    if lengths[longest] > max_length:
-        raise expect.InputError(
-            f"{name}: sample {data.ids[longest]!s} has {lengths[longest]} tokens, expected at most "
-            f"{max_length}; tokenise with max_length={max_length}."
-        )
 
 
 def finetune_lora(
@@ -363,9 +343,9 @@ def finetune_lora(
         seed = kept.seed if isinstance(kept, Selection) else 0
     positions = tuner.positions(kept)
     if run.path is None:
-        return train(tuner, positions, seed)
+        return loop.train(tuner, positions, seed)
     workspace = Workspace(run.path)
-    step = RunStep(tuner, positions, seed, run.path, settings=dataclasses.asdict(settings))
+    step = loop.RunStep(tuner, positions, seed, run.path, settings=dataclasses.asdict(settings))
     with workspace.held("folder"):
         workspace.ensure(step)
         tuner.complete(workspace)

@@ -17,7 +17,7 @@ from dlc_jax.expect import csv_text
 from dlc_jax.preprocess import load_images
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.training.images import FinetuneConfig, Finetuner
-from dlc_jax.training.images.data import RunData, training_batches
+from dlc_jax.training.images.data import RunData
 from dlc_jax.training.images.step import Network, initial_head, train_step
 from dlc_jax.training.loop import write_per_class
 from dlc_jax.types import by_path
@@ -79,18 +79,18 @@ def test_same_seed_same_bits_other_seed_other_run(result, sample_encoder, small_
     assert same_weights(frugal, result)
 
 
+def batches_of(dataset: dlc.Dataset, values: np.ndarray, positions, seed: int, epoch: int):
+    """Returns the batches of 16 of an epoch, with these values instead of images."""
+    data = RunData(dlc.Images(dataset, 32), FinetuneConfig(batch_size=16), np.asarray, False)
+    data.training_inputs = lambda *_: lambda where, epoch: values[where]
+    return data.batches(positions, seed, epoch, 0, range(16))
+
+
 def test_the_order_is_a_permutation_that_seed_and_epoch_decide(small_sample):
     positions = np.arange(5, 45)
 
     def order(seed: int, epoch: int) -> list[int]:
-        batches = training_batches(
-            lambda where, epoch: where,
-            positions,
-            np.arange(60, dtype=np.int32),
-            batch_size=16,
-            seed=seed,
-            epoch=epoch,
-        )
+        batches = batches_of(small_sample, np.arange(60), positions, seed, epoch)
         return [int(value) for batch in batches for value in batch.inputs[batch.real > 0]]
 
     assert sorted(order(1, 1)) == positions.tolist()
@@ -150,14 +150,7 @@ def test_a_linear_probe_is_torchs_on_the_same_features(
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimiser, [10, 15])
     for epoch in range(1, 21):
-        for batch in training_batches(
-            lambda where, epoch: feats[where],
-            np.arange(60),
-            small_sample.labels,
-            batch_size=16,
-            seed=3,
-            epoch=epoch,
-        ):
+        for batch in batches_of(small_sample, feats, np.arange(60), 3, epoch):
             rows = batch.real > 0
             loss = torch.nn.functional.cross_entropy(
                 head(torch.from_numpy(batch.inputs[rows])),

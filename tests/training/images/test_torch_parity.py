@@ -18,8 +18,8 @@ from dlc_jax.encoders.vit import ViTSize
 from dlc_jax.encoders.weights import assign, read_checkpoint
 from dlc_jax.preprocess import load_images
 from dlc_jax.training.images.data import Batch
-from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
-from dlc_jax.training.optimiser import learning_rates, torch_sgd
+from dlc_jax.training.images.step import Network, TrainState, initial_head, train_step
+from dlc_jax.training.optimiser import Sgd, learning_rates
 from dlc_jax.types import Conventions, by_path
 
 CLASSES = 5
@@ -203,7 +203,7 @@ def test_the_optimiser_alone_is_torchs(nesterov, weight_decay, momentum):
     parameter = torch.nn.Parameter(torch.from_numpy(start.copy()))
     constants = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
     theirs = torch.optim.SGD([parameter], 1e-2, **constants)
-    ours, params = torch_sgd(1e-2, **constants), jnp.asarray(start)
+    ours, params = Sgd(**constants).at(1e-2), jnp.asarray(start)
     state, step = ours.init(params), jax.jit(ours.update)
     for _ in range(200):
         gradient = generator.normal(size=(7, 5)).astype(np.float32)

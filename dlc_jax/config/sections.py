@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from dlc_jax import expect
 from dlc_jax.config.kinds import KINDS
 from dlc_jax.datasets import load_dataset
-from dlc_jax.datasets.instructions import TEMPLATES
+from dlc_jax.datasets.templates import TEMPLATES
 from dlc_jax.distributed import cores_are_devices, make_mesh, one_device
 from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
 from dlc_jax.encoders.language_model import DECODER

@@ -12,8 +12,8 @@ from dlc_jax.datasets.arrays import array_dataset, load_npz
 from dlc_jax.datasets.columns import USUAL, Columns, load_csv
 from dlc_jax.datasets.folder import load_aircraft, load_folder
 from dlc_jax.datasets.huggingface import load_hf
-from dlc_jax.datasets.parquet import load_demo, load_parquet
 from dlc_jax.datasets.splits import concatenate, load_split, part_sources, stratified_split
+from dlc_jax.datasets.tables import load_demo, load_parquet
 from dlc_jax.datasets.tfds import load_tfds
 from dlc_jax.datasets.webdataset import load_tar
 from dlc_jax.types import Dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import glob
@@ -9,13 +10,16 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dlc_jax import expect
 from dlc_jax.expect import visible
 from dlc_jax.files.image_files import HEIF_SUFFIXES, NEEDS_HEIF
+from dlc_jax.types import ImageSource, file_of
 
 # What file managers, network storage and notebooks leave beside one's own files.
 _JUNK = {
@@ -35,38 +39,57 @@ _PART_NAME = re.compile(rf"({_PARTS})([^a-z].*)?|[a-z0-9].*[^a-z]({_PARTS})")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyImages:
-    """Images that are read when asked for; other processes get it pickled if `read` can be.
+    """Images that are read when asked for; other processes get it pickled if its parts can be.
 
     Attributes:
-      count: How many there are.
-      read: Position -> the image.
-      file: Position -> the file that holds this image alone, see `file_of`.
+      places: Where each image is, as `read` takes it.
+      read: Place -> the image.
+      file_at: Place -> the file that holds this image alone, if such files there are.
     """
 
-    count: int
-    read: Callable[[int], bytes | np.ndarray]
-    file: Callable[[int], Path | None] | None = None
+    places: Sequence[Any] | np.ndarray
+    read: Callable[[Any], bytes | np.ndarray]
+    file_at: Callable[[Any], Path | None] | None = None
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.places)
 
     def __getitem__(self, position: int) -> bytes | np.ndarray:
-        return self.read(position)
+        return self.read(self.places[position])
+
+    def file(self, position: int) -> Path | None:
+        """Returns the file that holds this image alone, see `file_of`."""
+        return self.file_at(self.places[position]) if self.file_at else None
 
 
 def images_in(root: Path, names: Sequence[str] | np.ndarray) -> LazyImages:
     """Returns the images in files, by POSIX paths relative to the root."""
     paths = np.asarray(names, np.str_)  # a million `Path`s would take half a gigabyte
-    read, file = functools.partial(_read, root, paths), functools.partial(_path, root, paths)
-    return LazyImages(len(paths), read, file)
+    return LazyImages(paths, functools.partial(_read, root), root.joinpath)
 
 
-def _read(root: Path, paths: np.ndarray, position: int) -> bytes:
-    return regular(_path(root, paths, position)).read_bytes()
+def _read(root: Path, path: str) -> bytes:
+    return regular(root / path).read_bytes()
 
 
-def _path(root: Path, paths: np.ndarray, position: int) -> Path:
-    return root / str(paths[position])
+def joined(sources: Sequence[ImageSource]) -> ImageSource:
+    """Returns the images of one or more sources, one after the other."""
+    if len(sources) == 1:
+        return sources[0]
+    starts = np.cumsum([0, *map(len, sources)]).tolist()
+    read, file = (functools.partial(_of_part, f, sources, starts) for f in (getitem, file_of))
+    return LazyImages(range(starts[-1]), read, file)
+
+
+def _of_part(
+    get: Callable[[ImageSource, int], Any],
+    sources: Sequence[ImageSource],
+    starts: list[int],
+    position: int,
+) -> Any:
+    """Returns what `get` gives of the source that has this position of all, and of its own."""
+    number = bisect.bisect_right(starts, position) - 1
+    return get(sources[number], position - starts[number])
 
 
 def is_junk(name: str) -> bool:

@@ -10,8 +10,7 @@ from typing import Any
 
 from dlc_jax import expect
 from dlc_jax.datasets.columns import USUAL, Columns
-from dlc_jax.datasets.parquet import from_tables, open_parquet
-from dlc_jax.datasets.row_groups import ArrowTable, Table
+from dlc_jax.datasets.tables import ArrowTable, Table, from_tables, open_parquet
 from dlc_jax.files.hub import fetching
 from dlc_jax.types import Dataset
 
@@ -102,7 +101,8 @@ def _refuse_changes(source: str, path: Path, state: dict[str, Any]) -> None:
 
 def _files_of(source: str, names: Sequence[str], split: str) -> list[str]:
     """Returns the files of a split, in sorted order; ValueError if several data sets have some."""
-    found = sorted(name for name in names if _is_of(name, split))
+    named = rf"(.*/)?{re.escape(split)}([-.][^/]*|_\d+|/[^/]*)?\.parquet"  # it, or its folder
+    found = sorted(name for name in names if re.fullmatch(named, name, re.DOTALL))
     folders = {f"/{name}".rpartition("/")[0].removesuffix(f"/{split}") for name in found}
     if len(folders) > 1:
         shown = expect.listed(repr(folder[1:]) for folder in sorted(folders))
@@ -112,13 +112,6 @@ def _files_of(source: str, names: Sequence[str], split: str) -> list[str]:
             f"hf:<copy>/<folder>/{split}."
         )
     return found
-
-
-def _is_of(name: str, split: str) -> bool:
-    """Whether a file belongs to a split by its name or by the name of its folder."""
-    folder, _, file = name.rpartition("/")
-    in_name = re.fullmatch(rf"{re.escape(split)}([-.].*|_\d+)?\.parquet", file) is not None
-    return in_name or folder.rpartition("/")[2] == split
 
 
 def _download(source: str, repository: str, split: str) -> list[Path]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import functools
 import hashlib
 import re
 from collections import Counter
@@ -15,35 +13,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax import expect
-from dlc_jax.datasets.files import LazyImages
-from dlc_jax.types import Dataset, ImageSource, file_of
+from dlc_jax.datasets.files import joined
+from dlc_jax.types import Dataset
 
 _SUFFIXES = (".csv", ".tsv", ".npz", ".parquet", ".tar")
-
-
-def joined(sources: Sequence[ImageSource]) -> ImageSource:
-    """Returns the images of one or more sources, one after the other."""
-    if len(sources) == 1:
-        return sources[0]
-    starts = np.cumsum([0, *map(len, sources)]).tolist()
-    read = functools.partial(_read, sources, starts)
-    return LazyImages(starts[-1], read, functools.partial(_file, sources, starts))
-
-
-def _read(sources: Sequence[ImageSource], starts: list[int], position: int) -> bytes | np.ndarray:
-    source, place = _part(sources, starts, position)
-    return source[place]
-
-
-def _file(sources: Sequence[ImageSource], starts: list[int], position: int) -> Path | None:
-    return file_of(*_part(sources, starts, position))
-
-
-def _part(
-    sources: Sequence[ImageSource], starts: list[int], position: int
-) -> tuple[ImageSource, int]:
-    number = bisect.bisect_right(starts, position) - 1
-    return sources[number], position - starts[number]
 
 
 def part_sources(where: str) -> list[str]:
@@ -170,8 +143,7 @@ def _check(where: str, percents: Sequence[int], seed: int) -> None:
             f"{where}: expected two or three percents (train, validation, test), got {shown!r}."
         )
     for name, percent in zip(PARTS, percents, strict=False):
-        expect.integer(f"{where}: percent of {name}", percent)
-        expect.at_least(f"{where}: percent of {name}", percent, 0)
+        expect.integer(f"{where}: percent of {name}", percent, 0)
     if sum(percents) != 100:
         raise expect.InputError(
             f"{where}: expected percents that add up to 100, got {shown}, which make "

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 from typing import Any
-
-import numpy as np
 
 from dlc_jax import expect
 from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
@@ -48,7 +47,7 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
         Exception,
     ):
         source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-    images = LazyImages(len(source), functools.partial(_encoded, source, image))
+    images = LazyImages(source, operator.itemgetter(image))
     name_feature = next((f for f in _NAME_FEATURES if f in features), None)
     values, names = [], []
     for position in range(len(source)):
@@ -57,10 +56,6 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
         names.append(str(_value(record[name_feature])) if name_feature else None)
     class_names = getattr(features[label], "names", None)
     return labelled(images, values, names, f"tfds:{where}", class_names)
-
-
-def _encoded(source: Any, image: str, position: int) -> bytes:
-    return source[position][image]
 
 
 def _prepare(builder: Any, where: str) -> None:
@@ -84,7 +79,5 @@ def _feature(features: Any, where: str, kind: type, what: str, wanted: str | Non
 
 
 def _value(value: Any) -> Any:
-    """Returns an integer or text as Python's."""
-    if isinstance(value, np.integer):
-        return int(value)
+    """Returns bytes as text, and integers as they are."""
     return value.decode() if isinstance(value, bytes) else value

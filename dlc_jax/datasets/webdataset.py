@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,12 +60,8 @@ def load_tar(where: str, columns: Columns = USUAL) -> Dataset:
             left_out.update(kind for kind in parts if kind not in (*readable, ".cls", ".json"))
     if not images:
         raise expect.InputError(f"{source}: holds no sample.")
-    members = LazyImages(len(images), functools.partial(_read, images))
+    members = LazyImages(images, _Member.read)
     return labelled(members, integers_or_text(values), names, source, left_out=dict(left_out))
-
-
-def _read(members: Sequence[_Member], position: int) -> bytes:
-    return members[position].read()
 
 
 def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:

@@ -225,8 +225,7 @@ def test_other_processes_get_it_pickled(some, tmp_path, name):
 
 def test_a_folder_keeps_its_paths_once(some, tmp_path):
     dataset = dlc.load_dataset(as_folder(some, tmp_path))
-    (paths,) = (a for a in dataset.images.read.args if isinstance(a, np.ndarray))
-    assert np.shares_memory(paths, dataset.ids)
+    assert np.shares_memory(dataset.images.places, dataset.ids)
 
 
 @pytest.fixture(scope="module")

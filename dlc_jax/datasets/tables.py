@@ -1,0 +1,324 @@
+"""`parquet:` in the Hugging Face image convention, the bundled sample, and tables in Arrow files.
+
+Images are read when asked for: of Parquet by row group; Arrow files are mapped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import operator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from dlc_jax import expect
+from dlc_jax.datasets.columns import LABELS, PATH_COLUMNS, USUAL, Columns, column
+from dlc_jax.datasets.files import LazyImages, images_in, joined, matching, posix_names, regular
+from dlc_jax.datasets.labels import labelled
+from dlc_jax.files.arrow import pa, pc, pq
+from dlc_jax.types import Dataset, ImageSource
+
+_IMAGE_COLUMNS = tuple(dict.fromkeys(("image", "img", *PATH_COLUMNS)))
+_DEMOS = {"caltech15/train": "train.parquet", "caltech15/test": "test.parquet"}
+_Images = tuple[ImageSource, list[str | None]]
+_MOST_KEPT = 256 * 2**20  # bytes of row groups in memory; the latest stays, whatever its size
+
+
+class RecentGroups:
+    """The row groups read last, for all files of a data set and all threads that read it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._groups: OrderedDict[tuple[Path, int], pa.ChunkedArray] = OrderedDict()
+
+    def get(self, key: tuple[Path, int], read: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
+        """Returns a row group's images; one thread reads, others mostly wait for the same group."""
+        with self._lock:
+            if key not in self._groups:
+                self._groups[key] = read()
+                num_bytes = sum(group.nbytes for group in self._groups.values())
+                while num_bytes > _MOST_KEPT and len(self._groups) > 1:
+                    num_bytes -= self._groups.popitem(last=False)[1].nbytes
+            self._groups.move_to_end(key)
+            return self._groups[key]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParquetTable:
+    """The rows of a Parquet file; a column is named by itself, or with a field of it behind.
+
+    Attributes:
+      file: Path of the file.
+      schema: Names and types of its columns.
+      metadata: What the file says of its row groups.
+      recent: Where images that were read are kept.
+    """
+
+    file: Path
+    schema: pa.Schema
+    metadata: pq.FileMetaData
+    recent: RecentGroups
+
+    @classmethod
+    def open(cls, file: Path, recent: RecentGroups) -> ParquetTable:
+        """Reads what the file says of itself; ValueError names a file that is none."""
+        with (
+            _refusing(f"{file}: not a readable Parquet file"),
+            pa.OSFile(str(regular(file).absolute())) as handle,
+        ):
+            parquet = pq.ParquetFile(handle)
+            return cls(file, parquet.schema_arrow, parquet.metadata, recent)
+
+    def values(self, *column: str) -> list:
+        """Returns a column, all of it, as Python's values."""
+        with _refusing(f"{self.file}: column {'.'.join(column)} cannot be read"):
+            return self._read(range(self.metadata.num_row_groups), column).to_pylist()
+
+    def images(self, *column: str) -> ImageSource:
+        """Returns a column of encoded bytes, which is not read yet."""
+        starts = self._starts()
+
+        def image(position: int) -> bytes:
+            number = int(np.searchsorted(starts, position, side="right")) - 1
+            read = functools.partial(self._read_images, number, column)
+            group = self.recent.get((self.file, number), read)
+            return group[position - int(starts[number])].as_py()
+
+        return LazyImages(range(starts[-1]), image)
+
+    def missing(self, *column: str) -> Int64[np.ndarray, " k"]:
+        """Returns the rows without a value, ascending."""
+        rows = [np.empty(0, np.int64)]
+        for number, start in enumerate(self._starts()[:-1]):
+            if not self._is_said_full(number, column):
+                with _refusing(f"{self.file}: row group {number} cannot be read"):
+                    rows.append(start + _null_rows(self._read([number], column)))
+        return np.concatenate(rows)
+
+    def _read_images(self, number: int, column: Sequence[str]) -> pa.ChunkedArray:
+        where = f"{self.file}: row group {number}"
+        try:
+            images = self._read([number], column)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise OSError(f"{where} cannot be read: {error}") from error
+        num_rows = self.metadata.row_group(number).num_rows
+        if len(images) != num_rows or images.null_count:
+            num_found = len(images) - images.null_count
+            raise OSError(f"{where} holds {num_found} images, expected {num_rows}")
+        return images
+
+    def _starts(self) -> Int64[np.ndarray, " g"]:
+        """Returns the first row of each row group, and the end of the last."""
+        groups = map(self.metadata.row_group, range(self.metadata.num_row_groups))
+        return np.cumsum([0, *(group.num_rows for group in groups)])
+
+    def _is_said_full(self, number: int, column: Sequence[str]) -> bool:
+        """Whether the file says that a row group has no row without a value."""
+        group = self.metadata.row_group(number)
+        chunks = map(group.column, range(group.num_columns))
+        stats = next((c.statistics for c in chunks if c.path_in_schema == ".".join(column)), None)
+        return stats is not None and stats.has_null_count and stats.null_count == 0
+
+    def _read(self, groups: Sequence[int], column: Sequence[str]) -> pa.ChunkedArray:
+        with pa.OSFile(str(self.file.absolute())) as handle:  # a name may begin with a ~
+            parquet = pq.ParquetFile(handle, metadata=self.metadata)
+            table = parquet.read_row_groups(groups, columns=[".".join(column)], use_threads=False)
+        return _part_of(table, column)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArrowTable:
+    """An Arrow file, as `datasets` saves them, mapped; see `ParquetTable`."""
+
+    file: Path
+    table: pa.Table
+
+    @classmethod
+    def open(cls, file: Path) -> ArrowTable:
+        """Maps the file; ValueError names one that is none."""
+        with _refusing(f"{file}: not a readable Arrow file"):
+            mapped = pa.memory_map(str(regular(file).absolute()))
+            return cls(file, pa.ipc.open_stream(mapped).read_all())
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.table.schema
+
+    def values(self, *column: str) -> list:
+        with _refusing(f"{self.file}: column {'.'.join(column)} cannot be read"):
+            return self._checked(column).to_pylist()
+
+    def images(self, *column: str) -> ImageSource:
+        return LazyImages(self._checked(column), operator.methodcaller("as_py"))
+
+    def missing(self, *column: str) -> Int64[np.ndarray, " k"]:
+        return _null_rows(self._checked(column))
+
+    def _checked(self, column: Sequence[str]) -> pa.ChunkedArray:
+        values = _part_of(self.table, column)
+        with _refusing(f"{self.file}: column {'.'.join(column)} is damaged"):
+            values.validate(full=True)  # offsets that lead out of the file would end the process
+        return values
+
+
+Table = ParquetTable | ArrowTable
+
+
+def _refusing(problem: str) -> AbstractContextManager[None]:
+    return expect.refusing(problem, pa.ArrowException, OSError, ValueError)
+
+
+def _part_of(table: pa.Table, column: Sequence[str]) -> pa.ChunkedArray:
+    name, *fields = column
+    values = table[name]
+    for field in fields:
+        values = pc.struct_field(values, field)
+    return values
+
+
+def _null_rows(column: pa.ChunkedArray) -> Int64[np.ndarray, " k"]:
+    return np.flatnonzero(column.is_null().to_numpy())
+
+
+def load_demo(where: str, columns: Columns = USUAL) -> Dataset:
+    """Loads the bundled sample: 15 Caltech-101 classes, 50 train and 20 test images each."""
+    expect.one_of("demo data set", where, _DEMOS)
+    file = Path(__file__).parent / "sample" / _DEMOS[where]
+    return dataclasses.replace(load_parquet(str(file), columns), name=f"demo:{where}")
+
+
+def load_parquet(where: str, columns: Columns = USUAL) -> Dataset:
+    """Loads one Parquet file, a folder of them or a glob, in sorted order.
+
+    Images are encoded bytes, {bytes, path}, or paths as in `csv:`, relative to the Parquet file's
+    folder or absolute. Encoded ones are read by row group when asked for, and 256 MiB of groups are
+    kept: larger files are streamed well in order, and slowly when shuffled.
+
+    Raises:
+      ValueError: nothing there, not Parquet, no image or label column, a row without image.
+    """
+    tables = open_parquet(matching("parquet", where))
+    return from_tables(f"parquet:{where}", tables, columns)
+
+
+def open_parquet(files: Iterable[Path]) -> list[ParquetTable]:
+    """Returns the files' tables; ValueError names a file that is none."""
+    recent = RecentGroups()
+    return [ParquetTable.open(file, recent) for file in files]
+
+
+def from_tables(source: str, tables: Sequence[Table], columns: Columns = USUAL) -> Dataset:
+    """Returns the rows of all tables, which must have the same image and label columns.
+
+    Raises:
+      ValueError: no image or label column or several, columns or class names that differ, a row
+        without image.
+    """
+    names, features = tables[0].schema.names, _declared_features(tables[0].schema)
+
+    def declared(kind: str) -> list[str]:
+        return [name for name, feature in features.items() if feature.get("_type") == kind]
+
+    image = column(
+        source, "image", names, _IMAGE_COLUMNS, columns.image, declared=declared("Image")
+    )
+    label = column(source, "label", names, LABELS, columns.label, declared=declared("ClassLabel"))
+    class_names = _class_names(tables[0], label)
+    values: list = []
+    all_paths: list[str | None] = []
+    parts = []
+    for table in tables:
+        for name in (image, label):
+            if table.schema.names.count(name) != 1:
+                raise expect.InputError(
+                    f"{source}: its files differ in columns: {table.file} has "
+                    f"{expect.listed(table.schema.names)}, expected one {name!r}."
+                )
+        others = _class_names(table, label)
+        if others != class_names:
+            raise expect.InputError(
+                f"{source}: its files differ in class names: {table.file} declares "
+                f"{expect.listed(map(repr, others or ())) or 'none'}, {tables[0].file} "
+                f"{expect.listed(map(repr, class_names or ())) or 'none'}."
+            )
+        values += table.values(label)
+        images, paths = _images(table, image)
+        parts.append(images)
+        all_paths += paths
+    return labelled(joined(parts), values, all_paths, source, class_names)
+
+
+def _declared_features(schema: pa.Schema) -> dict[str, dict]:
+    """Returns the features that the `datasets` library wrote into the schema, if any."""
+    try:
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata["info"]["features"].items()
+        # nested features, as for boxes, are lists and are neither image nor label
+        return {name: feature for name, feature in features if isinstance(feature, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}  # written by something else: the usual column names have to do
+
+
+def _class_names(table: Table, label: str) -> list[str] | None:
+    names = _declared_features(table.schema).get(label, {}).get("names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise expect.InputError(
+            f"{table.file}: expected the names of classes to be a list of texts, found "
+            f"{expect.listed(names) if isinstance(names, list) else repr(names)}."
+        )
+    return names
+
+
+def _images(table: Table, name: str) -> _Images:
+    """Returns a table's images, and each one's path where there is one."""
+    kind = table.schema.field(name).type
+    if _is_text(kind):
+        return _files(table, name, table.values(name))
+    where: tuple[str, ...] = (name,)
+    has_paths = False
+    if pa.types.is_struct(kind):
+        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        if "bytes" not in fields:
+            raise expect.InputError(
+                f"{table.file}: image column has fields {expect.listed(sorted(fields))}, "
+                "expected bytes and path."
+            )
+        where, kind = (name, "bytes"), fields["bytes"]
+        has_paths = _is_text(fields.get("path", pa.null()))
+    if kind not in (pa.binary(), pa.large_binary(), pa.binary_view(), pa.null()):
+        raise expect.InputError(
+            f"{table.file}: images are {kind}, expected encoded bytes, {{bytes, path}} or paths."
+        )
+    missing, images = table.missing(*where), table.images(*where)
+    paths = table.values(name, "path") if has_paths else [None] * len(images)
+    if len(missing) == len(paths) and any(paths):
+        return _files(table, name, paths)
+    if len(missing):
+        raise expect.InputError(
+            f"{table.file}: {len(missing)} rows have no image bytes, first row {missing[0]} "
+            f"(path {paths[missing[0]]!r})."
+        )
+    return images, paths
+
+
+def _files(table: Table, name: str, paths: Sequence[str | None]) -> _Images:
+    bad = next((row for row, path in enumerate(paths) if not path or "\0" in path), None)
+    if bad is not None:
+        raise expect.InputError(
+            f"{table.file}: column {name}, row {bad}: expected a path, found {paths[bad]!r}."
+        )
+    names = posix_names(table.file.parent, map(str, paths))
+    return images_in(table.file.parent, names), [*names]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return kind in (pa.string(), pa.large_string(), pa.string_view())

@@ -16,7 +16,7 @@ from dlc_jax.encoders.language_model import DECODER
 from dlc_jax.exports import FORMS, PARTS, RELEASED
 from dlc_jax.exports.released import PRETRAINS, check_name
 from dlc_jax.masking import PathSpec
-from dlc_jax.preprocess import ON_CORRUPT, Images
+from dlc_jax.preprocess.images import ON_CORRUPT, Images
 from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH
 from dlc_jax.probes import Compute
 from dlc_jax.types import DEEP_IMAGES, Dataset, setting

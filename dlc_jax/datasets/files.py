@@ -42,12 +42,12 @@ class LazyImages:
     """Images that are read when asked for; other processes get it pickled if its parts can be.
 
     Attributes:
-      places: Where each image is, as `read` takes it.
+      places: Where each image is, as `read` takes it; anything with `len` and integer indexing.
       read: Place -> the image.
       file_at: Place -> the file that holds this image alone, if such files there are.
     """
 
-    places: Sequence[Any] | np.ndarray
+    places: Any
     read: Callable[[Any], bytes | np.ndarray]
     file_at: Callable[[Any], Path | None] | None = None
 

@@ -56,19 +56,17 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
             )
         rank = {name: index for index, name in enumerate(names)}
         return np.array([rank[value] for value in values], np.int32), names, None
-    strange = next((i for i, v in enumerate(values) if not isinstance(v, numbers.Integral)), None)
-    if strange is not None:
-        raise expect.InputError(
-            f"{where}: labels must be integers or strings, all alike; found "
-            f"{reprlib.repr(values[strange])} in row {strange}."
-        )
-    try:
-        array = np.asarray(values, np.int64)
-    except OverflowError as error:
-        row = next(i for i, value in enumerate(values) if not -(2**63) <= value < 2**63)
-        raise expect.InputError(
-            f"{where}: row {row} has label {values[row]}, expected an integer of 64 bits."
-        ) from error
+    for row, value in enumerate(values):
+        if not isinstance(value, numbers.Integral):
+            raise expect.InputError(
+                f"{where}: labels must be integers or strings, all alike; found "
+                f"{reprlib.repr(value)} in row {row}."
+            )
+        if not -(2**63) <= int(value) < 2**63:
+            raise expect.InputError(
+                f"{where}: row {row} has label {value}, expected an integer of 64 bits."
+            )
+    array = np.asarray(values, np.int64)
     if class_names is not None:
         bad = np.flatnonzero((array < 0) | (array >= len(class_names)))
         if bad.size:

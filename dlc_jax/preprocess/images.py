@@ -21,12 +21,12 @@ from dlc_jax.preprocess.cache import CachedCrops, ImageCache
 from dlc_jax.preprocess.decode import MID_GREY, decode, resize_and_crop
 from dlc_jax.types import Dataset, overridden
 
-Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 def in_order(
-    compute: Callable[[int], Result], num: int, *, num_ahead: int | None = None
-) -> Iterator[Result]:
+    compute: Callable[[int], Item], num: int, *, num_ahead: int | None = None
+) -> Iterator[Item]:
     """Yields `compute(0)`, `compute(1)`, ... `compute(num - 1)`, computed on all cores.
 
     Args:
@@ -38,7 +38,7 @@ def in_order(
     """
     num_threads = (os.cpu_count() or 1) + 1  # one more, for when one waits for the disk
     num_ahead = num_ahead or 8 * num_threads
-    waiting: collections.deque[Future[Result]] = collections.deque()
+    waiting: collections.deque[Future[Item]] = collections.deque()
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="in_order")
     try:
         for number in range(num):
@@ -63,9 +63,6 @@ def in_batches(
 def filled(rows: Shaped[np.ndarray, "k ..."], size: int) -> Shaped[np.ndarray, "b ..."]:
     """Returns `size` rows: these, and repetitions of them, so that one program fits all batches."""
     return rows if len(rows) == size else rows[np.arange(size) % len(rows)]
-
-
-Item = TypeVar("Item")
 
 
 class Reader(Generic[Item]):
@@ -176,8 +173,7 @@ class Images:
 
     def __post_init__(self) -> None:
         check_dataset("dataset", self.dataset)
-        expect.integer("encoder.image_size", self.size)
-        expect.at_least("encoder.image_size", self.size, 8)
+        expect.integer("encoder.image_size", self.size, 8)
         if self.cache is not None:
             expect.is_a(ImageCache, cache=self.cache)
         expect.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)

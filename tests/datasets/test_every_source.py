@@ -17,7 +17,8 @@ from conftest import require_shared
 
 import dlc_jax as dlc
 from dlc_jax.datasets.splits import concatenate
-from dlc_jax.preprocess import decode, load_images
+from dlc_jax.preprocess.decode import decode
+from dlc_jax.preprocess.images import load_images
 
 NAMES = ("bonsai", "butterfly", "chandelier")
 

@@ -22,7 +22,7 @@ from dlc_jax.datasets.instructions import instructions
 from dlc_jax.datasets.labels import encode_labels
 from dlc_jax.datasets.splits import concatenate
 from dlc_jax.files import image_files
-from dlc_jax.preprocess import decode
+from dlc_jax.preprocess.decode import decode
 from dlc_jax.preprocess.inspection import inspect
 from dlc_jax.tasks.images import ImageTask, dataset_facts
 from dlc_jax.training.images import FinetuneConfig, Finetuner, class_ids_by_name

@@ -19,7 +19,7 @@ from dlc_jax.expect import show
 from dlc_jax.files import array_files
 from dlc_jax.files.array_files import Expected
 from dlc_jax.files.json_files import NAME, parse_json
-from dlc_jax.preprocess import Images
+from dlc_jax.preprocess.images import Images
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig, RecordConfig
 from dlc_jax.training.images.step import TrainState

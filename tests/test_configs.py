@@ -147,7 +147,7 @@ def test_the_other_way_that_sketch_names_reads_folders_of_splits(tmp_path, monke
 def test_deep_weeds_splits_what_tfds_has_in_one(monkeypatch, sample):
     asked = []
 
-    def load_tfds(where: str) -> dlc.Dataset:
+    def load_tfds(where: str, _: object) -> dlc.Dataset:
         asked.append(where)
         return sample
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from dlc_jax import expect
 from dlc_jax.datasets.arrays import array_dataset, load_npz
-from dlc_jax.datasets.columns import USUAL, Columns, load_csv
-from dlc_jax.datasets.folder import load_aircraft, load_folder
+from dlc_jax.datasets.files import load_aircraft, load_csv, load_folder
 from dlc_jax.datasets.huggingface import load_hf
+from dlc_jax.datasets.labels import Columns
 from dlc_jax.datasets.splits import concatenate, load_split, part_sources, stratified_split
 from dlc_jax.datasets.tables import load_demo, load_parquet
 from dlc_jax.datasets.tfds import load_tfds
@@ -19,12 +19,12 @@ from dlc_jax.datasets.webdataset import load_tar
 from dlc_jax.types import Dataset
 
 
-def _load_split(where: str, columns: Columns = USUAL) -> Dataset:
+def _load_split(where: str, columns: Columns) -> Dataset:
     load = functools.partial(load_dataset, image_column=columns.image, label_column=columns.label)
     return load_split(where, load)
 
 
-# scheme -> function of what follows the colon, and of the columns if they are given
+# scheme -> function of what follows the colon, and of the columns where there are some
 SOURCES: dict[str, Callable[..., Dataset]] = {
     "parquet": load_parquet,
     "folder": load_folder,
@@ -97,12 +97,13 @@ def load_dataset(
     # these read parts themselves
     wheres = [rest] if scheme in ("tfds", "hf", "split") else part_sources(rest)
     columns = Columns(image_column, label_column)
-    given = () if columns == USUAL else (columns,)
-    if given and scheme in ("folder", "fgvc_aircraft"):
+    has_none = scheme in ("folder", "fgvc_aircraft")
+    if has_none and columns != Columns():
         raise expect.InputError(
             "dataset.image_column, dataset.label_column: "
             f"{str(source)!r} has no columns; expected neither with it."
         )
+    given = () if has_none else (columns,)
     parts = [SOURCES[scheme](where, *given) for where in wheres]
     dataset = parts[0]
     if len(parts) > 1:

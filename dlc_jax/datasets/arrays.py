@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from dlc_jax import expect
-from dlc_jax.datasets.columns import USUAL, Columns, column
 from dlc_jax.datasets.files import regular
-from dlc_jax.datasets.labels import labelled
+from dlc_jax.datasets.labels import Columns, labelled
 from dlc_jax.files import array_files
 from dlc_jax.types import Dataset
 
@@ -52,7 +51,7 @@ def array_dataset(
 _IMAGES, _LABELS = ("images", "image", "x"), ("labels", "label", "y")
 
 
-def load_npz(where: str, columns: Columns = USUAL) -> Dataset:
+def load_npz(where: str, columns: Columns) -> Dataset:
     """Loads `<file>.npz`: images uint8 [n, h, w, 3], [n, h, w, 1] or [n, h, w], labels [n].
 
     Images of other numbers are for `Dataset.deep_images` to decide on when they are decoded.
@@ -70,8 +69,8 @@ def load_npz(where: str, columns: Columns = USUAL) -> Dataset:
             if file.read(6) == np.lib.format.MAGIC_PREFIX:
                 raise ValueError("it holds one array, expected an archive of several")
     headers = array_files.npz_headers(path)
-    images = column(source, "image", list(headers), _IMAGES, columns.image, noun="array")
-    labels = column(source, "label", list(headers), _LABELS, columns.label, noun="array")
+    images = columns.find(source, "image", list(headers), _IMAGES, noun="array")
+    labels = columns.find(source, "label", list(headers), _LABELS, noun="array")
     names = [images, labels, *(name for name in ("ids", "class_names") if name in headers)]
     shape, dtype = headers[images]
     if dtype.kind not in "uif" or len(shape) not in (3, 4):

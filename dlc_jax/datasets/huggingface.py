@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlc_jax import expect
-from dlc_jax.datasets.columns import USUAL, Columns
+from dlc_jax.datasets.labels import Columns
 from dlc_jax.datasets.tables import ArrowTable, Table, from_tables, open_parquet
 from dlc_jax.files.hub import fetching
 from dlc_jax.types import Dataset
@@ -17,7 +17,7 @@ from dlc_jax.types import Dataset
 _CONVERTED = "refs/convert/parquet"
 
 
-def load_hf(where: str, columns: Columns = USUAL) -> Dataset:
+def load_hf(where: str, columns: Columns) -> Dataset:
     """Loads `<owner/name or folder>/<split>`; parts are joined by `+`, as in `train+validation`.
 
     A folder is what `datasets.save_to_disk` wrote, or a copy of a repository with its Parquet

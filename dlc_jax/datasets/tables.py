@@ -19,9 +19,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax import expect
-from dlc_jax.datasets.columns import LABELS, PATH_COLUMNS, USUAL, Columns, column
 from dlc_jax.datasets.files import LazyImages, images_in, joined, matching, posix_names, regular
-from dlc_jax.datasets.labels import labelled
+from dlc_jax.datasets.labels import PATH_COLUMNS, Columns, labelled
 from dlc_jax.files.arrow import pa, pc, pq
 from dlc_jax.types import Dataset, ImageSource
 
@@ -97,7 +96,11 @@ class ParquetTable:
         """Returns the rows without a value, ascending."""
         rows = [np.empty(0, np.int64)]
         for number, start in enumerate(self._starts()[:-1]):
-            if not self._is_said_full(number, column):
+            group = self.metadata.row_group(number)
+            chunks = map(group.column, range(group.num_columns))
+            parts = {chunk.path_in_schema: chunk.statistics for chunk in chunks}
+            stats = parts.get(".".join(column))
+            if stats is None or not stats.has_null_count or stats.null_count:
                 with _refusing(f"{self.file}: row group {number} cannot be read"):
                     rows.append(start + _null_rows(self._read([number], column)))
         return np.concatenate(rows)
@@ -118,13 +121,6 @@ class ParquetTable:
         """Returns the first row of each row group, and the end of the last."""
         groups = map(self.metadata.row_group, range(self.metadata.num_row_groups))
         return np.cumsum([0, *(group.num_rows for group in groups)])
-
-    def _is_said_full(self, number: int, column: Sequence[str]) -> bool:
-        """Whether the file says that a row group has no row without a value."""
-        group = self.metadata.row_group(number)
-        chunks = map(group.column, range(group.num_columns))
-        stats = next((c.statistics for c in chunks if c.path_in_schema == ".".join(column)), None)
-        return stats is not None and stats.has_null_count and stats.null_count == 0
 
     def _read(self, groups: Sequence[int], column: Sequence[str]) -> pa.ChunkedArray:
         with pa.OSFile(str(self.file.absolute())) as handle:  # a name may begin with a ~
@@ -187,14 +183,14 @@ def _null_rows(column: pa.ChunkedArray) -> Int64[np.ndarray, " k"]:
     return np.flatnonzero(column.is_null().to_numpy())
 
 
-def load_demo(where: str, columns: Columns = USUAL) -> Dataset:
+def load_demo(where: str, columns: Columns) -> Dataset:
     """Loads the bundled sample: 15 Caltech-101 classes, 50 train and 20 test images each."""
     expect.one_of("demo data set", where, _DEMOS)
     file = Path(__file__).parent / "sample" / _DEMOS[where]
     return dataclasses.replace(load_parquet(str(file), columns), name=f"demo:{where}")
 
 
-def load_parquet(where: str, columns: Columns = USUAL) -> Dataset:
+def load_parquet(where: str, columns: Columns) -> Dataset:
     """Loads one Parquet file, a folder of them or a glob, in sorted order.
 
     Images are encoded bytes, {bytes, path}, or paths as in `csv:`, relative to the Parquet file's
@@ -214,7 +210,7 @@ def open_parquet(files: Iterable[Path]) -> list[ParquetTable]:
     return [ParquetTable.open(file, recent) for file in files]
 
 
-def from_tables(source: str, tables: Sequence[Table], columns: Columns = USUAL) -> Dataset:
+def from_tables(source: str, tables: Sequence[Table], columns: Columns) -> Dataset:
     """Returns the rows of all tables, which must have the same image and label columns.
 
     Raises:
@@ -226,10 +222,8 @@ def from_tables(source: str, tables: Sequence[Table], columns: Columns = USUAL) 
     def declared(kind: str) -> list[str]:
         return [name for name, feature in features.items() if feature.get("_type") == kind]
 
-    image = column(
-        source, "image", names, _IMAGE_COLUMNS, columns.image, declared=declared("Image")
-    )
-    label = column(source, "label", names, LABELS, columns.label, declared=declared("ClassLabel"))
+    image = columns.find(source, "image", names, _IMAGE_COLUMNS, declared=declared("Image"))
+    label = columns.find(source, "label", names, declared=declared("ClassLabel"))
     class_names = _class_names(tables[0], label)
     values: list = []
     all_paths: list[str | None] = []

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from dlc_jax import expect
-from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
 from dlc_jax.datasets.files import LazyImages
-from dlc_jax.datasets.labels import labelled
+from dlc_jax.datasets.labels import Columns, labelled
 from dlc_jax.types import Dataset
 
 # tfds's own errors differ by kind, and so do those of networks and disks
@@ -18,7 +18,7 @@ _refusing = functools.partial(expect.refusing, shown=expect.first_line, end="")
 _NAME_FEATURES = ("file_name", "filename", "image/filename", "image_id", "id")
 
 
-def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
+def load_tfds(where: str, columns: Columns) -> Dataset:
     """Loads `<name>/<split>`, with tfds's own split syntax (`dtd/train+validation`).
 
     Raises:
@@ -35,8 +35,14 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
     if not builder.is_prepared():
         _prepare(builder, where)
     features = builder.info.features
-    image = _feature(features, where, tfds.features.Image, "image", columns.image)
-    label = _feature(features, where, tfds.features.ClassLabel, "label", columns.label)
+
+    def feature(kind: type, what: str, *usual: Sequence[str]) -> str:
+        declared = [name for name, feature in features.items() if isinstance(feature, kind)]
+        names = list(features)
+        return columns.find(f"tfds:{where}", what, names, *usual, declared=declared, noun="feature")
+
+    image = feature(tfds.features.Image, "image", ("image",))
+    label = feature(tfds.features.ClassLabel, "label")
     if not isinstance(features[image], tfds.features.Image):
         raise expect.InputError(
             f"tfds:{where}: feature {image!r} is {type(features[image]).__name__}, expected Image."
@@ -68,14 +74,6 @@ def _prepare(builder: Any, where: str) -> None:
     problem = f"tfds:{where}: could not be downloaded and prepared in {builder.data_dir}"
     with _refusing(problem, Exception, shown=lambda error: f"{type(error).__name__}: {error}"):
         builder.download_and_prepare(file_format="array_record")
-
-
-def _feature(features: Any, where: str, kind: type, what: str, wanted: str | None) -> str:
-    declared = [name for name, feature in features.items() if isinstance(feature, kind)]
-    usual = LABELS if what == "label" else ("image",)
-    return column(
-        f"tfds:{where}", what, list(features), usual, wanted, declared=declared, noun="feature"
-    )
 
 
 def _value(value: Any) -> Any:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,37 +15,10 @@ from tqdm import tqdm
 from dlc_jax import expect
 from dlc_jax.distributed import hides_bar
 from dlc_jax.preprocess.cache import CachedCrops, ImageCache
-from dlc_jax.preprocess.decode import MID_GREY, decode, resize_and_crop
+from dlc_jax.preprocess.decode import MID_GREY, decode, in_order, resize_and_crop
 from dlc_jax.types import Dataset, overridden
 
 Item = TypeVar("Item")
-
-
-def in_order(
-    compute: Callable[[int], Item], num: int, *, num_ahead: int | None = None
-) -> Iterator[Item]:
-    """Yields `compute(0)`, `compute(1)`, ... `compute(num - 1)`, computed on all cores.
-
-    Args:
-      compute: Must not depend on the order of its calls.
-      num: How many.
-      num_ahead: Most results that are under way or wait to be taken; None: eight per thread.
-    Raises:
-      Exception: what the first failing call raised, when its turn has come.
-    """
-    num_threads = (os.cpu_count() or 1) + 1  # one more, for when one waits for the disk
-    num_ahead = num_ahead or 8 * num_threads
-    waiting: collections.deque[Future[Item]] = collections.deque()
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="in_order")
-    try:
-        for number in range(num):
-            waiting.append(pool.submit(compute, number))
-            if len(waiting) > num_ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def in_batches(

@@ -15,8 +15,8 @@ from PIL import Image
 
 from dlc_jax import expect
 from dlc_jax.datasets.labels import composed
-from dlc_jax.preprocess.decode import RandomCrops, decode
-from dlc_jax.preprocess.images import Images, Reader, filled, in_batches, in_order, load_images
+from dlc_jax.preprocess.decode import RandomCrops, decode, in_order
+from dlc_jax.preprocess.images import Images, Reader, filled, in_batches, load_images
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.optimiser import epoch_order
 from dlc_jax.types import Dataset

@@ -134,6 +134,7 @@ class ArrowTable:
     """An Arrow file, as `datasets` saves them, mapped; see `ParquetTable`."""
 
     file: Path
+    schema: pa.Schema
     table: pa.Table
 
     @classmethod
@@ -141,11 +142,8 @@ class ArrowTable:
         """Maps the file; ValueError names one that is none."""
         with _refusing(f"{file}: not a readable Arrow file"):
             mapped = pa.memory_map(str(regular(file).absolute()))
-            return cls(file, pa.ipc.open_stream(mapped).read_all())
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self.table.schema
+            table = pa.ipc.open_stream(mapped).read_all()
+        return cls(file, table.schema, table)
 
     def values(self, *column: str) -> list:
         with _refusing(f"{self.file}: column {'.'.join(column)} cannot be read"):

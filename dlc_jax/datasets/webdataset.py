@@ -57,8 +57,6 @@ def load_tar(where: str, columns: Columns) -> Dataset:
             images.append(_image(place, parts, columns.image))
             values.append(_label(place, parts, columns))
             left_out.update(kind for kind in parts if kind not in (*readable, ".cls", ".json"))
-    if not images:
-        raise expect.InputError(f"{source}: holds no sample.")
     members = LazyImages(images, _Member.read)
     return labelled(members, integers_or_text(values), names, source, left_out=dict(left_out))
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import require_shared
 
 import dlc_jax as dlc
-from dlc_jax.datasets.splits import concatenate
+from dlc_jax.datasets import concatenate
 from dlc_jax.preprocess.decode import decode
 from dlc_jax.preprocess.images import load_images
 

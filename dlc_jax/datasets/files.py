@@ -51,7 +51,7 @@ class LazyImages:
     Attributes:
       places: Where each image is, as `read` takes it; anything with `len` and integer indexing.
       read: Place -> the image.
-      file_at: Place -> the file that holds this image alone, if such files there are.
+      file_at: Place -> the file that holds this image alone; None where there are no such files.
     """
 
     places: Any
@@ -88,15 +88,10 @@ def joined(sources: Sequence[ImageSource]) -> ImageSource:
     return LazyImages(range(starts[-1]), read, file)
 
 
-def _of_part(
-    get: Callable[[ImageSource, int], Any],
-    sources: Sequence[ImageSource],
-    starts: list[int],
-    position: int,
-) -> Any:
-    """Returns what `get` gives of the source that has this position of all, and of its own."""
-    number = bisect.bisect_right(starts, position) - 1
-    return get(sources[number], position - starts[number])
+def _of_part(get: Callable, sources: Sequence[ImageSource], starts: list[int], place: int) -> Any:
+    """Returns what `get` gives of a source and a position in it; the place is one among all."""
+    number = bisect.bisect_right(starts, place) - 1
+    return get(sources[number], place - starts[number])
 
 
 def is_junk(name: str) -> bool:
@@ -197,40 +192,37 @@ def load_folder(where: str) -> Dataset:
       ValueError: no such folder, no image in a sub-folder, sub-folders that are splits, a class all
         of whose images are HEIC that cannot be read here, or a folder that may not be read.
     """
+    root = Path(where).expanduser()
     with expect.refusing(f"folder:{where}: cannot be read", OSError):
-        return _load(where, Path(where).expanduser())
-
-
-def _load(where: str, root: Path) -> Dataset:
-    if not root.is_dir():
-        raise expect.InputError(f"folder:{where}: no such folder.")
-    entries = [path for path in sorted(root.iterdir()) if not is_junk(path.name)]
-    folders = [path.name for path in entries if path.is_dir() and path.name[0] != "."]
-    left_out = Counter(suffix_of(path.name) for path in entries if not path.is_dir())
-    if not folders:
-        raise expect.InputError(
-            f"folder:{where}: expected one sub-folder of images per class, found none."
-        )
-    images = {}
-    for name in folders:
-        images[name], others = _images_below(root, name)
-        if not images[name] and set(others) & set(HEIF_SUFFIXES):
+        if not root.is_dir():
+            raise expect.InputError(f"folder:{where}: no such folder.")
+        entries = [path for path in sorted(root.iterdir()) if not is_junk(path.name)]
+        folders = [path.name for path in entries if path.is_dir() and path.name[0] != "."]
+        left_out = Counter(suffix_of(path.name) for path in entries if not path.is_dir())
+        if not folders:
             raise expect.InputError(
-                f"folder:{where}: class {name!r} has no image that can be read, but "
-                f"{sum(others[suffix] for suffix in HEIF_SUFFIXES)} HEIC; {NEEDS_HEIF}."
+                f"folder:{where}: expected one sub-folder of images per class, found none."
             )
-        left_out += others
-    _check_are_classes(where, images)
-    filled = [name for name in folders if images[name]]
-    names = np.asarray([image for name in filled for image in images[name]], np.str_)
-    return labelled(
-        images_in(root, names),
-        [name for name in filled for _ in images[name]],
-        names,
-        f"folder:{where}",
-        left_out=dict(left_out),
-        empty_classes=tuple(sorted({*map(composed, folders)} - {*map(composed, filled)})),
-    )
+        images = {}
+        for name in folders:
+            images[name], others = _images_below(root, name)
+            if not images[name] and set(others) & set(HEIF_SUFFIXES):
+                raise expect.InputError(
+                    f"folder:{where}: class {name!r} has no image that can be read, but "
+                    f"{sum(others[suffix] for suffix in HEIF_SUFFIXES)} HEIC; {NEEDS_HEIF}."
+                )
+            left_out += others
+        _check_are_classes(where, images)
+        filled = [name for name in folders if images[name]]
+        names = np.asarray([image for name in filled for image in images[name]], np.str_)
+        return labelled(
+            images_in(root, names),
+            [name for name in filled for _ in images[name]],
+            names,
+            f"folder:{where}",
+            left_out=dict(left_out),
+            empty_classes=tuple(sorted({*map(composed, folders)} - {*map(composed, filled)})),
+        )
 
 
 def _check_are_classes(where: str, images: dict[str, list[str]]) -> None:

@@ -94,12 +94,12 @@ class ParquetTable:
 
     def missing(self, *column: str) -> Int64[np.ndarray, " k"]:
         """Returns the rows without a value, ascending."""
-        rows = [np.empty(0, np.int64)]
+        rows, path = [np.empty(0, np.int64)], ".".join(column)
         for number, start in enumerate(self._starts()[:-1]):
             group = self.metadata.row_group(number)
             chunks = map(group.column, range(group.num_columns))
-            parts = {chunk.path_in_schema: chunk.statistics for chunk in chunks}
-            stats = parts.get(".".join(column))
+            mine = (chunk.statistics for chunk in chunks if chunk.path_in_schema == path)
+            stats = next(mine, None)
             if stats is None or not stats.has_null_count or stats.null_count:
                 with _refusing(f"{self.file}: row group {number} cannot be read"):
                     rows.append(start + _null_rows(self._read([number], column)))

@@ -206,17 +206,14 @@ def _opened(entry: Path, num_images: int, image_size: int) -> CachedCrops | None
         ):
             return None
         pixels = np.memmap(entry / "pixels.raw", np.uint8, "r", shape=shape)
-        if list(_checksums(pixels)) != facts["checksums"]:
+        starts = range(0, len(pixels), _BLOCK)
+        sums = in_order(lambda i: zlib.crc32(pixels[starts[i] :][:_BLOCK].data), len(starts))
+        if list(sums) != facts["checksums"]:
             return None
     except (OSError, ValueError):
         return None
     os.utime(entry / "entry.json")
     return CachedCrops(pixels, problems, held)
-
-
-def _checksums(pixels: UInt8[np.ndarray, "n s s 3"]) -> Iterator[int]:
-    starts = range(0, len(pixels), _BLOCK)
-    return in_order(lambda i: zlib.crc32(pixels[starts[i] :][:_BLOCK].data), len(starts))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt8
@@ -15,10 +15,8 @@ from tqdm import tqdm
 from dlc_jax import expect
 from dlc_jax.distributed import hides_bar
 from dlc_jax.preprocess.cache import CachedCrops, ImageCache
-from dlc_jax.preprocess.decode import MID_GREY, decode, in_order, resize_and_crop
+from dlc_jax.preprocess.decode import MID_GREY, Item, decode, in_order, resize_and_crop
 from dlc_jax.types import Dataset, overridden
-
-Item = TypeVar("Item")
 
 
 def in_batches(

@@ -18,9 +18,8 @@ from jaxtyping import Int64
 from dlc_jax import expect
 from dlc_jax.datasets.arrays import array_dataset, load_npz
 from dlc_jax.datasets.files import joined, load_aircraft, load_csv, load_folder
-from dlc_jax.datasets.huggingface import load_hf
 from dlc_jax.datasets.labels import Columns
-from dlc_jax.datasets.tables import load_demo, load_parquet
+from dlc_jax.datasets.tables import load_demo, load_hf, load_parquet
 from dlc_jax.datasets.tfds import load_tfds
 from dlc_jax.datasets.webdataset import load_tar
 from dlc_jax.types import Dataset

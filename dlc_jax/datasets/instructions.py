@@ -16,9 +16,8 @@ from jaxtyping import Int64
 
 from dlc_jax import expect
 from dlc_jax.datasets.files import matching
-from dlc_jax.datasets.huggingface import open_hf
 from dlc_jax.datasets.labels import content_ids, encode_labels
-from dlc_jax.datasets.tables import Table, open_parquet
+from dlc_jax.datasets.tables import Table, open_hf, open_parquet
 from dlc_jax.datasets.templates import TEMPLATES, Row, Rows, texts_of, told_by_columns
 from dlc_jax.files.json_files import without_repetition
 

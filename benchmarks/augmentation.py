@@ -20,8 +20,7 @@ from PIL import Image
 
 import dlc_jax as dlc
 from dlc_jax.encoders import Encoder
-from dlc_jax.preprocess import decode
-from dlc_jax.preprocess.decode import random_box, resized_crop
+from dlc_jax.preprocess.decode import decode, random_box, resized_crop
 from dlc_jax.training.images.data import Batch
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
 

@@ -25,7 +25,7 @@ from absl import app, flags
 import dlc_jax as dlc
 from benchmarks import peers
 from benchmarks.measuring import enlarged_sample, linked, measured, save
-from dlc_jax.preprocess import in_batches
+from dlc_jax.preprocess.images import in_batches
 
 _FOLDER = flags.DEFINE_string("folder", None, "Images, one sub-folder per class.")
 _REPEAT = flags.DEFINE_integer("repeat", 1, "Links per image.")

@@ -24,7 +24,7 @@ from dlc_jax.encoders.encoder import apply_module
 from dlc_jax.expect import first_line
 from dlc_jax.files.whole_files import atomic
 from dlc_jax.masking import PathSpec
-from dlc_jax.preprocess import decode
+from dlc_jax.preprocess.decode import decode
 from dlc_jax.probes.kernel import Forward
 from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.types import Conventions

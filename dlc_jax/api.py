@@ -14,7 +14,8 @@ from dlc_jax.expect import InputError
 from dlc_jax.exports import export
 from dlc_jax.exports.peft import load_adapter, write_adapter, write_merged
 from dlc_jax.masking import PathSpec
-from dlc_jax.preprocess import ImageCache, Images
+from dlc_jax.preprocess.cache import ImageCache
+from dlc_jax.preprocess.images import Images
 from dlc_jax.preprocess.tokens import tokenise
 from dlc_jax.probes import Compute, RankCertificate, certify, features, probe
 from dlc_jax.probes.text import measure_responses, probe_responses, response_losses

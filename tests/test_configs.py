@@ -14,7 +14,7 @@ import dlc_jax as dlc
 from dlc_jax import presets
 from dlc_jax.config import Config
 from dlc_jax.datasets import SOURCES
-from dlc_jax.datasets.instruction_rows import ROW_SOURCES
+from dlc_jax.datasets.instructions import ROW_SOURCES
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
 # file -> what its docstring calls the data set, and the number of its classes
@@ -147,7 +147,7 @@ def test_the_other_way_that_sketch_names_reads_folders_of_splits(tmp_path, monke
 def test_deep_weeds_splits_what_tfds_has_in_one(monkeypatch, sample):
     asked = []
 
-    def load_tfds(where: str) -> dlc.Dataset:
+    def load_tfds(where: str, _: object) -> dlc.Dataset:
         asked.append(where)
         return sample
 

@@ -9,14 +9,14 @@ from jax.sharding import Mesh
 from dlc_jax import expect
 from dlc_jax.config.kinds import KINDS
 from dlc_jax.datasets import load_dataset
-from dlc_jax.datasets.instructions import TEMPLATES
+from dlc_jax.datasets.templates import TEMPLATES
 from dlc_jax.distributed import cores_are_devices, make_mesh, one_device
 from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
 from dlc_jax.encoders.language_model import DECODER
 from dlc_jax.exports import FORMS, PARTS, RELEASED
 from dlc_jax.exports.released import PRETRAINS, check_name
 from dlc_jax.masking import PathSpec
-from dlc_jax.preprocess import ON_CORRUPT, Images
+from dlc_jax.preprocess.images import ON_CORRUPT, Images
 from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH
 from dlc_jax.probes import Compute
 from dlc_jax.types import DEEP_IMAGES, Dataset, setting

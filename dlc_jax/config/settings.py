@@ -22,7 +22,8 @@ from dlc_jax.config.sections import (
     ProbeConfig,
 )
 from dlc_jax.evaluation.mmlu import EvaluationConfig
-from dlc_jax.preprocess import ImageCache, Images
+from dlc_jax.preprocess.cache import ImageCache
+from dlc_jax.preprocess.images import Images
 from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO, FULL, Cell, Need, SelectionConfig
 from dlc_jax.training.images import FinetuneConfig, RecordConfig

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dlc_jax import expect
-from dlc_jax.datasets.columns import USUAL, Columns, column
 from dlc_jax.datasets.files import regular
-from dlc_jax.datasets.labels import encode_labels, stable_ids
+from dlc_jax.datasets.labels import Columns, labelled
 from dlc_jax.files import array_files
-from dlc_jax.files.array_files import Header
 from dlc_jax.types import Dataset
 
 
@@ -46,16 +44,14 @@ def array_dataset(
       (('cat', 'dog'), [0, 1, 0])
     """
     values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
-    encoded, classes, table = encode_labels(values, class_names, name)
-    unique = stable_ids([None] * len(images), images) if ids is None else expect.as_ids(name, ids)
-    return Dataset(images, encoded, unique, classes, name, table, deep_images)
+    names = [None] * len(images) if ids is None else expect.as_ids(name, ids)
+    return labelled(images, values, names, name, class_names, deep_images=deep_images)
 
 
 _IMAGES, _LABELS = ("images", "image", "x"), ("labels", "label", "y")
-_OPTIONAL = ("ids", "class_names")
 
 
-def load_npz(where: str, columns: Columns = USUAL) -> Dataset:
+def load_npz(where: str, columns: Columns) -> Dataset:
     """Loads `<file>.npz`: images uint8 [n, h, w, 3], [n, h, w, 1] or [n, h, w], labels [n].
 
     Images of other numbers are for `Dataset.deep_images` to decide on when they are decoded.
@@ -73,24 +69,9 @@ def load_npz(where: str, columns: Columns = USUAL) -> Dataset:
             if file.read(6) == np.lib.format.MAGIC_PREFIX:
                 raise ValueError("it holds one array, expected an archive of several")
     headers = array_files.npz_headers(path)
-    images = column(source, "image", list(headers), _IMAGES, columns.image, noun="array")
-    labels = column(source, "label", list(headers), _LABELS, columns.label, noun="array")
-    names = [images, labels, *(name for name in _OPTIONAL if name in headers)]
-    _check_headers(source, headers, images, labels)
-    num_bytes = sum(headers[name].num_bytes for name in names)
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if num_bytes > there:  # a small archive may unpack to anything
-        raise expect.InputError(
-            f"{source}: its arrays take {num_bytes / 2**30:.3g} GiB of memory, expected at most "
-            f"the {there / 2**30:.3g} GiB that there are."
-        )
-    arrays = array_files.load_npz(path, names)
-    texts: dict[str, Any] = {name: _texts(source, name, arrays[name]) for name in names[2:]}
-    return array_dataset(arrays[images], arrays[labels], name=source, **texts)
-
-
-def _check_headers(source: str, headers: Mapping[str, Header], images: str, labels: str) -> None:
-    """Raises ValueError for shapes and types that are no data set."""
+    images = columns.find(source, "image", list(headers), _IMAGES, noun="array")
+    labels = columns.find(source, "label", list(headers), _LABELS, noun="array")
+    names = [images, labels, *(name for name in ("ids", "class_names") if name in headers)]
     shape, dtype = headers[images]
     if dtype.kind not in "uif" or len(shape) not in (3, 4):
         raise expect.InputError(
@@ -101,15 +82,25 @@ def _check_headers(source: str, headers: Mapping[str, Header], images: str, labe
         raise expect.InputError(
             f"{source}: labels have shape {headers[labels].shape}, expected {shape[:1]}."
         )
-    for name in _OPTIONAL:
-        if name in headers and len(headers[name].shape) != 1:
+    for name in names[2:]:
+        if len(headers[name].shape) != 1:
             raise expect.InputError(
                 f"{source}: {name} have shape {headers[name].shape}, expected one dimension."
             )
-        if name in headers and headers[name].dtype.kind not in "USiu":
+        if headers[name].dtype.kind not in "USiu":
             raise expect.InputError(
                 f"{source}: {name} are {headers[name].dtype}, expected text or integers."
             )
+    num_bytes = sum(headers[name].num_bytes for name in names)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > there:  # a small archive may unpack to anything
+        raise expect.InputError(
+            f"{source}: its arrays take {num_bytes / 2**30:.3g} GiB of memory, expected at most "
+            f"the {there / 2**30:.3g} GiB that there are."
+        )
+    arrays = array_files.load_npz(path, names)
+    texts: dict[str, Any] = {name: _texts(source, name, arrays[name]) for name in names[2:]}
+    return array_dataset(arrays[images], arrays[labels], name=source, **texts)
 
 
 def _texts(source: str, name: str, values: np.ndarray) -> list[str]:

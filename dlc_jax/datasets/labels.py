@@ -1,7 +1,8 @@
-"""Labels as sources give them -> class ids 0..c-1, and stable ids."""
+"""Which column, array, feature or key holds images or labels; class ids 0..c-1, and stable ids."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import numbers
 import re
@@ -16,7 +17,80 @@ import numpy as np
 from dlc_jax import expect
 from dlc_jax.types import Dataset, ImageSource
 
+# Usual names of columns.
+LABELS = ("label", "labels", "fine_label", "class", "class_name", "category", "target")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path")
+_NO_LABELS = ("split", "subset", "partition", "fold")  # declared like labels, as by `datasets`
 Labels = tuple[np.ndarray, tuple[str, ...], dict[int, int] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The names asked for; None: the usual ones."""
+
+    image: str | None = None
+    label: str | None = None
+
+    def find(
+        self,
+        where: str,
+        what: str,
+        names: Sequence[str],
+        usual: Sequence[str] = LABELS,
+        *,
+        declared: Iterable[str] = (),
+        noun: str = "column",
+    ) -> str:
+        """Returns the name of the column of images or labels; capitals do not matter.
+
+        In this order: the one asked for; the first usual name; one with a usual name that is
+        declared to be of the type; the only one that is declared or has a usual name. Where some
+        columns are declared to hold images, no others are considered for them.
+
+        Args:
+          where: For messages.
+          what: `image`, `path` (of an image) or `label`.
+          names: Names of all columns.
+          usual: Usual names in lower case, the one that wins over all others first.
+          declared: Names of columns that are declared to hold images or class labels.
+          noun: What messages call a column.
+        Raises:
+          ValueError: no such column, or several that may be meant.
+        """
+        wanted = self.label if what == "label" else self.image
+        found = f"found {expect.listed(names) or 'none'}"
+        setting = f"dataset.{'label' if what == 'label' else 'image'}_column"
+        typed = [name for name in declared if name in names]
+        if what == "label":
+            typed = [name for name in typed if name.lower() not in _NO_LABELS]
+        pool = typed if what == "image" and typed else names
+        choices = [
+            _named(pool, usual[:1]),
+            [name for name in pool if name in typed and name.lower() in usual],
+            [name for name in pool if name in typed or name.lower() in usual],
+        ]
+        if wanted is not None:
+            choices = [_named(names, [wanted])]
+        for candidates in choices:
+            if len(candidates) > 1:
+                raise expect.InputError(
+                    f"{where}: more than one {noun} may hold the {what}: "
+                    f"{expect.listed(candidates)}; set {setting} to one of them ({found})."
+                )
+            if candidates:
+                return candidates[0]
+        if wanted is not None:
+            raise expect.InputError(f"{where}: no {noun} {wanted!r} ({setting}); {found}.")
+        raise expect.InputError(
+            f"{where}: no {what} {noun}; expected one named {' or '.join(usual)}, {found}. "
+            f"Another name is set by {setting}."
+        )
+
+
+def _named(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Returns the names that are wanted as they are; if none is, whatever their capitals."""
+    same = [name for name in names if name in wanted]
+    return same or [name for name in names if name.lower() in map(str.lower, wanted)]
 
 
 def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: str) -> Labels:
@@ -56,19 +130,17 @@ def encode_labels(values: Sequence, class_names: Sequence[str] | None, where: st
             )
         rank = {name: index for index, name in enumerate(names)}
         return np.array([rank[value] for value in values], np.int32), names, None
-    strange = next((i for i, v in enumerate(values) if not isinstance(v, numbers.Integral)), None)
-    if strange is not None:
-        raise expect.InputError(
-            f"{where}: labels must be integers or strings, all alike; found "
-            f"{reprlib.repr(values[strange])} in row {strange}."
-        )
-    try:
-        array = np.asarray(values, np.int64)
-    except OverflowError as error:
-        row = next(i for i, value in enumerate(values) if not -(2**63) <= value < 2**63)
-        raise expect.InputError(
-            f"{where}: row {row} has label {values[row]}, expected an integer of 64 bits."
-        ) from error
+    for row, value in enumerate(values):
+        if not isinstance(value, numbers.Integral):
+            raise expect.InputError(
+                f"{where}: labels must be integers or strings, all alike; found "
+                f"{reprlib.repr(value)} in row {row}."
+            )
+        if not -(2**63) <= int(value) < 2**63:
+            raise expect.InputError(
+                f"{where}: row {row} has label {value}, expected an integer of 64 bits."
+            )
+    array = np.asarray(values, np.int64)
     if class_names is not None:
         bad = np.flatnonzero((array < 0) | (array >= len(class_names)))
         if bad.size:

@@ -1,20 +1,71 @@
-"""How rows of instruction data become prompts and responses, by name or by a chat template."""
+"""How rows of instruction data become prompts and responses, by columns or by a chat template."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import operator
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from dlc_jax import expect
-from dlc_jax.datasets.instruction_rows import Row, Rows, is_empty
+
+Row = Mapping[str, Any]
+# Columns of what a model is to see besides the prompt, as common formats call them.
+_CONTEXT = (
+    *("system", "system_prompt", "history", "context", "documents"),
+    *("tools", "functions", "image", "images", "videos", "audios"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of one source, in its order.
+
+    Attributes:
+      rows: At least one.
+      name: Name of the source.
+    """
+
+    rows: Sequence[Row] = dataclasses.field(repr=False)
+    name: str
+
+    @functools.cached_property
+    def places(self) -> list[str]:
+        """What messages call each row: its `id`, or its number counted from 1."""
+        return [str(row["id"]) if "id" in row else f"row {i}" for i, row in enumerate(self.rows, 1)]
+
+    def refuse(self, is_bad: Iterable[bool], problem: str) -> None:
+        """Raises ValueError, naming the rows, if there are any for which `is_bad` holds."""
+        bad = [place for place, value in zip(self.places, is_bad, strict=True) if value]
+        if bad:
+            raise expect.InputError(f"{self.name}: {len(bad)} {problem}: {expect.listed(bad)}.")
+
+    def refuse_context(self, template: str) -> None:
+        """Raises ValueError, naming column and rows, for context that a template leaves out."""
+        for column in sorted({name for row in self.rows for name in row}):
+            if column.lower() in _CONTEXT:
+                self.refuse(
+                    (not is_empty(row.get(column)) for row in self.rows),
+                    f"have {column!r}, which template {template!r} does not use; expected it in "
+                    "'messages' or the prompt, and the column left out or empty",
+                )
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value of a row holds nothing: null, blank text, or nothing but such values."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return all(map(is_empty, value)) if isinstance(value, list | tuple) else value is None
+
 
 _SECONDS, _BYTES = 10.0, 2**29
 
@@ -29,25 +80,18 @@ def limited() -> Iterator[None]:
       TimeoutError, MemoryError: in the block.
     """
     with contextlib.ExitStack() as after:
-        _limit_memory(after)
+        if (memory := Path("/proc/self/statm")).exists():  # not on another system
+            used = int(memory.read_text().split()[0]) * resource.getpagesize()
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            known = (limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)
+            after.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_AS, (min([used + _BYTES, *known]), hard))
         if threading.current_thread() is threading.main_thread():
             after.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, _stop))
             # again and again: a template that is compiled swallows what its constants raise
             timer = signal.setitimer(signal.ITIMER_REAL, _SECONDS, _SECONDS)
             after.callback(signal.setitimer, signal.ITIMER_REAL, *timer)
         yield
-
-
-def _limit_memory(after: contextlib.ExitStack) -> None:
-    try:
-        num_pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except OSError:  # another system
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = num_pages * resource.getpagesize() + _BYTES
-    lowest = min([limit, *(known for known in (soft, hard) if known != resource.RLIM_INFINITY)])
-    after.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
-    resource.setrlimit(resource.RLIMIT_AS, (lowest, hard))
 
 
 def _stop(*_: object) -> NoReturn:
@@ -173,74 +217,18 @@ def _unused_field(tokenizer: Any, messages: Messages, text: str) -> str | None:
     return None
 
 
-class Texts(NamedTuple):
-    """What a model reads.
-
-    Attributes:
-      prompts: [n] everything before the response.
-      responses: [n] never empty.
-      has_special_tokens: Whether begin and end of sequence are in the texts.
-      identities: [n] what says which sample it is, for ids that are hashes.
-    """
-
-    prompts: tuple[str, ...]
-    responses: tuple[str, ...]
-    has_special_tokens: bool
-    identities: tuple[str, ...]
-
-
-class Template(NamedTuple):
-    """A way to make texts.
-
-    Attributes:
-      columns: A row that has all of these is taken to be of this template.
-      texts: (rows, tokenizer or None) -> texts; ValueError names rows that do not fit.
-    """
-
-    columns: tuple[str, ...]
-    texts: Callable[[Rows, Any], Texts]
-
-
-@dataclasses.dataclass(frozen=True)
-class TextColumns:
+class TextColumns(NamedTuple):
     """Rows with the prompt and the response in columns of text.
 
     Attributes:
-      name: Name of the template.
-      columns: Those that a row must have, the last of which is the response.
       optional: Columns of the prompt that may be missing or empty.
       prompt: Row -> everything before the response.
       request: Row -> what is asked for, with nothing around it.
     """
 
-    name: str
-    columns: tuple[str, ...]
     optional: tuple[str, ...]
     prompt: Callable[[Row], str]
     request: Callable[[Row], str]
-
-    def responses(self, rows: Rows) -> tuple[str, ...]:
-        """Returns the responses.
-
-        Raises:
-          ValueError: by id, a column without text, an empty response, unused context.
-        """
-        for column in (*self.columns, *self.optional):
-            kinds = (str, type(None)) if column in self.optional else (str,)
-            rows.refuse(
-                (not isinstance(row.get(column), kinds) for row in rows.rows),
-                f"have no text in column {column!r}",
-            )
-        responses = tuple(row[self.columns[-1]] for row in rows.rows)
-        rows.refuse((not response.strip() for response in responses), "have an empty response")
-        rows.refuse_context(self.name)
-        return responses
-
-    def texts(self, rows: Rows, _: Any = None) -> Texts:
-        responses = self.responses(rows)
-        prompts = tuple(map(self.prompt, rows.rows))
-        pairs = zip(prompts, responses, strict=True)
-        return Texts(prompts, responses, False, tuple(map(json.dumps, pairs)))
 
 
 def _alpaca(row: Row) -> str:
@@ -262,45 +250,78 @@ def _instruction_and_input(row: Row) -> str:
 
 
 _prompt = operator.itemgetter("prompt")
-_ALPACA = TextColumns(
-    "alpaca", ("instruction", "output"), ("input",), _alpaca, _instruction_and_input
-)
-_PROMPT = TextColumns("prompt", ("prompt", "response"), (), _prompt, _prompt)
-_COLUMNS = {"alpaca": _ALPACA, "prompt": _PROMPT}
+_COLUMNS = {
+    "alpaca": TextColumns(("input",), _alpaca, _instruction_and_input),
+    "prompt": TextColumns((), _prompt, _prompt),
+}
+# Template -> the columns that its rows have; the last one holds the response.
+# "prompt" is for data whose prompts were put into a template already, as in Dolly+HH-RLHF.
+TEMPLATES: Mapping[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "output"),
+    "prompt": ("prompt", "response"),
+    "chat": (MESSAGES,),
+}
 
 
-def _chat(rows: Rows, tokenizer: Any) -> Texts:
-    """Makes texts of messages where there are some, and of the columns of texts otherwise."""
+def texts_of(
+    rows: Rows, template: str, tokenizer: Any
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Returns what a model reads.
+
+    Messages are what `chat` writes where there are some, and otherwise the columns of texts.
+
+    Returns:
+      Prompts [n], everything before the responses; responses [n], never empty; and what says which
+      sample each is [n], for ids that are hashes.
+    Raises:
+      ValueError: naming rows that do not fit; see `render`.
+    """
+    if template != "chat":
+        responses = _responses(rows, template)
+        prompts = tuple(map(_COLUMNS[template].prompt, rows.rows))
+        pairs = zip(prompts, responses, strict=True)
+        return prompts, responses, tuple(map(json.dumps, pairs))
     if MESSAGES in rows.rows[0]:
         conversations = conversations_of(rows)
-        rows.refuse_context("chat")
+        rows.refuse_context(template)
     else:
-        columns = _COLUMNS[told_by_columns(rows, _COLUMNS)]
-        pairs = zip(map(columns.request, rows.rows), columns.responses(rows), strict=True)
+        template = told_by_columns(rows, _COLUMNS)
+        requests, responses = map(_COLUMNS[template].request, rows.rows), _responses(rows, template)
         conversations = [
             [{"role": "user", "content": request}, {"role": "assistant", "content": response}]
-            for request, response in pairs
+            for request, response in zip(requests, responses, strict=True)
         ]
-    prompts, responses = render(conversations, rows, tokenizer)
-    # not the texts: a sample has the same id whichever model reads it
+    # not of the texts: a sample has the same id whichever model reads it
     identities = tuple(
         json.dumps([[message["role"], message["content"]] for message in messages])
         for messages in conversations
     )
-    return Texts(prompts, responses, True, identities)
+    return *render(conversations, rows, tokenizer), identities
 
 
-# "prompt" is for data whose prompts were put into a template already, as in Dolly+HH-RLHF.
-TEMPLATES: Mapping[str, Template | TextColumns] = {
-    **_COLUMNS,
-    "chat": Template((MESSAGES,), _chat),
-}
+def _responses(rows: Rows, template: str) -> tuple[str, ...]:
+    """Returns the column of responses.
+
+    Raises:
+      ValueError: by id, a column without text, an empty response, unused context.
+    """
+    columns, optional = TEMPLATES[template], _COLUMNS[template].optional
+    for column in (*columns, *optional):
+        kinds = (str, type(None)) if column in optional else str
+        rows.refuse(
+            (not isinstance(row.get(column), kinds) for row in rows.rows),
+            f"have no text in column {column!r}",
+        )
+    responses = tuple(row[columns[-1]] for row in rows.rows)
+    rows.refuse((not response.strip() for response in responses), "have an empty response")
+    rows.refuse_context(template)
+    return responses
 
 
-def told_by_columns(rows: Rows, choices: Mapping[str, Template | TextColumns]) -> str:
+def told_by_columns(rows: Rows, templates: Iterable[str]) -> str:
     """Returns the one name whose columns the first row has; ValueError if it is not one."""
     first = rows.rows[0]
-    columns = {name: template.columns for name, template in choices.items()}
+    columns = {name: TEMPLATES[name] for name in templates}
     fitting = [name for name in columns if all(column in first for column in columns[name])]
     if len(fitting) != 1:
         expected = "; ".join(f"{name}: {', '.join(columns[name])}" for name in columns)

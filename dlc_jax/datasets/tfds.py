@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from dlc_jax import expect
-from dlc_jax.datasets.columns import LABELS, USUAL, Columns, column
 from dlc_jax.datasets.files import LazyImages
-from dlc_jax.datasets.labels import labelled
+from dlc_jax.datasets.labels import Columns, labelled
 from dlc_jax.types import Dataset
 
 # tfds's own errors differ by kind, and so do those of networks and disks
@@ -19,7 +18,7 @@ _refusing = functools.partial(expect.refusing, shown=expect.first_line, end="")
 _NAME_FEATURES = ("file_name", "filename", "image/filename", "image_id", "id")
 
 
-def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
+def load_tfds(where: str, columns: Columns) -> Dataset:
     """Loads `<name>/<split>`, with tfds's own split syntax (`dtd/train+validation`).
 
     Raises:
@@ -36,8 +35,14 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
     if not builder.is_prepared():
         _prepare(builder, where)
     features = builder.info.features
-    image = _feature(features, where, tfds.features.Image, "image", columns.image)
-    label = _feature(features, where, tfds.features.ClassLabel, "label", columns.label)
+
+    def feature(kind: type, what: str, *usual: Sequence[str]) -> str:
+        declared = [name for name, feature in features.items() if isinstance(feature, kind)]
+        names = list(features)
+        return columns.find(f"tfds:{where}", what, names, *usual, declared=declared, noun="feature")
+
+    image = feature(tfds.features.Image, "image", ("image",))
+    label = feature(tfds.features.ClassLabel, "label")
     if not isinstance(features[image], tfds.features.Image):
         raise expect.InputError(
             f"tfds:{where}: feature {image!r} is {type(features[image]).__name__}, expected Image."
@@ -48,7 +53,7 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
         Exception,
     ):
         source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-    images = LazyImages(len(source), functools.partial(_encoded, source, image))
+    images = LazyImages(source, operator.itemgetter(image))
     name_feature = next((f for f in _NAME_FEATURES if f in features), None)
     values, names = [], []
     for position in range(len(source)):
@@ -57,10 +62,6 @@ def load_tfds(where: str, columns: Columns = USUAL) -> Dataset:
         names.append(str(_value(record[name_feature])) if name_feature else None)
     class_names = getattr(features[label], "names", None)
     return labelled(images, values, names, f"tfds:{where}", class_names)
-
-
-def _encoded(source: Any, image: str, position: int) -> bytes:
-    return source[position][image]
 
 
 def _prepare(builder: Any, where: str) -> None:
@@ -75,16 +76,6 @@ def _prepare(builder: Any, where: str) -> None:
         builder.download_and_prepare(file_format="array_record")
 
 
-def _feature(features: Any, where: str, kind: type, what: str, wanted: str | None) -> str:
-    declared = [name for name, feature in features.items() if isinstance(feature, kind)]
-    usual = LABELS if what == "label" else ("image",)
-    return column(
-        f"tfds:{where}", what, list(features), usual, wanted, declared=declared, noun="feature"
-    )
-
-
 def _value(value: Any) -> Any:
-    """Returns an integer or text as Python's."""
-    if isinstance(value, np.integer):
-        return int(value)
+    """Returns bytes as text, and integers as they are."""
     return value.decode() if isinstance(value, bytes) else value

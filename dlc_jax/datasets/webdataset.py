@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlc_jax import expect
-from dlc_jax.datasets.columns import USUAL, Columns, column
 from dlc_jax.datasets.files import LazyImages, is_junk, matching
-from dlc_jax.datasets.labels import integers_or_text, labelled
+from dlc_jax.datasets.labels import Columns, integers_or_text, labelled
 from dlc_jax.files.image_files import suffixes
 from dlc_jax.types import Dataset
 
@@ -36,7 +33,7 @@ class _Member(NamedTuple):
         return content
 
 
-def load_tar(where: str, columns: Columns = USUAL) -> Dataset:
+def load_tar(where: str, columns: Columns) -> Dataset:
     """Loads one shard, a folder of them or a glob, in sorted order.
 
     A sample is the members that share a name up to the first dot: an image and its label, as
@@ -58,16 +55,10 @@ def load_tar(where: str, columns: Columns = USUAL) -> Dataset:
             place = f"{source}: {shard.name}: sample {key!r}"
             names.append(key)
             images.append(_image(place, parts, columns.image))
-            values.append(_label(place, parts, columns.label))
+            values.append(_label(place, parts, columns))
             left_out.update(kind for kind in parts if kind not in (*readable, ".cls", ".json"))
-    if not images:
-        raise expect.InputError(f"{source}: holds no sample.")
-    members = LazyImages(len(images), functools.partial(_read, images))
+    members = LazyImages(images, _Member.read)
     return labelled(members, integers_or_text(values), names, source, left_out=dict(left_out))
-
-
-def _read(members: Sequence[_Member], position: int) -> bytes:
-    return members[position].read()
 
 
 def _samples(source: str, shard: Path) -> dict[str, dict[str, _Member]]:
@@ -107,10 +98,12 @@ def _image(where: str, parts: dict[str, _Member], wanted: str | None) -> _Member
             f"{where} has no image (found {expect.listed(parts)}; expected one of "
             f"{', '.join(suffixes())})."
         )
-    return parts[column(where, "image", found, (), wanted, declared=found, noun="member")]
+    suffix = Columns(image=wanted)
+    return parts[suffix.find(where, "image", found, (), declared=found, noun="member")]
 
 
-def _label(where: str, parts: dict[str, _Member], wanted: str | None) -> Any:
+def _label(where: str, parts: dict[str, _Member], columns: Columns) -> Any:
+    wanted = columns.label
     kinds = OSError, ValueError, TypeError, RecursionError
     with expect.refusing(f"{where}: label cannot be read", *kinds):
         if ".cls" in parts and (wanted is None or (wanted == "cls" and ".json" not in parts)):
@@ -118,7 +111,7 @@ def _label(where: str, parts: dict[str, _Member], wanted: str | None) -> Any:
         if ".json" in parts:
             facts = json.loads(parts[".json"].read())
             if isinstance(facts, dict) and (wanted or any(key in facts for key in _LABEL_KEYS)):
-                return facts[column(where, "label", list(facts), _LABEL_KEYS, wanted, noun="key")]
+                return facts[columns.find(where, "label", list(facts), _LABEL_KEYS, noun="key")]
     expected = f".cls, or .json with {' or '.join(_LABEL_KEYS)}"
     if wanted:
         expected = f".json with {wanted!r}"

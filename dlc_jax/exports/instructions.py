@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlc_jax import expect
-from dlc_jax.datasets.instruction_rows import json_problem
-from dlc_jax.datasets.instructions import Instructions
+from dlc_jax.datasets.instructions import Instructions, json_problem
 from dlc_jax.exports.lists import json_line
 from dlc_jax.files.arrow import pa, pq
 from dlc_jax.workspace import artefacts

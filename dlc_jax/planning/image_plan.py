@@ -24,7 +24,7 @@ from dlc_jax.planning.memory import (
 )
 from dlc_jax.planning.plan import Host, Plan, Work, amount, gib
 from dlc_jax.planning.speed import Decoding, scoring_speed
-from dlc_jax.preprocess import ImageCache
+from dlc_jax.preprocess.cache import ImageCache
 
 _GIB = 1 << 30
 _AHEAD_PER_THREAD, _STEPS_AHEAD = 8, 8  # decoded images and training batches that wait

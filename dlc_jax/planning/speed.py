@@ -19,7 +19,7 @@ from dlc_jax.encoders.decoder import DecoderConfig
 from dlc_jax.planning.image_memory import ImageScoring
 from dlc_jax.planning.machine import is_processor
 from dlc_jax.planning.programs import count_flops
-from dlc_jax.preprocess import RandomCrops, decode, in_order, resize_and_crop
+from dlc_jax.preprocess.decode import RandomCrops, decode, in_order, resize_and_crop
 from dlc_jax.types import Dataset, file_of
 
 _SECONDS, _DECODING_SECONDS = 2.0, 1.0

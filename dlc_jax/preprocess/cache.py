@@ -20,7 +20,6 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -29,6 +28,7 @@ from jaxtyping import UInt8
 
 from dlc_jax import expect
 from dlc_jax.files.json_files import SHA256, parse_json
+from dlc_jax.preprocess.decode import in_order
 from dlc_jax.types import Dataset, setting
 from dlc_jax.workspace import artefacts
 from dlc_jax.workspace.artefacts import decoder, json_hash
@@ -206,22 +206,14 @@ def _opened(entry: Path, num_images: int, image_size: int) -> CachedCrops | None
         ):
             return None
         pixels = np.memmap(entry / "pixels.raw", np.uint8, "r", shape=shape)
-        if list(_checksums(pixels)) != facts["checksums"]:
+        starts = range(0, len(pixels), _BLOCK)
+        sums = in_order(lambda i: zlib.crc32(pixels[starts[i] :][:_BLOCK].data), len(starts))
+        if list(sums) != facts["checksums"]:
             return None
     except (OSError, ValueError):
         return None
     os.utime(entry / "entry.json")
     return CachedCrops(pixels, problems, held)
-
-
-def _checksums(pixels: UInt8[np.ndarray, "n s s 3"]) -> Iterator[int]:
-    def checksum(start: int) -> int:
-        return zlib.crc32(pixels[start : start + _BLOCK].data)
-
-    starts = range(0, len(pixels), _BLOCK)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for some in range(0, len(starts), 1024):  # never more results waiting than that
-            yield from pool.map(checksum, starts[some : some + 1024])
 
 
 @contextlib.contextmanager

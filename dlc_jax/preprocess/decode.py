@@ -1,13 +1,16 @@
-"""Decoding, images of more than 8 bits, evaluation crops, and random crops."""
+"""Decoding, images of more than 8 bits, evaluation crops, random crops, and work on all cores."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import itertools
 import math
+import os
 import re
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt8
@@ -17,12 +20,40 @@ from dlc_jax import expect
 from dlc_jax.files.image_files import bits_per_channel, opened
 from dlc_jax.types import Dataset
 
+Item = TypeVar("Item")
 CHOICES = (
     "expected 8 bits a channel; choose dataset.deep_images=full_range (divided by the largest "
     "value of their bits; floats lie in 0..1), min_max (of each image) or clip (as Pillow does: "
     "greys above 255 are white, of colours the high byte is kept)"
 )
 MID_GREY = 128
+
+
+def in_order(
+    compute: Callable[[int], Item], num: int, *, num_ahead: int | None = None
+) -> Iterator[Item]:
+    """Yields `compute(0)`, `compute(1)`, ... `compute(num - 1)`, computed on all cores.
+
+    Args:
+      compute: Must not depend on the order of its calls.
+      num: How many.
+      num_ahead: Most results that are under way or wait to be taken; None: eight per thread.
+    Raises:
+      Exception: what the first failing call raised, when its turn has come.
+    """
+    num_threads = (os.cpu_count() or 1) + 1  # one more, for when one waits for the disk
+    num_ahead = num_ahead or 8 * num_threads
+    waiting: collections.deque[Future[Item]] = collections.deque()
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="in_order")
+    try:
+        for number in range(num):
+            waiting.append(pool.submit(compute, number))
+            if len(waiting) > num_ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def scaled(
@@ -248,9 +279,8 @@ class RandomCrops:
         self, originals: list[Image.Image], positions: Int64[np.ndarray, " b"], draw: int
     ) -> UInt8[np.ndarray, "b s s 3"]:
         """Returns draw number `draw` (>= 0) of every image, on all cores."""
-        with ThreadPoolExecutor() as pool:
-            crops = pool.map(self.crop, originals, positions.tolist(), itertools.repeat(draw))
-            return np.stack(list(crops))
+        pairs = list(zip(originals, positions.tolist(), strict=True))
+        return np.stack(list(in_order(lambda i: self.crop(*pairs[i], draw), len(pairs))))
 
 
 def resized_crop(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt8
@@ -18,37 +15,8 @@ from tqdm import tqdm
 from dlc_jax import expect
 from dlc_jax.distributed import hides_bar
 from dlc_jax.preprocess.cache import CachedCrops, ImageCache
-from dlc_jax.preprocess.decode import MID_GREY, decode, resize_and_crop
+from dlc_jax.preprocess.decode import MID_GREY, Item, decode, in_order, resize_and_crop
 from dlc_jax.types import Dataset, overridden
-
-Result = TypeVar("Result")
-
-
-def in_order(
-    compute: Callable[[int], Result], num: int, *, num_ahead: int | None = None
-) -> Iterator[Result]:
-    """Yields `compute(0)`, `compute(1)`, ... `compute(num - 1)`, computed on all cores.
-
-    Args:
-      compute: Must not depend on the order of its calls.
-      num: How many.
-      num_ahead: Most results that are under way or wait to be taken; None: eight per thread.
-    Raises:
-      Exception: what the first failing call raised, when its turn has come.
-    """
-    num_threads = (os.cpu_count() or 1) + 1  # one more, for when one waits for the disk
-    num_ahead = num_ahead or 8 * num_threads
-    waiting: collections.deque[Future[Result]] = collections.deque()
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="in_order")
-    try:
-        for number in range(num):
-            waiting.append(pool.submit(compute, number))
-            if len(waiting) > num_ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def in_batches(
@@ -63,9 +31,6 @@ def in_batches(
 def filled(rows: Shaped[np.ndarray, "k ..."], size: int) -> Shaped[np.ndarray, "b ..."]:
     """Returns `size` rows: these, and repetitions of them, so that one program fits all batches."""
     return rows if len(rows) == size else rows[np.arange(size) % len(rows)]
-
-
-Item = TypeVar("Item")
 
 
 class Reader(Generic[Item]):
@@ -176,8 +141,7 @@ class Images:
 
     def __post_init__(self) -> None:
         check_dataset("dataset", self.dataset)
-        expect.integer("encoder.image_size", self.size)
-        expect.at_least("encoder.image_size", self.size, 8)
+        expect.integer("encoder.image_size", self.size, 8)
         if self.cache is not None:
             expect.is_a(ImageCache, cache=self.cache)
         expect.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)

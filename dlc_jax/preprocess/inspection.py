@@ -13,7 +13,7 @@ import numpy as np
 from dlc_jax import expect
 from dlc_jax.datasets.files import left_out_text
 from dlc_jax.files.image_files import depth
-from dlc_jax.preprocess import decode, in_order
+from dlc_jax.preprocess.decode import decode, in_order
 from dlc_jax.preprocess.images import is_mid_grey, shown
 from dlc_jax.types import Dataset
 

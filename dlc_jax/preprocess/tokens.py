@@ -243,7 +243,7 @@ def plan_batches(
 def token_batches(
     data: Tokenised, tokens_per_batch: int, max_length: int | None = None
 ) -> Iterator[TokenBatch]:
-    """Yields all samples in batches of about equally many tokens, shortest first.
+    """Returns all samples in batches of about equally many tokens, shortest first.
 
     The shapes depend on lengths alone, so that programs are few: one per bucket.
 
@@ -252,8 +252,7 @@ def token_batches(
       tokens_per_batch: Rows times padded length, at most, unless one row is longer.
       max_length: Longest bucket; None: that of the longest sample.
     """
-    for plan in plan_batches(data, tokens_per_batch, max_length):
-        yield make_batch(data, plan)
+    return (make_batch(data, plan) for plan in plan_batches(data, tokens_per_batch, max_length))
 
 
 def make_batch(data: Tokenised, plan: BatchPlan) -> TokenBatch:

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from dlc_jax import expect
 from dlc_jax.distributed import DATA, PROBE, Team, hides_bar, replicated
-from dlc_jax.preprocess import RandomCrops, Reader, filled, in_batches
+from dlc_jax.preprocess.decode import RandomCrops
+from dlc_jax.preprocess.images import Reader, filled, in_batches
 from dlc_jax.probes.kernel import ClassSums, Forward, features_of_batches, losses_of_batches
 from dlc_jax.probes.path import LearningPath
 from dlc_jax.probes.shards import Arrays, Parts, ShardBatch, Start, shards_done

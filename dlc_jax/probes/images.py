@@ -14,7 +14,8 @@ from dlc_jax import expect
 from dlc_jax.distributed import FSDP, PROBE, Run, Team, replicated
 from dlc_jax.encoders import Encoder
 from dlc_jax.masking import AUTO, PathSpec
-from dlc_jax.preprocess import Images, RandomCrops, Reader
+from dlc_jax.preprocess.decode import RandomCrops
+from dlc_jax.preprocess.images import Images, Reader
 from dlc_jax.probes.certificate import measured_path
 from dlc_jax.probes.image_shards import (
     Layout,

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dlc_jax.expect import escaped, visible
-from dlc_jax.preprocess import decode
+from dlc_jax.preprocess.decode import decode
 from dlc_jax.reports.results import Row
 from dlc_jax.types import Dataset
 

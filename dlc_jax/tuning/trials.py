@@ -16,7 +16,7 @@ from dlc_jax import expect
 from dlc_jax.distributed import Run
 from dlc_jax.encoders import Encoder
 from dlc_jax.files import array_files
-from dlc_jax.preprocess import Images
+from dlc_jax.preprocess.images import Images
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.loop import key_of_run, train

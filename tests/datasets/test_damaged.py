@@ -16,7 +16,7 @@ from conftest import encoded, random_images
 
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
-from dlc_jax.preprocess import load_images
+from dlc_jax.preprocess.images import load_images
 from dlc_jax.probes.shards import Parts
 
 FILES = [encoded(image) for image in random_images(6, 12)]

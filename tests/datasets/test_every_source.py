@@ -16,8 +16,9 @@ import pytest
 from conftest import require_shared
 
 import dlc_jax as dlc
-from dlc_jax.datasets.splits import concatenate
-from dlc_jax.preprocess import decode, load_images
+from dlc_jax.datasets import concatenate
+from dlc_jax.preprocess.decode import decode
+from dlc_jax.preprocess.images import load_images
 
 NAMES = ("bonsai", "butterfly", "chandelier")
 
@@ -225,8 +226,7 @@ def test_other_processes_get_it_pickled(some, tmp_path, name):
 
 def test_a_folder_keeps_its_paths_once(some, tmp_path):
     dataset = dlc.load_dataset(as_folder(some, tmp_path))
-    (paths,) = (a for a in dataset.images.read.args if isinstance(a, np.ndarray))
-    assert np.shares_memory(paths, dataset.ids)
+    assert np.shares_memory(dataset.images.places, dataset.ids)
 
 
 @pytest.fixture(scope="module")

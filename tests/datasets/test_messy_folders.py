@@ -17,12 +17,12 @@ from PIL import Image
 
 import dlc_jax as dlc
 from dlc_jax.config import Config
+from dlc_jax.datasets import concatenate
 from dlc_jax.datasets.files import left_out_text
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.datasets.labels import encode_labels
-from dlc_jax.datasets.splits import concatenate
 from dlc_jax.files import image_files
-from dlc_jax.preprocess import decode
+from dlc_jax.preprocess.decode import decode
 from dlc_jax.preprocess.inspection import inspect
 from dlc_jax.tasks.images import ImageTask, dataset_facts
 from dlc_jax.training.images import FinetuneConfig, Finetuner, class_ids_by_name

@@ -10,7 +10,7 @@ import pytest
 from conftest import encoded, random_images
 
 import dlc_jax as dlc
-from dlc_jax.datasets import row_groups
+from dlc_jax.datasets import tables
 from dlc_jax.types import file_of
 
 FILES = [encoded(image) for image in random_images(6, 12)]
@@ -101,15 +101,15 @@ def test_images_are_read_by_row_group_and_few_are_kept(tmp_path, monkeypatch):
     write(tmp_path / "0.parquet", rows(slice(0, 4)), row_group_size=2)
     write(tmp_path / "1.parquet", rows(slice(4, 6)), row_group_size=2)
     reads = []
-    read = row_groups.ParquetTable._read
+    read = tables.ParquetTable._read
 
     def counted(table, groups, column):
         if column == ("image", "bytes"):
             reads.append((table.file.name, *groups))
         return read(table, groups, column)
 
-    monkeypatch.setattr(row_groups.ParquetTable, "_read", counted)
-    monkeypatch.setattr(row_groups, "_MOST_KEPT", 1)
+    monkeypatch.setattr(tables.ParquetTable, "_read", counted)
+    monkeypatch.setattr(tables, "_MOST_KEPT", 1)
     dataset = dlc.load_dataset(f"parquet:{tmp_path}")
     assert reads == []
     found = {}
@@ -125,7 +125,7 @@ def test_images_are_read_by_row_group_and_few_are_kept(tmp_path, monkeypatch):
     assert reads == [("0.parquet", 0), ("0.parquet", 1), ("1.parquet", 0)]
     assert dataset[0].image == FILES[0]
     assert reads[3:] == [("0.parquet", 0)]
-    monkeypatch.setattr(row_groups, "_MOST_KEPT", 2**20)
+    monkeypatch.setattr(tables, "_MOST_KEPT", 2**20)
     backwards = dlc.load_dataset(f"parquet:{tmp_path}")
     assert [backwards[i].image for i in (5, 0, 3, 2, 1, 4)] == [
         FILES[i] for i in (5, 0, 3, 2, 1, 4)

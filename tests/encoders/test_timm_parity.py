@@ -90,7 +90,7 @@ def test_random_weights(timm, tmp_path, name, narrowed, image_size):
 def test_real_checkpoints(timm, sample, where):
     from safetensors.torch import load_file
 
-    from dlc_jax.preprocess import load_images
+    from dlc_jax.preprocess.images import load_images
 
     if where == "demo":
         weights, width = "demo:resnet18", 16

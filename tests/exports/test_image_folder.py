@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 import dlc_jax as dlc
-from dlc_jax.preprocess import decode
+from dlc_jax.preprocess.decode import decode
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def probes(encoder, sample):
 
 
 def test_images_are_the_recorded_ones(golden, sample):
-    from dlc_jax.preprocess import load_images
+    from dlc_jax.preprocess.images import load_images
 
     inputs = np.load(golden / "resnet18-caltech15_inputs.npz")
     np.testing.assert_array_equal(load_images(sample, 64).pixels, inputs["images"])

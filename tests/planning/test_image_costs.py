@@ -12,7 +12,7 @@ from dlc_jax.planning.costs import num_kept
 from dlc_jax.planning.image_costs import ImageCosts
 from dlc_jax.planning.image_plan import cache_disk, finetuning_host, scoring_host
 from dlc_jax.planning.machine import MeshSize
-from dlc_jax.preprocess import ImageCache
+from dlc_jax.preprocess.cache import ImageCache
 
 N, M, SIZE = 90, 6, 32
 ONE = MeshSize(1, 1, 1)

@@ -14,8 +14,8 @@ import pytest
 from conftest import encoded, random_images, subset
 
 import dlc_jax as dlc
-from dlc_jax.preprocess import load_images
 from dlc_jax.preprocess.cache import _key
+from dlc_jax.preprocess.images import load_images
 
 SIZE = 32
 MIB = 2**20
@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
         import resource
         import numpy as np
         import dlc_jax as dlc
-        from dlc_jax.preprocess import load_images
+        from dlc_jax.preprocess.images import load_images
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         images = np.random.default_rng(0).integers(0, 256, (100, 37, 37, 3), np.uint8)
         try:
@@ -262,7 +262,8 @@ def test_two_processes_at_once_decode_once(tmp_path, few):
     program = f"""
         import hashlib, time
         import dlc_jax as dlc
-        from dlc_jax.preprocess import images, load_images
+        from dlc_jax.preprocess import images
+        from dlc_jax.preprocess.images import load_images
         decoded = []
         plain = images.decode
         def slow(image, name, deep_images):

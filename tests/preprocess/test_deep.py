@@ -13,7 +13,8 @@ from PIL import Image
 import dlc_jax as dlc
 from dlc_jax.config import Config
 from dlc_jax.files.image_files import avif_bits, depth
-from dlc_jax.preprocess import decode, load_images
+from dlc_jax.preprocess.decode import decode
+from dlc_jax.preprocess.images import load_images
 from dlc_jax.preprocess.inspection import inspect
 
 H, W = 6, 5

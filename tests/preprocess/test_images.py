@@ -6,8 +6,8 @@ from conftest import encoded, random_images, subset
 from PIL import Image
 
 import dlc_jax as dlc
-from dlc_jax.preprocess import RandomCrops, decode, load_images, resize_and_crop
-from dlc_jax.preprocess.decode import random_box, resized_crop
+from dlc_jax.preprocess.decode import RandomCrops, decode, random_box, resize_and_crop, resized_crop
+from dlc_jax.preprocess.images import load_images
 
 
 def test_resize_and_crop_is_torchvisions(timm, sample):

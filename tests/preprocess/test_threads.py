@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlc_jax.preprocess.images import in_order
+from dlc_jax.preprocess.decode import in_order
 
 
 @settings(max_examples=20, deadline=None)

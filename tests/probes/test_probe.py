@@ -34,7 +34,7 @@ def released_procedure(
     from safetensors.torch import load_file
     from torch.nn.utils import prune
 
-    from dlc_jax.preprocess import load_images
+    from dlc_jax.preprocess.images import load_images
 
     model = timm.create_model("resnet18", pretrained=False, num_classes=200)
     narrow(model)

@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64, Shaped, UInt8
 from PIL import Image
 
-from dlc_jax import expect, preprocess
+from dlc_jax import expect
 from dlc_jax.datasets.labels import composed
+from dlc_jax.preprocess.decode import RandomCrops, decode, in_order
+from dlc_jax.preprocess.images import Images, Reader, filled, in_batches, load_images
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.optimiser import epoch_order
 from dlc_jax.types import Dataset
@@ -36,7 +38,7 @@ class Batch(NamedTuple):
         cls, inputs: Shaped[np.ndarray, "k ..."], labels: Int32[np.ndarray, " k"], num_rows: int
     ) -> Batch:
         real = (np.arange(num_rows) < len(labels)).astype(np.float32)
-        return cls(preprocess.filled(inputs, num_rows), preprocess.filled(labels, num_rows), real)
+        return cls(filled(inputs, num_rows), filled(labels, num_rows), real)
 
 
 class DecodedImages:
@@ -55,7 +57,7 @@ class DecodedImages:
         name = str(self._dataset.ids[position])
         with expect.refusing(f"sample {name!r} cannot be read", OSError, end=""):
             sample = self._dataset[position]
-        image = preprocess.decode(sample.image, sample.id, self._dataset.deep_images)
+        image = decode(sample.image, sample.id, self._dataset.deep_images)
         size = 4 * image.width * image.height  # PIL spends four bytes on a pixel
         with self._lock:
             if position not in self._kept and size <= self._bytes_left:
@@ -85,7 +87,7 @@ class RunData:
 
     def __init__(
         self,
-        images: preprocess.Images,
+        images: Images,
         settings: FinetuneConfig,
         to_features: Callable[[np.ndarray], jax.Array],
         progress: bool,
@@ -100,14 +102,14 @@ class RunData:
     def training_inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> Inputs:
         """Returns what the network sees of these samples in training."""
         if self._is_augmented:
-            crops = preprocess.RandomCrops(self._dataset, self._images.size, seed)
+            crops = RandomCrops(self._dataset, self._images.size, seed)
             return lambda positions, epoch: np.stack(
                 [crops.crop(self._decoded[i], i, epoch) for i in positions.tolist()]
             )
         missing = np.array([i for i in positions.tolist() if i not in self._fixed], np.int64)
         if len(missing):
             some = self._dataset.subset(missing)
-            loaded = preprocess.load_images(some, self._images.size, progress=self._progress)
+            loaded = load_images(some, self._images.size, progress=self._progress)
             rows = self._as_inputs(loaded.pixels)
             self._fixed.update(zip(missing.tolist(), rows, strict=True))
         return lambda positions, _: np.stack([self._fixed[i] for i in positions.tolist()])
@@ -137,7 +139,7 @@ class RunData:
             real = (mine < len(where)).astype(np.float32)
             return Batch(inputs(where[places], epoch)[again], labels[where[places]][again], real)
 
-        yield from preprocess.in_order(batch, -(-len(order) // size), num_ahead=_STEPS_AHEAD)
+        yield from in_order(batch, -(-len(order) // size), num_ahead=_STEPS_AHEAD)
 
     def evaluation_inputs(
         self, positions: Int64[np.ndarray, " k"]
@@ -148,7 +150,7 @@ class RunData:
         else:
             self.training_inputs(positions, seed=0)  # fills `_fixed`
             rows = ((i, self._fixed[i]) for i in positions.tolist())
-        for _, some in preprocess.in_batches(rows, self._settings.batch_size):
+        for _, some in in_batches(rows, self._settings.batch_size):
             yield np.stack(some)
 
     def readable(self) -> tuple[Int64[np.ndarray, " k"], dict[str, str]]:
@@ -165,7 +167,7 @@ class RunData:
         return np.asarray(positions, np.int64), ids
 
     @functools.cached_property
-    def _crops(self) -> preprocess.Reader[np.ndarray]:
+    def _crops(self) -> Reader[np.ndarray]:
         # unreadable samples are found when they are read, and refused or skipped then
         images = dataclasses.replace(self._images, on_corrupt="skip")
         return images.evaluation_crops(progress=self._progress)
@@ -179,7 +181,7 @@ class RunData:
           ValueError: a class that training does not know, an unreadable image.
         """
         labels = class_ids_by_name(test, self._dataset)
-        loaded = preprocess.load_images(
+        loaded = load_images(
             test,
             self._images.size,
             on_corrupt=self._images.on_corrupt,
@@ -195,7 +197,7 @@ class RunData:
             return pixels
         size = self._settings.batch_size
         parts = (pixels[start : start + size] for start in range(0, len(pixels), size))
-        found = [np.asarray(self._to_features(preprocess.filled(some, size))) for some in parts]
+        found = [np.asarray(self._to_features(filled(some, size))) for some in parts]
         return np.concatenate(found)[: len(pixels)]
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, Integer
 from dlc_jax import expect
 from dlc_jax.distributed import Run, fetch, from_rows_here, one_device, rows_here
 from dlc_jax.encoders import Encoder
-from dlc_jax.preprocess import Images, check_dataset
+from dlc_jax.preprocess.images import Images, check_dataset
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.selection import kept_positions
 from dlc_jax.training import loop

@@ -17,7 +17,7 @@ from dlc_jax.distributed import Run, processes
 from dlc_jax.encoders import Encoder
 from dlc_jax.files.array_files import Expected, read_npy, read_npz
 from dlc_jax.files.json_files import NAME, parse_json
-from dlc_jax.preprocess import Images
+from dlc_jax.preprocess.images import Images
 from dlc_jax.training.images.finetuner import Finetuner
 from dlc_jax.training.images.settings import FinetuneConfig, RecordConfig
 from dlc_jax.training.images.step import TrainState

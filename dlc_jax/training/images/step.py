@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dlc_jax.distributed import fetch, mesh_of, place_rows
 from dlc_jax.encoders.encoder import Encoder, join_statistics, precision_of, split_statistics
-from dlc_jax.preprocess import filled
+from dlc_jax.preprocess.images import filled
 from dlc_jax.probes.kernel import Forward, cast, pooled
 from dlc_jax.training.optimiser import Sgd
 from dlc_jax.types import Params

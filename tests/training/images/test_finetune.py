@@ -14,7 +14,7 @@ from conftest import subset
 
 import dlc_jax as dlc
 from dlc_jax.expect import csv_text
-from dlc_jax.preprocess import load_images
+from dlc_jax.preprocess.images import load_images
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.training.images import FinetuneConfig, Finetuner
 from dlc_jax.training.images.data import RunData

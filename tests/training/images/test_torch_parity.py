@@ -16,7 +16,7 @@ from dlc_jax import encoders
 from dlc_jax.encoders import ENCODERS
 from dlc_jax.encoders.vit import ViTSize
 from dlc_jax.encoders.weights import assign, read_checkpoint
-from dlc_jax.preprocess import load_images
+from dlc_jax.preprocess.images import load_images
 from dlc_jax.training.images.data import Batch
 from dlc_jax.training.images.step import Network, TrainState, initial_head, train_step
 from dlc_jax.training.optimiser import Sgd, learning_rates

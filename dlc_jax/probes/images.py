@@ -122,7 +122,18 @@ def features(
     encoder.check_image_size(images.size)
     batch_size = compute.images_per_call(images.size)
     decisive = [images.size, batch_size, compute.dtype, images.on_corrupt, mode]
-    return measure_features(_first_pass("features", encoder, images, compute, run, decisive))
+    work = _first_pass("features", encoder, images, compute, run, decisive)
+    dataset = images.dataset
+    skipped: dict[int, str] | None = {} if work.on_corrupt == "skip" else None
+
+    def features_of_shards(shards: list[int]) -> Iterator[Arrays]:
+        for results in _shards_done(work, shards, work.features_of, "features", skipped):
+            yield {"features": _joined(results, (0, 0), axis=0)}
+
+    every = _complete(work, "features", features_of_shards)
+    found = [part for arrays in every if len(part := arrays["features"])]
+    expect.some_readable(dataset.name, len(found), len(dataset))
+    return np.concatenate(found)
 
 
 def probe(
@@ -462,25 +473,6 @@ def measure_losses(
     return losses
 
 
-def measure_features(work: Pass) -> Float32[np.ndarray, "n d"]:
-    """Returns the features of every readable sample.
-
-    Raises:
-      ValueError: an unreadable sample, or no readable one.
-    """
-    dataset = work.reader.dataset
-    skipped: dict[int, str] | None = {} if work.on_corrupt == "skip" else None
-
-    def features_of_shards(shards: list[int]) -> Iterator[Arrays]:
-        for results in _shards_done(work, shards, work.features_of, "features", skipped):
-            yield {"features": _joined(results, (0, 0), axis=0)}
-
-    every = _complete(work, "features", features_of_shards)
-    found = [part for arrays in every if len(part := arrays["features"])]
-    expect.some_readable(dataset.name, len(found), len(dataset))
-    return np.concatenate(found)
-
-
 def _complete(
     work: Pass, name: str, computed: Callable[[list[int]], Iterator[Arrays]]
 ) -> Iterator[Arrays]:
@@ -509,7 +501,13 @@ def _shards_done(
         positions = np.intersect1d(positions, readable, assume_unique=True)
     # one reader for all of them: images are decoded on while a shard is finished and kept
     items = work.reader.readable(positions, skipped)
-    batches = _batches(items, work.layout, shards, work.batch_size)
+    stops = np.array([work.layout.shards[number].stop for number in shards])
+    by_shard = groupby(items, lambda item: int(np.searchsorted(stops, item[0], side="right")))
+    batches = (  # none reaches over the end of a shard
+        ShardBatch(shards[place], where, values)
+        for place, some in by_shard
+        for where, values in in_batches(some, work.batch_size)
+    )
     at_once = work.team.mesh.shape[DATA]
     groups = iter(lambda: list(islice(batches, at_once)), [])
     bar_step = num_probes or 1
@@ -526,17 +524,6 @@ def _shards_done(
         return array[place, :num] if num_probes is None else array[place, :num_probes, :num]
 
     return shards_done(shards, groups, start, values_of, bar, ahead=AHEAD, bar_step=bar_step)
-
-
-def _batches(
-    items: Iterator[tuple[int, Any]], layout: Layout, shards: Sequence[int], batch_size: int
-) -> Iterator[ShardBatch]:
-    """Yields batches of which none reaches over the end of a shard."""
-    stops = np.array([layout.shards[number].stop for number in shards])
-    by_shard = groupby(items, lambda item: int(np.searchsorted(stops, item[0], side="right")))
-    for place, some in by_shard:
-        for where, values in in_batches(some, batch_size):
-            yield ShardBatch(shards[place], where, values)
 
 
 def _joined(results: list[ShardBatch], empty: tuple[int, ...], axis: int) -> np.ndarray:

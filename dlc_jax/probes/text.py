@@ -27,7 +27,7 @@ from dlc_jax.distributed import (
     over_devices,
     whole_rows,
 )
-from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.decoder import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import Importance, PathSpec, Thresholds, masked
 from dlc_jax.preprocess.tokens import (
@@ -263,10 +263,11 @@ class _Work(NamedTuple):
         shards = [plans[start : start + size] for start in range(0, num, size)]
         mesh = mesh_of(model.params)
         team = Team.alone(mesh) if run.mesh is None else Team.of(run.mesh)
-        inputs = [tokens_per_batch, *decisive]
-        parts = Parts.of(
-            "response losses", run, team, lambda: [model.fingerprint, data.fingerprint, *inputs]
-        )
+
+        def inputs() -> list[Any]:
+            return [model.fingerprint, data.fingerprint, tokens_per_batch, *decisive]
+
+        parts = Parts.of("response losses", run, team, inputs)
         at_once = 1 if mesh is None else mesh.shape[DATA]
         return cls(model, data, shards, at_once, parts, team, run.progress)
 

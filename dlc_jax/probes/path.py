@@ -57,8 +57,10 @@ class LearningPath(NamedTuple):
     def only(self, steps: Int64[np.ndarray, " k"]) -> LearningPath:
         """Returns the path with these of its steps as probes."""
         rows = np.searchsorted(self.steps, steps)
-        thresholds, sparsity = self.thresholds_at(rows), self.sparsity[rows]
-        return self._replace(thresholds=thresholds, sparsity=sparsity, steps=steps)
+        thresholds = self.thresholds_at(rows)
+        return LearningPath(  # `_replace` would ask for the tuple's length
+            self.prunable, self.importance, thresholds, self.sparsity[rows], steps, self.num_steps
+        )
 
 
 def learning_path(

@@ -25,8 +25,7 @@ from absl import app, flags
 
 from benchmarks import peers
 from benchmarks.measuring import measured, peak, peak_bytes_in_use, print_rows, save, traced_with
-from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.decoder import PAPER_MODELS, DecoderConfig
+from dlc_jax.encoders.decoder import PAPER_MODELS, Architecture, DecoderConfig
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import PathSpec, exact_thresholds, prunable_paths
 from dlc_jax.planning.decoder_memory import Scoring

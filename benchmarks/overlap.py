@@ -20,7 +20,7 @@ from absl import app, flags
 
 import dlc_jax as dlc
 from benchmarks.measuring import enlarged_sample, linked, measured, random_encoder, save
-from dlc_jax.probes import image_shards
+from dlc_jax.probes import images as probe_images
 
 _FOLDER = flags.DEFINE_string("folder", None, "Images, one sub-folder per class.")
 _REPEAT = flags.DEFINE_integer("repeat", 1, "Links per image.")
@@ -43,7 +43,7 @@ def main(_: list[str]) -> None:
         cache = dlc.ImageCache(f"{scratch}/cache", max_gib=100)
 
         def scored(ahead: int) -> None:
-            image_shards.AHEAD = ahead
+            probe_images.AHEAD = ahead
             dlc.probe(
                 encoder,
                 dlc.Images(dataset, cache=cache),

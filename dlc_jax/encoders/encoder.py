@@ -23,8 +23,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # What `Encoder.pooling` may ask for.
 POOLINGS = ("mean", "cls", "scalar")
-# What `Encoder.head` may ask for.
-HEADS = ("mean", "cls")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +76,7 @@ class Encoder:
     def __post_init__(self) -> None:
         if self.pooling is not None:
             expect.one_of("encoder.pooling", self.pooling, POOLINGS)
-        expect.one_of("encoder.head", self.head, HEADS)
+        expect.one_of("encoder.head", self.head, ("mean", "cls"))
         for path in self.statistics:
             expect.one_of("encoder.statistics", path, by_path(self.params))
         expect.normalisation(self.mean, self.std)

@@ -15,11 +15,9 @@ from safetensors.flax import save_file
 
 from dlc_jax import expect
 from dlc_jax.distributed import fetch, on_every_device
-from dlc_jax.encoders.architecture import DTYPES
-from dlc_jax.encoders.decoder import TARGETS, Adapter
+from dlc_jax.encoders.decoder import DTYPES, TARGETS, Adapter
 from dlc_jax.encoders.encoder import precision_of
-from dlc_jax.encoders.huggingface import stored_names
-from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.encoders.language_model import LanguageModel, stored_names
 from dlc_jax.encoders.stored_tensors import Stored, headers, misfits, read_tensors
 from dlc_jax.exports.images import grouped
 from dlc_jax.types import by_path, path_name

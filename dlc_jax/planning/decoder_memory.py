@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dlc_jax.distributed.mesh import partition
-from dlc_jax.encoders.architecture import Architecture, joined
-from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.encoders.decoder import Architecture, DecoderConfig, joined
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import thresholds
 from dlc_jax.planning.memory import (

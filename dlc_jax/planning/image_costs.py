@@ -21,7 +21,7 @@ from dlc_jax.planning.image_memory import (
 )
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.programs import count_flops
-from dlc_jax.probes.image_shards import Layout
+from dlc_jax.probes.images import Layout
 from dlc_jax.probes.kernel import Forward, features_of_batch
 from dlc_jax.selection import DEFAULT_SPLIT, has_split
 from dlc_jax.training.images import Recorder

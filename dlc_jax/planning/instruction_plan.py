@@ -16,10 +16,13 @@ from jaxtyping import Int64
 from dlc_jax import expect
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
-from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.decoder import PAPER_MODELS, DecoderConfig
-from dlc_jax.encoders.huggingface import read_config, read_config_alone
-from dlc_jax.encoders.language_model import longest_sequence, model_folder
+from dlc_jax.encoders.decoder import PAPER_MODELS, Architecture, DecoderConfig
+from dlc_jax.encoders.language_model import (
+    longest_sequence,
+    model_folder,
+    read_config,
+    read_config_alone,
+)
 from dlc_jax.files.hub import fetching
 from dlc_jax.planning.costs import Cost, Speeds, kept_by_run, num_kept, planned_stages
 from dlc_jax.planning.decoder_memory import Finetuning, Scoring

@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dlc_jax import expect
-from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.decoder import DecoderConfig
+from dlc_jax.encoders.decoder import Architecture, DecoderConfig
 from dlc_jax.planning.image_memory import ImageScoring
 from dlc_jax.planning.machine import is_processor
 from dlc_jax.planning.programs import count_flops

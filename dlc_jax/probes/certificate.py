@@ -11,17 +11,14 @@ to. Nothing is measured for it. Source: Mandelbrot and Van Ness 1968, doi 10.113
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int64
 
 from dlc_jax import expect
-from dlc_jax.masking import AUTO, PathSpec, refinements
-from dlc_jax.probes.path import LearningPath
 from dlc_jax.types import KEEP_FRACTIONS, ProbeLosses
-from dlc_jax.workspace.artefacts import json_hash
 
 _EXPONENTS = np.linspace(0.5, 0.95, 10).tolist()  # 0.5: increments do not depend on each other
 _EXPONENT = 0.75  # of two probes, which cannot tell; measured: 0.7 to 0.85
@@ -300,51 +297,3 @@ def _shared(kept: Bool[np.ndarray, " n"], others: Bool[np.ndarray, " n"]) -> flo
 
 def _said(found: Interval) -> str:
     return f"{found.estimate:.3f} ({found.low:.3f} to {found.high:.3f})"
-
-
-Measure = Callable[[LearningPath, str], Float32[np.ndarray, "k n"]]
-
-
-def measured_path(
-    spec: PathSpec,
-    path: LearningPath,
-    measure: Measure,
-    *,
-    labels: Int32[np.ndarray, " n"],
-    ids: np.ndarray,
-    **samples: Any,
-) -> ProbeLosses:
-    """Measures the probes of a path.
-
-    With `num_probes="auto"` these are 5, 15, 45, ... of them, each time only those that are
-    missing, until Spearman's correlation with the ranking by all is at least `spec.agreement` with
-    97.5 % probability; or until all are measured.
-
-    Args:
-      spec: What the path was made by.
-      path: All of it.
-      measure: Gives the losses of some of its probes, and keeps them under names with this suffix.
-      labels: Classes within which samples are ranked.
-      ids: Sample ids.
-      samples: What else `ProbeLosses` has of the samples.
-    Raises:
-      ValueError: losses that are not finite.
-    """
-
-    def found(of: LearningPath, losses: Float32[np.ndarray, "k n"]) -> ProbeLosses:
-        expect.losses_are_finite(losses, ids)
-        return ProbeLosses(
-            losses, of.sparsity, labels, ids, steps=of.steps, num_steps=of.num_steps, **samples
-        )
-
-    if spec.num_probes != AUTO:
-        return found(path, measure(path, ""))
-    rows: dict[int, Float32[np.ndarray, " n"]] = {}
-    for steps in refinements(path.num_steps):
-        missing = path.only(steps[~np.isin(steps, list(rows))])
-        new = missing.steps.tolist()
-        rows |= dict(zip(new, measure(missing, f"-{json_hash(new)[:8]}"), strict=True))
-        probes = found(path.only(steps), np.stack([rows[step] for step in steps.tolist()]))
-        if len(steps) == path.num_steps or certify(probes).spearman.low >= spec.agreement:
-            break
-    return probes

@@ -1,25 +1,31 @@
-"""The masked networks of one run."""
+"""The masked networks of one run, and which of them are measured."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int, Int64
+from jaxtyping import Float32, Int, Int32, Int64
 
+from dlc_jax import expect
 from dlc_jax.encoders import Encoder
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import (
+    AUTO,
     Importance,
     PathSpec,
     Thresholds,
     exact_thresholds,
     prunable_paths,
+    refinements,
     removal_steps,
     weight_importance,
 )
-from dlc_jax.types import Conventions, by_path
+from dlc_jax.probes.certificate import certify
+from dlc_jax.types import Conventions, ProbeLosses, by_path
+from dlc_jax.workspace.artefacts import json_hash
 
 
 class LearningPath(NamedTuple):
@@ -52,7 +58,7 @@ class LearningPath(NamedTuple):
         """Returns the path with these of its steps as probes."""
         rows = np.searchsorted(self.steps, steps)
         thresholds = self.thresholds_at(rows)
-        return LearningPath(
+        return LearningPath(  # `_replace` would ask for the tuple's length
             self.prunable, self.importance, thresholds, self.sparsity[rows], steps, self.num_steps
         )
 
@@ -81,3 +87,48 @@ def learning_path(
     return LearningPath(
         prunable, importance, thresholds, sparsity, found.steps, num_steps=len(found.grid)
     )
+
+
+def measured_path(
+    spec: PathSpec,
+    path: LearningPath,
+    measure: Callable[[LearningPath, str], Float32[np.ndarray, "k n"]],
+    *,
+    labels: Int32[np.ndarray, " n"],
+    ids: np.ndarray,
+    **samples: Any,
+) -> ProbeLosses:
+    """Measures the probes of a path.
+
+    With `num_probes="auto"` these are 5, 15, 45, ... of them, each time only those that are
+    missing, until Spearman's correlation with the ranking by all is at least `spec.agreement` with
+    97.5 % probability; or until all are measured.
+
+    Args:
+      spec: What the path was made by.
+      path: All of it.
+      measure: Gives the losses of some of its probes, and keeps them under names with this suffix.
+      labels: Classes within which samples are ranked.
+      ids: Sample ids.
+      samples: What else `ProbeLosses` has of the samples.
+    Raises:
+      ValueError: losses that are not finite.
+    """
+
+    def found(of: LearningPath, losses: Float32[np.ndarray, "k n"]) -> ProbeLosses:
+        expect.losses_are_finite(losses, ids)
+        return ProbeLosses(
+            losses, of.sparsity, labels, ids, steps=of.steps, num_steps=of.num_steps, **samples
+        )
+
+    if spec.num_probes != AUTO:
+        return found(path, measure(path, ""))
+    rows: dict[int, Float32[np.ndarray, " n"]] = {}
+    for steps in refinements(path.num_steps):
+        missing = path.only(steps[~np.isin(steps, list(rows))])
+        new = missing.steps.tolist()
+        rows |= dict(zip(new, measure(missing, f"-{json_hash(new)[:8]}"), strict=True))
+        probes = found(path.only(steps), np.stack([rows[step] for step in steps.tolist()]))
+        if len(steps) == path.num_steps or certify(probes).spearman.low >= spec.agreement:
+            break
+    return probes

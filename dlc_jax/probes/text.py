@@ -27,7 +27,7 @@ from dlc_jax.distributed import (
     over_devices,
     whole_rows,
 )
-from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.decoder import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import Importance, PathSpec, Thresholds, masked
 from dlc_jax.preprocess.tokens import (
@@ -38,8 +38,7 @@ from dlc_jax.preprocess.tokens import (
     plan_batches,
     tokenise,
 )
-from dlc_jax.probes.certificate import measured_path
-from dlc_jax.probes.path import LearningPath, learning_path
+from dlc_jax.probes.path import LearningPath, learning_path, measured_path
 from dlc_jax.probes.shards import Arrays, Parts, ShardBatch, shards_done
 from dlc_jax.types import Conventions, Params, ProbeLosses, ResponseLosses, overridden
 
@@ -79,12 +78,9 @@ def response_losses(
       array([5.71, 4.96, 5.09, 4.65], dtype=float32)
     """
     expect.is_a(Run, run=run)
-
-    def of_rows(*rows: Array) -> Array:
-        return _losses(model.architecture, model.params, *rows)[None]
-
     work = _Work.of(model, data, tokens_per_batch, ["losses"], run)
-    return work.measured(of_rows, 1)[0]
+    of_rows = functools.partial(_losses, model.architecture, model.params)
+    return work.measured(lambda *rows: of_rows(*rows)[None], 1)[0]
 
 
 def measure_responses(
@@ -267,10 +263,11 @@ class _Work(NamedTuple):
         shards = [plans[start : start + size] for start in range(0, num, size)]
         mesh = mesh_of(model.params)
         team = Team.alone(mesh) if run.mesh is None else Team.of(run.mesh)
-        inputs = [tokens_per_batch, *decisive]
-        parts = Parts.of(
-            "response losses", run, team, lambda: [model.fingerprint, data.fingerprint, *inputs]
-        )
+
+        def inputs() -> list[Any]:
+            return [model.fingerprint, data.fingerprint, tokens_per_batch, *decisive]
+
+        parts = Parts.of("response losses", run, team, inputs)
         at_once = 1 if mesh is None else mesh.shape[DATA]
         return cls(model, data, shards, at_once, parts, team, run.progress)
 

@@ -17,7 +17,6 @@ from dlc_jax import expect, reports
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions, load_instructions
 from dlc_jax.distributed import Run, Team, processes, said_of
-from dlc_jax.encoders.huggingface import read_config
 from dlc_jax.encoders.language_model import (
     MODEL_FILES,
     LanguageModel,
@@ -25,6 +24,7 @@ from dlc_jax.encoders.language_model import (
     load_tokenizer,
     longest_sequence,
     model_folder,
+    read_config,
 )
 from dlc_jax.evaluation import Mmlu, load_mmlu
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS

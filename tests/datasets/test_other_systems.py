@@ -12,7 +12,7 @@ from conftest import encoded, random_images
 
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import load_instructions
-from dlc_jax.encoders.weights import read_checkpoint
+from dlc_jax.encoders import read_checkpoint
 
 FILES = [encoded(image) for image in random_images(4, 12)]
 BOM = "\ufeff"

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import dlc_jax
 from dlc_jax.distributed import make_mesh, partition
-from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.huggingface import read_config, stored_names
+from dlc_jax.encoders.decoder import Architecture
+from dlc_jax.encoders.language_model import read_config, stored_names
 from dlc_jax.planning.decoder_memory import weight_bytes
 from dlc_jax.types import by_path
 

@@ -9,9 +9,8 @@ from conftest import XLA_IS_OLD
 from flax import nnx
 
 from dlc_jax.encoders import decoder
-from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.decoder import Decoder
-from dlc_jax.encoders.huggingface import read_config, read_params
+from dlc_jax.encoders.decoder import Architecture, Decoder
+from dlc_jax.encoders.language_model import read_config, read_params
 
 SIZES = {
     "vocab_size": 61,

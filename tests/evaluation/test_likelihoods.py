@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from small_llama import make_llama
 
-from dlc_jax.encoders.architecture import Architecture
+from dlc_jax.encoders.decoder import Architecture
 from dlc_jax.encoders.language_model import load_language_model
 from dlc_jax.evaluation import continuation_log_likelihoods
 

@@ -18,8 +18,7 @@ from PIL import Image
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.encoders import resnet, vit
-from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.decoder import Adapter, DecoderConfig
+from dlc_jax.encoders.decoder import Adapter, Architecture, DecoderConfig
 from dlc_jax.encoders.language_model import model_folder
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods
 from dlc_jax.evaluation.mmlu import _pairs

@@ -7,10 +7,8 @@ import pytest
 
 import dlc_jax as dlc
 from dlc_jax.config import Config, default_config
-from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.decoder import PAPER_MODELS
-from dlc_jax.encoders.huggingface import read_config
-from dlc_jax.encoders.language_model import load_tokenizer, model_folder
+from dlc_jax.encoders.decoder import PAPER_MODELS, Architecture
+from dlc_jax.encoders.language_model import load_tokenizer, model_folder, read_config
 from dlc_jax.planning.instruction_plan import InstructionCosts, Lengths
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.programs import count_flops

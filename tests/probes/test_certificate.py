@@ -207,8 +207,6 @@ def test_auto_measures_no_probe_twice_and_what_fixed_numbers_measure(
 
 @pytest.mark.slow
 def test_auto_goes_on_where_it_was_stopped(sample_encoder, small_sample, tmp_path, monkeypatch):
-    from dlc_jax.probes import certificate
-
     path = dlc.PathSpec(step=0.05, num_probes="auto", agreement=1.0)
     options = {"image_size": 32, "path": path}
     expected = dlc.probe(sample_encoder, small_sample, **options)
@@ -217,7 +215,7 @@ def test_auto_goes_on_where_it_was_stopped(sample_encoder, small_sample, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(certificate, "certify", fail)
+        patch.setattr("dlc_jax.probes.path.certify", fail)
         with pytest.raises(KeyboardInterrupt):
             dlc.probe(sample_encoder, small_sample, **options, run=dlc.Run(folder=tmp_path))
     first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("losses-*.npz")}

@@ -11,7 +11,7 @@ import pytest
 from conftest import encoded, random_images, subset
 
 import dlc_jax as dlc
-from dlc_jax.probes import image_shards
+from dlc_jax.probes import images as probe_images
 
 OPTIONS = {"image_size": 32, "num_probes": 3, "compute": dlc.Compute(batch_size=8)}
 
@@ -38,7 +38,7 @@ class Failing:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(image_shards, "_SHARD", 16)
+    monkeypatch.setattr(probe_images, "_SHARD", 16)
 
 
 def broken_sample(small_sample) -> dlc.Dataset:
@@ -100,7 +100,7 @@ def test_a_damaged_part_is_measured_again(sample_encoder, small_sample, tmp_path
 def test_shards_and_skipped_samples_change_nothing(sample_encoder, small_sample, monkeypatch):
     dataset = broken_sample(small_sample)
     few = dlc.probe(sample_encoder, dlc.Images(dataset, on_corrupt="skip"), **OPTIONS)
-    monkeypatch.setattr(image_shards, "_SHARD", 2048)
+    monkeypatch.setattr(probe_images, "_SHARD", 2048)
     one = dlc.probe(sample_encoder, dlc.Images(dataset, on_corrupt="skip"), **OPTIONS)
     np.testing.assert_array_equal(few.losses, one.losses)
     good = np.setdiff1d(np.arange(60), [5, 40])

@@ -11,9 +11,8 @@ import pytest
 from conftest import require_shared
 
 from dlc_jax.datasets.instructions import instructions, load_instructions
-from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.huggingface import stored_names
-from dlc_jax.encoders.language_model import load_language_model, load_tokenizer
+from dlc_jax.encoders.decoder import Architecture
+from dlc_jax.encoders.language_model import load_language_model, load_tokenizer, stored_names
 from dlc_jax.masking import PathSpec, exact_thresholds, masked, prunable_paths
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.text import measure_responses, probe_responses, response_losses

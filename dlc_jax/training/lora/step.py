@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int32, Int64
 
-from dlc_jax.encoders.architecture import Architecture, joined
+from dlc_jax.encoders.decoder import Architecture, joined
 from dlc_jax.preprocess.tokens import Tokenised, bucket_length
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.optimiser import Sgd

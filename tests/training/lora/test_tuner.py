@@ -10,8 +10,7 @@ import pytest
 from flax import nnx
 
 import dlc_jax as dlc
-from dlc_jax.encoders.architecture import Architecture
-from dlc_jax.encoders.decoder import Decoder, DecoderConfig
+from dlc_jax.encoders.decoder import Architecture, Decoder, DecoderConfig
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.training.lora import tuner as loop

@@ -158,15 +158,10 @@ class Checkpoints:
         found_beside = artefacts.hashes_below(self._beside, beside)
         return artefacts.difference(files, found) or artefacts.difference(beside, found_beside)
 
-    @contextlib.contextmanager
-    def _clear_errors(self, what: str):
-        try:
-            yield
-        except Exception as error:
-            raise expect.InputError(
-                f"{self._folder}: cannot {what} a checkpoint: {_reason(error)}. "
-                "Delete the folder to start this run again."
-            ) from error
+    def _clear_errors(self, what: str) -> contextlib.AbstractContextManager[None]:
+        problem = f"{self._folder}: cannot {what} a checkpoint"
+        end = ". Delete the folder to start this run again."
+        return expect.refusing(problem, Exception, shown=_reason, end=end)
 
 
 @contextlib.contextmanager

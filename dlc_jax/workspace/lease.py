@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from dlc_jax import expect
 from dlc_jax.files import whole_files
+from dlc_jax.workspace import artefacts
 from dlc_jax.workspace.object_store import ObjectStore
 
 FILE = ".lease.json"
@@ -158,12 +159,8 @@ def held(
         for more than a minute.
     """
     lease = _Lease(place, option)
-    try:
+    with artefacts.refusing_to_write(place.name, option):
         lease.acquire(say)
-    except OSError as error:
-        raise expect.InputError(
-            f"{option}: cannot write to {place.name}: {error.strerror or error}."
-        ) from error
     thread = threading.Thread(target=lease.keep, name="lease", daemon=True)
     thread.start()
     try:

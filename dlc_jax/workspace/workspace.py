@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple
 
 from dlc_jax import expect
 from dlc_jax.distributed import processes
@@ -18,14 +17,12 @@ from dlc_jax.files.json_files import read_json
 from dlc_jax.workspace import artefacts, lease, records
 from dlc_jax.workspace.records import FolderStep, Record, Step, Value, Written
 
-Computed = TypeVar("Computed")
 _LAYOUT = 2  # of a work directory; 0.1 had none
 _RUN_FOLDERS = (f"{artefacts.FINETUNE}/*/*", artefacts.TRAINING)  # folders that are moved whole
 _PROVENANCE = {"layout?": int, "versions?": {"dlc_jax?": re.compile(r"[\w.+-]{1,40}")}}
 
 
-@dataclasses.dataclass(frozen=True)
-class Made(Generic[Value]):
+class Made(NamedTuple, Generic[Value]):
     """What a step computed, apart from what it left on disk."""
 
     value: Value
@@ -114,7 +111,7 @@ class Workspace(NamedTuple):
         """Whether a result is there, made from this key, with its files as they were written."""
         return records.reason_to_make(self.root, step) is None
 
-    def alone(self, compute: Callable[[], Computed]) -> Computed | None:
+    def alone(self, compute: Callable[[], Value]) -> Value | None:
         """Computes in the first process, which has the work directory; None in the others.
 
         Raises:
@@ -122,7 +119,7 @@ class Workspace(NamedTuple):
         """
         return on_first(compute)
 
-    def broadcast(self, compute: Callable[[], Computed]) -> Computed:
+    def broadcast(self, compute: Callable[[], Value]) -> Value:
         """Computes as `alone` does, and returns the value, which JSON can hold, in all."""
         return value_of_first(compute)
 

@@ -143,8 +143,7 @@ class Team(NamedTuple):
 
     def of_rows(self, num_rows: int) -> Team:
         """Returns the team on at most that many parts of the data axis, one or more."""
-        few = self.mesh.devices[: max(num_rows, 1)]
-        return self._replace(mesh=Mesh(few, AXES))
+        return self._replace(mesh=Mesh(self.mesh.devices[: max(num_rows, 1)], AXES))
 
     def share(self, num_items: int) -> range:
         """Returns the items of this team: neighbours, as many as others have."""

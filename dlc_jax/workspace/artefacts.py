@@ -25,8 +25,7 @@ import PIL
 from PIL import features
 
 from dlc_jax import expect
-from dlc_jax.files import array_files
-from dlc_jax.files.array_files import Expected
+from dlc_jax.files.array_files import Expected, read_npz
 from dlc_jax.files.arrow import pa, pq
 
 # used as parts of this module
@@ -320,7 +319,7 @@ def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np
       ValueError: it is not there, cannot be read, or is of other samples.
     """
     path = _made_by_score(workdir / name, "with the same selection.methods")
-    arrays = array_files.read_npz(path, {key: Expected("f", 2), "ids": Expected("U", 1)})
+    arrays = read_npz(path, {key: Expected("f", 2), "ids": Expected("U", 1)})
     if not np.array_equal(arrays["ids"], samples.ids) or len(arrays[key]) != len(samples.ids):
         raise expect.InputError(
             f"{path}: is of other samples than {SCORES}; run the stage 'score' again."
@@ -335,7 +334,7 @@ def read_losses(workdir: Path) -> dict[str, np.ndarray]:
       ValueError: it is not there, cannot be read, or its arrays do not fit each other.
     """
     path = workdir / LOSSES
-    arrays = array_files.read_npz(path, _LOSSES)
+    arrays = read_npz(path, _LOSSES)
     num_probes, num_samples = arrays["losses"].shape
     for name, length in (("sparsity", num_probes), ("labels", num_samples), ("ids", num_samples)):
         if len(arrays[name]) != length:

@@ -89,15 +89,15 @@ def _run(place: processes.Place | None, workdir: str) -> tuple[int, str]:
         return 2, f"failed: {error}"
     except processes.NotAllCame as error:
         _say(f"stopped: {error}")
-        return processes.RESTART, "did not find the others"
+        return signals.RESTART, "did not find the others"
     except Unreachable as error:
         _say(f"stopped: {error} The same command goes on from what is there.")
-        return processes.RESTART, "cannot reach the bucket"
+        return signals.RESTART, "cannot reach the bucket"
     except lease.Lost as error:
         _say(f"stopped: {error}")
-        return processes.RESTART, "lost the work directory to another run"
+        return signals.RESTART, "lost the work directory to another run"
     except signals.Stopped:
-        by = "SIGTERM" if signals.code() == processes.RESTART else "Ctrl-C"
+        by = "SIGTERM" if signals.code() == signals.RESTART else "Ctrl-C"
         _say(f"stopped by {by}; the same command goes on where this one ended")
         return signals.code(), f"was stopped by {by}"
 

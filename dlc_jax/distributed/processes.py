@@ -26,9 +26,7 @@ from jax._src.distributed import global_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dlc_jax import expect, signals
-from dlc_jax.signals import Stopped
 
-RESTART = signals.RESTART
 _PREFIX = "dlc_jax"
 _POLL_MS = 1000  # a signal's Python handler runs between two polls
 _LATER_S = 60  # JAX gives up so much later than we do: it would print a stack trace
@@ -353,7 +351,7 @@ def stop_if_asked() -> None:
     """Raises `Stopped` if the run was asked to stop while that was put off."""
     if number := value_of_first(signals.asked):
         signals.note(number)
-        raise Stopped
+        raise signals.Stopped
 
 
 @contextlib.contextmanager
@@ -385,7 +383,7 @@ def stop_together() -> NoReturn:
     The end of one would end another that still writes what it leaves.
     """
     wait_for_all()
-    raise Stopped
+    raise signals.Stopped
 
 
 def _largest(value: int) -> jax.Array:

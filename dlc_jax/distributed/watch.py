@@ -25,7 +25,6 @@ import jax
 
 from dlc_jax import signals
 from dlc_jax.distributed import processes
-from dlc_jax.distributed.processes import RESTART
 
 _EVERY_S = 1.0
 _BEATS, _ENDS = "dlc_jax/beat", "dlc_jax/end"
@@ -35,7 +34,8 @@ _BEATS, _ENDS = "dlc_jax/beat", "dlc_jax/end"
 def watched(is_one_of_several: bool) -> Iterator[None]:
     """Ends this process, in here, as soon as another one died or gave up.
 
-    An exception ends all of them, with code 1; if another's death caused it, with `RESTART`.
+    An exception ends all of them, with code 1; if another's death caused it, with
+    `signals.RESTART`.
 
     Args:
       is_one_of_several: Else nothing is done. They need not have found each other yet.
@@ -43,9 +43,9 @@ def watched(is_one_of_several: bool) -> Iterator[None]:
     if not is_one_of_several:
         yield
         return
+    global _errors
+    _errors = _FilteredErrors()
     watch = _Watch()
-    _errors.filter()
-    watch.start()
     try:
         yield
     except Exception as error:
@@ -86,10 +86,6 @@ class _FilteredErrors:
     _HEAD, _FRAME = b"*** Check failure stack trace", re.compile(rb"\s+@ ")
 
     def __init__(self) -> None:
-        self._to: int | None = None  # a copy of file descriptor 2; None: nothing is filtered
-        self._thread: threading.Thread | None = None
-
-    def filter(self) -> None:
         """Starts to filter file descriptor 2; Python's own stderr bypasses it."""
         self._to = os.dup(2)
         sys.stderr.flush()
@@ -102,10 +98,8 @@ class _FilteredErrors:
 
     def restore(self) -> None:
         """Stops filtering, after everything written so far was handed on."""
-        if self._to is not None and self._thread is not None:
-            os.dup2(self._to, 2)
-            self._thread.join(_EVERY_S)
-            self._to = None
+        os.dup2(self._to, 2)
+        self._thread.join(_EVERY_S)
 
     def _hand_on(self, source: int, target: int) -> None:
         is_message = is_stack = False
@@ -118,11 +112,11 @@ class _FilteredErrors:
                     os.write(target, line)
 
 
-_errors = _FilteredErrors()
+_errors: _FilteredErrors | None = None  # none before `watched`
 
 
 class _Watch:
-    """Gives signs of life, and looks for those of the others.
+    """Gives signs of life, and looks for those of the others, until it has `ended`.
 
     Two threads: where JAX has found a process dead, calls to the store may never return.
     """
@@ -130,8 +124,6 @@ class _Watch:
     def __init__(self) -> None:
         self.ended = threading.Event()
         self._beats: dict[int, tuple[str, float]] = {}  # of each process: the last one, and when
-
-    def start(self) -> None:
         _outlive_abort()
         for look in (self._meet, self._guard):
             threading.Thread(target=look, daemon=True).start()
@@ -184,7 +176,7 @@ class _Watch:
             names = "a process that this one did not know yet"
         if names:  # else it is this process that crashes
             _say(f"stopped: {names} died; the same command goes on where this one ended")
-            _exit(RESTART)
+            _exit(signals.RESTART)
 
 
 def _leave(code: int) -> NoReturn:
@@ -227,5 +219,6 @@ def _say(message: str) -> None:
 
 def _exit(code: int) -> NoReturn:
     """Ends at once: an orderly end would wait for the others."""
-    _errors.restore()
+    if _errors is not None:
+        _errors.restore()
     signals.leave(code)

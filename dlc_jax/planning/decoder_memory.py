@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dlc_jax.distributed.mesh import partition
+from dlc_jax.distributed import partition
 from dlc_jax.encoders.decoder import Architecture, DecoderConfig, joined
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import thresholds

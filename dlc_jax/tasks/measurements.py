@@ -170,7 +170,7 @@ def check_is_what_was_scored(workdir: Path, dataset: Samples) -> None:
 
 def scored_facts(workdir: Path, what: str) -> dict[str, Any]:
     """Returns the facts about the data set or encoder that was scored, {} of scores without."""
-    return records.facts_of(workdir, "score", _FACTS).get(what, {})
+    return (records.settings_of(workdir, "score", _FACTS, "facts") or {}).get(what, {})
 
 
 def scored_encoder(workdir: Path, fingerprint: str) -> str | None:

@@ -7,6 +7,7 @@ bytes; `tests/golden/test_result_numbers.py` notices where they do.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,8 +25,7 @@ import PIL
 from PIL import features
 
 from dlc_jax import expect
-from dlc_jax.files import array_files
-from dlc_jax.files.array_files import Expected
+from dlc_jax.files.array_files import Expected, read_npz
 from dlc_jax.files.arrow import pa, pq
 
 # used as parts of this module
@@ -199,17 +199,22 @@ def prepare_workdir(workdir: Path, option: str = "--workdir") -> None:
     Raises:
       ValueError: it cannot be written to.
     """
-    try:
+    with refusing_to_write(workdir, option):
         pull(workdir)
         with atomic(workdir / ".writable") as file:
             file.write(b"")
         remove(workdir / ".writable")
-    except OSError as error:
-        raise expect.InputError(
-            f"{option}: cannot write to {workdir}: {error.strerror or error}."
-        ) from error
     for folders in _FOLDERS:
         clear_leftovers(workdir, folders)
+
+
+def refusing_to_write(place: Path | str, option: str) -> contextlib.AbstractContextManager[None]:
+    """Raises ValueError, naming place and option, for errors of the system in here."""
+
+    def reason(error: Exception) -> str:
+        return getattr(error, "strerror", None) or str(error)
+
+    return expect.refusing(f"{option}: cannot write to {place}", OSError, shown=reason)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -268,26 +273,24 @@ def read_scores(workdir: Path) -> ScoredSamples:
       ValueError: it is not there or not what `write_scores` writes.
     """
     path = _made_by_score(workdir / SCORES, "in this work directory")
-    try:
-        with open(path, "rb") as file:  # given a name, Arrow would expand a ~ in it
-            table = pq.ParquetFile(file)
-            class_names = json.loads(table.schema_arrow.metadata[b"class_names"])
-            _check_columns(path, table.schema_arrow, class_names)
-            wanted = [name for name in table.schema_arrow.names if name != "class_name"]
-            parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
-            for batch in table.iter_batches(_ROWS, columns=wanted, use_threads=False):
-                for name in wanted:
-                    if batch[name].null_count:
-                        raise ValueError(f"column {name} lacks values")
-                    part = batch[name].to_numpy(zero_copy_only=False)
-                    parts[name].append(part.astype(np.str_) if name == "id" else part.copy())
+    kinds = (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError)
+    with (
+        expect.refusing(f"{path}: not a table of scores", *kinds, shown=expect.first_line),
+        open(path, "rb") as file,  # given a name, Arrow would expand a ~ in it
+    ):
+        table = pq.ParquetFile(file)
+        class_names = json.loads(table.schema_arrow.metadata[b"class_names"])
+        _check_columns(path, table.schema_arrow, class_names)
+        wanted = [name for name in table.schema_arrow.names if name != "class_name"]
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+        for batch in table.iter_batches(_ROWS, columns=wanted, use_threads=False):
+            for name in wanted:
+                if batch[name].null_count:
+                    raise ValueError(f"column {name} lacks values")
+                part = batch[name].to_numpy(zero_copy_only=False)
+                parts[name].append(part.astype(np.str_) if name == "id" else part.copy())
         columns = {name: np.concatenate(parts[name]) for name in wanted}
         ids, labels = columns.pop("id"), columns.pop("label")
-    except expect.InputError:
-        raise
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        shown = expect.first_line(error)
-        raise expect.InputError(f"{path}: not a table of scores: {shown}.") from error
     expect.dataset_is_consistent(str(path), len(labels), labels, ids, class_names)
     return ScoredSamples(ids, labels, tuple(class_names), columns)
 
@@ -316,7 +319,7 @@ def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np
       ValueError: it is not there, cannot be read, or is of other samples.
     """
     path = _made_by_score(workdir / name, "with the same selection.methods")
-    arrays = array_files.read_npz(path, {key: Expected("f", 2), "ids": Expected("U", 1)})
+    arrays = read_npz(path, {key: Expected("f", 2), "ids": Expected("U", 1)})
     if not np.array_equal(arrays["ids"], samples.ids) or len(arrays[key]) != len(samples.ids):
         raise expect.InputError(
             f"{path}: is of other samples than {SCORES}; run the stage 'score' again."
@@ -331,7 +334,7 @@ def read_losses(workdir: Path) -> dict[str, np.ndarray]:
       ValueError: it is not there, cannot be read, or its arrays do not fit each other.
     """
     path = workdir / LOSSES
-    arrays = array_files.read_npz(path, _LOSSES)
+    arrays = read_npz(path, _LOSSES)
     num_probes, num_samples = arrays["losses"].shape
     for name, length in (("sparsity", num_probes), ("labels", num_samples), ("ids", num_samples)):
         if len(arrays[name]) != length:

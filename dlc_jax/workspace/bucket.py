@@ -29,7 +29,6 @@ from dlc_jax import expect
 from dlc_jax.distributed import processes
 from dlc_jax.files import whole_files
 from dlc_jax.workspace import artefacts, lease, records
-from dlc_jax.workspace.lease import LeaseObject
 from dlc_jax.workspace.object_store import ObjectStore
 
 _FILES, _KNOWN = "files", "known.jsonl"
@@ -81,16 +80,16 @@ def work_in(
         try:
             stack.enter_context(whole_files.locked(home))
         except expect.InputError as error:
-            raise expect.InputError(f"{store.url}: its local copy {error}") from error
+            raise expect.InputError(f"{store.where}: its local copy {error}") from error
         if not processes.is_first():  # its copy holds no more than parts
             for path in home.iterdir():  # of a run that was killed
                 whole_files.remove(path)
             stack.callback(shutil.rmtree, home, ignore_errors=True)
         stack.enter_context(whole_files.mirrored_by(Bucket(store, home)))
         try:
-            yield files, lambda line: say(line.replace(str(files), store.url))
+            yield files, lambda line: say(line.replace(str(files), store.where))
         except expect.InputError as error:
-            error.args = (str(error).replace(str(files), store.url),)
+            error.args = (str(error).replace(str(files), store.where),)
             raise
 
 
@@ -118,9 +117,9 @@ class Bucket:
         self._lock = threading.RLock()  # a checkpoint is put while training goes on
 
     @property
-    def lease(self) -> LeaseObject:
+    def lease(self) -> ObjectStore:
         """Where a run of this place keeps its lease."""
-        return LeaseObject(self._store)
+        return self._store
 
     def covers(self, path: Path) -> bool:
         """Whether the path is in the local copy, and no temporary file."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from dlc_jax.distributed import processes
 from dlc_jax.workspace import artefacts
 
 _STATE, _HISTORY, _CHECKSUMS = "state", "history.json", "checksums.json"
+History: TypeAlias = list[dict[str, Any]]  # what led to a state
 
 
 class Checkpoints:
@@ -61,7 +62,7 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
 
-    def save(self, number: int, state: Any, history: list[dict[str, Any]]) -> None:
+    def save(self, number: int, state: Any, history: History) -> None:
         """Starts writing a state, a pytree of arrays; earlier ones go once it is whole."""
         self.wait()
         if processes.count() > 1:  # every process has all of it
@@ -69,7 +70,7 @@ class Checkpoints:
         beside = artefacts.names_below(self._beside)  # before more is added
         self._written = self._thread.submit(self._write, number, state, history, beside)
 
-    def restore(self, like: Any) -> tuple[Any, list[dict[str, Any]]] | None:
+    def restore(self, like: Any) -> tuple[Any, History] | None:
         """Returns the last good state and what led to it; None if there is none.
 
         Args:
@@ -96,11 +97,9 @@ class Checkpoints:
         if written is not None:
             written.result()
 
-    def _write(
-        self, number: int, state: Any, history: list[dict[str, Any]], beside: list[str]
-    ) -> None:
+    def _write(self, number: int, state: Any, history: History, beside: list[str]) -> None:
         with _quiet():
-            failure = self._failure_of_write(number, state, history, beside)
+            failure = self._failure(number, state, history, beside)
             if failure is not None:
                 gc.collect()  # what was under way, while nobody hears it complain
                 for _ in range(10):  # other writes under way may still add to what was left
@@ -111,9 +110,7 @@ class Checkpoints:
         for other in self._numbers() - {number}:
             artefacts.remove(self._folder / str(other))
 
-    def _failure_of_write(
-        self, number: int, state: Any, history: list[dict[str, Any]], beside: list[str]
-    ) -> str | None:
+    def _failure(self, number: int, state: Any, history: History, beside: list[str]) -> str | None:
         """Writes a checkpoint; returns why that failed, without the error, which holds a lot."""
         try:
             with artefacts.atomic_folder(self._folder / str(number)) as place:
@@ -158,15 +155,10 @@ class Checkpoints:
         found_beside = artefacts.hashes_below(self._beside, beside)
         return artefacts.difference(files, found) or artefacts.difference(beside, found_beside)
 
-    @contextlib.contextmanager
-    def _clear_errors(self, what: str):
-        try:
-            yield
-        except Exception as error:
-            raise expect.InputError(
-                f"{self._folder}: cannot {what} a checkpoint: {_reason(error)}. "
-                "Delete the folder to start this run again."
-            ) from error
+    def _clear_errors(self, what: str) -> contextlib.AbstractContextManager[None]:
+        problem = f"{self._folder}: cannot {what} a checkpoint"
+        end = ". Delete the folder to start this run again."
+        return expect.refusing(problem, Exception, shown=_reason, end=end)
 
 
 @contextlib.contextmanager

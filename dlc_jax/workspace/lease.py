@@ -16,12 +16,13 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from dlc_jax import expect
 from dlc_jax.files import whole_files
+from dlc_jax.workspace import artefacts
 from dlc_jax.workspace.object_store import ObjectStore
 
 FILE = ".lease.json"
@@ -30,7 +31,6 @@ _RENEW_S, _VOID_S = 10.0, 60.0
 _DOUBT_S = 30.0
 _LOOK_S = 0.5
 _SETTLE_S = 0.5  # for others that take a void lease at the same moment
-_SETTLE_IN_BUCKET_S = 2.0  # for others that create one at the same moment
 
 
 class Lost(BaseException):
@@ -38,61 +38,61 @@ class Lost(BaseException):
 
 
 class Folder(NamedTuple):
-    """Where the lease of a work directory on a file system is.
+    """A folder of a file system, with what a lease needs: a part of `ObjectStore`'s methods.
 
     Attributes:
-      name: What the user calls the work directory: its path.
+      where: What the user calls it: its path.
     """
 
-    name: str
+    where: str
 
-    @property
-    def _path(self) -> Path:
-        return Path(self.name) / FILE
-
-    def read(self) -> bytes | None:
-        """Returns its content; None if there is none."""
+    def read(self, name: str) -> bytes | None:
+        """Returns a file's content; None if there is no such file."""
         with contextlib.suppress(FileNotFoundError):
-            return self._path.read_bytes()
+            return self._path(name).read_bytes()
         return None
 
-    def create(self, content: bytes) -> bool:
-        """Writes it whole, unless there is one; returns whether it did."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._written(content) as temporary, contextlib.suppress(FileExistsError):
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes a file whole, unless there is one of this name; returns whether it did."""
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._written(name, content) as temporary, contextlib.suppress(FileExistsError):
             try:
-                os.link(temporary, self._path)  # unlike a new file, whole from its first moment
+                os.link(temporary, path)  # unlike a new file, whole from its first moment
             except FileExistsError:
                 raise
             except OSError:  # a file system without links
-                with open(self._path, "xb") as file:
+                with open(path, "xb") as file:
                     file.write(content)
             return True
         return False
 
-    def replace(self, content: bytes) -> None:
-        """Writes it whole, whether or not there is one."""
-        with self._written(content) as temporary:
-            os.replace(temporary, self._path)
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file whole, whether or not there is one."""
+        with self._written(name, content) as temporary:
+            os.replace(temporary, self._path(name))
 
-    def delete(self) -> None:
-        """Deletes it, if it is there."""
-        self._path.unlink(missing_ok=True)
+    def delete(self, names: Iterable[str]) -> None:
+        """Deletes files, if they are there."""
+        for name in names:
+            self._path(name).unlink(missing_ok=True)
 
-    def age_s(self) -> float:
-        """Returns how long it has not changed, as far as that can be known at once.
+    def age_s(self, name: str) -> float:
+        """Returns how long a file has not changed, as far as that can be known at once.
 
         By the clock of the file system, which also dates a file that is written now.
         """
-        with self._written(b"") as temporary, contextlib.suppress(FileNotFoundError):
-            return temporary.stat().st_mtime - self._path.stat().st_mtime
+        with self._written(name, b"") as temporary, contextlib.suppress(FileNotFoundError):
+            return temporary.stat().st_mtime - self._path(name).stat().st_mtime
         return 0.0
 
+    def _path(self, name: str) -> Path:
+        return Path(self.where) / name
+
     @contextlib.contextmanager
-    def _written(self, content: bytes) -> Iterator[Path]:
+    def _written(self, name: str, content: bytes) -> Iterator[Path]:
         # two containers may have the same host name and process number
-        unique = self._path.with_name(f"{FILE}.{uuid.uuid4().hex}")
-        temporary = whole_files.temporary_of(unique)
+        temporary = whole_files.temporary_of(self._path(f"{name}.{uuid.uuid4().hex}"))
         try:
             with open(temporary, "wb") as file:
                 file.write(content)
@@ -103,35 +103,7 @@ class Folder(NamedTuple):
             temporary.unlink(missing_ok=True)
 
 
-class LeaseObject(NamedTuple):
-    """Where the lease of a work directory in a bucket is; see `Folder`."""
-
-    store: ObjectStore
-
-    @property
-    def name(self) -> str:
-        return self.store.url
-
-    def read(self) -> bytes | None:
-        return self.store.read(FILE)
-
-    def create(self, content: bytes) -> bool:
-        if self.store.create(FILE, content):
-            time.sleep(_SETTLE_IN_BUCKET_S)  # where two can create it, the last one has it
-        return self.read() == content  # also where the answer of an earlier try was lost
-
-    def replace(self, content: bytes) -> None:
-        self.store.write(FILE, content)
-
-    def delete(self) -> None:
-        self.store.delete([FILE])
-
-    def age_s(self) -> float:
-        """Unknown: the dates of objects are not to be compared with any clock here."""
-        return 0.0
-
-
-LeasePlace: TypeAlias = Folder | LeaseObject
+LeasePlace: TypeAlias = Folder | ObjectStore
 
 
 def place_of(workdir: Path) -> LeasePlace:
@@ -158,12 +130,8 @@ def held(
         for more than a minute.
     """
     lease = _Lease(place, option)
-    try:
+    with artefacts.refusing_to_write(place.where, option):
         lease.acquire(say)
-    except OSError as error:
-        raise expect.InputError(
-            f"{option}: cannot write to {place.name}: {error.strerror or error}."
-        ) from error
     thread = threading.Thread(target=lease.keep, name="lease", daemon=True)
     thread.start()
     try:
@@ -189,21 +157,23 @@ class _Lease:
 
     def acquire(self, say: Callable[[str], None]) -> None:
         """Takes the lease, from nobody or from a holder that is dead or silent."""
-        if self._place.create(self._content()):
+        if self._place.create(FILE, self._content()):
             return
-        last = self._place.read()
+        last = self._place.read(FILE)
+        # the dates of objects are not to be compared with any clock here
+        age_s = self._place.age_s(FILE) if isinstance(self._place, Folder) else 0.0
         # whatever the file's date says, one that lives is given the time to show it
-        silent_s = min(max(0.0, self._place.age_s()), _VOID_S - 1.5 * _RENEW_S)
+        silent_s = min(max(0.0, age_s), _VOID_S - 1.5 * _RENEW_S)
         seen_at, said = _clock() - silent_s, False
         while last is not None and _lives(last) is not False and _clock() - seen_at < _VOID_S:
             if _lives(last) and _clock() - seen_at < 2 * _RENEW_S:
                 raise expect.InputError(self._refusal(last))
             if not said:
                 left_s = _VOID_S - (_clock() - seen_at)
-                say(f"{self._place.name}: {_who(last)}; waiting {left_s:.0f} s for a sign of life")
+                say(f"{self._place.where}: {_who(last)}; waiting {left_s:.0f} s for a sign of life")
                 said = True
             time.sleep(_LOOK_S)
-            found = self._place.read()
+            found = self._place.read(FILE)
             if found is not None and found != last:
                 raise expect.InputError(self._refusal(found))
             last = found
@@ -212,11 +182,11 @@ class _Lease:
     def _take(self, void: bytes | None) -> None:
         """Takes a lease that is void or gone, unless another process is faster."""
         if void is None:
-            self._place.create(self._content())
-        elif self._place.read() == void:
-            self._place.replace(self._content())
+            self._place.create(FILE, self._content())
+        elif self._place.read(FILE) == void:
+            self._place.write(FILE, self._content())
             time.sleep(_SETTLE_S)
-        found = self._place.read()
+        found = self._place.read(FILE)
         if _facts(found).get("token") != self._token:
             raise expect.InputError(self._refusal(found))
         self._sure_at = _clock()
@@ -233,19 +203,19 @@ class _Lease:
             self._renew()
         if self._taken_by is not None:
             raise Lost(
-                f"{self._place.name}: {self._taken_by}: this process gave no sign of life for too "
+                f"{self._place.where}: {self._taken_by}: this process gave no sign of life for too "
                 "long. It writes nothing more."
             )
 
     def release(self) -> None:
         """Deletes the lease, if it is ours."""
         with contextlib.suppress(Exception), self._lock:
-            if _facts(self._place.read()).get("token") == self._token:
-                self._place.delete()
+            if _facts(self._place.read(FILE)).get("token") == self._token:
+                self._place.delete([FILE])
 
     def _renew(self) -> None:
         with self._lock:
-            found = self._place.read()
+            found = self._place.read(FILE)
             if found is None and _clock() - self._sure_at > _DOUBT_S:
                 self._taken_by = "another run may have held it meanwhile, and ended"
             # else one that is gone was deleted by hand, and is written again
@@ -253,7 +223,7 @@ class _Lease:
                 self._taken_by = _who(found)
             elif not self.ended.is_set():
                 self._renewals += 1
-                self._place.replace(self._content())
+                self._place.write(FILE, self._content())
                 self._sure_at = _clock()
 
     def _content(self) -> bytes:
@@ -271,7 +241,7 @@ class _Lease:
 
     def _refusal(self, content: bytes | None) -> str:
         return (
-            f"{self._place.name}: in use: {_who(content)}. One run at a time may work there; wait "
+            f"{self._place.where}: in use: {_who(content)}. One run at a time may work there; wait "
             f"until it ends, or use another {self._option}."
         )
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -22,6 +23,7 @@ _OF_EXTRA = ("s3", "s3a", "gs", "gcs")
 _PATIENCE_S = 120.0
 _LONGEST_WAIT_S = 15.0
 _AT_ONCE = 16
+_SETTLE_S = 2.0  # for others that create an object at the same moment
 # What tells one version of an object from another: the first of these that a file system gives.
 _VERSIONS = ("ETag", "etag", "mtime", "LastModified", "updated", "created")
 # Classes of errors that may pass, of Python, aiohttp, requests, botocore and google.auth; by name,
@@ -52,18 +54,20 @@ class ObjectStore:
 
     Args:
       url: URL of a folder in a bucket.
+    Attributes:
+      where: The URL, for messages.
     Raises:
       ValueError: not such a URL, or its protocol needs a package that is not there.
     """
 
     def __init__(self, url: str):
-        self.url = url.rstrip("/")
+        self.where = url.rstrip("/")
         try:
             import fsspec
 
             # others may write there, so that nothing may be remembered
             self._files, self._root = fsspec.core.url_to_fs(
-                self.url, use_listings_cache=False, skip_instance_cache=True
+                self.where, use_listings_cache=False, skip_instance_cache=True
             )
         except ImportError as error:
             protocol = url.partition("://")[0]
@@ -75,7 +79,7 @@ class ObjectStore:
             raise expect.InputError(f"--workdir: {url}: {expect.first_line(error)}.") from error
         if "/" not in self._root.strip("/"):
             raise expect.InputError(
-                f"--workdir: expected a folder in a bucket, such as {self.url}/runs/demo, got "
+                f"--workdir: expected a folder in a bucket, such as {self.where}/runs/demo, got "
                 f"{url!r}."
             )
         self._was_reached = False
@@ -87,7 +91,7 @@ class ObjectStore:
             try:
                 return self._files.find(self._path(name), detail=True)
             except FileNotFoundError as error:
-                raise expect.InputError(f"{self.url}: there is no such bucket.") from error
+                raise expect.InputError(f"{self.where}: there is no such bucket.") from error
 
         start = len(self._root.rstrip("/")) + 1
         found = self._patiently("be listed", look)
@@ -113,9 +117,9 @@ class ObjectStore:
         return self._patiently("be read", look, name)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Puts an object unless there is one of this name; returns whether it did.
+        """Puts an object unless there is one of this name; returns whether it has this content.
 
-        Not every bucket can do both at once: callers that need that read it again a little later.
+        Not every bucket can do both at once, so that it is read again a little later.
         """
 
         def put() -> bool:
@@ -124,9 +128,9 @@ class ObjectStore:
                 return True
             return False
 
-        if name in self.list(name):
-            return False
-        return self._patiently("be written", put, name)
+        if name not in self.list(name) and self._patiently("be written", put, name):
+            time.sleep(_SETTLE_S)  # where two can create it, the last one has it
+        return self.read(name) == content  # also where the answer of an earlier try was lost
 
     def write(self, name: str, content: bytes) -> None:
         """Puts an object with this content."""
@@ -195,7 +199,7 @@ class ObjectStore:
         except Exception as error:
             if isinstance(error, expect.InputError) or _is_of_own_disk(error):
                 raise
-            place = f"{self.url}/{name}".rstrip("/")
+            place = f"{self.where}/{name}".rstrip("/")
             message = f"{place}: cannot {what}: {_reason(error)}."
             if _may_pass(error) and self._was_reached:
                 raise Unreachable(message) from error

@@ -265,11 +265,6 @@ def settings_of(
     return found
 
 
-def facts_of(root: Path, name: str, shape: Shape) -> dict[str, Any]:
-    """Returns the facts in a record, {} if there is none; ValueError as `settings_of`."""
-    return settings_of(root, name, shape, "facts") or {}
-
-
 def reason_to_make(root: Path, step: Step[Any]) -> str | None:
     """Returns why a step's result does not count, None if it does.
 

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 
 import dlc_jax as dlc
+from dlc_jax import signals
 from dlc_jax.distributed import processes
 
 SCORE = [
@@ -226,7 +227,7 @@ def test_a_process_that_dies_before_it_has_done_anything_is_named(num, rank, bre
     assert time.monotonic() - killed < 60
     for number, text in enumerate(said):
         if number != rank:
-            assert codes[number] == processes.RESTART, text
+            assert codes[number] == signals.RESTART, text
             assert says in text
             assert "Traceback" not in text
             assert "stack trace" not in text
@@ -254,7 +255,7 @@ def test_killed_in_scoring_the_others_name_it_and_any_number_goes_on(
     codes, said = ended(started)
     if codes != [0, 0]:  # else it was too late
         assert time.monotonic() - killed < 60
-        assert codes[1 - rank] == processes.RESTART, said[1 - rank][-2000:]
+        assert codes[1 - rank] == signals.RESTART, said[1 - rank][-2000:]
         assert f"process {rank} died" in said[1 - rank]
     run(num_after, tmp_path, slow)
     check_same(tmp_path, alone["odd"])
@@ -279,7 +280,7 @@ def test_a_sweep_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_path):
     run(2, whole, arguments)
     started = start(2, stopped, arguments)
     codes, said = stop_when(started, stopped, "finetune/*/*/metrics.jsonl")
-    assert codes in ([processes.RESTART] * 2, [0, 0]), said
+    assert codes in ([signals.RESTART] * 2, [0, 0]), said
     run(2, stopped, arguments)
     check_same(stopped, whole)
     rows = [
@@ -302,7 +303,7 @@ def test_a_training_record_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_
     run(2, whole, arguments)
     started = start(2, stopped, arguments)
     codes, said = stop_when(started, stopped, "scores/training/seed_*/metrics.jsonl")
-    assert codes == [processes.RESTART] * 2, said
+    assert codes == [signals.RESTART] * 2, said
     assert not (stopped / "scores/training/record.npz").exists()
     run(2, stopped, arguments)
     check_same(stopped, whole)

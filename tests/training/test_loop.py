@@ -8,6 +8,7 @@ import pytest
 from counter import Counter
 
 import dlc_jax as dlc
+from dlc_jax import signals
 from dlc_jax.distributed import processes
 from dlc_jax.training import loop
 from dlc_jax.training.loop import Progress, RunFolder, read_metrics, train
@@ -55,7 +56,7 @@ def test_a_run_that_is_stopped_resumes_at_the_next_step(
     expected, folder = train(whole, POSITIONS, 5), RunFolder(tmp_path, "ab")
     with monkeypatch.context() as patch:
         stop_at(patch, number)
-        with pytest.raises(processes.Stopped):
+        with pytest.raises(signals.Stopped):
             train(counter, POSITIONS, 5, folder)
     is_saved = number % 4 == 0 or (checkpoint_steps > 0 and number % checkpoint_steps == 0)
     assert numbers(tmp_path / "stopped") == ([] if is_saved else [number])
@@ -90,7 +91,7 @@ def test_the_later_of_a_stop_and_a_checkpoint_counts(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path, "ab")
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
-        with pytest.raises(processes.Stopped):
+        with pytest.raises(signals.Stopped):
             train(Counter(), POSITIONS, 5, folder)
     train(Counter(), POSITIONS, 5, folder)
     counter = Counter()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import fsspec
@@ -287,45 +288,43 @@ def test_two_machines_do_not_run_in_one_place(plain, tmp_path, server):
 def test_a_lease_in_a_bucket(url, monkeypatch):
     for module, name in ((lease, "_RENEW_S"), (lease, "_VOID_S"), (lease, "_LOOK_S")):
         monkeypatch.setattr(module, name, getattr(module, name) / 40)
-    monkeypatch.setattr(lease, "_SETTLE_IN_BUCKET_S", 0.1)
-    place, said = lease.LeaseObject(ObjectStore(url)), []
+    monkeypatch.setattr(object_store, "_SETTLE_S", 0.1)
+    place, said = ObjectStore(url), []
     with lease.held(place):
         assert names(url) == [lease.FILE]
-        first = json.loads(place.read())
+        first = json.loads(place.read(lease.FILE))
         with (
             pytest.raises(expect.InputError, match=f"{re.escape(url)}: in use: process"),
             held(url),
         ):
             pass
         time.sleep(0.6)
-        assert json.loads(place.read())["renewals"] > first["renewals"]
+        assert json.loads(place.read(lease.FILE))["renewals"] > first["renewals"]
     assert names(url) == []
     # of another machine that died: silent, then void
-    place.replace(json.dumps({**first, "host": "node7"}).encode())
+    place.write(lease.FILE, json.dumps({**first, "host": "node7"}).encode())
     with lease.held(place, said.append):
-        assert json.loads(place.read())["token"] != first["token"]
+        assert json.loads(place.read(lease.FILE))["token"] != first["token"]
     assert "on node7 holds it since" in said[0]
     assert names(url) == []
 
 
 def held(url: str):
-    return lease.held(lease.LeaseObject(ObjectStore(url)))
+    return lease.held(ObjectStore(url))
 
 
 def test_two_that_create_a_lease_at_once(url, monkeypatch):
     """As in a bucket that ignores the condition: the last one has it, and the first finds out."""
-    real = ObjectStore.create
+    place, waited = ObjectStore(url), []
 
-    def create(store, name, content):
-        done = real(store, name, content)
-        store.write(name, b"another")
-        return done
+    def sleep(seconds):
+        waited.append(seconds)
+        place.write(lease.FILE, b"another")
 
-    monkeypatch.setattr(ObjectStore, "create", create)
-    monkeypatch.setattr(lease, "_SETTLE_IN_BUCKET_S", 0.0)
-    place = lease.LeaseObject(ObjectStore(url))
-    assert not place.create(b"mine")
-    assert place.read() == b"another"
+    monkeypatch.setattr(object_store, "time", types.SimpleNamespace(sleep=sleep))
+    assert not place.create(lease.FILE, b"mine")
+    assert waited == [object_store._SETTLE_S]
+    assert place.read(lease.FILE) == b"another"
 
 
 @pytest.mark.parametrize(

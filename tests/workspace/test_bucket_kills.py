@@ -10,7 +10,7 @@ import pytest
 from test_bucket import local_names, names, opened, write, write_folder
 from test_records import Text
 
-from dlc_jax.workspace import Workspace, Written, artefacts, lease
+from dlc_jax.workspace import Workspace, Written, artefacts, lease, object_store
 from dlc_jax.workspace.checkpoints import Checkpoints
 from dlc_jax.workspace.object_store import ObjectStore
 
@@ -57,7 +57,7 @@ def is_killed(monkeypatch, after: int, url: str, home: Path, do) -> bool:
 
 @pytest.fixture
 def at_once(monkeypatch):
-    monkeypatch.setattr(lease, "_SETTLE_IN_BUCKET_S", 0.0)
+    monkeypatch.setattr(object_store, "_SETTLE_S", 0.0)
 
 
 def held_bucket(url: str, home: Path, monkeypatch):

@@ -33,7 +33,7 @@ def leave(folder: Path, **changes) -> None:
     folder.mkdir(exist_ok=True)
     facts = {"host": "node7", "pid": 4711, "since": WHEN, "machine": "x", "started": "1"}
     content = json.dumps({**facts, "token": "theirs", "renewals": 3, **changes})
-    lease.Folder(str(folder)).replace(content.encode())
+    lease.Folder(str(folder)).write(lease.FILE, content.encode())
 
 
 def here(pid: int) -> dict:

@@ -21,7 +21,7 @@ from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.huggingface import stored_names
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.stored_tensors import Stored, headers, misfits, read_tensors
-from dlc_jax.exports.images import grouped
+from dlc_jax.exports.forms import grouped
 from dlc_jax.types import by_path, path_name
 from dlc_jax.workspace import artefacts, records
 
@@ -232,7 +232,7 @@ def _write_shards(model: LanguageModel, place: Path) -> None:
         save_file(tensors, place / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
-        size = sum(leaves[path].nbytes for paths in shards for path in paths)
+        size = sum(leaves[path].nbytes for path in whole)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         artefacts.write_json(place / "model.safetensors.index.json", index)
 

@@ -467,7 +467,7 @@ def _write(samples: Dataset, file: IO) -> None:
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     schema = pa.schema({"image": image, "label": pa.int64()}, metadata)
-    rows = (
+    rows: Iterator[dict[str, Any]] = (
         {"image": {"bytes": encoded(sample), "path": sample.id}, "label": sample.label}
         for sample in _each(samples)
     )

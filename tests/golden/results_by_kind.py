@@ -21,8 +21,8 @@ from dlc_jax.encoders import resnet, vit
 from dlc_jax.encoders.architecture import Architecture
 from dlc_jax.encoders.decoder import Adapter, DecoderConfig
 from dlc_jax.encoders.language_model import model_folder
+from dlc_jax.evaluation import _pairs
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods
-from dlc_jax.evaluation.mmlu import _pairs
 from dlc_jax.preprocess import RandomCrops, load_images
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.path import LearningPath, learning_path

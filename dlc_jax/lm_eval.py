@@ -13,7 +13,19 @@ import dlc_jax.signals as signals  # `from dlc_jax` would load all of it first
 if __name__ == "__main__":
     signals.listen()
 
-from dlc_jax.cli.lm_eval import main
+import sys
+
+
+def main() -> None:
+    """Registers the class and runs lm_eval with the process's arguments."""
+    try:
+        from dlc_jax.evaluation import harness  # noqa: F401 - registers the class
+    except ImportError as error:
+        sys.exit(str(error))
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
 
 if __name__ == "__main__":
     main()

@@ -1,1 +1,1 @@
-"""What `dlc_jax.main`, `.check`, `.lm_eval` and `.presets` do."""
+"""What `dlc_jax.main` and `.check` do."""

@@ -13,11 +13,11 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dlc_jax import expect, signals
-from dlc_jax.cli.presets import run_name
 from dlc_jax.config import Config, describe, known_keys
 from dlc_jax.distributed import processes, use_all_cores
 from dlc_jax.distributed.watch import end, watched
 from dlc_jax.expect import show, visible
+from dlc_jax.presets import run_name
 from dlc_jax.stages import pipeline
 from dlc_jax.tasks.agreement import agree_on_settings
 from dlc_jax.workspace import bucket, lease

@@ -27,7 +27,7 @@ class DatasetConfig:
     """What to prune."""
 
     train: str = setting("", "source to prune: folder:, parquet:, hf:, ...; jsonl: of instructions")
-    test: str | None = setting(None, "source to test on; read by the stage finetune only")
+    test: str | None = setting(None, "source to test on; read by plan; by finetune, before scoring")
     on_corrupt: str = setting(Images.on_corrupt, f"unreadable sample: {' or '.join(ON_CORRUPT)}")
     deep_images: str | None = setting(
         None, f"more than 8 bits a channel: {', '.join(DEEP_IMAGES)}; None: by mode"

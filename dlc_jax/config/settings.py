@@ -21,7 +21,7 @@ from dlc_jax.config.sections import (
     MeshConfig,
     ProbeConfig,
 )
-from dlc_jax.evaluation.mmlu import EvaluationConfig
+from dlc_jax.evaluation import EvaluationConfig
 from dlc_jax.preprocess.cache import ImageCache
 from dlc_jax.preprocess.images import Images
 from dlc_jax.scores import SCORES
@@ -31,8 +31,6 @@ from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.tuning import LinearProbeConfig, TuningConfig
 from dlc_jax.types import Conventions, Dataset, setting
 
-_DEFAULT_STAGES = ("score", "select")
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -41,7 +39,7 @@ class Config:
     mode: str = setting("default", "default, or official: the released code's quirks")
     seed: int = setting(0, "seed of random masking and augmentation")
     stages: tuple[str, ...] = setting(
-        _DEFAULT_STAGES,
+        ("score", "select"),
         "what to run; " + "; ".join(f"of {k.name} {', '.join(k.stages)}" for k in KINDS.values()),
     )
     plan_details: bool = setting(
@@ -215,8 +213,7 @@ class Config:
         }
         if self.tuning.by == "linear_probe":
             return found | {"linear_probe": self.linear_probe.decisive}
-        trained = {"finetune": self.finetune.decisive, "encoder": settings["encoder"]}
-        return found | trained
+        return found | {"finetune": self.finetune.decisive, "encoder": settings["encoder"]}
 
     @property
     def asked(self) -> dict[str, Any]:

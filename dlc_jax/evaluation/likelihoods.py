@@ -95,8 +95,7 @@ def continuation_log_likelihoods(
     with tqdm(
         total=len(inputs), desc="likelihoods", unit="row", disable=hides_bar(progress)
     ) as bar:
-        batches = _batches(inputs, judged, tokens_per_batch, max_length)
-        for batch, chosen, width in batches:
+        for batch, chosen, width in _batches(inputs, judged, tokens_per_batch, max_length):
             signals.poll()
             arrays = _arrays(model.params, batch, judged, np.resize(chosen, width))
             found = _judged(model.architecture, model.params, *arrays)
@@ -156,8 +155,7 @@ def _batches(inputs, judged: _Places, tokens_per_batch: int, max_length: int):
     zeros = np.zeros(len(inputs), np.int32)
     data = Tokenised(tuple(inputs), zeros, zeros.astype(bool), np.arange(len(inputs)).astype(str))
     order = np.argsort(judged.rows, kind="stable")
-    bounds = np.searchsorted(judged.rows[order], np.arange(1, len(inputs)))
-    of_row = np.split(order, bounds)
+    of_row = np.split(order, np.searchsorted(judged.rows[order], np.arange(1, len(inputs))))
     found = [
         (batch, np.concatenate([of_row[row] for row in batch.positions]))
         for batch in token_batches(data, tokens_per_batch, max_length)

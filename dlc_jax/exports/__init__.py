@@ -3,59 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from dlc_jax import expect
-from dlc_jax.exports.images import (
-    check_fit_png,
-    check_has_files,
-    write_hub_folder,
-    write_image_folder,
-    write_image_links,
-    write_parquet,
-)
-from dlc_jax.exports.lists import (
-    PARTS,
-    Part,
-    check_ids_are_lines,
-    part_positions,
-    write_ids,
-    write_jsonl,
-    write_manifest,
-    write_positions,
-)
+from dlc_jax.exports.forms import EXPORTS, PARTS, Export, Part, part_positions
 from dlc_jax.types import Dataset, Selection, file_of
 
-
-class Export(NamedTuple):
-    """How a form is written, and what its file or folder is called after the part's name.
-
-    Attributes:
-      write: Takes the part and where to write; the place is whole or not there at all.
-      suffix: Ending of the file name, with its dot; that of a folder's name has none.
-      check: Raises ValueError for samples that the form cannot hold; takes the data set and a name
-        for the message. Called before scoring.
-    """
-
-    write: Callable[[Part, Path], None]
-    suffix: str
-    check: Callable[[Dataset, str], None] | None = None
-
-
-EXPORTS: Mapping[str, Export] = {
-    "npy": Export(write_positions, ".npy"),
-    "ids": Export(write_ids, ".txt", check_ids_are_lines),
-    "jsonl": Export(write_jsonl, ".jsonl"),
-    "json": Export(write_manifest, ".json"),
-    "parquet": Export(write_parquet, ".parquet", check_fit_png),
-    "image_folder": Export(write_image_folder, "-images", check_fit_png),
-    "image_links": Export(write_image_links, "-links", check_has_files),
-    "hf": Export(write_hub_folder, "-hf", check_fit_png),
-}
 # Of the stage only: its paths tell with what the scores were made, and it reads other files.
 RELEASED = "released"
 FORMS = (*EXPORTS, RELEASED)
@@ -111,10 +67,8 @@ def export(
     if not overwrite and os.path.lexists(path):
         raise expect.InputError(f"{path}: is there already; expected a new name, or overwrite.")
     _check_does_not_hold(path, dataset)
-    try:
+    with expect.refusing(f"{path}: cannot be written", OSError):
         EXPORTS[form].write(written, path)
-    except OSError as error:
-        raise expect.InputError(f"{path}: cannot be written: {error}.") from error
     return path
 
 

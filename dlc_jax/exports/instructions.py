@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dlc_jax import expect
 from dlc_jax.datasets.instructions import Instructions, json_problem
-from dlc_jax.exports.lists import json_line
+from dlc_jax.exports.forms import json_line
 from dlc_jax.files.arrow import pa, pq
 from dlc_jax.workspace import artefacts
 
@@ -54,14 +54,14 @@ def check_parquet_holds(data: Instructions) -> None:
 def _write_table(data: Instructions, file: Any) -> None:
     rows: list[dict[str, Any]] = list(data.rows)
     columns = dict.fromkeys(name for row in rows for name in row)
-    try:
+    with expect.refusing(
+        f"{data.name} does not fit a table",
+        *(pa.ArrowException, OverflowError, TypeError, UnicodeError),
+        shown=expect.first_line,
+        end="; expected form jsonl for it.",
+    ):
         arrays = {name: _column([row.get(name) for row in rows]) for name in columns}
         pq.write_table(pa.table(arrays), file)
-    except (pa.ArrowException, OverflowError, TypeError, UnicodeError) as error:
-        raise expect.InputError(
-            f"{data.name} does not fit a table: {expect.first_line(error)}; expected form jsonl "
-            "for it."
-        ) from error
 
 
 def _column(values: list[Any]) -> pa.Array:

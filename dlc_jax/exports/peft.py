@@ -19,18 +19,15 @@ from dlc_jax.encoders.decoder import DTYPES, TARGETS, Adapter
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.language_model import LanguageModel, stored_names
 from dlc_jax.encoders.stored_tensors import Stored, headers, misfits, read_tensors
-from dlc_jax.exports.images import grouped
+from dlc_jax.exports.forms import grouped
 from dlc_jax.types import by_path, path_name
 from dlc_jax.workspace import artefacts, records
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
 _MATRICES = {"lora_a": "lora_A", "lora_b": "lora_B"}
 _SHARD_BYTES = 5 * 10**9
 _LARGEST = 2**20  # rank or alpha; either is a few hundred at most
-# What a model folder holds besides weights; the tokenizer's files differ from model to model.
-_BESIDES = ("*.json", "*.model", "*.jinja", "tokenizer*")
 # Settings of PEFT that change what an adapter computes, and the values this decoder computes.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -179,7 +176,7 @@ def _adapter_names(model: LanguageModel, weights: Iterable[str]) -> dict[str, St
         layer, _, matrix = path.rpartition("/")
         kernel = f"{layer}/kernel"
         name, axes = stored_names(model.config, [kernel])[kernel]
-        name = f"{_PREFIX}{name.removesuffix('.weight')}.{_MATRICES[matrix]}.weight"
+        name = f"base_model.model.{name.removesuffix('.weight')}.{_MATRICES[matrix]}.weight"
         names[path] = Stored(name, axes)
     return names
 
@@ -204,7 +201,8 @@ def write_merged(model: LanguageModel, folder: str | Path) -> None:
       True
     """
     with artefacts.atomic_folder(Path(folder).expanduser()) as place:
-        for pattern in _BESIDES:
+        # all but the weights; the tokenizer's files differ from model to model
+        for pattern in ("*.json", "*.model", "*.jinja", "tokenizer*"):
             for file in model.folder.glob(pattern):
                 if file.is_file() and not file.name.endswith(".safetensors.index.json"):
                     shutil.copyfile(file, place / file.name)
@@ -230,7 +228,7 @@ def _write_shards(model: LanguageModel, place: Path) -> None:
         save_file(tensors, place / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
-        size = sum(leaves[path].nbytes for paths in shards for path in paths)
+        size = sum(leaves[path].nbytes for path in whole)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         artefacts.write_json(place / "model.safetensors.index.json", index)
 

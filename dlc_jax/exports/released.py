@@ -6,6 +6,7 @@ and loads positions in them from a path that names every setting. torchvision is
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from dlc_jax import expect
 from dlc_jax.datasets.files import regular
 from dlc_jax.datasets.labels import composed
 from dlc_jax.exports import part_positions
-from dlc_jax.exports.images import FOLDER_SUFFIXES
+from dlc_jax.exports.forms import FOLDER_SUFFIXES
 from dlc_jax.files.image_files import SUFFIXES
 from dlc_jax.masking import PathSpec
 from dlc_jax.preprocess.decode import decode
@@ -222,10 +223,8 @@ _LAYOUTS: Mapping[str, Callable[[Path, str, str], Iterator[Entry]]] = {
 
 def _lines(file: Path, separator: str, expected: str) -> Iterator[tuple[str, str]]:
     """Gives both words of every line; none may be empty or lack one, or positions would shift."""
-    try:
+    with expect.refusing(f"{file}: cannot be read, expected a list", OSError, ValueError):
         lines = regular(file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, ValueError) as error:
-        raise expect.InputError(f"{file}: cannot be read, expected a list: {error}.") from error
     for number, line in enumerate(lines, start=1):
         first, _, second = line.strip().partition(separator)
         if not first or not second or (separator == "/" and "/" in second):
@@ -291,16 +290,12 @@ def _match(
 
 def _nearest(path: PurePath, others: Mapping[int, PurePath]) -> list[int]:
     """Returns the keys of the paths that have most of their last components in common with it."""
-    depths = {key: _num_common(path.parts, other.parts) for key, other in others.items()}
+    depths = {}
+    for key, other in others.items():
+        pairs = zip(reversed(path.parts), reversed(other.parts), strict=False)
+        depths[key] = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)])
     most = max(depths.values())
     return [key for key, depth in depths.items() if depth == most]
-
-
-def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
-    pairs = zip(reversed(first), reversed(second), strict=False)
-    return next(
-        (depth for depth, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second))
-    )
 
 
 def _not_there(dataset: Dataset, index: int, key: tuple[str, str], where: str) -> expect.InputError:
@@ -318,12 +313,9 @@ def _not_there(dataset: Dataset, index: int, key: tuple[str, str], where: str) -
 
 def _check_same_image(dataset: Dataset, index: int, path: Path) -> None:
     """Raises unless the file has the sample's bytes, or decodes to the same RGB pixels."""
-    try:
+    name = f"{dataset.name}: sample {dataset.ids[index]}"
+    with expect.refusing(f"{name} cannot be compared with {path}", OSError):
         sample, content = dataset[index], regular(path).read_bytes()
-    except OSError as error:
-        raise expect.InputError(
-            f"{dataset.name}: sample {dataset.ids[index]} cannot be compared with {path}: {error}."
-        ) from error
     if not isinstance(sample.image, np.ndarray) and sample.image == content:
         return
     held = decode(sample.image, sample.id, dataset.deep_images)

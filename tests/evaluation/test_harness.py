@@ -12,8 +12,7 @@ from conftest import ROOT, require_shared
 from small_llama import make_llama
 
 from dlc_jax.encoders.language_model import load_language_model
-from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
-from dlc_jax.evaluation.mmlu import SUBJECTS
+from dlc_jax.evaluation import SUBJECTS, evaluate_mmlu, load_mmlu
 
 COLUMNS = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
 SIZES = {"anatomy": 9, "virology": 4, "high_school_us_history": 5, "astronomy": 3}

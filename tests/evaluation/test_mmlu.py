@@ -7,8 +7,7 @@ import pytest
 from conftest import require_shared
 
 from dlc_jax.encoders.language_model import load_language_model
-from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
-from dlc_jax.evaluation.mmlu import SUBJECTS, Question
+from dlc_jax.evaluation import SUBJECTS, Question, evaluate_mmlu, load_mmlu
 
 HEADER = "question,choice0,choice1,choice2,choice3,answer\n"
 ROWS = '"What is\n""it""?",1,"2, or 3",N/A,None,2\n Why? ,a,b,c,d,0\n'

@@ -155,7 +155,7 @@ def test_a_link_that_leads_nowhere_is_not_replaced_unasked(small_sample, tmp_pat
 
 
 def test_large_images_are_written_in_smaller_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("dlc_jax.exports.images._BYTES", 5000)
+    monkeypatch.setattr("dlc_jax.exports.forms._BYTES", 5000)
     images = [encoded(image) for image in random_images(6, 25)]
     assert 1667 < min(map(len, images)) <= max(map(len, images)) < 2500
     dataset = dlc.array_dataset(images, [0, 1] * 3, ids=list("abcdef"))

@@ -20,8 +20,8 @@ from dlc_jax.datasets.instructions import instructions
 from dlc_jax.encoders import resnet, vit
 from dlc_jax.encoders.decoder import Adapter, Architecture, DecoderConfig
 from dlc_jax.encoders.language_model import model_folder
+from dlc_jax.evaluation import _pairs
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods
-from dlc_jax.evaluation.mmlu import _pairs
 from dlc_jax.preprocess.decode import RandomCrops
 from dlc_jax.preprocess.images import load_images
 from dlc_jax.preprocess.tokens import Tokenised

@@ -1,4 +1,4 @@
-"""Samples as image files, image folders, and Parquet in the Hugging Face image convention."""
+"""The forms of an export: positions, ids, a manifest, image files and folders, and Parquet."""
 
 from __future__ import annotations
 
@@ -9,22 +9,155 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import Int64
 from PIL import Image
 
 from dlc_jax import expect
 from dlc_jax.datasets.files import is_junk, split_in
 from dlc_jax.datasets.labels import composed
-from dlc_jax.expect import markdown_text
-from dlc_jax.exports.lists import Part
 from dlc_jax.files.arrow import pa, pq
 from dlc_jax.files.image_files import opened
-from dlc_jax.types import Dataset, Sample, file_of
+from dlc_jax.selection import kept_positions, places_of
+from dlc_jax.types import Dataset, Sample, Selection, file_of, labels_fingerprint
 from dlc_jax.workspace import artefacts
+
+PARTS = ("kept", "dropped")
+
+
+class Part(NamedTuple):
+    """The kept or the dropped samples.
+
+    Attributes:
+      name: `kept` or `dropped`.
+      samples: Those samples, with all classes.
+      rows: [k] positions of the samples in the scored order, ascending; that is the order of the
+        data set unless samples were left out of the scores.
+      selection: Selection that kept or dropped them; None where only positions were given.
+    """
+
+    name: str
+    samples: Dataset
+    rows: Int64[np.ndarray, " k"]
+    selection: Selection | None
+
+
+def part_positions(
+    dataset: Dataset, kept: Selection | np.ndarray | Sequence[int], part: str, where: str
+) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
+    """Returns the positions of kept or dropped samples in the scored order and in the data set.
+
+    Samples that were not scored, such as unreadable ones, are neither.
+
+    Args:
+      dataset, kept, part: See `export`.
+      where: For messages.
+    Raises:
+      ValueError: an unknown part, `kept` that does not fit the data set, nothing is dropped, or a
+        selection that does not know what was scored.
+    """
+    expect.one_of("export part", part, PARTS)
+    rows = kept_positions(dataset, kept)
+    scored: np.ndarray | None = dataset.ids
+    if isinstance(kept, Selection):
+        rows, scored = np.sort(kept.indices), _scored_ids(dataset, kept)
+    if part == "dropped":
+        if scored is None:
+            raise expect.InputError(
+                f"{where}: the selection does not know which samples it was made from, and so not "
+                "which are dropped; expected one made with select(..., ids=...)."
+            )
+        rows = np.setdiff1d(np.arange(len(scored)), rows)
+        if not len(rows):
+            raise expect.InputError(f"{where}: nothing is dropped, so there is nothing to write.")
+    if scored is dataset.ids:
+        return rows, rows
+    if scored is None:
+        assert isinstance(kept, Selection)
+        wanted = kept.ids[np.argsort(kept.indices)] if kept.ids is not None else None
+        return rows, rows if wanted is None else places_of(dataset.name, dataset.ids, wanted)
+    return rows, places_of(dataset.name, dataset.ids, scored[rows], part)
+
+
+def _scored_ids(dataset: Dataset, kept: Selection) -> np.ndarray | None:
+    """Returns the ids of what was scored, in that order; None where that cannot be known."""
+    if kept.scored_ids is not None:
+        return kept.scored_ids
+    if kept.labels_fingerprint != labels_fingerprint(dataset.labels):
+        return None
+    expect.positions("kept.indices", kept.indices, len(dataset))
+    in_its_order = kept.ids is None or np.array_equal(dataset.ids[kept.indices], kept.ids)
+    return dataset.ids if in_its_order else None
+
+
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+
+
+def write_positions(part: Part, path: Path) -> None:
+    """Writes positions in the scored order, int64, ascending."""
+    with artefacts.atomic(path) as file:
+        np.save(file, part.rows)
+
+
+def write_ids(part: Part, path: Path) -> None:
+    """Writes an id per line, UTF-8."""
+    check_ids_are_lines(part.samples, str(path))
+    with artefacts.atomic(path) as file:
+        file.writelines(f"{name}\n".encode() for name in part.samples.ids.tolist())
+
+
+def check_ids_are_lines(samples: Dataset, where: str) -> None:
+    """Raises ValueError, naming it, for an id that is empty or holds a line break of any kind."""
+    broken = [name for name in samples.ids.tolist() if name.splitlines() != [name]]
+    if broken:
+        raise expect.InputError(
+            f"{where}: id {broken[0]!r} is not one line of text; use form jsonl."
+        )
+
+
+def write_jsonl(part: Part, path: Path) -> None:
+    """Writes id, label, class_name and position in the scored order of every sample."""
+    samples = part.samples
+    with artefacts.atomic(path) as file:
+        for name, label, position in zip(
+            samples.ids.tolist(), samples.labels.tolist(), part.rows.tolist(), strict=True
+        ):
+            line = {"id": name, "label": label, "class_name": samples.class_names[label]}
+            file.write(json_line({**line, "position": position}))
+
+
+def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+    """Returns strict JSON on a line, also for readers to whom U+0085 and U+2028 end one."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=default)
+    return f"{text.translate(_LINE_ENDS)}\n".encode()
+
+
+def write_manifest(part: Part, path: Path) -> None:
+    """Writes ids, samples per class, and how they were selected (nulls where that is not known)."""
+    settings = (
+        *("method", "keep_fraction", "split", "seed", "mode"),
+        *("min_per_class", "variant", "allocation", "per_class"),
+    )
+    chosen = getattr(part.selection, "chosen", None)
+    sizes = np.bincount(part.samples.labels, minlength=part.samples.num_classes)
+    artefacts.write_json(
+        path,
+        {
+            "dataset": part.samples.name,
+            "part": part.name,
+            **{name: getattr(part.selection, name, None) for name in settings},
+            "chosen": None if chosen is None else chosen._asdict(),
+            "num_samples": len(part.samples),
+            "num_per_class": dict(zip(part.samples.class_names, sizes.tolist(), strict=True)),
+            "ids": part.samples.ids.tolist(),
+        },
+    )
+
 
 # What torchvision.datasets.ImageFolder takes for images; it looks at nothing else of a name.
 FOLDER_SUFFIXES = (
@@ -43,14 +176,12 @@ _SUFFIXES = {
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
-def read(samples: Dataset, index: int) -> Sample:
-    """Returns a sample; ValueError, naming it, if its file cannot be read."""
-    try:
-        return samples[index]
-    except OSError as error:
-        raise expect.InputError(
-            f"{samples.name}: sample {str(samples.ids[index])!r} cannot be read: {error}."
-        ) from error
+def _each(samples: Dataset) -> Iterator[Sample]:
+    """Yields the samples; ValueError, naming it, for one whose file cannot be read."""
+    for index, name in enumerate(samples.ids.tolist()):
+        with expect.refusing(f"{samples.name}: sample {name!r} cannot be read", OSError):
+            sample = samples[index]
+        yield sample
 
 
 def check_fit_png(samples: Dataset, where: str) -> None:
@@ -60,23 +191,24 @@ def check_fit_png(samples: Dataset, where: str) -> None:
       samples: Samples, of which only arrays are looked at; sources hold either arrays or files.
       where: For the message.
     """
-    for index in range(len(samples)):
+    for index, name in enumerate(samples.ids.tolist()):
         try:
             image = samples.images[index]
         except OSError:  # a file, and whether it matters is for the decoder to say
             return
         if not isinstance(image, np.ndarray):
             return
-        if not _fits_png(image):
-            raise expect.InputError(
-                f"{where}: sample {str(samples.ids[index])!r} of {samples.name} {_no_png(image)}"
-            )
+        _check_fits_png(image, f"{where}: sample {name!r} of {samples.name}")
 
 
-def _fits_png(image: np.ndarray) -> bool:
+def _check_fits_png(image: np.ndarray, where: str) -> None:
     num_channels = image.shape[2] if image.ndim == 3 else 1
     deepest = {"uint8": 4, "uint16": 1}.get(image.dtype.name, 0)  # channels, alpha among them
-    return image.ndim in (2, 3) and image.size > 0 and 1 <= num_channels <= deepest
+    if image.ndim not in (2, 3) or image.size == 0 or not 1 <= num_channels <= deepest:
+        raise expect.InputError(
+            f"{where} is an array of {image.dtype} {image.shape}, which PNG cannot hold; expected "
+            "uint8, or uint16 of one channel."
+        )
 
 
 def encoded(sample: Sample) -> bytes:
@@ -86,16 +218,13 @@ def encoded(sample: Sample) -> bytes:
       ValueError: they are no image, or an array that PNG cannot hold.
     """
     image = sample.image
-    if isinstance(image, np.ndarray) and not _fits_png(image):
-        raise expect.InputError(f"sample {sample.id!r} {_no_png(image)}")
-    try:
+    with _decoding(sample):
         if isinstance(image, np.ndarray):
+            _check_fits_png(image, f"sample {sample.id!r}")
             native = image.astype(image.dtype.newbyteorder("="), copy=False)
             return _png(Image.fromarray(native[:, :, 0] if image.shape[2:] == (1,) else native))
         with opened(image):
             return image
-    except Exception as error:  # PIL's decoders raise anything from OSError to SyntaxError
-        raise _no_image(sample, error) from error
 
 
 def as_file(sample: Sample) -> tuple[bytes, str]:
@@ -108,12 +237,9 @@ def as_file(sample: Sample) -> tuple[bytes, str]:
       ValueError: it is no image.
     """
     content = encoded(sample)
-    try:
-        with opened(content) as image:
-            suffix = _SUFFIXES.get(image.format or "")
-            return (content, suffix) if suffix else (_png(image), ".png")
-    except Exception as error:
-        raise _no_image(sample, error) from error
+    with _decoding(sample), opened(content) as image:
+        suffix = _SUFFIXES.get(image.format or "")
+        return (content, suffix) if suffix else (_png(image), ".png")
 
 
 def _png(image: Image.Image) -> bytes:
@@ -126,17 +252,10 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _no_png(image: np.ndarray) -> str:
-    return (
-        f"is an array of {image.dtype} {image.shape}, which PNG cannot hold; expected uint8, or "
-        "uint16 of one channel."
-    )
-
-
-def _no_image(sample: Sample, error: Exception) -> expect.InputError:
-    return expect.InputError(
-        f"sample {sample.id!r} is not a readable image: {expect.first_line(error)}"
-    )
+def _decoding(sample: Sample) -> AbstractContextManager[None]:
+    """Refuses what is no image: PIL's decoders raise anything from OSError to SyntaxError."""
+    problem = f"sample {sample.id!r} is not a readable image"
+    return expect.refusing(problem, Exception, shown=expect.first_line, end="")
 
 
 CLASS_NAMES = "class_names.json"  # beside the folders of the classes
@@ -151,9 +270,8 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     names, taken = [], {CLASS_NAMES}
     for class_name in class_names:
         name = _folder(composed(class_name))  # as `folder:` reads it
-        candidates = itertools.chain(
-            [name] if len(name.encode()) <= _LONGEST else [], _marked(name, "", class_name)
-        )
+        own = [name] if len(name.encode()) <= _LONGEST else []
+        candidates = itertools.chain(own, _marked(name, "", class_name))
         name = next(some for some in candidates if _folded(some) not in taken)
         taken.add(_folded(name))
         names.append(name)
@@ -282,10 +400,10 @@ def check_has_files(samples: Dataset, where: str) -> None:
       samples: None of which is read.
       where: For the message.
     """
-    for index in range(len(samples)):
+    for index, name in enumerate(samples.ids.tolist()):
         if file_of(samples.images, index) is None:
             raise expect.InputError(
-                f"{where}: sample {str(samples.ids[index])!r} of {samples.name} is no file of "
+                f"{where}: sample {name!r} of {samples.name} is no file of "
                 "its own to link to; expected a source of files (folder:, csv:, "
                 "fgvc_aircraft:). Use form image_folder, which copies."
             )
@@ -298,8 +416,7 @@ def _targets(samples: Dataset, root: Path) -> Iterator[tuple[int, Path, bytes]]:
     if any(folder != name for folder, name in names.items()):
         artefacts.write_json(root / CLASS_NAMES, names)
     paths = ImagePaths()
-    for index in range(len(samples)):
-        sample = read(samples, index)
+    for index, sample in enumerate(_each(samples)):
         content, suffix = as_file(sample)
         class_name = samples.class_names[sample.label]
         target = root / paths.add(folders[sample.label], class_name, sample.id, suffix)
@@ -337,7 +454,7 @@ def write_hub_folder(part: Part, path: Path) -> None:
         (root / "README.md").write_text(
             "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
             f"    path: data/train-*\n---\n\n{len(part.samples)} samples of "
-            f"{markdown_text(part.samples.name)}.\n"
+            f"{expect.markdown_text(part.samples.name)}.\n"
         )
 
 
@@ -349,17 +466,13 @@ def _write(samples: Dataset, file: IO) -> None:
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     schema = pa.schema({"image": image, "label": pa.int64()}, metadata)
+    rows: Iterator[dict[str, Any]] = (
+        {"image": {"bytes": encoded(sample), "path": sample.id}, "label": sample.label}
+        for sample in _each(samples)
+    )
     with pq.ParquetWriter(file, schema) as table:
-        for rows in grouped(
-            _table_rows(samples), lambda row: len(row["image"]["bytes"]), _BYTES, _ROWS
-        ):
-            table.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-
-
-def _table_rows(samples: Dataset) -> Iterator[dict[str, Any]]:
-    for index in range(len(samples)):
-        sample = read(samples, index)
-        yield {"image": {"bytes": encoded(sample), "path": sample.id}, "label": sample.label}
+        for group in grouped(rows, lambda row: len(row["image"]["bytes"]), _BYTES, _ROWS):
+            table.write_batch(pa.RecordBatch.from_pylist(group, schema=schema))
 
 
 def grouped(
@@ -376,3 +489,30 @@ def grouped(
         group.append(item)
     if group:
         yield group
+
+
+class Export(NamedTuple):
+    """How a form is written, and what its file or folder is called after the part's name.
+
+    Attributes:
+      write: Takes the part and where to write; the place is whole or not there at all.
+      suffix: Ending of the file name, with its dot; that of a folder's name has none.
+      check: Raises ValueError for samples that the form cannot hold; takes the data set and a name
+        for the message. Called before scoring.
+    """
+
+    write: Callable[[Part, Path], None]
+    suffix: str
+    check: Callable[[Dataset, str], None] | None = None
+
+
+EXPORTS: Mapping[str, Export] = {
+    "npy": Export(write_positions, ".npy"),
+    "ids": Export(write_ids, ".txt", check_ids_are_lines),
+    "jsonl": Export(write_jsonl, ".jsonl"),
+    "json": Export(write_manifest, ".json"),
+    "parquet": Export(write_parquet, ".parquet", check_fit_png),
+    "image_folder": Export(write_image_folder, "-images", check_fit_png),
+    "image_links": Export(write_image_links, "-links", check_has_files),
+    "hf": Export(write_hub_folder, "-hf", check_fit_png),
+}

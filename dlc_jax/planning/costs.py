@@ -38,13 +38,9 @@ class Cost(NamedTuple):
 
     def plus(self, other: Cost) -> Cost:
         """Returns both as one part."""
+        summed = ("passes", "num_samples", "flops", "device_flops", "decodes", "crops")
         return self._replace(
-            passes=self.passes + other.passes,
-            num_samples=self.num_samples + other.num_samples,
-            flops=self.flops + other.flops,
-            device_flops=self.device_flops + other.device_flops,
-            decodes=self.decodes + other.decodes,
-            crops=self.crops + other.crops,
+            **{name: getattr(self, name) + getattr(other, name) for name in summed}
         )
 
 

@@ -72,12 +72,7 @@ class Scoring:
 
     def changes(self) -> Iterator[Values]:
         change = functools.partial(dataclasses.replace, self)
-        yield halved(
-            "probe.tokens_per_batch",
-            self.tokens_per_batch,
-            256,
-            lambda num: change(tokens_per_batch=num),
-        )
+        yield halved("probe.tokens_per_batch", self.tokens_per_batch, 256, change)
         yield from _smaller_models(self)
 
     def plan(self) -> MemoryPlan:
@@ -145,12 +140,7 @@ class Finetuning:
 
         if not self.lora.rematerialise:
             yield [("lora.rematerialise=True", change(rematerialise=True))]
-        yield halved(
-            "lora.rows_at_once",
-            self.lora.rows_at_once,
-            self.num_devices,
-            lambda num: change(rows_at_once=num),
-        )
+        yield halved("lora.rows_at_once", self.lora.rows_at_once, self.num_devices, change)
         yield from _smaller_models(self)
 
     def plan(self) -> MemoryPlan:
@@ -184,7 +174,7 @@ class Finetuning:
 
 def _smaller_models(job: Scoring | Finetuning) -> Iterator[Values]:
     change = functools.partial(dataclasses.replace, job)
-    yield halved("encoder.max_length", job.max_length, 128, lambda num: change(max_length=num))
+    yield halved("encoder.max_length", job.max_length, 128, change)
     more = doubled(job.fsdp, job.groups, lambda num: change(fsdp=num))
     yield ((f"mesh.fsdp={num}", other) for num, other in more)
 

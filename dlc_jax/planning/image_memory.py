@@ -61,8 +61,8 @@ class ImageScoring:
 
     def changes(self) -> Iterator[Values]:
         change = functools.partial(dataclasses.replace, self)
-        yield halved("probe.batch_size", self.batch_size, 1, lambda num: change(batch_size=num))
-        yield halved("probe.chunk", self.chunk, 1, lambda num: change(chunk=num))
+        yield halved("probe.batch_size", self.batch_size, 1, change)
+        yield halved("probe.chunk", self.chunk, 1, change)
         if not is_processor():
             yield [("probe.dtype=bfloat16", change(dtype="bfloat16"))]
 
@@ -70,17 +70,18 @@ class ImageScoring:
         """Returns the plan."""
         arguments = self.arguments()
         params, _, thresholds, prototypes, images, _ = arguments
-        pruned = sum(leaf.size * leaf.dtype.itemsize for leaf in self._prunable().values())
-        masked = self.chunk * pruned
+        prunable = self._prunable()
+        masked = self.chunk * tree_bytes(prunable)
         peak = peak_bytes(self.program(), *arguments)
         losses = 4 * self.num_probes * self.batch_size
+        image_bytes = images.size * (_BATCHES + jnp.dtype(_kept_in(self.dtype)).itemsize)
         return MemoryPlan.of(
             Memory("weights", tree_bytes(params)),
-            Memory("importance of weights", 4 * sum(w.size for w in self._prunable().values())),
+            Memory("importance of weights", 4 * sum(leaf.size for leaf in prunable.values())),
             Memory("masked weights", masked),
             Memory("masked weights in another layout", masked),
             Memory("activations", max(0, peak - masked)),
-            Memory("images, as they come and normalised", self._image_bytes(images)),
+            Memory("images, as they come and normalised", image_bytes),
             Memory("thresholds, prototypes, losses", tree_bytes((thresholds, prototypes)) + losses),
         )
 
@@ -111,9 +112,6 @@ class ImageScoring:
     def _prunable(self) -> dict[str, Any]:
         leaves = by_path(self.encoder.params)
         return {path: leaves[path] for path in prunable_of(self.encoder)}
-
-    def _image_bytes(self, images: jax.ShapeDtypeStruct) -> int:
-        return images.size * (_BATCHES + jnp.dtype(_kept_in(self.dtype)).itemsize)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,12 +144,8 @@ class ImageFinetuning:
                 self, settings=dataclasses.replace(self.settings, **settings)
             )
 
-        yield halved(
-            "finetune.batch_size",
-            self.settings.batch_size,
-            self.num_devices,
-            lambda num: change(batch_size=num),
-        )
+        batch_size = self.settings.batch_size
+        yield halved("finetune.batch_size", batch_size, self.num_devices, change)
         if not is_processor():
             yield [("finetune.dtype=bfloat16", change(dtype="bfloat16"))]
             yield (

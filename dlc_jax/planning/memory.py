@@ -99,11 +99,15 @@ def ways_on_processor(job: DeviceJob, excess: int) -> str:
 
 
 def halved(
-    setting: str, value: int, least: int, with_value: Callable[[int], DeviceJob]
+    setting: str, value: int, least: int, change: Callable[..., DeviceJob]
 ) -> Iterator[tuple[str, DeviceJob]]:
-    """Yields the jobs with a setting of value / 2, value / 4, ... down to `least`."""
+    """Yields the jobs with a setting of value / 2, value / 4, ... down to `least`.
+
+    `change` takes it as a keyword, which is the setting's name behind the dot.
+    """
+    keyword = setting.rpartition(".")[2]
     for power in range(1, int(math.log2(max(1, value // least))) + 1):
-        yield f"{setting}={value >> power}", with_value(value >> power)
+        yield f"{setting}={value >> power}", change(**{keyword: value >> power})
 
 
 def doubled(

@@ -68,11 +68,8 @@ def inner_programs(value: Any) -> Iterator[Any]:
         yield value.jaxpr
     elif isinstance(value, core.Jaxpr):
         yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from inner_programs(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
+    elif isinstance(value, (dict, tuple, list)):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from inner_programs(part)
 
 

@@ -38,8 +38,9 @@ def agree(facts: Mapping[str, Any], of: str = "") -> None:
         for name in [*first, *theirs]:
             if (mine := first.get(name)) != (other := theirs.get(name)):
                 processes.refuse(
-                    f"{of}{name}: process {number} has {_shown(other)}, "
-                    f"process 0 has {_shown(mine)}; expected the same in all processes."
+                    f"{of}{name}: process {number} has {expect.shortened(other or 'none')}, process"
+                    f" 0 has {expect.shortened(mine or 'none')}; expected the same in all "
+                    "processes."
                 )
 
 
@@ -53,10 +54,11 @@ def agree_on_settings(config: Config, workdir: str) -> None:
 
 
 def agree_on_images(dataset: Dataset) -> None:
-    """Raises ValueError unless all processes see the same samples; sets the fingerprint.
+    """Raises ValueError unless all processes see the same samples.
 
     Ids, labels and sizes of files are compared by all. Images are read by two processes each, of a
-    small set by all, so that reading a large one is divided among them.
+    small set by all, so that reading a large one is divided among them. Of several processes, all
+    then have the fingerprint without reading anything else.
     """
     if processes.count() == 1:
         return
@@ -155,7 +157,3 @@ def _flat(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         name = f"{prefix}{name}"
         found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
-
-
-def _shown(text: str | None) -> str:
-    return "none" if text is None else expect.shortened(text)

@@ -231,6 +231,16 @@ def dataset_facts(dataset: Dataset) -> dict[str, Any]:
 _DECIDED = ("pooling", "mean", "std")  # settings of the encoder that it may decide itself
 
 
+def _read(config: Config, say: Callable[[str], None], source: str) -> Dataset:
+    dataset = config.dataset.load(source)
+    if dataset.left_out:
+        say(f"{source}: left out: {left_out_text(dataset.left_out)}")
+    if dataset.empty_classes:
+        names = expect.listed(map(repr, dataset.empty_classes))
+        say(f"{source}: note: classes without samples, left out: {names}")
+    return dataset
+
+
 class ImageTask:
     """See `Task`.
 
@@ -245,17 +255,9 @@ class ImageTask:
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self._config, self._say = config, say
-        self._sources = Sources(self._read, agree_on_images)
+        # no bound method: in a circle of references the encoder would outlive the task
+        self._sources = Sources(functools.partial(_read, config, say), agree_on_images)
         self.load = self._sources.load
-
-    def _read(self, source: str) -> Dataset:
-        dataset = self._config.dataset.load(source)
-        if dataset.left_out:
-            self._say(f"{source}: left out: {left_out_text(dataset.left_out)}")
-        if dataset.empty_classes:
-            names = expect.listed(map(repr, dataset.empty_classes))
-            self._say(f"{source}: note: classes without samples, left out: {names}")
-        return dataset
 
     def _load_together(self) -> tuple[Dataset, Dataset]:
         """Returns training and test set, in all processes."""

@@ -170,6 +170,11 @@ def _other_scores(
     return scores
 
 
+def _read(config: Config, source: str) -> Instructions:
+    tokenizer = functools.partial(load_tokenizer, config.encoder.weights)
+    return load_instructions(source, config.dataset.template, tokenizer=tokenizer)
+
+
 class InstructionTask:
     """See `Task`.
 
@@ -184,7 +189,8 @@ class InstructionTask:
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self._config, self._say = config, say
-        self._sources = Sources(self._read, agree_on_instructions)
+        # no bound method: in a circle of references the model would outlive the task
+        self._sources = Sources(functools.partial(_read, config), agree_on_instructions)
         self.load = self._sources.load
 
     @functools.cached_property
@@ -195,10 +201,6 @@ class InstructionTask:
     def questions(self) -> Mmlu:
         assert self._config.evaluation.mmlu is not None  # checked with the configuration
         return load_mmlu(self._config.evaluation.mmlu)
-
-    def _read(self, source: str) -> Instructions:
-        tokenizer = functools.partial(load_tokenizer, self._config.encoder.weights)
-        return load_instructions(source, self._config.dataset.template, tokenizer=tokenizer)
 
     def _model_in(self, dtype: str, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
         return load_language_model(self._config.encoder.weights, dtype=dtype, mesh=mesh)
@@ -248,11 +250,11 @@ class InstructionTask:
 
         def writer(kept: Selection, part: str) -> Callable[[str, Path], Any]:
             is_part = np.isin(data.ids, np.asarray(kept.ids), invert=part == "dropped")
-            if not is_part.any():
+            positions = np.flatnonzero(is_part)  # a subset has its rows: made when it is written
+            if not positions.size:
                 name = Cell(kept.method, kept.keep_fraction, kept.split, kept.seed).name
                 raise expect.InputError(f"{name}: nothing is {part}, so there is nothing to write.")
-            some = data.subset(np.flatnonzero(is_part))
-            return lambda form, path: INSTRUCTION_EXPORTS[form].write(some, path)
+            return lambda form, path: INSTRUCTION_EXPORTS[form].write(data.subset(positions), path)
 
         return export_steps(self._config, root, kept, rows, writer)
 

@@ -138,10 +138,12 @@ class Sources(Generic[Loaded]):
     """
 
     def __init__(self, read: Callable[[str], Loaded], agree: Callable[[Loaded], None]):
+        load = functools.cache(read)
+
         def together(source: str) -> Loaded:
-            data = self.load(source)
+            data = load(source)
             agree(data)
             return data
 
-        self.load: Callable[[str], Loaded] = functools.cache(read)
+        self.load: Callable[[str], Loaded] = load
         self.load_together: Callable[[str], Loaded] = functools.cache(together)

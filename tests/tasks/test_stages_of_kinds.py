@@ -1,12 +1,20 @@
 """What only some stages ask of a kind of data."""
 
+import functools
+import gc
+import json
+import weakref
+
 import numpy as np
 import pytest
 from conftest import random_images
 
+import dlc_jax as dlc
 from dlc_jax.config import KINDS, Config
+from dlc_jax.selection import Cell
 from dlc_jax.stages import pipeline
-from dlc_jax.tasks import TASKS, images
+from dlc_jax.tasks import TASKS, images, instructions
+from dlc_jax.tasks.exports import ExportStep
 from dlc_jax.tasks.task import EvaluatedTask, TunedTask
 
 
@@ -41,3 +49,55 @@ def test_the_encoder_is_loaded_once_for_all_stages(tmp_path, monkeypatch):
     }
     pipeline.run(Config.of(values), tmp_path / "run", lambda line: None)
     assert loaded == [("resnet18", "demo:resnet18")]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return rows, f"json:{tmp_path}/rows.json"
+
+
+def test_listing_exports_of_instructions_copies_no_rows(rows, tmp_path, monkeypatch):
+    rows, source = rows
+    values = {"stages": ("export",), "dataset": {"train": source}, "export": {"forms": ("jsonl",)}}
+    task = instructions.InstructionTask(Config.of(values), print)
+    data, asked = task.load(source), []
+
+    def subset(self, positions, of=dlc.Instructions.subset):
+        asked.append(len(positions))
+        return of(self, positions)
+
+    def steps(config, root, kept, fingerprint, writer):
+        for selection in kept.values():
+            yield ExportStep("-.jsonl", {}, functools.partial(writer(selection, "kept"), "jsonl"))
+
+    kept = {}
+    for seed in range(3):
+        cell = Cell("random", 0.25, None, seed)
+        labels, ids = np.zeros(len(data), int), data.ids
+        kept[cell] = dlc.select(None, labels, ids=ids, **cell._asdict())
+    monkeypatch.setattr(dlc.Instructions, "subset", subset)
+    monkeypatch.setattr(instructions, "export_steps", steps)
+    listed = list(task.exports(kept, tmp_path))
+    assert asked == [8]  # those that were scored
+    listed[0].put(tmp_path / "kept.jsonl")
+    assert asked == [8, 2]
+    written = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert written == [rows[i] for i in kept[Cell("random", 0.25, None, 0)].indices]
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_task_goes_with_its_last_reference_and_what_it_loaded(kind, rows, tmp_path):
+    np.savez(tmp_path / "train.npz", images=random_images(4, 40), labels=np.arange(4) % 2)
+    source = {"images": f"npz:{tmp_path}/train.npz", "instructions": rows[1]}[kind]
+    task = TASKS[kind](Config.of({"stages": ("report",), "dataset": {"train": source}}), print)
+    data = weakref.ref(task.load(source))
+    gc.collect()
+    gc.disable()
+    try:
+        assert data() is not None
+        del task
+        assert data() is None
+    finally:
+        gc.enable()

@@ -9,20 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int, Int32, Int64
 
-from dlc_jax import expect
+from dlc_jax import expect, masking
 from dlc_jax.encoders import Encoder
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.masking import (
-    AUTO,
-    Importance,
-    PathSpec,
-    Thresholds,
-    exact_thresholds,
-    prunable_paths,
-    refinements,
-    removal_steps,
-    weight_importance,
-)
 from dlc_jax.probes.certificate import certify
 from dlc_jax.types import Conventions, ProbeLosses, by_path
 from dlc_jax.workspace.artefacts import json_hash
@@ -41,8 +30,8 @@ class LearningPath(NamedTuple):
     """
 
     prunable: tuple[str, ...]
-    importance: Importance
-    thresholds: Thresholds
+    importance: masking.Importance
+    thresholds: masking.Thresholds
     sparsity: Float32[np.ndarray, " m"]
     steps: Int64[np.ndarray, " m"]
     num_steps: int
@@ -50,9 +39,9 @@ class LearningPath(NamedTuple):
     def __len__(self) -> int:
         return len(self.sparsity)
 
-    def thresholds_at(self, places: Int[np.ndarray, " k"]) -> Thresholds:
+    def thresholds_at(self, places: Int[np.ndarray, " k"]) -> masking.Thresholds:
         """Returns the thresholds of the probes at these places, which may repeat."""
-        return Thresholds(*(part[places] for part in self.thresholds))
+        return masking.Thresholds(*(part[places] for part in self.thresholds))
 
     def only(self, steps: Int64[np.ndarray, " k"]) -> LearningPath:
         """Returns the path with these of its steps as probes."""
@@ -64,20 +53,20 @@ class LearningPath(NamedTuple):
 
 
 def learning_path(
-    encoder: Encoder | LanguageModel, path: PathSpec, seed: int, conventions: Conventions
+    encoder: Encoder | LanguageModel, path: masking.PathSpec, seed: int, conventions: Conventions
 ) -> LearningPath:
     """Returns the probes of a path whose schedule is decided; the seed is of random masking."""
-    prunable = prunable_paths(encoder.params, encoder.is_prunable)
+    prunable = masking.prunable_paths(encoder.params, encoder.is_prunable)
     leaves = by_path(encoder.params)
     num_weights = sum(leaves[name].size for name in prunable)
     found = path.counts(num_weights)
     if conventions.ties_as_torch and path.masking == "l1":
         order = encoder.module_order
         in_order = prunable if order is None else tuple(sorted(prunable, key=order))
-        importance = removal_steps(encoder.params, in_order, found.grid)
+        importance = masking.removal_steps(encoder.params, in_order, found.grid)
     else:
-        importance = weight_importance(encoder.params, prunable, path.masking, seed)
-    thresholds = exact_thresholds(encoder.params, prunable, importance, found.chosen)
+        importance = masking.weight_importance(encoder.params, prunable, path.masking, seed)
+    thresholds = masking.exact_thresholds(encoder.params, prunable, importance, found.chosen)
     if importance is not None:  # where the weights are that it belongs to
         importance = {
             name: jax.device_put(value, getattr(leaves[name], "sharding", None))
@@ -90,7 +79,7 @@ def learning_path(
 
 
 def measured_path(
-    spec: PathSpec,
+    spec: masking.PathSpec,
     path: LearningPath,
     measure: Callable[[LearningPath, str], Float32[np.ndarray, "k n"]],
     *,
@@ -121,10 +110,10 @@ def measured_path(
             losses, of.sparsity, labels, ids, steps=of.steps, num_steps=of.num_steps, **samples
         )
 
-    if spec.num_probes != AUTO:
+    if spec.num_probes != masking.AUTO:
         return found(path, measure(path, ""))
     rows: dict[int, Float32[np.ndarray, " n"]] = {}
-    for steps in refinements(path.num_steps):
+    for steps in masking.refinements(path.num_steps):
         missing = path.only(steps[~np.isin(steps, list(rows))])
         new = missing.steps.tolist()
         rows |= dict(zip(new, measure(missing, f"-{json_hash(new)[:8]}"), strict=True))

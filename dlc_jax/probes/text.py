@@ -14,19 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 from tqdm import tqdm
 
-from dlc_jax import expect
+from dlc_jax import distributed, expect
 from dlc_jax.datasets.instructions import Instructions
-from dlc_jax.distributed import (
-    DATA,
-    Run,
-    Team,
-    filled_up,
-    hides_bar,
-    mesh_of,
-    on_every_device,
-    over_devices,
-    whole_rows,
-)
+from dlc_jax.distributed import Run, Team
 from dlc_jax.encoders.decoder import Architecture
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import Importance, PathSpec, Thresholds, masked
@@ -209,7 +199,7 @@ def probe_responses(
     work = _Work.of(model, data, tokens_per_batch, [*decisive, path.masking, seed], run)
 
     def losses_of(some: LearningPath, suffix: str) -> Float32[np.ndarray, "k n"]:
-        thresholds = on_every_device(model.params, some.thresholds)
+        thresholds = distributed.on_every_device(model.params, some.thresholds)
         masks = (some.prunable, model.params, some.importance, thresholds)
         of_rows = functools.partial(_probe_losses, model.architecture, *masks)
         return work.measured(of_rows, len(some), suffix)
@@ -261,14 +251,14 @@ class _Work(NamedTuple):
         num = len(plans)
         size = max(min(-(-num // _FEWEST_PARTS), _MOST_BATCHES), -(-num // _MOST_PARTS))
         shards = [plans[start : start + size] for start in range(0, num, size)]
-        mesh = mesh_of(model.params)
+        mesh = distributed.mesh_of(model.params)
         team = Team.alone(mesh) if run.mesh is None else Team.of(run.mesh)
 
         def inputs() -> list[Any]:
             return [model.fingerprint, data.fingerprint, tokens_per_batch, *decisive]
 
         parts = Parts.of("response losses", run, team, inputs)
-        at_once = 1 if mesh is None else mesh.shape[DATA]
+        at_once = 1 if mesh is None else mesh.shape[distributed.DATA]
         return cls(model, data, shards, at_once, parts, team, run.progress)
 
     def measured(
@@ -281,14 +271,15 @@ class _Work(NamedTuple):
         def started(group: list[ShardBatch]) -> Array:
             """Starts on the losses of a group: [m, k b], missing batches repeat the first."""
             params = self.model.params
-            num_rows = whole_rows(params, group[0].items.num_rows * self.at_once) // self.at_once
+            num_rows = group[0].items.num_rows * self.at_once
+            num_rows = distributed.whole_rows(params, num_rows) // self.at_once
             batches = [make_batch(self.data, batch.items)[1:] for batch in group]
             batches += batches[:1] * (self.at_once - len(batches))
             rows = [
-                np.concatenate([filled_up(array, num_rows) for array in arrays])
+                np.concatenate([distributed.filled_up(array, num_rows) for array in arrays])
                 for arrays in zip(*batches, strict=True)
             ]
-            return of_rows(*over_devices(params, rows))
+            return of_rows(*distributed.over_devices(params, rows))
 
         def values_of(losses: np.ndarray, place: int, num: int) -> np.ndarray:
             start = place * (losses.shape[1] // self.at_once)
@@ -301,7 +292,7 @@ class _Work(NamedTuple):
                 initial=total - left,
                 desc="losses",
                 unit="row",
-                disable=hides_bar(self.progress),
+                disable=distributed.hides_bar(self.progress),
             )
             # none ahead: two calls would take twice the memory
             groups = self._groups(missing)

@@ -14,13 +14,7 @@ import numpy as np
 
 from dlc_jax import expect
 from dlc_jax.config import Config
-from dlc_jax.exports import PARTS, RELEASED, part_positions
-from dlc_jax.exports.released import (
-    check_names_match,
-    match_samples,
-    needs_grid,
-    released_path,
-)
+from dlc_jax.exports import PARTS, RELEASED, part_positions, released
 from dlc_jax.masking import PathSpec
 from dlc_jax.selection import AUTO, Cell
 from dlc_jax.types import Dataset, Selection
@@ -139,7 +133,7 @@ def check_released(config: Config, root: Path, dataset: Dataset) -> None:
     for path in _paths(config, root, made_with, num_probes).values():
         check_path(path, root)
     every = set(config.export.parts) == set(PARTS) and config.dataset.on_corrupt == "error"
-    check_names_match(dataset, *_place(config), all_of_them=every)
+    released.check_names_match(dataset, *_place(config), all_of_them=every)
 
 
 def released_steps(
@@ -156,7 +150,8 @@ def released_steps(
         _, positions[name] = part_positions(dataset, kept[cell], part, str(path))
     samples = np.unique(np.concatenate(list(positions.values())))
     order = np.full(len(dataset), -1, np.int64)
-    order[samples] = match_samples(dataset, samples, *_place(config))  # each is looked up once
+    # each is looked up once
+    order[samples] = released.match_samples(dataset, samples, *_place(config))
     for name, some in positions.items():
         there = np.sort(order[some])
         key = {"form": RELEASED, "positions": artefacts.json_hash(there.tolist())}
@@ -198,13 +193,13 @@ def _paths(
                 f"export.forms: the released layout has no name for {AUTO!r}; expected a method "
                 "and a split, such as those that selections/ says it stood for."
             )
-        if needs_grid(cell.method) and not is_grid:
+        if released.needs_grid(cell.method) and not is_grid:
             raise expect.InputError(
                 f"probe.placement: the scores were made with {probe['placement']!r}, for which the "
                 "released layout has no name; expected 'grid', the first probes of the path."
             )
         for part in config.export.parts:
-            paths[cell, part] = released_path(
+            paths[cell, part] = released.released_path(
                 workdir / artefacts.EXPORTS / _RELEASED_ROOTS[part],
                 cell,
                 path,

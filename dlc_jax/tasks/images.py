@@ -28,16 +28,9 @@ from dlc_jax.planning.speed import decoding_speed
 from dlc_jax.probes import features, probe
 from dlc_jax.scores import score
 from dlc_jax.selection import Cell
+from dlc_jax.tasks import measurements
 from dlc_jax.tasks.agreement import agree, agree_on_images
 from dlc_jax.tasks.exports import ExportStep, check_released, export_steps, released_steps
-from dlc_jax.tasks.measurements import (
-    NOT_IN_LOSSES,
-    TableStep,
-    check_is_what_was_scored,
-    input_file,
-    scored_encoder,
-    write_certificate,
-)
 from dlc_jax.tasks.task import Sources, Training
 from dlc_jax.training.images import Finetuner, Recorder, class_ids_by_name
 from dlc_jax.tuning import FinetuneTrials
@@ -88,9 +81,10 @@ class LossesStep:
     @property
     def key(self) -> dict[str, Any]:
         config = self.scored.config
-        probes = {k: v for k, v in config.to_dict()["probe"].items() if k not in NOT_IN_LOSSES}
+        others = {*measurements.NOT_IN_LOSSES}
         if config.probe.num_probes != AUTO:
-            del probes["agreement"]
+            others.add("agreement")
+        probes = {k: v for k, v in config.to_dict()["probe"].items() if k not in others}
         return {"seed": config.seed, "probe": probes, "made_of": self.scored.made_of}
 
     @property
@@ -140,7 +134,7 @@ class LossesStep:
         of_encoder = ("fingerprint", "mean", "std", "normalisation", "pooling")
         decided = {name: getattr(encoder, name) for name in of_encoder}
         facts = {"dataset": dataset_facts(dataset) | scored, "encoder": named | decided}
-        certificate = write_certificate(root, probes, config.seed, say)
+        certificate = measurements.write_certificate(root, probes, config.seed, say)
         return Written([*self.files, *certificate], facts)
 
 
@@ -186,7 +180,7 @@ class InputStep:
 
     @property
     def files(self) -> tuple[str, ...]:
-        return (input_file(self.name),)
+        return (measurements.input_file(self.name),)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -204,7 +198,7 @@ class InputStep:
 
     def write(self, root: Path, found: Float32[np.ndarray, "n d"]) -> Written:
         ids = artefacts.read_scores(root).ids
-        with artefacts.atomic(root / input_file(self.name)) as file:
+        with artefacts.atomic(root / measurements.input_file(self.name)) as file:
             np.savez(file, allow_pickle=False, **{self.name: found}, ids=ids)
         return Written(self.files)
 
@@ -312,7 +306,7 @@ class ImageTask:
 
     @staticmethod
     def _write_table(scored: Scored, workspace: Workspace) -> None:
-        workspace.ensure(TableStep(workspace.root, scored.dataset.class_names))
+        workspace.ensure(measurements.TableStep(workspace.root, scored.dataset.class_names))
 
     def _record_training(self, scored: Scored, workspace: Workspace) -> None:
         """Trains on the whole set, unless that was done."""
@@ -369,7 +363,7 @@ class ImageTask:
     def training(self, workspace: Workspace) -> Training:
         config, encoder = self._config, self._encoder
         agree({f"encoder.weights {config.encoder.weights}": encoder.fingerprint})
-        if (scored := scored_encoder(workspace.root, encoder.fingerprint)) is not None:
+        if (scored := measurements.scored_encoder(workspace.root, encoder.fingerprint)) is not None:
             trained = f"{config.encoder.name} {config.encoder.weights}"
             self._say(f"finetune: note: the encoder is {trained}; the scores are of {scored}")
         train, test = self._load_together()
@@ -390,7 +384,7 @@ class ImageTask:
 
     def trials(self, workspace: Workspace, ids: np.ndarray) -> FinetuneTrials:
         config, dataset = self._config, self.load(self._config.dataset.train)
-        check_is_what_was_scored(workspace.root, dataset)
+        measurements.check_is_what_was_scored(workspace.root, dataset)
         scored = np.flatnonzero(np.isin(dataset.ids, ids))  # others could not be read
         images, mesh = config.images(dataset.subset(scored)), make_mesh(devices=jax.local_devices())
         run = Run(workspace.root / artefacts.TUNING, mesh)

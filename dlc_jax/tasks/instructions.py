@@ -17,24 +17,11 @@ from dlc_jax import expect, reports
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions, load_instructions
 from dlc_jax.distributed import Run, Team, processes, said_of
-from dlc_jax.encoders.language_model import (
-    MODEL_FILES,
-    LanguageModel,
-    load_language_model,
-    load_tokenizer,
-    longest_sequence,
-    model_folder,
-    read_config,
-)
+from dlc_jax.encoders import language_model
+from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.evaluation import Mmlu, load_mmlu
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
-from dlc_jax.planning.instruction_plan import (
-    InstructionCosts,
-    Lengths,
-    is_local,
-    model_sizes,
-    plan_of_instructions,
-)
+from dlc_jax.planning import instruction_plan
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.plan import Plan
 from dlc_jax.preprocess.tokens import Tokenised, check_vocabulary, tokenise
@@ -171,7 +158,7 @@ def _other_scores(
 
 
 def _read(config: Config, source: str) -> Instructions:
-    tokenizer = functools.partial(load_tokenizer, config.encoder.weights)
+    tokenizer = functools.partial(language_model.load_tokenizer, config.encoder.weights)
     return load_instructions(source, config.dataset.template, tokenizer=tokenizer)
 
 
@@ -214,12 +201,13 @@ class InstructionTask:
         if "export" in stages:
             workspace.alone(self._check_exports)
         if {"score", "finetune", "evaluate"} & stages and processes.count() > 1:
-            agree_on_files(model_folder(weights), MODEL_FILES)
+            agree_on_files(language_model.model_folder(weights), language_model.MODEL_FILES)
         if {"score", "finetune"} & stages:
             self._sources.load_together(config.dataset.train)
         if "finetune" in stages and config.dataset.test is not None:
-            sizes, tokenizer = read_config(model_folder(weights)), load_tokenizer(weights)
-            max_length = longest_sequence(sizes, weights, config.encoder.max_length)
+            sizes = language_model.read_config(language_model.model_folder(weights))
+            tokenizer = language_model.load_tokenizer(weights)
+            max_length = language_model.longest_sequence(sizes, weights, config.encoder.max_length)
             data = self._sources.load_together(config.dataset.test)
             tokens = tokenise(data, tokenizer, max_length, on_corrupt=config.dataset.on_corrupt)
             check_vocabulary(tokens.named, sizes.vocab_size, tokenizer.convert_ids_to_tokens)
@@ -291,15 +279,17 @@ class InstructionTask:
     def plan(self, mesh: MeshSize) -> Plan:
         config = self._config
         weights, test = config.encoder.weights, config.dataset.test
-        sizes = model_sizes(weights)
-        plan = functools.partial(plan_of_instructions, config, sizes, mesh)
+        sizes = instruction_plan.model_sizes(weights)
+        plan = functools.partial(instruction_plan.plan_of_instructions, config, sizes, mesh)
         try:
             data = self.load(config.dataset.train)
             num_test = 0 if test is None else len(self.load(test))
         except expect.InputError as error:  # a model can be planned for before there are data
             self._say(f"note: no passes and no time, since there are no data: {error}")
             return plan(None)
-        tokenizer = load_tokenizer(weights) if is_local(weights) else None
-        max_length = longest_sequence(sizes, weights, config.encoder.max_length)
-        lengths = Lengths.of(data, tokenizer, max_length)
-        return plan(InstructionCosts(config, sizes, mesh, len(data), num_test, lengths))
+        is_here = instruction_plan.is_local(weights)
+        tokenizer = language_model.load_tokenizer(weights) if is_here else None
+        max_length = language_model.longest_sequence(sizes, weights, config.encoder.max_length)
+        lengths = instruction_plan.Lengths.of(data, tokenizer, max_length)
+        costs = instruction_plan.InstructionCosts
+        return plan(costs(config, sizes, mesh, len(data), num_test, lengths))

@@ -13,16 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int64
 
-from dlc_jax import expect
-from dlc_jax.distributed import (
-    Run,
-    Team,
-    fetch,
-    mesh_of,
-    on_every_device,
-    over_devices,
-    whole_rows,
-)
+from dlc_jax import distributed, expect
+from dlc_jax.distributed import Run, Team
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.exports import peft
 from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, Tokenised
@@ -111,7 +103,7 @@ class LoraTuner:
             model.architecture.with_adapter(settings.adapter), rematerialise=settings.rematerialise
         )
         self._optimiser = Optimiser.of(settings)
-        self.mesh = mesh = mesh_of(model.params)  # None: on the default device
+        self.mesh = mesh = distributed.mesh_of(model.params)  # None: on the default device
         if settings.merge and mesh is not None and Team.of(mesh).mesh.is_multi_process:
             raise expect.InputError(
                 "lora.merge: True, but no process has all weights; expected mesh.fsdp to divide "
@@ -201,18 +193,18 @@ class LoraTuner:
     ) -> tuple[LoraState, Callable[[], loop.EpochSums]]:
         """Adds up the gradients of some rows after others, and takes a step of the optimiser."""
         params, data, settings = self._model.params, self._data, self._settings
-        sums = on_every_device(params, Sums.zero(state.adapter))
-        num_tokens, num_rows = 0, whole_rows(params, settings.rows_at_once)
+        sums = distributed.on_every_device(params, Sums.zero(state.adapter))
+        num_tokens, num_rows = 0, distributed.whole_rows(params, settings.rows_at_once)
         for rows in rows_of_step(data, batch, num_rows, self._max_length, packing=settings.packing):
             num_tokens += int(rows.counts.sum())
-            placed = over_devices(params, rows)
+            placed = distributed.over_devices(params, rows)
             sums = add_rows(self._architecture, params, state.adapter, placed, sums)
         state = take_step(
             self._optimiser, state, sums.gradients, jnp.float32(num_tokens), jnp.float32(rate)
         )
         loss, num_read = sums.loss, sum(len(data.tokens[i]) for i in batch)
         known = {"num_tokens": num_tokens, "num_read": num_read}
-        return state, lambda: {"loss": float(fetch(loss)), **known}
+        return state, lambda: {"loss": float(distributed.fetch(loss)), **known}
 
     def line(self, progress: loop.Progress, rate: float) -> dict[str, Any]:
         """Returns the metrics of an epoch."""
@@ -230,7 +222,7 @@ class LoraTuner:
         """Returns model and history, and tests; ValueError if the adapter is not finite."""
         model = self._model.with_adapter(self._settings.adapter, progress.state.adapter)
         for path, leaf in by_path(progress.state.adapter).items():  # no later loss would show it
-            if not np.isfinite(fetch(leaf)).all():
+            if not np.isfinite(distributed.fetch(leaf)).all():
                 raise expect.SharedError(
                     f"fine-tuning gave an adapter with NaN or infinite values ({path}) at its last "
                     f"step; {self.remedy}."
@@ -324,7 +316,7 @@ def finetune_lora(
     """
     expect.is_a(LoraConfig, settings=settings)
     expect.is_a(Run, run=run)
-    if run.mesh is not None and run.mesh.size > 1 and run.mesh != mesh_of(model.params):
+    if run.mesh is not None and run.mesh.size > 1 and run.mesh != distributed.mesh_of(model.params):
         raise expect.InputError(
             "run.mesh: other devices than those of the model; expected None, or the mesh that "
             "load_language_model was given."

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from dlc_jax.config import MeshConfig
+from dlc_jax.config.sections import MeshConfig
 from dlc_jax.distributed import cores_are_devices
 
 USABLE = 0.9  # of memory; the rest goes to the driver, libraries and fragmentation

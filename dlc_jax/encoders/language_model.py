@@ -20,15 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlc_jax import expect
-from dlc_jax.encoders.decoder import (
-    ACTIVATIONS,
-    DTYPES,
-    Adapter,
-    Architecture,
-    DecoderConfig,
-    RopeScaling,
-    joined,
-)
+from dlc_jax.encoders import decoder
 from dlc_jax.encoders.encoder import fingerprint_of
 from dlc_jax.encoders.stored_tensors import (
     AS_IT_IS,
@@ -87,7 +79,7 @@ _SANDWICH_NORMS: Table = (
 _IGNORED = (r".*rotary_emb\.inv_freq",)  # what old checkpoints hold besides weights
 
 
-def longest_sequence(config: DecoderConfig, name: str, asked: int | None) -> int:
+def longest_sequence(config: decoder.DecoderConfig, name: str, asked: int | None) -> int:
     """Returns how many tokens of a sequence a model is to see.
 
     Args:
@@ -116,15 +108,15 @@ class LanguageModel:
     """
 
     params: Params = dataclasses.field(repr=False)
-    architecture: Architecture
+    architecture: decoder.Architecture
     folder: Path
     name: str
 
     @property
-    def config(self) -> DecoderConfig:
+    def config(self) -> decoder.DecoderConfig:
         return self.architecture.config
 
-    def with_adapter(self, adapter: Adapter, weights: Params) -> LanguageModel:
+    def with_adapter(self, adapter: decoder.Adapter, weights: Params) -> LanguageModel:
         """Returns the model with low-rank changes.
 
         Args:
@@ -134,7 +126,7 @@ class LanguageModel:
           ValueError: it has an adapter.
         """
         self.check_has_no_adapter()
-        params = joined(self.params, weights)
+        params = decoder.joined(self.params, weights)
         architecture = self.architecture.with_adapter(adapter)
         return dataclasses.replace(self, params=params, architecture=architecture)
 
@@ -210,9 +202,9 @@ def load_language_model(
       >>> model.config.width, model.config.max_length, len(model.tokenizer)
       (192, 1024, 4096)
     """
-    expect.one_of("dtype", dtype, DTYPES)
+    expect.one_of("dtype", dtype, decoder.DTYPES)
     folder = model_folder(weights)
-    architecture = Architecture(read_config(folder), dtype)
+    architecture = decoder.Architecture(read_config(folder), dtype)
     params = read_params(folder, architecture, mesh)
     return LanguageModel(params, architecture, folder, weights)
 
@@ -276,7 +268,7 @@ def transformers_library() -> ModuleType:
             del sys.modules["torchvision"]
 
 
-def read_config(folder: Path) -> DecoderConfig:
+def read_config(folder: Path) -> decoder.DecoderConfig:
     """Reads `config.json` of a model folder, and from its weights whether the head is tied.
 
     As in transformers, a stored head that differs from a tied embedding is a head of its own.
@@ -300,7 +292,7 @@ def read_config(folder: Path) -> DecoderConfig:
     return config
 
 
-def read_config_alone(folder: Path) -> DecoderConfig:
+def read_config_alone(folder: Path) -> decoder.DecoderConfig:
     """Reads `config.json` of a model folder that may have no weights.
 
     Raises:
@@ -349,7 +341,7 @@ def _check_loadable(folder: Path, path: Path, raw: Mapping[str, Any]) -> None:
         )
 
 
-def _decoder_config(config: Any, source: str) -> DecoderConfig:
+def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
     """Translates a transformers configuration of Llama, Mistral or Gemma 2.
 
     Args:
@@ -366,7 +358,7 @@ def _decoder_config(config: Any, source: str) -> DecoderConfig:
     if factor != 1:
         raise expect.InputError(f"{source}: partial_rotary_factor {factor}; expected 1.")
     activation = config.hidden_activation if is_gemma else config.hidden_act
-    expect.one_of(f"{source}: activation", activation, ACTIVATIONS)
+    expect.one_of(f"{source}: activation", activation, decoder.ACTIVATIONS)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scale = config.query_pre_attn_scalar if is_gemma else head_dim
     if config.num_attention_heads % config.num_key_value_heads or head_dim % 2:
@@ -378,7 +370,7 @@ def _decoder_config(config: Any, source: str) -> DecoderConfig:
     positive = {"rms_norm_eps": config.rms_norm_eps, "query_pre_attn_scalar": scale}
     for name, value in (positive | {"rope_theta": rope["rope_theta"]}).items():
         expect.at_least(f"{source}: {name}", value, 0, exclusive=True)
-    return DecoderConfig(
+    return decoder.DecoderConfig(
         vocab_size=config.vocab_size,
         width=config.hidden_size,
         num_heads=config.num_attention_heads,
@@ -409,12 +401,12 @@ def _windows(config: Any) -> tuple[int | None, ...]:
     return (window,) * config.num_hidden_layers
 
 
-def _rope_scaling(parameters: Mapping[str, Any], source: str) -> RopeScaling | None:
+def _rope_scaling(parameters: Mapping[str, Any], source: str) -> decoder.RopeScaling | None:
     kind = parameters.get("rope_type", "default")
     expect.one_of(f"{source}: rope_type", kind, ("default", "llama3"))
     if kind == "default":
         return None
-    return RopeScaling(
+    return decoder.RopeScaling(
         factor=float(parameters["factor"]),
         low_freq_factor=float(parameters["low_freq_factor"]),
         high_freq_factor=float(parameters["high_freq_factor"]),
@@ -422,7 +414,9 @@ def _rope_scaling(parameters: Mapping[str, Any], source: str) -> RopeScaling | N
     )
 
 
-def read_params(folder: Path, architecture: Architecture, mesh: Mesh | None = None) -> Params:
+def read_params(
+    folder: Path, architecture: decoder.Architecture, mesh: Mesh | None = None
+) -> Params:
     """Reads the weights of a model folder, one tensor at a time.
 
     Args:
@@ -456,7 +450,7 @@ def read_params(folder: Path, architecture: Architecture, mesh: Mesh | None = No
     return jax.tree_util.tree_map_with_path(lambda path, _: params[path_name(path)], shapes)
 
 
-def stored_names(config: DecoderConfig, paths: Iterable[str]) -> dict[str, Stored]:
+def stored_names(config: decoder.DecoderConfig, paths: Iterable[str]) -> dict[str, Stored]:
     """Returns how each path is stored in a Hugging Face checkpoint."""
     return names_of(_NAMES + (_SANDWICH_NORMS if config.sandwich else _PLAIN_NORMS), paths)
 

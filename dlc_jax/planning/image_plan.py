@@ -13,14 +13,14 @@ import jax
 from dlc_jax.planning.costs import Cost, Speeds, num_kept, planned_stages
 from dlc_jax.planning.image_costs import ImageCosts
 from dlc_jax.planning.image_memory import num_features
-from dlc_jax.planning.machine import is_processor, num_here, resident_bytes
+from dlc_jax.planning.machine import num_here, resident_bytes
 from dlc_jax.planning.memory import (
     DeviceJob,
     Memory,
     MemoryPlan,
     held_by_devices,
     tree_bytes,
-    ways_on_processor,
+    ways_of_host,
 )
 from dlc_jax.planning.plan import Host, Plan, Work, amount, gib
 from dlc_jax.planning.speed import Decoding, scoring_speed
@@ -139,9 +139,7 @@ def scoring_host(costs: ImageCosts) -> Host:
         left = num_probes - -(-excess // ((4 + _CHECKED) * n))
         if left >= 1:
             return f"try probe.num_probes={left} with probe.placement=midpoint"
-        if is_processor():
-            return ways_on_processor(job, excess)
-        return "no single setting helps; score parts of the data set"
+        return ways_of_host(job, "no single setting helps; score parts of the data set", excess)
 
     memory = MemoryPlan.of(
         *_always(costs),
@@ -168,9 +166,8 @@ def finetuning_host(costs: ImageCosts) -> Host:
         left = (costs.kept_image_bytes - excess) / _GIB
         if settings.augment and not settings.linear_probe and left >= 0:
             return f"try finetune.image_memory_gib={int(left * 1e4) / 1e4:g}"
-        if is_processor():
-            return ways_on_processor(job, excess)
-        return "try finetune.image_memory_gib=0, or a host with more memory"
+        otherwise = "try finetune.image_memory_gib=0, or a host with more memory"
+        return ways_of_host(job, otherwise, excess)
 
     memory = MemoryPlan.of(
         *_always(costs),

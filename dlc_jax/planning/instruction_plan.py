@@ -26,14 +26,14 @@ from dlc_jax.encoders.language_model import (
 from dlc_jax.files.hub import fetching
 from dlc_jax.planning.costs import Cost, Speeds, kept_by_run, num_kept, planned_stages
 from dlc_jax.planning.decoder_memory import Finetuning, Scoring
-from dlc_jax.planning.machine import Machine, MeshSize, is_processor, resident_bytes
+from dlc_jax.planning.machine import Machine, MeshSize, resident_bytes
 from dlc_jax.planning.memory import (
     DeviceJob,
     Memory,
     MemoryPlan,
     held_by_devices,
     tree_bytes,
-    ways_on_processor,
+    ways_of_host,
 )
 from dlc_jax.planning.plan import Host, Plan, Work
 from dlc_jax.planning.programs import count_flops
@@ -246,18 +246,14 @@ def _work(costs: InstructionCosts) -> Work:
     }
 
     def host(stage: str, job: DeviceJob) -> Host:
-        def way(excess: int) -> str:
-            if is_processor():
-                return ways_on_processor(job, excess)
-            return "try fewer instructions, or a host with more memory"
-
+        otherwise = "try fewer instructions, or a host with more memory"
         memory = MemoryPlan.of(
             Memory("programs, libraries, instructions", resident_bytes()),
             Memory("tokens", _TOKEN * n * length),
             held[stage],
             held_by_devices(job),
         )
-        return Host(memory, way)
+        return Host(memory, functools.partial(ways_of_host, job, otherwise))
 
     def measure(_: int) -> tuple[list[str], Speeds]:
         tokens = config.probe.tokens_per_batch

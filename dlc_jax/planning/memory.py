@@ -93,8 +93,13 @@ def ways_out(job: DeviceJob, limit: int) -> str:
     return f"try {', or '.join(ways)}"
 
 
-def ways_on_processor(job: DeviceJob, excess: int) -> str:
-    """Returns the settings with which a processor's devices take so much less of their host."""
+def ways_of_host(job: DeviceJob, otherwise: str, excess: int) -> str:
+    """Returns the settings with which a processor's devices take so much less of their host.
+
+    Other devices hold nothing of it: for them, what to do is `otherwise`.
+    """
+    if not is_processor():
+        return otherwise
     return ways_out(job, job.plan().num_bytes - -(-excess // num_here(local=True)))
 
 

@@ -18,7 +18,7 @@ from dlc_jax.encoders import Encoder
 from dlc_jax.masking import Thresholds, prunable_paths
 from dlc_jax.planning.machine import is_processor
 from dlc_jax.planning.memory import Memory, MemoryPlan, Values, doubled, halved, tree_bytes
-from dlc_jax.planning.programs import peak_bytes
+from dlc_jax.planning.programs import count_flops, peak_bytes
 from dlc_jax.probes.kernel import Forward, features_of_batch, losses_of_batches
 from dlc_jax.training.images import FinetuneConfig
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
@@ -140,20 +140,18 @@ class ImageFinetuning:
 
     def changes(self) -> Iterator[Values]:
         def change(**settings: Any) -> ImageFinetuning:
-            return dataclasses.replace(
-                self, settings=dataclasses.replace(self.settings, **settings)
-            )
+            changed = dataclasses.replace(self.settings, **settings)
+            return dataclasses.replace(self, settings=changed)
 
         batch_size = self.settings.batch_size
         yield halved("finetune.batch_size", batch_size, self.num_devices, change)
         if not is_processor():
             yield [("finetune.dtype=bfloat16", change(dtype="bfloat16"))]
-            yield (
-                (f"mesh.data=-1 on {num} devices", job)
-                for num, job in doubled(
-                    self.num_devices, 1, lambda num: dataclasses.replace(self, num_devices=num)
-                )
-            )
+
+            def on(num: int) -> ImageFinetuning:
+                return dataclasses.replace(self, num_devices=num)
+
+            yield doubled("mesh.data=-1 on {} devices", self.num_devices, 1, on)
 
     @property
     def _num_rows(self) -> int:
@@ -212,6 +210,13 @@ def num_features(encoder: Encoder, image_size: int) -> int:
     """Returns d."""
     forward, images = Forward.of(encoder, "float32"), images_of(1, image_size)
     return features_of_batch.eval_shape(forward, shapes(encoder.params), images).shape[1]
+
+
+def forward_flops(encoder: Encoder, image_size: int) -> int:
+    """Returns the operations for an image through the unmasked encoder."""
+    forward, images = Forward.of(encoder, "float32"), images_of(1, image_size)
+    program = functools.partial(features_of_batch, forward)
+    return count_flops(program, shapes(encoder.params), images)
 
 
 def images_of(num: int, image_size: int) -> jax.ShapeDtypeStruct:

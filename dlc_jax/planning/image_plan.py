@@ -18,28 +18,14 @@ from dlc_jax.config import Config
 from dlc_jax.distributed import Team, one_device
 from dlc_jax.encoders import Encoder
 from dlc_jax.planning.costs import Cost, Speeds, kept_by_run, num_kept, planned_stages
-from dlc_jax.planning.image_memory import (
-    ImageFinetuning,
-    ImageScoring,
-    images_of,
-    num_features,
-    shapes,
-)
+from dlc_jax.planning.image_memory import ImageFinetuning, ImageScoring, forward_flops, num_features
 from dlc_jax.planning.machine import MeshSize, num_here, resident_bytes
-from dlc_jax.planning.memory import (
-    DeviceJob,
-    Memory,
-    MemoryPlan,
-    held_by_devices,
-    tree_bytes,
-    ways_of_host,
-)
+from dlc_jax.planning.memory import DeviceJob, Memory, tree_bytes
 from dlc_jax.planning.plan import Host, Plan, Work, amount, gib
 from dlc_jax.planning.programs import count_flops
 from dlc_jax.planning.speed import Decoding, scoring_speed
 from dlc_jax.preprocess.cache import ImageCache
 from dlc_jax.probes.images import Layout
-from dlc_jax.probes.kernel import Forward, features_of_batch
 from dlc_jax.selection import DEFAULT_SPLIT, has_split
 from dlc_jax.training.images import Recorder
 from dlc_jax.types import Dataset
@@ -83,9 +69,7 @@ class ImageCosts:
     @functools.cached_property
     def forward_flops(self) -> int:
         """Operations for an image through the unmasked encoder."""
-        program = functools.partial(features_of_batch, Forward.of(self.encoder, "float32"))
-        images = images_of(1, self.config.encoder.image_size)
-        return count_flops(program, shapes(self.encoder.params), images)
+        return forward_flops(self.encoder, self._size)
 
     @functools.cached_property
     def training_flops(self) -> int:
@@ -370,20 +354,19 @@ def scoring_host(costs: ImageCosts) -> Host:
     waiting = _AHEAD_PER_THREAD * threads + 2 * num_here(local=True) * job.batch_size
     weights = sum(leaf.size for leaf in jax.tree.leaves(costs.encoder.params))
 
-    def way(excess: int) -> str:
+    def fewer_probes(excess: int) -> str | None:
         left = num_probes - -(-excess // ((4 + _CHECKED) * n))
-        if left >= 1:
-            return f"try probe.num_probes={left} with probe.placement=midpoint"
-        return ways_of_host(job, "no single setting helps; score parts of the data set", excess)
+        return f"try probe.num_probes={left} with probe.placement=midpoint" if left >= 1 else None
 
-    memory = MemoryPlan.of(
+    return Host.of(
+        job,
         *_always(costs),
         Memory(f"losses [{num_probes}, {n}], and their check", (4 + _CHECKED) * num_probes * n),
         Memory("thresholds: weights sorted", _SORTED * weights),
         Memory("images that wait", waiting * 3 * costs.config.encoder.image_size**2),
-        held_by_devices(job),
+        otherwise="no single setting helps; score parts of the data set",
+        first=fewer_probes,
     )
-    return Host(memory, way)
 
 
 def finetuning_host(costs: ImageCosts) -> Host:
@@ -397,23 +380,23 @@ def finetuning_host(costs: ImageCosts) -> Host:
     if settings.linear_probe:
         fixed += costs.num_samples * num_features(costs.encoder, size) * 4
 
-    def way(excess: int) -> str:
+    def fewer_images(excess: int) -> str | None:
         left = (costs.kept_image_bytes - excess) / _GIB
         if settings.augment and not settings.linear_probe and left >= 0:
             return f"try finetune.image_memory_gib={int(left * 1e4) / 1e4:g}"
-        otherwise = "try finetune.image_memory_gib=0, or a host with more memory"
-        return ways_of_host(job, otherwise, excess)
+        return None
 
-    memory = MemoryPlan.of(
+    return Host.of(
+        job,
         *_always(costs),
         Memory("decoded images kept (finetune.image_memory_gib)", kept),
         Memory("evaluation crops to train on", fixed),
         Memory("test images", test),
         Memory("batches that wait", _STEPS_AHEAD * settings.batch_size * image),
         Memory("checkpoint on its way to disk", tree_bytes(job.arguments()[0])),
-        held_by_devices(job),
+        otherwise="try finetune.image_memory_gib=0, or a host with more memory",
+        first=fewer_images,
     )
-    return Host(memory, way)
 
 
 def _always(costs: ImageCosts) -> list[Memory]:

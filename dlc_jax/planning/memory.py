@@ -8,8 +8,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from dlc_jax.planning.machine import is_processor, num_here
-
 ALWAYS = "always"
 _MOST_DEVICES = 256
 
@@ -72,12 +70,6 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def held_by_devices(job: DeviceJob) -> Memory:
-    """Returns what a job's devices hold of their host; none but processors hold any."""
-    num_bytes = job.plan().num_bytes * num_here(local=True) * is_processor()
-    return Memory("what devices hold", num_bytes)
-
-
 def ways_out(job: DeviceJob, limit: int) -> str:
     """Returns the settings each of which alone makes it fit, changed as little as can be.
 
@@ -93,16 +85,6 @@ def ways_out(job: DeviceJob, limit: int) -> str:
     return f"try {', or '.join(ways)}"
 
 
-def ways_of_host(job: DeviceJob, otherwise: str, excess: int) -> str:
-    """Returns the settings with which a processor's devices take so much less of their host.
-
-    Other devices hold nothing of it: for them, what to do is `otherwise`.
-    """
-    if not is_processor():
-        return otherwise
-    return ways_out(job, job.plan().num_bytes - -(-excess // num_here(local=True)))
-
-
 def halved(
     setting: str, value: int, least: int, change: Callable[..., DeviceJob]
 ) -> Iterator[tuple[str, DeviceJob]]:
@@ -116,9 +98,12 @@ def halved(
 
 
 def doubled(
-    value: int, others: int, with_value: Callable[[int], DeviceJob]
-) -> Iterator[tuple[int, DeviceJob]]:
-    """Yields more devices with the jobs on them, `others` for each that the setting has."""
+    setting: str, value: int, others: int, with_value: Callable[[int], DeviceJob]
+) -> Iterator[tuple[str, DeviceJob]]:
+    """Yields the jobs on more devices, `others` for each that the setting has.
+
+    `setting` has `{}` in the place of its value.
+    """
     for power in range(1, 9):
         if (num := value << power) * others <= _MOST_DEVICES:
-            yield num, with_value(num)
+            yield setting.format(num), with_value(num)

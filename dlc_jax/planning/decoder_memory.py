@@ -145,6 +145,7 @@ class Finetuning:
         optimiser = tree_bytes(jax.eval_shape(Optimiser.of(lora).at(0.0).init, of_block)) * depth
         kept, block = _gradient(whole, num_rows, self.max_length)
         kept = max(0, kept - tree_bytes(of_block)) * depth
+        logits = _logits(whole, num_rows, self.max_length, gradient=True)
         # without rematerialisation, the gradient uses the gathered weights again
         num_gathered = 2 if lora.rematerialise else depth
         return MemoryPlan.of(
@@ -155,11 +156,7 @@ class Finetuning:
             _gathered(whole, self.fsdp, num_gathered),
             Memory("activations kept", kept),
             Memory("activations of a block", block, _BLOCKS),
-            Memory(
-                "logits of some positions",
-                _logits(whole, num_rows, self.max_length, gradient=True),
-                _LOGITS,
-            ),
+            Memory("logits of some positions", logits, _LOGITS),
             _all_rows(whole, num_rows, self.max_length, self.fsdp),
         )
 

@@ -75,9 +75,7 @@ class ImageCosts:
     def training_flops(self) -> int:
         """Operations for an image in a training step."""
         settings = dataclasses.replace(self.config.finetune, batch_size=1)
-        job = ImageFinetuning(
-            self.encoder, self._size, self.dataset.num_classes, settings, num_devices=1
-        )
+        job = dataclasses.replace(self.finetuning(), settings=settings, num_devices=1)
         return count_flops(job.program(), *job.arguments())
 
     def scoring(self) -> ImageScoring:
@@ -276,29 +274,14 @@ def plan_of_images(title: str, costs: ImageCosts, decoding: Decoding) -> Plan:
         seconds = decoding.seconds, decoding.crop_seconds
         return [what, decoded], Speeds.of(costs.mesh, rate, *seconds)
 
-    least = config.selection.min_per_class
-    flops = costs.training_flops
-    work = Work(
-        costs.costs(),
-        Cost(
-            "finetune",
-            "a sample",
-            passes=1,
-            num_samples=1,
-            flops=flops,
-            device_flops=flops // costs.mesh.num_devices,
-            crops=int(config.finetune.augment),
-        ),
-        costs.num_samples,
-        {f: num_kept(costs.counts, f, least) for f in config.selection.keep_fractions},
-        config.finetune.epochs,
-        hosts,
-        lines,
-        measure,
-        problems,
-    )
-    stages = planned_stages(config)
-    return Plan(title, costs.mesh.num_devices, {stage: jobs[stage] for stage in stages}, work)
+    flops, num_devices = costs.training_flops, costs.mesh.num_devices
+    crops = int(config.finetune.augment)
+    sample = Cost("finetune", "a sample", 1, 1, flops, flops // num_devices, crops=crops)
+    least, fractions = config.selection.min_per_class, config.selection.keep_fractions
+    kept = {fraction: num_kept(costs.counts, fraction, least) for fraction in fractions}
+    n, epochs = costs.num_samples, config.finetune.epochs
+    work = Work(costs.costs(), sample, n, kept, epochs, hosts, lines, measure, problems)
+    return Plan(title, num_devices, {stage: jobs[stage] for stage in planned_stages(config)}, work)
 
 
 def _bytes_in_words(costs: ImageCosts, decoding: Decoding) -> tuple[list[str], list[str]]:

@@ -123,9 +123,7 @@ class Plan:
         if self.work is not None and measured is None:
             echo("\ntime: not measured, since scoring does not fit")
         elif self.work is not None and measured is not None:
-            speeds = measured[1]
-            seconds = [speeds.seconds(cost) for cost in self.work.costs]
-            echo(f"\n{_time_table(self.work.costs, seconds)}\n")
+            echo(f"\n{_time_table(self.work.costs, measured[1])}\n")
             echo("(without compiling, and as fast as just measured: within a factor of 2)")
         claims = list(self._claims(here))
         if claims:
@@ -273,14 +271,14 @@ def _print_payback(work: Work, speeds: Speeds, echo: Callable[[str], None]) -> N
         )
 
 
-def _time_table(costs: Sequence[Cost], seconds: Sequence[float]) -> str:
-    def row(stage: str, part: str, some: float) -> list[str]:
-        between = f"{duration(some / FACTOR)} and {duration(some * FACTOR)}"
-        return [stage, part, duration(some), between]
-
-    rows = [row(cost.stage, cost.name, some) for cost, some in zip(costs, seconds, strict=True)]
-    if len(costs) > 1:
-        rows.append(row("", "all", sum(seconds)))
+def _time_table(costs: Sequence[Cost], speeds: Speeds) -> str:
+    parts = [(cost.stage, cost.name, speeds.seconds(cost)) for cost in costs]
+    if len(parts) > 1:
+        parts.append(("", "all", sum(seconds for *_, seconds in parts)))
+    rows = [
+        [stage, part, duration(some), f"{duration(some / FACTOR)} and {duration(some * FACTOR)}"]
+        for stage, part, some in parts
+    ]
     return markdown(["stage", "part", "expected", "between"], rows)
 
 

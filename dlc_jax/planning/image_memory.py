@@ -88,8 +88,8 @@ class ImageScoring:
     def program(self) -> Any:
         """Returns the function of `arguments` that scores a batch."""
         forward = Forward.of(self.encoder, _kept_in(self.dtype))
-        prunable = prunable_of(self.encoder)
-        return functools.partial(losses_of_batches, forward, prunable, self.chunk, one_device())
+        paths = tuple(self._prunable())
+        return functools.partial(losses_of_batches, forward, paths, self.chunk, one_device())
 
     def arguments(self) -> tuple[Any, ...]:
         """Returns shapes and types of what `program` takes."""
@@ -110,8 +110,10 @@ class ImageScoring:
         )
 
     def _prunable(self) -> dict[str, Any]:
+        """Returns what probes mask."""
         leaves = by_path(self.encoder.params)
-        return {path: leaves[path] for path in prunable_of(self.encoder)}
+        paths = prunable_paths(self.encoder.params, self.encoder.is_prunable)
+        return {path: leaves[path] for path in paths}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,11 +201,6 @@ class ImageFinetuning:
         state = jax.eval_shape(lambda head: start(head, Sgd.of(self.settings)), head)
         labels, real = Shape((num_rows,), jnp.int32), Shape((num_rows,), jnp.float32)
         return state, inputs, labels, real, Shape((), jnp.float32)
-
-
-def prunable_of(encoder: Encoder) -> tuple[str, ...]:
-    """Returns the paths of what probes mask."""
-    return prunable_paths(encoder.params, encoder.is_prunable)
 
 
 def num_features(encoder: Encoder, image_size: int) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core
 
 # Never written to memory on their own: XLA computes them where they are used.
@@ -76,7 +75,7 @@ def inner_programs(value: Any) -> Iterator[Any]:
 def _num_bytes(var: Any, operation: str) -> int:
     if operation in _FREE:
         return 0
-    return int(np.prod(var.aval.shape)) * var.aval.dtype.itemsize
+    return math.prod(var.aval.shape) * var.aval.dtype.itemsize
 
 
 def count_flops(function: Callable, *arguments: Any) -> int:

@@ -20,8 +20,8 @@ from dlc_jax.encoders import Encoder
 from dlc_jax.planning.costs import Cost, Speeds, kept_by_run, num_kept, planned_stages
 from dlc_jax.planning.image_memory import ImageFinetuning, ImageScoring, forward_flops, num_features
 from dlc_jax.planning.machine import MeshSize, num_here, resident_bytes
-from dlc_jax.planning.memory import DeviceJob, Memory, tree_bytes
-from dlc_jax.planning.plan import Host, Plan, Work, amount, gib
+from dlc_jax.planning.memory import DeviceJob, Host, Memory, tree_bytes
+from dlc_jax.planning.plan import Plan, Work, amount, gib
 from dlc_jax.planning.programs import count_flops
 from dlc_jax.planning.speed import Decoding, scoring_speed
 from dlc_jax.preprocess.cache import ImageCache

@@ -27,8 +27,8 @@ from dlc_jax.files.hub import fetching
 from dlc_jax.planning.costs import Cost, Speeds, kept_by_run, num_kept, planned_stages
 from dlc_jax.planning.decoder_memory import Finetuning, Scoring
 from dlc_jax.planning.machine import Machine, MeshSize, resident_bytes
-from dlc_jax.planning.memory import DeviceJob, Memory, tree_bytes
-from dlc_jax.planning.plan import Host, Plan, Work
+from dlc_jax.planning.memory import DeviceJob, Host, Memory, tree_bytes
+from dlc_jax.planning.plan import Plan, Work
 from dlc_jax.planning.programs import count_flops
 from dlc_jax.planning.speed import block_speed
 from dlc_jax.preprocess.tokens import bucket_length, tokenise

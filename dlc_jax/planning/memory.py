@@ -1,4 +1,4 @@
-"""Memory of one job on every device, and which setting to turn so that it fits."""
+"""Memory of one job on every device and host, and which setting to turn so that it fits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+
+from dlc_jax.planning.machine import is_processor, num_here
 
 ALWAYS = "always"
 _MOST_DEVICES = 256
@@ -83,6 +85,44 @@ def ways_out(job: DeviceJob, limit: int) -> str:
     if not ways:
         return f"no single setting helps, up to {_MOST_DEVICES} devices; change several"
     return f"try {', or '.join(ways)}"
+
+
+class Host(NamedTuple):
+    """A stage's part of a host.
+
+    Attributes:
+      memory: Memory of a process.
+      way: Returns the setting to turn where so many bytes are too many.
+    """
+
+    memory: MemoryPlan
+    way: Callable[[int], str]
+
+    @classmethod
+    def of(
+        cls,
+        job: DeviceJob,
+        *parts: Memory,
+        otherwise: str,
+        first: Callable[[int], str | None] = lambda excess: None,
+    ) -> Host:
+        """Returns a host that also holds what its devices take of it: only processors take any.
+
+        Args:
+          job: What the devices do.
+          parts: All else that a process holds.
+          otherwise: What to do where devices take nothing of it: their settings do not help.
+          first: Returns the setting to turn before those of the devices; None: it does not help.
+        """
+        takes, num = job.plan().num_bytes, num_here(local=True)
+
+        def way(excess: int) -> str:
+            if setting := first(excess):
+                return setting
+            return ways_out(job, takes - -(-excess // num)) if is_processor() else otherwise
+
+        held = Memory("what devices hold", takes * num * is_processor())
+        return cls(MemoryPlan.of(*parts, held), way)
 
 
 def halved(

@@ -9,59 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from dlc_jax.planning.costs import Cost, Speeds
-from dlc_jax.planning.machine import (
-    USABLE,
-    Machine,
-    host_memory,
-    is_processor,
-    num_here,
-    this_machine,
-)
-from dlc_jax.planning.memory import DeviceJob, Memory, MemoryPlan, ways_out
+from dlc_jax.planning.machine import USABLE, Machine, host_memory, this_machine
+from dlc_jax.planning.memory import DeviceJob, Host, MemoryPlan, ways_out
 from dlc_jax.reports.table import markdown
 
 FACTOR = 2.0  # that a prediction may be off by, either way
 _GIB, _MIB = 1 << 30, 1 << 20
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _SHARE = f"{USABLE:.0%}".replace("%", " %")
-
-
-class Host(NamedTuple):
-    """A stage's part of a host.
-
-    Attributes:
-      memory: Memory of a process.
-      way: Returns the setting to turn where so many bytes are too many.
-    """
-
-    memory: MemoryPlan
-    way: Callable[[int], str]
-
-    @classmethod
-    def of(
-        cls,
-        job: DeviceJob,
-        *parts: Memory,
-        otherwise: str,
-        first: Callable[[int], str | None] = lambda excess: None,
-    ) -> Host:
-        """Adds what the devices hold of their host; none but processors hold any.
-
-        Args:
-          job: What the devices do.
-          parts: All else that a process holds.
-          otherwise: What to do where no setting helps.
-          first: Returns the setting of the host to turn, before those of the job; None: none helps.
-        """
-        takes, num = job.plan().num_bytes, num_here(local=True)
-
-        def way(excess: int) -> str:
-            if setting := first(excess):
-                return setting
-            return ways_out(job, takes - -(-excess // num)) if is_processor() else otherwise
-
-        held = Memory("what devices hold", takes * num * is_processor())
-        return cls(MemoryPlan.of(*parts, held), way)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,15 +18,7 @@ from dlc_jax.distributed import partition
 from dlc_jax.encoders.decoder import Architecture, DecoderConfig, joined
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import thresholds
-from dlc_jax.planning.memory import (
-    ALWAYS,
-    Memory,
-    MemoryPlan,
-    Values,
-    doubled,
-    halved,
-    tree_bytes,
-)
+from dlc_jax.planning.memory import Memory, MemoryPlan, Values, doubled, halved, tree_bytes
 from dlc_jax.planning.programs import peak_bytes
 from dlc_jax.preprocess.tokens import bucket_length
 from dlc_jax.training.lora.settings import LoraConfig
@@ -153,6 +145,7 @@ class Finetuning:
         optimiser = tree_bytes(jax.eval_shape(Optimiser.of(lora).at(0.0).init, of_block)) * depth
         kept, block = _gradient(whole, num_rows, self.max_length)
         kept = max(0, kept - tree_bytes(of_block)) * depth
+        logits = _logits(whole, num_rows, self.max_length, gradient=True)
         # without rematerialisation, the gradient uses the gathered weights again
         num_gathered = 2 if lora.rematerialise else depth
         return MemoryPlan.of(
@@ -163,11 +156,7 @@ class Finetuning:
             _gathered(whole, self.fsdp, num_gathered),
             Memory("activations kept", kept),
             Memory("activations of a block", block, _BLOCKS),
-            Memory(
-                "logits of some positions",
-                _logits(whole, num_rows, self.max_length, gradient=True),
-                _LOGITS,
-            ),
+            Memory("logits of some positions", logits, _LOGITS),
             _all_rows(whole, num_rows, self.max_length, self.fsdp),
         )
 
@@ -175,8 +164,7 @@ class Finetuning:
 def _smaller_models(job: Scoring | Finetuning) -> Iterator[Values]:
     change = functools.partial(dataclasses.replace, job)
     yield halved("encoder.max_length", job.max_length, 128, change)
-    more = doubled(job.fsdp, job.groups, lambda num: change(fsdp=num))
-    yield ((f"mesh.fsdp={num}", other) for num, other in more)
+    yield doubled("mesh.fsdp={}", job.fsdp, job.groups, lambda num: change(fsdp=num))
 
 
 def weight_bytes(architecture: Architecture, fsdp: int) -> int:
@@ -197,9 +185,9 @@ def _gathered(architecture: Architecture, fsdp: int, num_blocks: int) -> Memory:
     )
     depth = architecture.config.depth
     num_blocks = min(num_blocks, depth)
-    when = _BLOCKS if num_blocks < depth else ALWAYS
     num_bytes = 0 if fsdp == 1 else of_blocks * num_blocks // depth
-    return Memory(f"gathered weights of {num_blocks} blocks", num_bytes, when)
+    always = Memory(f"gathered weights of {num_blocks} blocks", num_bytes)
+    return always._replace(when=_BLOCKS) if num_blocks < depth else always
 
 
 def _all_rows(architecture: Architecture, num_rows: int, length: int, fsdp: int) -> Memory:

@@ -18,7 +18,7 @@ from dlc_jax.encoders import Encoder
 from dlc_jax.masking import Thresholds, prunable_paths
 from dlc_jax.planning.machine import is_processor
 from dlc_jax.planning.memory import Memory, MemoryPlan, Values, doubled, halved, tree_bytes
-from dlc_jax.planning.programs import peak_bytes
+from dlc_jax.planning.programs import count_flops, peak_bytes
 from dlc_jax.probes.kernel import Forward, features_of_batch, losses_of_batches
 from dlc_jax.training.images import FinetuneConfig
 from dlc_jax.training.images.step import Network, Sgd, TrainState, initial_head, train_step
@@ -88,8 +88,8 @@ class ImageScoring:
     def program(self) -> Any:
         """Returns the function of `arguments` that scores a batch."""
         forward = Forward.of(self.encoder, _kept_in(self.dtype))
-        prunable = prunable_of(self.encoder)
-        return functools.partial(losses_of_batches, forward, prunable, self.chunk, one_device())
+        paths = tuple(self._prunable())
+        return functools.partial(losses_of_batches, forward, paths, self.chunk, one_device())
 
     def arguments(self) -> tuple[Any, ...]:
         """Returns shapes and types of what `program` takes."""
@@ -110,8 +110,10 @@ class ImageScoring:
         )
 
     def _prunable(self) -> dict[str, Any]:
+        """Returns what probes mask."""
         leaves = by_path(self.encoder.params)
-        return {path: leaves[path] for path in prunable_of(self.encoder)}
+        paths = prunable_paths(self.encoder.params, self.encoder.is_prunable)
+        return {path: leaves[path] for path in paths}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,20 +142,18 @@ class ImageFinetuning:
 
     def changes(self) -> Iterator[Values]:
         def change(**settings: Any) -> ImageFinetuning:
-            return dataclasses.replace(
-                self, settings=dataclasses.replace(self.settings, **settings)
-            )
+            changed = dataclasses.replace(self.settings, **settings)
+            return dataclasses.replace(self, settings=changed)
 
         batch_size = self.settings.batch_size
         yield halved("finetune.batch_size", batch_size, self.num_devices, change)
         if not is_processor():
             yield [("finetune.dtype=bfloat16", change(dtype="bfloat16"))]
-            yield (
-                (f"mesh.data=-1 on {num} devices", job)
-                for num, job in doubled(
-                    self.num_devices, 1, lambda num: dataclasses.replace(self, num_devices=num)
-                )
-            )
+
+            def on(num: int) -> ImageFinetuning:
+                return dataclasses.replace(self, num_devices=num)
+
+            yield doubled("mesh.data=-1 on {} devices", self.num_devices, 1, on)
 
     @property
     def _num_rows(self) -> int:
@@ -203,15 +203,17 @@ class ImageFinetuning:
         return state, inputs, labels, real, Shape((), jnp.float32)
 
 
-def prunable_of(encoder: Encoder) -> tuple[str, ...]:
-    """Returns the paths of what probes mask."""
-    return prunable_paths(encoder.params, encoder.is_prunable)
-
-
 def num_features(encoder: Encoder, image_size: int) -> int:
     """Returns d."""
     forward, images = Forward.of(encoder, "float32"), images_of(1, image_size)
     return features_of_batch.eval_shape(forward, shapes(encoder.params), images).shape[1]
+
+
+def forward_flops(encoder: Encoder, image_size: int) -> int:
+    """Returns the operations for an image through the unmasked encoder."""
+    forward, images = Forward.of(encoder, "float32"), images_of(1, image_size)
+    program = functools.partial(features_of_batch, forward)
+    return count_flops(program, shapes(encoder.params), images)
 
 
 def images_of(num: int, image_size: int) -> jax.ShapeDtypeStruct:

@@ -26,16 +26,9 @@ from dlc_jax.encoders.language_model import (
 from dlc_jax.files.hub import fetching
 from dlc_jax.planning.costs import Cost, Speeds, kept_by_run, num_kept, planned_stages
 from dlc_jax.planning.decoder_memory import Finetuning, Scoring
-from dlc_jax.planning.machine import Machine, MeshSize, is_processor, resident_bytes
-from dlc_jax.planning.memory import (
-    DeviceJob,
-    Memory,
-    MemoryPlan,
-    held_by_devices,
-    tree_bytes,
-    ways_on_processor,
-)
-from dlc_jax.planning.plan import Host, Plan, Work
+from dlc_jax.planning.machine import Machine, MeshSize, resident_bytes
+from dlc_jax.planning.memory import DeviceJob, Host, Memory, tree_bytes
+from dlc_jax.planning.plan import Plan, Work
 from dlc_jax.planning.programs import count_flops
 from dlc_jax.planning.speed import block_speed
 from dlc_jax.preprocess.tokens import bucket_length, tokenise
@@ -240,36 +233,27 @@ def _work(costs: InstructionCosts) -> Work:
     config, n, length = costs.config, costs.num_samples, costs.lengths.whole
     lora = Architecture(costs.sizes, config.lora.dtype, config.lora.adapter)
     adapter = tree_bytes(lora.abstract_adapter())
+    loaded = Memory("programs, libraries, instructions", resident_bytes())
+    tokens = Memory("tokens", _TOKEN * n * length)
     held = {
         "score": Memory("losses", 4 * n * int(config.probe.num_probes)),
         "finetune": Memory("checkpoint on its way to disk", 2 * adapter),
     }
-
-    def host(stage: str, job: DeviceJob) -> Host:
-        def way(excess: int) -> str:
-            if is_processor():
-                return ways_on_processor(job, excess)
-            return "try fewer instructions, or a host with more memory"
-
-        memory = MemoryPlan.of(
-            Memory("programs, libraries, instructions", resident_bytes()),
-            Memory("tokens", _TOKEN * n * length),
-            held[stage],
-            held_by_devices(job),
-        )
-        return Host(memory, way)
+    otherwise = "try fewer instructions, or a host with more memory"
+    hosts = {
+        stage: Host.of(job, loaded, tokens, held[stage], otherwise=otherwise)
+        for stage, job in _jobs(config, costs.sizes, costs.mesh).items()
+    }
 
     def measure(_: int) -> tuple[list[str], Speeds]:
-        tokens = config.probe.tokens_per_batch
-        rate, what = block_speed(costs.sizes, config.probe.dtype, tokens, length)
+        probe = config.probe
+        rate, what = block_speed(costs.sizes, probe.dtype, probe.tokens_per_batch, length)
         return [what], Speeds.of(costs.mesh, rate)
 
     flops = costs.training_flops
     sample = Cost("finetune", "a sample", 1, 1, flops, flops // costs.mesh.num_devices)
     fractions = config.selection.keep_fractions
     kept = {fraction: num_kept(costs.counts, fraction) for fraction in fractions}
-    jobs = _jobs(config, costs.sizes, costs.mesh)
-    hosts = {stage: host(stage, job) for stage, job in jobs.items()}
     return Work(costs.costs(), sample, n, kept, config.lora.epochs, hosts, [], measure)
 
 

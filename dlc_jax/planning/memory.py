@@ -1,4 +1,4 @@
-"""Memory of one job on every device, and which setting to turn so that it fits."""
+"""Memory of one job on every device and host, and which setting to turn so that it fits."""
 
 from __future__ import annotations
 
@@ -72,12 +72,6 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def held_by_devices(job: DeviceJob) -> Memory:
-    """Returns what a job's devices hold of their host; none but processors hold any."""
-    num_bytes = job.plan().num_bytes * num_here(local=True) * is_processor()
-    return Memory("what devices hold", num_bytes)
-
-
 def ways_out(job: DeviceJob, limit: int) -> str:
     """Returns the settings each of which alone makes it fit, changed as little as can be.
 
@@ -93,9 +87,42 @@ def ways_out(job: DeviceJob, limit: int) -> str:
     return f"try {', or '.join(ways)}"
 
 
-def ways_on_processor(job: DeviceJob, excess: int) -> str:
-    """Returns the settings with which a processor's devices take so much less of their host."""
-    return ways_out(job, job.plan().num_bytes - -(-excess // num_here(local=True)))
+class Host(NamedTuple):
+    """A stage's part of a host.
+
+    Attributes:
+      memory: Memory of a process.
+      way: Returns the setting to turn where so many bytes are too many.
+    """
+
+    memory: MemoryPlan
+    way: Callable[[int], str]
+
+    @classmethod
+    def of(
+        cls,
+        job: DeviceJob,
+        *parts: Memory,
+        otherwise: str,
+        first: Callable[[int], str | None] = lambda excess: None,
+    ) -> Host:
+        """Returns a host that also holds what its devices take of it: only processors take any.
+
+        Args:
+          job: What the devices do.
+          parts: All else that a process holds.
+          otherwise: What to do where devices take nothing of it: their settings do not help.
+          first: Returns the setting to turn before those of the devices; None: it does not help.
+        """
+        takes, num = job.plan().num_bytes, num_here(local=True)
+
+        def way(excess: int) -> str:
+            if setting := first(excess):
+                return setting
+            return ways_out(job, takes - -(-excess // num)) if is_processor() else otherwise
+
+        held = Memory("what devices hold", takes * num * is_processor())
+        return cls(MemoryPlan.of(*parts, held), way)
 
 
 def halved(
@@ -111,9 +138,12 @@ def halved(
 
 
 def doubled(
-    value: int, others: int, with_value: Callable[[int], DeviceJob]
-) -> Iterator[tuple[int, DeviceJob]]:
-    """Yields more devices with the jobs on them, `others` for each that the setting has."""
+    setting: str, value: int, others: int, with_value: Callable[[int], DeviceJob]
+) -> Iterator[tuple[str, DeviceJob]]:
+    """Yields the jobs on more devices, `others` for each that the setting has.
+
+    `setting` has `{}` in the place of its value.
+    """
     for power in range(1, 9):
         if (num := value << power) * others <= _MOST_DEVICES:
-            yield num, with_value(num)
+            yield setting.format(num), with_value(num)

@@ -10,25 +10,13 @@ from typing import NamedTuple
 
 from dlc_jax.planning.costs import Cost, Speeds
 from dlc_jax.planning.machine import USABLE, Machine, host_memory, this_machine
-from dlc_jax.planning.memory import DeviceJob, MemoryPlan, ways_out
+from dlc_jax.planning.memory import DeviceJob, Host, MemoryPlan, ways_out
 from dlc_jax.reports.table import markdown
 
 FACTOR = 2.0  # that a prediction may be off by, either way
 _GIB, _MIB = 1 << 30, 1 << 20
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _SHARE = f"{USABLE:.0%}".replace("%", " %")
-
-
-class Host(NamedTuple):
-    """A stage's part of a host.
-
-    Attributes:
-      memory: Memory of a process.
-      way: Returns the setting to turn where so many bytes are too many.
-    """
-
-    memory: MemoryPlan
-    way: Callable[[int], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +78,7 @@ class Plan:
         if self.work is not None and measured is None:
             echo("\ntime: not measured, since scoring does not fit")
         elif self.work is not None and measured is not None:
-            speeds = measured[1]
-            seconds = [speeds.seconds(cost) for cost in self.work.costs]
-            echo(f"\n{_time_table(self.work.costs, seconds)}\n")
+            echo(f"\n{_time_table(self.work.costs, measured[1])}\n")
             echo("(without compiling, and as fast as just measured: within a factor of 2)")
         claims = list(self._claims(here))
         if claims:
@@ -240,14 +226,14 @@ def _print_payback(work: Work, speeds: Speeds, echo: Callable[[str], None]) -> N
         )
 
 
-def _time_table(costs: Sequence[Cost], seconds: Sequence[float]) -> str:
-    def row(stage: str, part: str, some: float) -> list[str]:
-        between = f"{duration(some / FACTOR)} and {duration(some * FACTOR)}"
-        return [stage, part, duration(some), between]
-
-    rows = [row(cost.stage, cost.name, some) for cost, some in zip(costs, seconds, strict=True)]
-    if len(costs) > 1:
-        rows.append(row("", "all", sum(seconds)))
+def _time_table(costs: Sequence[Cost], speeds: Speeds) -> str:
+    parts = [(cost.stage, cost.name, speeds.seconds(cost)) for cost in costs]
+    if len(parts) > 1:
+        parts.append(("", "all", sum(seconds for *_, seconds in parts)))
+    rows = [
+        [stage, part, duration(some), f"{duration(some / FACTOR)} and {duration(some * FACTOR)}"]
+        for stage, part, some in parts
+    ]
     return markdown(["stage", "part", "expected", "between"], rows)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core
 
 # Never written to memory on their own: XLA computes them where they are used.
@@ -76,7 +75,7 @@ def inner_programs(value: Any) -> Iterator[Any]:
 def _num_bytes(var: Any, operation: str) -> int:
     if operation in _FREE:
         return 0
-    return int(np.prod(var.aval.shape)) * var.aval.dtype.itemsize
+    return math.prod(var.aval.shape) * var.aval.dtype.itemsize
 
 
 def count_flops(function: Callable, *arguments: Any) -> int:
@@ -91,11 +90,7 @@ def count_flops(function: Callable, *arguments: Any) -> int:
       function: Is traced, not run.
       arguments: Arrays, or their shapes and types.
     """
-    return _count(traced(function, *arguments))
-
-
-def _count(jaxpr: Any) -> int:
-    return sum(map(_of_equation, jaxpr.eqns))
+    return sum(map(_of_equation, traced(function, *arguments).eqns))
 
 
 def _of_equation(equation: Any) -> int:
@@ -110,7 +105,7 @@ def _of_equation(equation: Any) -> int:
         made_up = math.prod(params["lhs_dilation"])
         taps = kernel.size // kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return 2 * equation.outvars[0].aval.size * taps // made_up
-    inside = [_count(program) for program in inner_programs(params)]
+    inside = [sum(map(_of_equation, program.eqns)) for program in inner_programs(params)]
     if name == "cond":
         return max(inside)
     return sum(inside) * (params["length"] if name == "scan" else 1)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from dlc_jax import expect
 from dlc_jax.encoders.decoder import Architecture, DecoderConfig
@@ -46,10 +45,9 @@ def scoring_speed(job: ImageScoring) -> tuple[float, str]:
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), (thresholds, prototypes))
     pixels = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
     arguments = (job.encoder.params, None, *zeros, pixels, np.zeros(labels.shape, np.int32))
-    program = small.program()
-    seconds, compiling = _seconds(program, jax.device_put(arguments))
+    program, what = small.program(), f"{num_images} images x {num_probes} probes"
     flops = count_flops(program, *small.arguments())
-    return _speed(f"{num_images} images x {num_probes} probes", flops, seconds, compiling)
+    return _speed(what, flops, program, jax.device_put(arguments))
 
 
 def block_speed(
@@ -82,22 +80,13 @@ def block_speed(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), architecture.abstract_params()
     )
     tokens = jnp.ones((num_rows, length), jnp.int32)
-    seconds, compiling = _seconds(jax.jit(architecture.hidden), (params, tokens, tokens))
-    return _speed(
-        f"one block, {num_rows} rows of {length} tokens", num_rows * each, seconds, compiling
-    )
+    what = f"one block, {num_rows} rows of {length} tokens"
+    program = jax.jit(architecture.hidden)
+    return _speed(what, num_rows * each, program, (params, tokens, tokens))
 
 
-def _speed(what: str, flops: int, seconds: float, compiling: float) -> tuple[float, str]:
-    rate = flops / seconds
-    return rate, (
-        f"{what}: {seconds:.3g} s on one device, {rate / 1e9:.4g} GFLOP/s (compiled in "
-        f"{compiling:.1f} s, not counted)"
-    )
-
-
-def _seconds(program: Callable, arguments: Any) -> tuple[float, float]:
-    """Returns the seconds of a call, and of the first one, which compiles, without it."""
+def _speed(what: str, flops: int, program: Callable, arguments: Any) -> tuple[float, str]:
+    """Calls a program of so many operations, first once, which compiles, then for some time."""
     start = time.perf_counter()
     jax.block_until_ready(program(*arguments))
     first = time.perf_counter() - start
@@ -105,8 +94,12 @@ def _seconds(program: Callable, arguments: Any) -> tuple[float, float]:
     while (elapsed := time.perf_counter() - start) < _SECONDS or not num_calls:
         jax.block_until_ready(program(*arguments))
         num_calls += 1
-    each = elapsed / num_calls
-    return each, max(0.0, first - each)
+    seconds = elapsed / num_calls
+    rate = flops / seconds
+    return rate, (
+        f"{what}: {seconds:.3g} s on one device, {rate / 1e9:.4g} GFLOP/s (compiled in "
+        f"{max(0.0, first - seconds):.1f} s, not counted)"
+    )
 
 
 class Decoding(NamedTuple):
@@ -152,34 +145,26 @@ def decoding_speed(dataset: Dataset, image_size: int) -> Decoding:
         encoded = sample.image
         return encoded.nbytes if isinstance(encoded, np.ndarray) else len(encoded), image
 
-    found, seconds = _for_a_while(one, num)
+    found = []
+    start = time.perf_counter()
+    for result in in_order(one, num):
+        found.append(result)
+        if time.perf_counter() - start > _DECODING_SECONDS:
+            break
+    seconds = (time.perf_counter() - start) / len(found)
     read = [image for image in found if not isinstance(image, str)]
     expect.some_readable(dataset.name, len(read), len(found))
+    crops = RandomCrops(dataset, image_size, seed=0)
+    to_crop = read[:_MOST_CROPS]
+    start = time.perf_counter()
+    for position, (_, image) in enumerate(to_crop):
+        crops.crop(image, position, draw=0)
+    crop_seconds = (time.perf_counter() - start) / len(to_crop) / (os.cpu_count() or 1)
     return Decoding(
         seconds,
-        _crop_seconds(RandomCrops(dataset, image_size, seed=0), [image for _, image in read]),
+        crop_seconds,
         float(np.mean([image.width * image.height for _, image in read])),
         float(np.mean([num_bytes for num_bytes, _ in read])),
         len(found),
         len(found) - len(read),
     )
-
-
-def _crop_seconds(crops: RandomCrops, images: list[Image.Image]) -> float:
-    """Returns the seconds of a random crop, all cores at work."""
-    num = min(len(images), _MOST_CROPS)
-    start = time.perf_counter()
-    for position, image in enumerate(images[:num]):
-        crops.crop(image, position, draw=0)
-    return (time.perf_counter() - start) / num / (os.cpu_count() or 1)
-
-
-def _for_a_while(compute: Callable[[int], Any], num: int) -> tuple[list[Any], float]:
-    """Returns results, and the seconds that each took."""
-    found = []
-    start = time.perf_counter()
-    for result in in_order(compute, num):
-        found.append(result)
-        if time.perf_counter() - start > _DECODING_SECONDS:
-            break
-    return found, (time.perf_counter() - start) / len(found)

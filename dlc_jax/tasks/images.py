@@ -20,8 +20,7 @@ from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.expect import visible
 from dlc_jax.exports import EXPORTS, RELEASED, export
 from dlc_jax.masking import AUTO
-from dlc_jax.planning.image_costs import ImageCosts
-from dlc_jax.planning.image_plan import plan_of_images
+from dlc_jax.planning.image_plan import ImageCosts, plan_of_images
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.plan import Plan
 from dlc_jax.planning.speed import decoding_speed

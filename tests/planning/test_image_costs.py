@@ -9,8 +9,7 @@ from conftest import random_images
 import dlc_jax as dlc
 from dlc_jax.config import Config, default_config
 from dlc_jax.planning.costs import num_kept
-from dlc_jax.planning.image_costs import ImageCosts
-from dlc_jax.planning.image_plan import cache_disk, finetuning_host, scoring_host
+from dlc_jax.planning.image_plan import ImageCosts, cache_disk, finetuning_host, scoring_host
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.preprocess.cache import ImageCache
 

@@ -17,7 +17,7 @@ from dlc_jax import expect
 from dlc_jax.config import Config, default_config
 from dlc_jax.planning import image_plan, machine, plan
 from dlc_jax.planning.costs import Speeds
-from dlc_jax.planning.image_costs import ImageCosts
+from dlc_jax.planning.image_plan import ImageCosts
 from dlc_jax.planning.machine import Machine, MeshSize
 from dlc_jax.planning.speed import decoding_speed, scoring_speed
 from dlc_jax.stages.pipeline import run_plan

@@ -1,4 +1,4 @@
-"""Pictures: the gap to random of every method, and the easiest and hardest images of each class."""
+"""Pictures: accuracy against the keep fraction, the easiest and hardest images of each class."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from dlc_jax.expect import escaped, visible
 from dlc_jax.preprocess.decode import decode
 from dlc_jax.reports.results import Row
-from dlc_jax.types import Dataset
+from dlc_jax.types import Dataset, Tried, Tuning
 
 
 def lettering(text: str) -> tuple[str, Path]:
@@ -28,7 +28,9 @@ def lettering(text: str) -> tuple[str, Path]:
     missing = set(text) - _characters(basic)
     if not missing:
         return text, basic
-    for font in _system_fonts():
+    from matplotlib import font_manager
+
+    for font in map(Path, sorted(font_manager.findSystemFonts())):
         if set(text) <= _characters(font):
             return text, font
     return "".join(escaped(char) if char in missing else char for char in text), basic
@@ -38,12 +40,6 @@ def _basic_font() -> Path:
     import matplotlib  # ships it
 
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-
-
-def _system_fonts() -> Iterator[Path]:
-    from matplotlib import font_manager
-
-    yield from map(Path, sorted(font_manager.findSystemFonts()))
 
 
 @functools.cache
@@ -106,6 +102,44 @@ def keep_fraction_figure(height: float, values: str) -> Iterator[tuple[Figure, A
         axes.grid(alpha=0.3)
         yield figure, axes
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+
+
+_MAX_GAMMAS = 5  # lines of FlexRand in the figure
+
+
+def tuning_figure(tuning: Tuning) -> Figure:
+    """Draws validation accuracy against the keep fraction, a line per way of choosing.
+
+    Random pruning has the band of its 95 % interval to the full set, and rings mark what `auto`
+    stands for; of FlexRand's splits a few are drawn.
+    """
+    import matplotlib  # half a second, which only reports need
+
+    splits = sorted({row.split for row in tuning.tried if row.split is not None})
+    places = np.linspace(0, len(splits) - 1, min(len(splits), _MAX_GAMMAS)).round().astype(int)
+    shown = (None, *(splits[place] for place in places))
+    lines: dict[str, list[Tried]] = {}
+    for row in tuning.tried:
+        if row.split in shown:
+            lines.setdefault(row.label, []).append(row)
+    with keep_fraction_figure(4.4, "accuracy on held-out training data") as (figure, axes):
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        colours = matplotlib.colormaps["tab20"]  # ten, as is usual, would run out
+        axes.set_prop_cycle(color=[colours(number) for number in range(20)])
+        full = tuning.full_accuracy
+        axes.axhline(full, color="black", linewidth=1, linestyle="--", label="full set")
+        for label, rows in lines.items():
+            numbers = [(row.keep_fraction, row.accuracy, row.to_full.half_width) for row in rows]
+            keep, mean, half = np.array(numbers).T
+            (line,) = axes.plot(keep, mean, marker="o", markersize=3, linewidth=1, label=label)
+            if label == "random":
+                colour = line.get_color()
+                axes.fill_between(keep, mean - half, mean + half, color=colour, alpha=0.15)
+        chosen = [tuning.row(*choice[:3]) for choice in tuning.methods]
+        keep, mean = np.array([(row.keep_fraction, row.accuracy) for row in chosen]).T
+        ring: dict[str, Any] = {"s": 80, "facecolors": "none", "edgecolors": "black", "zorder": 3}
+        axes.scatter(keep, mean, label="auto", **ring)
+    return figure
 
 
 _MAX_CLASSES = 20

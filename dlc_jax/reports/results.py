@@ -116,13 +116,12 @@ def read_results(path: Path) -> list[Result]:
     """
     if not path.is_file():
         raise expect.InputError(f"{path}: not there; run the stage 'finetune' first.")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return _read_table(path, csv.DictReader(file))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise expect.InputError(
-            f"{path}: not a table of results: {expect.first_line(error)}."
-        ) from error
+    problem = f"{path}: not a table of results"
+    with (
+        expect.refusing(problem, csv.Error, UnicodeDecodeError, shown=expect.first_line),
+        open(path, newline="", encoding="utf-8-sig") as file,
+    ):
+        return _read_table(path, csv.DictReader(file))
 
 
 def _read_table(path: Path, table: csv.DictReader) -> list[Result]:
@@ -161,10 +160,10 @@ def _result(row: dict[str, str]) -> Result:
         split = float(row["split"])
         expect.split(split)
     keep_fraction, accuracy = float(row["keep_fraction"]), float(row["test_accuracy"])
-    limits = (("keep_fraction", keep_fraction, 1), ("test_accuracy", accuracy, 100))
-    for name, value, most in limits:
-        expect.at_least(name, value, 0)
-        expect.at_most(name, value, most)
+    expect.at_least("keep_fraction", keep_fraction, 0)
+    expect.at_most("keep_fraction", keep_fraction, 1)
+    expect.at_least("test_accuracy", accuracy, 0)
+    expect.at_most("test_accuracy", accuracy, 100)
     seed = int(row["seed"])
     expect.seed(seed)
     loss = math.nan

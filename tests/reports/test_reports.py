@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from conftest import random_images
+from matplotlib import font_manager
 
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
@@ -101,7 +102,7 @@ def test_names_of_other_scripts_are_drawn_and_differ(pair):
 
 
 def test_characters_that_no_font_has_are_drawn_as_code_points(monkeypatch):
-    monkeypatch.setattr(lettering_module, "_system_fonts", lambda: iter(()))
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
     text, font = lettering_module.lettering("x漢\x1b")
     assert (text, font.name) == (r"x\u6f22\x1b", "DejaVuSans.ttf")
     np.testing.assert_array_equal(ink("漢"), ink(r"\u6f22"))
@@ -111,7 +112,7 @@ def test_a_font_of_the_system_that_has_all_characters_is_taken(monkeypatch):
     full = lettering_module._basic_font()
     poor = full.with_name("cmr10.ttf")
     monkeypatch.setattr(lettering_module, "_basic_font", lambda: poor)
-    monkeypatch.setattr(lettering_module, "_system_fonts", lambda: iter([poor, full]))
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(poor), str(full)])
     assert lettering_module.lettering("Ж") == ("Ж", full)
     assert lettering_module.lettering("A") == ("A", poor)
 

@@ -103,7 +103,7 @@ def refusing(
     Args:
       problem: What cannot be used, and what for.
       kinds: Classes of errors; an `InputError` stays as it is.
-      shown: What is shown of the error: its text, or its `first_line`.
+      shown: What is shown of the error: its text, its `first_line` or `reason`.
       end: What the message ends with.
     """
     try:
@@ -117,6 +117,11 @@ def refusing(
 def first_line(error: BaseException) -> str:
     """Returns the error's kind and the first line of its text, which may be empty."""
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+def reason(error: Exception) -> str:
+    """Returns what the system says of a file, without number and path; else the error's text."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def listed(names: Iterable[Any], separator: str = ", ") -> str:

@@ -23,8 +23,7 @@ from jaxtyping import Int64
 from dlc_jax import expect
 from dlc_jax.datasets.files import LazyImages, images_in, joined, matching, posix_names, regular
 from dlc_jax.datasets.labels import PATH_COLUMNS, Columns, labelled
-from dlc_jax.files.arrow import pa, pc, pq
-from dlc_jax.files.hub import fetching
+from dlc_jax.files.libraries import fetching, pa, pc, pq
 from dlc_jax.types import Dataset, ImageSource
 
 _IMAGE_COLUMNS = tuple(dict.fromkeys(("image", "img", *PATH_COLUMNS)))

@@ -25,8 +25,8 @@ from dlc_jax.encoders.stored_tensors import (
     names_of,
     read_tensors,
 )
-from dlc_jax.files.hub import fetching
 from dlc_jax.files.json_files import read_json
+from dlc_jax.files.libraries import fetching
 from dlc_jax.types import Params, by_path, path_name
 
 _CONFIG = "config.json"

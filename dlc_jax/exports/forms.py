@@ -21,8 +21,8 @@ from PIL import Image
 from dlc_jax import expect
 from dlc_jax.datasets.files import is_junk, split_in
 from dlc_jax.datasets.labels import composed
-from dlc_jax.files.arrow import pa, pq
 from dlc_jax.files.image_files import opened
+from dlc_jax.files.libraries import pa, pq
 from dlc_jax.selection import kept_positions, places_of
 from dlc_jax.types import Dataset, Sample, Selection, file_of, labels_fingerprint
 from dlc_jax.workspace import artefacts

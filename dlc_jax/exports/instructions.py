@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dlc_jax import expect
 from dlc_jax.datasets.instructions import Instructions, json_problem
 from dlc_jax.exports.forms import json_line
-from dlc_jax.files.arrow import pa, pq
+from dlc_jax.files.libraries import pa, pq
 from dlc_jax.workspace import artefacts
 
 

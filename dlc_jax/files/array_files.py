@@ -25,18 +25,6 @@ _NO_ARRAYS = "cannot be read as arrays"
 _KINDS = {"b": "booleans", "f": "floating numbers", "i": "signed integers", "U": "text"}
 
 
-class Expected(NamedTuple):
-    """What an array has to be.
-
-    Attributes:
-      kind: `b`, `f`, `i` or `U`, as in `numpy.dtype.kind`.
-      ndim: Number of axes.
-    """
-
-    kind: str
-    ndim: int
-
-
 class Header(NamedTuple):
     """Shape and type of an array in a file."""
 
@@ -60,12 +48,13 @@ def read_npy(path: Path) -> np.ndarray:
         return np.load(path, allow_pickle=False)
 
 
-def read_npz(path: Path, expected: Mapping[str, Expected]) -> dict[str, np.ndarray]:
+def read_npz(path: Path, expected: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
     """Reads arrays of an `.npz` file that `numpy.savez` wrote.
 
     Args:
       path: The file.
-      expected: What each array has to be, by name; others are not read.
+      expected: What each array has to be, by name: its kind, `b`, `f`, `i` or `U` as in
+        `numpy.dtype.kind`, and its number of axes. Others are not read.
     Raises:
       ValueError: naming file and array; there is no such file, it is damaged or compressed, or an
         array is missing or something else.

@@ -52,13 +52,9 @@ def read_json(path: Path, shape: Shape = dict) -> Any:
         return {}
     if not path.is_file():  # a pipe would never end
         raise expect.InputError(f"{path}: no regular file, expected a JSON file.")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise expect.InputError(
-            f"{path}: cannot be read: {error.strerror or error}; expected a JSON file."
-        ) from error
-    return parse_json(content, shape, path)
+    problem, end = f"{path}: cannot be read", "; expected a JSON file."
+    with expect.refusing(problem, OSError, shown=expect.reason, end=end):
+        return parse_json(path.read_bytes(), shape, path)
 
 
 def parse_json(content: bytes | str, shape: Shape, path: Path) -> Any:
@@ -86,7 +82,13 @@ def check_shape(value: Any, shape: Shape, path: Path, field: str = "") -> None:
     elif isinstance(shape, Mapping):
         for name, part in shape.items():
             if isinstance(name, re.Pattern):
-                _check_all(value, name, part, path, field)
+                for own, item in value.items():
+                    if not name.fullmatch(own):
+                        raise expect.InputError(
+                            f"{path}: {field or 'its value'} has the name {own[:60]!r}, expected "
+                            f"{_expected(name)}."
+                        )
+                    check_shape(item, part, path, f"{field}.{own}".lstrip("."))
                 continue
             key = name.removesuffix("?")
             inner = f"{field}.{key}".lstrip(".")
@@ -96,18 +98,6 @@ def check_shape(value: Any, shape: Shape, path: Path, field: str = "") -> None:
                 raise expect.InputError(f"{path}: {inner} is missing, expected {_expected(part)}.")
     elif isinstance(shape, tuple):  # the first that fits on the outside is meant
         check_shape(value, next(part for part in shape if _fits(value, part)), path, field)
-
-
-def _check_all(
-    value: dict[str, Any], pattern: re.Pattern, shape: Shape, path: Path, field: str
-) -> None:
-    for name, item in value.items():
-        if not pattern.fullmatch(name):
-            raise expect.InputError(
-                f"{path}: {field or 'its value'} has the name {name[:60]!r}, expected "
-                f"{_expected(pattern)}."
-            )
-        check_shape(item, shape, path, f"{field}.{name}".lstrip("."))
 
 
 def _fits(value: Any, shape: Shape) -> bool:

@@ -167,11 +167,9 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
       ValueError: another process is in there, or the folder cannot be made.
     """
-    try:
+    with expect.refusing(f"{folder}: cannot be used", OSError, shown=expect.reason):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise expect.InputError(f"{folder}: cannot be used: {error.strerror or error}.") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,7 +23,7 @@ from dlc_jax.encoders.language_model import (
     read_config,
     read_config_alone,
 )
-from dlc_jax.files.hub import fetching
+from dlc_jax.files.libraries import fetching
 from dlc_jax.planning.costs import Cost, Speeds, kept_by_run, num_kept, planned_stages
 from dlc_jax.planning.decoder_memory import Finetuning, Scoring
 from dlc_jax.planning.machine import Machine, MeshSize, resident_bytes

@@ -25,12 +25,12 @@ import PIL
 from PIL import features
 
 from dlc_jax import expect
-from dlc_jax.files.array_files import Expected, read_npz
-from dlc_jax.files.arrow import pa, pq
+from dlc_jax.files.array_files import read_npz
 
 # used as parts of this module
 from dlc_jax.files.json_files import check_shape
 from dlc_jax.files.json_files import read_json as read_json
+from dlc_jax.files.libraries import pa, pq
 from dlc_jax.files.whole_files import atomic as atomic
 from dlc_jax.files.whole_files import atomic_folder as atomic_folder
 from dlc_jax.files.whole_files import clear_leftovers as clear_leftovers
@@ -128,10 +128,10 @@ FINETUNE = "finetune"
 EVALUATE = "evaluate"
 EXPORTS = "exports"
 _LOSSES = {
-    "losses": Expected("f", 2),
-    "sparsity": Expected("f", 1),
-    "labels": Expected("i", 1),
-    "ids": Expected("U", 1),
+    "losses": ("f", 2),
+    "sparsity": ("f", 1),
+    "labels": ("i", 1),
+    "ids": ("U", 1),
 }
 _ROWS = 8192  # written and read at a time, so that memory does not grow with the data set
 # Where temporary files may be left. Not inside exported image folders, which are large.
@@ -319,7 +319,7 @@ def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np
       ValueError: it is not there, cannot be read, or is of other samples.
     """
     path = _made_by_score(workdir / name, "with the same selection.methods")
-    arrays = read_npz(path, {key: Expected("f", 2), "ids": Expected("U", 1)})
+    arrays = read_npz(path, {key: ("f", 2), "ids": ("U", 1)})
     if not np.array_equal(arrays["ids"], samples.ids) or len(arrays[key]) != len(samples.ids):
         raise expect.InputError(
             f"{path}: is of other samples than {SCORES}; run the stage 'score' again."

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from dlc_jax import expect
 from dlc_jax.distributed import Run, processes
 from dlc_jax.encoders import Encoder
-from dlc_jax.files.array_files import Expected, read_npy, read_npz
+from dlc_jax.files.array_files import read_npy, read_npz
 from dlc_jax.files.json_files import NAME, parse_json
 from dlc_jax.preprocess.images import Images
 from dlc_jax.training.images.finetuner import Finetuner
@@ -28,12 +28,12 @@ from dlc_jax.workspace import Workspace, Written, artefacts, records
 
 RECORD = "record.npz"
 _ARRAYS = {
-    "correct": Expected("b", 2),
-    "logits": Expected("f", 2),
-    "early_logits": Expected("f", 3),
-    "early_squared_norms": Expected("f", 2),
-    "labels": Expected("i", 1),
-    "ids": Expected("U", 1),
+    "correct": ("b", 2),
+    "logits": ("f", 2),
+    "early_logits": ("f", 3),
+    "early_squared_norms": ("f", 2),
+    "labels": ("i", 1),
+    "ids": ("U", 1),
 }
 _FACTS = {
     "early_epoch": int,
@@ -218,7 +218,7 @@ def read_record(folder: Path, ids: np.ndarray | None = None) -> TrainingRecord:
     if not path.exists():
         raise expect.InputError(f"{path}: not there; record a training first.")
     try:
-        expected = _ARRAYS | {"facts": Expected("U", 0)}
+        expected = _ARRAYS | {"facts": ("U", 0)}
         arrays: dict[str, Any] = {**read_npz(path, expected)}
         facts = parse_json(str(arrays.pop("facts")), _FACTS, path)
         facts["class_names"] = tuple(facts["class_names"])

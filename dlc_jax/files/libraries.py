@@ -1,17 +1,37 @@
-"""What is fetched from the Hugging Face hub."""
+"""Libraries that are imported as soon as they are used: Arrow, and what fetches from the hub."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from dlc_jax import expect
 
 
+class _Lazily:
+    def __init__(self, module: str):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module), name)
+
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+else:  # images in folders need none of them
+    pa, pc, pq = map(_Lazily, ("pyarrow", "pyarrow.compute", "pyarrow.parquet"))
+
+__all__ = ["fetching", "pa", "pc", "pq"]
+
+
 @contextlib.contextmanager
 def fetching(what: str, otherwise: str) -> Iterator[ModuleType]:
-    """Gives the library that fetches; ValueError where that fails.
+    """Gives the library that fetches from the Hugging Face hub; ValueError where that fails.
 
     Args:
       what: Beginning of the message, up to "could not be" or the like.

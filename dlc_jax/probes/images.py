@@ -2,6 +2,10 @@
 
 The first pass gives the prototypes, the second the losses. Samples are dealt out in shards, which
 number and batch size alone decide, and batches never reach over the end of one: see `shards`.
+
+`probe` makes a `Pass`, asks `measure_prototypes` and, for the probes of a path, `measure_losses`.
+Both leave to `shards.shards_done` what is finished and whose turn it is; the losses of the batches
+of a shard are those of `Pass.losses_under`, which calls the program `kernel.losses_of_batches`.
 """
 
 from __future__ import annotations
@@ -123,7 +127,7 @@ def features(
     encoder.check_image_size(images.size)
     batch_size = compute.images_per_call(images.size)
     decisive = [images.size, batch_size, compute.dtype, images.on_corrupt, mode]
-    work = _first_pass("features", encoder, images, compute, run, decisive)
+    work = _pass_over("features", encoder, images, compute, run, decisive)
     dataset = images.dataset
     skipped: dict[int, str] | None = {} if work.on_corrupt == "skip" else None
 
@@ -206,7 +210,7 @@ def probe(
     decisive += [images.on_corrupt, seed, mode]
     probes = learning_path(encoder, path, seed, Conventions.of(mode))
     crops = RandomCrops(dataset, images.size, seed) if path.augment else None
-    work = _first_pass("losses", encoder, images, compute, run, decisive, crops)
+    work = _pass_over("losses", encoder, images, compute, run, decisive, crops)
     means, positions, skipped = measure_prototypes(work)
     if crops is not None:
         work = work._replace(reader=Reader(dataset, lambda image, _: image))
@@ -228,7 +232,7 @@ def probe(
     )
 
 
-def _first_pass(
+def _pass_over(
     kind: str,
     encoder: Encoder,
     images: Images,

@@ -269,7 +269,8 @@ def select(
       keep_fraction: Fraction kept of each class, in (0, 1).
       split: FlexRand's gamma in (0, 1), the share of a class that counts as easy; default 0.5.
         `auto`: what `tuning` found best.
-      seed: Seed of the draw. The draw of a class depends on the seed and its samples only.
+      seed: Seed of the draw. The draw of a class depends on the seed, its class id and its samples
+        only.
       ids: [n] different sample ids. Draws and ties then follow the ids, so that the same samples
         in another order keep the same ids (not in `official`), and `finetune` finds the kept
         samples in any order or part of the data set. None: draws and ties follow positions.

@@ -1,4 +1,8 @@
-"""The stages in order, and whether the configuration names what was scored."""
+"""The stages in order, and whether the configuration names what was scored.
+
+Scoring is the task's own (`Task.score`), planning is `run_plan`; every other stage is the `run` of
+the module of its name.
+"""
 
 from __future__ import annotations
 
@@ -18,110 +22,6 @@ from dlc_jax.stages.select import Job, SelectionInputs
 from dlc_jax.tasks import measurements, task_of
 from dlc_jax.tasks.exports import check_can_be_written
 from dlc_jax.workspace import Workspace, artefacts, records
-
-_Settings: TypeAlias = dict[str, Any]
-_Names: TypeAlias = tuple[str, str]  # in the configuration, and of what was scored
-_SETTINGS = {
-    "asked": {"dataset": {"train": str}, "encoder": {"name": str, "weights": str}},
-    "encoder?": dict,
-    "probe": dict,
-    "seed": int,
-}
-# Settings that do not decide the losses.
-_NOT_OF_DATA = ("train", "test", "on_corrupt")
-_ELSEWHERE = "Run the stages 'score' and 'select' with it, in another work directory."
-
-
-def check_names_what_was_scored(job: Job) -> None:
-    """Compares what is named with what was scored; reads data and weights where names differ.
-
-    What the configuration leaves empty is not compared. Other probe settings are noted: what
-    follows uses the scores that are there. Where an encoder is fine-tuned or evaluated, or that is
-    reported, the configuration names that one, which may be another than was scored.
-
-    Raises:
-      ValueError: another data set or encoder, naming both.
-    """
-    config, (workdir, echo) = job.config, job.workspace
-    known = records.settings_of(workdir, "score", _SETTINGS)
-    if known is None:
-        return
-    if config.dataset.train:
-        _check_dataset(job, known)
-    names_trained = {"finetune", "evaluate"} & set(config.stages) or config.stages == ("report",)
-    if config.encoder.weights and not names_trained:
-        _check_encoder(job, known)
-    _note_probes(config, known, echo)
-
-
-def _check_dataset(job: Job, known: _Settings) -> None:
-    config, theirs = job.config, known["asked"]["dataset"]
-    mine, names = config.asked["dataset"], (config.dataset.train, theirs["train"])
-    others: tuple[str, ...] = _NOT_OF_DATA
-    if config.dataset.deep_images == config.conventions.deep_images:  # the mode's, not asked for
-        others += ("deep_images",)
-    compared = {name: value for name, value in mine.items() if name not in others}
-    _compare("dataset", compared, theirs, names, job)
-    if names[0] != names[1]:
-        data = _loaded("dataset.train", names, job, lambda: job.task.load(names[0]))
-        measurements.check_is_what_was_scored(job.workspace.root, data)
-
-
-def _check_encoder(job: Job, known: _Settings) -> None:
-    theirs, mine = known["asked"]["encoder"], job.config.asked["encoder"]
-    named, scored = (f"{encoder['name']} {encoder['weights']}" for encoder in (mine, theirs))
-    used = theirs | known.get("encoder", {}) | {"max_length": known.get("max_length")}
-    others = (name for name in job.task.encoder_settings if mine[name] != used.get(name))
-    _compare("encoder", {name: mine[name] for name in others}, theirs, (named, scored), job)
-    if (mine["name"], mine["weights"]) == (theirs["name"], theirs["weights"]):
-        return
-    workdir, load = job.workspace.root, job.task.encoder_fingerprint
-    fingerprint = _loaded("encoder.weights", (named, scored), job, load)
-    expected = measurements.scored_facts(workdir, "encoder").get("fingerprint", fingerprint)
-    if fingerprint != expected:
-        raise expect.InputError(
-            f"encoder.weights: {named} is not what was scored in {workdir}: its fingerprint is "
-            f"{fingerprint[:12]}, expected {expected[:12]} ({scored}). {_ELSEWHERE}"
-        )
-
-
-def _compare(section: str, mine: _Settings, theirs: _Settings, names: _Names, job: Job) -> None:
-    """Raises ValueError for a setting that is not what was asked for when it was scored."""
-    for name in sorted(mine.keys() & theirs.keys()):
-        if mine[name] != theirs[name]:
-            raise expect.InputError(
-                f"{section}.{name}: {mine[name]!r} ({names[0]}) is not what was scored in "
-                f"{job.workspace.root}, expected {theirs[name]!r} ({names[1]}). {_ELSEWHERE}"
-            )
-
-
-def _loaded(key: str, names: _Names, job: Job, load: Callable[[], Any]) -> Any:
-    """Loads what has another name than what was scored, and may be the same."""
-    try:
-        return load()
-    except expect.InputError as error:
-        raise expect.InputError(
-            f"{key}: {names[0]} is not what was scored in {job.workspace.root}, {names[1]}, and "
-            f"cannot be compared with it: {error}"
-        ) from error
-
-
-def _note_probes(config: Config, known: _Settings, echo: Callable[[str], None]) -> None:
-    """Notes settings of probes that differ from those of the scores."""
-    mine = config.to_dict()["probe"] | {"seed": config.seed}
-    theirs = known["probe"] | {"seed": known["seed"]}
-    others = {*measurements.NOT_IN_LOSSES}
-    if config.mode != known.get("mode", config.mode):
-        others.add("schedule")  # the mode decides it, and the stage select notes another mode
-    if config.probe.num_probes != AUTO:
-        others.add("agreement")
-    if config.probe.masking != "random":
-        others.add("seed")
-    differ = sorted(n for n in mine.keys() & theirs.keys() - others if mine[n] != theirs[n])
-    if differ:
-        there, here = (", ".join(f"{n} {some[n]}" for n in differ) for some in (theirs, mine))
-        echo(f"note: the scores are of probes with {there}; the configuration says {here}")
-
 
 _BESIDE_SCORES = ("plan", "score", "report")  # run before there are scores, or on results.csv
 _IN_ALL_PROCESSES = ("finetune", "evaluate")  # of the others, which run in the first
@@ -232,3 +132,107 @@ def _read_scores(job: Job, settings: dict[str, Any]) -> SelectionInputs:
         settings |= found | mine
     artefacts.write_json(root / artefacts.CONFIG, settings)
     return SelectionInputs(config, root, samples)
+
+
+_Settings: TypeAlias = dict[str, Any]
+_Names: TypeAlias = tuple[str, str]  # in the configuration, and of what was scored
+_SETTINGS = {
+    "asked": {"dataset": {"train": str}, "encoder": {"name": str, "weights": str}},
+    "encoder?": dict,
+    "probe": dict,
+    "seed": int,
+}
+# Settings that do not decide the losses.
+_NOT_OF_DATA = ("train", "test", "on_corrupt")
+_ELSEWHERE = "Run the stages 'score' and 'select' with it, in another work directory."
+
+
+def check_names_what_was_scored(job: Job) -> None:
+    """Compares what is named with what was scored; reads data and weights where names differ.
+
+    What the configuration leaves empty is not compared. Other probe settings are noted: what
+    follows uses the scores that are there. Where an encoder is fine-tuned or evaluated, or that is
+    reported, the configuration names that one, which may be another than was scored.
+
+    Raises:
+      ValueError: another data set or encoder, naming both.
+    """
+    config, (workdir, echo) = job.config, job.workspace
+    known = records.settings_of(workdir, "score", _SETTINGS)
+    if known is None:
+        return
+    if config.dataset.train:
+        _check_dataset(job, known)
+    names_trained = {"finetune", "evaluate"} & set(config.stages) or config.stages == ("report",)
+    if config.encoder.weights and not names_trained:
+        _check_encoder(job, known)
+    _note_probes(config, known, echo)
+
+
+def _check_dataset(job: Job, known: _Settings) -> None:
+    config, theirs = job.config, known["asked"]["dataset"]
+    mine, names = config.asked["dataset"], (config.dataset.train, theirs["train"])
+    others: tuple[str, ...] = _NOT_OF_DATA
+    if config.dataset.deep_images == config.conventions.deep_images:  # the mode's, not asked for
+        others += ("deep_images",)
+    compared = {name: value for name, value in mine.items() if name not in others}
+    _compare("dataset", compared, theirs, names, job)
+    if names[0] != names[1]:
+        data = _loaded("dataset.train", names, job, lambda: job.task.load(names[0]))
+        measurements.check_is_what_was_scored(job.workspace.root, data)
+
+
+def _check_encoder(job: Job, known: _Settings) -> None:
+    theirs, mine = known["asked"]["encoder"], job.config.asked["encoder"]
+    named, scored = (f"{encoder['name']} {encoder['weights']}" for encoder in (mine, theirs))
+    used = theirs | known.get("encoder", {}) | {"max_length": known.get("max_length")}
+    others = (name for name in job.task.encoder_settings if mine[name] != used.get(name))
+    _compare("encoder", {name: mine[name] for name in others}, theirs, (named, scored), job)
+    if (mine["name"], mine["weights"]) == (theirs["name"], theirs["weights"]):
+        return
+    workdir, load = job.workspace.root, job.task.encoder_fingerprint
+    fingerprint = _loaded("encoder.weights", (named, scored), job, load)
+    expected = measurements.scored_facts(workdir, "encoder").get("fingerprint", fingerprint)
+    if fingerprint != expected:
+        raise expect.InputError(
+            f"encoder.weights: {named} is not what was scored in {workdir}: its fingerprint is "
+            f"{fingerprint[:12]}, expected {expected[:12]} ({scored}). {_ELSEWHERE}"
+        )
+
+
+def _compare(section: str, mine: _Settings, theirs: _Settings, names: _Names, job: Job) -> None:
+    """Raises ValueError for a setting that is not what was asked for when it was scored."""
+    for name in sorted(mine.keys() & theirs.keys()):
+        if mine[name] != theirs[name]:
+            raise expect.InputError(
+                f"{section}.{name}: {mine[name]!r} ({names[0]}) is not what was scored in "
+                f"{job.workspace.root}, expected {theirs[name]!r} ({names[1]}). {_ELSEWHERE}"
+            )
+
+
+def _loaded(key: str, names: _Names, job: Job, load: Callable[[], Any]) -> Any:
+    """Loads what has another name than what was scored, and may be the same."""
+    try:
+        return load()
+    except expect.InputError as error:
+        raise expect.InputError(
+            f"{key}: {names[0]} is not what was scored in {job.workspace.root}, {names[1]}, and "
+            f"cannot be compared with it: {error}"
+        ) from error
+
+
+def _note_probes(config: Config, known: _Settings, echo: Callable[[str], None]) -> None:
+    """Notes settings of probes that differ from those of the scores."""
+    mine = config.to_dict()["probe"] | {"seed": config.seed}
+    theirs = known["probe"] | {"seed": known["seed"]}
+    others = {*measurements.NOT_IN_LOSSES}
+    if config.mode != known.get("mode", config.mode):
+        others.add("schedule")  # the mode decides it, and the stage select notes another mode
+    if config.probe.num_probes != AUTO:
+        others.add("agreement")
+    if config.probe.masking != "random":
+        others.add("seed")
+    differ = sorted(n for n in mine.keys() & theirs.keys() - others if mine[n] != theirs[n])
+    if differ:
+        there, here = (", ".join(f"{n} {some[n]}" for n in differ) for some in (theirs, mine))
+        echo(f"note: the scores are of probes with {there}; the configuration says {here}")

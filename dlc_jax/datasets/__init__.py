@@ -85,7 +85,7 @@ def load_dataset(
     # these read parts themselves
     wheres = [rest] if scheme in ("tfds", "hf", "split") else part_sources(rest)
     columns = Columns(image_column, label_column)
-    has_none = scheme in ("folder", "fgvc_aircraft")
+    has_none = scheme in _WITHOUT_COLUMNS
     if has_none and columns != Columns():
         raise expect.InputError(
             "dataset.image_column, dataset.label_column: "
@@ -264,7 +264,8 @@ def _part_of_each(
     return part
 
 
-# scheme -> function of what follows the colon, and of the columns where there are some
+_WITHOUT_COLUMNS = ("folder", "fgvc_aircraft")
+# scheme -> function of what follows the colon, and of the columns unless there are none
 SOURCES: dict[str, Callable[..., Dataset]] = {
     "parquet": load_parquet,
     "folder": load_folder,

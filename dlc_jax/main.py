@@ -3,7 +3,8 @@
 python -m dlc_jax.main --config=configs/demo.py [--workdir=DIR] [--config.KEY=VALUE ...]
 
 A configuration file names data set and encoder: configs/demo.py is the bundled sample,
-configs/custom.py a template for your own. Any key can be set on the command line:
+configs/custom.py a template for your own; configs/instructions_demo.py and configs/instructions.py
+are those for instructions. Any key can be set on the command line:
 --config.probe.num_probes=8 --config.probe.placement=midpoint
 --config.selection.keep_fractions=0.1,0.3
 

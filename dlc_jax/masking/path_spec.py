@@ -91,8 +91,8 @@ class PathSpec:
       num_probes: m; with placement `grid`, the first m steps of the path. `auto`: 5 midpoints of
         the whole path, and three times as many as long as `certify` does not find them enough.
       agreement: With `auto`: the lower end of Spearman's interval that is enough, in (0, 1].
-      placement: `grid`, or `midpoint`: of the m steps of the whole path (linear: all below full
-        sparsity; geometric: 50), the steps floor((j + 0.5) m / num_probes).
+      placement: `grid`, or `midpoint`: of the s steps of the whole path (linear: all below full
+        sparsity; geometric: 50), the steps floor((j + 0.5) s / num_probes).
       max_sparsity: Steps that zero a larger share are cut off the path, in (0, 1].
       step: Share zeroed per step, in (0, 1): of all weights (linear) or of the remaining ones
         (geometric).

@@ -142,7 +142,7 @@ _SETTINGS = {
     "probe": dict,
     "seed": int,
 }
-# Settings that do not decide the losses.
+# Settings that do not say which samples there are.
 _NOT_OF_DATA = ("train", "test", "on_corrupt")
 _ELSEWHERE = "Run the stages 'score' and 'select' with it, in another work directory."
 

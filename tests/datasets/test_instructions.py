@@ -90,7 +90,7 @@ def test_every_source_gives_the_same(tmp_path):
 
 @pytest.mark.parametrize("revision", [None, "refs/convert/parquet"])
 def test_the_hub_is_asked_for_the_files_of_a_split(tmp_path, monkeypatch, revision):
-    """A repository with Parquet files, and one of JSON, which the hub converted."""
+    """A repository with Parquet files, and one of other files, which the hub converted."""
     local_copies(tmp_path, [PLAIN, WITH_INPUT])
     folder = tmp_path / ("repository" if revision is None else "converted")
     asked = []
@@ -98,8 +98,11 @@ def test_the_hub_is_asked_for_the_files_of_a_split(tmp_path, monkeypatch, revisi
     def list_repo_files(repository, *, repo_type, revision):
         asked.append((repository, repo_type, revision))
         if asked[-1][2] != wanted:
-            return ["README.md", "train.json"]
-        return [path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")]
+            return ["README.md", "train.json", "train/0001.json", "train/README.md"]
+        return [
+            "train/README.md",
+            *(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")),
+        ]
 
     def hf_hub_download(repository, name, *, repo_type, revision):
         asked.append((repository, repo_type, revision))

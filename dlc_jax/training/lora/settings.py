@@ -42,7 +42,7 @@ class LoraConfig:
         a cosine.
       weight_decay: 0 or more; as in torch.
       momentum: In [0, 1), of `sgd`.
-      dtype: What the frozen model is loaded in, `float32` or `bfloat16`; `finetune_lora` takes
+      dtype: Type of the frozen weights, `float32`, `bfloat16` or `float16`; `finetune_lora` takes
         that of the model it is given.
       rows_at_once: Rows per program call, 1 or more; gradients of a step add up over calls.
       packing: Whether short samples share rows; the same steps with less padding.

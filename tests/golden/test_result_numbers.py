@@ -64,8 +64,8 @@ def differences(kind: str, new: dict[str, Any], tolerances: dict[str, float]) ->
     return sorted(found)
 
 
-# Classes that have a kind which is not a text in them; `Expected` is an array, not a result.
-WITHOUT_KIND = {"Step", "Record", "InputStep", "RunStep", "Trainer", "_TrialStep", "Expected"}
+# Classes that have a kind which is not a text in them.
+WITHOUT_KIND = {"Step", "Record", "InputStep", "RunStep", "Trainer", "_TrialStep"}
 
 
 def kinds_in_the_package() -> tuple[set[str], set[str]]:

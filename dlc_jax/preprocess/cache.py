@@ -110,7 +110,12 @@ class ImageCache:
         if not self.takes(len(part), image_size):
             return None
         entry = self.path / _key(dataset, image_size, part)
-        try:
+        problem = f"cache.folder: {self.path} cannot be used"
+        end = (
+            "; expected a folder to write to with room for the decoded images. cache.max_gib=0 "
+            "does without."
+        )
+        with expect.refusing(problem, OSError, shown=expect.reason, end=end):
             artefacts.clear_leftovers(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             with _alone(entry.with_suffix(".lock")):  # another run may be decoding the same
@@ -120,11 +125,6 @@ class ImageCache:
                     if self._write(entry, len(part), image_size, decode_all):
                         found = _opened(entry, len(part), image_size)
                 return found
-        except OSError as error:
-            raise expect.InputError(
-                f"cache.folder: {self.path} cannot be used: {error.strerror or error}; expected a "
-                "folder to write to with room for the decoded images. cache.max_gib=0 does without."
-            ) from error
 
     def _write(self, entry: Path, num_images: int, image_size: int, decode_all: Decode) -> bool:
         """Decodes everything into a new entry; False if there is no room for it."""

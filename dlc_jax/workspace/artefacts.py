@@ -210,11 +210,7 @@ def prepare_workdir(workdir: Path, option: str = "--workdir") -> None:
 
 def refusing_to_write(place: Path | str, option: str) -> contextlib.AbstractContextManager[None]:
     """Raises ValueError, naming place and option, for errors of the system in here."""
-
-    def reason(error: Exception) -> str:
-        return getattr(error, "strerror", None) or str(error)
-
-    return expect.refusing(f"{option}: cannot write to {place}", OSError, shown=reason)
+    return expect.refusing(f"{option}: cannot write to {place}", OSError, shown=expect.reason)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -33,7 +33,8 @@ class Encoder:
     `Encoder.from_module(module, is_prunable)`.
 
     Attributes:
-      params: Pytree of arrays.
+      params: Pytree of arrays. Of a leaf named `kernel`, [h, w, in, out] or [in, out], ties between
+        equal weights are in the order of torch's [out, in, h, w]; of others in their own.
       apply: `apply(params, images)` with normalised images [b, s, s, 3] gives features [b, d],
         a feature map [b, h, w, d] or tokens [b, t, d]; maps and tokens are pooled.
       is_prunable: Function from a parameter's path (`layer1/0/conv1/kernel`) to whether probes may
@@ -46,7 +47,7 @@ class Encoder:
         released code does in official mode.
       image_size: The only image size the encoder takes, in pixels; None if it takes any.
       module_order: Sort key of prunable paths that gives the order of the original's modules, which
-        decides between equal weights in official mode; None: the order of the tree.
+        decides between equal weights; None: the order of the tree.
       head: What a classifier for fine-tuning reads: `mean` over positions or tokens, or `cls`, the
         first token, as timm's ViTs do; scoring uses `pooling` instead.
       apply_training: `apply_training(params, images, real)` is `apply` in training mode, and also

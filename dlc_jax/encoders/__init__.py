@@ -15,6 +15,7 @@ from flax import nnx
 from dlc_jax import expect
 from dlc_jax.encoders import resnet, vit
 from dlc_jax.encoders.encoder import POOLINGS, Encoder, module_functions
+from dlc_jax.encoders.prunable import chosen_weights
 from dlc_jax.encoders.stored_tensors import (
     WHOLE,
     Table,
@@ -103,6 +104,7 @@ def load_encoder(
     pooling: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    prunable: str | None = None,
 ) -> Encoder:
     """Loads a pre-trained encoder, without its classifier.
 
@@ -113,11 +115,15 @@ def load_encoder(
       pooling: See `Encoder`; None leaves it to the mode.
       mean, std: Normalisation of RGB in [0, 1]; None reads it from the checkpoint's `config.json`
         (`pretrained_cfg`), or takes the architecture's default where there is no such file.
+      prunable: Globs over the checkpoint's names of weights of convolutions and linear layers, such
+        as `layer4.*` or `blocks.*.mlp.*`, separated by commas: probes mask these; None: all
+        convolutions of a ResNet, all linear layers in the blocks of a ViT.
     Returns:
       The encoder; `prefix` is what was removed from all names of the checkpoint, e.g. `module.`.
     Raises:
-      ValueError: an unknown name, weights not found, or a checkpoint that does not fit; ten each
-        of entries without a place, parameters without an entry and wrong shapes are listed.
+      ValueError: an unknown name, weights not found, a glob that matches no weight, or a checkpoint
+        that does not fit; ten each of entries without a place, parameters without an entry and
+        wrong shapes are listed.
     Example:
       >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
       >>> encoder.mean, encoder.params["conv1"]["kernel"].shape
@@ -148,10 +154,16 @@ def load_encoder(
         stated = config.get("pretrained_cfg", config)
         if "mean" in stated and "std" in stated:
             mean, std, normalisation = stated["mean"], stated["std"], "checkpoint"
+    is_prunable = architecture.is_prunable
+    if prunable is not None:
+        kernels = [path for path in by_path(params) if path.endswith("kernel")]
+        stored = names_of(architecture.names, kernels)
+        names = {path: stored[path].name for path in kernels}
+        is_prunable = chosen_weights(prunable, names, name)
     return Encoder(
         params=params,
         **module_functions(graph, state),
-        is_prunable=architecture.is_prunable,
+        is_prunable=is_prunable,
         name=name,
         mean=tuple(mean),
         std=tuple(std),
@@ -161,6 +173,7 @@ def load_encoder(
         module_order=architecture.module_order,
         head=architecture.head,
         prefix=prefix,
+        prunable=prunable,
     )
 
 

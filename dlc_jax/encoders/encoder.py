@@ -55,6 +55,8 @@ class Encoder:
         padding. None: fine-tuning uses `apply`.
       statistics: Paths of leaves that no gradient moves, such as running means.
       prefix: What was removed from the beginning of all names of the checkpoint.
+      prunable: Globs over names of the checkpoint that `is_prunable` was made of; None: a rule of
+        the architecture.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -73,6 +75,7 @@ class Encoder:
     )
     statistics: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
     prefix: str = ""
+    prunable: str | None = None
 
     def __post_init__(self) -> None:
         if self.pooling is not None:
@@ -152,8 +155,9 @@ class Encoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over name, normalisation, pooling and every parameter."""
-        return fingerprint_of((self.name, self.mean, self.std, self.pooling), self.params)
+        """SHA-256 over name, normalisation, pooling, `prunable` and every parameter."""
+        given = () if self.prunable is None else (self.prunable,)
+        return fingerprint_of((self.name, self.mean, self.std, self.pooling, *given), self.params)
 
 
 def fingerprint_of(settings: Any, params: Params) -> str:

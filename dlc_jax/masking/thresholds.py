@@ -60,6 +60,30 @@ def prunable_paths(
     return paths if module_order is None else tuple(sorted(paths, key=module_order))
 
 
+def masked_text(params: Params, is_prunable: Callable[[str], bool]) -> str:
+    """Returns what is masked by kind, such as `20 convolutions (694,736 weights) of 62 tensors`."""
+    prunable = prunable_paths(params, is_prunable)
+    leaves, kinds, others = by_path(params), dict[str, list[int]](), 0
+    for path, leaf in leaves.items():
+        num_axes = len(TorchLayout.of(path, leaf.shape).axes)
+        if path in prunable:
+            kinds.setdefault(_KINDS.get(num_axes, "other"), []).append(leaf.size)
+        others += num_axes == 4 and path.endswith(_NAMES) and path not in prunable
+    shown = " and ".join(
+        f"{_number(len(sizes), kind)} ({sum(sizes):,} weights)" for kind, sizes in kinds.items()
+    )
+    left = f", not {_number(others, _KINDS[4])}" if others else ""
+    return f"{shown} of {len(leaves)} tensors{left}"
+
+
+_KINDS = {4: "convolution", 2: "linear layer"}  # by the axes of a weight in torch
+_NAMES = ("kernel", "weight")
+
+
+def _number(num: int, kind: str) -> str:
+    return f"{num} {kind}{'s' * (num != 1)}"
+
+
 def weight_importance(
     params: Params, prunable: tuple[str, ...], masking: str, seed: int
 ) -> Importance:
@@ -75,7 +99,7 @@ def weight_importance(
     if masking == "l1":
         return None
     generator = np.random.default_rng([seed, *b"importance"])
-    leaves, drawn = by_path(params), {}
+    leaves, drawn = by_path(params), dict[str, np.ndarray | jax.Array]()
     for path in prunable:
         layout = TorchLayout.of(path, leaves[path].shape)
         values = generator.random(layout.torch_shape, np.float32)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from test_masks import masks_of_path
 
 import dlc_jax as dlc
-from dlc_jax.encoders import ENCODERS, vit
+from dlc_jax.encoders import ENCODERS, resnet, vit
 from dlc_jax.encoders.language_model import stored_names
 from dlc_jax.encoders.stored_tensors import names_of
 from dlc_jax.masking import PathSpec, prunable_paths, weight_importance
 from dlc_jax.masking.torch_order import TorchLayout
 from dlc_jax.probes.path import learning_path
-from dlc_jax.types import Conventions
+from dlc_jax.types import Conventions, by_path, path_name
 
 # Torch's names and shapes, in the order of its modules; always the same: each is compiled.
 TORCH = {
@@ -157,6 +157,40 @@ def test_official_masks_do_not_depend_on_the_door():
         steps = {name: np.asarray(part) for name, part in path.importance.items()}
         found.append(in_torch_order(steps, path.prunable))
     np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("mode", ["default", pytest.param("official", marks=pytest.mark.slow)])
+def test_both_doors_of_a_real_checkpoint_give_the_same_losses(sample_encoder, small_sample, mode):
+    """Half-precision weights: under torch's names and layouts, and as they are here."""
+    stored = names_of(resnet.NAMES, by_path(sample_encoder.params))
+    paths = {stored.name: path for path, stored in stored.items()}
+    flat = {}
+    for name, path in paths.items():
+        leaf = np.asarray(by_path(sample_encoder.params)[path])
+        flat[name] = jax.numpy.asarray(leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf)
+
+    def apply(params, images):
+        def leaf_here(path, _):
+            value = params[stored[path_name(path)].name]
+            return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+
+        here = jax.tree_util.tree_map_with_path(leaf_here, sample_encoder.params)
+        return sample_encoder.apply(here, images)
+
+    other = dlc.Encoder(
+        flat,
+        apply,
+        lambda name: sample_encoder.is_prunable(paths[name]),
+        mean=sample_encoder.mean,
+        std=sample_encoder.std,
+        module_order=[stored[path].name for path in by_path(sample_encoder.params)].index,
+    )
+    path = dlc.PathSpec(num_probes=3, placement="midpoint")
+    losses = [
+        dlc.probe(encoder, small_sample, image_size=32, path=path, mode=mode).losses
+        for encoder in (sample_encoder, other)
+    ]
+    np.testing.assert_allclose(*losses, atol=2e-6)
 
 
 def test_order_of_vit_modules_with_the_patch_embedding():

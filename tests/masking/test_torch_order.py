@@ -159,7 +159,8 @@ def test_official_masks_do_not_depend_on_the_door():
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize("mode", ["default", pytest.param("official", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "official"])
 def test_both_doors_of_a_real_checkpoint_give_the_same_losses(sample_encoder, small_sample, mode):
     """Half-precision weights: under torch's names and layouts, and as they are here."""
     stored = names_of(resnet.NAMES, by_path(sample_encoder.params))

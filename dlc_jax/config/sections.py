@@ -86,6 +86,9 @@ class EncoderConfig:
     pooling: str | None = setting(None, f"ViT pooling: {', '.join(POOLINGS)}; None: by mode")
     mean: tuple[float, ...] | None = setting(None, "RGB mean; None: the checkpoint's, by mode")
     std: tuple[float, ...] | None = setting(None, "RGB deviation; None: the checkpoint's, by mode")
+    prunable: str | None = setting(
+        None, "globs over the checkpoint's names of weights to mask; None: by architecture"
+    )
 
     def check(self) -> None:
         if not self.weights and not is_converted(self.name):

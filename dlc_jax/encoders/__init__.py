@@ -16,6 +16,7 @@ from flax import nnx
 from dlc_jax import expect
 from dlc_jax.encoders import converted, resnet, vit
 from dlc_jax.encoders.encoder import NO_TOKENS, POOLINGS, Encoder, module_functions
+from dlc_jax.encoders.prunable import chosen_weights
 from dlc_jax.encoders.stored_tensors import (
     WHOLE,
     Table,
@@ -112,6 +113,7 @@ def load_encoder(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     image_size: int | None = None,
+    prunable: str | None = None,
 ) -> Encoder:
     """Loads a pre-trained encoder, without its classifier.
 
@@ -128,13 +130,16 @@ def load_encoder(
         (`pretrained_cfg`), or takes the architecture's default where there is no such file.
       image_size: Side of the images in pixels, where position embeddings depend on it; None: the
         architecture's own.
+      prunable: Globs over the checkpoint's names of weights of convolutions and linear layers, such
+        as `layer4.*` or `blocks.*.mlp.*`, separated by commas: probes mask these; None: all
+        convolutions of a network that has no linear layer in its blocks, otherwise what is in them.
     Returns:
       The encoder; `prefix` is what was removed from all names of the checkpoint, e.g. `module.`.
     Raises:
       ValueError: an unknown name, weights not found, a `config.json` that names another
-        architecture, or a checkpoint that does not fit; ten each of entries without a place,
-        parameters without an entry and wrong shapes are listed. Of converted ones also: libraries
-        that are not installed, and networks that cannot be converted.
+        architecture, a glob that matches no weight, or a checkpoint that does not fit; ten each of
+        entries without a place, parameters without an entry and wrong shapes are listed. Of
+        converted ones also: libraries that are not installed, networks that cannot be converted.
     Example:
       >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
       >>> encoder.mean, encoder.params["conv1"]["kernel"].shape
@@ -146,7 +151,7 @@ def load_encoder(
         name = _named_by(weights)
     if name.startswith(converted.TRANSFORMERS):
         encoder = converted.converted_encoder(
-            name, converted.transformers_module(name, weights, image_size)
+            name, converted.transformers_module(name, weights, image_size), prunable
         )
         check_pooling(name, pooling, encoder)
         normalisation: tuple = (encoder.mean, encoder.std, "checkpoint")
@@ -165,10 +170,10 @@ def load_encoder(
             )
         if converted.is_converted(name):
             module = converted.timm_module(name, tensors, config, weights, image_size)
-            encoder = converted.converted_encoder(name, module)
+            encoder = converted.converted_encoder(name, module, prunable)
             check_pooling(name, pooling, encoder)
         else:
-            encoder = _hand_written(name, tensors, weights)
+            encoder = _hand_written(name, tensors, weights, prunable)
         normalisation = (encoder.mean, encoder.std, "architecture")
         stated = config.get("pretrained_cfg", config)
         if "mean" in stated and "std" in stated:
@@ -179,7 +184,7 @@ def load_encoder(
     return dataclasses.replace(encoder, mean=mean, std=std, normalisation=source, pooling=pooling)
 
 
-def _hand_written(name: str, tensors: Tensors, weights: str) -> Encoder:
+def _hand_written(name: str, tensors: Tensors, weights: str, prunable: str | None) -> Encoder:
     architecture = ENCODERS[name]
     graph, state = _abstract(architecture, tensors)
     tensors, prefix = without_prefix(tensors, nnx.to_pure_dict(state), architecture.ignored)
@@ -193,10 +198,16 @@ def _hand_written(name: str, tensors: Tensors, weights: str) -> Encoder:
         raise expect.InputError(
             f"encoder.weights: {weights!r} does not fit {name!r}{hint}: {error}"
         ) from error
+    is_prunable = architecture.is_prunable
+    if prunable is not None:
+        kernels = [path for path in by_path(params) if path.endswith("kernel")]
+        stored = names_of(architecture.names, kernels)
+        names = {path: stored[path].name for path in kernels}
+        is_prunable = chosen_weights(prunable, names, name)
     return Encoder(
         params=params,
         **module_functions(graph, state),
-        is_prunable=architecture.is_prunable,
+        is_prunable=is_prunable,
         name=name,
         mean=architecture.mean,
         std=architecture.std,
@@ -204,6 +215,7 @@ def _hand_written(name: str, tensors: Tensors, weights: str) -> Encoder:
         module_order=architecture.module_order,
         head=architecture.head,
         prefix=prefix,
+        prunable=prunable,
     )
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from dlc_jax import expect
 from dlc_jax.encoders.encoder import Encoder
+from dlc_jax.encoders.prunable import chosen_weights
 from dlc_jax.encoders.stored_tensors import matches, opened, without_prefix
 from dlc_jax.encoders.torch_modules import Converted, optional
 from dlc_jax.types import Params
@@ -123,11 +124,16 @@ class Built(NamedTuple):
     prefix: str = ""
 
 
-def converted_encoder(name: str, built: Built) -> Encoder:
+def converted_encoder(name: str, built: Built, prunable: str | None = None) -> Encoder:
     """Returns a module of torch as an encoder; the module is of no other use afterwards.
 
+    Args:
+      name: For messages and provenance.
+      built: The module and what is known of it.
+      prunable: See `load_encoder`.
     Raises:
-      ValueError: it does not take images of this size, or cannot be converted.
+      ValueError: it does not take images of this size, or cannot be converted; a glob that matches
+        no weight.
     """
     converted = Converted(built.module, name)
     network = TorchNetwork(converted, built.tokens, built.head)
@@ -136,14 +142,19 @@ def converted_encoder(name: str, built: Built) -> Encoder:
     has_tokens = jax.eval_shape(network.tokens, converted.tensors, images).ndim == 3
     apply = network.tokens if has_tokens else network.apply_head
     jax.eval_shape(network.apply_head, converted.tensors, images)
-    in_order = {name: number for number, name in enumerate(converted.tensors)}
+    in_order = {key: number for number, key in enumerate(converted.tensors)}
+    if prunable is None:
+        is_prunable = frozenset(prunable_layers(converted)).__contains__
+    else:
+        is_prunable = chosen_weights(prunable, {key: key for key in converted.layers}, name)
     return Encoder(
         params=converted.tensors,
         apply=apply,
         apply_head=network.apply_head,
         apply_training=network.apply_training,
         statistics=converted.buffers,
-        is_prunable=frozenset(prunable_layers(converted)).__contains__,
+        is_prunable=is_prunable,
+        prunable=prunable,
         module_order=in_order.__getitem__,
         name=name,
         mean=tuple(built.mean),

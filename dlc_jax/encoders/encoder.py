@@ -34,7 +34,8 @@ class Encoder:
     `Encoder.from_module(module, is_prunable)`.
 
     Attributes:
-      params: Pytree of arrays.
+      params: Pytree of arrays. Of a leaf named `kernel`, [h, w, in, out] or [in, out], ties between
+        equal weights are in the order of torch's [out, in, h, w]; of others in their own.
       apply: `apply(params, images)` with normalised images [b, s, s, 3] gives features [b, d],
         a feature map [b, h, w, d] or tokens [b, t, d]; maps and tokens are pooled.
       is_prunable: Function from a parameter's path (`layer1/0/conv1/kernel`) to whether probes may
@@ -48,7 +49,7 @@ class Encoder:
         released code does in official mode.
       image_size: The only image size the encoder takes, in pixels; None if it takes any.
       module_order: Sort key of prunable paths that gives the order of the original's modules, which
-        decides between equal weights in official mode; None: the order of the tree.
+        decides between equal weights; None: the order of the tree.
       head: What a classifier for fine-tuning reads: `mean` over positions or tokens, or `cls`, the
         first token, as timm's ViTs do; scoring uses `pooling` instead.
       apply_training: `apply_training(params, images, real)` is `apply` in training mode, and also
@@ -59,6 +60,8 @@ class Encoder:
       apply_head: `apply_head(params, images)` gives [b, d], what a classifier reads, where that is
         not `apply` pooled by `head`; `apply_training` gives the same then.
       function: What decides the function besides the name; part of the fingerprint.
+      prunable: Globs over names of the checkpoint that `is_prunable` was made of; None: a rule of
+        the architecture.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -81,6 +84,7 @@ class Encoder:
         default=None, repr=False
     )
     function: str = dataclasses.field(default="", repr=False)
+    prunable: str | None = None
 
     def __post_init__(self) -> None:
         if self.pooling is not None:
@@ -160,9 +164,10 @@ class Encoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over name, function, normalisation, pooling and every parameter."""
-        settings = (self.name, self.mean, self.std, self.pooling)
-        return fingerprint_of((*settings, *filter(None, [self.function])), self.params)
+        """SHA-256 over name, function, normalisation, pooling, `prunable` and every parameter."""
+        given = [self.function] if self.function else []
+        given += [] if self.prunable is None else [self.prunable]
+        return fingerprint_of((self.name, self.mean, self.std, self.pooling, *given), self.params)
 
 
 def fingerprint_of(settings: Any, params: Params) -> str:

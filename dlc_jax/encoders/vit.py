@@ -112,6 +112,8 @@ IGNORED = (r"head\.(weight|bias)",)
 
 def module_order(path: str) -> tuple[int, int]:
     """Sort key of prunable paths: torch's order of modules, where qkv comes before proj."""
+    if not path.startswith("blocks/"):
+        return -1, 0  # the patch embedding
     _, block, _, layer, _ = path.split("/")
     return int(block), ("qkv", "proj", "fc1", "fc2").index(layer)
 

@@ -207,8 +207,8 @@ def probe(
     batch_size = compute.images_per_call(images.size)
     decisive = [path.schedule, path.step, path.num_probes, path.placement, path.max_sparsity]
     decisive += [path.masking, images.size, batch_size, compute.chunk, compute.dtype, path.augment]
-    decisive += [images.on_corrupt, seed, mode]
     probes = learning_path(encoder, path, seed, Conventions.of(mode))
+    decisive += [images.on_corrupt, seed, mode, *probes.prunable]
     crops = RandomCrops(dataset, images.size, seed) if path.augment else None
     work = _pass_over("losses", encoder, images, compute, run, decisive, crops)
     means, positions, skipped = measure_prototypes(work)

@@ -19,7 +19,7 @@ from dlc_jax.distributed import Run, make_mesh, processes, said_of
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.expect import visible
 from dlc_jax.exports import EXPORTS, RELEASED, export
-from dlc_jax.masking import AUTO
+from dlc_jax.masking import AUTO, masked_text
 from dlc_jax.planning.image_plan import ImageCosts, plan_of_images
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.plan import Plan
@@ -91,12 +91,17 @@ class LossesStep:
         values = self.scored.config.to_dict() | {"asked": self.asked}
         return {name: values[name] for name in ("mode", "seed", "encoder", "probe", "asked")}
 
+    @property
+    def _masked(self) -> str:
+        return masked_text(self.scored.encoder.params, self.scored.encoder.is_prunable)
+
     def compute(self, scratch: Path) -> ProbeLosses:
         config, dataset, encoder, say = self.scored
         run = self.scored.run(scratch)
         assert run.mesh is not None
         what = f"{len(dataset)} samples of {dataset.num_classes} classes"
         say(f"score: {what}, {encoder.name} on {said_of(run.mesh)}")
+        say(f"score: masks {self._masked}")
         if config.cache.max_gib and not config.cache.takes(len(dataset), config.encoder.image_size):
             say(
                 f"score: note: decoded images are more than cache.max_gib={config.cache.max_gib:g};"
@@ -129,7 +134,7 @@ class LossesStep:
         sizes = np.bincount(probes.labels, minlength=dataset.num_classes)
         singles = [dataset.class_names[j] for j in np.flatnonzero(sizes == 1)]
         scored = {"skipped": probes.skipped, "single_sample_classes": singles}
-        named = {"name": encoder.name, "weights": config.encoder.weights}
+        named = {"name": encoder.name, "weights": config.encoder.weights, "masked": self._masked}
         of_encoder = ("fingerprint", "mean", "std", "normalisation", "pooling")
         decided = {name: getattr(encoder, name) for name in of_encoder}
         facts = {"dataset": dataset_facts(dataset) | scored, "encoder": named | decided}
@@ -244,7 +249,7 @@ class ImageTask:
 
     easiest_hardest = artefacts.PICTURE
     left_out = "unreadable samples left out"
-    encoder_settings: tuple[str, ...] = ("image_size", *_DECIDED)
+    encoder_settings: tuple[str, ...] = ("image_size", "prunable", *_DECIDED)
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self._config, self._say = config, say
@@ -411,9 +416,8 @@ class ImageTask:
 def load_configured(config: Config, echo: Callable[[str], None] | None = None) -> Encoder:
     """Returns the encoder that the configuration names, before `mode` decides anything."""
     settings = config.encoder
-    given = {name: getattr(settings, name) for name in _DECIDED}
-    size = settings.image_size
-    encoder = load_encoder(settings.name, settings.weights, image_size=size, **given)
+    given = {name: getattr(settings, name) for name in (*_DECIDED, "image_size", "prunable")}
+    encoder = load_encoder(settings.name, settings.weights, **given)
     if encoder.prefix and echo is not None:
         weights, prefix = visible(settings.weights), visible(encoder.prefix)
         echo(f"note: every name in {weights} begins with {prefix!r}, which is left out")

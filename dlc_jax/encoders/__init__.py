@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Collection
 from importlib import resources
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax
 from flax import nnx
 
 from dlc_jax import expect
-from dlc_jax.encoders import resnet, vit
+from dlc_jax.encoders import convnext, resnet, vit
 from dlc_jax.encoders.encoder import POOLINGS, Encoder, module_functions
 from dlc_jax.encoders.stored_tensors import (
     WHOLE,
@@ -45,6 +44,9 @@ class ImageArchitecture(NamedTuple):
       poolings: What `Encoder.pooling` may be.
       head, module_order: See `Encoder`.
       image_size: Stored tensors -> the only image size it takes, or None.
+      resized: Parameters and an image size -> parameters for images of that size; None: it takes
+        any size.
+      pools: Whether the module gives what its head reads with `pooled=True`, and tokens otherwise.
     """
 
     build: Callable[[Tensors], nnx.Module]
@@ -53,10 +55,12 @@ class ImageArchitecture(NamedTuple):
     is_prunable: Callable[[str], bool]
     mean: tuple[float, ...] = Encoder.mean
     std: tuple[float, ...] = Encoder.std
-    poolings: tuple[str, ...] = ("mean",)
+    poolings: tuple[str, ...] = ("mean", "own")
     head: str = Encoder.head
     module_order: Callable[[str], Any] | None = None
     image_size: Callable[[Tensors], int | None] = lambda tensors: None
+    resized: Callable[[Params, int], Params] | None = None
+    pools: bool = False
 
 
 def _build_resnet(size: resnet.ResNetSize, tensors: Tensors) -> nnx.Module:
@@ -64,35 +68,49 @@ def _build_resnet(size: resnet.ResNetSize, tensors: Tensors) -> nnx.Module:
     return resnet.ResNet(size, width, rngs=nnx.Rngs(0))
 
 
-def _vit_patches(tensors: Tensors) -> int:
-    shape = tensors["pos_embed"].shape if "pos_embed" in tensors else ()
-    num_patches = shape[1] - 1 if len(shape) == 3 else 196
-    return num_patches if math.isqrt(num_patches) ** 2 == num_patches else 196
-
-
 def _build_vit(size: vit.ViTSize, tensors: Tensors) -> nnx.Module:
-    return vit.ViT(size, _vit_patches(tensors), rngs=nnx.Rngs(0))
+    """Builds the ViT; queries are normed where the checkpoint has norms for them."""
+    size = size._replace(norms_queries="blocks.0.attn.q_norm.weight" in tensors)
+    return vit.ViT(size, vit.grid_of(size, tensors) ** 2, rngs=nnx.Rngs(0))
 
 
-ENCODERS: dict[str, ImageArchitecture] = {
-    name: ImageArchitecture(
-        functools.partial(_build_resnet, size), resnet.NAMES, resnet.IGNORED, resnet.is_prunable
-    )
-    for name, size in resnet.SIZES.items()
-} | {
-    name: ImageArchitecture(
+def _vit(size: vit.ViTSize) -> ImageArchitecture:
+    mean, std = size.normalisation
+    return ImageArchitecture(
         functools.partial(_build_vit, size),
         vit.NAMES,
         vit.IGNORED,
         vit.is_prunable,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        poolings=POOLINGS,
-        head="cls",
+        mean=mean,
+        std=std,
+        poolings=tuple(name for name in POOLINGS if name != "cls" or size.class_token),
+        head="own" if size.attention_pool else "cls",
         module_order=vit.module_order,
-        image_size=lambda tensors: math.isqrt(_vit_patches(tensors)) * vit.PATCH_SIZE,
+        image_size=lambda tensors: vit.grid_of(size, tensors) * size.patch,
+        resized=functools.partial(vit.resized, size),
+        pools=size.attention_pool,
     )
-    for name, size in vit.SIZES.items()
+
+
+ENCODERS: dict[str, ImageArchitecture] = {
+    **{
+        name: ImageArchitecture(
+            functools.partial(_build_resnet, size), resnet.NAMES, resnet.IGNORED, resnet.is_prunable
+        )
+        for name, size in resnet.SIZES.items()
+    },
+    **{name: _vit(size) for name, size in vit.SIZES.items()},
+    **{
+        name: ImageArchitecture(
+            lambda tensors, size=size: convnext.ConvNeXt(size, rngs=nnx.Rngs(0)),
+            convnext.NAMES,
+            convnext.IGNORED,
+            convnext.is_prunable,
+            head="own",
+            module_order=convnext.module_order,
+        )
+        for name, size in convnext.SIZES.items()
+    },
 }
 
 
@@ -103,21 +121,26 @@ def load_encoder(
     pooling: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    image_size: int | None = None,
 ) -> Encoder:
     """Loads a pre-trained encoder, without its classifier.
 
     Args:
-      name: `resnet18`, `resnet34`, `resnet50`, `vit_small_patch16_224` or `vit_base_patch16_224`.
+      name: `resnet18`, `convnext_tiny`, `vit_small_patch14_dinov2` or another key of
+        `dlc_jax.encoders.ENCODERS`, which are timm's names.
       weights: A hub id (`timm/resnet18.tv_in1k`), a `.safetensors` file, a folder with
         `model.safetensors` and `config.json`, or `demo:resnet18`, the bundled one.
       pooling: See `Encoder`; None leaves it to the mode.
       mean, std: Normalisation of RGB in [0, 1]; None reads it from the checkpoint's `config.json`
         (`pretrained_cfg`), or takes the architecture's default where there is no such file.
+      image_size: In pixels; position embeddings are resampled to it, as timm does. None: the size
+        that the checkpoint was trained at.
     Returns:
       The encoder; `prefix` is what was removed from all names of the checkpoint, e.g. `module.`.
     Raises:
-      ValueError: an unknown name, weights not found, or a checkpoint that does not fit; ten each
-        of entries without a place, parameters without an entry and wrong shapes are listed.
+      ValueError: an unknown name, weights not found, an image size that patches do not fill, or a
+        checkpoint that does not fit; ten each of entries without a place, parameters without an
+        entry and wrong shapes are listed.
     Example:
       >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
       >>> encoder.mean, encoder.params["conv1"]["kernel"].shape
@@ -142,6 +165,9 @@ def load_encoder(
         raise expect.InputError(
             f"encoder.weights: {weights!r} does not fit {name!r}{hint}: {error}"
         ) from error
+    own_size = architecture.image_size(tensors)
+    if architecture.resized is not None and image_size not in (None, own_size):
+        params, own_size = architecture.resized(params, image_size), image_size
     normalisation = "explicit"
     if mean is None or std is None:
         mean, std, normalisation = architecture.mean, architecture.std, "architecture"
@@ -150,14 +176,14 @@ def load_encoder(
             mean, std, normalisation = stated["mean"], stated["std"], "checkpoint"
     return Encoder(
         params=params,
-        **module_functions(graph, state),
+        **module_functions(graph, state, pools=architecture.pools),
         is_prunable=architecture.is_prunable,
         name=name,
         mean=tuple(mean),
         std=tuple(std),
         normalisation=normalisation,
         pooling=pooling,
-        image_size=architecture.image_size(tensors),
+        image_size=own_size,
         module_order=architecture.module_order,
         head=architecture.head,
         prefix=prefix,

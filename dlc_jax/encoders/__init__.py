@@ -74,6 +74,10 @@ def _build_vit(size: vit.ViTSize, tensors: Tensors) -> nnx.Module:
     return vit.ViT(size, vit.grid_of(size, tensors) ** 2, rngs=nnx.Rngs(0))
 
 
+def _build_convnext(size: convnext.ConvNeXtSize, tensors: Tensors) -> nnx.Module:
+    return convnext.ConvNeXt(size, rngs=nnx.Rngs(0))
+
+
 def _vit(size: vit.ViTSize) -> ImageArchitecture:
     mean, std = size.normalisation
     return ImageArchitecture(
@@ -102,7 +106,7 @@ ENCODERS: dict[str, ImageArchitecture] = {
     **{name: _vit(size) for name, size in vit.SIZES.items()},
     **{
         name: ImageArchitecture(
-            lambda tensors, size=size: convnext.ConvNeXt(size, rngs=nnx.Rngs(0)),
+            functools.partial(_build_convnext, size),
             convnext.NAMES,
             convnext.IGNORED,
             convnext.is_prunable,

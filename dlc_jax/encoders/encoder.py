@@ -187,7 +187,7 @@ def module_functions(graph: nnx.GraphDef, state: Any, *, pools: bool = False) ->
       pools: Whether it gives what its head reads if it is called with `pooled=True`.
     """
     not_trained = nnx.filter_state(state, nnx.filterlib.Not(nnx.Param))
-    head = {"pooled": True} if pools else {}
+    head: dict[str, Any] = {"pooled": True} if pools else {}
     return {
         "apply": functools.partial(apply_module, graph),
         "apply_head": functools.partial(apply_module, graph, **head) if pools else None,

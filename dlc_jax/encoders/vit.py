@@ -279,7 +279,7 @@ class ViT(nnx.Module):
 
 
 def grid_of(size: ViTSize, tensors: Tensors) -> int:
-    """Returns the patches on a side that a checkpoint has positions for; 224 px if none are found."""
+    """Returns how many patches a side has in a checkpoint's positions; as of 224 px without any."""
     shape = tensors["pos_embed"].shape if "pos_embed" in tensors else ()
     num_patches = shape[1] - size.num_placed if len(shape) == 3 else 0
     grid = math.isqrt(max(num_patches, 0))

@@ -68,7 +68,9 @@ class DatasetConfig:
 class EncoderConfig:
     """The pre-trained network that is probed."""
 
-    name: str = setting("resnet18", f"{', '.join(ENCODERS)}; {DECODER}: a language model")
+    name: str = setting(
+        "resnet18", f"a network of README's list, by timm's name; {DECODER}: a language model"
+    )
     weights: str = setting(
         "", "hub id, .safetensors file, folder, demo:resnet18 or demo:tiny-llama"
     )
@@ -76,7 +78,7 @@ class EncoderConfig:
         None, "of instructions, in tokens; None: 2048, or the model's limit if it is lower"
     )
     image_size: int = setting(Images.size, "side of the images in pixels")
-    pooling: str | None = setting(None, f"ViT pooling: {', '.join(POOLINGS)}; None: by mode")
+    pooling: str | None = setting(None, f"pooling: {', '.join(POOLINGS)}; None: by mode")
     mean: tuple[float, ...] | None = setting(None, "RGB mean; None: the checkpoint's, by mode")
     std: tuple[float, ...] | None = setting(None, "RGB deviation; None: the checkpoint's, by mode")
 

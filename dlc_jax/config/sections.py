@@ -71,8 +71,8 @@ class EncoderConfig:
 
     name: str | None = setting(
         None,
-        f"{', '.join(ENCODERS)}; timm:<architecture>, hf:<id or folder>; {DECODER}: a language "
-        "model; None: what the config.json of the weights names",
+        "a network of README's list, by timm's name; timm:<architecture>, hf:<id or folder>; "
+        f"{DECODER}: a language model; None: what the config.json of the weights names",
     )
     weights: str = setting(
         "",
@@ -83,7 +83,7 @@ class EncoderConfig:
         None, "of instructions, in tokens; None: 2048, or the model's limit if it is lower"
     )
     image_size: int = setting(Images.size, "side of the images in pixels")
-    pooling: str | None = setting(None, f"ViT pooling: {', '.join(POOLINGS)}; None: by mode")
+    pooling: str | None = setting(None, f"pooling: {', '.join(POOLINGS)}; None: by mode")
     mean: tuple[float, ...] | None = setting(None, "RGB mean; None: the checkpoint's, by mode")
     std: tuple[float, ...] | None = setting(None, "RGB deviation; None: the checkpoint's, by mode")
     prunable: str | None = setting(

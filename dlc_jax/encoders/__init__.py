@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Collection
 from importlib import resources
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 from flax import nnx
 
 from dlc_jax import expect
-from dlc_jax.encoders import converted, resnet, vit
+from dlc_jax.encoders import converted, convnext, resnet, vit
 from dlc_jax.encoders.encoder import NO_TOKENS, POOLINGS, Encoder, module_functions
 from dlc_jax.encoders.prunable import chosen_weights
 from dlc_jax.encoders.stored_tensors import (
@@ -54,6 +53,9 @@ class ImageArchitecture(NamedTuple):
       poolings: What `Encoder.pooling` may be.
       head, module_order: See `Encoder`.
       image_size: Stored tensors -> the only image size it takes, or None.
+      resized: Parameters and an image size -> parameters for images of that size; None: it takes
+        any size.
+      pools: Whether the module gives what its head reads with `pooled=True`, and tokens otherwise.
     """
 
     build: Callable[[Tensors], nnx.Module]
@@ -66,6 +68,8 @@ class ImageArchitecture(NamedTuple):
     head: str = Encoder.head
     module_order: Callable[[str], Any] | None = None
     image_size: Callable[[Tensors], int | None] = lambda tensors: None
+    resized: Callable[[Params, int], Params] | None = None
+    pools: bool = False
 
 
 def _build_resnet(size: resnet.ResNetSize, tensors: Tensors) -> nnx.Module:
@@ -73,35 +77,53 @@ def _build_resnet(size: resnet.ResNetSize, tensors: Tensors) -> nnx.Module:
     return resnet.ResNet(size, width, rngs=nnx.Rngs(0))
 
 
-def _vit_patches(tensors: Tensors) -> int:
-    shape = tensors["pos_embed"].shape if "pos_embed" in tensors else ()
-    num_patches = shape[1] - 1 if len(shape) == 3 else 196
-    return num_patches if math.isqrt(num_patches) ** 2 == num_patches else 196
-
-
 def _build_vit(size: vit.ViTSize, tensors: Tensors) -> nnx.Module:
-    return vit.ViT(size, _vit_patches(tensors), rngs=nnx.Rngs(0))
+    """Builds the ViT; queries are normed where the checkpoint has norms for them."""
+    size = size._replace(norms_queries="blocks.0.attn.q_norm.weight" in tensors)
+    return vit.ViT(size, vit.grid_of(size, tensors) ** 2, rngs=nnx.Rngs(0))
 
 
-ENCODERS: dict[str, ImageArchitecture] = {
-    name: ImageArchitecture(
-        functools.partial(_build_resnet, size), resnet.NAMES, resnet.IGNORED, resnet.is_prunable
-    )
-    for name, size in resnet.SIZES.items()
-} | {
-    name: ImageArchitecture(
+def _build_convnext(size: convnext.ConvNeXtSize, tensors: Tensors) -> nnx.Module:
+    return convnext.ConvNeXt(size, rngs=nnx.Rngs(0))
+
+
+def _vit(size: vit.ViTSize) -> ImageArchitecture:
+    mean, std = size.normalisation
+    return ImageArchitecture(
         functools.partial(_build_vit, size),
         vit.NAMES,
         vit.IGNORED,
         vit.is_prunable,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        poolings=POOLINGS,
-        head="cls",
+        mean=mean,
+        std=std,
+        poolings=tuple(name for name in POOLINGS if name != "cls" or size.class_token),
+        head="own" if size.attention_pool else "cls",
         module_order=vit.module_order,
-        image_size=lambda tensors: math.isqrt(_vit_patches(tensors)) * vit.PATCH_SIZE,
+        image_size=lambda tensors: vit.grid_of(size, tensors) * size.patch,
+        resized=functools.partial(vit.resized, size),
+        pools=size.attention_pool,
     )
-    for name, size in vit.SIZES.items()
+
+
+ENCODERS: dict[str, ImageArchitecture] = {
+    **{
+        name: ImageArchitecture(
+            functools.partial(_build_resnet, size), resnet.NAMES, resnet.IGNORED, resnet.is_prunable
+        )
+        for name, size in resnet.SIZES.items()
+    },
+    **{name: _vit(size) for name, size in vit.SIZES.items()},
+    **{
+        name: ImageArchitecture(
+            functools.partial(_build_convnext, size),
+            convnext.NAMES,
+            convnext.IGNORED,
+            convnext.is_prunable,
+            head="own",
+            module_order=convnext.module_order,
+        )
+        for name, size in convnext.SIZES.items()
+    },
 }
 
 
@@ -118,18 +140,18 @@ def load_encoder(
     """Loads a pre-trained encoder, without its classifier.
 
     Args:
-      name: A hand-written one (`resnet18`, `resnet34`, `resnet50`, `vit_small_patch16_224` or
-        `vit_base_patch16_224`); `timm:<architecture>`, any other of timm, or `hf:<id or folder>`, a
-        vision model of transformers, which `pip install 'dlc_jax[any]'` converts. None: what the
-        checkpoint's `config.json` names.
+      name: A hand-written one: `resnet18`, `convnext_tiny`, `vit_small_patch14_dinov2` or another
+        key of `dlc_jax.encoders.ENCODERS`, which are timm's names; `timm:<architecture>`, any other
+        of timm, or `hf:<id or folder>`, a vision model of transformers, which
+        `pip install 'dlc_jax[any]'` converts. None: what the checkpoint's `config.json` names.
       weights: A hub id (`timm/resnet18.tv_in1k`), a `.safetensors` file, a folder with
         `model.safetensors` and `config.json`, or `demo:resnet18`, the bundled one. It may be left
         out for `timm:`, timm's own weights, and for `hf:`.
       pooling: See `Encoder`; None leaves it to the mode.
       mean, std: Normalisation of RGB in [0, 1]; None reads it from the checkpoint's `config.json`
         (`pretrained_cfg`), or takes the architecture's default where there is no such file.
-      image_size: Side of the images in pixels, where position embeddings depend on it; None: the
-        architecture's own.
+      image_size: In pixels; position embeddings are resampled to it, as timm does. None: the size
+        that the checkpoint was trained at.
       prunable: Globs over the checkpoint's names of weights of convolutions and linear layers, such
         as `layer4.*` or `blocks.*.mlp.*`, separated by commas: probes mask these; None: all
         convolutions of a network that has no linear layer in its blocks, otherwise what is in them.
@@ -137,7 +159,8 @@ def load_encoder(
       The encoder; `prefix` is what was removed from all names of the checkpoint, e.g. `module.`.
     Raises:
       ValueError: an unknown name, weights not found, a `config.json` that names another
-        architecture, a glob that matches no weight, or a checkpoint that does not fit; ten each of
+        architecture, a glob that matches no weight, an image size
+        that the network does not take, or a checkpoint that does not fit; ten each of
         entries without a place, parameters without an entry and wrong shapes are listed. Of
         converted ones also: libraries that are not installed, networks that cannot be converted.
     Example:
@@ -173,7 +196,7 @@ def load_encoder(
             encoder = converted.converted_encoder(name, module, prunable)
             check_pooling(name, pooling, encoder)
         else:
-            encoder = _hand_written(name, tensors, weights, prunable)
+            encoder = _hand_written(name, tensors, weights, image_size, prunable)
         normalisation = (encoder.mean, encoder.std, "architecture")
         stated = config.get("pretrained_cfg", config)
         if "mean" in stated and "std" in stated:
@@ -184,7 +207,9 @@ def load_encoder(
     return dataclasses.replace(encoder, mean=mean, std=std, normalisation=source, pooling=pooling)
 
 
-def _hand_written(name: str, tensors: Tensors, weights: str, prunable: str | None) -> Encoder:
+def _hand_written(
+    name: str, tensors: Tensors, weights: str, image_size: int | None, prunable: str | None
+) -> Encoder:
     architecture = ENCODERS[name]
     graph, state = _abstract(architecture, tensors)
     tensors, prefix = without_prefix(tensors, nnx.to_pure_dict(state), architecture.ignored)
@@ -204,14 +229,17 @@ def _hand_written(name: str, tensors: Tensors, weights: str, prunable: str | Non
         stored = names_of(architecture.names, kernels)
         names = {path: stored[path].name for path in kernels}
         is_prunable = chosen_weights(prunable, names, name)
+    own_size = architecture.image_size(tensors)
+    if architecture.resized is not None and image_size not in (None, own_size):
+        params, own_size = architecture.resized(params, image_size), image_size
     return Encoder(
         params=params,
-        **module_functions(graph, state),
+        **module_functions(graph, state, pools=architecture.pools),
         is_prunable=is_prunable,
         name=name,
         mean=architecture.mean,
         std=architecture.std,
-        image_size=architecture.image_size(tensors),
+        image_size=own_size,
         module_order=architecture.module_order,
         head=architecture.head,
         prefix=prefix,
@@ -226,7 +254,7 @@ def _abstract(architecture: ImageArchitecture, tensors: Tensors) -> tuple[nnx.Gr
 def check_pooling(name: str, pooling: str | None, encoder: Encoder | None = None) -> None:
     """Raises ValueError unless the architecture, or this converted one, can be pooled like this."""
     if pooling is not None:
-        of_converted = POOLINGS if encoder is not None and encoder.head == "cls" else NO_TOKENS
+        of_converted = POOLINGS if encoder is not None and encoder.head == "own" else NO_TOKENS
         choices = ENCODERS[name].poolings if name in ENCODERS else of_converted
         expect.one_of(f"encoder.pooling of {name}", pooling, choices)
 

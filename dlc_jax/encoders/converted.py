@@ -143,9 +143,8 @@ def converted_encoder(name: str, built: Built, prunable: str | None = None) -> E
     apply = network.tokens if has_tokens else network.apply_head
     jax.eval_shape(network.apply_head, converted.tensors, images)
     in_order = {key: number for number, key in enumerate(converted.tensors)}
-    if prunable is None:
-        is_prunable = frozenset(prunable_layers(converted)).__contains__
-    else:
+    is_prunable: Callable[[str], bool] = frozenset(prunable_layers(converted)).__contains__
+    if prunable is not None:
         is_prunable = chosen_weights(prunable, {key: key for key in converted.layers}, name)
     return Encoder(
         params=converted.tensors,
@@ -161,7 +160,7 @@ def converted_encoder(name: str, built: Built, prunable: str | None = None) -> E
         std=tuple(built.std),
         normalisation="architecture",
         image_size=None if built.takes_any_size else size,
-        head="cls" if has_tokens else "mean",
+        head="own" if has_tokens else "mean",
         function=built.function,
         prefix=built.prefix,
     )

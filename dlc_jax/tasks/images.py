@@ -416,7 +416,7 @@ class ImageTask:
 def load_configured(config: Config, echo: Callable[[str], None] | None = None) -> Encoder:
     """Returns the encoder that the configuration names, before `mode` decides anything."""
     settings = config.encoder
-    given = {name: getattr(settings, name) for name in (*_DECIDED, "image_size", "prunable")}
+    given = {name: getattr(settings, name) for name in ImageTask.encoder_settings}
     encoder = load_encoder(settings.name, settings.weights, **given)
     if encoder.prefix and echo is not None:
         weights, prefix = visible(settings.weights), visible(encoder.prefix)

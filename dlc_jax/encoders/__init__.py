@@ -15,6 +15,7 @@ from flax import nnx
 from dlc_jax import expect
 from dlc_jax.encoders import resnet, vit
 from dlc_jax.encoders.encoder import POOLINGS, Encoder, module_functions
+from dlc_jax.encoders.preparation import TRANSFORMS, preparation
 from dlc_jax.encoders.stored_tensors import (
     WHOLE,
     Table,
@@ -45,6 +46,7 @@ class ImageArchitecture(NamedTuple):
       poolings: What `Encoder.pooling` may be.
       head, module_order: See `Encoder`.
       image_size: Stored tensors -> the only image size it takes, or None.
+      transform: `paper` or `model`, see `load_encoder`, where none is asked for.
     """
 
     build: Callable[[Tensors], nnx.Module]
@@ -57,6 +59,7 @@ class ImageArchitecture(NamedTuple):
     head: str = Encoder.head
     module_order: Callable[[str], Any] | None = None
     image_size: Callable[[Tensors], int | None] = lambda tensors: None
+    transform: str = "paper"
 
 
 def _build_resnet(size: resnet.ResNetSize, tensors: Tensors) -> nnx.Module:
@@ -103,6 +106,7 @@ def load_encoder(
     pooling: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    transform: str | None = None,
 ) -> Encoder:
     """Loads a pre-trained encoder, without its classifier.
 
@@ -113,6 +117,9 @@ def load_encoder(
       pooling: See `Encoder`; None leaves it to the mode.
       mean, std: Normalisation of RGB in [0, 1]; None reads it from the checkpoint's `config.json`
         (`pretrained_cfg`), or takes the architecture's default where there is no such file.
+      transform: `paper`: bilinear, shorter side to 256/224 of the image size, centre crop; `model`:
+        size, crop and interpolation of the checkpoint's `config.json`, as timm prepares images for
+        evaluation; None: `paper` for the names above.
     Returns:
       The encoder; `prefix` is what was removed from all names of the checkpoint, e.g. `module.`.
     Raises:
@@ -142,26 +149,35 @@ def load_encoder(
         raise expect.InputError(
             f"encoder.weights: {weights!r} does not fit {name!r}{hint}: {error}"
         ) from error
-    normalisation = "explicit"
-    if mean is None or std is None:
-        mean, std, normalisation = architecture.mean, architecture.std, "architecture"
-        stated = config.get("pretrained_cfg", config)
-        if "mean" in stated and "std" in stated:
-            mean, std, normalisation = stated["mean"], stated["std"], "checkpoint"
+    prepared = preparation(
+        config,
+        {},
+        weights=str(weights),
+        transform=transform,
+        default=architecture.transform,
+        mean=mean,
+        std=std,
+        architecture=(architecture.mean, architecture.std),
+    )
     return Encoder(
         params=params,
         **module_functions(graph, state),
         is_prunable=architecture.is_prunable,
         name=name,
-        mean=tuple(mean),
-        std=tuple(std),
-        normalisation=normalisation,
+        **prepared._asdict(),
         pooling=pooling,
         image_size=architecture.image_size(tensors),
         module_order=architecture.module_order,
         head=architecture.head,
         prefix=prefix,
     )
+
+
+def default_transform(name: str) -> str:
+    """Returns how images are prepared for an encoder of this name: `paper` or `model`."""
+    if name in ENCODERS:
+        return ENCODERS[name].transform
+    return "model" if name.startswith(("timm:", "hf:")) else "paper"
 
 
 def _abstract(architecture: ImageArchitecture, tensors: Tensors) -> tuple[nnx.GraphDef, nnx.State]:

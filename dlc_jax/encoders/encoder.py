@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from dlc_jax import expect
 from dlc_jax.distributed import fetch
+from dlc_jax.preprocess.transform import PAPER, Transform
 from dlc_jax.types import Conventions, Params, by_path, path_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -54,6 +55,7 @@ class Encoder:
         padding. None: fine-tuning uses `apply`.
       statistics: Paths of leaves that no gradient moves, such as running means.
       prefix: What was removed from the beginning of all names of the checkpoint.
+      transform: How images are prepared, but for normalisation; the paper's is the default.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -72,6 +74,7 @@ class Encoder:
     )
     statistics: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
     prefix: str = ""
+    transform: Transform = PAPER
 
     def __post_init__(self) -> None:
         if self.pooling is not None:
@@ -80,6 +83,7 @@ class Encoder:
         for path in self.statistics:
             expect.one_of("encoder.statistics", path, by_path(self.params))
         expect.normalisation(self.mean, self.std)
+        expect.is_a(Transform, transform=self.transform)
         # hashable, because the compiled programs are specialised to them
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
@@ -102,6 +106,7 @@ class Encoder:
         image_size: int | None = None,
         module_order: Callable[[str], Any] | None = None,
         head: str | None = None,
+        transform: Transform = PAPER,
     ) -> Encoder:
         """Wraps an NNX module that maps normalised images to features, a map or tokens.
 
@@ -111,8 +116,8 @@ class Encoder:
 
         Args:
           module: Put into evaluation mode.
-          is_prunable, name, mean, std, pooling, image_size, module_order, head: See `Encoder`; None
-            is its default.
+          is_prunable, name, mean, std, pooling, image_size, module_order, head, transform: See
+            `Encoder`; None is its default.
         """
         module.eval()
         graph, state = nnx.split(module)
@@ -123,6 +128,7 @@ class Encoder:
             pooling=pooling,
             image_size=image_size,
             module_order=module_order,
+            transform=transform,
             **module_functions(graph, state),
             **{field: value for field, value in given.items() if value is not None},
         )
@@ -132,12 +138,23 @@ class Encoder:
 
         `official`: ImageNet normalisation for every encoder (Q11), ViT tokens pooled to one
         scalar per image (Q2). One scalar makes losses ill-conditioned: float32 distances cancel,
-        losses reach 1e6, and no two implementations rank samples quite alike.
+        losses reach 1e6, and no two implementations rank samples quite alike. Images are prepared
+        as the paper does it.
+
+        Raises:
+          ValueError: `official`, and a `transform` that was asked for and is not the paper's.
         """
         conventions = Conventions.of(mode)
         changes: dict = {"pooling": self.pooling or conventions.pooling}
         if conventions.imagenet_normalised and self.normalisation != "explicit":
             changes.update(mean=IMAGENET_MEAN, std=IMAGENET_STD, normalisation="official")
+        if conventions.prepares_as_paper and self.transform != PAPER:
+            if self.transform.is_asked_for:
+                raise expect.InputError(
+                    f"encoder.transform: mode {mode!r} prepares images as the paper does; expected "
+                    f"'paper' ({PAPER}), got {self.transform}."
+                )
+            changes.update(transform=PAPER)
         return dataclasses.replace(self, **changes)
 
     def check_image_size(self, image_size: int) -> None:
@@ -151,8 +168,11 @@ class Encoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over name, normalisation, pooling and every parameter."""
-        return fingerprint_of((self.name, self.mean, self.std, self.pooling), self.params)
+        """SHA-256 over name, normalisation, pooling, a transform of its own and every parameter."""
+        settings: tuple = (self.name, self.mean, self.std, self.pooling)
+        if self.transform != PAPER:
+            settings += (self.transform.decisive,)
+        return fingerprint_of(settings, self.params)
 
 
 def fingerprint_of(settings: Any, params: Params) -> str:

@@ -183,7 +183,8 @@ def _check_dataset(job: Job, known: _Settings) -> None:
 
 
 def _check_encoder(job: Job, known: _Settings) -> None:
-    theirs, mine = known["asked"]["encoder"], job.config.asked["encoder"]
+    mine = job.config.asked["encoder"]
+    theirs = {"transform": "paper"} | known["asked"]["encoder"]  # older ones knew no other
     named, scored = (f"{encoder['name']} {encoder['weights']}" for encoder in (mine, theirs))
     used = theirs | known.get("encoder", {}) | {"max_length": known.get("max_length")}
     others = (name for name in job.task.encoder_settings if mine[name] != used.get(name))

@@ -224,7 +224,7 @@ def _of_transformers(stated: Mapping[str, Any], weights: str, is_asked_for: bool
             crop_mode=crop_mode,
             interpolation=names[settings["resample"]],
             crop_fraction=crop_fraction,
-            rounds_down=True,
+            rounds_down=crop_mode == "center" or crop < scaled,
             is_asked_for=is_asked_for,
         )
 

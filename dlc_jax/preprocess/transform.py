@@ -13,7 +13,8 @@ from dlc_jax import expect
 
 _NAMES = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # timm's
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in _NAMES}
-CROP_MODES = ("center", "squash", "border")
+_SIDES = {"center": "", "squash": " both sides to", "border": " longer side to"}  # in words
+CROP_MODES = tuple(_SIDES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Transform:
     Example:
       >>> transform = dlc.Transform(size=288, scaled=288, interpolation="bicubic")
       >>> str(transform)
-      'resize 288, centre crop 288, interpolation bicubic'
+      'resize 288, centre crop 288, bicubic'
     """
 
     size: int = 224
@@ -70,12 +71,14 @@ class Transform:
         return round(size * self.scaled / self.size)
 
     def described(self, size: int) -> str:
-        """Returns in words what decides the pixels of a result of this size."""
-        decisive = ["crop_mode", "interpolation", "rounds_down"]
-        decisive += ["border"] if self.crop_mode == "border" else []
-        others = [(name, getattr(self, name)) for name in decisive]
-        text = [f"resize {self.scaled_side(size)}", f"centre crop {size}"]
-        return ", ".join(text + [f"{n} {v}" for n, v in others if v != getattr(PAPER, n)])
+        """Returns in words all that decides the pixels of a result of this size."""
+        side, border = _SIDES[self.crop_mode], self.border if self.crop_mode == "border" else None
+        return (
+            f"resize{side} {self.scaled_side(size)}, centre crop {size}"
+            + (f", {self.interpolation}" if self.interpolation != "bilinear" else "")
+            + (", rounded down" if self.rounds_down else "")
+            + (f", border {border}" if border else "")
+        )
 
     def __str__(self) -> str:
         return self.described(self.size)

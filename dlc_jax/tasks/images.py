@@ -25,6 +25,7 @@ from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.plan import Plan
 from dlc_jax.planning.speed import decoding_speed
 from dlc_jax.preprocess.images import Images
+from dlc_jax.preprocess.transform import PAPER
 from dlc_jax.probes import features, probe
 from dlc_jax.scores import score
 from dlc_jax.selection import Cell
@@ -101,7 +102,8 @@ class LossesStep:
         images, run = self.scored.images, self.scored.run(scratch)
         assert run.mesh is not None
         what = f"{len(dataset)} samples of {dataset.num_classes} classes"
-        say(f"score: {what}, {encoder.name} on {said_of(run.mesh)}")
+        unusual = _unusual(encoder, images.side)
+        say(f"score: {what}, {encoder.name} on {said_of(run.mesh)}{unusual}")
         if config.cache.max_gib and not config.cache.takes(len(dataset), images.side):
             say(
                 f"score: note: decoded images are more than cache.max_gib={config.cache.max_gib:g};"
@@ -205,6 +207,12 @@ class InputStep:
         with artefacts.atomic(root / measurements.input_file(self.name)) as file:
             np.savez(file, allow_pickle=False, **{self.name: found}, ids=ids)
         return Written(self.files)
+
+
+def _unusual(encoder: Encoder, size: int) -> str:
+    """Returns how images are prepared, to go on with, if not as the paper does it."""
+    transform = encoder.transform
+    return "" if transform == PAPER else f"; images: {transform.described(size)}"
 
 
 def note_mid_grey(stage: str, dataset: Dataset, say: Callable[[str], None]) -> None:
@@ -412,6 +420,7 @@ class ImageTask:
         title = (
             f"plan: {len(dataset):,} images of {dataset.num_classes} classes "
             f"({visible(dataset.name)}), {encoder.name} of {config.encoder.weights} at {size} px"
+            f"{_unusual(encoder, size)}"
         )
         costs = ImageCosts(config, encoder, dataset, mesh, num_test, decoding.pixels)
         return plan_of_images(title, costs, decoding)

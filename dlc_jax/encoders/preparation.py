@@ -101,6 +101,7 @@ def _of_timm(
     crop_fraction = entries.get("crop_pct") or 0.875
     crop_mode = entries.get("crop_mode") or "center"
     with _unsupported(weights, "config.json"):
+        expect.at_least("crop_pct", crop_fraction, 0, exclusive=True)
         size = _side(entries.get("input_size") or [3, 224, 224], "input_size")
         return Transform(
             size=size,
@@ -184,6 +185,8 @@ def _normalisation(stated: Mapping[str, Any], weights: str) -> tuple[Numbers, Nu
     """Returns mean and std of RGB in [0, 1] that an image processor takes."""
     settings = _processor(stated, weights)
     mean, std = settings["image_mean"], settings["image_std"]
+    where = f"encoder.weights {weights}: {PROCESSOR}: rescale_factor"
+    expect.at_least(where, settings["rescale_factor"], 0, exclusive=True)
     if not settings["do_normalize"]:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     largest = 255 * settings["rescale_factor"] if settings["do_rescale"] else 255.0  # of white
@@ -208,14 +211,18 @@ def _of_transformers(stated: Mapping[str, Any], weights: str, is_asked_for: bool
         if isinstance(size, dict) and [*size] == ["shortest_edge"]:
             crop_mode, size = "center", size["shortest_edge"]
         crop = scaled = _side(size, "size")
-        if settings["kind"] == "ConvNext":
-            if scaled < 384:  # its rule, whatever `do_center_crop` says
+        if settings["kind"] == "ConvNext":  # which has a rule of its own
+            if settings["do_center_crop"]:
+                raise expect.InputError("do_center_crop: expected False, got True.")
+            if scaled < 384:
                 crop_fraction = settings["crop_pct"]
+                expect.at_least("crop_pct", crop_fraction, 0, exclusive=True)
                 scaled = math.floor(scaled / crop_fraction)
             else:
                 crop_mode = "squash"
         elif settings["do_center_crop"]:
             crop = _side(settings["crop_size"], "crop_size")
+            expect.at_most("crop_size", crop, scaled)
         elif crop_mode == "center":
             raise expect.InputError("do_center_crop: expected True with size.shortest_edge.")
         return Transform(

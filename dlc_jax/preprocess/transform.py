@@ -25,8 +25,8 @@ class Transform:
 
     Attributes:
       size: Side of the result in pixels, where no other is asked for.
-      scaled: Side in pixels that images are scaled to before a crop of `size`; at another size both
-        keep their ratio.
+      scaled: Side in pixels that images are scaled to before a crop of `size`, which has a border
+        where it is larger; at another size both keep their ratio.
       crop_mode: Which side is scaled to that: `center`, the shorter one; `squash`, both, whatever
         the shape of the image; `border`, the longer one, with a border around the image.
       interpolation: `nearest`, `box`, `bilinear`, `hamming`, `bicubic` or `lanczos`, as Pillow has
@@ -39,7 +39,7 @@ class Transform:
       border: Colour of the border, RGB of 0 to 255.
       is_asked_for: Whether the user chose it, so that no mode may replace it.
     Raises:
-      ValueError: a value out of range, or a crop that is larger than the scaled image.
+      ValueError: an unknown name, or a value out of range.
     Example:
       >>> transform = dlc.Transform(size=288, scaled=288, interpolation="bicubic")
       >>> str(transform)
@@ -57,12 +57,11 @@ class Transform:
 
     def __post_init__(self) -> None:
         expect.integer("transform.size", self.size, 1)
-        expect.integer("transform.scaled", self.scaled, self.size)
+        expect.integer("transform.scaled", self.scaled, 1)
         expect.one_of("transform.crop_mode", self.crop_mode, CROP_MODES)
         expect.one_of("transform.interpolation", self.interpolation, INTERPOLATIONS)
         if self.crop_fraction is not None:
             expect.at_least("transform.crop_fraction", self.crop_fraction, 0, exclusive=True)
-            expect.at_most("transform.crop_fraction", self.crop_fraction, 1)
 
     def scaled_side(self, size: int) -> int:
         """Returns the side in pixels that images are scaled to before a crop of this size."""

@@ -141,6 +141,7 @@ def test_the_border_has_the_colour_of_the_mean():
 
 VIT = {"image_processor_type": "ViTImageProcessor"}
 BIT = {"image_processor_type": "BitImageProcessor"}
+CONVNEXT = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 224}}
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,15 @@ BIT = {"image_processor_type": "BitImageProcessor"}
             {"crop_pct": "1"},
             r"config\.json: pretrained_cfg\.crop_pct is '1', expected a number",
         ),
-        ({}, {"crop_pct": 1.2}, r"must be >= 224, got 186"),
+        ({}, {"crop_pct": -0.5}, r"crop_pct: must be > 0, got -0\.5"),
+        (CONVNEXT | {"crop_pct": 0.0}, {}, r"crop_pct: must be > 0, got 0\.0"),
+        (CONVNEXT | {"do_center_crop": True}, {}, "do_center_crop: expected False, got True"),
+        (VIT | {"rescale_factor": 0.0}, {}, r"rescale_factor: must be > 0, got 0\.0"),
+        (
+            VIT | {"image_std": [0.5, 0.5]},
+            {},
+            "image_std is a list of 2 values, expected a list of",
+        ),
         ({"size": 64}, {}, "image_processor_type is '', which is not supported, expected ViT, "),
         (
             {"image_processor_type": "EfficientNetImageProcessor"},
@@ -183,7 +192,7 @@ BIT = {"image_processor_type": "BitImageProcessor"}
         (VIT | {"size": {"height": 8, "width": 9}}, {}, "size: expected a square of RGB"),
         (VIT | {"size": {"longest_edge": 9}}, {}, "size: expected a square of RGB"),
         (BIT | {"do_center_crop": False}, {}, "do_center_crop: expected True with size.shortest"),
-        (BIT | {"size": {"shortest_edge": 64}}, {}, "scaled: must be >= 224, got 64"),
+        (BIT | {"size": {"shortest_edge": 64}}, {}, "crop_size: must be <= 64, got 224"),
         (BIT | {"crop_size": {"height": 8, "width": 9}}, {}, "crop_size: expected a square"),
     ],
 )

@@ -1,6 +1,7 @@
 """Evaluation transforms: every crop mode and interpolation against timm, sizes, cache, errors."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -51,7 +52,13 @@ def prepared(config: dict, **changes):
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("crop_mode", CROP_MODES)
 def test_pixels_are_timms(timm, crop_mode, interpolation):
-    for size, crop_pct, other in ((32, 0.875, 47), (33, 0.95, 24), (31, 1.0, 40), (29, 0.9, 16)):
+    for size, crop_pct, other in (
+        (32, 0.875, 47),
+        (33, 0.95, 24),
+        (31, 1.0, 40),
+        (29, 0.9, 16),
+        (40, 1.15, 33),
+    ):
         entries = {"input_size": [3, size, size], "crop_pct": crop_pct, "crop_mode": crop_mode}
         entries |= {"interpolation": interpolation, "mean": [0.3, 0.5, 0.7], "std": [0.2] * 3}
         transform = prepared({"pretrained_cfg": entries}).transform
@@ -80,6 +87,27 @@ def test_what_a_configuration_leaves_out_is_timms(timm, entries):
     theirs = of_timm(entries)
     for image in smooth_images()[:3]:
         np.testing.assert_array_equal(transform(image, transform.size), theirs(image))
+
+
+@pytest.mark.slow
+def test_pixels_are_timms_for_all_its_pretrained_models(timm):
+    """1,826 configurations of timm 1.0.31, 172 of which differ; of five images are no squares."""
+    found, refused = {}, []
+    for name in timm.list_pretrained():
+        entries = json.loads(json.dumps(timm.models.get_pretrained_cfg(name).to_dict()))
+        try:
+            transform = prepared({"pretrained_cfg": entries}).transform
+        except dlc.InputError as error:
+            assert "input_size: expected a square of RGB" in str(error)
+            refused.append(name)
+            continue
+        key = (transform, *entries["mean"], *entries["std"])
+        found.setdefault(key, entries)
+    assert len(found) > 100
+    assert len(refused) < 10
+    image = smooth_images()[5]
+    for (transform, *_), entries in found.items():
+        np.testing.assert_array_equal(transform(image, transform.size), of_timm(entries)(image))
 
 
 def test_a_border_where_timm_fails():
@@ -157,10 +185,9 @@ def test_random_crops_take_the_transforms_interpolation(timm, small_sample):
     ("changes", "says"),
     [
         ({"size": 0}, r"transform\.size: must be >= 1, got 0"),
-        ({"scaled": 200}, r"transform\.scaled: must be >= 224, got 200"),
+        ({"scaled": 0}, r"transform\.scaled: must be >= 1, got 0"),
         ({"crop_mode": "centre"}, r"crop_mode: unknown value 'centre'.*Did you mean 'center'"),
         ({"interpolation": "random"}, r"interpolation: unknown value 'random'; valid: nearest, "),
-        ({"crop_fraction": 1.5}, r"crop_fraction: must be <= 1, got 1\.5"),
         ({"crop_fraction": 0}, r"crop_fraction: must be > 0, got 0"),
     ],
 )

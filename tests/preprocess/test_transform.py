@@ -95,12 +95,12 @@ def test_pixels_are_timms_for_all_its_pretrained_models(timm):
     found, refused = {}, []
     for name in timm.list_pretrained():
         entries = json.loads(json.dumps(timm.models.get_pretrained_cfg(name).to_dict()))
-        try:
-            transform = prepared({"pretrained_cfg": entries}).transform
-        except dlc.InputError as error:
-            assert "input_size: expected a square of RGB" in str(error)
+        if len({*entries["input_size"][1:]}) > 1:
             refused.append(name)
+            with pytest.raises(dlc.InputError, match="input_size: expected a square of RGB"):
+                prepared({"pretrained_cfg": entries})
             continue
+        transform = prepared({"pretrained_cfg": entries}).transform
         key = (transform, *entries["mean"], *entries["std"])
         found.setdefault(key, entries)
     assert len(found) > 100

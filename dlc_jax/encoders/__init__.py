@@ -15,6 +15,7 @@ from flax import nnx
 from dlc_jax import expect
 from dlc_jax.encoders import converted, convnext, resnet, vit
 from dlc_jax.encoders.encoder import NO_TOKENS, POOLINGS, Encoder, module_functions
+from dlc_jax.encoders.preparation import TRANSFORMS, preparation
 from dlc_jax.encoders.prunable import chosen_weights
 from dlc_jax.encoders.stored_tensors import (
     WHOLE,
@@ -33,6 +34,8 @@ from dlc_jax.types import Params, by_path, path_name
 
 _CONFIG = "config.json"
 _NORMALISATION = {"mean?": [float], "std?": [float]}
+# Arguments of timm's models that hand-written ones read from the tensors or do without.
+_KNOWN_ARGUMENTS = {"img_size", "dynamic_img_size", "width", "num_classes"}
 _STATED = {
     "architecture?": str,
     "model_args?": {},
@@ -56,6 +59,7 @@ class ImageArchitecture(NamedTuple):
       resized: Parameters and an image size -> parameters for images of that size; None: it takes
         any size.
       pools: Whether the module gives what its head reads with `pooled=True`, and tokens otherwise.
+      transform: `paper` or `model`, see `load_encoder`, where none is asked for.
     """
 
     build: Callable[[Tensors], nnx.Module]
@@ -70,6 +74,7 @@ class ImageArchitecture(NamedTuple):
     image_size: Callable[[Tensors], int | None] = lambda tensors: None
     resized: Callable[[Params, int], Params] | None = None
     pools: bool = False
+    transform: str = "paper"
 
 
 def _build_resnet(size: resnet.ResNetSize, tensors: Tensors) -> nnx.Module:
@@ -87,7 +92,7 @@ def _build_convnext(size: convnext.ConvNeXtSize, tensors: Tensors) -> nnx.Module
     return convnext.ConvNeXt(size, rngs=nnx.Rngs(0))
 
 
-def _vit(size: vit.ViTSize) -> ImageArchitecture:
+def _vit(size: vit.ViTSize, transform: str) -> ImageArchitecture:
     mean, std = size.normalisation
     return ImageArchitecture(
         functools.partial(_build_vit, size),
@@ -102,9 +107,11 @@ def _vit(size: vit.ViTSize) -> ImageArchitecture:
         image_size=lambda tensors: vit.grid_of(size, tensors) * size.patch,
         resized=functools.partial(vit.resized, size),
         pools=size.attention_pool,
+        transform=transform,
     )
 
 
+_VITS_OF_PAPER = ("vit_small_patch16_224", "vit_base_patch16_224")
 ENCODERS: dict[str, ImageArchitecture] = {
     **{
         name: ImageArchitecture(
@@ -112,7 +119,10 @@ ENCODERS: dict[str, ImageArchitecture] = {
         )
         for name, size in resnet.SIZES.items()
     },
-    **{name: _vit(size) for name, size in vit.SIZES.items()},
+    **{
+        name: _vit(size, "paper" if name in _VITS_OF_PAPER else "model")
+        for name, size in vit.SIZES.items()
+    },
     **{
         name: ImageArchitecture(
             functools.partial(_build_convnext, size),
@@ -121,6 +131,7 @@ ENCODERS: dict[str, ImageArchitecture] = {
             convnext.is_prunable,
             head="own",
             module_order=convnext.module_order,
+            transform="model",
         )
         for name, size in convnext.SIZES.items()
     },
@@ -136,6 +147,7 @@ def load_encoder(
     std: tuple[float, ...] | None = None,
     image_size: int | None = None,
     prunable: str | None = None,
+    transform: str | None = None,
 ) -> Encoder:
     """Loads a pre-trained encoder, without its classifier.
 
@@ -155,6 +167,10 @@ def load_encoder(
       prunable: Globs over the checkpoint's names of weights of convolutions and linear layers, such
         as `layer4.*` or `blocks.*.mlp.*`, separated by commas: probes mask these; None: all
         convolutions of a network that has no linear layer in its blocks, otherwise what is in them.
+      transform: `paper`: bilinear, shorter side to 256/224 of the image size, centre crop; `model`:
+        size, crop and interpolation of the checkpoint's `config.json`, as timm prepares images for
+        evaluation, or of transformers' `preprocessor_config.json`; None: `paper` for ResNets and
+        the ViTs of the paper, `model` for all others.
     Returns:
       The encoder; `prefix` is what was removed from all names of the checkpoint, e.g. `module.`.
     Raises:
@@ -168,43 +184,58 @@ def load_encoder(
       >>> encoder.mean, encoder.params["conv1"]["kernel"].shape
       ((0.485, 0.456, 0.406), (7, 7, 3, 16))
     """
-    expect.normalisation(mean, std)
     weights = str(weights)
-    if name is None:
-        name = _named_by(weights)
+    name = _named_by(weights) if name is None else name
+    built: converted.Built | None
+    config: dict = {}
     if name.startswith(converted.TRANSFORMERS):
-        encoder = converted.converted_encoder(
-            name, converted.transformers_module(name, weights, image_size), prunable
-        )
-        check_pooling(name, pooling, encoder)
-        normalisation: tuple = (encoder.mean, encoder.std, "checkpoint")
+        built = converted.transformers_module(name, weights, image_size)
+        encoder = converted.converted_encoder(name, built, prunable)
     else:
         if not converted.is_converted(name):
             expect.one_of("encoder.name", name, ENCODERS)
-            check_pooling(name, pooling)
         elif not weights:
             weights = converted.hub_id(name)
         tensors, config = read_checkpoint(weights)
-        stated = config.get("architecture", name)
-        if converted.architecture_of(stated) != converted.architecture_of(name):
-            raise expect.InputError(
-                f"encoder.name: {name!r}, but the config.json of {weights!r} names the "
-                f"architecture {stated!r}; expected {stated!r} or 'timm:{stated}'."
-            )
+        _check_architecture(name, config, weights)
         if converted.is_converted(name):
-            module = converted.timm_module(name, tensors, config, weights, image_size)
-            encoder = converted.converted_encoder(name, module, prunable)
-            check_pooling(name, pooling, encoder)
+            built = converted.timm_module(name, tensors, config, weights, image_size)
+            encoder = converted.converted_encoder(name, built, prunable)
         else:
+            built = None
             encoder = _hand_written(name, tensors, weights, image_size, prunable)
-        normalisation = (encoder.mean, encoder.std, "architecture")
-        stated = config.get("pretrained_cfg", config)
-        if "mean" in stated and "std" in stated:
-            normalisation = (tuple(stated["mean"]), tuple(stated["std"]), "checkpoint")
-    if mean is not None and std is not None:
-        normalisation = (mean, std, "explicit")
-    mean, std, source = normalisation
-    return dataclasses.replace(encoder, mean=mean, std=std, normalisation=source, pooling=pooling)
+    check_pooling(name, pooling, encoder)
+    prepared = preparation(
+        config if built is None else built.config,
+        {} if built is None else built.processor,
+        weights=weights or name,
+        transform=transform,
+        default=default_transform(name),
+        mean=mean,
+        std=std,
+        architecture=(encoder.mean, encoder.std),
+    )
+    own = encoder.image_size
+    if image_size is None and own not in (None, prepared.transform.size):  # it takes no other
+        scaled = prepared.transform.scaled_side(own)
+        resized = dataclasses.replace(prepared.transform, size=own, scaled=scaled)
+        prepared = prepared._replace(transform=resized)
+    return dataclasses.replace(encoder, pooling=pooling, **prepared._asdict())
+
+
+def _check_architecture(name: str, config: dict, weights: str) -> None:
+    """Raises ValueError where a checkpoint's `config.json` names another network than the name."""
+    stated, arguments = config.get("architecture", name), config.get("model_args", {})
+    if converted.architecture_of(stated) != converted.architecture_of(name):
+        raise expect.InputError(
+            f"encoder.name: {name!r}, but the config.json of {weights!r} names the architecture "
+            f"{stated!r}; expected {stated!r} or 'timm:{stated}'."
+        )
+    if name in ENCODERS and (unknown := sorted(arguments.keys() - _KNOWN_ARGUMENTS)):
+        raise expect.InputError(
+            f"encoder.name: {name!r} knows no model_args {expect.listed(unknown)}, which the "
+            f"config.json of {weights!r} gives it; expected 'timm:{name}'."
+        )
 
 
 def _hand_written(
@@ -247,6 +278,13 @@ def _hand_written(
     )
 
 
+def default_transform(name: str) -> str:
+    """Returns how images are prepared for an encoder of this name: `paper` or `model`."""
+    if name in ENCODERS:
+        return ENCODERS[name].transform
+    return "model" if converted.is_converted(name) else "paper"
+
+
 def _abstract(architecture: ImageArchitecture, tensors: Tensors) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: architecture.build(tensors)))
 
@@ -264,7 +302,8 @@ def _named_by(weights: str) -> str:
     config = read_json(_locate(weights, only_config=True)[1], _STATED)
     if "architecture" in config:
         name = converted.architecture_of(config["architecture"])
-        return name if name in ENCODERS else converted.TIMM + name
+        by_hand = name in ENCODERS and config.get("model_args", {}).keys() <= _KNOWN_ARGUMENTS
+        return name if by_hand else converted.TIMM + name
     if "model_type" in config:
         return converted.TRANSFORMERS + weights
     raise expect.InputError(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from dlc_jax import expect
 from dlc_jax.distributed import fetch
+from dlc_jax.preprocess.transform import PAPER, Transform
 from dlc_jax.types import Conventions, Params, by_path, path_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -62,6 +63,7 @@ class Encoder:
       function: What decides the function besides the name; part of the fingerprint.
       prunable: Globs over names of the checkpoint that `is_prunable` was made of; None: a rule of
         the architecture.
+      transform: How images are prepared, but for normalisation; the paper's is the default.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -85,6 +87,7 @@ class Encoder:
     prefix: str = ""
     function: str = dataclasses.field(default="", repr=False)
     prunable: str | None = None
+    transform: Transform = PAPER
 
     def __post_init__(self) -> None:
         if self.pooling is not None:
@@ -93,6 +96,7 @@ class Encoder:
         for path in self.statistics:
             expect.one_of("encoder.statistics", path, by_path(self.params))
         expect.normalisation(self.mean, self.std)
+        expect.is_a(Transform, transform=self.transform)
         # hashable, because the compiled programs are specialised to them
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
@@ -115,6 +119,7 @@ class Encoder:
         image_size: int | None = None,
         module_order: Callable[[str], Any] | None = None,
         head: str | None = None,
+        transform: Transform = PAPER,
     ) -> Encoder:
         """Wraps an NNX module that maps normalised images to features, a map or tokens.
 
@@ -124,8 +129,8 @@ class Encoder:
 
         Args:
           module: Put into evaluation mode.
-          is_prunable, name, mean, std, pooling, image_size, module_order, head: See `Encoder`; None
-            is its default.
+          is_prunable, name, mean, std, pooling, image_size, module_order, head, transform: See
+            `Encoder`; None is its default.
         """
         module.eval()
         graph, state = nnx.split(module)
@@ -136,6 +141,7 @@ class Encoder:
             pooling=pooling,
             image_size=image_size,
             module_order=module_order,
+            transform=transform,
             **module_functions(graph, state),
             **{field: value for field, value in given.items() if value is not None},
         )
@@ -145,12 +151,23 @@ class Encoder:
 
         `official`: ImageNet normalisation for every encoder (Q11), ViT tokens pooled to one
         scalar per image (Q2). One scalar makes losses ill-conditioned: float32 distances cancel,
-        losses reach 1e6, and no two implementations rank samples quite alike.
+        losses reach 1e6, and no two implementations rank samples quite alike. Images are prepared
+        as the paper does it.
+
+        Raises:
+          ValueError: `official`, and a `transform` that was asked for and is not the paper's.
         """
         conventions = Conventions.of(mode)
         changes: dict = {"pooling": self.pooling or conventions.pooling}
         if conventions.imagenet_normalised and self.normalisation != "explicit":
             changes.update(mean=IMAGENET_MEAN, std=IMAGENET_STD, normalisation="official")
+        if conventions.prepares_as_paper and self.transform != PAPER:
+            if self.transform.is_asked_for:
+                raise expect.InputError(
+                    f"encoder.transform: mode {mode!r} prepares images as the paper does; expected "
+                    f"'paper' ({PAPER}), got {self.transform}."
+                )
+            changes.update(transform=PAPER)
         return dataclasses.replace(self, **changes)
 
     def function_and_pooling(self, pooling: str) -> tuple[Callable[[Params, Array], Array], str]:
@@ -170,10 +187,10 @@ class Encoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over name, function, normalisation, pooling, `prunable` and every parameter."""
+        """SHA-256 over name, function, preparation, pooling, `prunable` and every parameter."""
         pooling = self.head if self.pooling == "own" else self.pooling
-        given = [self.function] if self.function else []
-        given += [] if self.prunable is None else [self.prunable]
+        given: list = [self.transform.decisive] if self.transform != PAPER else []
+        given += [text for text in (self.function or None, self.prunable) if text is not None]
         return fingerprint_of((self.name, self.mean, self.std, pooling, *given), self.params)
 
 

@@ -302,12 +302,10 @@ def decoded(sample: dlc.Sample) -> Image.Image:
     return decode(sample.image, sample.id)
 
 
-def config_of(**encoder) -> Config:
-    values = {"name": "resnet18", "weights": "demo:resnet18"} | encoder
-    mode = values.pop("mode", "default")
-    return Config.of(
-        {"mode": mode, "dataset": {"train": "demo:caltech15/train"}, "encoder": values}
-    )
+def config_of(*, mode: str = "default", by: str = "linear_probe", **encoder) -> Config:
+    values = {"mode": mode, "dataset": {"train": "demo:caltech15/train"}, "tuning": {"by": by}}
+    values["encoder"] = {"name": "resnet18", "weights": "demo:resnet18"} | encoder
+    return Config.of(values)
 
 
 def test_what_the_configuration_fills_in():
@@ -315,6 +313,9 @@ def test_what_the_configuration_fills_in():
         settings = config_of(mode=mode).encoder
         assert (settings.transform, settings.image_size) == ("paper", 224)
         assert config_of(mode=mode, image_size=64).encoder.image_size == 64
+    by_finetune = config_of(by="finetune").decides_auto["encoder"]  # as it was before
+    assert (by_finetune["image_size"], by_finetune.get("transform")) == (224, None)
+    assert config_of(by="finetune", transform="model").decides_auto["encoder"]["transform"]
     settings = config_of(transform="model").encoder
     assert (settings.transform, settings.image_size) == ("model", None)
     assert config_of(transform="model", image_size=96).encoder.image_size == 96

@@ -386,7 +386,9 @@ def test_a_head_of_its_own_needs_features():
         own_features(encoder, random_images(2, 8))
 
 
-@pytest.mark.parametrize("name", ["convnext_tiny", "vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("convnext_tiny", marks=SLOW), "vit_base_patch16_siglip_224"]
+)
 def test_fine_tuning_moves_every_part(timm, load, name):
     encoder = load(name, timm_model(timm, name))
     images = random_images(12, 64)

@@ -165,7 +165,7 @@ class ResponseNorm(nnx.Module):
         return x + (self.bias[...] + self.scale[...] * (x * share))
 
 
-class Mlp(nnx.Module):
+class ChannelMlp(nnx.Module):
     """Two linear layers with an exact GELU, and V2's normalisation, between."""
 
     def __init__(self, width: int, normalises_responses: bool, *, rngs: nnx.Rngs):
@@ -178,13 +178,13 @@ class Mlp(nnx.Module):
         return self.fc2(x if self.grn is None else self.grn(x))
 
 
-class Block(nnx.Module):
+class ConvNeXtBlock(nnx.Module):
     """A depthwise convolution and an MLP on a residual path."""
 
     def __init__(self, width: int, normalises_responses: bool, *, rngs: nnx.Rngs):
         self.conv_dw = DepthwiseConv(width, rngs=rngs)
         self.norm = layer_norm(width, rngs)
-        self.mlp = Mlp(width, normalises_responses, rngs=rngs)
+        self.mlp = ChannelMlp(width, normalises_responses, rngs=rngs)
         self.gamma = None if normalises_responses else nnx.Param(jnp.ones(width))
 
     def __call__(self, x: Maps) -> Maps:
@@ -200,7 +200,7 @@ class Stage(nnx.Module):
         if self.halves:
             conv = PatchConv(before, width, 2, rngs=rngs)
             self.downsample = nnx.List([layer_norm(before, rngs), conv])
-        self.blocks = nnx.List([Block(width, is_v2, rngs=rngs) for _ in range(depth)])
+        self.blocks = nnx.List([ConvNeXtBlock(width, is_v2, rngs=rngs) for _ in range(depth)])
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
         for layer in (*(self.downsample if self.halves else ()), *self.blocks):

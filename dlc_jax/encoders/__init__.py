@@ -153,6 +153,8 @@ def load_encoder(
     expect.one_of("encoder.name", name, ENCODERS)
     expect.normalisation(mean, std)
     check_pooling(name, pooling)
+    if image_size is not None:
+        expect.integer("encoder.image_size", image_size, 8)
     architecture = ENCODERS[name]
     tensors, config = read_checkpoint(str(weights))
     graph, state = _abstract(architecture, tensors)

@@ -184,6 +184,9 @@ def load_encoder(
       >>> encoder.mean, encoder.params["conv1"]["kernel"].shape
       ((0.485, 0.456, 0.406), (7, 7, 3, 16))
     """
+    expect.normalisation(mean, std)
+    if image_size is not None:
+        expect.integer("encoder.image_size", image_size, 8)
     weights = str(weights)
     name = _named_by(weights) if name is None else name
     built: converted.Built | None

@@ -71,23 +71,27 @@ def depthwise_xla(x: Maps, kernel: DepthwiseKernel) -> Maps:
     )
 
 
-# XLA's convolution of that many groups takes 25 to 40 times longer on CPU, and derivatives of
-# slices 10 to 30 times longer than those below (docs/log/speed.md).
+# XLA's convolution of that many groups takes 25 to 35 times longer on CPU, and JAX's own derivative
+# of the sum 10 to 15 times longer than the one below (BUILD_NOTES.md).
 @jax.custom_vjp
 def depthwise_shifted(x: Maps, kernel: DepthwiseKernel) -> Maps:
-    """`depthwise` as a sum of shifted products, float32 inside."""
+    """`depthwise` as a sum of shifted products, at least in float32."""
     size, (height, width) = kernel.shape[0], x.shape[1:3]
-    padded, taps = _padded(x, size), kernel.astype(jnp.float32)
-    total = jnp.zeros(x.shape, jnp.float32)
+    padded, taps = _padded(x, size), _wide(kernel)
+    total = jnp.zeros(x.shape, padded.dtype)
     for i in range(size):
         for j in range(size):
             total = total + padded[:, i : i + height, j : j + width] * taps[i, j, 0]
     return total.astype(x.dtype)
 
 
+def _wide(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _padded(x: Maps, size: int) -> Float[Array, "b oh ow i"]:
     pad = size // 2
-    return jnp.pad(x.astype(jnp.float32), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return jnp.pad(_wide(x), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
 
 def _forward(x: Maps, kernel: DepthwiseKernel) -> tuple[Maps, tuple[Maps, DepthwiseKernel]]:
@@ -102,7 +106,7 @@ def _backward(saved: tuple[Maps, DepthwiseKernel], gradient: Maps) -> tuple[Maps
     """
     x, kernel = saved
     size, (num, height, width, channels) = kernel.shape[0], x.shape
-    padded, outer = _padded(x, size), gradient.astype(jnp.float32)
+    padded, outer = _padded(x, size), _wide(gradient)
 
     def add_row(row: Array, total: Float[Array, "k k i"]) -> Float[Array, "k k i"]:
         image, top = row // height, row % height
@@ -114,7 +118,7 @@ def _backward(saved: tuple[Maps, DepthwiseKernel], gradient: Maps) -> tuple[Maps
 
         return total + jax.lax.fori_loop(0, width, add_position, jnp.zeros_like(total))
 
-    zeros = jnp.zeros((size, size, channels), jnp.float32)
+    zeros = jnp.zeros((size, size, channels), padded.dtype)
     of_kernel = jax.lax.fori_loop(0, num * height, add_row, zeros)[:, :, None]
     return depthwise_shifted(gradient, kernel[::-1, ::-1]), of_kernel.astype(kernel.dtype)
 
@@ -154,14 +158,14 @@ class ResponseNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: Maps) -> Maps:
-        squares = jnp.square(x.astype(jnp.float32)).sum((1, 2), keepdims=True)
+        squares = jnp.square(_wide(x)).sum((1, 2), keepdims=True)
         # the root's derivative at 0 is infinite; torch's norm has derivative 0 there
         norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
         share = (norms / (norms.mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
         return x + (self.bias[...] + self.scale[...] * (x * share))
 
 
-class Mlp(nnx.Module):
+class ChannelMlp(nnx.Module):
     """Two linear layers with an exact GELU, and V2's normalisation, between."""
 
     def __init__(self, width: int, normalises_responses: bool, *, rngs: nnx.Rngs):
@@ -174,13 +178,13 @@ class Mlp(nnx.Module):
         return self.fc2(x if self.grn is None else self.grn(x))
 
 
-class Block(nnx.Module):
+class ConvNeXtBlock(nnx.Module):
     """A depthwise convolution and an MLP on a residual path."""
 
     def __init__(self, width: int, normalises_responses: bool, *, rngs: nnx.Rngs):
         self.conv_dw = DepthwiseConv(width, rngs=rngs)
         self.norm = layer_norm(width, rngs)
-        self.mlp = Mlp(width, normalises_responses, rngs=rngs)
+        self.mlp = ChannelMlp(width, normalises_responses, rngs=rngs)
         self.gamma = None if normalises_responses else nnx.Param(jnp.ones(width))
 
     def __call__(self, x: Maps) -> Maps:
@@ -196,7 +200,7 @@ class Stage(nnx.Module):
         if self.halves:
             conv = PatchConv(before, width, 2, rngs=rngs)
             self.downsample = nnx.List([layer_norm(before, rngs), conv])
-        self.blocks = nnx.List([Block(width, is_v2, rngs=rngs) for _ in range(depth)])
+        self.blocks = nnx.List([ConvNeXtBlock(width, is_v2, rngs=rngs) for _ in range(depth)])
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b oh ow o"]:
         for layer in (*(self.downsample if self.halves else ()), *self.blocks):
@@ -220,7 +224,7 @@ class ConvNeXt(nnx.Module):
         x = images
         for layer in (*self.stem, *self.stages):
             x = layer(x)
-        return self.norm(x.astype(jnp.float32).mean((1, 2)))
+        return self.norm(_wide(x).mean((1, 2)))
 
 
 # How parameters are stored; the head is not part of an encoder, but its norm is.

@@ -182,7 +182,7 @@ class Encoder:
         if self.image_size is not None and image_size != self.image_size:
             raise expect.InputError(
                 f"encoder.image_size: {self.name} takes images of {self.image_size} px only, "
-                f"got {image_size}."
+                f"got {image_size}; load_encoder(..., image_size=...) makes a ViT take others."
             )
 
     @functools.cached_property

@@ -32,13 +32,13 @@ class ViTSize(NamedTuple):
     """What tells the architectures apart.
 
     Attributes:
-      width: Of tokens.
+      width: Features of a token.
       depth: Blocks.
       num_heads: Attention heads.
       patch: Side of a patch in pixels.
       hidden: Width between an MLP's two layers; None: four times that of tokens.
       activation: A key of `ACTIVATIONS`.
-      epsilon: Of layer norms.
+      epsilon: What layer norms add to a variance.
       class_token: Whether there is one.
       registers: Tokens behind it that carry nothing of an image.
       only_patches_placed: Whether class token and registers have no position embedding.

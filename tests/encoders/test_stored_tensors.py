@@ -264,3 +264,11 @@ def test_each_file_is_opened_once(tmp_path, monkeypatch):
     params, _ = read_tensors(expected, {name: Stored(name, ()) for name in tensors}, tensors)
     assert opened == paths
     assert [float(params[f"1.{i}"][0]) for i in range(5)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("shape", "here"),
+    [((6, 4), (4, 6)), ((6, 4, 1, 1), (4, 6)), ((6, 1, 2, 2), (6, 1, 2, 2)), ((6,), (6,))],
+)
+def test_a_linear_layer_may_be_stored_as_a_convolution_of_1_by_1(shape, here):
+    assert Stored("fc1.weight", stored_tensors.LINEAR).shape_here(shape, 2) == here

@@ -107,7 +107,7 @@ class Program(NamedTuple):
     def of(cls, config: DecoderConfig, dtype: str) -> Program:
         architecture = Architecture(config, dtype)
         params = random_params(architecture)
-        prunable = prunable_paths(params, LanguageModel.is_prunable)
+        prunable = prunable_paths(params, LanguageModel.is_prunable, LanguageModel.module_order)
         num_weights = sum(by_path(params)[path].size for path in prunable)
         counts = PathSpec("linear", num_probes=_PROBES.value).counts(num_weights).chosen
         thresholds = jax.device_put(exact_thresholds(params, prunable, None, counts))

@@ -87,7 +87,7 @@ def test_text_and_values_become_the_declared_type(key, text, value):
 )
 def test_values_out_of_range_are_refused_with_key_and_choices(key, value, says):
     with pytest.raises(ValueError, match=says.replace("(", r"\(")):
-        Config.of(demo_values(**{key: value}))
+        Config.of(demo_values(**{"encoder.name": "resnet18", key: value}))
 
 
 def test_a_path_is_checked_by_the_schedule_that_the_mode_decides():

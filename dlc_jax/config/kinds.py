@@ -8,6 +8,7 @@ from typing import Any
 
 from dlc_jax import expect
 from dlc_jax.encoders import ENCODERS
+from dlc_jax.encoders.converted import CONVERTED, is_converted
 from dlc_jax.encoders.language_model import DECODER
 from dlc_jax.exports import EXPORTS, RELEASED, Export
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS, InstructionExport
@@ -75,12 +76,14 @@ _KINDS = (
 KINDS: Mapping[str, DataKind] = {kind.name: kind for kind in _KINDS}
 
 
-def data_kind_of(encoder_name: str) -> DataKind:
-    """Returns the kind of data that an encoder is for.
+def data_kind_of(encoder_name: str | None) -> DataKind:
+    """Returns the kind of data that an encoder is for; None: images.
 
     Raises:
       ValueError: an unknown encoder.
     """
+    if encoder_name is None or is_converted(encoder_name):
+        return KINDS["images"]
     kinds = {name: kind for kind in KINDS.values() for name in kind.encoders}
-    expect.one_of("encoder.name", encoder_name, kinds)
+    expect.one_of("encoder.name", encoder_name, [*kinds, *(f"{how}..." for how in CONVERTED)])
     return kinds[encoder_name]

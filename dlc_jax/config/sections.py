@@ -12,6 +12,7 @@ from dlc_jax.datasets import load_dataset
 from dlc_jax.datasets.templates import TEMPLATES
 from dlc_jax.distributed import cores_are_devices, make_mesh, one_device
 from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
+from dlc_jax.encoders.converted import is_converted
 from dlc_jax.encoders.language_model import DECODER
 from dlc_jax.exports import FORMS, PARTS, RELEASED
 from dlc_jax.exports.released import PRETRAINS, check_name
@@ -68,9 +69,15 @@ class DatasetConfig:
 class EncoderConfig:
     """The pre-trained network that is probed."""
 
-    name: str = setting("resnet18", f"{', '.join(ENCODERS)}; {DECODER}: a language model")
+    name: str | None = setting(
+        None,
+        f"{', '.join(ENCODERS)}; timm:<architecture>, hf:<id or folder>; {DECODER}: a language "
+        "model; None: what the config.json of the weights names",
+    )
     weights: str = setting(
-        "", "hub id, .safetensors file, folder, demo:resnet18 or demo:tiny-llama"
+        "",
+        "hub id, .safetensors file, folder, demo:resnet18 or demo:tiny-llama; timm: and hf: may "
+        "go without",
     )
     max_length: int | None = setting(
         None, "of instructions, in tokens; None: 2048, or the model's limit if it is lower"
@@ -81,7 +88,7 @@ class EncoderConfig:
     std: tuple[float, ...] | None = setting(None, "RGB deviation; None: the checkpoint's, by mode")
 
     def check(self) -> None:
-        if not self.weights:
+        if not self.weights and not is_converted(self.name):
             raise expect.InputError(
                 "encoder.weights: missing; give a hub id such as 'timm/resnet18.tv_in1k', a "
                 ".safetensors file or a folder."
@@ -89,6 +96,8 @@ class EncoderConfig:
         expect.at_least("encoder.image_size", self.image_size, 8)
         if self.name in ENCODERS:
             check_pooling(self.name, self.pooling)
+        elif self.pooling is not None:
+            expect.one_of("encoder.pooling", self.pooling, POOLINGS)
         if self.max_length is not None:
             expect.at_least("encoder.max_length", self.max_length, 2)
         expect.normalisation(self.mean, self.std)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection
@@ -13,8 +14,8 @@ import jax
 from flax import nnx
 
 from dlc_jax import expect
-from dlc_jax.encoders import resnet, vit
-from dlc_jax.encoders.encoder import POOLINGS, Encoder, module_functions
+from dlc_jax.encoders import converted, resnet, vit
+from dlc_jax.encoders.encoder import NO_TOKENS, POOLINGS, Encoder, module_functions
 from dlc_jax.encoders.stored_tensors import (
     WHOLE,
     Table,
@@ -24,6 +25,7 @@ from dlc_jax.encoders.stored_tensors import (
     misfits,
     names_of,
     read_tensors,
+    without_prefix,
 )
 from dlc_jax.files.json_files import read_json
 from dlc_jax.files.libraries import fetching
@@ -31,7 +33,13 @@ from dlc_jax.types import Params, by_path, path_name
 
 _CONFIG = "config.json"
 _NORMALISATION = {"mean?": [float], "std?": [float]}
-_STATED = {"architecture?": str, "pretrained_cfg?": _NORMALISATION, **_NORMALISATION}
+_STATED = {
+    "architecture?": str,
+    "model_args?": {},
+    "model_type?": str,
+    "pretrained_cfg?": _NORMALISATION,
+    **_NORMALISATION,
+}
 
 
 class ImageArchitecture(NamedTuple):
@@ -53,7 +61,7 @@ class ImageArchitecture(NamedTuple):
     is_prunable: Callable[[str], bool]
     mean: tuple[float, ...] = Encoder.mean
     std: tuple[float, ...] = Encoder.std
-    poolings: tuple[str, ...] = ("mean",)
+    poolings: tuple[str, ...] = NO_TOKENS
     head: str = Encoder.head
     module_order: Callable[[str], Any] | None = None
     image_size: Callable[[Tensors], int | None] = lambda tensors: None
@@ -97,37 +105,82 @@ ENCODERS: dict[str, ImageArchitecture] = {
 
 
 def load_encoder(
-    name: str,
-    weights: str,
+    name: str | None,
+    weights: str = "",
     *,
     pooling: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    image_size: int | None = None,
 ) -> Encoder:
     """Loads a pre-trained encoder, without its classifier.
 
     Args:
-      name: `resnet18`, `resnet34`, `resnet50`, `vit_small_patch16_224` or `vit_base_patch16_224`.
+      name: A hand-written one (`resnet18`, `resnet34`, `resnet50`, `vit_small_patch16_224` or
+        `vit_base_patch16_224`); `timm:<architecture>`, any other of timm, or `hf:<id or folder>`, a
+        vision model of transformers, which `pip install 'dlc_jax[any]'` converts. None: what the
+        checkpoint's `config.json` names.
       weights: A hub id (`timm/resnet18.tv_in1k`), a `.safetensors` file, a folder with
-        `model.safetensors` and `config.json`, or `demo:resnet18`, the bundled one.
+        `model.safetensors` and `config.json`, or `demo:resnet18`, the bundled one. It may be left
+        out for `timm:`, timm's own weights, and for `hf:`.
       pooling: See `Encoder`; None leaves it to the mode.
       mean, std: Normalisation of RGB in [0, 1]; None reads it from the checkpoint's `config.json`
         (`pretrained_cfg`), or takes the architecture's default where there is no such file.
+      image_size: Side of the images in pixels, where position embeddings depend on it; None: the
+        architecture's own.
     Returns:
       The encoder; `prefix` is what was removed from all names of the checkpoint, e.g. `module.`.
     Raises:
-      ValueError: an unknown name, weights not found, or a checkpoint that does not fit; ten each
-        of entries without a place, parameters without an entry and wrong shapes are listed.
+      ValueError: an unknown name, weights not found, a `config.json` that names another
+        architecture, or a checkpoint that does not fit; ten each of entries without a place,
+        parameters without an entry and wrong shapes are listed. Of converted ones also: libraries
+        that are not installed, and networks that cannot be converted.
     Example:
       >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
       >>> encoder.mean, encoder.params["conv1"]["kernel"].shape
       ((0.485, 0.456, 0.406), (7, 7, 3, 16))
     """
-    expect.one_of("encoder.name", name, ENCODERS)
     expect.normalisation(mean, std)
-    check_pooling(name, pooling)
+    weights = str(weights)
+    if name is None:
+        name = _named_by(weights)
+    if name.startswith(converted.TRANSFORMERS):
+        encoder = converted.converted_encoder(
+            name, converted.transformers_module(name, weights, image_size)
+        )
+        check_pooling(name, pooling, encoder)
+        normalisation: tuple = (encoder.mean, encoder.std, "checkpoint")
+    else:
+        if not converted.is_converted(name):
+            expect.one_of("encoder.name", name, ENCODERS)
+            check_pooling(name, pooling)
+        elif not weights:
+            weights = converted.hub_id(name)
+        tensors, config = read_checkpoint(weights)
+        stated = config.get("architecture", name)
+        if converted.architecture_of(stated) != converted.architecture_of(name):
+            raise expect.InputError(
+                f"encoder.name: {name!r}, but the config.json of {weights!r} names the "
+                f"architecture {stated!r}; expected {stated!r} or 'timm:{stated}'."
+            )
+        if converted.is_converted(name):
+            module = converted.timm_module(name, tensors, config, weights, image_size)
+            encoder = converted.converted_encoder(name, module)
+            check_pooling(name, pooling, encoder)
+        else:
+            encoder = _hand_written(name, tensors, weights)
+        normalisation = (encoder.mean, encoder.std, "architecture")
+        stated = config.get("pretrained_cfg", config)
+        if "mean" in stated and "std" in stated:
+            normalisation = (tuple(stated["mean"]), tuple(stated["std"]), "checkpoint")
+    if mean is not None and std is not None:
+        normalisation = (mean, std, "explicit")
+    mean, std, source = normalisation
+    return dataclasses.replace(encoder, mean=mean, std=std, normalisation=source, pooling=pooling)
+
+
+def _hand_written(name: str, tensors: Tensors, weights: str) -> Encoder:
     architecture = ENCODERS[name]
-    tensors, config = read_checkpoint(str(weights))
     graph, state = _abstract(architecture, tensors)
     tensors, prefix = without_prefix(tensors, nnx.to_pure_dict(state), architecture.ignored)
     if prefix:  # sizes are those of entries by name
@@ -136,27 +189,17 @@ def load_encoder(
     try:
         params = assign(tensors, expected, architecture.names, architecture.ignored)
     except expect.InputError as error:
-        stated = config.get("architecture")
-        hint = f" (its config.json says {stated!r})" if stated and stated != name else ""
-        hint += f" (names read without their prefix {prefix!r})" if prefix else ""
+        hint = f" (names read without their prefix {prefix!r})" if prefix else ""
         raise expect.InputError(
             f"encoder.weights: {weights!r} does not fit {name!r}{hint}: {error}"
         ) from error
-    normalisation = "explicit"
-    if mean is None or std is None:
-        mean, std, normalisation = architecture.mean, architecture.std, "architecture"
-        stated = config.get("pretrained_cfg", config)
-        if "mean" in stated and "std" in stated:
-            mean, std, normalisation = stated["mean"], stated["std"], "checkpoint"
     return Encoder(
         params=params,
         **module_functions(graph, state),
         is_prunable=architecture.is_prunable,
         name=name,
-        mean=tuple(mean),
-        std=tuple(std),
-        normalisation=normalisation,
-        pooling=pooling,
+        mean=architecture.mean,
+        std=architecture.std,
         image_size=architecture.image_size(tensors),
         module_order=architecture.module_order,
         head=architecture.head,
@@ -168,10 +211,26 @@ def _abstract(architecture: ImageArchitecture, tensors: Tensors) -> tuple[nnx.Gr
     return nnx.split(nnx.eval_shape(lambda: architecture.build(tensors)))
 
 
-def check_pooling(name: str, pooling: str | None) -> None:
-    """Raises ValueError unless the architecture can be pooled like this."""
+def check_pooling(name: str, pooling: str | None, encoder: Encoder | None = None) -> None:
+    """Raises ValueError unless the architecture, or this converted one, can be pooled like this."""
     if pooling is not None:
-        expect.one_of(f"encoder.pooling of {name}", pooling, ENCODERS[name].poolings)
+        of_converted = POOLINGS if encoder is not None and encoder.head == "cls" else NO_TOKENS
+        choices = ENCODERS[name].poolings if name in ENCODERS else of_converted
+        expect.one_of(f"encoder.pooling of {name}", pooling, choices)
+
+
+def _named_by(weights: str) -> str:
+    """Returns the name of the encoder that the `config.json` beside the weights describes."""
+    config = read_json(_locate(weights, only_config=True)[1], _STATED)
+    if "architecture" in config:
+        name = converted.architecture_of(config["architecture"])
+        return name if name in ENCODERS else converted.TIMM + name
+    if "model_type" in config:
+        return converted.TRANSFORMERS + weights
+    raise expect.InputError(
+        f"encoder.name: missing, and no config.json of {weights!r} names an architecture; expected "
+        f"one of {', '.join(ENCODERS)}, timm:<architecture> or hf:<id or folder>."
+    )
 
 
 def read_checkpoint(weights: str) -> tuple[Tensors, dict]:
@@ -188,29 +247,6 @@ def read_checkpoint(weights: str) -> tuple[Tensors, dict]:
     tensors_file, config_file = _locate(weights)
     config = read_json(config_file, _STATED)
     return headers(tensors_file, only_floats=False), config
-
-
-def without_prefix(
-    tensors: Tensors, own: Collection[str], ignored: tuple[str, ...]
-) -> tuple[Tensors, str]:
-    """Returns the tensors without the prefix that all their names have, and the prefix or "".
-
-    Wrappers of a model put their own name before every other: `module._orig_mod.conv1.weight`.
-
-    Args:
-      tensors: Tensors of the checkpoint, by name.
-      own: Names of the encoder's outermost parts, none of which is a prefix.
-      ignored: See `assign`; entries without the prefix do not matter either.
-    """
-    prefix = ""
-    while True:
-        names = [name for name in tensors if not matches(name, ignored)]
-        first = {name.partition(".")[0] for name in names}
-        wrapper = "".join(first) + "."
-        if len(first) != 1 or first <= set(own) or not all(n.startswith(wrapper) for n in names):
-            return tensors, prefix
-        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
-        prefix += wrapper
 
 
 def assign(tensors: Tensors, expected: Params, table: Table, ignored: tuple[str, ...]) -> Params:
@@ -245,7 +281,7 @@ def assign(tensors: Tensors, expected: Params, table: Table, ignored: tuple[str,
     return jax.tree_util.tree_map_with_path(lambda path, _: params[path_name(path)], expected)
 
 
-def _locate(weights: str) -> tuple[Path, Path]:
+def _locate(weights: str, *, only_config: bool = False) -> tuple[Path, Path]:
     if not weights:
         raise expect.InputError(
             "encoder.weights: missing; give a hub id such as 'timm/resnet18.tv_in1k', a "
@@ -255,6 +291,8 @@ def _locate(weights: str) -> tuple[Path, Path]:
     if weights.startswith("demo:"):
         expect.one_of("encoder.weights", weights, ["demo:resnet18"])
         path = Path(str(resources.files("dlc_jax.datasets") / "sample"))
+    if path.is_dir() and only_config:
+        return path, path / _CONFIG
     if path.is_dir():
         if not (path / WHOLE).is_file():
             inside = expect.listed(sorted(p.name for p in path.iterdir())) or "nothing"
@@ -273,5 +311,6 @@ def _locate(weights: str) -> tuple[Path, Path]:
         f"https://huggingface.co/{weights} into one folder, bring it here and give that folder as "
         "encoder.weights.",
     ) as hub:
-        files = [Path(hub.hf_hub_download(weights, name)) for name in (WHOLE, _CONFIG)]
-    return files[0], files[1]
+        config = Path(hub.hf_hub_download(weights, _CONFIG))
+        whole = config if only_config else Path(hub.hf_hub_download(weights, WHOLE))
+    return whole, config

@@ -22,7 +22,8 @@ from dlc_jax.types import Conventions, Params, by_path, path_name
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # What `Encoder.pooling` may ask for.
-POOLINGS = ("mean", "cls", "scalar")
+POOLINGS = ("mean", "cls", "scalar", "own")
+NO_TOKENS = ("mean", "own")  # what it may ask for of feature maps and vectors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,8 +42,9 @@ class Encoder:
       name: For messages and provenance.
       mean, std: Normalisation of RGB in [0, 1].
       normalisation: Where mean and std come from: `explicit`, `checkpoint` or `architecture`.
-      pooling: `mean` over positions or tokens, `cls`, the first token, or `scalar`, the mean over
-        tokens and features that the released code takes for ViTs. None: `mean`, or what the
+      pooling: `mean` over positions or tokens, `cls`, the first token, `scalar`, the mean over
+        tokens and features that the released code takes for ViTs, or `own`, what a classifier
+        reads (`apply_head`, or `apply` pooled by `head`). None: `mean`, or what the
         released code does in official mode.
       image_size: The only image size the encoder takes, in pixels; None if it takes any.
       module_order: Sort key of prunable paths that gives the order of the original's modules, which
@@ -54,6 +56,9 @@ class Encoder:
         padding. None: fine-tuning uses `apply`.
       statistics: Paths of leaves that no gradient moves, such as running means.
       prefix: What was removed from the beginning of all names of the checkpoint.
+      apply_head: `apply_head(params, images)` gives [b, d], what a classifier reads, where that is
+        not `apply` pooled by `head`; `apply_training` gives the same then.
+      function: What decides the function besides the name; part of the fingerprint.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -72,6 +77,10 @@ class Encoder:
     )
     statistics: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
     prefix: str = ""
+    apply_head: Callable[[Params, Array], Array] | None = dataclasses.field(
+        default=None, repr=False
+    )
+    function: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self) -> None:
         if self.pooling is not None:
@@ -151,8 +160,9 @@ class Encoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over name, normalisation, pooling and every parameter."""
-        return fingerprint_of((self.name, self.mean, self.std, self.pooling), self.params)
+        """SHA-256 over name, function, normalisation, pooling and every parameter."""
+        settings = (self.name, self.mean, self.std, self.pooling)
+        return fingerprint_of((*settings, *filter(None, [self.function])), self.params)
 
 
 def fingerprint_of(settings: Any, params: Params) -> str:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -77,14 +77,17 @@ class StoredTensor(NamedTuple):
 
 
 Tensors = Mapping[str, StoredTensor]  # by name
+Stands = TypeVar("Stands")  # for a tensor
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """Opens a safetensors file; ValueError where it, or a tensor in it, cannot be read."""
+def opened(path: Path, framework: str = "flax") -> Iterator[Any]:
+    """Opens a safetensors file; ValueError where it, or a tensor in it, cannot be read.
+
+    Tensors come as those of `framework`; NumPy's reader has no bfloat16.
+    """
     try:
-        # framework="flax" because NumPy's reader has no bfloat16
-        with safe_open(regular(path), framework="flax") as file:
+        with safe_open(regular(path), framework=framework) as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise expect.InputError(f"{path}: not a readable safetensors file: {error}.") from error
@@ -165,6 +168,29 @@ def read_tensors(
             where = None if mesh is None or mesh.size == 1 else sharding_of(mesh, path, leaf.shape)
             params[path] = place(value, where)
     return params, not_finite
+
+
+def without_prefix(
+    tensors: Mapping[str, Stands], own: Collection[str], ignored: tuple[str, ...]
+) -> tuple[Mapping[str, Stands], str]:
+    """Returns the tensors without the prefix that all their names have, and the prefix or "".
+
+    Wrappers of a model put their own name before every other: `module._orig_mod.conv1.weight`.
+
+    Args:
+      tensors: Tensors of the checkpoint, by name.
+      own: Names of the encoder's outermost parts, none of which is a prefix.
+      ignored: See `assign`; entries without the prefix do not matter either.
+    """
+    prefix = ""
+    while True:
+        names = [name for name in tensors if not matches(name, ignored)]
+        first = {name.partition(".")[0] for name in names}
+        wrapper = "".join(first) + "."
+        if len(first) != 1 or first <= set(own) or not all(n.startswith(wrapper) for n in names):
+            return tensors, prefix
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+        prefix += wrapper
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -113,7 +113,16 @@ class Forward(NamedTuple):
 
     @classmethod
     def of(cls, encoder: Encoder, dtype: str) -> Forward:
-        return cls(encoder.apply, encoder.mean, encoder.std, encoder.pooling or "mean", dtype)
+        pooling = encoder.pooling or "mean"
+        if pooling == "own":
+            return cls.of_head(encoder, dtype)
+        return cls(encoder.apply, encoder.mean, encoder.std, pooling, dtype)
+
+    @classmethod
+    def of_head(cls, encoder: Encoder, dtype: str) -> Forward:
+        """Returns the programs' network up to what a classifier reads."""
+        apply = encoder.apply_head or encoder.apply
+        return cls(apply, encoder.mean, encoder.std, encoder.head, dtype)
 
     def __call__(self, params: Params, images: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:
         """Normalises on the device, runs the network in `dtype`, pools in float32."""

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from dlc_jax import expect
 from dlc_jax.config import Config
+from dlc_jax.encoders.converted import is_converted
 from dlc_jax.masking import AUTO
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.stages.report import print_summary, report_if_it_can, report_of_these_results
@@ -164,7 +165,7 @@ def check_names_what_was_scored(job: Job) -> None:
     if config.dataset.train:
         _check_dataset(job, known)
     names_trained = {"finetune", "evaluate"} & set(config.stages) or config.stages == ("report",)
-    if config.encoder.weights and not names_trained:
+    if (config.encoder.weights or is_converted(config.encoder.name)) and not names_trained:
         _check_encoder(job, known)
     _note_probes(config, known, echo)
 
@@ -184,7 +185,9 @@ def _check_dataset(job: Job, known: _Settings) -> None:
 
 def _check_encoder(job: Job, known: _Settings) -> None:
     theirs, mine = known["asked"]["encoder"], job.config.asked["encoder"]
-    named, scored = (f"{encoder['name']} {encoder['weights']}" for encoder in (mine, theirs))
+    named, scored = (
+        " ".join(filter(None, (encoder["name"], encoder["weights"]))) for encoder in (mine, theirs)
+    )
     used = theirs | known.get("encoder", {}) | {"max_length": known.get("max_length")}
     others = (name for name in job.task.encoder_settings if mine[name] != used.get(name))
     _compare("encoder", {name: mine[name] for name in others}, theirs, (named, scored), job)

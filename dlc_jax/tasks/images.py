@@ -289,7 +289,7 @@ class ImageTask:
         agree({f"encoder.weights {config.encoder.weights}": encoder.fingerprint})
         encoder.check_image_size(config.encoder.image_size)
         decided = {name: getattr(encoder, name) for name in _DECIDED}
-        settings = dataclasses.replace(config.encoder, **decided)
+        settings = dataclasses.replace(config.encoder, name=encoder.name, **decided)
         resolved = dataclasses.replace(config, encoder=settings)
         scored = Scored(resolved, dataset, encoder, self._say)
         if not workspace.ensure(LossesStep(scored, config.asked)):
@@ -363,7 +363,7 @@ class ImageTask:
         config, encoder = self._config, self._encoder
         agree({f"encoder.weights {config.encoder.weights}": encoder.fingerprint})
         if (scored := measurements.scored_encoder(workspace.root, encoder.fingerprint)) is not None:
-            trained = f"{config.encoder.name} {config.encoder.weights}"
+            trained = f"{encoder.name} {config.encoder.weights}".rstrip()
             self._say(f"finetune: note: the encoder is {trained}; the scores are of {scored}")
         train, test = self._load_together()
         images, run = config.images(train), Run(None, config.mesh.make(), progress=True)
@@ -412,7 +412,8 @@ def load_configured(config: Config, echo: Callable[[str], None] | None = None) -
     """Returns the encoder that the configuration names, before `mode` decides anything."""
     settings = config.encoder
     given = {name: getattr(settings, name) for name in _DECIDED}
-    encoder = load_encoder(settings.name, settings.weights, **given)
+    size = settings.image_size
+    encoder = load_encoder(settings.name, settings.weights, image_size=size, **given)
     if encoder.prefix and echo is not None:
         weights, prefix = visible(settings.weights), visible(encoder.prefix)
         echo(f"note: every name in {weights} begins with {prefix!r}, which is left out")

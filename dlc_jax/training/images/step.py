@@ -36,8 +36,7 @@ class Network(NamedTuple):
     @classmethod
     def of(cls, encoder: Encoder, dtype: str) -> Network:
         """The encoder and a linear head on it."""
-        forward = Forward.of(encoder, dtype)._replace(pooling=encoder.head)
-        return cls(forward, encoder.apply_training)
+        return cls(Forward.of_head(encoder, dtype), encoder.apply_training)
 
 
 class TrainState(NamedTuple):

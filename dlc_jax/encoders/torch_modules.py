@@ -1,0 +1,329 @@
+"""Torch modules as pure functions of JAX arrays, by `torchax`; see `Converted`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dlc_jax import expect
+
+
+def optional(name: str, what: str) -> ModuleType:
+    """Imports a library that converted networks need.
+
+    Raises:
+      ValueError: it is not installed, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError, OSError) as error:
+        raise expect.InputError(
+            f"{what}: needs {name} ({expect.first_line(error)}); install what converts networks of "
+            "torch with: pip install 'dlc_jax[any]'."
+        ) from error
+
+
+class _Placeholder:
+    """Stands for an overload of an operator that this version of torch does not have."""
+
+    def __getattr__(self, name: str) -> _Placeholder:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Placeholder()
+
+
+@functools.cache
+def environment() -> Any:
+    """Returns torchax's environment, in which torch's functions compute with JAX arrays.
+
+    torchax 0.0.13 registers overloads of operators that torch 2.13 no longer has. While it loads
+    its operators, such look-ups find a placeholder, which no network can call.
+    """
+    torch = optional("torch", "encoder.name")
+    packet = torch._ops.OpOverloadPacket
+    found = packet.__getattr__
+
+    def found_or_placeholder(self: Any, name: str) -> Any:
+        try:
+            return found(self, name)
+        except AttributeError:
+            if name.startswith("__"):
+                raise
+            return _Placeholder()
+
+    packet.__getattr__ = found_or_placeholder
+    try:
+        torchax = optional("torchax", "encoder.name")
+        return torchax.tensor.Environment()
+    finally:
+        packet.__getattr__ = found
+
+
+class _Slot(NamedTuple):
+    """A place of a module where a tensor is; `entries` is one of the module's dictionaries."""
+
+    entries: dict[str, Any]
+    key: str
+    name: str
+
+
+class Converted:
+    """A torch module without its tensors, as a function of them.
+
+    Tied tensors have one name, the first. Everything computes as in evaluation mode, but for batch
+    norms, which `call` may train.
+
+    Args:
+      module: Its tensors are taken out of it; it is of no other use afterwards.
+      what: Name of the network for messages.
+    Attributes:
+      tensors: JAX arrays by torch's names, in torch's layouts, in the order of the state dict;
+        those that it leaves out, and tensors that are no buffers, come last.
+      buffers: Names of those that are no parameters.
+      norm_statistics: Names of those that batch norms hold.
+      layers: Names of weights of convolutions and linear layers: `convolution` or `linear layer`.
+      mixes_positions: Whether the last call multiplied activations with each other, as attention
+        does.
+    """
+
+    def __init__(self, module: Any, what: str):
+        torch = optional("torch", what)
+        self.what = what
+        self.mixes_positions = False
+        self._module = module.eval()
+        self._slots: list[_Slot] = []
+        norms = torch.nn.modules.batchnorm._BatchNorm
+        self._batch_norms = [m for m in module.modules() if isinstance(m, norms)]
+        self.norm_statistics: set[str] = set()
+        found: dict[str, Any] = {}
+        names: dict[int, str] = {}  # of tensors by identity
+        parameters = set()
+        self.layers = {}
+        for prefix, owner in module.named_modules():
+            for entries in (owner._parameters, owner._buffers, vars(owner)):
+                for key, value in entries.items():
+                    if not isinstance(value, torch.Tensor):
+                        continue
+                    name = names.setdefault(id(value), f"{prefix}.{key}" if prefix else key)
+                    self._slots.append(_Slot(entries, key, name))
+                    found[name] = value
+                    if entries is owner._buffers and isinstance(owner, norms):
+                        self.norm_statistics.add(name)
+                    if entries is owner._parameters:
+                        parameters.add(name)
+                        if kind := _layer_kind(torch.nn, owner, key):
+                            self.layers[name] = kind
+        self.buffers = frozenset(found.keys() - parameters)
+        order = {name: number for number, name in enumerate(module.state_dict())}
+        self.tensors = {}
+        slots = {name: [slot for slot in self._slots if slot.name == name] for name in found}
+        for name in sorted(found, key=lambda name: order.get(name, len(order))):
+            self.tensors[name] = _as_array(torch, found.pop(name))
+            for slot in slots[name]:  # so that no second copy of all of them is held
+                slot.entries[slot.key] = None
+
+    def call(
+        self,
+        run: Callable[..., Any],
+        tensors: Mapping[str, Array],
+        *args: Array,
+        real: Array | None = None,
+    ) -> tuple[Any, dict[str, Array]]:
+        """Runs the module; traceable.
+
+        Args:
+          run: Called with the module and the other arguments as torch's tensors.
+          tensors: All of `tensors`, of any values and floating types.
+          args: Arrays.
+          real: [b] 1 for samples and 0 for padding: batch norms train on the real samples, and
+            their running statistics move. None: evaluation mode.
+        Returns:
+          What `run` gave, and the tensors that were changed in place.
+        Raises:
+          ValueError: an operator that torchax lacks, or one that draws random numbers.
+        """
+        env = environment()
+        inside = {name: env.j2t_iso(tensor) for name, tensor in tensors.items()}
+        names = {id(tensor): name for name, tensor in inside.items()}
+        mode = _mode_class()(env, self.what, names, real)
+        self._fill(inside)
+        for norm in self._batch_norms:
+            norm.training = real is not None
+        try:
+            with env, mode:
+                output = run(self._module, *env.j2t_iso(args))
+        except expect.InputError:
+            raise
+        except Exception as error:  # whatever torch, torchax and JAX raise while they trace
+            raise _explained(error, self.what) from error
+        finally:
+            self._fill(dict.fromkeys(inside))
+            for norm in self._batch_norms:
+                norm.training = False
+        self.mixes_positions = mode.mixes_positions
+        changed = {n: t.jax() for n, t in inside.items() if t.jax() is not tensors[n]}
+        return env.t2j_iso(output), changed | mode.moved
+
+    def _fill(self, tensors: Mapping[str, Any]) -> None:
+        for slot in self._slots:
+            slot.entries[slot.key] = tensors[slot.name]
+
+
+def _layer_kind(nn: Any, owner: Any, key: str) -> str | None:
+    if isinstance(owner, nn.modules.conv._ConvNd) and key == "weight":
+        return "convolution"
+    is_linear = isinstance(owner, nn.Linear) and key == "weight"
+    is_projection = isinstance(owner, nn.MultiheadAttention) and key.endswith("proj_weight")
+    return "linear layer" if is_linear or is_projection else None
+
+
+def _as_array(torch: ModuleType, tensor: Any) -> Array:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    # a copy: the tensor's memory is torch's, or that of a mapped file
+    return jnp.array(tensor.contiguous().numpy())
+
+
+@functools.cache
+def _mode_class() -> type:
+    """Returns the class of the mode that sees every call of a torch function in a network."""
+    torch = optional("torch", "encoder.name")
+    functional = torch.nn.functional
+    products = {
+        torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__,
+        torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.Tensor.baddbmm, torch.einsum,
+    }  # fmt: skip
+    attention = {
+        functional.scaled_dot_product_attention,
+        functional.multi_head_attention_forward,
+    }
+    random = {
+        torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like,
+        torch.randint_like, torch.randperm, torch.bernoulli, torch.multinomial, torch.normal,
+        torch.Tensor.bernoulli, torch.Tensor.bernoulli_, torch.Tensor.uniform_,
+        torch.Tensor.normal_, torch.Tensor.random_, torch.Tensor.exponential_,
+        torch.Tensor.multinomial,
+    }  # fmt: skip
+
+    class Mode(torch.overrides.TorchFunctionMode):  # type: ignore[name-defined]
+        """Batch norms by our own rule, random numbers refused, attention noticed."""
+
+        def __init__(self, env: Any, what: str, names: dict[int, str], real: Array | None):
+            super().__init__()
+            self.env, self.what, self.names, self.real = env, what, names, real
+            self.moved: dict[str, Array] = {}
+            self.mixes_positions = False
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+            kwargs = kwargs or {}
+            if function is functional.batch_norm:
+                return self.batch_norm(*args, **kwargs)
+            if function is functional.linear:  # torchax has other names for its arguments
+                return function(*(*args, *kwargs.values()))
+            if function is functional.interpolate and kwargs.get("antialias"):
+                return self.antialiased(*args, **kwargs)
+            if function in random:
+                raise expect.InputError(
+                    f"{self.what}: draws random numbers ({function.__name__}) in evaluation mode, "
+                    "so that its features are no function of image and weights."
+                )
+            if function in attention or (function in products and self.are_activations(args)):
+                self.mixes_positions = True
+            return function(*args, **kwargs)
+
+        def are_activations(self, args: Any) -> bool:
+            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            return len(tensors) > 1 and all(
+                tensor.ndim > 2 and id(tensor) not in self.names for tensor in tensors
+            )
+
+        def antialiased(
+            self, x: Any, size: Any = None, scale_factor: Any = None, **how: Any
+        ) -> Any:
+            """Resizes [b, c, h, w] along either axis by torch's own weights of its pixels."""
+            values = x.jax()
+            if size is None:
+                scales = scale_factor if isinstance(scale_factor, Sequence) else [scale_factor] * 2
+                size = [int(n * scale) for n, scale in zip(values.shape[2:], scales, strict=True)]
+                how.pop("recompute_scale_factor", None)
+            sizes = size if isinstance(size, Sequence) else [size] * 2
+            weights = [
+                functional.interpolate(torch.eye(old)[None, None], (old, new), **how)
+                for old, new in zip(values.shape[2:], sizes, strict=True)
+            ]
+            rows, columns = (jnp.asarray(w[0, 0].numpy(), values.dtype) for w in weights)
+            resized = jnp.einsum("bchw,hi,wj->bcij", values, rows, columns)
+            return self.env.j2t_iso(resized)
+
+        def batch_norm(
+            self,
+            x: Any,
+            running_mean: Any,
+            running_var: Any,
+            weight: Any = None,
+            bias: Any = None,
+            training: bool = False,
+            momentum: float = 0.1,
+            eps: float = 1e-5,
+        ) -> Any:
+            """Normalises [b, c, ...] as torch does, over the real samples of a padded batch."""
+            if training and self.real is None:
+                raise expect.InputError(
+                    f"{self.what}: normalises over the batch in evaluation mode, so that the "
+                    "features of an image depend on the others."
+                )
+            given = x.jax()
+            values = given.astype(jnp.promote_types(given.dtype, jnp.float32))
+            per_channel = (1, -1, *([1] * (values.ndim - 2)))
+            if training:
+                mean, var, unbiased = _moments(values, self.real)
+                for running, new in ((running_mean, mean), (running_var, unbiased)):
+                    if running is not None:
+                        old, new = running.jax(), jax.lax.stop_gradient(new)
+                        moved = (1 - momentum) * old + momentum * new
+                        self.moved[self.names[id(running)]] = moved.astype(old.dtype)
+            else:
+                mean, var = (t.jax().astype(values.dtype) for t in (running_mean, running_var))
+            scale = jax.lax.rsqrt(var + eps)
+            if weight is not None:
+                scale = scale * weight.jax()
+            output = (values - mean.reshape(per_channel)) * scale.reshape(per_channel)
+            if bias is not None:
+                output = output + bias.jax().reshape(per_channel)
+            return self.env.j2t_iso(output.astype(given.dtype))
+
+    return Mode
+
+
+def _moments(values: Array, real: Array | None) -> tuple[Array, Array, Array]:
+    """Returns mean, variance and unbiased variance [c] of the real samples of [b, c, ...]."""
+    assert real is not None  # training
+    axes = (0, *range(2, values.ndim))
+    weights = real.astype(values.dtype).reshape(-1, *([1] * (values.ndim - 1)))
+    count = real.sum() * (values[0, 0].size)
+    mean = (values * weights).sum(axes) / count
+    centred = values - mean.reshape(1, -1, *([1] * (values.ndim - 2)))
+    var = (jnp.square(centred) * weights).sum(axes) / count
+    return mean, var, var * count / jnp.maximum(count - 1, 1)
+
+
+def _explained(error: Exception, what: str) -> expect.InputError:
+    ways = (
+        "Take another variant of the network, or bring it as dlc.Encoder(params, apply, "
+        "is_prunable)."
+    )
+    if type(error).__name__ == "OperatorNotFound":
+        words = str(error).split()
+        name = words[words.index("name") + 1] if "name" in words[:-1] else str(error)
+        return expect.InputError(f"{what}: torchax has no operator {name}. {ways}")
+    return expect.InputError(
+        f"{what}: cannot be converted ({type(error).__name__}: {expect.first_line(error)}). {ways}"
+    )

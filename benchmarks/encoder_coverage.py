@@ -299,7 +299,7 @@ def compared(original: Original) -> Iterator[dict[str, Any]]:
     def ours(params: Any) -> dict[str, Any]:
         with precision_of("float32"):
             found = {"apply": encoder.apply(params, normalised)}
-            if encoder.apply_head is not None:
+            if encoder.apply_head not in (None, encoder.apply):
                 found["head"] = encoder.apply_head(params, normalised)
         return found
 
@@ -315,11 +315,12 @@ def compared(original: Original) -> Iterator[dict[str, Any]]:
     num_weights = sum(encoder.params[path].size for path in prunable)
     counts = np.array([round(sparsity * num_weights) for sparsity in SPARSITIES])
     thresholds = masking.exact_thresholds(encoder.params, prunable, None, counts)
+    mask = jax.jit(lambda params, at: masking.masked(params, prunable, None, at))
     probes = []
     for place, sparsity in enumerate(SPARSITIES):
         at = masking.Thresholds(thresholds.value[place], thresholds.cutoff[place])
-        masked = masking.masked(encoder.params, prunable, None, at)
-        probes.append(difference(masked, pruned(original.module, prunable, sparsity)))
+        theirs = pruned(original.module, prunable, sparsity)
+        probes.append(difference(mask(encoder.params, at), theirs))
     share = num_weights / num_params(original.module)
     yield {"probe": probes, "num_prunable": len(prunable), "share_prunable": round(share, 3)}
     yield {"step": step_differences(original, encoder, images, inputs)}
@@ -360,14 +361,14 @@ def step_differences(
         num_features = original.head(original.module, inputs[:1]).shape[1]
     head = initial_head(num_features, NUM_CLASSES, "mean", 0)
     sgd = Sgd(0.9, 1e-5, True)
-    state = TrainState.start(encoder.params, encoder.statistics, head, sgd)
+    # as one program: many small ones take longer to compile
+    start = jax.jit(lambda params: TrainState.start(params, encoder.statistics, head, sgd))
+    state = start(encoder.params)
     batch = jax.device_put(Batch.padded(images, labels, len(labels)))
     network = Network.of(encoder, "float32")
     after, _ = train_step(network, sgd, state, *batch, jnp.float32(LEARNING_RATE))
-    new = jax.device_get(after.weights())
-    ours = {
-        name: np.asarray(value) - encoder.params[name] for name, value in new["encoder"].items()
-    }
+    new, old = jax.device_get((after.weights(), encoder.params))
+    ours = {name: value - old[name] for name, value in new["encoder"].items()}
     ours["head"] = (new["head"]["kernel"] - head["kernel"]).T
     del state, after, new
     theirs = torch_step(original, head, inputs, labels, torch.float32)

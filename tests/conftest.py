@@ -6,7 +6,6 @@ import atexit
 import io
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -51,22 +50,10 @@ def require_shared(name: str) -> Path:
 @pytest.fixture(scope="session")
 def timm():
     """timm, also where torchvision's compiled operators do not match the torch build."""
-    import torch
+    from dlc_jax.encoders.converted import timm_library
 
+    torch, timm = timm_library("the tests")
     torch.set_num_threads(2)
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        sys.torchvision_library = library  # must outlive this function
-        for name in [name for name in sys.modules if name.startswith("torchvision")]:
-            del sys.modules[name]
-    import timm
-
     return timm
 
 

@@ -106,7 +106,7 @@ ENCODERS: dict[str, ImageArchitecture] = {
 
 def load_encoder(
     name: str | None,
-    weights: str = "",
+    weights: str | Path = "",
     *,
     pooling: str | None = None,
     mean: tuple[float, ...] | None = None,

@@ -186,7 +186,8 @@ def examine(name: str, row: Path) -> None:
     from dlc_jax.expect import first_line
 
     door, _, own_name = name.partition(":")
-    found: dict[str, Any] = {"name": name, "module": "transformers"}
+    module = "timm" if door == "timm" else "transformers"
+    found: dict[str, Any] = {"name": name, "module": module}
     timm = peers.import_timm()
     if door == "timm" and timm.is_model(own_name):
         found["module"] = timm.models.model_entrypoint(own_name).__module__.rpartition(".")[2]

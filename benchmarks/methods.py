@@ -74,7 +74,7 @@ def accuracies(config: Config, known: SelectionInputs, cells: list[Cell]) -> np.
     encoder = load_configured(config)
     assert config.dataset.test is not None
     test = dlc.load_dataset(config.dataset.test)
-    images = dlc.Images(test, config.encoder.image_size, cache=config.cache)
+    images = config.images(test, encoder.transform)
     kept = [known.select(cell) for cell in cells]
     found = linear_probes(
         known.input("features"),

@@ -17,6 +17,7 @@ from dlc_jax.masking import PathSpec
 from dlc_jax.preprocess.cache import ImageCache
 from dlc_jax.preprocess.images import Images
 from dlc_jax.preprocess.tokens import tokenise
+from dlc_jax.preprocess.transform import Transform
 from dlc_jax.probes import Compute, RankCertificate, certify, features, probe
 from dlc_jax.probes.text import measure_responses, probe_responses, response_losses
 from dlc_jax.scores import score
@@ -60,6 +61,7 @@ __all__ = [
     "Sample",
     "Selection",
     "TrainingRecord",
+    "Transform",
     "Tuning",
     "array_dataset",
     "certify",

@@ -21,6 +21,7 @@ from dlc_jax.config.kinds import KINDS, DataKind, data_kind_of
 from dlc_jax.evaluation import EvaluationConfig
 from dlc_jax.preprocess.cache import ImageCache
 from dlc_jax.preprocess.images import Images
+from dlc_jax.preprocess.transform import Transform
 from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO, FULL, Cell, Need, SelectionConfig
 from dlc_jax.training.images import FinetuneConfig, RecordConfig
@@ -70,6 +71,7 @@ class Config:
             config,
             probe=config.probe.for_mode(config.mode),
             dataset=dataclasses.replace(config.dataset, deep_images=deep_images),
+            encoder=config.encoder.for_mode(config.mode),
         )
 
     def check(self) -> None:
@@ -102,6 +104,7 @@ class Config:
             )
         self.mesh.check()
         self.probe.for_mode(self.mode)
+        self.encoder.for_mode(self.mode)
         self.record.check()
         self.tuning.check()
         self.linear_probe.check()
@@ -119,9 +122,10 @@ class Config:
         """What `mode` decides."""
         return Conventions.of(self.mode)
 
-    def images(self, dataset: Dataset) -> Images:
-        """Returns a data set of images with how these settings read it."""
-        return Images(dataset, self.encoder.image_size, self.dataset.on_corrupt, self.cache)
+    def images(self, dataset: Dataset, transform: Transform) -> Images:
+        """Returns a data set of images with how these settings, and the encoder's, read it."""
+        size, on_corrupt = self.encoder.image_size, self.dataset.on_corrupt
+        return Images(dataset, size, on_corrupt, self.cache, transform)
 
     @property
     def data_kind(self) -> DataKind:
@@ -210,7 +214,9 @@ class Config:
         }
         if self.tuning.by == "linear_probe":
             return found | {"linear_probe": self.linear_probe.decisive}
-        return found | {"finetune": self.finetune.decisive, "encoder": settings["encoder"]}
+        usual = ("transform", "paper")  # of work directories that know no other
+        encoder = {k: v for k, v in settings["encoder"].items() if (k, v) != usual}
+        return found | {"finetune": self.finetune.decisive, "encoder": encoder}
 
     @property
     def asked(self) -> dict[str, Any]:

@@ -64,6 +64,7 @@ _KINDS = (
             "mode": ("default", "there is no 'official' code of instructions"),
             "dataset.image_column": (None, _NO_COLUMN),
             "dataset.label_column": (None, _NO_COLUMN),
+            "encoder.prunable": (None, "all linear layers of a model's blocks are masked"),
             "probe.augment": (False, "instructions have no crops"),
             "mesh.probe": (
                 1,

@@ -11,7 +11,7 @@ from dlc_jax.config.kinds import KINDS
 from dlc_jax.datasets import load_dataset
 from dlc_jax.datasets.templates import TEMPLATES
 from dlc_jax.distributed import cores_are_devices, make_mesh, one_device
-from dlc_jax.encoders import ENCODERS, POOLINGS, check_pooling
+from dlc_jax.encoders import ENCODERS, POOLINGS, TRANSFORMS, check_pooling, default_transform
 from dlc_jax.encoders.converted import is_converted
 from dlc_jax.encoders.language_model import DECODER
 from dlc_jax.exports import FORMS, PARTS, RELEASED
@@ -19,8 +19,9 @@ from dlc_jax.exports.released import PRETRAINS, check_name
 from dlc_jax.masking import PathSpec
 from dlc_jax.preprocess.images import ON_CORRUPT, Images
 from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH
+from dlc_jax.preprocess.transform import PAPER
 from dlc_jax.probes import Compute
-from dlc_jax.types import DEEP_IMAGES, Dataset, setting
+from dlc_jax.types import DEEP_IMAGES, Conventions, Dataset, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,8 @@ class EncoderConfig:
 
     name: str | None = setting(
         None,
-        f"{', '.join(ENCODERS)}; timm:<architecture>, hf:<id or folder>; {DECODER}: a language "
-        "model; None: what the config.json of the weights names",
+        "a network of README's list, by timm's name; timm:<architecture>, hf:<id or folder>; "
+        f"{DECODER}: a language model; None: what the config.json of the weights names",
     )
     weights: str = setting(
         "",
@@ -82,10 +83,18 @@ class EncoderConfig:
     max_length: int | None = setting(
         None, "of instructions, in tokens; None: 2048, or the model's limit if it is lower"
     )
-    image_size: int = setting(Images.size, "side of the images in pixels")
-    pooling: str | None = setting(None, f"ViT pooling: {', '.join(POOLINGS)}; None: by mode")
+    image_size: int | None = setting(
+        None, f"side of the images in pixels; None: {PAPER.size}, or the checkpoint's with model"
+    )
+    transform: str | None = setting(
+        None, "paper (bilinear, 256/224) or model (the checkpoint's own); None: by name and mode"
+    )
+    pooling: str | None = setting(None, f"pooling: {', '.join(POOLINGS)}; None: by mode")
     mean: tuple[float, ...] | None = setting(None, "RGB mean; None: the checkpoint's, by mode")
     std: tuple[float, ...] | None = setting(None, "RGB deviation; None: the checkpoint's, by mode")
+    prunable: str | None = setting(
+        None, "globs over the checkpoint's names of weights to mask; None: by architecture"
+    )
 
     def check(self) -> None:
         if not self.weights and not is_converted(self.name):
@@ -93,7 +102,10 @@ class EncoderConfig:
                 "encoder.weights: missing; give a hub id such as 'timm/resnet18.tv_in1k', a "
                 ".safetensors file or a folder."
             )
-        expect.at_least("encoder.image_size", self.image_size, 8)
+        if self.image_size is not None:
+            expect.at_least("encoder.image_size", self.image_size, 8)
+        if self.transform is not None:
+            expect.one_of("encoder.transform", self.transform, TRANSFORMS)
         if self.name in ENCODERS:
             check_pooling(self.name, self.pooling)
         elif self.pooling is not None:
@@ -101,6 +113,26 @@ class EncoderConfig:
         if self.max_length is not None:
             expect.at_least("encoder.max_length", self.max_length, 2)
         expect.normalisation(self.mean, self.std)
+
+    def for_mode(self, mode: str) -> EncoderConfig:
+        """Returns the settings with what name and mode decide of how images are prepared.
+
+        Raises:
+          ValueError: a transform that is not the mode's.
+        """
+        prepares_as_paper = Conventions.of(mode).prepares_as_paper
+        if prepares_as_paper and self.transform not in (None, "paper"):
+            raise expect.InputError(
+                f"encoder.transform: mode {mode!r} prepares images as the paper does; expected "
+                f"'paper', got {self.transform!r}."
+            )
+        if self.name is None and self.transform is None and not prepares_as_paper:
+            return self  # the checkpoint names the encoder
+        transform = self.transform or default_transform(self.name or "")
+        if prepares_as_paper or transform == "paper":
+            size = PAPER.size if self.image_size is None else self.image_size
+            return dataclasses.replace(self, transform="paper", image_size=size)
+        return dataclasses.replace(self, transform=transform)
 
 
 @dataclasses.dataclass(frozen=True)

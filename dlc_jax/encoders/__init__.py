@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Collection
 from importlib import resources
 from pathlib import Path
@@ -14,8 +13,10 @@ import jax
 from flax import nnx
 
 from dlc_jax import expect
-from dlc_jax.encoders import converted, resnet, vit
+from dlc_jax.encoders import converted, convnext, resnet, vit
 from dlc_jax.encoders.encoder import NO_TOKENS, POOLINGS, Encoder, module_functions
+from dlc_jax.encoders.preparation import TRANSFORMS, preparation
+from dlc_jax.encoders.prunable import chosen_weights
 from dlc_jax.encoders.stored_tensors import (
     WHOLE,
     Table,
@@ -33,6 +34,8 @@ from dlc_jax.types import Params, by_path, path_name
 
 _CONFIG = "config.json"
 _NORMALISATION = {"mean?": [float], "std?": [float]}
+# Arguments of timm's models that hand-written ones read from the tensors or do without.
+_KNOWN_ARGUMENTS = {"img_size", "dynamic_img_size", "width", "num_classes"}
 _STATED = {
     "architecture?": str,
     "model_args?": {},
@@ -53,6 +56,10 @@ class ImageArchitecture(NamedTuple):
       poolings: What `Encoder.pooling` may be.
       head, module_order: See `Encoder`.
       image_size: Stored tensors -> the only image size it takes, or None.
+      resized: Parameters and an image size -> parameters for images of that size; None: it takes
+        any size.
+      pools: Whether the module gives what its head reads with `pooled=True`, and tokens otherwise.
+      transform: `paper` or `model`, see `load_encoder`, where none is asked for.
     """
 
     build: Callable[[Tensors], nnx.Module]
@@ -65,6 +72,9 @@ class ImageArchitecture(NamedTuple):
     head: str = Encoder.head
     module_order: Callable[[str], Any] | None = None
     image_size: Callable[[Tensors], int | None] = lambda tensors: None
+    resized: Callable[[Params, int], Params] | None = None
+    pools: bool = False
+    transform: str = "paper"
 
 
 def _build_resnet(size: resnet.ResNetSize, tensors: Tensors) -> nnx.Module:
@@ -72,35 +82,59 @@ def _build_resnet(size: resnet.ResNetSize, tensors: Tensors) -> nnx.Module:
     return resnet.ResNet(size, width, rngs=nnx.Rngs(0))
 
 
-def _vit_patches(tensors: Tensors) -> int:
-    shape = tensors["pos_embed"].shape if "pos_embed" in tensors else ()
-    num_patches = shape[1] - 1 if len(shape) == 3 else 196
-    return num_patches if math.isqrt(num_patches) ** 2 == num_patches else 196
-
-
 def _build_vit(size: vit.ViTSize, tensors: Tensors) -> nnx.Module:
-    return vit.ViT(size, _vit_patches(tensors), rngs=nnx.Rngs(0))
+    """Builds the ViT; queries are normed where the checkpoint has norms for them."""
+    size = size._replace(norms_queries="blocks.0.attn.q_norm.weight" in tensors)
+    return vit.ViT(size, vit.grid_of(size, tensors) ** 2, rngs=nnx.Rngs(0))
 
 
-ENCODERS: dict[str, ImageArchitecture] = {
-    name: ImageArchitecture(
-        functools.partial(_build_resnet, size), resnet.NAMES, resnet.IGNORED, resnet.is_prunable
-    )
-    for name, size in resnet.SIZES.items()
-} | {
-    name: ImageArchitecture(
+def _build_convnext(size: convnext.ConvNeXtSize, tensors: Tensors) -> nnx.Module:
+    return convnext.ConvNeXt(size, rngs=nnx.Rngs(0))
+
+
+def _vit(size: vit.ViTSize, transform: str) -> ImageArchitecture:
+    mean, std = size.normalisation
+    return ImageArchitecture(
         functools.partial(_build_vit, size),
         vit.NAMES,
         vit.IGNORED,
         vit.is_prunable,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        poolings=POOLINGS,
-        head="cls",
+        mean=mean,
+        std=std,
+        poolings=tuple(name for name in POOLINGS if name != "cls" or size.class_token),
+        head="own" if size.attention_pool else "cls",
         module_order=vit.module_order,
-        image_size=lambda tensors: math.isqrt(_vit_patches(tensors)) * vit.PATCH_SIZE,
+        image_size=lambda tensors: vit.grid_of(size, tensors) * size.patch,
+        resized=functools.partial(vit.resized, size),
+        pools=size.attention_pool,
+        transform=transform,
     )
-    for name, size in vit.SIZES.items()
+
+
+_VITS_OF_PAPER = ("vit_small_patch16_224", "vit_base_patch16_224")
+ENCODERS: dict[str, ImageArchitecture] = {
+    **{
+        name: ImageArchitecture(
+            functools.partial(_build_resnet, size), resnet.NAMES, resnet.IGNORED, resnet.is_prunable
+        )
+        for name, size in resnet.SIZES.items()
+    },
+    **{
+        name: _vit(size, "paper" if name in _VITS_OF_PAPER else "model")
+        for name, size in vit.SIZES.items()
+    },
+    **{
+        name: ImageArchitecture(
+            functools.partial(_build_convnext, size),
+            convnext.NAMES,
+            convnext.IGNORED,
+            convnext.is_prunable,
+            head="own",
+            module_order=convnext.module_order,
+            transform="model",
+        )
+        for name, size in convnext.SIZES.items()
+    },
 }
 
 
@@ -112,74 +146,101 @@ def load_encoder(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     image_size: int | None = None,
+    prunable: str | None = None,
+    transform: str | None = None,
 ) -> Encoder:
     """Loads a pre-trained encoder, without its classifier.
 
     Args:
-      name: A hand-written one (`resnet18`, `resnet34`, `resnet50`, `vit_small_patch16_224` or
-        `vit_base_patch16_224`); `timm:<architecture>`, any other of timm, or `hf:<id or folder>`, a
-        vision model of transformers, which `pip install 'dlc_jax[any]'` converts. None: what the
-        checkpoint's `config.json` names.
+      name: A hand-written one: `resnet18`, `convnext_tiny`, `vit_small_patch14_dinov2` or another
+        key of `dlc_jax.encoders.ENCODERS`, which are timm's names; `timm:<architecture>`, any other
+        of timm, or `hf:<id or folder>`, a vision model of transformers, which
+        `pip install 'dlc_jax[any]'` converts. None: what the checkpoint's `config.json` names.
       weights: A hub id (`timm/resnet18.tv_in1k`), a `.safetensors` file, a folder with
         `model.safetensors` and `config.json`, or `demo:resnet18`, the bundled one. It may be left
         out for `timm:`, timm's own weights, and for `hf:`.
       pooling: See `Encoder`; None leaves it to the mode.
       mean, std: Normalisation of RGB in [0, 1]; None reads it from the checkpoint's `config.json`
         (`pretrained_cfg`), or takes the architecture's default where there is no such file.
-      image_size: Side of the images in pixels, where position embeddings depend on it; None: the
-        architecture's own.
+      image_size: In pixels; position embeddings are resampled to it, as timm does. None: the size
+        that the checkpoint was trained at.
+      prunable: Globs over the checkpoint's names of weights of convolutions and linear layers, such
+        as `layer4.*` or `blocks.*.mlp.*`, separated by commas: probes mask these; None: all
+        convolutions of a network that has no linear layer in its blocks, otherwise what is in them.
+      transform: `paper`: bilinear, shorter side to 256/224 of the image size, centre crop; `model`:
+        size, crop and interpolation of the checkpoint's `config.json`, as timm prepares images for
+        evaluation, or of transformers' `preprocessor_config.json`; None: `paper` for ResNets and
+        the ViTs of the paper, `model` for all others.
     Returns:
       The encoder; `prefix` is what was removed from all names of the checkpoint, e.g. `module.`.
     Raises:
       ValueError: an unknown name, weights not found, a `config.json` that names another
-        architecture, or a checkpoint that does not fit; ten each of entries without a place,
-        parameters without an entry and wrong shapes are listed. Of converted ones also: libraries
-        that are not installed, and networks that cannot be converted.
+        architecture, a glob that matches no weight, an image size
+        that the network does not take, or a checkpoint that does not fit; ten each of
+        entries without a place, parameters without an entry and wrong shapes are listed. Of
+        converted ones also: libraries that are not installed, networks that cannot be converted.
     Example:
       >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
       >>> encoder.mean, encoder.params["conv1"]["kernel"].shape
       ((0.485, 0.456, 0.406), (7, 7, 3, 16))
     """
-    expect.normalisation(mean, std)
     weights = str(weights)
-    if name is None:
-        name = _named_by(weights)
+    name = _named_by(weights) if name is None else name
+    built: converted.Built | None
+    config: dict = {}
     if name.startswith(converted.TRANSFORMERS):
-        encoder = converted.converted_encoder(
-            name, converted.transformers_module(name, weights, image_size)
-        )
-        check_pooling(name, pooling, encoder)
-        normalisation: tuple = (encoder.mean, encoder.std, "checkpoint")
+        built = converted.transformers_module(name, weights, image_size)
+        encoder = converted.converted_encoder(name, built, prunable)
     else:
         if not converted.is_converted(name):
             expect.one_of("encoder.name", name, ENCODERS)
-            check_pooling(name, pooling)
         elif not weights:
             weights = converted.hub_id(name)
         tensors, config = read_checkpoint(weights)
-        stated = config.get("architecture", name)
-        if converted.architecture_of(stated) != converted.architecture_of(name):
-            raise expect.InputError(
-                f"encoder.name: {name!r}, but the config.json of {weights!r} names the "
-                f"architecture {stated!r}; expected {stated!r} or 'timm:{stated}'."
-            )
+        _check_architecture(name, config, weights)
         if converted.is_converted(name):
-            module = converted.timm_module(name, tensors, config, weights, image_size)
-            encoder = converted.converted_encoder(name, module)
-            check_pooling(name, pooling, encoder)
+            built = converted.timm_module(name, tensors, config, weights, image_size)
+            encoder = converted.converted_encoder(name, built, prunable)
         else:
-            encoder = _hand_written(name, tensors, weights)
-        normalisation = (encoder.mean, encoder.std, "architecture")
-        stated = config.get("pretrained_cfg", config)
-        if "mean" in stated and "std" in stated:
-            normalisation = (tuple(stated["mean"]), tuple(stated["std"]), "checkpoint")
-    if mean is not None and std is not None:
-        normalisation = (mean, std, "explicit")
-    mean, std, source = normalisation
-    return dataclasses.replace(encoder, mean=mean, std=std, normalisation=source, pooling=pooling)
+            built = None
+            encoder = _hand_written(name, tensors, weights, image_size, prunable)
+    check_pooling(name, pooling, encoder)
+    prepared = preparation(
+        config if built is None else built.config,
+        {} if built is None else built.processor,
+        weights=weights or name,
+        transform=transform,
+        default=default_transform(name),
+        mean=mean,
+        std=std,
+        architecture=(encoder.mean, encoder.std),
+    )
+    own = encoder.image_size
+    if image_size is None and own not in (None, prepared.transform.size):  # it takes no other
+        scaled = prepared.transform.scaled_side(own)
+        resized = dataclasses.replace(prepared.transform, size=own, scaled=scaled)
+        prepared = prepared._replace(transform=resized)
+    return dataclasses.replace(encoder, pooling=pooling, **prepared._asdict())
 
 
-def _hand_written(name: str, tensors: Tensors, weights: str) -> Encoder:
+def _check_architecture(name: str, config: dict, weights: str) -> None:
+    """Raises ValueError where a checkpoint's `config.json` names another network than the name."""
+    stated, arguments = config.get("architecture", name), config.get("model_args", {})
+    if converted.architecture_of(stated) != converted.architecture_of(name):
+        raise expect.InputError(
+            f"encoder.name: {name!r}, but the config.json of {weights!r} names the architecture "
+            f"{stated!r}; expected {stated!r} or 'timm:{stated}'."
+        )
+    if name in ENCODERS and (unknown := sorted(arguments.keys() - _KNOWN_ARGUMENTS)):
+        raise expect.InputError(
+            f"encoder.name: {name!r} knows no model_args {expect.listed(unknown)}, which the "
+            f"config.json of {weights!r} gives it; expected 'timm:{name}'."
+        )
+
+
+def _hand_written(
+    name: str, tensors: Tensors, weights: str, image_size: int | None, prunable: str | None
+) -> Encoder:
     architecture = ENCODERS[name]
     graph, state = _abstract(architecture, tensors)
     tensors, prefix = without_prefix(tensors, nnx.to_pure_dict(state), architecture.ignored)
@@ -193,18 +254,35 @@ def _hand_written(name: str, tensors: Tensors, weights: str) -> Encoder:
         raise expect.InputError(
             f"encoder.weights: {weights!r} does not fit {name!r}{hint}: {error}"
         ) from error
+    is_prunable = architecture.is_prunable
+    if prunable is not None:
+        kernels = [path for path in by_path(params) if path.endswith("kernel")]
+        stored = names_of(architecture.names, kernels)
+        names = {path: stored[path].name for path in kernels}
+        is_prunable = chosen_weights(prunable, names, name)
+    own_size = architecture.image_size(tensors)
+    if architecture.resized is not None and image_size not in (None, own_size):
+        params, own_size = architecture.resized(params, image_size), image_size
     return Encoder(
         params=params,
-        **module_functions(graph, state),
-        is_prunable=architecture.is_prunable,
+        **module_functions(graph, state, pools=architecture.pools),
+        is_prunable=is_prunable,
         name=name,
         mean=architecture.mean,
         std=architecture.std,
-        image_size=architecture.image_size(tensors),
+        image_size=own_size,
         module_order=architecture.module_order,
         head=architecture.head,
         prefix=prefix,
+        prunable=prunable,
     )
+
+
+def default_transform(name: str) -> str:
+    """Returns how images are prepared for an encoder of this name: `paper` or `model`."""
+    if name in ENCODERS:
+        return ENCODERS[name].transform
+    return "model" if converted.is_converted(name) else "paper"
 
 
 def _abstract(architecture: ImageArchitecture, tensors: Tensors) -> tuple[nnx.GraphDef, nnx.State]:
@@ -214,7 +292,7 @@ def _abstract(architecture: ImageArchitecture, tensors: Tensors) -> tuple[nnx.Gr
 def check_pooling(name: str, pooling: str | None, encoder: Encoder | None = None) -> None:
     """Raises ValueError unless the architecture, or this converted one, can be pooled like this."""
     if pooling is not None:
-        of_converted = POOLINGS if encoder is not None and encoder.head == "cls" else NO_TOKENS
+        of_converted = POOLINGS if encoder is not None and encoder.head == "own" else NO_TOKENS
         choices = ENCODERS[name].poolings if name in ENCODERS else of_converted
         expect.one_of(f"encoder.pooling of {name}", pooling, choices)
 
@@ -224,7 +302,8 @@ def _named_by(weights: str) -> str:
     config = read_json(_locate(weights, only_config=True)[1], _STATED)
     if "architecture" in config:
         name = converted.architecture_of(config["architecture"])
-        return name if name in ENCODERS else converted.TIMM + name
+        by_hand = name in ENCODERS and config.get("model_args", {}).keys() <= _KNOWN_ARGUMENTS
+        return name if by_hand else converted.TIMM + name
     if "model_type" in config:
         return converted.TRANSFORMERS + weights
     raise expect.InputError(

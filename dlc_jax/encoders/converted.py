@@ -21,8 +21,12 @@ from jaxtyping import Array, Float
 
 from dlc_jax import expect
 from dlc_jax.encoders.encoder import Encoder
+from dlc_jax.encoders.preparation import PROCESSOR
+from dlc_jax.encoders.prunable import chosen_weights
 from dlc_jax.encoders.stored_tensors import matches, opened, without_prefix
 from dlc_jax.encoders.torch_modules import Converted, optional
+from dlc_jax.files.json_files import read_json
+from dlc_jax.files.libraries import fetching
 from dlc_jax.types import Params
 
 TIMM, TRANSFORMERS = CONVERTED = ("timm:", "hf:")
@@ -107,7 +111,8 @@ class Built(NamedTuple):
       tokens, head: See `TorchNetwork`.
       image_size: Side of the images it is built for, in pixels.
       takes_any_size: Whether it takes others too.
-      mean, std: Normalisation of RGB in [0, 1].
+      mean, std: Normalisation of RGB in [0, 1], where the checkpoint states none.
+      config, processor: See `preparation`.
       function: What decides the function besides the name.
       prefix: See `Encoder`.
     """
@@ -120,14 +125,21 @@ class Built(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     function: str
+    config: Mapping[str, Any] = {}
+    processor: Mapping[str, Any] = {}
     prefix: str = ""
 
 
-def converted_encoder(name: str, built: Built) -> Encoder:
+def converted_encoder(name: str, built: Built, prunable: str | None = None) -> Encoder:
     """Returns a module of torch as an encoder; the module is of no other use afterwards.
 
+    Args:
+      name: For messages and provenance.
+      built: The module and what is known of it.
+      prunable: See `load_encoder`.
     Raises:
-      ValueError: it does not take images of this size, or cannot be converted.
+      ValueError: it does not take images of this size, or cannot be converted; a glob that matches
+        no weight.
     """
     converted = Converted(built.module, name)
     network = TorchNetwork(converted, built.tokens, built.head)
@@ -136,21 +148,25 @@ def converted_encoder(name: str, built: Built) -> Encoder:
     has_tokens = jax.eval_shape(network.tokens, converted.tensors, images).ndim == 3
     apply = network.tokens if has_tokens else network.apply_head
     jax.eval_shape(network.apply_head, converted.tensors, images)
-    in_order = {name: number for number, name in enumerate(converted.tensors)}
+    in_order = {key: number for number, key in enumerate(converted.tensors)}
+    is_prunable: Callable[[str], bool] = frozenset(prunable_layers(converted)).__contains__
+    if prunable is not None:
+        is_prunable = chosen_weights(prunable, {key: key for key in converted.layers}, name)
     return Encoder(
         params=converted.tensors,
         apply=apply,
         apply_head=network.apply_head,
         apply_training=network.apply_training,
         statistics=converted.buffers,
-        is_prunable=frozenset(prunable_layers(converted)).__contains__,
+        is_prunable=is_prunable,
+        prunable=prunable,
         module_order=in_order.__getitem__,
         name=name,
         mean=tuple(built.mean),
         std=tuple(built.std),
         normalisation="architecture",
         image_size=None if built.takes_any_size else size,
-        head="cls" if has_tokens else "mean",
+        head="own" if has_tokens else "mean",
         function=built.function,
         prefix=built.prefix,
     )
@@ -245,8 +261,20 @@ def timm_module(
         mean=stated["mean"],
         std=stated["std"],
         function=json.dumps(arguments, sort_keys=True) if arguments else "",
+        config=_with_defaults(config, stated),
         prefix=prefix,
     )
+
+
+def _with_defaults(config: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the checkpoint's `pretrained_cfg` with what timm states where that says nothing.
+
+    Mean and std are not filled in, so that records say where they come from.
+    """
+    usual = ("input_size", "crop_pct", "crop_mode", "interpolation")
+    known = {key: stated[key] for key in usual if stated.get(key) is not None}
+    known = {key: list(v) if isinstance(v, tuple) else v for key, v in known.items()}
+    return {"pretrained_cfg": known | dict(config.get("pretrained_cfg", config))}
 
 
 def architecture_of(name: str) -> str:
@@ -323,11 +351,11 @@ def transformers_module(name: str, weights: str, image_size: int | None) -> Buil
         )
     own = getattr(config, "image_size", None) or 224
     own = own if isinstance(own, int) else own[-1]
-    size = image_size or own
+    processor = _processor(transformers, source, config, is_local)
+    size = image_size or _prepared_side(processor) or own
     arguments = {}
     if size != own and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
         arguments["interpolate_pos_encoding"] = True
-    mean, std = _processor_normalisation(transformers, source, config, how)
     stated = {**config.to_dict(), **arguments}
     volatile = {"transformers_version", "_name_or_path", "dtype", "architectures"}
     function = json.dumps({k: v for k, v in stated.items() if k not in volatile}, sort_keys=True)
@@ -337,9 +365,10 @@ def transformers_module(name: str, weights: str, image_size: int | None) -> Buil
         head=functools.partial(_pooled, arguments),
         image_size=size,
         takes_any_size=False,
-        mean=mean,
-        std=std,
+        mean=Encoder.mean,
+        std=Encoder.std,
         function=function,
+        processor=processor,
     )
 
 
@@ -355,20 +384,35 @@ def _pooled(arguments: Mapping[str, Any], module: Any, images: Any) -> Any:
     return last[:, 0] if last.ndim == 3 else last.mean((2, 3))
 
 
-def _processor_normalisation(
-    transformers: ModuleType, source: str, config: Any, how: Mapping[str, Any]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and std of the model's image processor, as stored or else as is usual."""
-    with _quiet():
-        try:
-            stored = transformers.AutoImageProcessor.from_pretrained(source, **how)
-        except Exception:  # there is none
-            kinds = transformers.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING
-            found = kinds.get(type(config), {})
-            stored = next(iter(found.values()), None)  # its class has the usual ones
-    if stored is None or getattr(stored, "image_mean", None) is None:
-        return Encoder.mean, Encoder.std
-    return tuple(stored.image_mean), tuple(stored.image_std)
+def _processor(
+    transformers: ModuleType, source: str, config: Any, is_local: bool
+) -> Mapping[str, Any]:
+    """Returns the model's stored image processor, or else the name of the usual one."""
+    if is_local:
+        stored = read_json(Path(source) / PROCESSOR)
+    else:
+        with fetching(f"encoder.name: {PROCESSOR} of {source!r} could not be", _OTHERWISE) as hub:
+            stored = read_json(Path(hub.hf_hub_download(source, PROCESSOR)))
+    if not stored:
+        kinds = transformers.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING
+        kind = next(iter(kinds.get(type(config), {}).values()), None)
+        stored = {} if kind is None else {"image_processor_type": kind.__name__}
+    return stored
+
+
+def _prepared_side(processor: Mapping[str, Any]) -> int | None:
+    """Returns the side of the images that an image processor gives, if it states one."""
+    crops = processor.get("do_center_crop", "crop_size" in processor)
+    size = processor.get("crop_size" if crops else "size")
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge")
+    return size if isinstance(size, int) else None
+
+
+_OTHERWISE = (
+    f"Where a model has none: put its config.json, its weights and a {PROCESSOR} into a folder, "
+    "and give that one."
+)
 
 
 def _timm_features(module: Any, images: Any) -> Any:

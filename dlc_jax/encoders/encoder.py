@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from dlc_jax import expect
 from dlc_jax.distributed import fetch
+from dlc_jax.preprocess.transform import PAPER, Transform
 from dlc_jax.types import Conventions, Params, by_path, path_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -34,7 +35,8 @@ class Encoder:
     `Encoder.from_module(module, is_prunable)`.
 
     Attributes:
-      params: Pytree of arrays.
+      params: Pytree of arrays. Of a leaf named `kernel`, [h, w, in, out] or [in, out], ties between
+        equal weights are in the order of torch's [out, in, h, w]; of others in their own.
       apply: `apply(params, images)` with normalised images [b, s, s, 3] gives features [b, d],
         a feature map [b, h, w, d] or tokens [b, t, d]; maps and tokens are pooled.
       is_prunable: Function from a parameter's path (`layer1/0/conv1/kernel`) to whether probes may
@@ -42,23 +44,26 @@ class Encoder:
       name: For messages and provenance.
       mean, std: Normalisation of RGB in [0, 1].
       normalisation: Where mean and std come from: `explicit`, `checkpoint` or `architecture`.
-      pooling: `mean` over positions or tokens, `cls`, the first token, `scalar`, the mean over
-        tokens and features that the released code takes for ViTs, or `own`, what a classifier
-        reads (`apply_head`, or `apply` pooled by `head`). None: `mean`, or what the
-        released code does in official mode.
+      pooling: `mean` over positions or tokens, `cls`, the first token, or `scalar`, the mean over
+        tokens and features that the released code takes for ViTs; `own` is what the network's own
+        classifier reads, see `head`. None: `mean`, or what the released code does in official mode.
       image_size: The only image size the encoder takes, in pixels; None if it takes any.
       module_order: Sort key of prunable paths that gives the order of the original's modules, which
-        decides between equal weights in official mode; None: the order of the tree.
-      head: What a classifier for fine-tuning reads: `mean` over positions or tokens, or `cls`, the
-        first token, as timm's ViTs do; scoring uses `pooling` instead.
-      apply_training: `apply_training(params, images, real)` is `apply` in training mode, and also
-        returns all parameters with batch statistics moved; `real` [b] is 1 for samples and 0 for
-        padding. None: fine-tuning uses `apply`.
+        decides between equal weights; None: the order of the tree.
+      head: What a classifier for fine-tuning reads: `mean` over positions or tokens, `cls`, the
+        first token, as timm's ViTs do, or `own`, what `apply_head` gives (`apply`, where that gives
+        features); scoring uses `pooling` instead.
+      apply_head: `apply_head(params, images)` gives the features [b, d] that a classifier reads,
+        where they are not `apply` pooled by `head`.
+      apply_training: `apply_training(params, images, real)` is `apply_head`, or without one
+        `apply`, in training mode, and also returns all parameters with batch statistics moved;
+        `real` [b] is 1 for samples and 0 for padding. None: fine-tuning uses the function itself.
       statistics: Paths of leaves that no gradient moves, such as running means.
       prefix: What was removed from the beginning of all names of the checkpoint.
-      apply_head: `apply_head(params, images)` gives [b, d], what a classifier reads, where that is
-        not `apply` pooled by `head`; `apply_training` gives the same then.
       function: What decides the function besides the name; part of the fingerprint.
+      prunable: Globs over names of the checkpoint that `is_prunable` was made of; None: a rule of
+        the architecture.
+      transform: How images are prepared, but for normalisation; the paper's is the default.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -72,23 +77,26 @@ class Encoder:
     image_size: int | None = None
     module_order: Callable[[str], Any] | None = None
     head: str = "mean"
+    apply_head: Callable[[Params, Array], Array] | None = dataclasses.field(
+        default=None, repr=False
+    )
     apply_training: Callable[[Params, Array, Array], tuple[Array, Params]] | None = (
         dataclasses.field(default=None, repr=False)
     )
     statistics: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
     prefix: str = ""
-    apply_head: Callable[[Params, Array], Array] | None = dataclasses.field(
-        default=None, repr=False
-    )
     function: str = dataclasses.field(default="", repr=False)
+    prunable: str | None = None
+    transform: Transform = PAPER
 
     def __post_init__(self) -> None:
         if self.pooling is not None:
             expect.one_of("encoder.pooling", self.pooling, POOLINGS)
-        expect.one_of("encoder.head", self.head, ("mean", "cls"))
+        expect.one_of("encoder.head", self.head, ("mean", "cls", "own"))
         for path in self.statistics:
             expect.one_of("encoder.statistics", path, by_path(self.params))
         expect.normalisation(self.mean, self.std)
+        expect.is_a(Transform, transform=self.transform)
         # hashable, because the compiled programs are specialised to them
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
@@ -111,6 +119,7 @@ class Encoder:
         image_size: int | None = None,
         module_order: Callable[[str], Any] | None = None,
         head: str | None = None,
+        transform: Transform = PAPER,
     ) -> Encoder:
         """Wraps an NNX module that maps normalised images to features, a map or tokens.
 
@@ -120,8 +129,8 @@ class Encoder:
 
         Args:
           module: Put into evaluation mode.
-          is_prunable, name, mean, std, pooling, image_size, module_order, head: See `Encoder`; None
-            is its default.
+          is_prunable, name, mean, std, pooling, image_size, module_order, head, transform: See
+            `Encoder`; None is its default.
         """
         module.eval()
         graph, state = nnx.split(module)
@@ -132,6 +141,7 @@ class Encoder:
             pooling=pooling,
             image_size=image_size,
             module_order=module_order,
+            transform=transform,
             **module_functions(graph, state),
             **{field: value for field, value in given.items() if value is not None},
         )
@@ -141,13 +151,30 @@ class Encoder:
 
         `official`: ImageNet normalisation for every encoder (Q11), ViT tokens pooled to one
         scalar per image (Q2). One scalar makes losses ill-conditioned: float32 distances cancel,
-        losses reach 1e6, and no two implementations rank samples quite alike.
+        losses reach 1e6, and no two implementations rank samples quite alike. Images are prepared
+        as the paper does it.
+
+        Raises:
+          ValueError: `official`, and a `transform` that was asked for and is not the paper's.
         """
         conventions = Conventions.of(mode)
         changes: dict = {"pooling": self.pooling or conventions.pooling}
         if conventions.imagenet_normalised and self.normalisation != "explicit":
             changes.update(mean=IMAGENET_MEAN, std=IMAGENET_STD, normalisation="official")
+        if conventions.prepares_as_paper and self.transform != PAPER:
+            if self.transform.is_asked_for:
+                raise expect.InputError(
+                    f"encoder.transform: mode {mode!r} prepares images as the paper does; expected "
+                    f"'paper' ({PAPER}), got {self.transform}."
+                )
+            changes.update(transform=PAPER)
         return dataclasses.replace(self, **changes)
+
+    def function_and_pooling(self, pooling: str) -> tuple[Callable[[Params, Array], Array], str]:
+        """Returns what to apply for features of this pooling, and how to pool what it gives."""
+        if pooling != "own":
+            return self.apply, pooling
+        return (self.apply, self.head) if self.apply_head is None else (self.apply_head, "own")
 
     def check_image_size(self, image_size: int) -> None:
         """Raises ValueError if the encoder does not take images of this size."""
@@ -160,9 +187,11 @@ class Encoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over name, function, normalisation, pooling and every parameter."""
-        settings = (self.name, self.mean, self.std, self.pooling)
-        return fingerprint_of((*settings, *filter(None, [self.function])), self.params)
+        """SHA-256 over name, function, preparation, pooling, `prunable` and every parameter."""
+        pooling = self.head if self.pooling == "own" else self.pooling
+        given: list = [self.transform.decisive] if self.transform != PAPER else []
+        given += [text for text in (self.function or None, self.prunable) if text is not None]
+        return fingerprint_of((self.name, self.mean, self.std, pooling, *given), self.params)
 
 
 def fingerprint_of(settings: Any, params: Params) -> str:
@@ -176,28 +205,35 @@ def fingerprint_of(settings: Any, params: Params) -> str:
     return digest.hexdigest()
 
 
-def module_functions(graph: nnx.GraphDef, state: Any) -> dict[str, Any]:
-    """Returns `apply`, `apply_training` and `statistics` of a split module, as `Encoder` fields."""
+def module_functions(graph: nnx.GraphDef, state: Any, *, pools: bool = False) -> dict[str, Any]:
+    """Returns what `Encoder` needs of a split module, by field.
+
+    Args:
+      graph, state: The module.
+      pools: Whether it gives what its head reads if it is called with `pooled=True`.
+    """
     not_trained = nnx.filter_state(state, nnx.filterlib.Not(nnx.Param))
+    head: dict[str, Any] = {"pooled": True} if pools else {}
     return {
         "apply": functools.partial(apply_module, graph),
-        "apply_training": functools.partial(train_module, graph),
+        "apply_head": functools.partial(apply_module, graph, **head) if pools else None,
+        "apply_training": functools.partial(train_module, graph, **head),
         "statistics": frozenset(by_path(nnx.to_pure_dict(not_trained))),
     }
 
 
-def apply_module(graph: nnx.GraphDef, params: Params, images: Array) -> Array:
+def apply_module(graph: nnx.GraphDef, params: Params, images: Array, **options: Any) -> Array:
     """Runs the module with this structure and these parameters."""
-    return nnx.merge(graph, nnx.State(params))(images)
+    return nnx.merge(graph, nnx.State(params))(images, **options)
 
 
 def train_module(
-    graph: nnx.GraphDef, params: Params, images: Array, real: Array
+    graph: nnx.GraphDef, params: Params, images: Array, real: Array, **options: Any
 ) -> tuple[Array, Params]:
     """Runs the module in training mode; also returns its parameters as they are afterwards."""
     module = nnx.merge(graph, nnx.State(params))
     module.train(sample_mask=real)
-    output = module(images)
+    output = module(images, **options)
     module.train(sample_mask=None)
     return output, nnx.to_pure_dict(nnx.state(module))
 

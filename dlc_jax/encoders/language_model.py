@@ -149,7 +149,11 @@ class LanguageModel:
 
         check_vocabulary(named, self.config.vocab_size, text_of)
 
-    module_order = None  # decides in official mode only, which language models have none of
+    @staticmethod
+    def module_order(path: str) -> tuple[int, int]:
+        """Sort key of prunable paths: torch's order of modules."""
+        _, block, _, layer, _ = path.split("/")
+        return int(block), decoder.TARGETS.index(layer)
 
     @staticmethod
     def is_prunable(path: str) -> bool:

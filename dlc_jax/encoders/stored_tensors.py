@@ -52,15 +52,17 @@ class Stored(NamedTuple):
     def axes_of(self, num_stored: int, num_axes: int) -> Axes:
         """Returns the axes of a tensor of so many axes, for a parameter of `num_axes`.
 
-        Patches are embedded by a linear layer here, which may be stored as a convolution or as one.
+        A linear layer may be stored as one or as a convolution, as patches are embedded, or as a
+        convolution of 1 x 1.
         """
-        is_linear = num_stored == num_axes == len(LINEAR)
-        return LINEAR if self.axes == CONVOLUTION and is_linear else self.axes
+        if num_axes != len(LINEAR) or self.axes not in (LINEAR, CONVOLUTION):
+            return self.axes
+        return {len(LINEAR): LINEAR, len(CONVOLUTION): CONVOLUTION}.get(num_stored, self.axes)
 
     def shape_here(self, shape: Sequence[int], num_axes: int) -> tuple[int, ...]:
         """Returns the shape here of a tensor of this shape, for a parameter of so many axes."""
         axes = self.axes_of(len(shape), num_axes)
-        if len(shape) != len(axes):
+        if len(shape) != len(axes) or (self.axes == LINEAR and any(n != 1 for n in shape[2:])):
             return tuple(shape)
         moved = tuple(shape[axis] for axis in axes)
         if axes == CONVOLUTION and num_axes == len(LINEAR):

@@ -6,6 +6,7 @@ from dlc_jax.masking.thresholds import (
     Thresholds,
     exact_thresholds,
     masked,
+    masked_text,
     prunable_paths,
     weight_importance,
 )

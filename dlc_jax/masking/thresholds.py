@@ -1,8 +1,8 @@
-"""A probe as a threshold on importance: exact counts, ties broken by position.
+"""A probe as a threshold on importance: exact counts, ties broken by position in torch's layout.
 
 The masks of a path are nested, so one number tells a masked network apart from the next. Where
 several weights share the importance at the threshold, a position decides which of them go; without
-it the count would miss by thousands on half-precision checkpoints.
+it the count would miss by thousands on half-precision checkpoints. See `torch_order`.
 
 Importances are sorted, or, of models of billions of weights, possibly spread over devices, counted
 by their bits: every pass goes over one leaf after the other and leaves numbers only. Programs are
@@ -12,8 +12,8 @@ compiled for each shape of a leaf, which for small networks takes longer than to
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxtyping import Int, Int32, Int64, Real
 
 from dlc_jax import expect
 from dlc_jax.distributed import fetch
+from dlc_jax.masking.torch_order import TorchLayout
 from dlc_jax.types import Params, by_path, path_name
 
 # Importance per prunable leaf, by path; None where it is the weight's own magnitude, which is
@@ -31,9 +32,16 @@ Importance: TypeAlias = dict[str, np.ndarray | jax.Array] | None
 MASKINGS = ("l1", "random")
 
 
-def prunable_paths(params: Params, is_prunable: Callable[[str], bool]) -> tuple[str, ...]:
-    """Returns the paths of the prunable leaves, in tree order.
+def prunable_paths(
+    params: Params,
+    is_prunable: Callable[[str], bool],
+    module_order: Callable[[str], Any] | None = None,
+) -> tuple[str, ...]:
+    """Returns the paths of the prunable leaves, in the order in which ties go.
 
+    Args:
+      params, is_prunable: See `Encoder`.
+      module_order: Sort key that gives the order of torch's modules; None: the order of the tree.
     Raises:
       ValueError: no leaf is prunable, or one is not floating point.
     """
@@ -49,7 +57,31 @@ def prunable_paths(params: Params, is_prunable: Callable[[str], bool]) -> tuple[
             raise expect.InputError(
                 f"encoder: prunable parameter {path} is {leaves[path].dtype}, expected floats."
             )
-    return paths
+    return paths if module_order is None else tuple(sorted(paths, key=module_order))
+
+
+def masked_text(params: Params, is_prunable: Callable[[str], bool]) -> str:
+    """Returns what is masked by kind, such as `20 convolutions (694,736 weights) of 62 tensors`."""
+    prunable = prunable_paths(params, is_prunable)
+    leaves, kinds, others = by_path(params), dict[str, list[int]](), 0
+    for path, leaf in leaves.items():
+        num_axes = len(TorchLayout.of(path, leaf.shape).axes)
+        if path in prunable:
+            kinds.setdefault(_KINDS.get(num_axes, "other"), []).append(leaf.size)
+        others += num_axes == 4 and path.endswith(_NAMES) and path not in prunable
+    shown = " and ".join(
+        f"{_number(len(sizes), kind)} ({sum(sizes):,} weights)" for kind, sizes in kinds.items()
+    )
+    left = f", not {_number(others, _KINDS[4])}" if others else ""
+    return f"{shown} of {len(leaves)} tensors{left}"
+
+
+_KINDS = {4: "convolution", 2: "linear layer"}  # by the axes of a weight in torch
+_NAMES = ("kernel", "weight")
+
+
+def _number(num: int, kind: str) -> str:
+    return f"{num} {kind}{'s' * (num != 1)}"
 
 
 def weight_importance(
@@ -61,14 +93,18 @@ def weight_importance(
       params: The encoder's parameters.
       prunable: Paths of the prunable leaves.
       masking: `l1`, the weight's magnitude, or `random`, one uniform draw in [0, 1) for the whole
-        path.
+        path, in torch's order of weights.
       seed: Seed of the random draw.
     """
     if masking == "l1":
         return None
     generator = np.random.default_rng([seed, *b"importance"])
-    leaves = by_path(params)
-    return {path: generator.random(leaves[path].shape, np.float32) for path in prunable}
+    leaves, drawn = by_path(params), dict[str, np.ndarray | jax.Array]()
+    for path in prunable:
+        layout = TorchLayout.of(path, leaves[path].shape)
+        values = generator.random(layout.torch_shape, np.float32)
+        drawn[path] = np.ascontiguousarray(layout.from_torch(values, leaves[path]))
+    return drawn
 
 
 HALF = 16  # bits
@@ -76,7 +112,7 @@ KeyOf = Callable[[jax.Array], jax.Array]  # weights or importances -> integers i
 
 
 def keys_and_cutoffs(
-    leaves: Sequence[jax.Array | np.ndarray], counts: Int64[np.ndarray, " m"], key_of: KeyOf
+    by_name: Mapping[str, jax.Array | np.ndarray], counts: Int64[np.ndarray, " m"], key_of: KeyOf
 ) -> tuple[Int32[np.ndarray, " m"], Int32[np.ndarray, "m leaves"]]:
     """Returns the key at each threshold, and where the ties begin that are kept.
 
@@ -84,10 +120,11 @@ def keys_and_cutoffs(
     by the lower half.
 
     Args:
-      leaves: Weights or importances, in the order in which ties go.
+      by_name: Weights or importances by path, in the order in which ties go.
       counts: [m] how many go, each less than there are.
       key_of: Gives int32 keys that are not negative.
     """
+    leaves = list(by_name.values())
     upper = _total(_upper_counts(leaf, key_of) for leaf in leaves)
     ends = np.cumsum(upper)
     bins = np.searchsorted(ends, counts, side="right")
@@ -107,8 +144,10 @@ def keys_and_cutoffs(
     left = np.clip(num_tied[:, None] - before, 0, equal)  # ties that go from each leaf
     cutoffs = np.where(left == equal, [leaf.size for leaf in leaves], 0)
     cutoffs[left == 0] = 0
+    layouts = [TorchLayout.of(path, leaf.shape) for path, leaf in by_name.items()]
     for k, number in zip(*np.nonzero((left > 0) & (left < equal)), strict=True):
-        cutoffs[k, number] = fetch(_position(leaves[number], keys[k], left[k, number], key_of))
+        leaf, layout = leaves[number], layouts[number]
+        cutoffs[k, number] = fetch(_position(leaf, keys[k], left[k, number], layout, key_of))
     return keys, cutoffs.astype(np.int32)
 
 
@@ -130,11 +169,22 @@ def _equal_counts(leaf: jax.Array, keys: jax.Array, key_of: KeyOf) -> jax.Array:
     return jax.lax.map(lambda wanted: (key == wanted).sum(dtype=jnp.int32), keys)
 
 
-@functools.partial(jax.jit, static_argnames="key_of")
-def _position(leaf: jax.Array, key: jax.Array, nth: jax.Array, key_of: KeyOf) -> jax.Array:
-    """Returns the position of the weight with this key that nth others come before."""
-    is_it = (key_of(leaf) == key).ravel()
-    return jnp.argmax(jnp.cumsum(is_it, dtype=jnp.int32) > nth)
+@functools.partial(jax.jit, static_argnames=("layout", "key_of"))
+def _position(
+    leaf: jax.Array, key: jax.Array, nth: jax.Array, layout: TorchLayout, key_of: KeyOf
+) -> jax.Array:
+    """Returns the position in torch of the weight with this key that nth others come before.
+
+    Counted along torch's first axis, so that a row of it is put in order and not the leaf.
+    """
+    is_it = (key_of(leaf) == key).reshape(layout.shape)
+    first, *others = layout.axes
+    in_rows = is_it.sum(axis=tuple(others), dtype=jnp.int32)
+    ends = jnp.cumsum(in_rows)
+    row = jnp.argmax(ends > nth)
+    in_row = jax.lax.dynamic_index_in_dim(is_it, row, first).transpose(layout.axes).ravel()
+    left = nth - (ends - in_rows)[row]
+    return row * in_row.size + jnp.argmax(jnp.cumsum(in_row, dtype=jnp.int32) > left)
 
 
 def _total(counts: Iterable[jax.Array]) -> Int[np.ndarray, " bins"]:
@@ -153,7 +203,8 @@ class Thresholds(NamedTuple):
 
     Attributes:
       value: [m] importance at the threshold, of the importance's dtype.
-      cutoff: [m, leaves] first kept position among the ties, within each prunable leaf, int32.
+      cutoff: [m, leaves] first kept position among the ties, within each prunable leaf, int32;
+        positions as in torch.
     """
 
     value: Real[np.ndarray, " m"] | Real[jax.Array, "*m"]
@@ -165,8 +216,9 @@ def exact_thresholds(
 ) -> Thresholds:
     """Returns thresholds that zero exactly `counts[k]` weights, over all prunable leaves together.
 
-    Ties are broken by position: leaves in the order of `prunable`, row-major within a leaf, the
-    first first. One sort on the host, whatever the number of probes; or, for a large model, none.
+    Ties are broken by position: leaves in the order of `prunable`, row-major in torch's layout
+    within a leaf, the first first. One sort on the host, whatever the number of probes; or, for a
+    large model, none.
 
     Args:
       params: The encoder's parameters.
@@ -175,14 +227,20 @@ def exact_thresholds(
       counts: [m] weights to zero, each in [0, N).
     """
     by_name = by_path(params) if importance is None else importance
-    matters = [by_name[path] for path in prunable]
-    sizes = [leaf.size for leaf in matters]
+    matters = {path: by_name[path] for path in prunable}
+    sizes = [leaf.size for leaf in matters.values()]
     if sum(sizes) >= TOO_MANY_TO_SORT:
         key_of = _magnitude if importance is None else _bits
         keys, cutoff = keys_and_cutoffs(matters, counts, key_of)
-        return Thresholds(keys if importance is None else keys.view(matters[0].dtype), cutoff)
-    dtype = np.float32 if importance is None else None
-    flat = np.concatenate([fetch(leaf).ravel() for leaf in matters], dtype=dtype)
+        dtype = by_name[prunable[0]].dtype
+        return Thresholds(keys if importance is None else keys.view(dtype), cutoff)
+    flat = np.concatenate(
+        [
+            TorchLayout.of(path, leaf.shape).in_torch(fetch(leaf)).ravel()
+            for path, leaf in matters.items()
+        ],
+        dtype=np.float32 if importance is None else None,
+    )
     if importance is None:
         flat = flat.view(np.int32) & _ALL_BUT_SIGN
     ascending = np.sort(flat)
@@ -216,7 +274,7 @@ def masked(
             return leaf
         matters = _magnitude(leaf) if importance is None else jnp.asarray(importance[name])
         value, cutoff = jnp.asarray(threshold.value), jnp.asarray(threshold.cutoff)[place[name]]
-        position = jax.lax.iota(jnp.int32, leaf.size).reshape(leaf.shape)
+        position = TorchLayout.of(name, leaf.shape).positions(leaf)
         keep = (matters > value) | ((matters == value) & (position >= cutoff))
         return jnp.where(keep, leaf, jnp.zeros_like(leaf))
 

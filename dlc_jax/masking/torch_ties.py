@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dlc_jax.masking.thresholds import Importance
+from dlc_jax.masking.torch_order import TorchLayout
 from dlc_jax.types import Params, by_path
 
 _BLOCK = 1 << 14  # weights compared with the top of the heap at a time
@@ -29,21 +30,19 @@ def removal_steps(params: Params, prunable: tuple[str, ...], counts: np.ndarray)
     torch's CPU build with GNU's C++ library.
 
     Args:
-      params: The encoder's parameters; kernels [h, w, in, out] or [in, out].
+      params: The encoder's parameters.
       prunable: Paths of the prunable leaves, in the order of torch's modules.
       counts: [m] weights zeroed at every step of the path, ascending from 0. Torch's choice at one
         step depends on all steps before it, so steps that are no probe count too.
     """
-    leaves = by_path(params)
-    transposed = [np.abs(np.asarray(leaves[path], np.float32)).T for path in prunable]
-    # [h, w, in, out].T is [out, in, w, h]; torch has [out, in, h, w]
-    ordered = [leaf.swapaxes(-1, -2) if leaf.ndim == 4 else leaf for leaf in transposed]
-    steps = _steps_of_flat(np.concatenate([leaf.ravel() for leaf in ordered]), counts)
+    leaves = {path: np.abs(np.asarray(by_path(params)[path], np.float32)) for path in prunable}
+    layouts = {path: TorchLayout.of(path, leaf.shape) for path, leaf in leaves.items()}
+    ordered = [layouts[path].in_torch(leaf).ravel() for path, leaf in leaves.items()]
+    steps = _steps_of_flat(np.concatenate(ordered), counts)
     importance: dict[str, np.ndarray | jax.Array] = {}
-    for path, leaf in zip(prunable, ordered, strict=True):
-        part, steps = steps[: leaf.size].reshape(leaf.shape), steps[leaf.size :]
-        part = part.swapaxes(-1, -2) if leaf.ndim == 4 else part
-        importance[path] = np.ascontiguousarray(part.T)
+    for path, leaf in leaves.items():
+        part, steps = steps[: leaf.size], steps[leaf.size :]
+        importance[path] = np.ascontiguousarray(layouts[path].from_torch(part, leaf))
     return importance
 
 

@@ -69,7 +69,7 @@ class ImageCosts:
     @functools.cached_property
     def forward_flops(self) -> int:
         """Operations for an image through the unmasked encoder."""
-        return forward_flops(self.encoder, self._size)
+        return forward_flops(self.encoder, self.size)
 
     @functools.cached_property
     def training_flops(self) -> int:
@@ -84,7 +84,7 @@ class ImageCosts:
         chunk = min(probe.probes_per_call(int(probe.num_probes)), self._probes_each)
         return ImageScoring(
             self.encoder,
-            self._size,
+            self.size,
             self.dataset.num_classes,
             num_probes=-(-self._probes_each // chunk) * chunk,
             chunk=chunk,
@@ -97,12 +97,12 @@ class ImageCosts:
         """Returns the job of one device."""
         num_classes, settings = self.dataset.num_classes, self.config.finetune
         devices = self.mesh.num_devices  # of every axis
-        return ImageFinetuning(self.encoder, self._size, num_classes, settings, devices)
+        return ImageFinetuning(self.encoder, self.size, num_classes, settings, devices)
 
     @property
     def is_cached(self) -> bool:
         """Whether evaluation crops are decoded once and kept, each process those of its part."""
-        return self.config.cache.takes(self.num_each, self._size) and not self.config.probe.augment
+        return self.config.cache.takes(self.num_each, self.size) and not self.config.probe.augment
 
     @property
     def num_each(self) -> int:
@@ -145,7 +145,7 @@ class ImageCosts:
         epochs = config.finetune.epochs
         recorder = Recorder(
             self.encoder,
-            config.images(self.dataset),
+            config.images(self.dataset, self.encoder.transform),
             config.finetune,
             config.record,
             seed=config.seed,
@@ -227,12 +227,13 @@ class ImageCosts:
         return -(-num_batches // each) * min(batch_size, self.num_samples)
 
     @property
-    def _size(self) -> int:
-        return self.config.encoder.image_size
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return self.config.images(self.dataset, self.encoder.transform).side
 
     @property
     def _batch_size(self) -> int:
-        return self.config.probe.images_per_call(self._size)
+        return self.config.probe.images_per_call(self.size)
 
     @property
     def _probes_each(self) -> int:
@@ -286,7 +287,7 @@ def plan_of_images(title: str, costs: ImageCosts, decoding: Decoding) -> Plan:
 
 def _bytes_in_words(costs: ImageCosts, decoding: Decoding) -> tuple[list[str], list[str]]:
     """Returns what is read, decoded and kept, and what has no room on disk."""
-    size, n = costs.config.encoder.image_size, costs.num_samples
+    size, n = costs.size, costs.num_samples
     scoring = [cost for cost in costs.costs() if cost.stage == "score"]
     times = sum(cost.decodes for cost in scoring) // n
     unreadable = decoding.num_unreadable
@@ -346,7 +347,7 @@ def scoring_host(costs: ImageCosts) -> Host:
         *_always(costs),
         Memory(f"losses [{num_probes}, {n}], and their check", (4 + _CHECKED) * num_probes * n),
         Memory("thresholds: weights sorted", _SORTED * weights),
-        Memory("images that wait", waiting * 3 * costs.config.encoder.image_size**2),
+        Memory("images that wait", waiting * 3 * costs.size**2),
         otherwise="no single setting helps; score parts of the data set",
         first=fewer_probes,
     )
@@ -354,7 +355,7 @@ def scoring_host(costs: ImageCosts) -> Host:
 
 def finetuning_host(costs: ImageCosts) -> Host:
     """Returns the memory of a process that fine-tunes."""
-    settings, size = costs.config.finetune, costs.config.encoder.image_size
+    settings, size = costs.config.finetune, costs.size
     job, image = costs.finetuning(), 3 * size**2
     test = 0 if costs.config.cache.takes(costs.num_test, size) else costs.num_test * image
     kept, fixed = costs.kept_image_bytes, 0

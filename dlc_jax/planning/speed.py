@@ -17,7 +17,8 @@ from dlc_jax.encoders.decoder import Architecture, DecoderConfig
 from dlc_jax.planning.image_memory import ImageScoring
 from dlc_jax.planning.machine import is_processor
 from dlc_jax.planning.programs import count_flops
-from dlc_jax.preprocess.decode import RandomCrops, decode, in_order, resize_and_crop
+from dlc_jax.preprocess.decode import RandomCrops, decode, in_order
+from dlc_jax.preprocess.transform import PAPER, Transform
 from dlc_jax.types import Dataset, file_of
 
 _SECONDS, _DECODING_SECONDS = 2.0, 1.0
@@ -122,7 +123,7 @@ class Decoding(NamedTuple):
     num_unreadable: int
 
 
-def decoding_speed(dataset: Dataset, image_size: int) -> Decoding:
+def decoding_speed(dataset: Dataset, image_size: int, transform: Transform = PAPER) -> Decoding:
     """Decodes some images for a second, and cuts random crops of them.
 
     Raises:
@@ -137,7 +138,7 @@ def decoding_speed(dataset: Dataset, image_size: int) -> Decoding:
         try:
             sample = dataset[int(positions[place])]
             image = decode(sample.image, sample.id, dataset.deep_images)
-            resize_and_crop(image, image_size)
+            transform(image, image_size)
         except expect.NeedsSetting as error:
             raise expect.NeedsSetting(f"{dataset.name}: {error}") from error
         except (expect.InputError, OSError) as error:
@@ -154,7 +155,7 @@ def decoding_speed(dataset: Dataset, image_size: int) -> Decoding:
     seconds = (time.perf_counter() - start) / len(found)
     read = [image for image in found if not isinstance(image, str)]
     expect.some_readable(dataset.name, len(read), len(found))
-    crops = RandomCrops(dataset, image_size, seed=0)
+    crops = RandomCrops(dataset, image_size, 0, transform.interpolation)
     to_crop = read[:_MOST_CROPS]
     start = time.perf_counter()
     for position, (_, image) in enumerate(to_crop):

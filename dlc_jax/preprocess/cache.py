@@ -29,6 +29,7 @@ from jaxtyping import UInt8
 from dlc_jax import expect
 from dlc_jax.files.json_files import SHA256, parse_json
 from dlc_jax.preprocess.decode import in_order
+from dlc_jax.preprocess.transform import PAPER, Transform
 from dlc_jax.types import Dataset, setting
 from dlc_jax.workspace import artefacts
 from dlc_jax.workspace.artefacts import decoder, json_hash
@@ -93,7 +94,12 @@ class ImageCache:
         return 0 < num_images * image_size**2 * 3 <= self.max_gib * _GIB
 
     def crops(
-        self, dataset: Dataset, part: range, image_size: int, decode_all: Decode
+        self,
+        dataset: Dataset,
+        part: range,
+        image_size: int,
+        decode_all: Decode,
+        transform: Transform = PAPER,
     ) -> CachedCrops | None:
         """Returns a data set's crops, decoded now unless they are there already.
 
@@ -102,6 +108,7 @@ class ImageCache:
           part: Positions in it.
           image_size: Side of the crops in pixels.
           decode_all: Gives every crop of the part, or why it cannot be had, in order.
+          transform: What `decode_all` prepares them with.
         Returns:
           The crops, or None if there is no room for them.
         Raises:
@@ -109,7 +116,7 @@ class ImageCache:
         """
         if not self.takes(len(part), image_size):
             return None
-        entry = self.path / _key(dataset, image_size, part)
+        entry = self.path / _key(dataset, image_size, part, transform)
         problem = f"cache.folder: {self.path} cannot be used"
         end = (
             "; expected a folder to write to with room for the decoded images. cache.max_gib=0 "
@@ -177,10 +184,12 @@ class ImageCache:
         return excess <= 0
 
 
-def _key(dataset: Dataset, image_size: int, part: range | None = None) -> str:
+def _key(
+    dataset: Dataset, image_size: int, part: range | None = None, transform: Transform = PAPER
+) -> str:
     of: dict[str, Any] = {
         "dataset": dataset.fingerprint,
-        "transform": f"resize {round(image_size * 256 / 224)}, centre crop {image_size}",
+        "transform": transform.described(image_size),
         "decoder": decoder(),
     }
     if part not in (None, range(len(dataset))):

@@ -1,4 +1,4 @@
-"""Decoding, images of more than 8 bits, evaluation crops, random crops, and work on all cores."""
+"""Decoding, images of more than 8 bits, random crops, and work on all cores."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from PIL import Image
 
 from dlc_jax import expect
 from dlc_jax.files.image_files import bits_per_channel, opened
+from dlc_jax.preprocess.transform import INTERPOLATIONS, Transform
 from dlc_jax.types import Dataset
 
 Item = TypeVar("Item")
@@ -224,31 +225,6 @@ def _from_array(image: np.ndarray, deep_images: str) -> Image.Image:
     return Image.fromarray(image).convert("RGB")
 
 
-def resize_and_crop(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """Returns the centre of the image, its shorter side scaled to image_size 256 / 224.
-
-    Bilinear with antialiasing; the same pixels as torchvision's Resize and CenterCrop on PIL.
-
-    Args:
-      image: RGB.
-      image_size: s, in pixels.
-    Raises:
-      ValueError: an image so long and thin that, scaled, it has more than PIL's MAX_IMAGE_PIXELS.
-    """
-    side = round(image_size * 256 / 224)
-    width, height = (int(side * length / min(image.size)) for length in image.size)
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise expect.InputError(
-            f"{image.width} x {image.height} pixels would be scaled to {width} x {height}; "
-            f"expected at most {limit} pixels, an image that is not as long and thin."
-        )
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (round((length - image_size) / 2) for length in image.size)
-    return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
-
-
 _RATIO = (3 / 4, 4 / 3)
 
 
@@ -262,18 +238,21 @@ class RandomCrops:
       dataset: Where the images come from.
       image_size: Side of the crop in pixels.
       seed: Seed of all draws.
+      interpolation: See `Transform`.
     """
 
     dataset: Dataset
     image_size: int
     seed: int
+    interpolation: str = Transform.interpolation
 
     def crop(self, image: Image.Image, position: int, draw: int) -> UInt8[np.ndarray, "s s 3"]:
         """Returns draw number `draw` (>= 0) of the image at this position."""
         sample_key = str(self.dataset.ids[position]).encode()
         generator = np.random.default_rng([self.seed, draw, *sample_key])
         box = random_box(generator, image.height, image.width)
-        return resized_crop(image, box, generator.random() < 0.5, self.image_size)
+        flip = generator.random() < 0.5
+        return resized_crop(image, box, flip, self.image_size, self.interpolation)
 
     def cut(
         self, originals: list[Image.Image], positions: Int64[np.ndarray, " b"], draw: int
@@ -284,13 +263,17 @@ class RandomCrops:
 
 
 def resized_crop(
-    image: Image.Image, box: tuple[int, int, int, int], flip: bool, image_size: int
+    image: Image.Image,
+    box: tuple[int, int, int, int],
+    flip: bool,
+    image_size: int,
+    interpolation: str = Transform.interpolation,
 ) -> UInt8[np.ndarray, "s s 3"]:
     """Returns the box (left, top, right, bottom) at image_size, mirrored if asked.
 
-    Bilinear with antialiasing; the same pixels as torchvision's on PIL.
+    The same pixels as torchvision's on PIL.
     """
-    crop = image.crop(box).resize((image_size, image_size), Image.Resampling.BILINEAR)
+    crop = image.crop(box).resize((image_size, image_size), INTERPOLATIONS[interpolation])
     pixels = np.asarray(crop)
     return pixels[:, ::-1] if flip else pixels
 

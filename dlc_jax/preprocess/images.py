@@ -15,7 +15,8 @@ from tqdm import tqdm
 from dlc_jax import expect
 from dlc_jax.distributed import hides_bar
 from dlc_jax.preprocess.cache import CachedCrops, ImageCache
-from dlc_jax.preprocess.decode import MID_GREY, Item, decode, in_order, resize_and_crop
+from dlc_jax.preprocess.decode import MID_GREY, Item, RandomCrops, decode, in_order
+from dlc_jax.preprocess.transform import PAPER, Transform
 from dlc_jax.types import Dataset, overridden
 
 
@@ -124,10 +125,11 @@ class Images:
 
     Attributes:
       dataset: From `load_dataset`, or your own `Dataset`.
-      size: Side of the images in pixels, 8 or more.
+      size: Side of the images in pixels, 8 or more; None: that of `transform`.
       on_corrupt: `error`, or `skip` to leave unreadable images out and list them.
       cache: Where decoded evaluation crops are kept, for later runs too; without one they are
         decoded whenever they are read.
+      transform: How they are prepared; an encoder that is given these images puts its own here.
     Raises:
       ValueError: no `Dataset`, or a value out of range.
 
@@ -135,13 +137,15 @@ class Images:
     """
 
     dataset: Dataset
-    size: int = 224
+    size: int | None = None
     on_corrupt: str = "error"
     cache: ImageCache | None = None
+    transform: Transform = PAPER
 
     def __post_init__(self) -> None:
         check_dataset("dataset", self.dataset)
-        expect.integer("encoder.image_size", self.size, 8)
+        expect.integer("encoder.image_size", self.side, 8)
+        expect.is_a(Transform, transform=self.transform)
         if self.cache is not None:
             expect.is_a(ImageCache, cache=self.cache)
         expect.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)
@@ -158,6 +162,15 @@ class Images:
             given = cls(given)
         return overridden(given, size=image_size)
 
+    @property
+    def side(self) -> int:
+        """Side of the images in pixels."""
+        return self.transform.size if self.size is None else self.size
+
+    def random_crops(self, seed: int) -> RandomCrops:
+        """Returns what cuts random crops for training; the seed is that of all draws."""
+        return RandomCrops(self.dataset, self.side, seed, self.transform.interpolation)
+
     def made_of(self, encoder: str, mode: str) -> dict[str, Any]:
         """Returns what decides every measurement of these images, for keys of results.
 
@@ -168,7 +181,7 @@ class Images:
         return {
             "dataset": self.dataset.fingerprint,
             "encoder": encoder,
-            "image_size": self.size,
+            "image_size": self.side,
             "mode": mode,
             "on_corrupt": self.on_corrupt,
         }
@@ -186,7 +199,7 @@ class Images:
         Raises:
           ValueError: naming the sample, if one cannot be read while the cache is filled.
         """
-        reader = Reader(self.dataset, lambda image, _: resize_and_crop(image, self.size))
+        reader = Reader(self.dataset, lambda image, _: self.transform(image, self.side))
         part = range(len(self.dataset)) if part is None else part
         if self.cache is None or not part:
             return reader
@@ -198,7 +211,7 @@ class Images:
                     raise unreadable(self.dataset, crop)
                 yield crop
 
-        cached = self.cache.crops(self.dataset, part, self.size, everything)
+        cached = self.cache.crops(self.dataset, part, self.side, everything, self.transform)
         return reader if cached is None else CachedReader(self.dataset, cached, part.start)
 
 
@@ -232,6 +245,7 @@ def load_images(
     on_corrupt: str = "error",
     progress: bool = False,
     cache: ImageCache | None = None,
+    transform: Transform = PAPER,
 ) -> LoadedImages:
     """Decodes, resizes and crops every image, into memory or, with a cache, into a mapped file.
 
@@ -241,11 +255,12 @@ def load_images(
       on_corrupt: `error`, or `skip` to leave unreadable images out and list them.
       progress: Whether to show a bar on the terminal.
       cache: Where decoded crops are kept.
+      transform: How images are prepared.
     Raises:
       ValueError: naming the sample, if it cannot be read and `on_corrupt` is `error`; or if no
         sample can be read.
     """
-    images = Images(dataset, image_size, on_corrupt, cache)
+    images = Images(dataset, image_size, on_corrupt, cache, transform)
     reader = images.evaluation_crops(progress=progress)
     everything = np.arange(len(dataset))
     if isinstance(reader, CachedReader) and not reader.cached.problems:

@@ -124,9 +124,10 @@ def features(
     expect.is_a(Run, run=run)
     compute.check()
     encoder = encoder.for_mode(mode)
-    encoder.check_image_size(images.size)
-    batch_size = compute.images_per_call(images.size)
-    decisive = [images.size, batch_size, compute.dtype, images.on_corrupt, mode]
+    images = dataclasses.replace(images, transform=encoder.transform)
+    encoder.check_image_size(images.side)
+    batch_size = compute.images_per_call(images.side)
+    decisive = [images.side, batch_size, compute.dtype, images.on_corrupt, mode]
     work = _pass_over("features", encoder, images, compute, run, decisive)
     dataset = images.dataset
     skipped: dict[int, str] | None = {} if work.on_corrupt == "skip" else None
@@ -166,7 +167,8 @@ def probe(
       encoder: From `load_encoder`, or your own `Encoder`.
       images: From `load_dataset`, or your own `Dataset`; with `Images` also how they are read. A
         cache is not used with `augment`.
-      image_size: Side of the images in pixels; None: that of `images`, 224 of a data set.
+      image_size: Side of the images in pixels; None: that of `images`, of a data set that of
+        the encoder's `transform`.
       schedule, step, num_probes, masking: Instead of those in `path`.
       mode: `default`, or `official` for the released code's schedule, normalisation, ViT pooling
         and order among equally small weights.
@@ -199,17 +201,18 @@ def probe(
     path = path.for_mode(mode)
     compute.check()
     encoder = encoder.for_mode(mode)
+    images = dataclasses.replace(images, transform=encoder.transform)
     expect.seed(seed)
-    encoder.check_image_size(images.size)
+    encoder.check_image_size(images.side)
 
     dataset = images.dataset
     expect.prototypes_can_differ(dataset.name, dataset.labels, dataset.class_names)
-    batch_size = compute.images_per_call(images.size)
+    batch_size = compute.images_per_call(images.side)
     decisive = [path.schedule, path.step, path.num_probes, path.placement, path.max_sparsity]
-    decisive += [path.masking, images.size, batch_size, compute.chunk, compute.dtype, path.augment]
-    decisive += [images.on_corrupt, seed, mode]
+    decisive += [path.masking, images.side, batch_size, compute.chunk, compute.dtype, path.augment]
     probes = learning_path(encoder, path, seed, Conventions.of(mode))
-    crops = RandomCrops(dataset, images.size, seed) if path.augment else None
+    decisive += [images.on_corrupt, seed, mode, *probes.prunable]
+    crops = images.random_crops(seed) if path.augment else None
     work = _pass_over("losses", encoder, images, compute, run, decisive, crops)
     means, positions, skipped = measure_prototypes(work)
     if crops is not None:
@@ -260,7 +263,7 @@ def _pass_over(
         )
     dataset = images.dataset
     parts = Parts.of(kind, run, team, lambda: [encoder.fingerprint, dataset.fingerprint, decisive])
-    batch_size = min(compute.images_per_call(images.size), len(dataset))
+    batch_size = min(compute.images_per_call(images.side), len(dataset))
     layout = Layout.of(len(dataset), batch_size)
     samples = layout.samples_of(team)
     if crops is None:

@@ -112,17 +112,10 @@ class Forward(NamedTuple):
     dtype: str
 
     @classmethod
-    def of(cls, encoder: Encoder, dtype: str) -> Forward:
-        pooling = encoder.pooling or "mean"
-        if pooling == "own":
-            return cls.of_head(encoder, dtype)
-        return cls(encoder.apply, encoder.mean, encoder.std, pooling, dtype)
-
-    @classmethod
-    def of_head(cls, encoder: Encoder, dtype: str) -> Forward:
-        """Returns the programs' network up to what a classifier reads."""
-        apply = encoder.apply_head or encoder.apply
-        return cls(apply, encoder.mean, encoder.std, encoder.head, dtype)
+    def of(cls, encoder: Encoder, dtype: str, pooling: str | None = None) -> Forward:
+        """The encoder, pooled as it is for scoring or else by `pooling`."""
+        apply, pooling = encoder.function_and_pooling(pooling or encoder.pooling or "mean")
+        return cls(apply, encoder.mean, encoder.std, pooling, dtype)
 
     def __call__(self, params: Params, images: UInt8[Array, "b s s 3"]) -> Float[Array, "b d"]:
         """Normalises on the device, runs the network in `dtype`, pools in float32."""
@@ -159,6 +152,11 @@ def pooled(output: Any, num_images: int, pooling: str) -> Float[Array, "b d"]:
         raise expect.InputError(
             f"encoder: apply gave {found} for {num_images} images; expected features "
             "[b, d], a map [b, h, w, d] (channels last) or tokens [b, t, d]."
+        )
+    if pooling == "own" and len(shape) != 2:
+        raise expect.InputError(
+            f"encoder.head: 'own' needs features [b, d], got an array of shape {shape}; expected "
+            "apply_head, or 'mean' or 'cls'."
         )
     return pool(output.astype(jnp.float32), pooling)
 

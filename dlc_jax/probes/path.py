@@ -56,14 +56,12 @@ def learning_path(
     encoder: Encoder | LanguageModel, path: masking.PathSpec, seed: int, conventions: Conventions
 ) -> LearningPath:
     """Returns the probes of a path whose schedule is decided; the seed is of random masking."""
-    prunable = masking.prunable_paths(encoder.params, encoder.is_prunable)
+    prunable = masking.prunable_paths(encoder.params, encoder.is_prunable, encoder.module_order)
     leaves = by_path(encoder.params)
     num_weights = sum(leaves[name].size for name in prunable)
     found = path.counts(num_weights)
     if conventions.ties_as_torch and path.masking == "l1":
-        order = encoder.module_order
-        in_order = prunable if order is None else tuple(sorted(prunable, key=order))
-        importance = masking.removal_steps(encoder.params, in_order, found.grid)
+        importance = masking.removal_steps(encoder.params, prunable, found.grid)
     else:
         importance = masking.weight_importance(encoder.params, prunable, path.masking, seed)
     thresholds = masking.exact_thresholds(encoder.params, prunable, importance, found.chosen)

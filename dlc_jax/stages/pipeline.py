@@ -184,7 +184,9 @@ def _check_dataset(job: Job, known: _Settings) -> None:
 
 
 def _check_encoder(job: Job, known: _Settings) -> None:
-    theirs, mine = known["asked"]["encoder"], job.config.asked["encoder"]
+    mine = job.config.asked["encoder"]
+    # older ones knew no other
+    theirs = {"transform": "paper", "prunable": None} | known["asked"]["encoder"]
     named, scored = (
         " ".join(filter(None, (encoder["name"], encoder["weights"]))) for encoder in (mine, theirs)
     )

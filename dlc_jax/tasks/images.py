@@ -19,11 +19,13 @@ from dlc_jax.distributed import Run, make_mesh, processes, said_of
 from dlc_jax.encoders import Encoder, load_encoder
 from dlc_jax.expect import visible
 from dlc_jax.exports import EXPORTS, RELEASED, export
-from dlc_jax.masking import AUTO
+from dlc_jax.masking import AUTO, masked_text
 from dlc_jax.planning.image_plan import ImageCosts, plan_of_images
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.plan import Plan
 from dlc_jax.planning.speed import decoding_speed
+from dlc_jax.preprocess.images import Images
+from dlc_jax.preprocess.transform import PAPER
 from dlc_jax.probes import features, probe
 from dlc_jax.scores import score
 from dlc_jax.selection import Cell
@@ -57,8 +59,12 @@ class Scored(NamedTuple):
     @property
     def made_of(self) -> dict[str, Any]:
         """Data, encoder and how images are seen, which decide every measurement."""
-        images = self.config.images(self.dataset)
-        return images.made_of(self.encoder.fingerprint, self.config.mode)
+        return self.images.made_of(self.encoder.fingerprint, self.config.mode)
+
+    @property
+    def images(self) -> Images:
+        """Training data with how it is read and prepared."""
+        return self.config.images(self.dataset, self.encoder.transform)
 
     def run(self, scratch: Path) -> Run:
         """Where and on what measurements run."""
@@ -91,18 +97,24 @@ class LossesStep:
         values = self.scored.config.to_dict() | {"asked": self.asked}
         return {name: values[name] for name in ("mode", "seed", "encoder", "probe", "asked")}
 
+    @property
+    def _masked(self) -> str:
+        return masked_text(self.scored.encoder.params, self.scored.encoder.is_prunable)
+
     def compute(self, scratch: Path) -> ProbeLosses:
         config, dataset, encoder, say = self.scored
-        run = self.scored.run(scratch)
+        images, run = self.scored.images, self.scored.run(scratch)
         assert run.mesh is not None
         what = f"{len(dataset)} samples of {dataset.num_classes} classes"
-        say(f"score: {what}, {encoder.name} on {said_of(run.mesh)}")
-        if config.cache.max_gib and not config.cache.takes(len(dataset), config.encoder.image_size):
+        unusual = _unusual(encoder, images.side)
+        say(f"score: {what}, {encoder.name} on {said_of(run.mesh)}{unusual}")
+        say(f"score: masks {self._masked}")
+        if config.cache.max_gib and not config.cache.takes(len(dataset), images.side):
             say(
                 f"score: note: decoded images are more than cache.max_gib={config.cache.max_gib:g};"
                 " they are decoded twice, and not kept"
             )
-        images, how = config.images(dataset), config.probe
+        how = config.probe
         probes = probe(
             encoder, images, mode=config.mode, seed=config.seed, path=how, compute=how, run=run
         )
@@ -129,18 +141,18 @@ class LossesStep:
         sizes = np.bincount(probes.labels, minlength=dataset.num_classes)
         singles = [dataset.class_names[j] for j in np.flatnonzero(sizes == 1)]
         scored = {"skipped": probes.skipped, "single_sample_classes": singles}
-        named = {"name": encoder.name, "weights": config.encoder.weights}
+        named = {"name": encoder.name, "weights": config.encoder.weights, "masked": self._masked}
         of_encoder = ("fingerprint", "mean", "std", "normalisation", "pooling")
         decided = {name: getattr(encoder, name) for name in of_encoder}
+        decided["transform"] = encoder.transform.described(self.scored.images.side)
         facts = {"dataset": dataset_facts(dataset) | scored, "encoder": named | decided}
         certificate = measurements.write_certificate(root, probes, config.seed, say)
         return Written([*self.files, *certificate], facts)
 
 
 def _features(scored: Scored, run: Run) -> Float32[np.ndarray, "n d"]:
-    config, dataset, encoder, _ = scored
-    images = config.images(dataset)
-    return features(encoder, images, mode=config.mode, compute=config.probe, run=run)
+    config, encoder = scored.config, scored.encoder
+    return features(encoder, scored.images, mode=config.mode, compute=config.probe, run=run)
 
 
 class Measurement(NamedTuple):
@@ -202,6 +214,12 @@ class InputStep:
         return Written(self.files)
 
 
+def _unusual(encoder: Encoder, size: int) -> str:
+    """Returns how images are prepared, to go on with, if not as the paper does it."""
+    transform = encoder.transform
+    return "" if transform == PAPER else f"; images: {transform.described(size)}"
+
+
 def note_mid_grey(stage: str, dataset: Dataset, say: Callable[[str], None]) -> None:
     """Notes constant images, which `min_max` cannot stretch."""
     if ids := sorted(dataset.mid_grey):
@@ -244,7 +262,7 @@ class ImageTask:
 
     easiest_hardest = artefacts.PICTURE
     left_out = "unreadable samples left out"
-    encoder_settings: tuple[str, ...] = ("image_size", *_DECIDED)
+    encoder_settings: tuple[str, ...] = ("image_size", "transform", "prunable", *_DECIDED)
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self._config, self._say = config, say
@@ -287,9 +305,13 @@ class ImageTask:
         config = self._config
         dataset, encoder = self._sources.load_together(config.dataset.train), self._encoder
         agree({f"encoder.weights {config.encoder.weights}": encoder.fingerprint})
-        encoder.check_image_size(config.encoder.image_size)
+        side = config.images(dataset, encoder.transform).side
+        encoder.check_image_size(side)
         decided = {name: getattr(encoder, name) for name in _DECIDED}
-        settings = dataclasses.replace(config.encoder, name=encoder.name, **decided)
+        transform = "paper" if encoder.transform == PAPER else "model"
+        settings = dataclasses.replace(
+            config.encoder, name=encoder.name, image_size=side, transform=transform, **decided
+        )
         resolved = dataclasses.replace(config, encoder=settings)
         scored = Scored(resolved, dataset, encoder, self._say)
         if not workspace.ensure(LossesStep(scored, config.asked)):
@@ -312,7 +334,7 @@ class ImageTask:
         config, folder = scored.config, workspace.root / artefacts.TRAINING
         recorder = Recorder(
             scored.encoder,
-            config.images(scored.dataset),
+            scored.images,
             config.finetune,
             config.record,
             seed=config.seed,
@@ -366,7 +388,8 @@ class ImageTask:
             trained = f"{encoder.name} {config.encoder.weights}".rstrip()
             self._say(f"finetune: note: the encoder is {trained}; the scores are of {scored}")
         train, test = self._load_together()
-        images, run = config.images(train), Run(None, config.mesh.make(), progress=True)
+        images = config.images(train, encoder.transform)
+        run = Run(None, config.mesh.make(), progress=True)
 
         def make_trainer() -> Finetuner:
             return Finetuner(encoder, images, test, config.finetune, config.conventions, run)
@@ -378,6 +401,7 @@ class ImageTask:
         settings = config.to_dict()
         made_with = {name: settings[name] for name in ("mode", "dataset", "encoder", "finetune")}
         made_with["encoder_fingerprint"] = encoder.fingerprint
+        made_with["transform"] = encoder.transform.described(images.side)
         made_with["test_fingerprint"] = test.fingerprint
         return Training(train, encoder.fingerprint, make_trainer, made_with, facts)
 
@@ -385,8 +409,8 @@ class ImageTask:
         config, dataset = self._config, self.load(self._config.dataset.train)
         measurements.check_is_what_was_scored(workspace.root, dataset)
         scored = np.flatnonzero(np.isin(dataset.ids, ids))  # others could not be read
-        images, mesh = config.images(dataset.subset(scored)), make_mesh(devices=jax.local_devices())
-        run = Run(workspace.root / artefacts.TUNING, mesh)
+        images = config.images(dataset.subset(scored), self._encoder.transform)
+        run = Run(workspace.root / artefacts.TUNING, make_mesh(devices=jax.local_devices()))
         return FinetuneTrials(self._encoder, images, config.finetune, mode=config.mode, run=run)
 
     def plan(self, mesh: MeshSize) -> Plan:
@@ -397,12 +421,14 @@ class ImageTask:
         num_test = 0
         if config.dataset.test is not None:
             num_test = len(class_ids_by_name(self.load(config.dataset.test), dataset))
-        encoder, size = self._encoder, config.encoder.image_size
+        encoder = self._encoder
+        size = config.images(dataset, encoder.transform).side
         encoder.check_image_size(size)
-        decoding = decoding_speed(dataset, size)
+        decoding = decoding_speed(dataset, size, encoder.transform)
         title = (
             f"plan: {len(dataset):,} images of {dataset.num_classes} classes "
             f"({visible(dataset.name)}), {encoder.name} of {config.encoder.weights} at {size} px"
+            f"{_unusual(encoder, size)}"
         )
         costs = ImageCosts(config, encoder, dataset, mesh, num_test, decoding.pixels)
         return plan_of_images(title, costs, decoding)
@@ -411,9 +437,8 @@ class ImageTask:
 def load_configured(config: Config, echo: Callable[[str], None] | None = None) -> Encoder:
     """Returns the encoder that the configuration names, before `mode` decides anything."""
     settings = config.encoder
-    given = {name: getattr(settings, name) for name in _DECIDED}
-    size = settings.image_size
-    encoder = load_encoder(settings.name, settings.weights, image_size=size, **given)
+    given = {name: getattr(settings, name) for name in ImageTask.encoder_settings}
+    encoder = load_encoder(settings.name, settings.weights, **given)
     if encoder.prefix and echo is not None:
         weights, prefix = visible(settings.weights), visible(encoder.prefix)
         echo(f"note: every name in {weights} begins with {prefix!r}, which is left out")

@@ -21,6 +21,7 @@ from dlc_jax.encoders import language_model
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.evaluation import Mmlu, load_mmlu
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
+from dlc_jax.masking import masked_text
 from dlc_jax.planning import instruction_plan
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.plan import Plan
@@ -99,6 +100,7 @@ class ResponsesStep:
     def compute(self, scratch: Path) -> _Measured:
         config, data, model, say = self.config, self.data, self.model, self.say
         say(f"score: {len(data)} instructions, {model.name} on {said_of(self.mesh)}")
+        say(f"score: masks {masked_text(model.params, model.is_prunable)}")
         on_corrupt, max_length = config.dataset.on_corrupt, self._max_length
         tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
         if num := int(tokens.truncated.sum()):
@@ -132,7 +134,11 @@ class ResponsesStep:
                 "num_truncated": int(tokens.truncated.sum()),
                 "skipped": tokens.skipped,
             },
-            "encoder": {"name": self.model.name, "fingerprint": self.model.fingerprint},
+            "encoder": {
+                "name": self.model.name,
+                "fingerprint": self.model.fingerprint,
+                "masked": masked_text(self.model.params, self.model.is_prunable),
+            },
         }
         of_classes = dataclasses.replace(probes, labels=labels)
         certificate = write_certificate(root, of_classes, config.seed, self.say)

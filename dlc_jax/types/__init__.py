@@ -73,6 +73,7 @@ class Conventions:
       deep_images: What becomes of more than 8 bits a channel, where nothing is asked for.
       num_runs: Runs of a training record, where no number is asked for.
       imagenet_normalised: Whether every encoder takes ImageNet's mean and deviation (Q11).
+      prepares_as_paper: Whether images are scaled and cropped as in the paper for every encoder.
       ties_as_torch: Whether torch's order decides between equally small weights.
       floors_milestones: Whether the learning rate falls after whole epochs only (Q6).
       draws_as_released: Whether samples are rounded, drawn and sorted as the released code does it,
@@ -85,6 +86,7 @@ class Conventions:
     deep_images: str = "error"
     num_runs: int = 3
     imagenet_normalised: bool = False
+    prepares_as_paper: bool = False
     ties_as_torch: bool = False
     floors_milestones: bool = True
     draws_as_released: bool = False
@@ -105,6 +107,7 @@ _CONVENTIONS = {
         deep_images="clip",
         num_runs=10,
         imagenet_normalised=True,
+        prepares_as_paper=True,
         ties_as_torch=True,
         floors_milestones=False,
         draws_as_released=True,

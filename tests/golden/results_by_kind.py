@@ -22,6 +22,7 @@ from dlc_jax.encoders.decoder import Adapter, Architecture, DecoderConfig
 from dlc_jax.encoders.language_model import model_folder
 from dlc_jax.evaluation import _pairs
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods
+from dlc_jax.masking.torch_order import TorchLayout
 from dlc_jax.preprocess.decode import RandomCrops
 from dlc_jax.preprocess.images import load_images
 from dlc_jax.preprocess.tokens import Tokenised
@@ -259,14 +260,16 @@ def masks() -> Values:
 
 def places_kept(encoder: dlc.Encoder, path: LearningPath) -> list[int]:
     leaves, sums = by_path(encoder.params), []
-    for leaf, name in enumerate(path.prunable):
+    for name in sorted(path.prunable, key=list(leaves).index):
+        leaf, layout = path.prunable.index(name), TorchLayout.of(name, leaves[name].shape)
         if path.importance is None:
             matters = np.abs(np.asarray(leaves[name])).view(np.int32).ravel()
         else:
             matters = np.asarray(path.importance[name]).ravel()
         places = np.arange(len(matters))
+        in_torch = np.asarray(layout.positions(leaves[name])).ravel()
         for value, cutoff in zip(path.thresholds.value, path.thresholds.cutoff, strict=True):
-            kept = (matters > value) | ((matters == value) & (places >= cutoff[leaf]))
+            kept = (matters > value) | ((matters == value) & (in_torch >= cutoff[leaf]))
             sums.append(int((places[kept] + 1).sum()))
     return sums
 

@@ -87,7 +87,11 @@ def test_half_precision_ties_exact_counts_nested_and_by_position(sample_encoder)
     params = sample_encoder.params
     prunable = prunable_paths(params, sample_encoder.is_prunable)
     leaves = by_path(params)
-    flat = np.concatenate([np.abs(leaves[path]).ravel() for path in prunable])
+
+    def flattened(by_path):
+        return np.concatenate([by_path[path].transpose(3, 2, 0, 1).ravel() for path in prunable])
+
+    flat = np.abs(flattened(leaves))
     counts = PathSpec("linear", num_probes=25).counts(len(flat)).chosen
     ascending = np.sort(flat)
     num_tied = [np.count_nonzero(flat == ascending[count]) for count in counts[1:]]
@@ -95,7 +99,7 @@ def test_half_precision_ties_exact_counts_nested_and_by_position(sample_encoder)
     order = np.argsort(flat, kind="stable")
     previous = np.ones(len(flat), bool)
     for count, masks in zip(counts, masks_of_path(params, prunable, None, counts), strict=True):
-        mask = np.concatenate([masks[path].ravel() for path in prunable])
+        mask = flattened(masks)
         expected = np.ones(len(flat), bool)
         expected[order[:count]] = False
         np.testing.assert_array_equal(mask, expected)
@@ -137,9 +141,9 @@ def test_official_ties_are_torchs(sample_encoder, network, step, num_probes):
     from torch.nn.utils import prune
 
     params = sample_encoder.params if network == "resnet" else half_precision_vit()
-    prunable = prunable_paths(params, lambda path: path.endswith("kernel"))
+    order = vit.module_order if network == "vit" else None
+    prunable = prunable_paths(params, lambda path: path.endswith("kernel"), order)
     if network == "vit":
-        prunable = tuple(sorted(prunable, key=vit.module_order))
         assert prunable[0] == "blocks/0/attn/qkv/kernel"
     leaves = by_path(params)
     convs = {}

@@ -11,7 +11,8 @@ from dlc_jax.types import as_tuple, overridden
 
 
 def test_a_data_set_stands_for_images_with_defaults(small_sample):
-    assert dlc.Images.of(small_sample) == dlc.Images(small_sample, 224, "error", None)
+    assert dlc.Images.of(small_sample) == dlc.Images(small_sample, None, "error", None)
+    assert dlc.Images(small_sample).side == 224
     assert dlc.Images.of(small_sample, 32).size == 32
     cached = dlc.Images(small_sample, 64, "skip", dlc.ImageCache())
     assert dlc.Images.of(cached) is cached

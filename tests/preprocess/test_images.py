@@ -6,11 +6,12 @@ from conftest import encoded, random_images, subset
 from PIL import Image
 
 import dlc_jax as dlc
-from dlc_jax.preprocess.decode import RandomCrops, decode, random_box, resize_and_crop, resized_crop
+from dlc_jax.preprocess.decode import RandomCrops, decode, random_box, resized_crop
 from dlc_jax.preprocess.images import load_images
+from dlc_jax.preprocess.transform import PAPER
 
 
-def test_resize_and_crop_is_torchvisions(timm, sample):
+def test_the_papers_transform_is_torchvisions(timm, sample):
     from torchvision import transforms
 
     generator = np.random.default_rng(0)
@@ -25,9 +26,7 @@ def test_resize_and_crop_is_torchvisions(timm, sample):
             ]
         )
         for image in images:
-            np.testing.assert_array_equal(
-                resize_and_crop(image, image_size), np.asarray(theirs(image))
-            )
+            np.testing.assert_array_equal(PAPER(image, image_size), np.asarray(theirs(image)))
 
 
 def modes() -> dict[str, bytes]:
@@ -142,10 +141,10 @@ def test_a_long_thin_image_is_refused_and_not_blown_up(size):
 
 
 def test_memory_that_does_not_suffice_is_told_by_sample(monkeypatch):
-    def no_memory(image, image_size):
+    def no_memory(transform, image, image_size):
         raise MemoryError
 
-    monkeypatch.setattr("dlc_jax.preprocess.images.resize_and_crop", no_memory)
+    monkeypatch.setattr("dlc_jax.preprocess.transform.Transform.__call__", no_memory)
     dataset = dlc.array_dataset(random_images(1), [0], ["a"])
     with pytest.raises(ValueError, match="sample 'a' cannot be used: MemoryError"):
         load_images(dataset, 32)

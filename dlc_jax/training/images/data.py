@@ -15,7 +15,7 @@ from PIL import Image
 
 from dlc_jax import expect
 from dlc_jax.datasets.labels import composed
-from dlc_jax.preprocess.decode import RandomCrops, decode, in_order
+from dlc_jax.preprocess.decode import decode, in_order
 from dlc_jax.preprocess.images import Images, Reader, filled, in_batches, load_images
 from dlc_jax.training.images.settings import FinetuneConfig
 from dlc_jax.training.optimiser import epoch_order
@@ -102,14 +102,19 @@ class RunData:
     def training_inputs(self, positions: Int64[np.ndarray, " k"], seed: int) -> Inputs:
         """Returns what the network sees of these samples in training."""
         if self._is_augmented:
-            crops = RandomCrops(self._dataset, self._images.size, seed)
+            crops = self._images.random_crops(seed)
             return lambda positions, epoch: np.stack(
                 [crops.crop(self._decoded[i], i, epoch) for i in positions.tolist()]
             )
         missing = np.array([i for i in positions.tolist() if i not in self._fixed], np.int64)
         if len(missing):
             some = self._dataset.subset(missing)
-            loaded = load_images(some, self._images.size, progress=self._progress)
+            loaded = load_images(
+                some,
+                self._images.side,
+                progress=self._progress,
+                transform=self._images.transform,
+            )
             rows = self._as_inputs(loaded.pixels)
             self._fixed.update(zip(missing.tolist(), rows, strict=True))
         return lambda positions, _: np.stack([self._fixed[i] for i in positions.tolist()])
@@ -183,10 +188,11 @@ class RunData:
         labels = class_ids_by_name(test, self._dataset)
         loaded = load_images(
             test,
-            self._images.size,
+            self._images.side,
             on_corrupt=self._images.on_corrupt,
             progress=self._progress,
             cache=self._images.cache,
+            transform=self._images.transform,
         )
         inputs = self._as_inputs(loaded.pixels)
         return TestSet(test, inputs, labels[loaded.positions], loaded.skipped)

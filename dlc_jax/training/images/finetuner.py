@@ -56,7 +56,8 @@ class Finetuner:
         settings.check()
         self.mesh = run.mesh or one_device()
         self._encoder = encoder.for_mode(conventions.mode)
-        self._encoder.check_image_size(images.size)
+        images = dataclasses.replace(images, transform=self._encoder.transform)
+        self._encoder.check_image_size(images.side)
         self._images, self._dataset = images, images.dataset
         self._settings, self._conventions, self.shows_bars = settings, conventions, run.progress
         self.num_epochs, self.batch_size = settings.epochs, settings.batch_size
@@ -137,7 +138,7 @@ class Finetuner:
     def start(self, positions: Int64[np.ndarray, " k"], seed: int) -> TrainState:
         """Returns encoder and new head; ValueError where batch norm cannot train on so many."""
         self._check_last_batch(len(positions))
-        encoder, side = self._encoder, self._images.size
+        encoder, side = self._encoder, self._images.side
         images = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
         num_features = features_of_batch.eval_shape(*self._encode, images).shape[1]
         head = initial_head(num_features, self._dataset.num_classes, encoder.head, seed)
@@ -256,7 +257,7 @@ class Finetuner:
         encoder, size = self._encoder, self.batch_size
         if (num_kept % size != 1 and size != 1) or self._network.apply_training is None:
             return
-        side = self._images.size
+        side = self._images.side
         images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
         shape = jax.eval_shape(encoder.apply, encoder.params, images).shape
         if encoder.statistics and self.num_epochs and shape[1:3] == (1, 1):
@@ -299,7 +300,8 @@ def finetune(
         with it. An unreadable training image is always an error. A cache is for the test images.
       kept: A `Selection`, positions in the data set, or None for all of it.
       test: Tested on after the last epoch, and used for nothing else; classes are matched by name.
-      image_size: Side of the images in pixels; None: that of `images`, 224 of a data set.
+      image_size: Side of the images in pixels; None: that of `images`, of a data set that of
+        the encoder's `transform`.
       epochs, batch_size, learning_rate: Instead of those in `settings`.
       seed: Seed of head, data order and augmentation; None takes that of the selection, or 0.
       folder: Where metrics.jsonl, per_class_accuracy.csv, run.json and checkpoint/ go; a run that

@@ -36,7 +36,7 @@ class Network(NamedTuple):
     @classmethod
     def of(cls, encoder: Encoder, dtype: str) -> Network:
         """The encoder and a linear head on it."""
-        return cls(Forward.of_head(encoder, dtype), encoder.apply_training)
+        return cls(Forward.of(encoder, dtype, "own"), encoder.apply_training)
 
 
 class TrainState(NamedTuple):
@@ -75,14 +75,14 @@ def initial_head(
 
     Args:
       num_features, num_classes: Its size.
-      kind: `mean`, after pooling: torch.nn.Linear's default, both uniform in +-1 / sqrt(d). `cls`,
-        on a class token: normal with deviation 0.02 (timm's truncation is at 100 deviations), and
+      kind: See `Encoder.head`. `mean`: torch.nn.Linear's default, both uniform in +-1 / sqrt(d).
+        `cls` and `own`: normal with deviation 0.02 (timm's truncation is at 100 deviations), and
         zero bias.
       seed: Seed of the draw.
     """
     generator = np.random.default_rng([seed, zlib.crc32(b"head")])
     shape = (num_features, num_classes)
-    if kind == "cls":
+    if kind != "mean":
         kernel = generator.normal(0, 0.02, shape)
         bias = np.zeros(num_classes)
     else:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from benchmarks import encoder_coverage
+
 PROGRAMS = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()
 )
@@ -54,6 +56,51 @@ def test_files_to_kept_sets_by_the_released_procedure_and_ours(tmp_path):
         ("dlc_jax 5", "warm", [5]),
     ]
     assert all(0 < row["seconds"][0] < row["process"][0] for row in rows)
+
+
+@pytest.mark.slow
+def test_coverage_of_a_converted_network_is_a_line_that_is_not_run_again(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    names = ["timm:test_vit", "hf:swin", "timm:none"]
+    arguments = (f"--only={','.join(names)}", f"--rows={rows}")
+    done = run("encoder_coverage", *arguments)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["name"] for row in found] == names
+    assert [row["module"] for row in found] == ["vision_transformer", "transformers", "timm"]
+    for row in found[:2]:
+        assert row["reason"] == ""
+        assert 0 < row["features"] < 1e-5
+        assert 0 < max(row["probe"]) < 1e-5
+        assert 0 < row["step"][0] < 1e-3
+        assert 0.3 < row["share_prunable"] < 1
+    assert found[2]["reason"].startswith("converted: RuntimeError: Unknown model (none)")
+    for door, held in (("timm:", "1 of 2, 50 %"), ("hf:", "1 of 1, 100 %")):
+        for what in ("features", "probe", "step"):
+            assert f"- {door} {what}: {held}" in done.stdout
+    again = run("encoder_coverage", *arguments)
+    assert again.stdout.count("| hf:swin |") == 1  # in the table alone
+    assert len(rows.read_text().splitlines()) == 3
+
+
+def test_coverage_sees_an_update_a_statistic_and_a_shape_that_differ():
+    moved = {"weight": np.full(4, 100.0), "bias": np.full(2, 1e-9), "mean": np.ones(3)}
+    statistics = frozenset(["mean"])
+
+    def furthest(**changed: np.ndarray) -> float:
+        return encoder_coverage.furthest({**moved, **changed}, moved, statistics)
+
+    assert furthest() == 0
+    assert furthest(other=np.ones(9)) == 0  # what torch does not have
+    assert furthest(weight=np.full(4, 101.0)) == pytest.approx(0.01)
+    assert furthest(mean=np.full(3, 0.99)) == pytest.approx(0.01)
+    assert furthest(bias=np.full(2, 2e-9)) < 1e-7  # noise
+    assert encoder_coverage.distance(np.ones(3), np.ones((1, 3))) == np.inf
+    assert encoder_coverage.distance(np.full(3, 1.1), np.ones(3)) == pytest.approx(0.1)
+    row = {"module": "m", "name": "timm:a", "reason": "", "features": 2e-5, "step": [3e-3, 8e-4]}
+    assert encoder_coverage.verdicts(row) == {"features": False, "probe": False, "step": True}
+    assert "| **2.0e-05** |  | 3.0e-03 / 8.0e-04 |" in encoder_coverage.line(row)
+    assert encoder_coverage.verdicts(row | {"step": [3.3e-3, 8e-4]})["step"] is False
 
 
 def gpu(out: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from flax import nnx
 from dlc_jax import expect
 from dlc_jax.encoders import converted, convnext, resnet, vit
 from dlc_jax.encoders.encoder import NO_TOKENS, POOLINGS, Encoder, module_functions
+from dlc_jax.encoders.pickled import efficientnet_lite0
 from dlc_jax.encoders.preparation import TRANSFORMS, preparation
 from dlc_jax.encoders.prunable import chosen_weights
 from dlc_jax.encoders.stored_tensors import (
@@ -33,6 +34,7 @@ from dlc_jax.files.libraries import fetching
 from dlc_jax.types import Params, by_path, path_name
 
 _CONFIG = "config.json"
+EFFICIENTNET = "demo:efficientnet_lite0"
 _NORMALISATION = {"mean?": [float], "std?": [float]}
 # Arguments of timm's models that hand-written ones read from the tensors or do without.
 _KNOWN_ARGUMENTS = {"img_size", "dynamic_img_size", "width", "num_classes"}
@@ -302,7 +304,10 @@ def check_pooling(name: str, pooling: str | None, encoder: Encoder | None = None
 
 def _named_by(weights: str) -> str:
     """Returns the name of the encoder that the `config.json` beside the weights describes."""
-    config = read_json(_locate(weights, only_config=True)[1], _STATED)
+    if weights == EFFICIENTNET:
+        _, config = efficientnet_lite0()
+    else:
+        config = read_json(_locate(weights, only_config=True)[1], _STATED)
     if "architecture" in config:
         name = converted.architecture_of(config["architecture"])
         by_hand = name in ENCODERS and config.get("model_args", {}).keys() <= _KNOWN_ARGUMENTS
@@ -315,17 +320,20 @@ def _named_by(weights: str) -> str:
     )
 
 
-def read_checkpoint(weights: str) -> tuple[Tensors, dict]:
+def read_checkpoint(weights: str) -> tuple[Mapping[str, Any], dict]:
     """Reads which tensors a checkpoint has.
 
     Args:
       weights: A hub id (`timm/resnet18.tv_in1k`), a `.safetensors` file, a folder with
         `model.safetensors` and `config.json`, or `demo:resnet18`, the bundled one.
     Returns:
-      Tensors by their torch names, and the `config.json` beside them ({} if there is none).
+      Tensors by their torch names, those of `demo:efficientnet_lite0` as arrays, and the
+      `config.json` beside them ({} if there is none).
     Raises:
       ValueError: nothing there, the hub cannot be reached, or not a safetensors file.
     """
+    if weights == EFFICIENTNET:
+        return efficientnet_lite0()
     tensors_file, config_file = _locate(weights)
     config = read_json(config_file, _STATED)
     return headers(tensors_file, only_floats=False), config
@@ -371,7 +379,7 @@ def _locate(weights: str, *, only_config: bool = False) -> tuple[Path, Path]:
         )
     path = Path(weights).expanduser()
     if weights.startswith("demo:"):
-        expect.one_of("encoder.weights", weights, ["demo:resnet18"])
+        expect.one_of("encoder.weights", weights, ["demo:resnet18", EFFICIENTNET])
         path = Path(str(resources.files("dlc_jax.datasets") / "sample"))
     if path.is_dir() and only_config:
         return path, path / _CONFIG

@@ -35,6 +35,7 @@ _NOT_IN_BLOCKS = re.compile(
     r"(.*_)?(embed|embeds|embedding|embeddings|pos|position|cpb|rpb|rel)\d*(_.*)?"
     r"|(head|classifier|pre_logits|attn_pool|attnpool|pooler).*"
 )
+_CLASSIFIER = re.compile(r"(^|\.)(classifier|pre_logits)\.")
 
 
 def is_converted(name: str | None) -> bool:
@@ -145,7 +146,8 @@ def converted_encoder(name: str, built: Built, prunable: str | None = None) -> E
     network = TorchNetwork(converted, built.tokens, built.head)
     size = built.image_size
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-    has_tokens = jax.eval_shape(network.tokens, converted.tensors, images).ndim == 3
+    output = jax.eval_shape(network.tokens, converted.tensors, images)
+    has_tokens = getattr(output, "ndim", None) == 3  # some give lists
     apply = network.tokens if has_tokens else network.apply_head
     jax.eval_shape(network.apply_head, converted.tensors, images)
     in_order = {key: number for number, key in enumerate(converted.tensors)}
@@ -180,6 +182,11 @@ def prunable_layers(converted: Converted) -> list[str]:
     that hold two layers or more: `layers.0`, `stages.1.blocks.2`. Embeddings, positions, relative
     ones too, and heads are none, wherever they stand.
     """
+    convolutions = [
+        name
+        for name, kind in converted.layers.items()
+        if kind == "convolution" and not _CLASSIFIER.search(name)
+    ]
     layers = {
         name: kind
         for name, kind in converted.layers.items()
@@ -189,7 +196,7 @@ def prunable_layers(converted: Converted) -> list[str]:
     if converted.mixes_positions or any(layers[name] != "convolution" for name in in_blocks):
         found = in_blocks or list(layers)
     else:
-        found = [name for name, kind in layers.items() if kind == "convolution"]
+        found = convolutions
     if not found:
         raise expect.InputError(
             f"{converted.what}: no convolution or linear layer of torch was found in it that "

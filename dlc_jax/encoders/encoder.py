@@ -101,7 +101,9 @@ class Encoder:
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         for path, leaf in by_path(self.params).items():
-            if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
+            # statistics may be limits, which are infinite where there is none
+            is_bad = np.isnan if path in self.statistics else lambda x: ~np.isfinite(x)
+            if jnp.issubdtype(leaf.dtype, jnp.inexact) and is_bad(leaf).any():
                 raise expect.InputError(
                     f"encoder {self.name}: parameter {path} has values that are NaN or infinite."
                 )

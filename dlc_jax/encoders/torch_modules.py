@@ -230,6 +230,8 @@ def _mode_class() -> type:
                 return function(*(*args, *kwargs.values()))
             if function is functional.interpolate and kwargs.get("antialias"):
                 return self.antialiased(*args, **kwargs)
+            if function is functional.fold:
+                return self.fold(*args, **kwargs)
             if function in random:
                 raise expect.InputError(
                     f"{self.what}: draws random numbers ({function.__name__}) in evaluation mode, "
@@ -263,6 +265,37 @@ def _mode_class() -> type:
             resized = jnp.einsum("bchw,hi,wj->bcij", values, rows, columns)
             return self.env.j2t_iso(resized)
 
+        def fold(
+            self,
+            x: Any,
+            output_size: Any,
+            kernel_size: Any,
+            dilation: Any = 1,
+            padding: Any = 0,
+            stride: Any = 1,
+        ) -> Any:
+            """Adds patches [b, c * h * w, n] up to images; torchax cannot cut the padding off."""
+            given = (output_size, kernel_size, dilation, padding, stride)
+            pairs = [part if isinstance(part, Sequence) else (part, part) for part in given]
+            sides, kernel, dilations, margins, strides = pairs
+            counts, padded = [], []
+            for side, k, d, p, s in zip(*pairs, strict=True):
+                padded.append(side + 2 * p)
+                counts.append((side + 2 * p - d * (k - 1) - 1) // s + 1)
+            values = x.jax()
+            values = values.reshape(len(values), -1, *kernel, *counts)
+            images = jnp.zeros((*values.shape[:2], *padded), values.dtype)
+            for row in range(kernel[0]):
+                for column in range(kernel[1]):
+                    starts = (row * dilations[0], column * dilations[1])
+                    where = [
+                        slice(start, start + s * count, s)
+                        for start, s, count in zip(starts, strides, counts, strict=True)
+                    ]
+                    images = images.at[:, :, *where].add(values[:, :, row, column])
+            (top, left), (height, width) = margins, sides
+            return self.env.j2t_iso(images[:, :, top : top + height, left : left + width])
+
         def batch_norm(
             self,
             x: Any,
@@ -275,7 +308,9 @@ def _mode_class() -> type:
             eps: float = 1e-5,
         ) -> Any:
             """Normalises [b, c, ...] as torch does, over the real samples of a padded batch."""
-            if training and self.real is None:
+            # over one row nothing is shared between images; weights are standardised like this
+            over_images = training and len(x) > 1
+            if over_images and self.real is None:
                 raise expect.InputError(
                     f"{self.what}: normalises over the batch in evaluation mode, so that the "
                     "features of an image depend on the others."
@@ -284,7 +319,8 @@ def _mode_class() -> type:
             values = given.astype(jnp.promote_types(given.dtype, jnp.float32))
             per_channel = (1, -1, *([1] * (values.ndim - 2)))
             if training:
-                mean, var, unbiased = _moments(values, self.real)
+                real = self.real if over_images else jnp.ones(len(values))
+                mean, var, unbiased = _moments(values, real)
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
                     if running is not None:
                         old, new = running.jax(), jax.lax.stop_gradient(new)
@@ -307,6 +343,7 @@ def _moments(values: Array, real: Array | None) -> tuple[Array, Array, Array]:
     """Returns mean, variance and unbiased variance [c] of the real samples of [b, c, ...]."""
     assert real is not None  # training
     axes = (0, *range(2, values.ndim))
+    real = jnp.repeat(real, len(values) // len(real))  # windows or tokens, image by image
     weights = real.astype(values.dtype).reshape(-1, *([1] * (values.ndim - 1)))
     count = real.sum() * (values[0, 0].size)
     mean = (values * weights).sum(axes) / count

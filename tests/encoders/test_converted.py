@@ -87,14 +87,14 @@ def test_masked_copies_side_by_side_are_those_one_after_another(timm, tmp_path, 
     arguments, size = SMALL[name]
     stored(tmp_path, timm, name, arguments)
     encoder = dlc.load_encoder(f"timm:{name}", tmp_path, image_size=size)
-    dataset = dlc.load_dataset("demo:caltech15/train").subset(np.arange(0, 750, 50))
+    dataset = dlc.load_dataset("demo:caltech15/train").subset(np.arange(0, 750, 10))
     images = dlc.Images(dataset, size=size)
     path = dlc.PathSpec(num_probes=4, step=0.2)
     one, side = (
         dlc.probe(encoder, images, path=path, compute=dlc.Compute(chunk=chunk)).losses
         for chunk in (1, 4)
     )
-    np.testing.assert_allclose(one, side, rtol=2e-6)
+    np.testing.assert_allclose(one, side, rtol=1e-5)
     assert np.ptp(one, axis=0).max() > 0  # masks matter
 
 

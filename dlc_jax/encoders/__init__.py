@@ -31,6 +31,7 @@ from dlc_jax.encoders.stored_tensors import (
 )
 from dlc_jax.files.json_files import read_json
 from dlc_jax.files.libraries import fetching
+from dlc_jax.preprocess.transform import PAPER
 from dlc_jax.types import Params, by_path, path_name
 
 _CONFIG = "config.json"
@@ -220,8 +221,8 @@ def load_encoder(
         std=std,
         architecture=(encoder.mean, encoder.std),
     )
-    own = encoder.image_size
-    if image_size is None and own not in (None, prepared.transform.size):  # it takes no other
+    own, is_paper = encoder.image_size, prepared.transform == PAPER
+    if image_size is None and not is_paper and own not in (None, prepared.transform.size):
         scaled = prepared.transform.scaled_side(own)
         resized = dataclasses.replace(prepared.transform, size=own, scaled=scaled)
         prepared = prepared._replace(transform=resized)

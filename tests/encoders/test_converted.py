@@ -82,7 +82,10 @@ def test_features_are_those_of_timm(timm, tmp_path, name):
     assert not any(n.startswith(("head.fc", "fc.", "classifier")) for n in encoder.params)
 
 
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "vit_small_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("efficientnet_lite0", marks=pytest.mark.slow), "vit_small_patch16_224"],
+)
 def test_masked_copies_side_by_side_are_those_one_after_another(timm, tmp_path, name):
     arguments, size = SMALL[name]
     stored(tmp_path, timm, name, arguments)
@@ -162,6 +165,7 @@ def test_batch_norms_train_as_in_torch_on_the_real_samples(timm, tmp_path):
     assert sum(name.endswith("running_var") for name in encoder.statistics) == 49
 
 
+@pytest.mark.slow
 def test_networks_compute_in_bfloat16(timm, tmp_path):
     stored(tmp_path, timm, "efficientnet_lite0", {})
     encoder = dlc.load_encoder("timm:efficientnet_lite0", tmp_path)
@@ -224,13 +228,14 @@ def test_fingerprints_tell_functions_apart(timm, tmp_path):
     assert len(found) == 3
 
 
+@pytest.mark.slow
 def test_both_doors_of_a_checkpoint_agree():
     weights = require_shared("encoders/resnet18_tin64")
     dataset = dlc.load_dataset("demo:caltech15/train").subset(np.arange(0, 750, 15))
     images, path = dlc.Images(dataset, size=32), dlc.PathSpec(num_probes=3)
     losses, masked = [], []
     for name in ("resnet18", "timm:resnet18"):
-        encoder = dlc.load_encoder(name, weights)
+        encoder = dlc.load_encoder(name, weights, transform="paper")
         losses.append(dlc.probe(encoder, images, path=path).losses)
         leaves = jax.tree_util.tree_leaves_with_path(encoder.params)
         paths = ["/".join(str(getattr(k, "key", k)) for k in path) for path, _ in leaves]

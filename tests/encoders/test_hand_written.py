@@ -73,7 +73,7 @@ def load(monkeypatch, tmp_path):
             build = functools.partial(encoders._build_convnext, size)
             architecture = ENCODERS[name]._replace(build=build)
         else:
-            architecture = encoders._vit(size)
+            architecture = encoders._vit(size, "model")
         monkeypatch.setitem(ENCODERS, name, architecture)
         save_file(model.state_dict(), tmp_path / "model.safetensors")
         return dlc.load_encoder(name, str(tmp_path), **options)

@@ -210,7 +210,10 @@ def test_devices_that_are_not_here(measured):
         ({"dataset__train": "folder:nowhere"}, "no such folder"),
         ({"dataset__train": ""}, "dataset.train: missing"),
         ({"encoder__weights": "nowhere/nothing.safetensors"}, "nowhere/nothing.safetensors"),
-        ({"encoder__image_size": 64, "encoder__name": "resnet50"}, "does not fit 'resnet50'"),
+        (
+            {"encoder__image_size": 64, "encoder__name": "resnet50"},
+            "names the architecture 'resnet18'",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_as_ever(measured, settings, said):

@@ -295,7 +295,7 @@ def test_own_images_in_folders_with_one_unreadable_and_one_lonely(tmp_path, samp
         (("--config=configs/demo.py", "--config.stages=('scoer',)"), "Did you mean 'score'"),
         (("--config=configs/demo.py", "--config.dataset.train=folder:/absent"), "no such folder"),
         (("--config=configs/demo.py", "--config.encoder.weights=/absent.safetensors"), "absent"),
-        (("--config=configs/demo.py", "--config.encoder.name=resnet50"), "does not fit"),
+        (("--config=configs/demo.py", "--config.encoder.name=resnet50"), "names the architecture"),
         (("--config=configs/demo.py", "--config.stages=('select',)"), "run the stage 'score'"),
     ],
 )

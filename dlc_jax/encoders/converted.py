@@ -48,7 +48,7 @@ class TorchNetwork:
 
     Args:
       converted: The module.
-      tokens: Module and images [b, 3, s, s] -> tokens [b, t, d], or None where there are none.
+      tokens: Module and images [b, 3, s, s] -> tokens [b, t, d]; anything else: there are none.
       head: Module and images -> [b, d], what a classifier reads.
     """
 
@@ -151,8 +151,10 @@ def converted_encoder(name: str, built: Built, prunable: str | None = None) -> E
     apply = network.tokens if has_tokens else network.apply_head
     jax.eval_shape(network.apply_head, converted.tensors, images)
     in_order = {key: number for number, key in enumerate(converted.tensors)}
-    is_prunable: Callable[[str], bool] = frozenset(prunable_layers(converted)).__contains__
-    if prunable is not None:
+    is_prunable: Callable[[str], bool]
+    if prunable is None:
+        is_prunable = frozenset(prunable_layers(converted)).__contains__
+    else:
         is_prunable = chosen_weights(prunable, {key: key for key in converted.layers}, name)
     return Encoder(
         params=converted.tensors,
@@ -179,8 +181,8 @@ def prunable_layers(converted: Converted) -> list[str]:
 
     Of a network with linear layers in its blocks, or with attention, the convolutions and linear
     layers in its blocks; of any other, all convolutions. Blocks are the numbered parts of a network
-    that hold two layers or more: `layers.0`, `stages.1.blocks.2`. Embeddings, positions, relative
-    ones too, and heads are none, wherever they stand.
+    that hold two layers or more: `layers.0`, `stages.1.blocks.2`; embeddings, positions, relative
+    ones too, and heads are none of them, wherever they stand.
     """
     convolutions = [
         name
@@ -440,7 +442,7 @@ def timm_library(what: str) -> tuple[ModuleType, ModuleType]:
     try:
         import torchvision  # noqa: F401
     except ImportError:
-        pass  # timm says so
+        pass  # importing timm raises then, if it needs it
     except RuntimeError as error:
         if "torchvision::nms" in str(error):
             _define_operators(torch)

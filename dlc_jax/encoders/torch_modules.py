@@ -227,11 +227,12 @@ def _mode_class() -> type:
             if function is functional.batch_norm:
                 return self.batch_norm(*args, **kwargs)
             if function is functional.linear:  # torchax has other names for its arguments
-                return function(*(*args, *kwargs.values()))
+                names = ("input", "weight", "bias")[len(args) :]
+                return function(*args, *(kwargs.get(name) for name in names))
             if function is functional.interpolate and kwargs.get("antialias"):
                 return self.antialiased(*args, **kwargs)
             if function is functional.fold:
-                return self.fold(*args, **kwargs)
+                return self.env.j2t_iso(_fold(*args, **kwargs))
             if function in random:
                 raise expect.InputError(
                     f"{self.what}: draws random numbers ({function.__name__}) in evaluation mode, "
@@ -264,37 +265,6 @@ def _mode_class() -> type:
             rows, columns = (jnp.asarray(w[0, 0].numpy(), values.dtype) for w in weights)
             resized = jnp.einsum("bchw,hi,wj->bcij", values, rows, columns)
             return self.env.j2t_iso(resized)
-
-        def fold(
-            self,
-            x: Any,
-            output_size: Any,
-            kernel_size: Any,
-            dilation: Any = 1,
-            padding: Any = 0,
-            stride: Any = 1,
-        ) -> Any:
-            """Adds patches [b, c * h * w, n] up to images; torchax cannot cut the padding off."""
-            given = (output_size, kernel_size, dilation, padding, stride)
-            pairs = [part if isinstance(part, Sequence) else (part, part) for part in given]
-            sides, kernel, dilations, margins, strides = pairs
-            counts, padded = [], []
-            for side, k, d, p, s in zip(*pairs, strict=True):
-                padded.append(side + 2 * p)
-                counts.append((side + 2 * p - d * (k - 1) - 1) // s + 1)
-            values = x.jax()
-            values = values.reshape(len(values), -1, *kernel, *counts)
-            images = jnp.zeros((*values.shape[:2], *padded), values.dtype)
-            for row in range(kernel[0]):
-                for column in range(kernel[1]):
-                    starts = (row * dilations[0], column * dilations[1])
-                    where = [
-                        slice(start, start + s * count, s)
-                        for start, s, count in zip(starts, strides, counts, strict=True)
-                    ]
-                    images = images.at[:, :, *where].add(values[:, :, row, column])
-            (top, left), (height, width) = margins, sides
-            return self.env.j2t_iso(images[:, :, top : top + height, left : left + width])
 
         def batch_norm(
             self,
@@ -337,6 +307,37 @@ def _mode_class() -> type:
             return self.env.j2t_iso(output.astype(given.dtype))
 
     return Mode
+
+
+def _fold(
+    input: Any,
+    output_size: Any,
+    kernel_size: Any,
+    dilation: Any = 1,
+    padding: Any = 0,
+    stride: Any = 1,
+) -> Array:
+    """Adds patches [b, c * h * w, n] up to images; torchax's own cannot cut the padding off."""
+    given = (output_size, kernel_size, dilation, padding, stride)
+    pairs = [part if isinstance(part, Sequence) else (part, part) for part in given]
+    sides, kernel, dilations, margins, strides = pairs
+    counts, padded = [], []
+    for side, k, d, p, s in zip(*pairs, strict=True):
+        padded.append(side + 2 * p)
+        counts.append((side + 2 * p - d * (k - 1) - 1) // s + 1)
+    values = input.jax()
+    values = values.reshape(len(values), -1, *kernel, *counts)
+    images = jnp.zeros((*values.shape[:2], *padded), values.dtype)
+    for row in range(kernel[0]):
+        for column in range(kernel[1]):
+            starts = (row * dilations[0], column * dilations[1])
+            where = [
+                slice(start, start + s * count, s)
+                for start, s, count in zip(starts, strides, counts, strict=True)
+            ]
+            images = images.at[:, :, *where].add(values[:, :, row, column])
+    (top, left), (height, width) = margins, sides
+    return images[:, :, top : top + height, left : left + width]
 
 
 def _moments(values: Array, real: Array | None) -> tuple[Array, Array, Array]:

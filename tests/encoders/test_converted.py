@@ -293,6 +293,33 @@ def test_networks_that_are_no_function_of_an_image_are_refused(kind, says):
         converted.converted_encoder("timm:unusual", built)
 
 
+def test_functions_with_a_rule_of_our_own_are_torchs():
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(12, 12)
+
+        def forward(self, images):
+            patches = functional.unfold(images, (2, 2), padding=1, stride=2).transpose(1, 2)
+            x = functional.linear(patches, bias=self.layer.bias, weight=self.layer.weight)
+            x = functional.fold(x.transpose(1, 2), (8, 8), (2, 2), padding=1, stride=2)
+            return functional.interpolate(x, size=(5, 11), mode="bicubic", antialias=True)
+
+    module = Own().eval()
+    images = images_of(8)
+    with torch.no_grad():
+        expected = module(as_torch(images)).numpy()
+    network = Converted(module, "own")
+    found, _ = network.call(
+        lambda module, x: module(x), network.tensors, images.transpose(0, 3, 1, 2)
+    )
+    assert relative(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize("missing", ["torch", "torchax", "timm"])
 def test_a_missing_library_is_named_with_what_installs_it(timm, tmp_path, monkeypatch, missing):
     from dlc_jax.encoders import torch_modules

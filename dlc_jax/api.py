@@ -7,7 +7,7 @@ write files do so in the current folder.
 from dlc_jax.datasets import array_dataset, load_dataset, stratified_split
 from dlc_jax.datasets.instructions import Instructions, load_instructions
 from dlc_jax.distributed import Run, make_mesh, use_all_cores
-from dlc_jax.encoders import Encoder, load_encoder
+from dlc_jax.encoders import Encoder, load_encoder, save_encoder
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
 from dlc_jax.expect import InputError
@@ -84,6 +84,7 @@ __all__ = [
     "probe_responses",
     "record_training",
     "response_losses",
+    "save_encoder",
     "score",
     "select",
     "stratified_split",

@@ -29,6 +29,7 @@ SLOW = {
     "probe_responses",
     "record_training",
     "response_losses",
+    "save_encoder",
     "tokenise",
     "tune",
     "use_all_cores",

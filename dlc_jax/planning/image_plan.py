@@ -25,7 +25,7 @@ from dlc_jax.planning.plan import Plan, Work, amount, gib
 from dlc_jax.planning.programs import count_flops
 from dlc_jax.planning.speed import Decoding, scoring_speed
 from dlc_jax.preprocess.cache import ImageCache
-from dlc_jax.probes.images import Layout
+from dlc_jax.probes.images import Compute, Layout
 from dlc_jax.selection import DEFAULT_SPLIT, has_split
 from dlc_jax.training.images import Recorder
 from dlc_jax.types import Dataset
@@ -81,7 +81,7 @@ class ImageCosts:
     def scoring(self) -> ImageScoring:
         """Returns the job of one device."""
         probe = self.config.probe
-        chunk = min(probe.probes_per_call(int(probe.num_probes)), self._probes_each)
+        chunk = min(self._compute.probes_per_call(int(probe.num_probes)), self._probes_each)
         return ImageScoring(
             self.encoder,
             self.size,
@@ -233,7 +233,11 @@ class ImageCosts:
 
     @property
     def _batch_size(self) -> int:
-        return self.config.probe.images_per_call(self.size)
+        return self._compute.images_per_call(self.size)
+
+    @property
+    def _compute(self) -> Compute:
+        return self.config.probe.for_encoder(self.encoder)
 
     @property
     def _probes_each(self) -> int:

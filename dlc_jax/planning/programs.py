@@ -12,6 +12,7 @@ from jax.extend import core
 
 # Never written to memory on their own: XLA computes them where they are used.
 _FREE = ("broadcast_in_dim", "iota")
+_EXPORTED = "call_exported"
 
 
 def peak_bytes(function: Callable, *arguments: Any) -> int:
@@ -53,6 +54,10 @@ def _peak(jaxpr: Any) -> int:
         made = {var: _num_bytes(var, equation.primitive.name) for var in equation.outvars}
         # what it computes inside holds its results at the end
         inside = max(map(_peak, inner_programs(equation.params)), default=0)
+        if equation.primitive.name == _EXPORTED:
+            needed = _lowered(equation).compile().memory_analysis()
+            if needed is not None:  # not every backend tells
+                inside = needed.temp_size_in_bytes + needed.output_size_in_bytes
         peak = max(peak, sum(alive.values()) + max(inside, sum(made.values())))
         alive |= {var: size for var, size in made.items() if last_use.get(var, place) > place}
         for var in equation.invars:
@@ -72,6 +77,14 @@ def inner_programs(value: Any) -> Iterator[Any]:
             yield from inner_programs(part)
 
 
+def _lowered(equation: Any) -> jax.stages.Lowered:
+    """Returns a program that `jax.export` has written, ready to be compiled: all else is hidden."""
+    shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in equation.invars]
+    exported = equation.params["exported"]
+    args, kwargs = jax.tree.unflatten(exported.in_tree, shapes)
+    return jax.jit(exported.call).lower(*args, **kwargs)
+
+
 def _num_bytes(var: Any, operation: str) -> int:
     if operation in _FREE:
         return 0
@@ -82,9 +95,9 @@ def count_flops(function: Callable, *arguments: Any) -> int:
     """Returns the floating-point operations of one call.
 
     Two for each multiplication with addition in matrix products and convolutions, padding and all;
-    what is done element by element is not counted. XLA's own analysis counts the body of a loop
-    once however often it runs, as over probes, and not every backend has one; without loops the two
-    agree.
+    what is done element by element is not counted, but within programs that were exported. XLA's
+    own analysis counts the body of a loop once however often it runs, as over probes, and not every
+    backend has one; without loops the two agree.
 
     Args:
       function: Is traced, not run.
@@ -105,6 +118,8 @@ def _of_equation(equation: Any) -> int:
         made_up = math.prod(params["lhs_dilation"])
         taps = kernel.size // kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return 2 * equation.outvars[0].aval.size * taps // made_up
+    if name == _EXPORTED:
+        return int((_lowered(equation).cost_analysis() or {}).get("flops", 0))
     inside = [sum(map(_of_equation, program.eqns)) for program in inner_programs(params)]
     if name == "cond":
         return max(inside)

@@ -73,6 +73,13 @@ class Compute:
                 )
         expect.one_of("probe.dtype", self.dtype, DTYPES)
 
+    def for_encoder(self, encoder: Encoder) -> Compute:
+        """Returns what suits a bundle: one probe after another, and its batch size by `auto`."""
+        if encoder.batch_size is None:
+            return self
+        size = encoder.batch_size if self.batch_size == AUTO else self.batch_size
+        return dataclasses.replace(self, batch_size=size, chunk=1)
+
     def images_per_call(self, image_size: int) -> int:
         """Returns how many images a program call takes.
 
@@ -124,6 +131,7 @@ def features(
     expect.is_a(Run, run=run)
     compute.check()
     encoder = encoder.for_mode(mode)
+    compute = compute.for_encoder(encoder)
     images = dataclasses.replace(images, transform=encoder.transform)
     encoder.check_image_size(images.side)
     batch_size = compute.images_per_call(images.side)
@@ -201,6 +209,7 @@ def probe(
     path = path.for_mode(mode)
     compute.check()
     encoder = encoder.for_mode(mode)
+    compute = compute.for_encoder(encoder)
     images = dataclasses.replace(images, transform=encoder.transform)
     expect.seed(seed)
     encoder.check_image_size(images.side)

@@ -439,6 +439,9 @@ def load_configured(config: Config, echo: Callable[[str], None] | None = None) -
     settings = config.encoder
     given = {name: getattr(settings, name) for name in ImageTask.encoder_settings}
     encoder = load_encoder(settings.name, settings.weights, **given)
+    if echo is not None and encoder.batch_size is not None:
+        what = f"a bundle for {encoder.batch_size} images of {encoder.image_size} px at a time"
+        echo(f"note: {visible(settings.weights)} is {what}: probe.chunk is 1")
     if encoder.prefix and echo is not None:
         weights, prefix = visible(settings.weights), visible(encoder.prefix)
         echo(f"note: every name in {weights} begins with {prefix!r}, which is left out")

@@ -138,7 +138,7 @@ def _read_scores(job: Job, settings: dict[str, Any]) -> SelectionInputs:
 _Settings: TypeAlias = dict[str, Any]
 _Names: TypeAlias = tuple[str, str]  # in the configuration, and of what was scored
 _SETTINGS = {
-    "asked": {"dataset": {"train": str}, "encoder": {"name": str, "weights": str}},
+    "asked": {"dataset": {"train": str}, "encoder": {"name": (str, None), "weights": str}},
     "encoder?": dict,
     "probe": dict,
     "seed": int,

@@ -205,7 +205,7 @@ def _paths(
                 path,
                 name=str(config.export.released_name),
                 pretrain=config.export.pretrain,
-                arch=made_with["encoder"]["name"],
+                arch=made_with["encoder"]["name"] or "encoder",  # before it is scored
             )
     if len(set(paths.values())) < len(paths):  # 0.3 and 0.1 + 0.2 are two splits here
         raise expect.InputError(

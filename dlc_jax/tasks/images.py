@@ -399,6 +399,7 @@ class ImageTask:
             return {"test_dataset": dataset_facts(test)}
 
         settings = config.to_dict()
+        settings["encoder"] |= {"name": encoder.name}  # which the weights may have decided
         made_with = {name: settings[name] for name in ("mode", "dataset", "encoder", "finetune")}
         made_with["encoder_fingerprint"] = encoder.fingerprint
         made_with["transform"] = encoder.transform.described(images.side)

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 
 import pytest
 from test_measurements import settings_of_few_images
@@ -45,3 +46,20 @@ def test_the_summary_comes_after_tuning_and_before_exports(tmp_path):
         order = places(*stages)
         assert order == sorted(order)
         assert len(order) == 2 + ("export" in stages)
+
+
+def test_an_encoder_that_its_weights_name_is_taken_by_all_stages(tmp_path):
+    """Each as a command of its own: what one has recorded the next one reads."""
+    values = settings_of_few_images(tmp_path)
+    values["encoder"]["name"] = None
+    values["selection"] = {"methods": ("easiest", "random"), "keep_fractions": (0.5,)}
+    values["dataset"]["test"] = values["dataset"]["train"]
+    values["finetune"] = {"epochs": 1, "linear_probe": True, "full_set": False}
+    said: list[str] = []
+    for stage in ("score", "select", "finetune", "report"):
+        pipeline.run(Config.of({**values, "stages": (stage,)}), tmp_path / "run", said.append)
+    assert any("2 of the 2 runs asked for are finished" in text for text in said)
+    record = json.loads((tmp_path / "run/records/score.json").read_text())["settings"]
+    assert record["asked"]["encoder"]["name"] is None
+    assert record["encoder"]["name"] == "resnet18"
+    assert (tmp_path / "run/report/results.md").is_file()

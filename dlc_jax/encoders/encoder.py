@@ -64,6 +64,8 @@ class Encoder:
       prunable: Globs over names of the checkpoint that `is_prunable` was made of; None: a rule of
         the architecture.
       transform: How images are prepared, but for normalisation; the paper's is the default.
+      drop_path, dropout: Rates of stochastic depth and of dropout while a converted network is
+        fine-tuned; above 0, its params are given the entry `random_key` [2] then.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -88,6 +90,8 @@ class Encoder:
     function: str = dataclasses.field(default="", repr=False)
     prunable: str | None = None
     transform: Transform = PAPER
+    drop_path: float = 0.0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.pooling is not None:

@@ -212,9 +212,7 @@ def test_batch_norm_networks_are_trained_in_bfloat16(timm, tmp_path, small_sampl
     stored(tmp_path, timm, "test_efficientnet", {})
     encoder = dlc.load_encoder("timm:test_efficientnet", tmp_path)
     exact, coarse = (
-        dlc.finetune(
-            encoder, small_sample, test=small_sample, settings=FinetuneConfig(dtype=dtype), **FAST
-        )
+        dlc.finetune(encoder, small_sample, settings=FinetuneConfig(dtype=dtype), **FAST)
         for dtype in ("float32", "bfloat16")
     )
     losses = [[line["train_loss"] for line in run.history] for run in (exact, coarse)]

@@ -11,7 +11,14 @@ from dlc_jax.config.kinds import KINDS
 from dlc_jax.datasets import load_dataset
 from dlc_jax.datasets.templates import TEMPLATES
 from dlc_jax.distributed import cores_are_devices, make_mesh, one_device
-from dlc_jax.encoders import ENCODERS, POOLINGS, TRANSFORMS, check_pooling, default_transform
+from dlc_jax.encoders import (
+    ENCODERS,
+    POOLINGS,
+    TRANSFORMS,
+    check_pooling,
+    check_rates,
+    default_transform,
+)
 from dlc_jax.encoders.converted import is_converted
 from dlc_jax.encoders.language_model import DECODER
 from dlc_jax.exports import FORMS, PARTS, RELEASED
@@ -95,6 +102,8 @@ class EncoderConfig:
     prunable: str | None = setting(
         None, "globs over the checkpoint's names of weights to mask; None: by architecture"
     )
+    drop_path: float = setting(0.0, "rate of stochastic depth in fine-tuning, of timm: and hf:")
+    dropout: float = setting(0.0, "rate of dropout in fine-tuning, of timm: and hf:")
 
     def check(self) -> None:
         if not self.weights and not is_converted(self.name):
@@ -112,6 +121,7 @@ class EncoderConfig:
             expect.one_of("encoder.pooling", self.pooling, POOLINGS)
         if self.max_length is not None:
             expect.at_least("encoder.max_length", self.max_length, 2)
+        check_rates(self.name, {"drop_path": self.drop_path, "dropout": self.dropout})
         expect.normalisation(self.mean, self.std)
 
     def for_mode(self, mode: str) -> EncoderConfig:

@@ -152,6 +152,8 @@ def load_encoder(
     image_size: int | None = None,
     prunable: str | None = None,
     transform: str | None = None,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
 ) -> Encoder:
     """Loads a pre-trained encoder, without its classifier.
 
@@ -176,6 +178,8 @@ def load_encoder(
         size, crop and interpolation of the checkpoint's `config.json`, as timm prepares images for
         evaluation, or of transformers' `preprocessor_config.json`; None: `paper` for ResNets and
         the ViTs of the paper, `model` for all others.
+      drop_path, dropout: Rates, in [0, 1), of stochastic depth and of dropout where a converted
+        network has them, while it is fine-tuned; whatever its configuration states, 0 by default.
     Returns:
       The encoder; `prefix` is what was removed from all names of the checkpoint, e.g. `module.`.
     Raises:
@@ -183,7 +187,7 @@ def load_encoder(
         architecture, a glob that matches no weight, an image size that the network does not take,
         or a checkpoint that does not fit; ten each of entries without a place, parameters without
         an entry and wrong shapes are listed. Of converted ones also: libraries that are not
-        installed, networks that cannot be converted.
+        installed, networks that cannot be converted, rates of what the network does not have.
     Example:
       >>> encoder = dlc.load_encoder("resnet18", "demo:resnet18")
       >>> encoder.mean, encoder.params["conv1"]["kernel"].shape
@@ -195,13 +199,17 @@ def load_encoder(
     weights = str(weights)
     if (file := bundle_at(weights)) is not None:
         wanted = {"name": name, "image_size": image_size, "prunable": prunable}
+        wanted |= {"drop_path": drop_path or None, "dropout": dropout or None}
         return _of_bundle(file, wanted, pooling, mean, std, transform)
     name = _named_by(weights) if name is None else name
+    rates = {"drop_path": drop_path, "dropout": dropout}
+    check_rates(name, rates)
+    rates = {key: rate for key, rate in rates.items() if rate}
     built: converted.Built | None
     config: dict = {}
     if name.startswith(converted.TRANSFORMERS):
-        built = converted.transformers_module(name, weights, image_size)
-        encoder = converted.converted_encoder(name, built, prunable)
+        built = converted.transformers_module(name, weights, image_size, rates)
+        encoder = converted.converted_encoder(name, built, prunable, rates)
     else:
         if not converted.is_converted(name):
             expect.one_of("encoder.name", name, ENCODERS)
@@ -210,8 +218,8 @@ def load_encoder(
         tensors, config = read_checkpoint(weights)
         _check_architecture(name, config, weights)
         if converted.is_converted(name):
-            built = converted.timm_module(name, tensors, config, weights, image_size)
-            encoder = converted.converted_encoder(name, built, prunable)
+            built = converted.timm_module(name, tensors, config, weights, image_size, rates)
+            encoder = converted.converted_encoder(name, built, prunable, rates)
         else:
             built = None
             encoder = _hand_written(name, tensors, weights, image_size, prunable)
@@ -254,7 +262,7 @@ def _of_bundle(
         if value is not None and value != (own := getattr(encoder, field)):
             raise expect.InputError(
                 f"encoder.{field}: {path} is a bundle that was saved with {own!r}, got {value!r}; "
-                "make another one of the encoder that you want by save_encoder."
+                "expected the same, another bundle by save_encoder, or the checkpoint itself."
             )
     check_pooling(encoder.name, pooling, encoder)
     changes: dict[str, Any] = {}
@@ -347,6 +355,18 @@ def check_pooling(name: str, pooling: str | None, encoder: Encoder | None = None
         of_converted = POOLINGS if encoder is not None and encoder.head == "own" else NO_TOKENS
         choices = ENCODERS[name].poolings if name in ENCODERS else of_converted
         expect.one_of(f"encoder.pooling of {name}", pooling, choices)
+
+
+def check_rates(name: str | None, rates: Mapping[str, float]) -> None:
+    """Raises ValueError for a rate out of [0, 1), or one for a hand-written network."""
+    for key, rate in rates.items():
+        expect.at_least(f"encoder.{key}", rate, 0)
+        expect.at_most(f"encoder.{key}", rate, 1, exclusive=True)
+        if rate and name in ENCODERS:
+            raise expect.InputError(
+                f"encoder.{key}: the hand-written {name} has none; expected encoder.name "
+                f"'timm:{name}'."
+            )
 
 
 def _named_by(weights: str) -> str:

@@ -99,6 +99,11 @@ def save_encoder(
         raise expect.InputError(
             f"encoder {encoder.name}: {found}; expected one of {' or '.join(CONVERTED)}"
         )
+    if encoder.drop_path or encoder.dropout:
+        raise expect.InputError(
+            f"encoder {encoder.name}: has drop_path {encoder.drop_path} and dropout "
+            f"{encoder.dropout}, and a bundle trains without; expected 0."
+        )
     side = image_size or encoder.image_size or encoder.transform.size
     encoder.check_image_size(side)
     programs = _programs(encoder, side, batch_size)

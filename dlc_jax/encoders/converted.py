@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import json
@@ -24,7 +25,7 @@ from dlc_jax.encoders.encoder import Encoder
 from dlc_jax.encoders.preparation import PROCESSOR
 from dlc_jax.encoders.prunable import chosen_weights
 from dlc_jax.encoders.stored_tensors import matches, opened, without_prefix
-from dlc_jax.encoders.torch_modules import Converted, optional
+from dlc_jax.encoders.torch_modules import RANDOM_KEY, Converted, optional
 from dlc_jax.files.json_files import read_json
 from dlc_jax.files.libraries import fetching
 from dlc_jax.types import Params
@@ -35,6 +36,7 @@ _NOT_IN_BLOCKS = re.compile(
     r"(.*_)?(embed|embeds|embedding|embeddings|pos|position|cpb|rpb|rel)\d*(_.*)?"
     r"|(head|classifier|pre_logits|attn_pool|attnpool|pooler).*"
 )
+_RATES_OF_TIMM = {"drop_path": "drop_path_rate", "dropout": "drop_rate"}
 _CLASSIFIER = re.compile(r"(^|\.)(classifier|pre_logits)\.")
 
 
@@ -71,7 +73,11 @@ class TorchNetwork:
     def apply_training(
         self, params: Params, images: Float[Array, "b s s 3"], real: Float[Array, " b"]
     ) -> tuple[Array, Params]:
-        """Returns the same in training mode, and all parameters with running statistics moved."""
+        """Returns the same in training mode, and all parameters with running statistics moved.
+
+        With a key, [2], as `RANDOM_KEY` of the parameters, dropout and stochastic depth draw from
+        it, and it is moved as well.
+        """
         output, changed = self._run(self._head, params, images, real)
         return output, {**params, **changed}
 
@@ -101,7 +107,9 @@ class TorchNetwork:
             else tensor
             for name, tensor in params.items()
         }
-        return self._converted.call(run, tensors, jnp.moveaxis(images, -1, 1), real=real)
+        key = tensors.pop(RANDOM_KEY, None)
+        key = None if real is None else key
+        return self._converted.call(run, tensors, jnp.moveaxis(images, -1, 1), real=real, key=key)
 
 
 class Built(NamedTuple):
@@ -131,16 +139,19 @@ class Built(NamedTuple):
     prefix: str = ""
 
 
-def converted_encoder(name: str, built: Built, prunable: str | None = None) -> Encoder:
+def converted_encoder(
+    name: str, built: Built, prunable: str | None = None, rates: Mapping[str, float] = {}
+) -> Encoder:
     """Returns a module of torch as an encoder; the module is of no other use afterwards.
 
     Args:
       name: For messages and provenance.
       built: The module and what is known of it.
       prunable: See `load_encoder`.
+      rates: `drop_path` and `dropout` that it was built with, where they are asked for.
     Raises:
       ValueError: it does not take images of this size, or cannot be converted; a glob that matches
-        no weight.
+        no weight; a rate that changes nothing.
     """
     converted = Converted(built.module, name)
     network = TorchNetwork(converted, built.tokens, built.head)
@@ -150,6 +161,11 @@ def converted_encoder(name: str, built: Built, prunable: str | None = None) -> E
     has_tokens = getattr(output, "ndim", None) == 3  # some give lists
     apply = network.tokens if has_tokens else network.apply_head
     jax.eval_shape(network.apply_head, converted.tensors, images)
+    if rates:
+        key, real = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.float32)
+        jax.eval_shape(network.apply_training, {**converted.tensors, RANDOM_KEY: key}, images, real)
+    if absent := [rate for rate in rates if rate not in converted.drawn]:
+        raise expect.InputError(f"encoder.{absent[0]}: {name} has none; expected 0.")
     in_order = {key: number for number, key in enumerate(converted.tensors)}
     is_prunable: Callable[[str], bool]
     if prunable is None:
@@ -173,6 +189,8 @@ def converted_encoder(name: str, built: Built, prunable: str | None = None) -> E
         head="own" if has_tokens else "mean",
         function=built.function,
         prefix=built.prefix,
+        drop_path=rates.get("drop_path", 0.0),
+        dropout=rates.get("dropout", 0.0),
     )
 
 
@@ -223,6 +241,7 @@ def timm_module(
     config: Mapping[str, Any],
     weights: str,
     image_size: int | None,
+    rates: Mapping[str, float] = {},
 ) -> Built:
     """Returns a network of timm with a checkpoint's weights, without its classifier.
 
@@ -231,18 +250,23 @@ def timm_module(
       tensors, config: From `read_checkpoint`, or arrays by name.
       weights: Where they come from.
       image_size: Side of the images in pixels; None: the network's own.
+      rates: `drop_path` and `dropout` while it is trained, where they are asked for.
     Raises:
       ValueError: timm is not there, or has no such architecture; a checkpoint that does not fit; a
-        size that the network does not take.
+        size that the network does not take, or a rate.
     """
     torch, timm = timm_library(name)
     architecture = architecture_of(name)
     if not timm.is_model(architecture):
         expect.one_of("encoder.name", name, [TIMM + known for known in timm.list_models()])
     arguments = dict(config.get("model_args", {}))
-    build = functools.partial(timm.create_model, architecture, **arguments)
-    problem = f"encoder.name: {name} cannot be built"
+    built_with, problem = arguments, f"encoder.name: {name} cannot be built"
     problem += f" with model_args {arguments} of {weights}" if arguments else ""
+    if rates:  # and no others, whatever the checkpoint was trained with
+        built_with = {key: value for key, value in arguments.items() if "drop" not in key}
+        built_with |= {_RATES_OF_TIMM[rate]: value for rate, value in rates.items()}
+        problem = f"encoder.{' and encoder.'.join(rates)}: {name} cannot be built with it"
+    build = functools.partial(timm.create_model, architecture, **built_with)
     with expect.refusing(problem, Exception, shown=expect.first_line), _quiet():
         module = build(num_classes=0)
         try:
@@ -306,7 +330,9 @@ def hub_id(name: str) -> str:
     return f"{found.hf_hub_id.rstrip('/')}{'' if '.' in found.hf_hub_id else '.' + found.tag}"
 
 
-def transformers_module(name: str, weights: str, image_size: int | None) -> Built:
+def transformers_module(
+    name: str, weights: str, image_size: int | None, rates: Mapping[str, float] = {}
+) -> Built:
     """Returns a vision model of transformers with its weights.
 
     Of a model of images and text, its part for images.
@@ -315,6 +341,7 @@ def transformers_module(name: str, weights: str, image_size: int | None) -> Buil
       name: `hf:` and a hub id or a folder.
       weights: A hub id or a folder; empty: that of the name.
       image_size: Side of the images in pixels; None: the network's own.
+      rates: `drop_path` and `dropout` while it is trained, where they are asked for.
     Raises:
       ValueError: torch is not there; no such model, no vision model, or not all of its weights.
     """
@@ -335,7 +362,7 @@ def transformers_module(name: str, weights: str, image_size: int | None) -> Buil
         config = getattr(whole, "vision_config", None) or whole
         module, info = transformers.AutoModel.from_pretrained(
             source,
-            config=config,
+            config=_with_rates(config, rates),
             dtype=torch.float32,
             output_loading_info=True,
             attn_implementation="eager",
@@ -379,6 +406,17 @@ def transformers_module(name: str, weights: str, image_size: int | None) -> Buil
         function=function,
         processor=processor,
     )
+
+
+def _with_rates(config: Any, rates: Mapping[str, float]) -> Any:
+    """Returns a configuration of transformers with these rates, where any are asked for."""
+    if not rates:
+        return config
+    changed = copy.deepcopy(config)
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, int | float):
+            setattr(changed, key, rates.get("drop_path" if "path" in key else "dropout", 0.0))
+    return changed
 
 
 def _last_hidden_state(arguments: Mapping[str, Any], module: Any, images: Any) -> Any:

@@ -66,6 +66,8 @@ class Encoder:
       transform: How images are prepared, but for normalisation; the paper's is the default.
       batch_size: Images that the functions compute at a time, of a bundle: other numbers are filled
         up, and probes run one after another. None: any number, and probes side by side.
+      drop_path, dropout: Rates of stochastic depth and of dropout while a converted network is
+        fine-tuned; above 0, its params are given the entry `random_key` [2] then.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -91,6 +93,8 @@ class Encoder:
     prunable: str | None = None
     transform: Transform = PAPER
     batch_size: int | None = None
+    drop_path: float = 0.0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.pooling is not None:

@@ -66,6 +66,9 @@ def environment() -> Any:
         packet.__getattr__ = found
 
 
+RANDOM_KEY = "random_key"  # among the parameters of a network: what its dropout draws from
+
+
 class _Slot(NamedTuple):
     """A place of a module where a tensor is; `entries` is one of the module's dictionaries."""
 
@@ -78,7 +81,7 @@ class Converted:
     """A torch module without its tensors, as a function of them.
 
     Tied tensors have one name, the first. Everything computes as in evaluation mode, but for batch
-    norms, which `call` may train.
+    norms, which `call` may train, and dropout, which it may give a key.
 
     Args:
       module: Its tensors are taken out of it; it is of no other use afterwards.
@@ -91,12 +94,14 @@ class Converted:
       layers: Names of weights of convolutions and linear layers: `convolution` or `linear layer`.
       mixes_positions: Whether the last call multiplied activations with each other, as attention
         does.
+      drawn: What the last call drew random numbers for: `dropout`, `drop_path`.
     """
 
     def __init__(self, module: Any, what: str):
         torch = optional("torch", what)
         self.what = what
         self.mixes_positions = False
+        self.drawn: set[str] = set()
         self._module = module.eval()
         self._slots: list[_Slot] = []
         norms = torch.nn.modules.batchnorm._BatchNorm
@@ -135,6 +140,7 @@ class Converted:
         tensors: Mapping[str, Array],
         *args: Array,
         real: Array | None = None,
+        key: Array | None = None,
     ) -> tuple[Any, dict[str, Array]]:
         """Runs the module; traceable.
 
@@ -144,16 +150,19 @@ class Converted:
           args: Arrays.
           real: [b] 1 for samples and 0 for padding: batch norms train on the real samples, and
             their running statistics move. None: evaluation mode.
+          key: What dropout and stochastic depth draw from, [2]. None: they are off.
         Returns:
-          What `run` gave, and the tensors that were changed in place.
+          What `run` gave, and the tensors that were changed in place; the next call's key is
+          `RANDOM_KEY` among them.
         Raises:
           ValueError: an operator that torchax lacks, or one that draws random numbers.
         """
         env = environment()
         inside = {name: env.j2t_iso(tensor) for name, tensor in tensors.items()}
         names = {id(tensor): name for name, tensor in inside.items()}
-        mode = _mode_class()(env, self.what, names, real)
+        mode = _mode_class()(env, self.what, names, real, key)
         self._fill(inside)
+        self._module.train(key is not None)
         for norm in self._batch_norms:
             norm.training = real is not None
         try:
@@ -165,10 +174,11 @@ class Converted:
             raise _explained(error, self.what) from error
         finally:
             self._fill(dict.fromkeys(inside))
-            for norm in self._batch_norms:
-                norm.training = False
-        self.mixes_positions = mode.mixes_positions
+            self._module.eval()
+        self.mixes_positions, self.drawn = mode.mixes_positions, mode.drawn
         changed = {n: t.jax() for n, t in inside.items() if t.jax() is not tensors[n]}
+        if key is not None:
+            changed[RANDOM_KEY] = mode.key
         return env.t2j_iso(output), changed | mode.moved
 
     def _fill(self, tensors: Mapping[str, Any]) -> None:
@@ -214,13 +224,21 @@ def _mode_class() -> type:
     }  # fmt: skip
 
     class Mode(torch.overrides.TorchFunctionMode):  # type: ignore[name-defined]
-        """Batch norms by our own rule, random numbers refused, attention noticed."""
+        """Batch norms by our own rule, random numbers from a key or refused, attention noticed."""
 
-        def __init__(self, env: Any, what: str, names: dict[int, str], real: Array | None):
+        def __init__(
+            self,
+            env: Any,
+            what: str,
+            names: dict[int, str],
+            real: Array | None,
+            key: Array | None,
+        ):
             super().__init__()
-            self.env, self.what, self.names, self.real = env, what, names, real
+            self.env, self.what, self.names, self.real, self.key = env, what, names, real, key
             self.moved: dict[str, Array] = {}
             self.mixes_positions = False
+            self.drawn: set[str] = set()
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
             kwargs = kwargs or {}
@@ -233,10 +251,15 @@ def _mode_class() -> type:
                 return self.antialiased(*args, **kwargs)
             if function is functional.fold:
                 return self.env.j2t_iso(_fold(*args, **kwargs))
+            if self.key is not None and function in drawn_from_key:
+                return self.env.j2t_iso(drawn_from_key[function](self, *args, **kwargs))
             if function in random:
+                where = "in evaluation mode, so that its features are no function of image and "
+                where += "weights"
+                if self.key is not None:
+                    where = "in training that are neither dropout nor stochastic depth"
                 raise expect.InputError(
-                    f"{self.what}: draws random numbers ({function.__name__}) in evaluation mode, "
-                    "so that its features are no function of image and weights."
+                    f"{self.what}: draws random numbers ({function.__name__}) {where}."
                 )
             if function in attention or (function in products and self.are_activations(args)):
                 self.mixes_positions = True
@@ -247,6 +270,33 @@ def _mode_class() -> type:
             return len(tensors) > 1 and all(
                 tensor.ndim > 2 and id(tensor) not in self.names for tensor in tensors
             )
+
+        def next_key(self, what: str) -> Array:
+            self.drawn.add(what)
+            assert self.key is not None
+            self.key, key = jax.random.split(self.key)
+            return key
+
+        def dropout(
+            self, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+        ) -> Array:
+            """Zeroes a share p of all values, and scales the others to the same mean."""
+            values = x.jax()
+            if not training or p == 0:
+                return values
+            kept = jax.random.bernoulli(self.next_key("dropout"), 1 - p, values.shape)
+            return jnp.where(kept, values / (1 - p), 0)
+
+        def bernoulli(self, x: Any, p: float = 0.5) -> Array:
+            """Returns 0 and 1, as timm's stochastic depth draws them."""
+            kept = jax.random.bernoulli(self.next_key("drop_path"), p, tuple(x.shape))
+            return kept.astype(str(x.dtype).removeprefix("torch."))
+
+        def rand(self, *size: Any, dtype: Any = None, device: Any = None) -> Array:
+            """Returns numbers in [0, 1), as stochastic depth of transformers draws them."""
+            shape = size[0] if isinstance(size[0], Sequence) else size
+            name = str(dtype or torch.float32).removeprefix("torch.")
+            return jax.random.uniform(self.next_key("drop_path"), tuple(shape), name)
 
         def antialiased(
             self, x: Any, size: Any = None, scale_factor: Any = None, **how: Any
@@ -306,6 +356,11 @@ def _mode_class() -> type:
                 output = output + bias.jax().reshape(per_channel)
             return self.env.j2t_iso(output.astype(given.dtype))
 
+    drawn_from_key: dict[Any, Callable[..., Array]] = {
+        functional.dropout: Mode.dropout,
+        torch.Tensor.bernoulli_: Mode.bernoulli,
+        torch.rand: Mode.rand,
+    }
     return Mode
 
 

@@ -141,7 +141,7 @@ def cast(params: Params, dtype: str) -> Params:
 
 
 def pooled(output: Any, num_images: int, pooling: str) -> Float[Array, "b d"]:
-    """Returns what a network gave as one float32 vector per image.
+    """Returns what a network gave as one vector per image, float32 or wider.
 
     Raises:
       ValueError: it is not features, a map or tokens for that many images.
@@ -158,7 +158,7 @@ def pooled(output: Any, num_images: int, pooling: str) -> Float[Array, "b d"]:
             f"encoder.head: 'own' needs features [b, d], got an array of shape {shape}; expected "
             "apply_head, or 'mean' or 'cls'."
         )
-    return pool(output.astype(jnp.float32), pooling)
+    return pool(output.astype(jnp.promote_types(output.dtype, jnp.float32)), pooling)
 
 
 @functools.partial(_compiled, static_argnames=("forward",))

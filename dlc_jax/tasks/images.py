@@ -438,7 +438,8 @@ class ImageTask:
 def load_configured(config: Config, echo: Callable[[str], None] | None = None) -> Encoder:
     """Returns the encoder that the configuration names, before `mode` decides anything."""
     settings = config.encoder
-    given = {name: getattr(settings, name) for name in ImageTask.encoder_settings}
+    names = (*ImageTask.encoder_settings, "drop_path", "dropout")  # which no score depends on
+    given = {name: getattr(settings, name) for name in names}
     encoder = load_encoder(settings.name, settings.weights, **given)
     if echo is not None and encoder.batch_size is not None:
         what = f"a bundle for {encoder.batch_size} images of {encoder.image_size} px at a time"

@@ -192,6 +192,8 @@ def test_what_cannot_be_saved(tmp_path, bundle):
         dlc.save_encoder(encoder, path, batch_size=0)
     with pytest.raises(ValueError, match="a bundle already"):
         dlc.save_encoder(dlc.load_encoder(None, bundle), path)
+    with pytest.raises(ValueError, match="has drop_path 0.1 and dropout 0.0, and a bundle trains"):
+        dlc.save_encoder(small(drop_path=0.1), path)
     by_hand = dlc.load_encoder("resnet18", "demo:resnet18")
     with pytest.raises(ValueError, match="encoder resnet18: needs no torch; expected one of timm:"):
         dlc.save_encoder(by_hand, path)
@@ -214,6 +216,7 @@ def test_what_cannot_be_saved(tmp_path, bundle):
         ),
         ({"image_size": 32}, r"encoder\.image_size: .* was saved with 16, got 32"),
         ({"prunable": "layer*"}, r"encoder\.prunable: .* with None, got 'layer\*'"),
+        ({"dropout": 0.5}, r"encoder\.dropout: .* was saved with 0\.0, got 0\.5; .* checkpoint"),
         ({"transform": "model"}, r"encoder\.transform: 'model', and .* as in the paper"),
         ({"pooling": "cls"}, r"encoder\.pooling of timm:small"),
     ],

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, Integer
 from dlc_jax import expect
 from dlc_jax.distributed import Run, fetch, from_rows_here, one_device, rows_here
 from dlc_jax.encoders import Encoder
+from dlc_jax.encoders.torch_modules import RANDOM_KEY
 from dlc_jax.preprocess.images import Images, check_dataset
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.selection import kept_positions
@@ -81,9 +82,12 @@ class Finetuner:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that its runs have in common."""
+        encoder = self._encoder
+        rates = {"drop_path": encoder.drop_path, "dropout": encoder.dropout}
         return artefacts.key_of(
             "fine-tuning",
             {
+                **{name: rate for name, rate in rates.items() if rate},
                 "settings": self._settings.decisive,
                 **self.made_of,
                 "head": self._encoder.head,
@@ -151,6 +155,8 @@ class Finetuner:
         if self._settings.linear_probe:
             return TrainState.start({}, frozenset(), head, self._sgd)
         params = jax.tree.map(seeded, encoder.params)
+        if encoder.drop_path or encoder.dropout:
+            params = {**params, RANDOM_KEY: jax.random.PRNGKey(seed)}
         return TrainState.start(params, encoder.statistics, head, self._sgd)
 
     def rates(self, steps_per_epoch: int) -> list[float]:

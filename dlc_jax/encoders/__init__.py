@@ -198,7 +198,7 @@ def load_encoder(
         expect.integer("encoder.image_size", image_size, 8)
     weights = str(weights)
     if (file := bundle_at(weights)) is not None:
-        wanted = {"name": name, "image_size": image_size, "prunable": prunable}
+        wanted: dict[str, Any] = {"name": name, "image_size": image_size, "prunable": prunable}
         wanted |= {"drop_path": drop_path or None, "dropout": dropout or None}
         return _of_bundle(file, wanted, pooling, mean, std, transform)
     name = _named_by(weights) if name is None else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +104,7 @@ class Converted:
         self.mixes_positions = False
         self.drawn: set[str] = set()
         self._module = module.eval()
+        self._of_all_modules = vars(torch.nn.Module()).keys()
         self._slots: list[_Slot] = []
         norms = torch.nn.modules.batchnorm._BatchNorm
         self._batch_norms = [m for m in module.modules() if isinstance(m, norms)]
@@ -161,6 +163,7 @@ class Converted:
         inside = {name: env.j2t_iso(tensor) for name, tensor in tensors.items()}
         names = {id(tensor): name for name, tensor in inside.items()}
         mode = _mode_class()(env, self.what, names, real, key)
+        before = self._attributes()
         self._fill(inside)
         self._module.train(key is not None)
         for norm in self._batch_norms:
@@ -175,11 +178,27 @@ class Converted:
         finally:
             self._fill(dict.fromkeys(inside))
             self._module.eval()
+            for owner, kept in before:  # what it cached belongs to this trace
+                for name in self._own(owner) - kept.keys():
+                    del vars(owner)[name]
+                vars(owner).update(kept)
         self.mixes_positions, self.drawn = mode.mixes_positions, mode.drawn
         changed = {n: t.jax() for n, t in inside.items() if t.jax() is not tensors[n]}
         if key is not None:
             changed[RANDOM_KEY] = mode.key
         return env.t2j_iso(output), changed | mode.moved
+
+    def _attributes(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Returns every part of the module with what its class has put into it."""
+        found = []
+        for owner in self._module.modules():
+            kept = {name: vars(owner)[name] for name in self._own(owner)}
+            caches = {n: copy.copy(v) for n, v in kept.items() if isinstance(v, dict | list)}
+            found.append((owner, kept | caches))
+        return found
+
+    def _own(self, owner: Any) -> set[str]:
+        return vars(owner).keys() - self._of_all_modules
 
     def _fill(self, tensors: Mapping[str, Any]) -> None:
         for slot in self._slots:

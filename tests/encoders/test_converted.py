@@ -252,6 +252,39 @@ def unusual(kind):
     return Unusual()
 
 
+def test_what_a_network_caches_does_not_outlive_a_trace():
+    """LeViT's biases: a cached tensor of one program is of no use in the next."""
+    import torch
+    from torch import nn
+
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(12, 4)
+            self.cache = {}
+
+        def forward(self, images):
+            if "weight" not in self.cache:
+                self.cache["weight"] = 2 * self.layer.weight
+            if not hasattr(self, "seen"):
+                self.seen = self.cache["weight"] + 1
+            return images.flatten(1) @ self.seen.T
+
+    torch.manual_seed(0)
+    module = Caching()
+    network = Converted(module, "caching")
+    images = images_of(2)
+    kernel = network.tensors["layer.weight"]
+    for times in (1, 3):
+        tensors = {**network.tensors, "layer.weight": times * kernel}
+        call = jax.jit(lambda t, x: network.call(lambda m, x: m(x), t, x)[0])
+        found = call(tensors, jnp.moveaxis(images, -1, 1))
+        expected = images.transpose(0, 3, 1, 2).reshape(3, -1) @ (2 * times * kernel + 1).T
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert not module.cache
+    assert not hasattr(module, "seen")
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
     [

@@ -97,14 +97,16 @@ def save_encoder(
     if encoder.batch_size is not None or not is_converted(encoder.name):
         found = "is a bundle already" if encoder.batch_size is not None else "needs no torch"
         raise expect.InputError(
-            f"encoder {encoder.name}: {found}; expected one of {' or '.join(CONVERTED)}"
+            f"encoder {encoder.name}: {found}; expected one of {' or '.join(CONVERTED)}."
         )
     if encoder.drop_path or encoder.dropout:
         raise expect.InputError(
             f"encoder {encoder.name}: has drop_path {encoder.drop_path} and dropout "
             f"{encoder.dropout}, and a bundle trains without; expected 0."
         )
-    side = image_size or encoder.image_size or encoder.transform.size
+    side = image_size
+    if side is None:
+        side = encoder.transform.size if encoder.image_size is None else encoder.image_size
     encoder.check_image_size(side)
     programs = _programs(encoder, side, batch_size)
     metadata = {_METADATA: json.dumps(_stated(encoder, side, batch_size))}

@@ -132,7 +132,7 @@ def test_random_networks_rank_alike_through_both_doors(name, size, photographs, 
         for door in ("", "timm:")
     ]
     print(name, within_classes(*doors), num_differing(*doors), np.std(doors[0].scores))
-    print(name, np.abs(doors[1].scores/ doors[0].scores-1).max())
+    print(name, np.abs(doors[1].scores / doors[0].scores - 1).max())
     assert within_classes(*doors) >= 0.9999
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dlc_jax import expect
+from dlc_jax.encoders.convnext import depthwise
 
 
 def optional(name: str, what: str) -> ModuleType:
@@ -268,6 +270,9 @@ def _mode_class() -> type:
                 return function(*args, *(kwargs.get(name) for name in names))
             if function is functional.interpolate and kwargs.get("antialias"):
                 return self.antialiased(*args, **kwargs)
+            if function is functional.conv2d:
+                output = _convolved(*args, **kwargs)
+                return function(*args, **kwargs) if output is None else self.env.j2t_iso(output)
             if function is functional.fold:
                 return self.env.j2t_iso(_fold(*args, **kwargs))
             if self.key is not None and function in drawn_from_key:
@@ -383,6 +388,60 @@ def _mode_class() -> type:
     return Mode
 
 
+def _pairs(*given: Any) -> list[Any]:
+    """Returns what there is for rows and columns, where it is one number for both too."""
+    return [part if isinstance(part, Sequence) else (part, part) for part in given]
+
+
+def _convolved(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Array | None:
+    """Convolves [b, c, h, w] with channels last; None where that is left to torchax.
+
+    Within loops, such as that over probes, XLA leaves convolutions in torch's layout to a program
+    for CPUs that takes 20 times longer.
+    """
+    if isinstance(padding, str) or input.ndim != 4:
+        return None
+    strides, margins, steps = _pairs(stride, padding, dilation)
+    x, kernel = jnp.moveaxis(input.jax(), 1, -1), weight.jax().transpose(2, 3, 1, 0)
+    x = jnp.pad(x, [(0, 0), *((margin, margin) for margin in margins), (0, 0)])
+    height, width = kernel.shape[:2]
+    is_odd_square = height == width and height % 2 == 1
+    if groups == x.shape[-1] == kernel.shape[-1] and is_odd_square and max(steps) == 1:
+        rows, columns = (
+            slice(height // 2, n - height // 2, s)
+            for n, s in zip(x.shape[1:3], strides, strict=True)
+        )
+        output = depthwise(x, kernel)[:, rows, columns]
+    else:
+        positions = [
+            side - step * (size - 1)
+            for side, step, size in zip(x.shape[1:3], steps, kernel.shape[:2], strict=True)
+        ]
+        if math.prod(positions) < height * width:
+            # or else XLA takes the map for the kernel, which is 70 times slower on CPUs
+            x = jax.lax.optimization_barrier(x)
+        output = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            tuple(strides),
+            "VALID",
+            rhs_dilation=tuple(steps),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+    if bias is not None:
+        output = output + bias.jax()
+    return jnp.moveaxis(output, -1, 1)
+
+
 def _fold(
     input: Any,
     output_size: Any,
@@ -392,8 +451,7 @@ def _fold(
     stride: Any = 1,
 ) -> Array:
     """Adds patches [b, c * h * w, n] up to images; torchax's own cannot cut the padding off."""
-    given = (output_size, kernel_size, dilation, padding, stride)
-    pairs = [part if isinstance(part, Sequence) else (part, part) for part in given]
+    pairs = _pairs(output_size, kernel_size, dilation, padding, stride)
     sides, kernel, dilations, margins, strides = pairs
     counts, padded = [], []
     for side, k, d, p, s in zip(*pairs, strict=True):

@@ -80,15 +80,16 @@ def train_torch(timm, name, encoder, head, data, rate, dtype):
 
 def convolution(x, kernel, strides, padding, *, feature_group_count, **others):
     """Convolves as `jax.lax.conv_general_dilated`; that takes minutes in double precision."""
-    x = jnp.pad(x, ((0, 0), (0, 0), *padding))
-    where = []
-    for side, k, stride in zip(x.shape[2:], kernel.shape[2:], strides, strict=True):
-        where.append(np.add.outer(np.arange(0, side - k + 1, stride), np.arange(k)))
-    patches = x[:, :, where[0][:, :, None, None], where[1]]  # [b, c, y, k, x, l]
-    patches = patches.reshape(len(x), feature_group_count, -1, *patches.shape[2:])
-    kernel = kernel.reshape(feature_group_count, -1, *kernel.shape[1:])
-    output = jnp.einsum("bgiykxl,goikl->bgoyx", patches, kernel)
-    return output.reshape(len(x), -1, *output.shape[3:])
+    assert padding == "VALID"
+    rows, columns = (
+        np.add.outer(np.arange(0, side - k + 1, stride), np.arange(k))
+        for side, k, stride in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True)
+    )
+    patches = x[:, rows[:, :, None, None], columns]  # [b, y, k, x, l, c]
+    patches = patches.reshape(*patches.shape[:-1], feature_group_count, -1)
+    kernel = kernel.reshape(*kernel.shape[:3], feature_group_count, -1)
+    output = jnp.einsum("bykxlgi,kligo->byxgo", patches, kernel)
+    return output.reshape(*output.shape[:3], -1)
 
 
 def torchs_depthwise(x, kernel, bias=None, stride=1, padding=0, dilation=1, groups=1):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,10 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import save_file
 
 import dlc_jax as dlc
 from dlc_jax.encoders import ENCODERS, Encoder, decoder
+from dlc_jax.encoders.converted import architecture_of, is_converted, timm_library
 from dlc_jax.encoders.encoder import apply_module
+from dlc_jax.encoders.stored_tensors import WHOLE
 from dlc_jax.expect import first_line
 from dlc_jax.files.whole_files import atomic
 from dlc_jax.masking import PathSpec
@@ -32,12 +36,26 @@ from dlc_jax.types import Conventions
 NUM_CLASSES = 10
 
 
-def random_encoder(name: str) -> Encoder:
-    """Returns the architecture with its initial weights."""
+def random_encoder(name: str, image_size: int | None = None) -> Encoder:
+    """Returns the architecture with its initial weights.
+
+    Args:
+      name: One written by hand, or `timm:` and an architecture.
+      image_size: Pixels; None: what it is made for.
+    """
+    if is_converted(name):
+        _, timm = timm_library(name)
+        with tempfile.TemporaryDirectory() as folder:
+            state = timm.create_model(architecture_of(name)).state_dict()
+            save_file({k: v.numpy() for k, v in state.items()}, f"{folder}/{WHOLE}")
+            return dlc.load_encoder(name, folder, image_size=image_size, pooling="mean")
     architecture = ENCODERS[name]
     graph, state = nnx.split(architecture.build({}))
+    params = nnx.to_pure_dict(state)
+    if image_size is not None and architecture.resized is not None:
+        params = architecture.resized(params, image_size)
     return Encoder(
-        nnx.to_pure_dict(state),
+        params,
         functools.partial(apply_module, graph),
         architecture.is_prunable,
         name,

@@ -1,6 +1,6 @@
 """Images x probes per second: this package's program against torch's, in turns in one process.
 
-python -m benchmarks.probe_kernel [--encoders=resnet18,resnet50,vit_small_patch16_224]
+python -m benchmarks.probe_kernel [--encoders=resnet18,timm:resnet18,vit_small_patch16_224]
     [--batch_size=16] [--num_probes=3] [--chunks=1,5] [--unrolls=1,2] [--attentions=xla,cudnn]
     [--compiled] [--json=FILE]
 
@@ -35,10 +35,13 @@ from benchmarks.measuring import (
 )
 from dlc_jax.distributed import one_device
 from dlc_jax.encoders import Encoder
+from dlc_jax.encoders.converted import architecture_of
 from dlc_jax.planning.programs import count_flops
 from dlc_jax.probes.kernel import COMPILER_OPTIONS, Forward, losses_of_batches
 
-_ENCODERS = flags.DEFINE_list("encoders", ["resnet18", "vit_small_patch16_224"], "timm's names.")
+_ENCODERS = flags.DEFINE_list(
+    "encoders", ["resnet18", "vit_small_patch16_224"], "timm's names; timm:<name>: converted."
+)
 _SIZE = flags.DEFINE_integer("image_size", 224, "Pixels.")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Images.")
 _PROBES = flags.DEFINE_integer("num_probes", 3, "Per call.")
@@ -109,7 +112,9 @@ def torchs(name: str, how: peers.Torch, images: np.ndarray) -> Callable[[], None
     """Returns the same by torch."""
     import torch
 
-    model = peers.torch_model(name)
+    model = peers.torch_model(architecture_of(name))
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(images.shape[1:3])
     weights = peers.masked_weights(model, 0.02, _PROBES.value)
     inputs = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 255)
     inputs = inputs.to(peers.device())
@@ -139,11 +144,11 @@ def main(_: list[str]) -> None:
     device = jax.devices()[0].device_kind
     before: list[dict[str, Any]] = []
     for name in _ENCODERS.value:
-        encoder = random_encoder(name)
+        encoder = random_encoder(name, size)
         contenders: dict[str, Callable[[], Callable[[], None]]] = {
             way.name: functools.partial(ours, encoder, way, images)
             for way in ways()
-            if name.startswith("vit") or not way.attention
+            if architecture_of(name).startswith("vit") or not way.attention
         }
         if _TORCH.value:
             hows = [peers.RELEASED, peers.CHANNELS_LAST, peers.GOOD]

@@ -265,3 +265,23 @@ def test_a_package_without_the_file_or_with_another_network_is_refused(tmp_path,
     write(path, tensors(Tensor(0, (4,), (1,))), FOUR)
     with pytest.raises(dlc.InputError, match=r"unknown: t0; missing: _blocks\.0.* and 89 more"):
         pickled.efficientnet_lite0()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weights", "percent"), [("demo:efficientnet_lite0", 97.0), ("demo:resnet18", 73.0)]
+)
+def test_a_linear_head_on_the_sample_reaches_what_the_readme_says(weights, percent, timm):
+    encoder = dlc.load_encoder(None, weights)
+    train, test = (dlc.load_dataset(f"demo:caltech15/{split}") for split in ("train", "test"))
+    result = dlc.finetune(
+        encoder,
+        train,
+        test=test,
+        image_size=128,
+        epochs=50,
+        batch_size=32,
+        learning_rate=0.05,
+        settings=dlc.FinetuneConfig(linear_probe=True),
+    )
+    assert abs(result.test_accuracy - percent) <= 1  # of 300 images three

@@ -403,7 +403,7 @@ def torch_step(
     )
     module, linear = module.to(dtype).train(), linear.to(dtype)
     for part in module.modules():
-        if "Drop" in type(part).__name__:
+        if "Drop" in type(part).__name__ and not [*part.children()]:  # not a block around others
             part.eval()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     weight = linear.weight.detach().clone()

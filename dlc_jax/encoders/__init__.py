@@ -272,13 +272,14 @@ def _of_bundle(
         changes |= {"mean": mean, "std": std, "normalisation": "explicit"}
     if transform is not None:
         expect.one_of("encoder.transform", transform, TRANSFORMS)
-        is_paper = str(encoder.transform) == PAPER.described(encoder.transform.size)
+        own = encoder.transform  # a checkpoint's may be like the paper's, by its crop_pct
+        is_paper = own.crop_fraction is None and str(own) == PAPER.described(own.size)
         if transform == "model" and is_paper:
             raise expect.InputError(
                 f"encoder.transform: 'model', and {path} is a bundle of an encoder that was "
                 "prepared as in the paper; expected 'paper'."
             )
-        chosen = PAPER if transform == "paper" else encoder.transform
+        chosen = PAPER if transform == "paper" else own
         changes["transform"] = dataclasses.replace(chosen, is_asked_for=True)
     return dataclasses.replace(encoder, **changes)
 

@@ -30,7 +30,7 @@ from dlc_jax.encoders.encoder import Encoder, precision_of
 from dlc_jax.encoders.stored_tensors import WHOLE, opened
 from dlc_jax.files.json_files import NAME, parse_json
 from dlc_jax.files.whole_files import atomic
-from dlc_jax.preprocess.transform import Transform
+from dlc_jax.preprocess.transform import PAPER, Transform
 from dlc_jax.types import Params
 from dlc_jax.workspace.artefacts import versions
 
@@ -121,6 +121,8 @@ def _stated(encoder: Encoder, side: int, batch_size: int) -> dict[str, Any]:
     transform = dataclasses.replace(transform, size=side, scaled=transform.scaled_side(side))
     own = {field: getattr(encoder, field) for field in _STATED if hasattr(encoder, field)}
     prunable = filter(encoder.is_prunable, encoder.params)
+    # at another size the paper's is no longer equal to it, and `official` would refuse it
+    is_asked_for = encoder.transform.is_asked_for and encoder.transform != PAPER
     return {
         **own,
         "version": VERSION,
@@ -129,7 +131,7 @@ def _stated(encoder: Encoder, side: int, batch_size: int) -> dict[str, Any]:
         "batch_size": batch_size,
         "statistics": sorted(encoder.statistics),
         "prunable_paths": sorted(prunable, key=encoder.module_order),
-        "transform": {**dataclasses.asdict(transform), "is_asked_for": False},
+        "transform": {**dataclasses.asdict(transform), "is_asked_for": is_asked_for},
     }
 
 

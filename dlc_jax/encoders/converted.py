@@ -260,15 +260,20 @@ def timm_module(
     if not timm.is_model(architecture):
         expect.one_of("encoder.name", name, [TIMM + known for known in timm.list_models()])
     arguments = dict(config.get("model_args", {}))
+    unasked: dict[str, float] = {}
     built_with, problem = arguments, f"encoder.name: {name} cannot be built"
     problem += f" with model_args {arguments} of {weights}" if arguments else ""
     if rates:  # and no others, whatever the checkpoint was trained with
         built_with = {key: value for key, value in arguments.items() if "drop" not in key}
         built_with |= {_RATES_OF_TIMM[rate]: value for rate, value in rates.items()}
+        unasked = {key: 0.0 for rate, key in _RATES_OF_TIMM.items() if rate not in rates}
         problem = f"encoder.{' and encoder.'.join(rates)}: {name} cannot be built with it"
     build = functools.partial(timm.create_model, architecture, **built_with)
     with expect.refusing(problem, Exception, shown=expect.first_line), _quiet():
-        module = build(num_classes=0)
+        try:
+            module = build(num_classes=0, **unasked)
+        except TypeError:  # it has no such rate
+            module = build(num_classes=0)
         try:
             with torch.device("meta"):  # no weights: its names are all that matters
                 with_head = build(num_classes=1)

@@ -63,10 +63,20 @@ def environment() -> Any:
 
     packet.__getattr__ = found_or_placeholder
     try:
-        torchax = optional("torchax", "encoder.name")
-        return torchax.tensor.Environment()
+        env = optional("torchax", "encoder.name").tensor.Environment()
     finally:
         packet.__getattr__ = found
+    # its own key would give the same numbers in every step, and would outlive the trace
+    env.get_and_rotate_prng_key = _refuse_to_draw
+    return env
+
+
+class _DrawError(Exception):
+    """torchax was about to draw random numbers from its own key."""
+
+
+def _refuse_to_draw(*_: Any) -> None:
+    raise _DrawError
 
 
 RANDOM_KEY = "random_key"  # among the parameters of a network: what its dropout draws from
@@ -278,16 +288,22 @@ def _mode_class() -> type:
             if self.key is not None and function in drawn_from_key:
                 return self.env.j2t_iso(drawn_from_key[function](self, *args, **kwargs))
             if function in random:
-                where = "in evaluation mode, so that its features are no function of image and "
-                where += "weights"
-                if self.key is not None:
-                    where = "in training that are neither dropout nor stochastic depth"
-                raise expect.InputError(
-                    f"{self.what}: draws random numbers ({function.__name__}) {where}."
-                )
+                raise self.refusal(function)
             if function in attention or (function in products and self.are_activations(args)):
                 self.mixes_positions = True
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except _DrawError as error:
+                raise self.refusal(function) from error
+
+        def refusal(self, function: Any) -> expect.InputError:
+            where = "in evaluation mode, so that its features are no function of image and weights"
+            if self.key is not None:
+                known = sorted(one.__name__ for one in drawn_from_key)
+                where = f"in training, expected {', '.join(known)} only"
+            return expect.InputError(
+                f"{self.what}: draws random numbers ({function.__name__}) {where}."
+            )
 
         def are_activations(self, args: Any) -> bool:
             tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
@@ -311,10 +327,10 @@ def _mode_class() -> type:
             kept = jax.random.bernoulli(self.next_key("dropout"), 1 - p, values.shape)
             return jnp.where(kept, values / (1 - p), 0)
 
-        def bernoulli(self, x: Any, p: float = 0.5) -> Array:
-            """Returns 0 and 1, as timm's stochastic depth draws them."""
+        def bernoulli(self, x: Any, p: float = 0.5) -> Any:
+            """Puts 0 and 1 into x, as timm's stochastic depth draws them."""
             kept = jax.random.bernoulli(self.next_key("drop_path"), p, tuple(x.shape))
-            return kept.astype(str(x.dtype).removeprefix("torch."))
+            return x.copy_(self.env.j2t_iso(kept))
 
         def rand(self, *size: Any, dtype: Any = None, device: Any = None) -> Array:
             """Returns numbers in [0, 1), as stochastic depth of transformers draws them."""
@@ -380,7 +396,7 @@ def _mode_class() -> type:
                 output = output + bias.jax().reshape(per_channel)
             return self.env.j2t_iso(output.astype(given.dtype))
 
-    drawn_from_key: dict[Any, Callable[..., Array]] = {
+    drawn_from_key: dict[Any, Callable[..., Any]] = {
         functional.dropout: Mode.dropout,
         torch.Tensor.bernoulli_: Mode.bernoulli,
         torch.rand: Mode.rand,

@@ -134,6 +134,22 @@ def test_other_normalisation_and_preparation(bundle):
     assert dlc.load_encoder(None, bundle, pooling="own").pooling == "own"
 
 
+def test_a_preparation_that_was_asked_for_stays_so(tmp_path):
+    path = tmp_path / "small.safetensors"
+    asked = dlc.Transform(size=SIZE, scaled=18, interpolation="bicubic")
+    dlc.save_encoder(small(transform=asked), path, batch_size=1)
+    with pytest.raises(dlc.InputError, match="mode 'official' prepares images as the paper does"):
+        dlc.load_encoder(None, path).for_mode("official")
+    assert dlc.load_encoder(None, path, transform="paper").for_mode("official")
+
+
+def test_the_preparation_of_a_checkpoint_may_be_like_the_papers(tmp_path):
+    path = tmp_path / "small.safetensors"
+    own = dlc.Transform(size=SIZE, scaled=18, crop_fraction=0.875, is_asked_for=False)
+    dlc.save_encoder(small(transform=own), path, batch_size=1)
+    assert dlc.load_encoder(None, path, transform="model").transform == own
+
+
 def probed(encoder):
     dataset = dlc.load_dataset("demo:caltech15/train").subset(np.arange(0, 750, 25))
     return dlc.probe(encoder, dataset, image_size=SIZE, num_probes=3)

@@ -11,7 +11,7 @@ from test_converted import images_of, stored
 
 import dlc_jax as dlc
 from dlc_jax.config import Config
-from dlc_jax.encoders.torch_modules import RANDOM_KEY
+from dlc_jax.encoders.torch_modules import RANDOM_KEY, Converted
 from dlc_jax.training.images import FinetuneConfig, Finetuner
 
 TWO_BLOCKS = {"depth": 2, "img_size": 32}
@@ -104,6 +104,52 @@ def test_dropout_zeroes_and_scales(timm, tmp_path):
     assert (np.asarray(key) != jax.random.PRNGKey(0)).any()
     other, _ = trained_output(encoder, images, seed=1)
     assert ((other != 0) != kept).mean() == pytest.approx(2 * 0.21, abs=0.02)
+
+
+def test_a_rate_that_an_architecture_has_by_itself_is_off(timm, tmp_path):
+    """Swin's stochastic depth is 0.1 unless another rate is given."""
+    arguments = {"img_size": 32, "window_size": 4, "embed_dim": 16}
+    arguments |= {"depths": [1, 1], "num_heads": [2, 2]}
+    stored(tmp_path, timm, "swin_tiny_patch4_window7_224", arguments)
+    encoder = dlc.load_encoder("timm:swin_tiny_patch4_window7_224", tmp_path, dropout=0.5)
+    images = jnp.repeat(images_of(32, 1), NUM, 0)
+    found, _ = trained_output(encoder, images)
+    plain = np.asarray(encoder.apply_head(encoder.params, images))
+    kept = found != 0
+    assert abs(kept.mean() - 0.5) < 0.05
+    np.testing.assert_allclose(found[kept], 2 * plain[kept], rtol=1e-4, atol=1e-5)
+
+
+def called_in_training(run):
+    """Returns what a module gives for ones [2, 6, 4, 4] with a key."""
+    from torch import nn
+
+    converted = Converted(nn.Identity(), "net")
+    images, real = jnp.ones((2, 6, 4, 4)), jnp.ones(2)
+    output, _ = converted.call(run, {}, images, real=real, key=jax.random.PRNGKey(0))
+    return output
+
+
+@pytest.mark.parametrize("name", ["dropout2d", "alpha_dropout"])
+def test_dropout_of_other_kinds_is_refused(name):
+    """It would draw from torchax's own key, the same in every step."""
+    from torch.nn import functional
+
+    says = rf"net: draws random numbers \({name}\) in training, expected bernoulli_, dropout, rand"
+    with pytest.raises(dlc.InputError, match=says):
+        called_in_training(lambda _, x: getattr(functional, name)(x, 0.5, True))
+    off = called_in_training(lambda _, x: getattr(functional, name)(x, 0.5, False))
+    np.testing.assert_array_equal(off, np.ones((2, 6, 4, 4)))
+
+
+def test_bernoulli_in_place_is_seen_by_who_holds_the_tensor():
+    def run(_, x):
+        kept = x.new_empty(x.shape)
+        kept.bernoulli_(0.5)
+        return x * kept
+
+    output = called_in_training(run)
+    assert set(np.unique(output)) == {0, 1}
 
 
 def test_padding_changes_no_draw(timm, tmp_path):

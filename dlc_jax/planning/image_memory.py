@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dlc_jax.distributed import one_device
 from dlc_jax.encoders import Encoder
+from dlc_jax.encoders.torch_modules import RANDOM_KEY
 from dlc_jax.masking import Thresholds, prunable_paths
 from dlc_jax.planning.machine import is_processor
 from dlc_jax.planning.memory import Memory, MemoryPlan, Values, doubled, halved, tree_bytes
@@ -195,9 +196,10 @@ class ImageFinetuning:
             start = functools.partial(TrainState.start, {}, frozenset())
         else:
             inputs = images_of(num_rows, self.image_size)
-            start = functools.partial(
-                TrainState.start, self.encoder.params, self.encoder.statistics
-            )
+            params = self.encoder.params
+            if self.encoder.drop_path or self.encoder.dropout:
+                params = {**params, RANDOM_KEY: jax.random.PRNGKey(0)}
+            start = functools.partial(TrainState.start, params, self.encoder.statistics)
         state = jax.eval_shape(lambda head: start(head, Sgd.of(self.settings)), head)
         labels, real = Shape((num_rows,), jnp.int32), Shape((num_rows,), jnp.float32)
         return state, inputs, labels, real, Shape((), jnp.float32)

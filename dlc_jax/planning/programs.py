@@ -56,7 +56,7 @@ def _peak(jaxpr: Any) -> int:
         inside = max(map(_peak, inner_programs(equation.params)), default=0)
         if equation.primitive.name == _EXPORTED:
             needed = _lowered(equation).compile().memory_analysis()
-            if needed is not None:  # not every backend tells
+            if needed is not None:  # not every backend has it
                 inside = needed.temp_size_in_bytes + needed.output_size_in_bytes
         peak = max(peak, sum(alive.values()) + max(inside, sum(made.values())))
         alive |= {var: size for var, size in made.items() if last_use.get(var, place) > place}
@@ -95,7 +95,7 @@ def count_flops(function: Callable, *arguments: Any) -> int:
     """Returns the floating-point operations of one call.
 
     Two for each multiplication with addition in matrix products and convolutions, padding and all;
-    what is done element by element is not counted, but within programs that were exported. XLA's
+    what is done element by element is counted within exported programs only. XLA's
     own analysis counts the body of a loop once however often it runs, as over probes, and not every
     backend has one; without loops the two agree.
 

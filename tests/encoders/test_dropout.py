@@ -12,6 +12,7 @@ from test_converted import images_of, stored
 import dlc_jax as dlc
 from dlc_jax.config import Config
 from dlc_jax.encoders.torch_modules import RANDOM_KEY, Converted
+from dlc_jax.planning.image_memory import ImageFinetuning
 from dlc_jax.training.images import FinetuneConfig, Finetuner
 
 TWO_BLOCKS = {"depth": 2, "img_size": 32}
@@ -150,6 +151,16 @@ def test_bernoulli_in_place_is_seen_by_who_holds_the_tensor():
 
     output = called_in_training(run)
     assert set(np.unique(output)) == {0, 1}
+
+
+def test_the_plan_of_fine_tuning_counts_what_is_drawn(timm, tmp_path):
+    settings = FinetuneConfig(batch_size=8)
+    plain, dropped = (
+        ImageFinetuning(vit(tmp_path, timm, **rates), 32, 3, settings, 1).arguments()[0]
+        for rates in ({}, {"drop_path": 0.5})
+    )
+    assert RANDOM_KEY not in plain.statistics
+    assert dropped.statistics[RANDOM_KEY].shape == (2,)
 
 
 def test_padding_changes_no_draw(timm, tmp_path):

@@ -198,9 +198,9 @@ def load_encoder(
         expect.integer("encoder.image_size", image_size, 8)
     weights = str(weights)
     if (file := bundle_at(weights)) is not None:
-        wanted: dict[str, Any] = {"name": name, "image_size": image_size, "prunable": prunable}
+        wanted: dict[str, Any] = {"image_size": image_size, "prunable": prunable}
         wanted |= {"drop_path": drop_path or None, "dropout": dropout or None}
-        return _of_bundle(file, wanted, pooling, mean, std, transform)
+        return _of_bundle(file, name, wanted, pooling, mean, std, transform)
     name = _named_by(weights) if name is None else name
     rates = {"drop_path": drop_path, "dropout": dropout}
     check_rates(name, rates)
@@ -244,6 +244,7 @@ def load_encoder(
 
 def _of_bundle(
     path: Path,
+    name: str | None,
     wanted: Mapping[str, Any],
     pooling: str | None,
     mean: tuple[float, ...] | None,
@@ -254,11 +255,15 @@ def _of_bundle(
 
     Args:
       path: The file.
+      name: See `load_encoder`; a tag does not matter.
       wanted: What was decided when it was saved; None: whatever it is.
       pooling, mean, std, transform: See `load_encoder`.
     """
     encoder = load_bundle(path)
-    for field, value in wanted.items():
+    if name is not None and name.startswith(converted.TIMM):
+        same = converted.architecture_of(name) == converted.architecture_of(encoder.name)
+        name = encoder.name if same else name
+    for field, value in {"name": name, **wanted}.items():
         if value is not None and value != (own := getattr(encoder, field)):
             raise expect.InputError(
                 f"encoder.{field}: {path} is a bundle that was saved with {own!r}, got {value!r}; "
@@ -279,8 +284,9 @@ def _of_bundle(
                 f"encoder.transform: 'model', and {path} is a bundle of an encoder that was "
                 "prepared as in the paper; expected 'paper'."
             )
-        chosen = PAPER if transform == "paper" else own
-        changes["transform"] = dataclasses.replace(chosen, is_asked_for=True)
+        paper = dataclasses.replace(PAPER, size=own.size, scaled=PAPER.scaled_side(own.size))
+        chosen = paper if transform == "paper" else own
+        changes["transform"] = dataclasses.replace(chosen, is_asked_for=transform == "model")
     return dataclasses.replace(encoder, **changes)
 
 

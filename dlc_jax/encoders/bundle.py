@@ -93,6 +93,9 @@ def save_encoder(
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise expect.InputError(f"path: {str(path)!r}; expected a name that ends in .safetensors.")
+    if path.is_dir() or not next(p for p in path.parents if p.exists()).is_dir():
+        found = "is a folder" if path.is_dir() else "lies below something that is no folder"
+        raise expect.InputError(f"path: {str(path)!r} {found}; expected a file or nothing there.")
     expect.integer("batch_size", batch_size, 1)
     if encoder.batch_size is not None or not is_converted(encoder.name):
         found = "is a bundle already" if encoder.batch_size is not None else "needs no torch"

@@ -191,7 +191,7 @@ class Encoder:
         if self.image_size is not None and image_size != self.image_size:
             way = "load_encoder(..., image_size=...) makes a ViT take others"
             if self.batch_size is not None:
-                way = "save_encoder(..., image_size=...) makes a bundle for others"
+                way = f"expected encoder.image_size={self.image_size}, or another bundle"
             raise expect.InputError(
                 f"encoder.image_size: {self.name} takes images of {self.image_size} px only, "
                 f"got {image_size}; {way}."

@@ -405,7 +405,7 @@ def _mode_class() -> type:
 
 
 def _pairs(*given: Any) -> list[Any]:
-    """Returns what there is for rows and columns, where it is one number for both too."""
+    """Returns every argument as a pair, for rows and columns; one number stands for both."""
     return [part if isinstance(part, Sequence) else (part, part) for part in given]
 
 

@@ -74,7 +74,7 @@ class Compute:
         expect.one_of("probe.dtype", self.dtype, DTYPES)
 
     def for_encoder(self, encoder: Encoder) -> Compute:
-        """Returns what suits a bundle: one probe after another, and its batch size by `auto`."""
+        """Returns itself; for a bundle, with its batch size where that is `auto`, and chunk 1."""
         if encoder.batch_size is None:
             return self
         size = encoder.batch_size if self.batch_size == AUTO else self.batch_size

@@ -285,3 +285,10 @@ def test_batch_norm_networks_are_trained_in_bfloat16(timm, tmp_path, small_sampl
         assert np.abs(leaf - start).max() > 1e-3
         # more than a bfloat16 holds
         assert (np.asarray(leaf.astype(jnp.bfloat16), np.float32) != np.asarray(leaf)).any()
+
+
+def test_a_head_alone_has_no_dropout(timm, tmp_path, small_sample):
+    encoder = vit(tmp_path, timm, dropout=0.5)
+    settings = FinetuneConfig(linear_probe=True)
+    with pytest.raises(dlc.InputError, match=r"linear_probe: trains the head alone.*dropout 0\.5"):
+        dlc.finetune(encoder, small_sample, image_size=32, settings=settings)

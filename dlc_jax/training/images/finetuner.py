@@ -59,6 +59,12 @@ class Finetuner:
         self._encoder = encoder.for_mode(conventions.mode)
         images = dataclasses.replace(images, transform=self._encoder.transform)
         self._encoder.check_image_size(images.side)
+        if settings.linear_probe and (encoder.drop_path or encoder.dropout):
+            raise expect.InputError(
+                f"finetune.linear_probe: trains the head alone, and encoder.drop_path "
+                f"{encoder.drop_path} and encoder.dropout {encoder.dropout} would do nothing; "
+                "expected 0."
+            )
         self._images, self._dataset = images, images.dataset
         self._settings, self._conventions, self.shows_bars = settings, conventions, run.progress
         self.num_epochs, self.batch_size = settings.epochs, settings.batch_size

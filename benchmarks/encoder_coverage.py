@@ -413,7 +413,9 @@ def torch_step(
     torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels).long()).backward()
     sgd.step()
     with torch.no_grad():
-        moved = {name: value - before[name] for name, value in module.state_dict().items()}
+        idle = {name for name, value in module.named_parameters() if value.grad is None}
+        state = module.state_dict()  # of what takes no part torch decays nothing
+        moved = {name: state[name] - before[name] for name in state if name not in idle}
         moved["head"] = linear.weight - weight
     return {name: value.numpy() for name, value in moved.items() if value.is_floating_point()}
 

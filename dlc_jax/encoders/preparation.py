@@ -168,7 +168,8 @@ def _processor(stated: Mapping[str, Any], weights: str) -> dict[str, Any]:
     """Returns the settings of an image processor with its defaults; `kind` is its name's stem."""
     check_shape(stated, _STATED, Path(f"encoder.weights {weights}: {PROCESSOR}"))
     name = stated.get("image_processor_type") or stated.get("feature_extractor_type") or ""
-    kind = name.removesuffix("Fast").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
+    kind = name.removesuffix("Fast").removesuffix("Pil")
+    kind = kind.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
     if kind not in _PROCESSORS:
         raise expect.InputError(
             f"encoder.weights {weights}: {PROCESSOR}: image_processor_type is {name!r}, which is "

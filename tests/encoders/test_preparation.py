@@ -96,6 +96,8 @@ def test_files_of_older_versions(timm):
     assert (squash.size, squash.scaled, squash.crop_mode) == (48, 48, "squash")
     fast = prepared({"image_processor_type": "ViTImageProcessorFast", "size": 48}).transform
     assert fast == squash
+    pillow = prepared({"image_processor_type": "ViTImageProcessorPil", "size": 48}).transform
+    assert pillow == fast
 
 
 def test_another_size_keeps_the_proportions():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,13 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
-from safetensors.numpy import save_file
 
 import dlc_jax as dlc
+from benchmarks import peers
 from dlc_jax.encoders import ENCODERS, Encoder, decoder
-from dlc_jax.encoders.converted import architecture_of, is_converted, timm_library
+from dlc_jax.encoders.converted import (
+    architecture_of,
+    converted_encoder,
+    is_converted,
+    timm_module,
+)
 from dlc_jax.encoders.encoder import apply_module
-from dlc_jax.encoders.stored_tensors import WHOLE
 from dlc_jax.expect import first_line
 from dlc_jax.files.whole_files import atomic
 from dlc_jax.masking import PathSpec
@@ -44,11 +48,10 @@ def random_encoder(name: str, image_size: int | None = None) -> Encoder:
       image_size: Pixels; None: what it is made for.
     """
     if is_converted(name):
-        _, timm = timm_library(name)
-        with tempfile.TemporaryDirectory() as folder:
-            state = timm.create_model(architecture_of(name)).state_dict()
-            save_file({k: v.numpy() for k, v in state.items()}, f"{folder}/{WHOLE}")
-            return dlc.load_encoder(name, folder, image_size=image_size, pooling="mean")
+        state = peers.import_timm().create_model(architecture_of(name)).state_dict()
+        arrays = {key: value.numpy() for key, value in state.items()}
+        built = timm_module(name, arrays, {}, "random weights", image_size)
+        return dataclasses.replace(converted_encoder(name, built), pooling="mean")
     architecture = ENCODERS[name]
     graph, state = nnx.split(architecture.build({}))
     params = nnx.to_pure_dict(state)

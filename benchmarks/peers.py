@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dlc_jax.encoders.converted import timm_library
+
 
 class Torch(NamedTuple):
     """How torch computes.
@@ -33,19 +35,7 @@ COMPILED = Torch("torch compiled bfloat16", channels_last=True, bfloat16=True, c
 
 def import_timm() -> Any:
     """Returns timm, also where torchvision's operators do not match the torch build."""
-    import torch
-
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        globals()["_library"] = library  # goes with the last reference to it
-    import timm
-
+    _, timm = timm_library("benchmarks")
     return timm
 
 

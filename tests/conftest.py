@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jaxtyping
@@ -32,6 +34,7 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import dlc_jax as dlc  # noqa: E402
+from dlc_jax.training.images import Finetuner  # noqa: E402
 from dlc_jax.workspace import Record, artefacts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +76,22 @@ def small_sample(sample) -> dlc.Dataset:
     return subset(
         sample, np.concatenate([np.flatnonzero(sample.labels == j)[:4] for j in range(15)])
     )
+
+
+@contextlib.contextmanager
+def power_cut(epoch: int) -> Iterator[None]:
+    """Fails fine-tuning of images in an epoch, and expects that it does."""
+    real = Finetuner.batches
+
+    def batches(self, positions, seed, number, first):
+        if number == epoch:
+            raise RuntimeError("power cut")
+        return real(self, positions, seed, number, first)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Finetuner, "batches", batches)
+        with pytest.raises(RuntimeError, match="power cut"):
+            yield
 
 
 def subset(dataset: dlc.Dataset, positions: np.ndarray) -> dlc.Dataset:

@@ -21,11 +21,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dlc_jax import expect
-from dlc_jax.encoders.encoder import Encoder
+from dlc_jax.encoders.encoder import RANDOM_KEY, Encoder
 from dlc_jax.encoders.preparation import PROCESSOR
 from dlc_jax.encoders.prunable import chosen_weights
 from dlc_jax.encoders.stored_tensors import matches, opened, without_prefix
-from dlc_jax.encoders.torch_modules import RANDOM_KEY, Converted, optional
+from dlc_jax.encoders.torch_functions import optional
+from dlc_jax.encoders.torch_modules import Converted
 from dlc_jax.files.json_files import read_json
 from dlc_jax.files.libraries import fetching
 from dlc_jax.types import Params

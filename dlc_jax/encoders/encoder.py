@@ -22,6 +22,7 @@ from dlc_jax.types import Conventions, Params, by_path, path_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+RANDOM_KEY = "random_key"  # among the parameters while they train: what dropout draws from
 # What `Encoder.pooling` may ask for.
 POOLINGS = ("mean", "cls", "scalar", "own")
 NO_TOKENS = ("mean", "own")  # what it may ask for of feature maps and vectors
@@ -184,6 +185,12 @@ class Encoder:
         if pooling != "own":
             return self.apply, pooling
         return (self.apply, self.head) if self.apply_head is None else (self.apply_head, "own")
+
+    def with_random_key(self, params: Params, seed: int) -> Params:
+        """Returns the parameters with what dropout draws from in a run, if there is any."""
+        if not (self.drop_path or self.dropout):
+            return params
+        return {**params, RANDOM_KEY: jax.random.PRNGKey(seed)}
 
     def check_image_size(self, image_size: int) -> None:
         """Raises ValueError if the encoder does not take images of this size."""

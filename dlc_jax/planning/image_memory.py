@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from dlc_jax.distributed import one_device
 from dlc_jax.encoders import Encoder
-from dlc_jax.encoders.torch_modules import RANDOM_KEY
 from dlc_jax.masking import Thresholds, prunable_paths
 from dlc_jax.planning.machine import is_processor
 from dlc_jax.planning.memory import Memory, MemoryPlan, Values, doubled, halved, tree_bytes
@@ -196,9 +195,7 @@ class ImageFinetuning:
             start = functools.partial(TrainState.start, {}, frozenset())
         else:
             inputs = images_of(num_rows, self.image_size)
-            params = self.encoder.params
-            if self.encoder.drop_path or self.encoder.dropout:
-                params = {**params, RANDOM_KEY: jax.random.PRNGKey(0)}
+            params = self.encoder.with_random_key(self.encoder.params, seed=0)
             start = functools.partial(TrainState.start, params, self.encoder.statistics)
         state = jax.eval_shape(lambda head: start(head, Sgd.of(self.settings)), head)
         labels, real = Shape((num_rows,), jnp.int32), Shape((num_rows,), jnp.float32)

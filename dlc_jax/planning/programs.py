@@ -95,9 +95,9 @@ def count_flops(function: Callable, *arguments: Any) -> int:
     """Returns the floating-point operations of one call.
 
     Two for each multiplication with addition in matrix products and convolutions, padding and all;
-    what is done element by element is counted within exported programs only. XLA's
-    own analysis counts the body of a loop once however often it runs, as over probes, and not every
-    backend has one; without loops the two agree.
+    what is done element by element is counted within exported programs only, which are XLA's to
+    analyse. Elsewhere its analysis would count the body of a loop once however often it runs, as
+    over probes, and not every backend has one; without loops the two agree.
 
     Args:
       function: Is traced, not run.

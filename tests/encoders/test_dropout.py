@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import power_cut
 from test_converted import images_of, stored
 
 import dlc_jax as dlc
 from dlc_jax.config import Config
-from dlc_jax.encoders.torch_modules import RANDOM_KEY, Converted
+from dlc_jax.encoders.encoder import RANDOM_KEY
+from dlc_jax.encoders.torch_modules import Converted
 from dlc_jax.planning.image_memory import ImageFinetuning
-from dlc_jax.training.images import FinetuneConfig, Finetuner
+from dlc_jax.training.images import FinetuneConfig
 
 TWO_BLOCKS = {"depth": 2, "img_size": 32}
 STATED = {**TWO_BLOCKS, "drop_rate": 0.9, "proj_drop_rate": 0.9, "drop_path_rate": 0.9}
@@ -189,9 +191,7 @@ def weights_of(result):
     return {key: np.asarray(leaf) for key, leaf in result.weights["encoder"].items()}
 
 
-def test_the_seed_decides_a_run_and_a_stopped_one_goes_on(
-    timm, tmp_path, small_sample, monkeypatch
-):
+def test_the_seed_decides_a_run_and_a_stopped_one_goes_on(timm, tmp_path, small_sample):
     encoder = vit(tmp_path, timm, dropout=0.2, drop_path=0.2)
     plain = dataclasses.replace(encoder, dropout=0.0, drop_path=0.0)
 
@@ -205,17 +205,8 @@ def test_the_seed_decides_a_run_and_a_stopped_one_goes_on(
     assert (whole[RANDOM_KEY] != other[RANDOM_KEY]).any()
     name = "blocks.1.mlp.fc2.weight"
     assert np.abs(whole[name] - undropped[name]).max() > 1e-4
-    real = Finetuner.batches
-
-    def fails_in_the_third(self, positions, seed, epoch, first):
-        if epoch == 3:
-            raise RuntimeError("power cut")
-        return real(self, positions, seed, epoch, first)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "batches", fails_in_the_third)
-        with pytest.raises(RuntimeError, match="power cut"):
-            run(folder=tmp_path / "run")
+    with power_cut(epoch=3):
+        run(folder=tmp_path / "run")
     resumed = weights_of(run(folder=tmp_path / "run"))
     for key, leaf in whole.items():
         np.testing.assert_array_equal(resumed[key], leaf)

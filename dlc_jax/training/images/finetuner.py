@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float32, Int32, Int64, Integer
 from dlc_jax import expect
 from dlc_jax.distributed import Run, fetch, from_rows_here, one_device, rows_here
 from dlc_jax.encoders import Encoder
-from dlc_jax.encoders.torch_modules import RANDOM_KEY
 from dlc_jax.preprocess.images import Images, check_dataset
 from dlc_jax.probes.kernel import features_of_batch
 from dlc_jax.selection import kept_positions
@@ -160,9 +159,7 @@ class Finetuner:
 
         if self._settings.linear_probe:
             return TrainState.start({}, frozenset(), head, self._sgd)
-        params = jax.tree.map(seeded, encoder.params)
-        if encoder.drop_path or encoder.dropout:
-            params = {**params, RANDOM_KEY: jax.random.PRNGKey(seed)}
+        params = encoder.with_random_key(jax.tree.map(seeded, encoder.params), seed)
         return TrainState.start(params, encoder.statistics, head, self._sgd)
 
     def rates(self, steps_per_epoch: int) -> list[float]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import subset
+from conftest import power_cut, subset
 
 import dlc_jax as dlc
 from dlc_jax.expect import csv_text
@@ -487,18 +487,10 @@ def test_a_run_on_disk_goes_on_where_it_stopped(
         sample_encoder, small_sample, test=test_set, folder=tmp_path / "a", **arguments
     )
     real = Finetuner.batches
-
-    def fails_in_the_third(self, positions, seed, epoch, first):
-        if epoch == 3:
-            raise RuntimeError("power cut")
-        return real(self, positions, seed, epoch, first)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "batches", fails_in_the_third)
-        with pytest.raises(RuntimeError, match="power cut"):
-            dlc.finetune(
-                sample_encoder, small_sample, test=test_set, folder=tmp_path / "b", **arguments
-            )
+    with power_cut(epoch=3):
+        dlc.finetune(
+            sample_encoder, small_sample, test=test_set, folder=tmp_path / "b", **arguments
+        )
     epochs = []
 
     def counted(self, positions, seed, epoch, first):

@@ -11,7 +11,7 @@ Compared with torch, all in float32 on random images:
 features  what `Encoder.apply` and `apply_head` give, relative 2-norm of the difference; at most
           1e-5
 probe     the same with 30 % and 70 % of the weights zeroed that the encoder's probes zero, in torch
-          by `prune.global_unstructured`; at most 1e-5
+          by `prune.global_unstructured`, the same of equally small weights; at most 1e-5
 step      one step of SGD in training mode without dropout: the update of the tensor that is
           furthest off, running statistics included, relative to its norm in torch; at most 1e-3,
           or four times what torch's own float32 is off its float64
@@ -321,18 +321,30 @@ def compared(original: Original) -> Iterator[dict[str, Any]]:
         found = of_torch(original.module, inputs)
         own = max(distance(value, exact[key]) for key, value in found.items())
         yield {"reason": f"features: torch's own float32 is {own:.1e} off its float64"}
-    prunable = masking.prunable_paths(encoder.params, encoder.is_prunable)
+    prunable = masking.prunable_paths(encoder.params, encoder.is_prunable, encoder.module_order)
     num_weights = sum(encoder.params[path].size for path in prunable)
-    counts = np.array([round(sparsity * num_weights) for sparsity in SPARSITIES])
-    thresholds = masking.exact_thresholds(encoder.params, prunable, None, counts)
-    mask = jax.jit(lambda params, at: masking.masked(params, prunable, None, at))
-    probes = []
-    for place, sparsity in enumerate(SPARSITIES):
-        at = masking.Thresholds(thresholds.value[place], thresholds.cutoff[place])
-        theirs = pruned(original.module, prunable, sparsity)
-        probes.append(difference(mask(encoder.params, at), theirs))
+    mask = jax.jit(masking.masked, static_argnums=1)
+    probes, num_other_ties = [], 0
+    for sparsity in SPARSITIES:
+        counts = np.array([0, round(sparsity * num_weights)])
+        masks = []
+        # of equally small weights torch zeroes others than the first
+        for importance in (masking.removal_steps(encoder.params, prunable, counts), None):
+            at = masking.exact_thresholds(encoder.params, prunable, importance, counts)
+            last = masking.Thresholds(at.value[-1], at.cutoff[-1])
+            masks.append(mask(encoder.params, prunable, importance, last))
+        as_torch, by_position = masks
+        probes.append(difference(as_torch, pruned(original.module, prunable, sparsity)))
+        num_other_ties += sum(
+            np.count_nonzero((as_torch[path] == 0) & (by_position[path] != 0)) for path in prunable
+        )
     share = num_weights / num_params(original.module)
-    yield {"probe": probes, "num_prunable": len(prunable), "share_prunable": round(share, 3)}
+    yield {
+        "probe": probes,
+        "other_ties": num_other_ties,
+        "num_prunable": len(prunable),
+        "share_prunable": round(share, 3),
+    }
     yield {"step": step_differences(original, encoder, images, inputs)}
 
 

@@ -48,6 +48,7 @@ def mode_class() -> type:
     """Returns the class of the mode that sees every call of a torch function in a network."""
     torch = optional("torch", "encoder.name")
     functional = torch.nn.functional
+    array_class = optional("torchax", "encoder.name").tensor.Tensor
     products = {
         torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__,
         torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.Tensor.baddbmm, torch.einsum,
@@ -101,10 +102,21 @@ def mode_class() -> type:
                 raise self.refusal(function)
             if function in attention or (function in products and self.are_activations(args)):
                 self.mixes_positions = True
+            args, kwargs = self.joined((args, kwargs))
             try:
                 return function(*args, **kwargs)
             except _DrawError as error:
                 raise self.refusal(function) from error
+
+        def joined(self, arguments: Any) -> Any:
+            """Makes tensors that torch made by itself, such as positions, arrays as the others."""
+            leaves, tree = jax.tree.flatten(arguments)
+            if not any(isinstance(leaf, array_class) for leaf in leaves):
+                return arguments
+            for place, leaf in enumerate(leaves):
+                if type(leaf) is torch.Tensor and leaf.ndim:  # scalars are numbers to torchax
+                    leaves[place] = self.env.to_xla(leaf)
+            return jax.tree.unflatten(tree, leaves)
 
         def refusal(self, function: Any) -> expect.InputError:
             where = "in evaluation mode, so that its features are no function of image and weights"

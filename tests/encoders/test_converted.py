@@ -27,6 +27,7 @@ SMALL = {
         56,
     ),
     "beit_base_patch16_224": (TOKENS, 32),
+    "samvit_base_patch16_224": ({**TOKENS, "img_size": 64, "global_attn_indexes": (1,)}, 64),
 }
 
 

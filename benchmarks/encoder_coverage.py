@@ -56,27 +56,30 @@ LEARNING_RATE = 100.0
 
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
 _VIT = {**_SIZES, "intermediate_size": 64, "patch_size": 8}
+_STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+_WINDOWS = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+}
 # Class of transformers and its settings, by family
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "beit": ("BeitModel", {**_VIT, "use_relative_position_bias": True, "out_indices": [1]}),
     "clip": ("CLIPVisionModel", _VIT),
-    "convnextv2": (
-        "ConvNextV2Model",
-        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "image_size": 64},
-    ),
+    "convnext": ("ConvNextModel", {**_STAGES, "image_size": 64}),
+    "convnextv2": ("ConvNextV2Model", {**_STAGES, "image_size": 64}),
+    "deit": ("DeiTModel", _VIT),
     "dinov2": ("Dinov2Model", {**_SIZES, "patch_size": 8}),
     "dinov2_with_registers": ("Dinov2WithRegistersModel", {**_SIZES, "patch_size": 8}),
+    "dinov3_vit": ("DINOv3ViTModel", _VIT),
+    "regnet": ("RegNetModel", {**_STAGES, "embedding_size": 8, "groups_width": 8}),
+    "resnet": ("ResNetModel", {**_STAGES, "embedding_size": 8}),
     "siglip": ("SiglipVisionModel", _VIT),
-    "swin": (
-        "SwinModel",
-        {
-            "image_size": 32,
-            "patch_size": 2,
-            "embed_dim": 16,
-            "depths": [2, 2],
-            "num_heads": [2, 4],
-            "window_size": 4,
-        },
-    ),
+    "swin": ("SwinModel", _WINDOWS),
+    "swinv2": ("Swinv2Model", _WINDOWS),
     "vit": ("ViTModel", _VIT),
 }
 
@@ -254,7 +257,8 @@ def of_transformers(family: str, folder: Path) -> Original:
     def head(module: Any, images: Any) -> Any:
         return module(pixel_values=images).pooler_output.flatten(1)
 
-    return Original(module, folder, (f"hf:{folder}", ""), settings["image_size"], tokens, head)
+    size = settings.get("image_size", SMALL)
+    return Original(module, folder, (f"hf:{folder}", ""), size, tokens, head)
 
 
 def with_all_moved(module: Any) -> Any:

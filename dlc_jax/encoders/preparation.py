@@ -114,36 +114,31 @@ def _of_timm(
         )
 
 
-_HALF = [0.5, 0.5, 0.5]
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_HALVES = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073]}
 _CLIP |= {"image_std": [0.26862954, 0.26130258, 0.27577711]}
-_BOTH_SIDES = {"size": {"height": 224, "width": 224}, "image_mean": _HALF, "image_std": _HALF}
-_SHORTER_SIDE = {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, **_CLIP}
 _BILINEAR, _BICUBIC = Image.Resampling.BILINEAR.value, Image.Resampling.BICUBIC.value
+_BOTH_SIDES = {"size": {"height": 224, "width": 224}}
+_CROP = {"do_center_crop": True, "crop_size": 224}
+_SHORTER_SIDE = {"size": {"shortest_edge": 224}, **_CROP, **_CLIP, "resample": _BICUBIC}
+_MOBILENET = {"size": {"shortest_edge": 256}, **_CROP, **_HALVES, "resample": _BILINEAR}
 # Image processors of transformers that differ in these defaults only, and ConvNeXT's rule.
 _PROCESSORS: dict[str, dict[str, Any]] = {
-    "ViT": {**_BOTH_SIDES, "resample": _BILINEAR},
-    "DeiT": {
-        **_BOTH_SIDES,
-        "size": {"height": 256, "width": 256},
-        "do_center_crop": True,
-        "crop_size": 224,
-        "resample": _BICUBIC,
-    },
-    "Beit": {**_BOTH_SIDES, "crop_size": 224, "resample": _BICUBIC},
-    "Siglip": {**_BOTH_SIDES, "resample": _BICUBIC},
-    "DINOv3ViT": {
-        **_BOTH_SIDES,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-        "resample": _BILINEAR,
-    },
-    "Bit": {**_SHORTER_SIDE, "resample": _BICUBIC},
-    "CLIP": {**_SHORTER_SIDE, "resample": _BICUBIC},
+    "ViT": {**_BOTH_SIDES, **_HALVES, "resample": _BILINEAR},
+    "DeiT": {"size": {"height": 256, "width": 256}, **_CROP, **_HALVES, "resample": _BICUBIC},
+    "Beit": {**_BOTH_SIDES, "crop_size": 224, **_HALVES, "resample": _BICUBIC},
+    "Siglip": {**_BOTH_SIDES, **_HALVES, "resample": _BICUBIC},
+    "DINOv3ViT": {**_BOTH_SIDES, **_IMAGENET, "resample": _BILINEAR},
+    "Pvt": {**_BOTH_SIDES, **_IMAGENET, "resample": _BICUBIC},
+    "Segformer": {"size": {"height": 512, "width": 512}, **_IMAGENET, "resample": _BILINEAR},
+    "Bit": _SHORTER_SIDE,
+    "CLIP": _SHORTER_SIDE,
+    "MobileNetV1": _MOBILENET,
+    "MobileNetV2": _MOBILENET,
     "ConvNext": {
         "size": {"shortest_edge": 384},
-        "image_mean": _HALF,
-        "image_std": _HALF,
+        **_HALVES,
         "crop_pct": 224 / 256,
         "resample": _BICUBIC,
     },

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -52,6 +54,21 @@ def environment() -> Any:
     # its own key would give the same numbers in every step, and would outlive the trace
     env.get_and_rotate_prng_key = refuse_to_draw
     return env
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Makes methods of transformers forget their results, which belong to one trace, at once."""
+    library: Any = sys.modules.get("transformers.pytorch_utils")
+    if library is None:
+        yield
+        return
+    # its caches stand aside where torch compiles, for the same reason
+    before, library.is_torchdynamo_compiling = library.is_torchdynamo_compiling, lambda: True
+    try:
+        yield
+    finally:
+        library.is_torchdynamo_compiling = before
 
 
 class _Slot(NamedTuple):
@@ -153,7 +170,7 @@ class Converted:
         for norm in self._batch_norms:
             norm.training = real is not None
         try:
-            with env, mode:
+            with env, mode, _uncached():
                 output = run(self._module, *env.j2t_iso(args))
         except expect.InputError:
             raise

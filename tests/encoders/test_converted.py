@@ -1,6 +1,7 @@
 """Networks of timm and transformers as encoders: values of torch, what is masked, refusals."""
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -237,9 +238,12 @@ def unusual(kind):
             self.layer = nn.Conv2d(3, 4, 3)
             self.norm = nn.BatchNorm2d(4, track_running_stats=kind != "batch")
             self.register_buffer("calls", torch.zeros(()))
+            self.twice = functools.cache(lambda: 2 * self.layer.bias[:, None, None])
 
         def forward(self, images):
             x = self.norm(self.layer(images))
+            if kind == "cache":
+                x = x + self.twice()
             if kind == "random":
                 x = x + torch.rand_like(x)
             if kind == "state":
@@ -286,6 +290,25 @@ def test_what_a_network_caches_does_not_outlive_a_trace():
     assert not hasattr(module, "seen")
 
 
+def test_what_transformers_caches_does_not_outlive_a_trace(timm, tmp_path):
+    """DINOv3's positions."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
+    config = transformers.DINOv3ViTConfig(intermediate_size=64, patch_size=8, **sizes)
+    module = transformers.DINOv3ViTModel(config).eval()
+    module.save_pretrained(tmp_path)
+    encoder = dlc.load_encoder(f"hf:{tmp_path}")
+    images = images_of(32)
+    with torch.no_grad():
+        expected = module(pixel_values=as_torch(images)).last_hidden_state.numpy()
+    for _ in range(2):  # two programs
+        found = jax.jit(lambda params, x: encoder.apply(params, x))(encoder.params, images)
+        assert relative(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
@@ -297,6 +320,7 @@ def test_what_a_network_caches_does_not_outlive_a_trace():
         ),
         ("batch", "normalises over the batch in evaluation mode"),
         ("data", "cannot be converted"),
+        ("cache", "keeps what it computed for its next call"),
     ],
 )
 def test_networks_that_are_no_function_of_an_image_are_refused(kind, says):

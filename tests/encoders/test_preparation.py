@@ -47,6 +47,10 @@ PROCESSORS = [
     ("ConvNext", {"size": {"shortest_edge": 60}, "crop_pct": 0.95, "resample": 2}),
     ("ConvNext", {}),
     ("DINOv3ViT", {"size": {"height": 48, "width": 48}}),
+    ("Pvt", {}),
+    ("Segformer", {"size": {"height": 48, "width": 48}}),
+    ("MobileNetV1", {}),
+    ("MobileNetV2", {}),
 ]
 
 

@@ -74,7 +74,8 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "deit": ("DeiTModel", _VIT),
     "dinov2": ("Dinov2Model", {**_SIZES, "patch_size": 8}),
     "dinov2_with_registers": ("Dinov2WithRegistersModel", {**_SIZES, "patch_size": 8}),
-    "dinov3_vit": ("DINOv3ViTModel", _VIT),
+    # its positions are drawn while it trains
+    "dinov3_vit": ("DINOv3ViTModel", {**_VIT, "pos_embed_rescale": None}),
     "regnet": ("RegNetModel", {**_STAGES, "embedding_size": 8, "groups_width": 8}),
     "resnet": ("ResNetModel", {**_STAGES, "embedding_size": 8}),
     "siglip": ("SiglipVisionModel", _VIT),

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -397,7 +397,7 @@ def transformers_module(
         )
     own = getattr(config, "image_size", None) or 224
     own = own if isinstance(own, int) else own[-1]
-    processor = _processor(transformers, source, config, is_local)
+    processor = _processor(transformers, source, (whole, config), is_local)
     size = image_size or _prepared_side(processor) or own
     arguments = {}
     if size != own and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
@@ -442,7 +442,7 @@ def _pooled(arguments: Mapping[str, Any], module: Any, images: Any) -> Any:
 
 
 def _processor(
-    transformers: ModuleType, source: str, config: Any, is_local: bool
+    transformers: ModuleType, source: str, configs: Iterable[Any], is_local: bool
 ) -> Mapping[str, Any]:
     """Returns the model's stored image processor, or else the name of the usual one."""
     if is_local:
@@ -452,8 +452,8 @@ def _processor(
             stored = read_json(Path(hub.hf_hub_download(source, PROCESSOR)))
     if not stored:
         kinds = transformers.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING
-        kind = next(iter(kinds.get(type(config), {}).values()), None)
-        stored = {} if kind is None else {"image_processor_type": kind.__name__}
+        usual = [kind for one in configs for kind in kinds.get(type(one), {}).values()]
+        stored = {"image_processor_type": usual[0].__name__} if usual else {}
     return stored
 
 

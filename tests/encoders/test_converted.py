@@ -290,20 +290,48 @@ def test_what_a_network_caches_does_not_outlive_a_trace():
     assert not hasattr(module, "seen")
 
 
-def test_what_transformers_caches_does_not_outlive_a_trace(timm, tmp_path):
-    """DINOv3's positions."""
+VIT_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+VIT_SIZES |= {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
+SWIN_SIZES = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "part", "prepared"),
+    [
+        ("ViTForImageClassification", VIT_SIZES, "vit", (32, 32, "bilinear")),
+        ("DINOv3ViTModel", VIT_SIZES, None, (32, 32, "bilinear")),  # caches positions by itself
+        (
+            "CLIPModel",
+            {"vision_config": VIT_SIZES, "text_config": {"hidden_size": 32, "vocab_size": 9}},
+            "vision_model",
+            (32, 32, "bicubic"),
+        ),
+        (
+            "SwinModel",
+            {**SWIN_SIZES, "depths": [1, 1], "num_heads": [2, 4]},
+            None,
+            (32, 32, "bilinear"),
+        ),
+    ],
+)
+def test_vision_models_of_transformers(timm, tmp_path, kind, settings, part, prepared):
+    """Stored as whole models, without an image processor: that of the class prepares images."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
-    config = transformers.DINOv3ViTConfig(intermediate_size=64, patch_size=8, **sizes)
-    module = transformers.DINOv3ViTModel(config).eval()
+    model = getattr(transformers, kind)
+    module = model(model.config_class(**settings)).eval()
     module.save_pretrained(tmp_path)
     encoder = dlc.load_encoder(f"hf:{tmp_path}")
+    transform = encoder.transform
+    assert (transform.size, transform.scaled, transform.interpolation) == prepared
+    if kind == "CLIPModel":
+        assert encoder.mean == (0.48145466, 0.4578275, 0.40821073)
     images = images_of(32)
+    own = getattr(module, part) if part else module
     with torch.no_grad():
-        expected = module(pixel_values=as_torch(images)).last_hidden_state.numpy()
+        expected = own(pixel_values=as_torch(images)).last_hidden_state.numpy()
     for _ in range(2):  # two programs
         found = jax.jit(lambda params, x: encoder.apply(params, x))(encoder.params, images)
         assert relative(found, expected) < 1e-5

@@ -151,12 +151,12 @@ class Team(NamedTuple):
         return range(*bounds)
 
 
-# Path of a parameter -> whether it is spread; the first full match counts. Norms are a thousandth
-# of the weights. An adapter is a few hundred: its gradients are summed over devices anyway, and a
-# gather in every layer would cost more time than the memory is worth.
+# Path of a parameter -> whether it is spread; the first full match counts. Norms and biases are a
+# thousandth of the weights. An adapter is a few hundred: its gradients are summed over devices
+# anyway, and a gather in every layer would cost more time than the memory is worth.
 _RULES = (
     (r".*/lora_[ab]", False),
-    (r"(.*/)?\w*norm\w*/scale", False),
+    (r"(.*/)?\w*norm\w*/scale|.*/bias", False),
     (r"embedding/embedding|.*kernel", True),
 )
 Tree = TypeVar("Tree")

@@ -1,4 +1,4 @@
-"""One decoder for Llama 3, Llama 3.1, Mistral and Gemma 2, token ids to logits.
+"""One decoder for Llama, Mistral, Qwen 2 and 3, and Gemma 2 and 3, token ids to logits.
 
 `Architecture` is a decoder as a pure function of its parameters.
 
@@ -10,8 +10,9 @@ Linear layers may have a low-rank change. The sizes of the paper's three base mo
 their published `config.json` files, for plans where there is no network.
 
 Sources: Grattafiori et al. 2024, arXiv 2407.21783; Jiang et al. 2023, arXiv 2310.06825; Gemma Team
-2024, arXiv 2408.00118; Su et al. 2021, arXiv 2104.09864, for rotary positions; Hu et al. 2021,
-arXiv 2106.09685, for low-rank changes.
+2024, arXiv 2408.00118; Gemma Team 2025, arXiv 2503.19786; Qwen Team 2024, arXiv 2412.15115; Qwen
+Team 2025, arXiv 2505.09388; Su et al. 2021, arXiv 2104.09864, for rotary positions; Peng et al.
+2023, arXiv 2309.00071, for YaRN; Hu et al. 2021, arXiv 2106.09685, for low-rank changes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +59,14 @@ class Adapter:
 
 
 class Projection(nnx.Linear):
-    """x @ kernel; of an adapter's target, plus scale * (x @ lora_a) @ lora_b.
+    """x @ kernel, plus a bias; of an adapter's target, plus scale * (x @ lora_a) @ lora_b.
 
     Args:
       name: In `TARGETS`.
       num_in, num_out: Its size.
       adapter: None: there is none.
-      dtype: Type of the kernel; the adapter's matrices, and what they add, are float32.
+      biased: Names of those that have a bias.
+      dtype: Type of kernel and bias; the adapter's matrices, and what they add, are float32.
       rngs: Source of random weights; the adapter's matrices are zeros.
     """
 
@@ -74,10 +77,11 @@ class Projection(nnx.Linear):
         num_out: int,
         *,
         adapter: Adapter | None,
+        biased: tuple[str, ...],
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        super().__init__(num_in, num_out, use_bias=False, param_dtype=dtype, rngs=rngs)
+        super().__init__(num_in, num_out, use_bias=name in biased, param_dtype=dtype, rngs=rngs)
         self.lora_scale: float | None = None
         if adapter is not None and name in adapter.targets:
             self.lora_scale = adapter.scale
@@ -99,8 +103,26 @@ _QUERIES_AT_ONCE, _MOST_PARTS = 128, 8  # of attention: scores of all would be t
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
 
+Frequencies = Float32[np.ndarray, " f"]  # angle per token of each pair of features
+
+
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class LinearScaling:
+    """All rotations slowed alike, for a longer context.
+
+    Attributes:
+      factor: By how much.
+    """
+
+    factor: float
+    amplitude: ClassVar[float] = 1.0
+
+    def slowed(self, frequencies: Frequencies, theta: float) -> Frequencies:
+        return frequencies / np.float32(self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
     """Llama 3.1's stretch of slow rotations to a longer context.
 
     Attributes:
@@ -113,6 +135,53 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_length: int
+    amplitude: ClassVar[float] = 1.0
+
+    def slowed(self, frequencies: Frequencies, theta: float) -> Frequencies:
+        turns = self.original_length * frequencies / (2 * np.pi)  # in the original context
+        low, high = self.low_freq_factor, self.high_freq_factor
+        share = np.clip((turns - low) / (high - low), 0, 1)  # that stays as it was
+        slow = frequencies / self.factor
+        return (share * frequencies + (1 - share) * slow).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN's stretch of slow rotations to a longer context, with sharper attention.
+
+    Attributes:
+      factor: Factor by which the longest wavelengths grow.
+      most_turns, fewest_turns: Of a rotation in the original context: with more it stays as it is,
+        with fewer it is slowed by the factor, with a ramp over the features between.
+      original_length: Context in tokens that the model was pre-trained with.
+      amplitude: Factor on queries and keys, where they are turned.
+      whole: Whether the ramp starts and ends at whole pairs of features.
+    """
+
+    factor: float
+    most_turns: float
+    fewest_turns: float
+    original_length: int
+    amplitude: float
+    whole: bool = True
+
+    def slowed(self, frequencies: Frequencies, theta: float) -> Frequencies:
+        num = len(frequencies)
+
+        def place(turns: float) -> float:
+            ratio = self.original_length / (turns * 2 * math.pi)
+            return num * math.log(ratio) / math.log(theta)
+
+        first, last = place(self.most_turns), place(self.fewest_turns)
+        if self.whole:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * num - 1)
+        width = last - first if last != first else 0.001
+        slow = np.clip((np.arange(num, dtype=np.float32) - first) / np.float32(width), 0, 1)
+        return frequencies / np.float32(self.factor) * slow + frequencies * (1 - slow)
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +196,8 @@ class DecoderConfig:
       norm_epsilon: Added to the mean square in the norms.
       rope_theta: Base of the rotations' wavelengths.
       rope_scaling: None: as pre-trained.
+      window_rope_theta: Base in blocks with a window, whose rotations are not scaled; None: blocks
+        with and without one turn alike.
       attention_scale: Factor on query-key products.
       attention_cap, final_cap: Bounds of tanh soft-caps on scores and logits; None: no cap.
       activation: Activation of the gated MLP, in `ACTIVATIONS`.
@@ -134,6 +205,8 @@ class DecoderConfig:
       offset_norm: Whether norms multiply by 1 + weight, before the cast to `dtype`.
       scale_embedding: Whether embeddings are multiplied by sqrt(width).
       tied: Whether the embedding is the head.
+      norms_heads: Whether queries and keys are normed, head by head, before they are turned.
+      biases: Names of projections with a bias, in `TARGETS`.
     """
 
     vocab_size: int
@@ -155,6 +228,9 @@ class DecoderConfig:
     offset_norm: bool = False
     scale_embedding: bool = False
     tied: bool = False
+    norms_heads: bool = False
+    biases: tuple[str, ...] = ()
+    window_rope_theta: float | None = None
 
     @property
     def depth(self) -> int:
@@ -167,11 +243,11 @@ MakeProjection = Callable[[str, int, int], Projection]
 
 
 class RmsNorm(nnx.Module):
-    """Divides by the root mean square over the width, in float32."""
+    """Divides by the root mean square over the last axis, in float32."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike):
+    def __init__(self, config: DecoderConfig, *, width: int, dtype: DTypeLike):
         start = 0.0 if config.offset_norm else 1.0
-        self.scale = nnx.Param(jnp.full((config.width,), start, dtype))
+        self.scale = nnx.Param(jnp.full((width,), start, dtype))
         self.epsilon, self.offset = config.norm_epsilon, config.offset_norm
 
     def __call__(self, x: Float[Array, "*b t d"]) -> Float[Array, "*b t d"]:
@@ -186,12 +262,17 @@ class RmsNorm(nnx.Module):
 class DecoderAttention(nnx.Module):
     """Causal self-attention with rotary positions and fewer key-value heads than query heads."""
 
-    def __init__(self, config: DecoderConfig, window: int | None, linear: MakeProjection):
+    def __init__(
+        self, config: DecoderConfig, window: int | None, linear: MakeProjection, dtype: DTypeLike
+    ):
         width, num_kv = config.width, config.num_kv_heads * config.head_dim
         self.q_proj = linear("q_proj", width, config.num_heads * config.head_dim)
         self.k_proj = linear("k_proj", width, num_kv)
         self.v_proj = linear("v_proj", width, num_kv)
         self.o_proj = linear("o_proj", config.num_heads * config.head_dim, width)
+        if config.norms_heads:
+            self.q_norm = RmsNorm(config, width=config.head_dim, dtype=dtype)
+            self.k_norm = RmsNorm(config, width=config.head_dim, dtype=dtype)
         self.config, self.window = config, window
 
     def __call__(self, x: Hidden, rotation: Rotation, segments: Tokens) -> Hidden:
@@ -200,6 +281,8 @@ class DecoderAttention(nnx.Module):
             project(x).reshape(batch, length, -1, self.config.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.config.norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = _rotate(q, rotation), _rotate(k, rotation)
         step = max(_QUERIES_AT_ONCE, -(-length // _MOST_PARTS))
         parts = []
@@ -237,14 +320,13 @@ class DecoderBlock(nnx.Module):
         linear: MakeProjection,
         dtype: DTypeLike,
     ):
-        self.attn = DecoderAttention(config, window, linear)
+        norm = functools.partial(RmsNorm, config, width=config.width, dtype=dtype)
+        self.attn = DecoderAttention(config, window, linear, dtype)
         self.mlp = DecoderMlp(config, linear)
-        self.attn_norm = RmsNorm(config, dtype=dtype)
-        self.mlp_norm = RmsNorm(config, dtype=dtype)
+        self.attn_norm, self.mlp_norm = norm(), norm()
         self.sandwich = config.sandwich
         if config.sandwich:
-            self.attn_norm_after = RmsNorm(config, dtype=dtype)
-            self.mlp_norm_after = RmsNorm(config, dtype=dtype)
+            self.attn_norm_after, self.mlp_norm_after = norm(), norm()
 
     def __call__(self, x: Hidden, rotation: Rotation, segments: Tokens) -> Hidden:
         added = self.attn(self.attn_norm(x), rotation, segments)
@@ -271,11 +353,13 @@ class Decoder(nnx.Module):
         adapter: Adapter | None = None,
         rngs: nnx.Rngs,
     ):
-        linear = functools.partial(Projection, adapter=adapter, dtype=dtype, rngs=rngs)
+        linear = functools.partial(
+            Projection, adapter=adapter, biased=config.biases, dtype=dtype, rngs=rngs
+        )
         self.embedding = nnx.Embed(config.vocab_size, config.width, param_dtype=dtype, rngs=rngs)
         blocks = [DecoderBlock(config, window, linear, dtype) for window in config.windows]
         self.blocks = nnx.List(blocks)
-        self.norm = RmsNorm(config, dtype=dtype)
+        self.norm = RmsNorm(config, width=config.width, dtype=dtype)
         if not config.tied:
             self.head = nnx.Linear(
                 config.width, config.vocab_size, use_bias=False, param_dtype=dtype, rngs=rngs
@@ -295,13 +379,14 @@ class Decoder(nnx.Module):
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.float32)
-        angles = positions[:, None] * _inverse_wavelengths(self.config)
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        rotation = (jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype))
+        config = self.config
+        everywhere = in_windows = _rotation(config, tokens.shape[1], x.dtype)
+        if (theta := config.window_rope_theta) is not None:
+            plain = dataclasses.replace(config, rope_theta=theta, rope_scaling=None)
+            in_windows = _rotation(plain, tokens.shape[1], x.dtype)
         run = nnx.remat(DecoderBlock.__call__) if rematerialise else DecoderBlock.__call__
-        for block in self.blocks:
-            x = run(block, x, rotation, segments)
+        for block, window in zip(self.blocks, config.windows, strict=True):
+            x = run(block, x, everywhere if window is None else in_windows, segments)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
@@ -315,17 +400,17 @@ class Decoder(nnx.Module):
 Rotation = tuple[Float[Array, "t h"], Float[Array, "t h"]]
 
 
-def _inverse_wavelengths(config: DecoderConfig) -> Float32[np.ndarray, " f"]:
-    """Returns the angle per token of each feature pair, stretched as `rope_scaling` says."""
+def _rotation(config: DecoderConfig, length: int, dtype: DTypeLike) -> Rotation:
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = 1 / np.power(np.float32(config.rope_theta), exponents)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_length * frequencies / (2 * np.pi)  # in the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    share = np.clip((turns - low) / (high - low), 0, 1)  # that stays as it was
-    return (share * frequencies + (1 - share) * frequencies / scaling.factor).astype(np.float32)
+    amplitude = 1.0
+    if (scaling := config.rope_scaling) is not None:
+        frequencies = scaling.slowed(frequencies, config.rope_theta)
+        amplitude = scaling.amplitude
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    cosines, sines = (turn(angles) * amplitude for turn in (jnp.cos, jnp.sin))
+    return cosines.astype(dtype), sines.astype(dtype)
 
 
 def _rotate(x: Float[Array, "b t k h"], rotation: Rotation) -> Float[Array, "b t k h"]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import math
 import os
 import re
 import sys
@@ -41,6 +42,8 @@ from dlc_jax.preprocess.tokens import check_vocabulary, tokenising
 from dlc_jax.types import Params, by_path, path_name
 
 DECODER = "decoder"  # as `encoder.name`
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+_MIXED = FAMILIES[2:]  # each block has a kind of attention of its own
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja")
 _OLD_TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 # not consolidated.safetensors: the same weights once more, in Mistral's own layout
@@ -66,7 +69,10 @@ _NAMES: Table = (
     (r"norm/scale", "model.norm.weight", AS_IT_IS),
     (r"head/kernel", _HEAD, LINEAR),
     (rf"{_BLOCK}/attn/(\w+)/kernel", rf"{_LAYER}.self_attn.\2.weight", LINEAR),
+    (rf"{_BLOCK}/attn/(\w+)/bias", rf"{_LAYER}.self_attn.\2.bias", AS_IT_IS),
+    (rf"{_BLOCK}/attn/([qk]_norm)/scale", rf"{_LAYER}.self_attn.\2.weight", AS_IT_IS),
     (rf"{_BLOCK}/mlp/(\w+)/kernel", rf"{_LAYER}.mlp.\2.weight", LINEAR),
+    (rf"{_BLOCK}/mlp/(\w+)/bias", rf"{_LAYER}.mlp.\2.bias", AS_IT_IS),
     (rf"{_BLOCK}/attn_norm/scale", rf"{_LAYER}.input_layernorm.weight", AS_IT_IS),
 )
 _AFTER_ATTENTION = rf"{_LAYER}.post_attention_layernorm.weight"
@@ -190,7 +196,7 @@ def load_language_model(
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
 ) -> LanguageModel:
-    """Loads a Llama, Mistral or Gemma 2 model.
+    """Loads a model of one of these families: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3.
 
     Args:
       weights: A folder in Hugging Face format, a hub id such as `mistralai/Mistral-7B-v0.3`, or
@@ -302,13 +308,13 @@ def read_config_alone(folder: Path) -> decoder.DecoderConfig:
     Raises:
       ValueError: no such file, sizes that are out of range, quantised weights, or a model this
         decoder does not compute exactly: another family, another activation or rotary scaling,
-        biases, attention in both directions.
+        attention in both directions.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise expect.InputError(f"{path}: not there; expected a Hugging Face model folder.")
     raw = read_json(path)
-    expect.one_of(f"{path}: model_type", raw.get("model_type"), ("llama", "mistral", "gemma2"))
+    expect.one_of(f"{path}: model_type", raw.get("model_type"), FAMILIES)
     _check_loadable(folder, path, raw)
     for name in _SIZES:  # one out of range would take all memory as soon as it is used
         if (size := raw.get(name)) is not None:
@@ -346,18 +352,24 @@ def _check_loadable(folder: Path, path: Path, raw: Mapping[str, Any]) -> None:
 
 
 def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
-    """Translates a transformers configuration of Llama, Mistral or Gemma 2.
+    """Translates a transformers configuration of one of `FAMILIES`.
 
     Args:
-      config: `LlamaConfig`, `MistralConfig` or `Gemma2Config`.
+      config: `LlamaConfig`, `Qwen3Config`, `Gemma3TextConfig` and so on.
       source: What messages call it.
     Raises:
       ValueError: see `read_config`.
     """
-    is_gemma, rope = config.model_type == "gemma2", config.rope_parameters
-    for switch in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
-        if getattr(config, switch, None):
-            raise expect.InputError(f"{source}: {switch} is on, which this decoder does not do.")
+    is_gemma, is_gemma3 = config.model_type.startswith("gemma"), config.model_type == "gemma3_text"
+    rope, windowed_rope = config.rope_parameters, None
+    if is_gemma3:
+        rope, windowed_rope = rope["full_attention"], rope["sliding_attention"]
+        kind = windowed_rope.get("rope_type", "default")
+        expect.one_of(f"{source}: rope_type of sliding_attention", kind, ("default",))
+    if getattr(config, "use_bidirectional_attention", None):
+        raise expect.InputError(
+            f"{source}: use_bidirectional_attention is on, which this decoder does not do."
+        )
     factor = rope.get("partial_rotary_factor", 1.0)
     if factor != 1:
         raise expect.InputError(f"{source}: partial_rotary_factor {factor}; expected 1.")
@@ -372,7 +384,10 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
             "an even number of features."
         )
     positive = {"rms_norm_eps": config.rms_norm_eps, "query_pre_attn_scalar": scale}
-    for name, value in (positive | {"rope_theta": rope["rope_theta"]}).items():
+    positive["rope_theta"] = rope["rope_theta"]
+    if windowed_rope is not None:
+        positive["rope_theta of sliding_attention"] = windowed_rope["rope_theta"]
+    for name, value in positive.items():
         expect.at_least(f"{source}: {name}", value, 0, exclusive=True)
     return decoder.DecoderConfig(
         vocab_size=config.vocab_size,
@@ -381,11 +396,11 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         mlp_width=config.intermediate_size,
-        windows=_windows(config),
+        windows=_windows(config, source),
         max_length=config.max_position_embeddings,
         norm_epsilon=config.rms_norm_eps,
         rope_theta=float(rope["rope_theta"]),
-        rope_scaling=_rope_scaling(rope, source),
+        rope_scaling=_rope_scaling(config, rope, source),
         attention_scale=scale**-0.5,
         attention_cap=config.attn_logit_softcapping if is_gemma else None,
         final_cap=config.final_logit_softcapping if is_gemma else None,
@@ -394,28 +409,84 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
         offset_norm=is_gemma,
         scale_embedding=is_gemma,
         tied=bool(config.tie_word_embeddings),
+        norms_heads=config.model_type in ("qwen3", "gemma3_text"),
+        biases=_biases(config, source),
+        window_rope_theta=None if windowed_rope is None else float(windowed_rope["rope_theta"]),
     )
 
 
-def _windows(config: Any) -> tuple[int | None, ...]:
+def _windows(config: Any, source: str) -> tuple[int | None, ...]:
     """Returns how far back each block sees; None: all."""
     window = None if config.model_type == "llama" else config.sliding_window
-    if config.model_type == "gemma2":
-        return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
-    return (window,) * config.num_hidden_layers
+    if config.model_type not in _MIXED:
+        return (window,) * config.num_hidden_layers
+    windows = {"sliding_attention": window, "full_attention": None}
+    for kind in config.layer_types:
+        expect.one_of(f"{source}: layer_types", kind, windows)
+    return tuple(windows[kind] for kind in config.layer_types)
 
 
-def _rope_scaling(parameters: Mapping[str, Any], source: str) -> decoder.RopeScaling | None:
+def _biases(config: Any, source: str) -> tuple[str, ...]:
+    """Returns which projections have a bias in transformers."""
+    if config.model_type == "qwen2":
+        return ("q_proj", "k_proj", "v_proj")
+    of_attention, of_mlp = decoder.TARGETS[:4], decoder.TARGETS[4:]
+    found: tuple[str, ...] = ()
+    for switch, names, families in (
+        ("attention_bias", of_attention, ("llama", "qwen3", "gemma2", "gemma3_text")),
+        ("mlp_bias", of_mlp, ("llama",)),
+    ):
+        if getattr(config, switch, None):
+            if config.model_type not in families:
+                raise expect.InputError(
+                    f"{source}: {switch} is on, which transformers does not do in a model of type "
+                    f"{config.model_type}."
+                )
+            found += names
+    return found
+
+
+def _rope_scaling(
+    config: Any, parameters: dict[str, Any], source: str
+) -> decoder.RopeScaling | None:
     kind = parameters.get("rope_type", "default")
-    expect.one_of(f"{source}: rope_type", kind, ("default", "llama3"))
+    expect.one_of(f"{source}: rope_type", kind, ("default", "linear", "llama3", "yarn"))
     if kind == "default":
         return None
-    return decoder.RopeScaling(
-        factor=float(parameters["factor"]),
-        low_freq_factor=float(parameters["low_freq_factor"]),
-        high_freq_factor=float(parameters["high_freq_factor"]),
-        original_length=int(parameters["original_max_position_embeddings"]),
+    original = int(parameters.get("original_max_position_embeddings", 0))
+    factor = parameters.get("factor")
+    if factor is None:  # yarn's may follow from the two lengths; of others transformers asks for it
+        factor = config.max_position_embeddings / original
+    expect.at_least(f"{source}: factor of rope_parameters", factor, 1)
+    if kind == "linear":
+        return decoder.LinearScaling(float(factor))
+    if kind == "llama3":
+        return decoder.Llama3Scaling(
+            factor=float(factor),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_length=original,
+        )
+    return decoder.YarnScaling(
+        factor=float(factor),
+        most_turns=float(parameters.get("beta_fast") or 32),
+        fewest_turns=float(parameters.get("beta_slow") or 1),
+        original_length=original,
+        amplitude=_yarn_amplitude(float(factor), parameters),
+        whole=bool(config.rope_parameters.get("truncate", True)),
     )
+
+
+def _yarn_amplitude(factor: float, parameters: dict[str, Any]) -> float:
+    """Returns the factor on queries and keys, as transformers derives it where none is stated."""
+    if (stated := parameters.get("attention_factor")) is not None:
+        return float(stated)
+
+    def grown(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    of_one, of_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return grown(of_one) / grown(of_all) if of_one and of_all else grown(1.0)
 
 
 def read_params(

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @register_model("dlc_jax")
 class JaxLM(TemplateLM):
-    """A Llama, Mistral or Gemma 2 model, as lm_eval asks it.
+    """A language model, as lm_eval asks it.
 
     Requests that generate text are refused; log-likelihoods are what it gives, those of multiple
     choice included. Where the begin of sequence goes is decided as for `--model hf`.

@@ -1,7 +1,9 @@
 """The decoder against the torch classes of transformers."""
 
 import dataclasses
+import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from flax import nnx
 
 from dlc_jax.encoders import decoder
 from dlc_jax.encoders.decoder import Architecture, Decoder
-from dlc_jax.encoders.language_model import read_config, read_params
+from dlc_jax.encoders.language_model import read_config, read_config_alone, read_params
+from dlc_jax.types import by_path, path_name
 
 SIZES = {
     "vocab_size": 61,
@@ -46,6 +49,41 @@ MODELS = {
         },
     ),
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 4.0,
+}
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+}
+MIXED = ["sliding_attention", "full_attention"] * 2
+MODELS |= {
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
+    "qwen2": (
+        "Qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 2,
+            "rope_parameters": YARN | {"attention_factor": 0.9, "truncate": False},
+        },
+    ),
+    "qwen3": ("Qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 17,
+            "layer_types": MIXED,
+            "rope_parameters": GEMMA3_ROPE,
+            "attention_bias": True,
+        },
+    ),
+}
 LENGTH = 40
 
 
@@ -60,7 +98,7 @@ def torch_models(timm, tmp_path_factory):
         config = getattr(transformers, f"{family}Config")(**SIZES, **options)
         config._attn_implementation = "eager"
         torch.manual_seed(0)
-        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 scale = 3.0 if parameter.ndim > 1 else 0.5
@@ -148,6 +186,20 @@ SWITCHES = {
         "offset_norm": False,
         "scale_embedding": False,
     },
+    "llama-biases": {
+        "rope_scaling": decoder.YarnScaling(4.0, 32.0, 1.0, 64, 0.1 * np.log(4) + 1),
+    },
+    "qwen2": {
+        "windows": (7,) * 4,
+        "rope_scaling": decoder.YarnScaling(4.0, 4.0, 1.0, 64, 0.9, True),
+    },
+    "qwen3": {"rope_scaling": decoder.LinearScaling(2.0)},
+    "gemma3": {
+        "windows": (7, 7, None, None),
+        "window_rope_theta": None,
+        "rope_scaling": None,
+        "attention_scale": 10**-0.5,
+    },
 }
 
 
@@ -162,3 +214,90 @@ def test_every_switch_matters(torch_models, name, switch):
     tokens, is_token = padded("right")
     ours = logits_of(flipped, params, tokens, is_token)
     assert error(ours, torch_logits(model, tokens, is_token), is_token) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("llama-biases", "o_proj/bias"),
+        ("llama-biases", "down_proj/bias"),
+        ("qwen2", "k_proj/bias"),
+        ("qwen3", "q_norm/scale"),
+        ("gemma3", "k_norm/scale"),
+    ],
+)
+def test_every_part_matters(torch_models, name, part):
+    """Moved, the logits move: those of a model that left it out would be others."""
+    folder, model = torch_models[name]
+    config = read_config(folder)
+    params = read_params(folder, Architecture(config, "float32"))
+    tokens, is_token = padded("right")
+    leaves = by_path(params)
+    paths = [path for path in leaves if path.endswith(part)]
+    assert len(paths) == config.depth
+    moved = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf[::-1] if path_name(path) in paths else leaf, params
+    )
+    ours = logits_of(config, moved, tokens, is_token)
+    assert error(ours, torch_logits(model, tokens, is_token), is_token) > 1e-3
+
+
+OLD_AND_NEW = {
+    "qwen2": (
+        {
+            "model_type": "qwen2",
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            "use_sliding_window": False,
+            "sliding_window": 32,
+            "max_window_layers": 2,
+        },
+        {
+            "model_type": "qwen2",
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+            "layer_types": ["full_attention"] * 4,
+        },
+    ),
+    "gemma3_text": (
+        {
+            "model_type": "gemma3_text",
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "sliding_window_pattern": 2,
+            "sliding_window": 7,
+        },
+        {
+            "model_type": "gemma3_text",
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+            "layer_types": MIXED,
+            "sliding_window": 7,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OLD_AND_NEW)
+def test_configurations_of_versions_4_and_5_of_transformers(tmp_path, family):
+    found = []
+    for style in OLD_AND_NEW[family]:
+        (tmp_path / "config.json").write_text(json.dumps({**SIZES, "hidden_size": 60, **style}))
+        found.append(read_config_alone(tmp_path))
+    assert found[0] == found[1]
+    if family == "qwen2":
+        amplitude = 0.1 * np.log(4) + 1
+        assert found[0].rope_scaling == decoder.YarnScaling(4.0, 32.0, 1.0, 16, amplitude)
+        assert found[0].windows == (None,) * 4
+        assert found[0].biases == ("q_proj", "k_proj", "v_proj")
+    else:
+        assert found[0].windows == (7, None, 7, None)
+        assert (found[0].rope_theta, found[0].window_rope_theta) == (1e6, 1e4)
+        assert found[0].rope_scaling == decoder.LinearScaling(8.0)

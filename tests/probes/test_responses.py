@@ -259,12 +259,13 @@ def test_checkpoints_that_do_not_fit_are_refused(models, tmp_path):
         with pytest.raises(ValueError, match=says):
             load_language_model(str(tmp_path), dtype="float32")
 
-    refused("model_type: unknown value 'qwen2'; valid: llama, mistral, gemma2", model_type="qwen2")
+    refused("model_type: unknown value 'mamba'; valid: llama, mistral, qwen2", model_type="mamba")
     refused("activation", hidden_act="relu")
-    refused("attention_bias is on", attention_bias=True)
+    refused(r"tensors that are missing: .*q_proj\.bias", attention_bias=True)
+    refused("attention_bias is on", attention_bias=True, model_type="mistral")
     refused(
         "rope_type",
-        rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
         max_position_embeddings=1024,
     )
     first, *_ = tensors

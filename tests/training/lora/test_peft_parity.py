@@ -24,6 +24,13 @@ FAMILIES = {
     "Llama": {"tie_word_embeddings": True},
     "Mistral": {"sliding_window": 9},
     "Gemma2": {"sliding_window": 9, "query_pre_attn_scalar": 17, "head_dim": 8},
+    "Qwen3": {"attention_bias": True, "head_dim": 8},
+    "Gemma3Text": {
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 17,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 
@@ -47,7 +54,7 @@ def folders(timm, tmp_path_factory):
             pad_token_id=0,
             **options,
         )
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
@@ -143,6 +150,8 @@ def torch_steps(model, data, settings, order, rates):
         pytest.param("Llama", "adamw", 1e-2, False, marks=pytest.mark.slow),
         pytest.param("Mistral", "sgd", 1e-2, True, marks=pytest.mark.slow),
         pytest.param("Gemma2", "sgd", 1e-2, False, marks=pytest.mark.slow),
+        pytest.param("Qwen3", "sgd", 1e-2, True, marks=pytest.mark.slow),
+        pytest.param("Gemma3Text", "adamw", 1e-2, True, marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_are_those_of_peft(

@@ -158,17 +158,14 @@ def converted_encoder(
     network = TorchNetwork(converted, built.tokens, built.head)
     size = built.image_size
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-    keeps = f"{name}: cannot be converted, it keeps what it computed for its next call"
-    with expect.refusing(keeps, jax.errors.UnexpectedTracerError, shown=expect.first_line):
-        output = jax.eval_shape(network.tokens, converted.tensors, images)
-        has_tokens = getattr(output, "ndim", None) == 3  # some give lists
-        apply = network.tokens if has_tokens else network.apply_head
-        jax.eval_shape(network.apply_head, converted.tensors, images)
-        if rates:
-            key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-            real = jax.ShapeDtypeStruct((2,), jnp.float32)
-            params = {**converted.tensors, RANDOM_KEY: key}
-            jax.eval_shape(network.apply_training, params, images, real)
+    output = _traced(name, network.tokens, converted.tensors, images)
+    has_tokens = getattr(output, "ndim", None) == 3  # some give lists
+    apply = network.tokens if has_tokens else network.apply_head
+    _traced(name, network.apply_head, converted.tensors, images)
+    if rates:
+        key, real = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.float32)
+        params = {**converted.tensors, RANDOM_KEY: key}
+        _traced(name, network.apply_training, params, images, real)
     if absent := [rate for rate in rates if rate not in converted.drawn]:
         raise expect.InputError(f"encoder.{absent[0]}: {name} has none; expected 0.")
     in_order = {key: number for number, key in enumerate(converted.tensors)}
@@ -197,6 +194,20 @@ def converted_encoder(
         drop_path=rates.get("drop_path", 0.0),
         dropout=rates.get("dropout", 0.0),
     )
+
+
+def _traced(name: str, run: Callable[..., Any], *args: Any) -> Any:
+    """Returns the shapes of what a function gives.
+
+    Raises:
+      ValueError: it uses what was computed in an earlier call.
+    """
+    keeps = f"{name}: cannot be converted, it keeps what it computed for its next call"
+    with expect.refusing(keeps, jax.errors.UnexpectedTracerError, shown=expect.first_line):
+        program, shapes = jax.make_jaxpr(run, return_shape=True)(*args)
+    if any(isinstance(const, jax.core.Tracer) for const in program.consts):
+        raise expect.InputError(f"{keeps}.")
+    return shapes
 
 
 def prunable_layers(converted: Converted) -> list[str]:

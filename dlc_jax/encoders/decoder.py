@@ -89,7 +89,11 @@ class Projection(nnx.Linear):
             self.lora_b = nnx.LoRAParam(jnp.zeros((adapter.rank, num_out)))
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = super().__call__(x)
+        if self.bias is None:
+            y = super().__call__(x)
+        else:  # added before the product is rounded, as in torch
+            wide = jnp.matmul(x, self.kernel[...], preferred_element_type=jnp.float32)
+            y = (wide + self.bias[...].astype(jnp.float32)).astype(x.dtype)
         if self.lora_scale is None:
             return y
         with precision_of("float32"):
@@ -122,7 +126,7 @@ class LinearScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
+class RopeScaling:
     """Llama 3.1's stretch of slow rotations to a longer context.
 
     Attributes:
@@ -134,7 +138,7 @@ class Llama3Scaling:
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_length: int
+    original_length: float
     amplitude: ClassVar[float] = 1.0
 
     def slowed(self, frequencies: Frequencies, theta: float) -> Frequencies:
@@ -151,8 +155,8 @@ class YarnScaling:
 
     Attributes:
       factor: Factor by which the longest wavelengths grow.
-      most_turns, fewest_turns: Of a rotation in the original context: with more it stays as it is,
-        with fewer it is slowed by the factor, with a ramp over the features between.
+      most_turns, fewest_turns: Rotations that turn more often in the original context stay as they
+        are, those that turn less often are slowed by the factor; a ramp over features lies between.
       original_length: Context in tokens that the model was pre-trained with.
       amplitude: Factor on queries and keys, where they are turned.
       whole: Whether the ramp starts and ends at whole pairs of features.
@@ -161,7 +165,7 @@ class YarnScaling:
     factor: float
     most_turns: float
     fewest_turns: float
-    original_length: int
+    original_length: float
     amplitude: float
     whole: bool = True
 
@@ -181,7 +185,10 @@ class YarnScaling:
         return frequencies / np.float32(self.factor) * slow + frequencies * (1 - slow)
 
 
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
+Scaling = LinearScaling | RopeScaling | YarnScaling
+
+
+_LATER = ("norms_heads", "biases", "window_rope_theta")  # than version 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +226,7 @@ class DecoderConfig:
     max_length: int
     norm_epsilon: float
     rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope_scaling: Scaling | None
     attention_scale: float
     attention_cap: float | None = None
     final_cap: float | None = None
@@ -231,6 +238,15 @@ class DecoderConfig:
     norms_heads: bool = False
     biases: tuple[str, ...] = ()
     window_rope_theta: float | None = None
+
+    def __repr__(self) -> str:
+        """Shows switches that came later only where they are on: fingerprints are made of it."""
+        shown = (
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if field.name not in _LATER or getattr(self, field.name) != field.default
+        )
+        return f"DecoderConfig({', '.join(shown)})"
 
     @property
     def depth(self) -> int:

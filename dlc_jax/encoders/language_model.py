@@ -360,6 +360,9 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
     Raises:
       ValueError: see `read_config`.
     """
+    # transformers takes a mistral with layer_types for a ministral
+    expect.one_of(f"{source}: model_type, as transformers reads it", config.model_type, FAMILIES)
+    config.standardize_rope_params()  # once more, as its rotary embeddings do
     is_gemma, is_gemma3 = config.model_type.startswith("gemma"), config.model_type == "gemma3_text"
     rope, windowed_rope = config.rope_parameters, None
     if is_gemma3:
@@ -370,6 +373,8 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
         raise expect.InputError(
             f"{source}: use_bidirectional_attention is on, which this decoder does not do."
         )
+    if not getattr(config, "is_causal", True):
+        raise expect.InputError(f"{source}: is_causal is off, which this decoder does not do.")
     factor = rope.get("partial_rotary_factor", 1.0)
     if factor != 1:
         raise expect.InputError(f"{source}: partial_rotary_factor {factor}; expected 1.")
@@ -384,9 +389,9 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
             "an even number of features."
         )
     positive = {"rms_norm_eps": config.rms_norm_eps, "query_pre_attn_scalar": scale}
-    positive["rope_theta"] = rope["rope_theta"]
+    positive["rope_theta"] = rope.get("rope_theta")
     if windowed_rope is not None:
-        positive["rope_theta of sliding_attention"] = windowed_rope["rope_theta"]
+        positive["rope_theta of sliding_attention"] = windowed_rope.get("rope_theta")
     for name, value in positive.items():
         expect.at_least(f"{source}: {name}", value, 0, exclusive=True)
     return decoder.DecoderConfig(
@@ -402,7 +407,8 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=_rope_scaling(config, rope, source),
         attention_scale=scale**-0.5,
-        attention_cap=config.attn_logit_softcapping if is_gemma else None,
+        # transformers reads Gemma 3's and does not use it
+        attention_cap=config.attn_logit_softcapping if config.model_type == "gemma2" else None,
         final_cap=config.final_logit_softcapping if is_gemma else None,
         activation=activation,
         sandwich=is_gemma,
@@ -423,6 +429,11 @@ def _windows(config: Any, source: str) -> tuple[int | None, ...]:
     windows = {"sliding_attention": window, "full_attention": None}
     for kind in config.layer_types:
         expect.one_of(f"{source}: layer_types", kind, windows)
+    if window is None and "sliding_attention" in config.layer_types:
+        raise expect.InputError(
+            f"{source}: layer_types has sliding_attention, sliding_window is None; expected a "
+            "number."
+        )
     return tuple(windows[kind] for kind in config.layer_types)
 
 
@@ -446,31 +457,41 @@ def _biases(config: Any, source: str) -> tuple[str, ...]:
     return found
 
 
-def _rope_scaling(
-    config: Any, parameters: dict[str, Any], source: str
-) -> decoder.RopeScaling | None:
+def _rope_scaling(config: Any, parameters: dict[str, Any], source: str) -> decoder.Scaling | None:
     kind = parameters.get("rope_type", "default")
     expect.one_of(f"{source}: rope_type", kind, ("default", "linear", "llama3", "yarn"))
     if kind == "default":
         return None
-    original = int(parameters.get("original_max_position_embeddings", 0))
-    factor = parameters.get("factor")
-    if factor is None:  # yarn's may follow from the two lengths; of others transformers asks for it
+
+    def name(key: str) -> str:
+        return f"{source}: {key} of rope_parameters"
+
+    factor: Any = parameters.get("factor")
+    original: Any = parameters.get("original_max_position_embeddings")
+    if kind != "linear":
+        expect.at_least(name("original_max_position_embeddings"), original, 0, exclusive=True)
+    if factor is None and kind == "yarn":  # it follows from the two lengths
         factor = config.max_position_embeddings / original
-    expect.at_least(f"{source}: factor of rope_parameters", factor, 1)
+    expect.at_least(name("factor"), factor, 1)
     if kind == "linear":
         return decoder.LinearScaling(float(factor))
     if kind == "llama3":
-        return decoder.Llama3Scaling(
-            factor=float(factor),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_length=original,
-        )
+        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        expect.at_least(name("low_freq_factor"), low, 0, exclusive=True)
+        expect.at_least(name("high_freq_factor"), high, low, exclusive=True)
+        return decoder.RopeScaling(float(factor), float(low), float(high), original)
+    most, fewest = parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1
+    for key, value in (("beta_fast", most), ("beta_slow", fewest)):
+        expect.at_least(name(key), value, 0, exclusive=True)
+    if parameters["rope_theta"] == 1:
+        raise expect.InputError(f"{name('rope_theta')} 1 with yarn; expected another.")
+    for key in ("attention_factor", "mscale", "mscale_all_dim"):
+        if (value := parameters.get(key)) is not None:
+            expect.at_least(name(key), value, 0)
     return decoder.YarnScaling(
         factor=float(factor),
-        most_turns=float(parameters.get("beta_fast") or 32),
-        fewest_turns=float(parameters.get("beta_slow") or 1),
+        most_turns=float(most),
+        fewest_turns=float(fewest),
         original_length=original,
         amplitude=_yarn_amplitude(float(factor), parameters),
         whole=bool(config.rope_parameters.get("truncate", True)),

@@ -244,8 +244,10 @@ def _frozen(architecture: Architecture) -> Architecture:
 
 
 def _with_depth(architecture: Architecture, depth: int) -> Architecture:
+    """Returns a decoder of so many blocks, of those that take most."""
     config = architecture.config
-    windows = (config.windows * depth)[:depth]
+    widest = None if None in config.windows else max(window or 0 for window in config.windows)
+    windows = (widest,) * depth
     return dataclasses.replace(architecture, config=dataclasses.replace(config, windows=windows))
 
 

@@ -301,3 +301,80 @@ def test_configurations_of_versions_4_and_5_of_transformers(tmp_path, family):
         assert found[0].windows == (7, None, 7, None)
         assert (found[0].rope_theta, found[0].window_rope_theta) == (1e6, 1e4)
         assert found[0].rope_scaling == decoder.LinearScaling(8.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention"] * 4, "sliding_window": 4},
+            "model_type, as transformers reads it: unknown value 'ministral'",
+        ),
+        ({"model_type": "llama", "is_causal": False}, "is_causal is off"),
+        (
+            {"model_type": "qwen2", "layer_types": MIXED},
+            "layer_types has sliding_attention, sliding_window is None; expected a number",
+        ),
+        (
+            {"model_type": "llama", "rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}},
+            "high_freq_factor of rope_parameters: must be > 1",
+        ),
+        (
+            {"model_type": "llama", "rope_parameters": YARN | {"beta_fast": -1.0}},
+            "beta_fast of rope_parameters: must be > 0, got -1",
+        ),
+        (
+            {"model_type": "llama", "rope_parameters": YARN | {"rope_theta": 1}},
+            "rope_theta of rope_parameters 1 with yarn; expected another",
+        ),
+        (
+            {
+                "model_type": "llama",
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": None},
+            },
+            "factor of rope_parameters: expected a number, got None",
+        ),
+    ],
+)
+def test_what_transformers_computes_otherwise_is_refused(tmp_path, changes, says):
+    (tmp_path / "config.json").write_text(json.dumps({**SIZES, **changes}))
+    with pytest.raises(ValueError, match=rf"config\.json: {says}"):
+        read_config_alone(tmp_path)
+
+
+def test_settings_that_transformers_reads_otherwise(tmp_path):
+    """Of two lengths before scaling that beside the rotary settings counts; a cap does nothing."""
+
+    def read(**changes):
+        (tmp_path / "config.json").write_text(json.dumps({**SIZES, **changes}))
+        return read_config_alone(tmp_path)
+
+    found = read(model_type="llama", rope_parameters=YARN, original_max_position_embeddings=16)
+    assert found.rope_scaling.original_length == 16
+    sizes = {"hidden_size": 60, "attn_logit_softcapping": 2.0}
+    assert read(model_type="gemma3_text", **sizes).attention_cap is None
+    assert read(model_type="gemma2", **sizes).attention_cap == 2.0
+
+
+def test_biases_are_added_before_rounding():
+    """As torch does in half precision."""
+    import torch
+
+    generator = np.random.default_rng(0)
+    x, kernel, bias = (
+        generator.normal(size=shape).astype(np.float32) for shape in ((64, 128), (128, 96), (96,))
+    )
+    how = {"adapter": None, "biased": ("q_proj",), "dtype": "bfloat16", "rngs": nnx.Rngs(0)}
+    projection = decoder.Projection("q_proj", 128, 96, **how)
+    projection.kernel[...] = jnp.asarray(kernel, "bfloat16")
+    projection.bias[...] = jnp.asarray(bias, "bfloat16")
+    ours = np.asarray(projection(jnp.asarray(x, "bfloat16")), np.float32)
+    given = [torch.asarray(value).bfloat16() for value in (x, kernel.T.copy(), bias)]
+    theirs = torch.nn.functional.linear(*given).float().numpy()
+    assert np.mean(ours != theirs) < 0.01  # rounded twice: an eighth
+
+
+def test_fingerprints_of_version_0_1_stay():
+    config = decoder.PAPER_MODELS["mistralai/Mistral-7B-v0.3"]
+    assert "biases" not in repr(config)
+    assert "biases=('q_proj',)" in repr(dataclasses.replace(config, biases=("q_proj",)))

@@ -20,7 +20,7 @@ step      one step of SGD in training mode without dropout: the update of the te
 The table shows the larger of the two probes, and beside the step's distance torch's own. Networks
 that take any size get images of 128 px, others of their own. Each is a process of its own
 and one line of --rows; those that are there already are not run again. Ends with a table in
-Markdown. Needs the test extra. Two hours on two cores, the architectures alone seven minutes.
+Markdown. Needs the test extra. Three hours on two cores, the architectures alone seven minutes.
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ class Adapter:
 
 
 class Projection(nnx.Linear):
-    """x @ kernel, plus a bias; of an adapter's target, plus scale * (x @ lora_a) @ lora_b.
+    """x @ kernel, plus a bias where there is one.
+
+    An adapter's target gives scale * (x @ lora_a) @ lora_b besides.
 
     Args:
       name: In `TARGETS`.
@@ -103,11 +105,9 @@ class Projection(nnx.Linear):
 
 Tokens = Int[Array, "b t"]  # ids, or the number of each token's sequence in its row
 Hidden = Float[Array, "b t d"]
+Frequencies = Float32[np.ndarray, " f"]  # angle per token of each pair of features
 _QUERIES_AT_ONCE, _MOST_PARTS = 128, 8  # of attention: scores of all would be t x t
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
-
-
-Frequencies = Float32[np.ndarray, " f"]  # angle per token of each pair of features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +125,7 @@ class LinearScaling:
         return frequencies / np.float32(self.factor)
 
 
+# called so since it was the only one: its name is in fingerprints
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Llama 3.1's stretch of slow rotations to a longer context.
@@ -188,7 +189,8 @@ class YarnScaling:
 Scaling = LinearScaling | RopeScaling | YarnScaling
 
 
-_LATER = ("norms_heads", "biases", "window_rope_theta")  # than version 0.1
+# Switches that version 0.1 did not have
+_LATER = ("norms_heads", "biases", "window_rope_theta")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,13 @@ from dlc_jax.types import Params, by_path, path_name
 
 DECODER = "decoder"  # as `encoder.name`
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
-_MIXED = FAMILIES[2:]  # each block has a kind of attention of its own
+_WITH_LAYER_TYPES = ("qwen2", "qwen3", "gemma2", "gemma3_text")  # attention of every block
+_WITH_NORMED_HEADS = ("qwen3", "gemma3_text")
+# Settings that give projections a bias, and the families where transformers looks at them
+_BIASES = {
+    "attention_bias": (decoder.TARGETS[:4], ("llama", "qwen3", "gemma2", "gemma3_text")),
+    "mlp_bias": (decoder.TARGETS[4:], ("llama",)),
+}
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja")
 _OLD_TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 # not consolidated.safetensors: the same weights once more, in Mistral's own layout
@@ -415,7 +421,7 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
         offset_norm=is_gemma,
         scale_embedding=is_gemma,
         tied=bool(config.tie_word_embeddings),
-        norms_heads=config.model_type in ("qwen3", "gemma3_text"),
+        norms_heads=config.model_type in _WITH_NORMED_HEADS,
         biases=_biases(config, source),
         window_rope_theta=None if windowed_rope is None else float(windowed_rope["rope_theta"]),
     )
@@ -424,7 +430,7 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
 def _windows(config: Any, source: str) -> tuple[int | None, ...]:
     """Returns how far back each block sees; None: all."""
     window = None if config.model_type == "llama" else config.sliding_window
-    if config.model_type not in _MIXED:
+    if config.model_type not in _WITH_LAYER_TYPES:
         return (window,) * config.num_hidden_layers
     windows = {"sliding_attention": window, "full_attention": None}
     for kind in config.layer_types:
@@ -441,12 +447,8 @@ def _biases(config: Any, source: str) -> tuple[str, ...]:
     """Returns which projections have a bias in transformers."""
     if config.model_type == "qwen2":
         return ("q_proj", "k_proj", "v_proj")
-    of_attention, of_mlp = decoder.TARGETS[:4], decoder.TARGETS[4:]
     found: tuple[str, ...] = ()
-    for switch, names, families in (
-        ("attention_bias", of_attention, ("llama", "qwen3", "gemma2", "gemma3_text")),
-        ("mlp_bias", of_mlp, ("llama",)),
-    ):
+    for switch, (names, families) in _BIASES.items():
         if getattr(config, switch, None):
             if config.model_type not in families:
                 raise expect.InputError(

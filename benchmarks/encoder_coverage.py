@@ -27,27 +27,15 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import app
 
-from benchmarks import peers
-
-_ROWS = flags.DEFINE_string("rows", "runs/encoder_coverage.jsonl", "What is known already.")
-_ONLY = flags.DEFINE_list("only", [], "timm:<architecture>, hf:<family>; empty: all.")
-_NUM = flags.DEFINE_integer("num", None, "How many more are run at most.")
-_LIMIT = flags.DEFINE_integer("limit_s", 900, "Seconds after which a network is given up.")
-_RUN = flags.DEFINE_string("run", None, "Of a network's own process: its name.")
-_ROW = flags.DEFINE_string("row", None, "Of a network's own process: where its row goes.")
+from benchmarks import coverage, peers
 
 SPARSITIES = (0.3, 0.7)
 FEATURES_TOLERANCE, STEP_TOLERANCE, TIMES_TORCHS, DOUBLE_TOLERANCE = 1e-5, 1e-3, 4, 1e-6
@@ -107,32 +95,13 @@ class Original(NamedTuple):
 
 
 def main(_: list[str]) -> None:
-    if _RUN.value:
-        examine(_RUN.value, Path(_ROW.value))
-        return
-    path = Path(_ROWS.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = _ONLY.value or [
-        *(f"timm:{name}" for _, name, _ in smallest_architectures(path)),
-        *(f"hf:{family}" for family in TRANSFORMERS),
-    ]
-    done = {row["name"] for row in read(path) if "name" in row}
-    for name in [name for name in names if name not in done][: _NUM.value]:
-        row = run(name)
-        append(path, row)
-        print(line(row), flush=True)
-    print(f"\n{table([row for row in read(path) if 'name' in row])}")
+    coverage.drive("encoder_coverage", names, examine, line, table)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Returns what is known already."""
-    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Adds a line."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+def names(path: Path) -> list[str]:
+    """Returns what is examined."""
+    smallest = [f"timm:{name}" for _, name, _ in smallest_architectures(path)]
+    return [*smallest, *(f"hf:{family}" for family in TRANSFORMERS)]
 
 
 def smallest_architectures(path: Path) -> list[tuple[str, str, int]]:
@@ -140,7 +109,7 @@ def smallest_architectures(path: Path) -> list[tuple[str, str, int]]:
     import torch
 
     timm = peers.import_timm()
-    stored = [row for row in read(path) if row.get("timm") == timm.__version__]
+    stored = [row for row in coverage.read(path) if row.get("timm") == timm.__version__]
     if not stored:
         found = []
         for module in timm.list_modules():
@@ -148,64 +117,25 @@ def smallest_architectures(path: Path) -> list[tuple[str, str, int]]:
             for name in timm.list_models(module=module, include_tags=False):
                 with torch.device("meta"), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    sizes[name] = num_params(timm.create_model(name))
+                    sizes[name] = coverage.num_params(timm.create_model(name))
             name = min(sizes, key=lambda name: (sizes[name], name))
             found.append((sizes[name], module, name))
         smallest = [(module, name, size) for size, module, name in sorted(found)]
         stored = [{"timm": timm.__version__, "architectures": smallest}]
-        append(path, stored[0])
+        coverage.append(path, stored[0])
     return stored[0]["architectures"]
 
 
-def num_params(module: Any) -> int:
-    """Returns how many numbers are trained."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def run(name: str) -> dict[str, Any]:
-    """Returns what the process of one network has found when it ended or was stopped."""
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        row = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "benchmarks.encoder_coverage", f"--run={name}"]
-        try:
-            done = subprocess.run(
-                [*command, f"--row={row}"],
-                capture_output=True,
-                text=True,
-                timeout=_LIMIT.value,
-                env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            )
-            last = (done.stderr.strip().splitlines() or [""])[-1]
-            ended = f"ended with {done.returncode}: {last}" if done.returncode else ""
-        except subprocess.TimeoutExpired:
-            ended = f"stopped after {_LIMIT.value} s"
-        found = json.loads(row.read_text()) if row.exists() else {"name": name}
-    found["seconds"] = round(time.perf_counter() - start)
-    return {**found, "reason": found.get("reason") or ended}
-
-
-def examine(name: str, row: Path) -> None:
-    """Examines one network; writes its row after every comparison."""
-    from benchmarks.measuring import save
-    from dlc_jax.expect import first_line
-
+def examine(name: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields what is found of one network, part by part."""
     door, _, own_name = name.partition(":")
     module = "timm" if door == "timm" else "transformers"
-    found: dict[str, Any] = {"name": name, "module": module}
     timm = peers.import_timm()
     if door == "timm" and timm.is_model(own_name):
-        found["module"] = timm.models.model_entrypoint(own_name).__module__.rpartition(".")[2]
-    with tempfile.TemporaryDirectory() as folder:
-        original = of_timm if door == "timm" else of_transformers
-        try:
-            for new in compared(original(own_name, Path(folder))):
-                found |= new
-                save(str(row), found)
-        except Exception as error:
-            step = "converted" if "features" not in found else "probe or step"
-            found["reason"] = f"{step}: {first_line(error)}"
-            save(str(row), found)
+        module = timm.models.model_entrypoint(own_name).__module__.rpartition(".")[2]
+    yield {"module": module}
+    original = of_timm if door == "timm" else of_transformers
+    yield from compared(original(own_name, folder))
 
 
 def of_timm(name: str, folder: Path) -> Original:
@@ -295,7 +225,7 @@ def compared(original: Original) -> Iterator[dict[str, Any]]:
     from dlc_jax.encoders.encoder import normalise, precision_of
 
     size = original.image_size
-    yield {"num_params": num_params(original.module), "image_size": size}
+    yield {"num_params": coverage.num_params(original.module), "image_size": size}
     encoder = dlc.load_encoder(*original.encoder)
     shape = (4 if size <= 256 else 2, size, size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -321,17 +251,17 @@ def compared(original: Original) -> Iterator[dict[str, Any]]:
     def difference(params: Any, module: Any) -> float:
         theirs = of_torch(module, inputs)
         found = ours(params, normalised)
-        return max(distance(value, theirs[key]) for key, value in found.items())
+        return max(coverage.distance(value, theirs[key]) for key, value in found.items())
 
     features = difference(encoder.params, original.module)
     yield {"features": features}
     if features > FEATURES_TOLERANCE:  # perhaps the network magnifies what is rounded
         exact = of_torch(copy.deepcopy(original.module).double(), inputs.double())
         found = of_torch(original.module, inputs)
-        own = max(distance(value, exact[key]) for key, value in found.items())
+        own = max(coverage.distance(value, exact[key]) for key, value in found.items())
         with jax.enable_x64(True):
             double = ours(encoder.params, normalised.astype(np.float64))
-        off = max(distance(value, exact[key]) for key, value in double.items())
+        off = max(coverage.distance(value, exact[key]) for key, value in double.items())
         reason = f"features: torch's own float32 is {own:.1e} off its float64"
         yield {"reason": f"{reason}; ours in float64 {off:.1e}"}
     prunable = masking.prunable_paths(encoder.params, encoder.is_prunable, encoder.module_order)
@@ -347,11 +277,11 @@ def compared(original: Original) -> Iterator[dict[str, Any]]:
             last = masking.Thresholds(at.value[-1], at.cutoff[-1])
             masks.append(mask(encoder.params, prunable, importance, last))
         as_torch, by_position = masks
-        probes.append(difference(as_torch, pruned(original.module, prunable, sparsity)))
+        probes.append(difference(as_torch, coverage.pruned(original.module, prunable, sparsity)))
         num_other_ties += sum(
             np.count_nonzero((as_torch[path] == 0) & (by_position[path] != 0)) for path in prunable
         )
-    share = num_weights / num_params(original.module)
+    share = num_weights / coverage.num_params(original.module)
     yield {
         "probe": probes,
         "other_ties": num_other_ties,
@@ -359,25 +289,6 @@ def compared(original: Original) -> Iterator[dict[str, Any]]:
         "share_prunable": round(share, 3),
     }
     yield {"step": step_differences(original, encoder, images, inputs)}
-
-
-def distance(found: Any, expected: Any) -> float:
-    """Returns the relative 2-norm of the difference; infinite for other shapes."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    if found.shape != expected.shape:
-        return float("inf")
-    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
-
-
-def pruned(module: Any, names: tuple[str, ...], sparsity: float) -> Any:
-    """Returns a copy whose tensors of these names torch has pruned together."""
-    from torch.nn.utils import prune
-
-    module = copy.deepcopy(module)
-    parts = [name.rpartition(".") for name in names]
-    where = [(module.get_submodule(owner), leaf) for owner, _, leaf in parts]
-    prune.global_unstructured(where, prune.L1Unstructured, amount=sparsity)
-    return module
 
 
 def step_differences(

@@ -26,7 +26,6 @@ from absl import app, flags
 from benchmarks import peers
 from benchmarks.measuring import measured, peak, peak_bytes_in_use, print_rows, save, traced_with
 from dlc_jax.encoders.decoder import PAPER_MODELS, Architecture, DecoderConfig
-from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import PathSpec, exact_thresholds, prunable_paths
 from dlc_jax.planning.decoder_memory import Scoring
 from dlc_jax.planning.programs import count_flops
@@ -107,7 +106,7 @@ class Program(NamedTuple):
     def of(cls, config: DecoderConfig, dtype: str) -> Program:
         architecture = Architecture(config, dtype)
         params = random_params(architecture)
-        prunable = prunable_paths(params, LanguageModel.is_prunable, LanguageModel.module_order)
+        prunable = prunable_paths(params, architecture.is_prunable, architecture.module_order)
         num_weights = sum(by_path(params)[path].size for path in prunable)
         counts = PathSpec("linear", num_probes=_PROBES.value).counts(num_weights).chosen
         thresholds = jax.device_put(exact_thresholds(params, prunable, None, counts))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from benchmarks import encoder_coverage
+from benchmarks import coverage, encoder_coverage
 
 PROGRAMS = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()
@@ -74,7 +74,7 @@ def test_coverage_of_a_converted_network_is_a_line_that_is_not_run_again(tmp_pat
         assert 0 < max(row["probe"]) < 1e-5
         assert 0 < row["step"][0] < 1e-3
         assert 0.3 < row["share_prunable"] < 1
-    assert found[2]["reason"].startswith("converted: RuntimeError: Unknown model (none)")
+    assert found[2]["reason"].startswith("after module: RuntimeError: Unknown model (none)")
     for door, held in (("timm:", "1 of 2, 50 %"), ("hf:", "1 of 1, 100 %")):
         for what in ("features", "probe", "step"):
             assert f"- {door} {what}: {held}" in done.stdout
@@ -95,8 +95,8 @@ def test_coverage_sees_an_update_a_statistic_and_a_shape_that_differ():
     assert furthest(weight=np.full(4, 101.0)) == pytest.approx(0.01)
     assert furthest(mean=np.full(3, 0.99)) == pytest.approx(0.01)
     assert furthest(bias=np.full(2, 2e-9)) < 1e-7  # noise
-    assert encoder_coverage.distance(np.ones(3), np.ones((1, 3))) == np.inf
-    assert encoder_coverage.distance(np.full(3, 1.1), np.ones(3)) == pytest.approx(0.1)
+    assert coverage.distance(np.ones(3), np.ones((1, 3))) == np.inf
+    assert coverage.distance(np.full(3, 1.1), np.ones(3)) == pytest.approx(0.1)
     row = {"module": "m", "name": "timm:a", "reason": "", "features": 2e-5, "step": [3e-3, 8e-4]}
     assert encoder_coverage.verdicts(row) == {"features": False, "probe": False, "step": True}
     assert "| **2.0e-05** |  | 3.0e-03 / 8.0e-04 |" in encoder_coverage.line(row)

@@ -9,7 +9,7 @@ from typing import Any
 from dlc_jax import expect
 from dlc_jax.encoders import ENCODERS
 from dlc_jax.encoders.converted import CONVERTED, is_converted
-from dlc_jax.encoders.language_model import DECODER
+from dlc_jax.encoders.language_model import CONVERTED_DECODER, DECODER
 from dlc_jax.exports import EXPORTS, RELEASED, Export
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS, InstructionExport
 
@@ -54,7 +54,7 @@ _KINDS = (
     ),
     DataKind(
         name="instructions",
-        encoders=(DECODER,),
+        encoders=(DECODER, CONVERTED_DECODER),
         stages=("plan", "score", "select", "export", "finetune", "evaluate", "report"),
         training="lora",
         needs_test=False,

@@ -20,7 +20,7 @@ from dlc_jax.encoders import (
     default_transform,
 )
 from dlc_jax.encoders.converted import is_converted
-from dlc_jax.encoders.language_model import DECODER
+from dlc_jax.encoders.language_model import CONVERTED_DECODER, DECODER
 from dlc_jax.exports import FORMS, PARTS, RELEASED
 from dlc_jax.exports.released import PRETRAINS, check_name
 from dlc_jax.masking import PathSpec
@@ -80,7 +80,8 @@ class EncoderConfig:
     name: str | None = setting(
         None,
         "a network of README's list, by timm's name; timm:<architecture>, hf:<id or folder>; "
-        f"{DECODER}: a language model; None: what the config.json of the weights names",
+        f"{DECODER}: a language model; {CONVERTED_DECODER}: one always converted from torch; None: "
+        "what the config.json of the weights names",
     )
     weights: str = setting(
         "",

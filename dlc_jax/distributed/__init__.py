@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -151,28 +150,24 @@ class Team(NamedTuple):
         return range(*bounds)
 
 
-# Path of a parameter -> whether it is spread; the first full match counts. Norms and biases are a
-# thousandth of the weights. An adapter is a few hundred: its gradients are summed over devices
-# anyway, and a gather in every layer would cost more time than the memory is worth.
-_RULES = (
-    (r".*/lora_[ab]", False),
-    (r"(.*/)?\w*norm\w*/scale|.*/bias", False),
-    (r"embedding/embedding|.*kernel", True),
-)
 Tree = TypeVar("Tree")
 Value = TypeVar("Value")
 
 
 def partition(path: str, shape: Sequence[int], num_devices: int) -> PartitionSpec:
-    """Returns how a parameter lies on the mesh.
+    """Returns how a parameter of a language model lies on the mesh.
+
+    Matrices are spread. Norms and biases are a thousandth of the weights, and an adapter is a few
+    hundredths: its gradients are summed over devices anyway, and a gather in every layer would cost
+    more time than the memory is worth.
 
     Args:
-      path: Path of a parameter of a decoder.
+      path: Path of the parameter.
       shape: Shape of the parameter. The largest dimension that `num_devices` divides is spread, the
         first of equals; where there is none, every device holds the parameter.
       num_devices: Number of devices along the axis `FSDP`.
     """
-    is_spread = next(spread for pattern, spread in _RULES if re.fullmatch(pattern, path))
+    is_spread = len(shape) > 1 and not path.endswith(("/lora_a", "/lora_b"))
     fitting = [axis for axis, size in enumerate(shape) if size % num_devices == 0]
     if not is_spread or not fitting:
         return PartitionSpec()

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from dlc_jax import expect
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.types import Params
 
@@ -46,7 +47,8 @@ class Adapter:
     Attributes:
       rank: Rank of the change.
       alpha: The change is multiplied by alpha / rank.
-      targets: Names of projections, in `TARGETS`.
+      targets: Names of projections, in `TARGETS`, or of layers of another model; all of `TARGETS`
+        stand for every linear layer of the blocks, whatever they are called there.
     """
 
     rank: int
@@ -466,31 +468,39 @@ def _attention(
     return jnp.einsum("bgrts,bsgh->btgrh", shares, v).reshape(batch, length, num_heads, head_dim)
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What programs are specialised to: hashable, no weights in it.
+Model = TypeVar("Model", bound="CausalModel")
+
+
+class CausalModel:
+    """What programs ask of a language model, as a pure function of its parameters.
 
     Attributes:
-      config: Sizes and switches.
       dtype: Type of weights and activations.
-      adapter: Low-rank changes of projections; None: there are none.
-      rematerialise: See `Decoder.hidden`.
+      adapter: Low-rank changes of linear layers; None: there are none.
     """
 
-    config: DecoderConfig
     dtype: str
-    adapter: Adapter | None = None
-    rematerialise: bool = False
+    adapter: Adapter | None
 
     def hidden(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
-        """Returns the final, normed sequence under these parameters; see `Decoder`."""
-        with precision_of(self.dtype):
-            return self._module(params).hidden(tokens, segments, self.rematerialise)
+        """Returns the final sequence, which `logits` takes; see `Decoder.hidden`."""
+        raise NotImplementedError
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
-        with precision_of(self.dtype):
-            return self._module(params).logits(hidden)
+        raise NotImplementedError
+
+    def abstract_adapter(self) -> Params:
+        """Returns shapes and types of the adapter's parameters alone, nested as all are."""
+        raise NotImplementedError
+
+    def is_prunable(self, path: str) -> bool:
+        """Whether probes may zero a parameter: every linear layer of the blocks, nothing else."""
+        raise NotImplementedError
+
+    def module_order(self, path: str) -> Any:
+        """Sort key of prunable paths: torch's order of modules."""
+        raise NotImplementedError
 
     def cross_entropies(
         self, params: Params, hidden: Hidden, target: Tokens
@@ -516,6 +526,58 @@ class Architecture:
         found = jax.lax.map(of_part, parts).swapaxes(0, 1)
         return found.reshape(num_rows, -1)[:, :length]
 
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """What targets of an adapter may be called."""
+        return TARGETS
+
+    def target_modules(self) -> list[str]:
+        """Returns what PEFT calls the layers that the adapter changes."""
+        return [] if self.adapter is None else list(self.adapter.targets)
+
+    @staticmethod
+    def layer_of(path: str) -> str:
+        """Returns the path of the layer that a weight belongs to, as its adapter has it."""
+        return path.removesuffix("/kernel")
+
+    def has_inputs_first(self, path: str) -> bool:
+        """Whether the weight of a linear layer is [in, out]; otherwise it is [out, in]."""
+        return True
+
+    def with_adapter(self: Model, adapter: Adapter) -> Model:
+        """Returns this one with low-rank changes; ValueError for a target that it does not have."""
+        if set(adapter.targets) != set(TARGETS):
+            for target in adapter.targets:
+                expect.one_of("lora.targets", target, self.target_names)
+        return dataclasses.replace(self, adapter=adapter)  # type: ignore[type-var]
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture(CausalModel):
+    """What programs are specialised to: hashable, no weights in it.
+
+    Attributes:
+      config: Sizes and switches.
+      dtype: Type of weights and activations.
+      adapter: Low-rank changes of projections; None: there are none.
+      rematerialise: See `Decoder.hidden`.
+    """
+
+    config: DecoderConfig
+    dtype: str
+    adapter: Adapter | None = None
+    rematerialise: bool = False
+
+    def hidden(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
+        """Returns the final, normed sequence under these parameters; see `Decoder`."""
+        with precision_of(self.dtype):
+            return self._module(params).hidden(tokens, segments, self.rematerialise)
+
+    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Returns logits of some of the final sequence under these parameters."""
+        with precision_of(self.dtype):
+            return self._module(params).logits(hidden)
+
     def abstract_params(self) -> Params:
         """Returns shapes and types of all parameters; no memory is taken."""
         return nnx.to_pure_dict(_split(self)[1])
@@ -526,9 +588,14 @@ class Architecture:
         kept = {path: leaf for path, leaf in leaves.items() if path[-1] in ("lora_a", "lora_b")}
         return unflatten_dict(kept)
 
-    def with_adapter(self, adapter: Adapter) -> Architecture:
-        """Returns this one with low-rank changes."""
-        return dataclasses.replace(self, adapter=adapter)
+    def is_prunable(self, path: str) -> bool:
+        """Every linear projection of the blocks; not the embedding, the head or a norm."""
+        return path.startswith("blocks/") and path.endswith("/kernel")
+
+    def module_order(self, path: str) -> tuple[int, int]:
+        """Sort key of prunable paths: torch's order of modules."""
+        _, block, _, layer, _ = path.split("/")
+        return int(block), TARGETS.index(layer)
 
     def _module(self, params: Params) -> Decoder:
         return nnx.merge(_split(self)[0], nnx.State(params))

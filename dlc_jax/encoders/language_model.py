@@ -11,10 +11,11 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,12 +37,14 @@ from dlc_jax.encoders.stored_tensors import (
     read_tensors,
     stored_tensors,
 )
+from dlc_jax.encoders.torch_decoder import TorchDecoder, TorchSizes, converted_decoder
 from dlc_jax.files.json_files import read_json
 from dlc_jax.files.libraries import fetching
 from dlc_jax.preprocess.tokens import check_vocabulary, tokenising
 from dlc_jax.types import Params, by_path, path_name
 
 DECODER = "decoder"  # as `encoder.name`
+CONVERTED_DECODER = "decoder:converted"  # also where there is a hand-written one
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 _WITH_LAYER_TYPES = ("qwen2", "qwen3", "gemma2", "gemma3_text")  # attention of every block
 _WITH_NORMED_HEADS = ("qwen3", "gemma3_text")
@@ -50,6 +53,7 @@ _BIASES = {
     "attention_bias": (decoder.TARGETS[:4], ("llama", "qwen3", "gemma2", "gemma3_text")),
     "mlp_bias": (decoder.TARGETS[4:], ("llama",)),
 }
+Sizes = decoder.DecoderConfig | TorchSizes
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja")
 _OLD_TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 # not consolidated.safetensors: the same weights once more, in Mistral's own layout
@@ -91,11 +95,11 @@ _SANDWICH_NORMS: Table = (
 _IGNORED = (r".*rotary_emb\.inv_freq",)  # what old checkpoints hold besides weights
 
 
-def longest_sequence(config: decoder.DecoderConfig, name: str, asked: int | None) -> int:
+def longest_sequence(config: Sizes, name: str, asked: int | None) -> int:
     """Returns how many tokens of a sequence a model is to see.
 
     Args:
-      config: Sizes and switches of the model.
+      config: Sizes of the model.
       name: Name of the model, for messages.
       asked: None: 2048, or the model's limit if it is lower.
     Raises:
@@ -113,19 +117,21 @@ class LanguageModel:
     """A decoder with its weights.
 
     Attributes:
-      params: Pytree of arrays, as `Decoder` nests it.
+      params: Pytree of arrays, as `Decoder` nests it, or a flat dictionary by torch's names.
       architecture: A pure function of them.
       folder: Where configuration, weights and tokenizer are.
       name: For messages and provenance.
+      door: What computes it and why, in words.
     """
 
     params: Params = dataclasses.field(repr=False)
-    architecture: decoder.Architecture
+    architecture: decoder.Architecture | TorchDecoder
     folder: Path
     name: str
+    door: str = ""
 
     @property
-    def config(self) -> decoder.DecoderConfig:
+    def config(self) -> Sizes:
         return self.architecture.config
 
     def with_adapter(self, adapter: decoder.Adapter, weights: Params) -> LanguageModel:
@@ -138,8 +144,8 @@ class LanguageModel:
           ValueError: it has an adapter.
         """
         self.check_has_no_adapter()
-        params = decoder.joined(self.params, weights)
         architecture = self.architecture.with_adapter(adapter)
+        params = decoder.joined(self.params, weights)
         return dataclasses.replace(self, params=params, architecture=architecture)
 
     def check_has_no_adapter(self) -> None:
@@ -161,16 +167,20 @@ class LanguageModel:
 
         check_vocabulary(named, self.config.vocab_size, text_of)
 
-    @staticmethod
-    def module_order(path: str) -> tuple[int, int]:
+    def module_order(self, path: str) -> Any:
         """Sort key of prunable paths: torch's order of modules."""
-        _, block, _, layer, _ = path.split("/")
-        return int(block), decoder.TARGETS.index(layer)
+        return self.architecture.module_order(path)
 
-    @staticmethod
-    def is_prunable(path: str) -> bool:
-        """Every linear projection of the blocks; not the embedding, the head or a norm."""
-        return path.startswith("blocks/") and path.endswith("/kernel")
+    def is_prunable(self, path: str) -> bool:
+        """Every linear layer of the blocks; not the embedding, the head or a norm."""
+        return self.architecture.is_prunable(path)
+
+    def stored_names(self, paths: Iterable[str]) -> dict[str, Stored]:
+        """Returns how parameters are stored in a Hugging Face checkpoint; others are left out."""
+        if isinstance(self.architecture, TorchDecoder):
+            stored = self.architecture.network.stored
+            return {path: Stored(path, AS_IT_IS) for path in paths if path in stored}
+        return stored_names(self.architecture.config, paths)
 
     def max_length(self, asked: int | None = None) -> int:
         """Returns the longest sequence in tokens; ValueError if it is over the model's limit."""
@@ -201,8 +211,13 @@ def load_language_model(
     *,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
+    converted: bool = False,
 ) -> LanguageModel:
-    """Loads a model of one of these families: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3.
+    """Loads a dense causal language model.
+
+    Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 are computed by one decoder, without torch. All
+    others are transformers' own classes, converted from torch; this needs the extra `any`. `door`
+    of the model says which it was, and why.
 
     Args:
       weights: A folder in Hugging Face format, a hub id such as `mistralai/Mistral-7B-v0.3`, or
@@ -210,19 +225,55 @@ def load_language_model(
       dtype: `bfloat16`, `float16` or `float32`.
       mesh: Devices, from `make_mesh`; the weights are spread over its axis `fsdp`. None: the
         default device.
+      converted: Whether to convert transformers' own class also where the decoder would do.
     Raises:
-      ValueError: nothing there, the hub cannot be reached, another architecture, or weights that do
-        not fit exactly.
+      ValueError: nothing there, the hub cannot be reached, a model that is not dense, not causal or
+        not of text alone, quantised weights, or weights that do not fit exactly.
     Example:
       >>> model = dlc.load_language_model("demo:tiny-llama")
-      >>> model.config.width, model.config.max_length, len(model.tokenizer)
-      (192, 1024, 4096)
+      >>> model.config.vocab_size, model.config.max_length, len(model.tokenizer)
+      (4096, 1024, 4096)
     """
     expect.one_of("dtype", dtype, decoder.DTYPES)
     folder = model_folder(weights)
-    architecture = decoder.Architecture(read_config(folder), dtype)
-    params = read_params(folder, architecture, mesh)
-    return LanguageModel(params, architecture, folder, weights)
+    door = door_of(folder, converted=converted)
+    if door.config is None:
+        given = _transformers_config(folder)
+        architecture, params = converted_decoder(folder, given, dtype, mesh, weights)
+        return LanguageModel(params, architecture, folder, weights, door.words)
+    by_hand = decoder.Architecture(door.config, dtype)
+    return LanguageModel(read_params(folder, by_hand, mesh), by_hand, folder, weights, door.words)
+
+
+class Door(NamedTuple):
+    """What computes a model.
+
+    Attributes:
+      config: Of the decoder; None: transformers' own class, converted.
+      sizes: What consumers need to know.
+      words: For messages, with the reason.
+    """
+
+    config: decoder.DecoderConfig | None
+    sizes: Sizes
+    words: str
+
+
+def door_of(folder: Path, *, converted: bool = False) -> Door:
+    """Decides what computes the model of a folder, from `config.json` and headers alone.
+
+    Raises:
+      ValueError: see `load_language_model`.
+    """
+    kind, reason = _raw_config(folder).get("model_type"), "as asked for"
+    if not converted:
+        try:
+            config = read_config(folder)
+            return Door(config, config, f"{kind}, computed by the decoder here")
+        except NotByHandError as error:
+            reason = f"since the decoder here does not compute it: {error}"
+    words = f"{kind}, computed by transformers' own class, converted from torch, {reason}"
+    return Door(None, TorchSizes.of(_transformers_config(folder)), words)
 
 
 def load_tokenizer(weights: str) -> Any:
@@ -317,25 +368,54 @@ def read_config_alone(folder: Path) -> decoder.DecoderConfig:
         attention in both directions.
     """
     path = folder / "config.json"
+    _check_by_hand(f"{path}: model_type", _raw_config(folder).get("model_type"), FAMILIES)
+    with _refusing(path):
+        return _decoder_config(_transformers_config(folder), str(path))
+
+
+class NotByHandError(expect.InputError):
+    """A model that the decoder does not compute, though transformers may."""
+
+
+def _check_by_hand(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Raises NotByHandError where a switch has a value that the decoder does not compute."""
+    try:
+        expect.one_of(name, value, known)
+    except expect.InputError as error:
+        raise NotByHandError(str(error)) from error
+
+
+def _refusing(path: Path) -> AbstractContextManager[None]:
+    """Turns all errors into those of a configuration; transformers refuses in many ways."""
+
+    def on_one_line(error: Exception) -> str:  # the field first, what was wrong on other lines
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+    return expect.refusing(str(path), Exception, shown=on_one_line, end="")
+
+
+def _raw_config(folder: Path) -> Mapping[str, Any]:
+    """Returns what `config.json` of a model folder says, of plain weights and possible sizes."""
+    path = folder / "config.json"
     if not path.is_file():
         raise expect.InputError(f"{path}: not there; expected a Hugging Face model folder.")
     raw = read_json(path)
-    expect.one_of(f"{path}: model_type", raw.get("model_type"), FAMILIES)
     _check_loadable(folder, path, raw)
     for name in _SIZES:  # one out of range would take all memory as soon as it is used
         if (size := raw.get(name)) is not None:
             expect.integer(f"{path}: {name}", size, 1)
             largest = _MOST_BLOCKS if name == "num_hidden_layers" else _LARGEST_SIZE
             expect.at_most(f"{path}: {name}", size, largest)
+    return raw
 
-    def on_one_line(error: Exception) -> str:  # the field first, what was wrong on other lines
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
-    # what transformers refuses, it refuses in many ways
-    with expect.refusing(str(path), Exception, shown=on_one_line, end=""):
+def _transformers_config(folder: Path) -> Any:
+    """Returns the configuration of transformers; ValueError where that refuses it."""
+    path = folder / "config.json"
+    _raw_config(folder)
+    with _refusing(path):
         library = transformers_library()
-        config = library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return _decoder_config(config, str(path))
+        return library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _check_loadable(folder: Path, path: Path, raw: Mapping[str, Any]) -> None:
@@ -367,14 +447,15 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
       ValueError: see `read_config`.
     """
     # transformers takes a mistral with layer_types for a ministral
-    expect.one_of(f"{source}: model_type, as transformers reads it", config.model_type, FAMILIES)
+    kind = config.model_type
+    _check_by_hand(f"{source}: model_type, as transformers reads it", kind, FAMILIES)
     config.standardize_rope_params()  # once more, as its rotary embeddings do
     is_gemma, is_gemma3 = config.model_type.startswith("gemma"), config.model_type == "gemma3_text"
     rope, windowed_rope = config.rope_parameters, None
     if is_gemma3:
         rope, windowed_rope = rope["full_attention"], rope["sliding_attention"]
         kind = windowed_rope.get("rope_type", "default")
-        expect.one_of(f"{source}: rope_type of sliding_attention", kind, ("default",))
+        _check_by_hand(f"{source}: rope_type of sliding_attention", kind, ("default",))
     if getattr(config, "use_bidirectional_attention", None):
         raise expect.InputError(
             f"{source}: use_bidirectional_attention is on, which this decoder does not do."
@@ -383,9 +464,9 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
         raise expect.InputError(f"{source}: is_causal is off, which this decoder does not do.")
     factor = rope.get("partial_rotary_factor", 1.0)
     if factor != 1:
-        raise expect.InputError(f"{source}: partial_rotary_factor {factor}; expected 1.")
+        raise NotByHandError(f"{source}: partial_rotary_factor {factor}; expected 1.")
     activation = config.hidden_activation if is_gemma else config.hidden_act
-    expect.one_of(f"{source}: activation", activation, decoder.ACTIVATIONS)
+    _check_by_hand(f"{source}: activation", activation, decoder.ACTIVATIONS)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scale = config.query_pre_attn_scalar if is_gemma else head_dim
     if config.num_attention_heads % config.num_key_value_heads or head_dim % 2:
@@ -434,7 +515,7 @@ def _windows(config: Any, source: str) -> tuple[int | None, ...]:
         return (window,) * config.num_hidden_layers
     windows = {"sliding_attention": window, "full_attention": None}
     for kind in config.layer_types:
-        expect.one_of(f"{source}: layer_types", kind, windows)
+        _check_by_hand(f"{source}: layer_types", kind, windows)
     if window is None and "sliding_attention" in config.layer_types:
         raise expect.InputError(
             f"{source}: layer_types has sliding_attention, sliding_window is None; expected a "
@@ -461,7 +542,7 @@ def _biases(config: Any, source: str) -> tuple[str, ...]:
 
 def _rope_scaling(config: Any, parameters: dict[str, Any], source: str) -> decoder.Scaling | None:
     kind = parameters.get("rope_type", "default")
-    expect.one_of(f"{source}: rope_type", kind, ("default", "linear", "llama3", "yarn"))
+    _check_by_hand(f"{source}: rope_type", kind, ("default", "linear", "llama3", "yarn"))
     if kind == "default":
         return None
 

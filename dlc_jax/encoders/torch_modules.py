@@ -88,6 +88,8 @@ class Converted:
     Args:
       module: Its tensors are taken out of it; it is of no other use afterwards.
       what: Name of the network for messages.
+      placed: Name and tensor of torch -> JAX array; None: on the default device, in single
+        precision where it is in half.
     Attributes:
       tensors: JAX arrays by torch's names, in torch's layouts, in the order of the state dict;
         those that it leaves out, and tensors that are no buffers, come last.
@@ -99,7 +101,7 @@ class Converted:
       drawn: What the last call drew random numbers for: `dropout`, `drop_path`.
     """
 
-    def __init__(self, module: Any, what: str):
+    def __init__(self, module: Any, what: str, placed: Callable[[str, Any], Array] | None = None):
         torch = optional("torch", what)
         self.what = what
         self.mixes_positions = False
@@ -133,7 +135,8 @@ class Converted:
         self.tensors = {}
         slots = {name: [slot for slot in self._slots if slot.name == name] for name in found}
         for name in sorted(found, key=lambda name: order.get(name, len(order))):
-            self.tensors[name] = _as_array(torch, found.pop(name))
+            tensor = found.pop(name)
+            self.tensors[name] = placed(name, tensor) if placed else _as_array(torch, tensor)
             for slot in slots[name]:  # so that no second copy of all of them is held
                 slot.entries[slot.key] = None
 
@@ -209,7 +212,8 @@ class Converted:
 def _layer_kind(nn: Any, owner: Any, key: str) -> str | None:
     if isinstance(owner, nn.modules.conv._ConvNd) and key == "weight":
         return "convolution"
-    is_linear = isinstance(owner, nn.Linear) and key == "weight"
+    is_linear = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D"  # transformers'
+    is_linear = is_linear and key == "weight"
     is_projection = isinstance(owner, nn.MultiheadAttention) and key.endswith("proj_weight")
     return "linear layer" if is_linear or is_projection else None
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dlc_jax import expect, signals
 from dlc_jax.distributed import fetch, hides_bar, on_every_device, over_devices
-from dlc_jax.encoders.decoder import Architecture
+from dlc_jax.encoders.decoder import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.preprocess.tokens import (
     TOKENS_PER_BATCH,
@@ -181,7 +181,7 @@ def _arrays(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _judged(
-    architecture: Architecture,
+    architecture: CausalModel,
     params: Params,
     tokens: Int[Array, "b t"],
     num_tokens: Int[Array, " b"],

@@ -15,10 +15,10 @@ from safetensors.flax import save_file
 
 from dlc_jax import expect
 from dlc_jax.distributed import fetch, on_every_device
-from dlc_jax.encoders.decoder import DTYPES, TARGETS, Adapter
+from dlc_jax.encoders.decoder import Adapter
 from dlc_jax.encoders.encoder import precision_of
-from dlc_jax.encoders.language_model import LanguageModel, stored_names
-from dlc_jax.encoders.stored_tensors import Stored, headers, misfits, read_tensors
+from dlc_jax.encoders.language_model import LanguageModel
+from dlc_jax.encoders.stored_tensors import LINEAR, Stored, headers, misfits, read_tensors
 from dlc_jax.exports.forms import grouped
 from dlc_jax.types import by_path, path_name
 from dlc_jax.workspace import artefacts, records
@@ -76,13 +76,13 @@ def write_adapter(model: LanguageModel, folder: str | Path) -> None:
     config = {
         "base_model_name_or_path": model.name,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": False,  # PEFT sees by itself which layers have [in, out]
         "inference_mode": True,
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": adapter.rank,
-        "target_modules": list(adapter.targets),
+        "target_modules": model.architecture.target_modules(),
         "task_type": "CAUSAL_LM",
     }
     with artefacts.atomic_folder(Path(folder).expanduser()) as place:
@@ -115,7 +115,7 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> LanguageModel:
     if not path.is_file():
         raise expect.InputError(f"{path}: not there; expected a folder with a PEFT adapter.")
     records.check_beside_run(folder)
-    adapter = _adapter_of(artefacts.read_json(path), path)
+    adapter = _adapter_of(artefacts.read_json(path), path, model)
     shapes = model.architecture.with_adapter(adapter).abstract_adapter()
     found = _read_adapter(model, folder / ADAPTER_WEIGHTS, by_path(shapes))
     weights = jax.tree_util.tree_map_with_path(lambda place, _: found[path_name(place)], shapes)
@@ -148,7 +148,7 @@ def _read_adapter(
     return found
 
 
-def _adapter_of(config: Mapping[str, Any], path: Path) -> Adapter:
+def _adapter_of(config: Mapping[str, Any], path: Path, model: LanguageModel) -> Adapter:
     for key, values in _PLAIN.items():
         if key in config and config[key] not in values:
             raise expect.InputError(f"{path}: {key} {config[key]!r}; expected {values[0]!r}.")
@@ -162,22 +162,23 @@ def _adapter_of(config: Mapping[str, Any], path: Path) -> Adapter:
         expect.at_most(f"{path}: {key}", value, _LARGEST)
     if not isinstance(targets, list) or not targets:
         raise expect.InputError(f"{path}: target_modules {targets!r}; expected a list of names.")
+    names = model.architecture.target_names
     for target in targets:
-        expect.one_of(f"{path}: target_modules", target, TARGETS)
+        expect.one_of(f"{path}: target_modules", target, names)
     if repeated := sorted({target for target in targets if targets.count(target) > 1}):
         raise expect.InputError(f"{path}: target_modules: {', '.join(repeated)} occur twice.")
-    return Adapter(rank, float(alpha), tuple(sorted(targets, key=TARGETS.index)))
+    return Adapter(rank, float(alpha), tuple(sorted(targets, key=names.index)))
 
 
 def _adapter_names(model: LanguageModel, weights: Iterable[str]) -> dict[str, Stored]:
     """Returns how each path is stored in PEFT's file."""
+    layers = {model.architecture.layer_of(path): path for path in by_path(model.params)}
     names = {}
     for path in weights:
         layer, _, matrix = path.rpartition("/")
-        kernel = f"{layer}/kernel"
-        name, axes = stored_names(model.config, [kernel])[kernel]
-        name = f"base_model.model.{name.removesuffix('.weight')}.{_MATRICES[matrix]}.weight"
-        names[path] = Stored(name, axes)
+        stored = model.stored_names([layers[layer]])[layers[layer]]
+        name = f"base_model.model.{stored.name.removesuffix('.weight')}.{_MATRICES[matrix]}.weight"
+        names[path] = Stored(name, LINEAR)
     return names
 
 
@@ -216,32 +217,34 @@ def write_merged(model: LanguageModel, folder: str | Path) -> None:
 def _write_shards(model: LanguageModel, place: Path) -> None:
     """Writes one file, or several with an index, never more than one in memory."""
     leaves = by_path(model.params)
-    whole = [path for path in leaves if path.rpartition("/")[2] not in _MATRICES]
-    shards = list(grouped(whole, lambda path: leaves[path].nbytes, _SHARD_BYTES, math.inf))
+    names = model.stored_names(p for p in leaves if p.rpartition("/")[2] not in _MATRICES)
+    shards = list(grouped(list(names), lambda path: leaves[path].nbytes, _SHARD_BYTES, math.inf))
     weight_map: dict[str, str] = {}
     for number, paths in enumerate(shards, start=1):
-        name = "model.safetensors"
+        file = "model.safetensors"
         if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        names = stored_names(model.config, paths)
-        tensors = {stored.name: _merged(model, leaves, path) for path, stored in names.items()}
-        save_file(tensors, place / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {names[path].name: _merged(model, leaves, path, names[path]) for path in paths}
+        save_file(tensors, place / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        size = sum(leaves[path].nbytes for path in whole)
+        size = sum(leaves[path].nbytes for path in names)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         artefacts.write_json(place / "model.safetensors.index.json", index)
 
 
-def _merged(model: LanguageModel, leaves: Mapping[str, jax.Array], path: str) -> jax.Array:
-    """Returns a tensor as torch has it, [out, in]; the change is added in float32."""
-    dtype = DTYPES[model.architecture.dtype]
+def _merged(
+    model: LanguageModel, leaves: Mapping[str, jax.Array], path: str, stored: Stored
+) -> jax.Array:
+    """Returns a tensor as torch has it; the change is added in float32."""
     value = jnp.asarray(fetch(leaves[path]))
-    layer = path.removesuffix("/kernel")
+    dtype = value.dtype
+    layer = model.architecture.layer_of(path)
     if f"{layer}/lora_a" in leaves:
         assert model.architecture.adapter is not None
         lora_a, lora_b = (jnp.asarray(fetch(leaves[f"{layer}/{name}"])) for name in _MATRICES)
         with precision_of("float32"):
             change = lora_a @ lora_b * model.architecture.adapter.scale
-        value = value.astype(jnp.float32) + change
-    return jnp.asarray(value.T if path.endswith("kernel") else value, dtype)
+        inputs_first = model.architecture.has_inputs_first(path)
+        value = value.astype(jnp.float32) + (change if inputs_first else change.T)
+    return jnp.asarray(value.transpose(stored.axes) if stored.axes else value, dtype)

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from dlc_jax.distributed import partition
 from dlc_jax.encoders.decoder import Architecture, DecoderConfig, joined
-from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import thresholds
 from dlc_jax.planning.memory import Memory, MemoryPlan, Values, doubled, halved, tree_bytes
 from dlc_jax.planning.programs import peak_bytes
@@ -76,7 +75,7 @@ class Scoring:
         whole = Architecture(self.config, self.dtype)
         num_rows = -(-max(1, self.tokens_per_batch // length) // self.num_devices)
         leaves = by_path(whole.abstract_params())
-        prunable = [leaf for path, leaf in leaves.items() if LanguageModel.is_prunable(path)]
+        prunable = [leaf for path, leaf in leaves.items() if whole.is_prunable(path)]
         num_prunable = sum(leaf.size for leaf in prunable)
         item = prunable[0].dtype.itemsize
         largest = max(leaf.size for leaf in prunable)

@@ -18,6 +18,7 @@ from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.encoders.decoder import PAPER_MODELS, Architecture, DecoderConfig
 from dlc_jax.encoders.language_model import (
+    NotByHandError,
     longest_sequence,
     model_folder,
     read_config,
@@ -268,13 +269,23 @@ def model_sizes(weights: str) -> DecoderConfig:
     if weights in PAPER_MODELS and not Path(weights).is_dir():
         return PAPER_MODELS[weights]
     if is_local(weights) or not expect.is_hub_id(weights):
-        return read_config(model_folder(weights))
+        return _planned(read_config, model_folder(weights))
     with fetching(
         f"encoder.weights: {weights!r} is no local folder, and its config.json could not be",
         f"Without network the plan knows {', '.join(PAPER_MODELS)}; of another model, give a "
         "folder that has its config.json.",
     ) as hub:
-        return read_config_alone(Path(hub.hf_hub_download(weights, "config.json")).parent)
+        folder = Path(hub.hf_hub_download(weights, "config.json")).parent
+    return _planned(read_config_alone, folder)
+
+
+def _planned(read: Callable[[Path], DecoderConfig], folder: Path) -> DecoderConfig:
+    try:
+        return read(folder)
+    except NotByHandError as error:
+        raise expect.InputError(
+            f"plan: there is none of models that are converted from torch: {error}"
+        ) from error
 
 
 def is_local(weights: str) -> bool:

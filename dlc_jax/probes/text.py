@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dlc_jax import distributed, expect
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import Run, Team
-from dlc_jax.encoders.decoder import Architecture
+from dlc_jax.encoders.decoder import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import Importance, PathSpec, Thresholds, masked
 from dlc_jax.preprocess.tokens import (
@@ -319,7 +319,7 @@ class _Work(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _probe_losses(
-    architecture: Architecture,
+    architecture: CausalModel,
     prunable: tuple[str, ...],
     params: Params,
     importance: Importance,
@@ -336,7 +336,7 @@ def _probe_losses(
 
 
 def _response_losses(
-    architecture: Architecture,
+    architecture: CausalModel,
     params: Params,
     tokens: Int[Array, "b t"],
     num_tokens: Int[Array, " b"],

@@ -100,6 +100,7 @@ class ResponsesStep:
     def compute(self, scratch: Path) -> _Measured:
         config, data, model, say = self.config, self.data, self.model, self.say
         say(f"score: {len(data)} instructions, {model.name} on {said_of(self.mesh)}")
+        say(f"score: {model.door}")
         say(f"score: masks {masked_text(model.params, model.is_prunable)}")
         on_corrupt, max_length = config.dataset.on_corrupt, self._max_length
         tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
@@ -196,7 +197,12 @@ class InstructionTask:
         return load_mmlu(self._config.evaluation.mmlu)
 
     def _model_in(self, dtype: str, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
-        return load_language_model(self._config.encoder.weights, dtype=dtype, mesh=mesh)
+        weights = self._config.encoder.weights
+        return load_language_model(weights, dtype=dtype, mesh=mesh, converted=self._converted)
+
+    @property
+    def _converted(self) -> bool:
+        return self._config.encoder.name == language_model.CONVERTED_DECODER
 
     def encoder_fingerprint(self) -> str:
         return self._model_in(self._config.probe.dtype).fingerprint
@@ -211,7 +217,8 @@ class InstructionTask:
         if {"score", "finetune"} & stages:
             self._sources.load_together(config.dataset.train)
         if "finetune" in stages and config.dataset.test is not None:
-            sizes = language_model.read_config(language_model.model_folder(weights))
+            folder = language_model.model_folder(weights)
+            sizes = language_model.door_of(folder, converted=self._converted).sizes
             tokenizer = language_model.load_tokenizer(weights)
             max_length = language_model.longest_sequence(sizes, weights, config.encoder.max_length)
             data = self._sources.load_together(config.dataset.test)

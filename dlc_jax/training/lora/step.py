@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int32, Int64
 
-from dlc_jax.encoders.decoder import Architecture, joined
+from dlc_jax.encoders.decoder import CausalModel, joined
 from dlc_jax.preprocess.tokens import Tokenised, bucket_length
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.optimiser import Sgd
@@ -122,7 +122,7 @@ class LoraState(NamedTuple):
     optimiser: optax.OptState
 
 
-def initial_adapter(architecture: Architecture, seed: int) -> Params:
+def initial_adapter(architecture: CausalModel, seed: int) -> Params:
     """Returns an adapter that changes nothing yet, as PEFT starts it.
 
     lora_a is uniform within 1 / sqrt(inputs), lora_b zero; (seed, path) decide every draw.
@@ -157,7 +157,7 @@ class Sums(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="architecture", donate_argnames="sums")
 def add_rows(
-    architecture: Architecture, params: Params, adapter: Params, rows: TokenRows, sums: Sums
+    architecture: CausalModel, params: Params, adapter: Params, rows: TokenRows, sums: Sums
 ) -> Sums:
     """Adds loss and gradients of some rows.
 

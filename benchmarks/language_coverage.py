@@ -210,12 +210,13 @@ def logits_distance(model: Any, original: Any, tokens: np.ndarray, is_token: np.
     import jax
 
     @jax.jit
-    def ours(params: Any) -> Any:
-        hidden = model.architecture.hidden(params, tokens, is_token.astype(np.int32))
-        return model.architecture.logits(params, hidden)
+    def ours(*inputs: Any) -> Any:
+        hidden = model.architecture.hidden(*inputs)
+        return model.architecture.logits(inputs[0], hidden)
 
+    found = ours(model.params, tokens, is_token.astype(np.int32))
     expected = torch_logits(original, tokens, is_token)
-    return coverage.distance(np.asarray(ours(model.params))[is_token], expected[is_token])
+    return coverage.distance(np.asarray(found)[is_token], expected[is_token])
 
 
 def torch_logits(module: Any, tokens: np.ndarray, is_token: np.ndarray) -> np.ndarray:

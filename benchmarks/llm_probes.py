@@ -1,19 +1,23 @@
 """Tokens x probes per second of a Llama-like model, against torch's, in turns in one process.
 
 python -m benchmarks.llm_probes [--width=512] [--depth=4] [--length=512] [--rows=4]
-    [--dtypes=float32,bfloat16] [--attentions=,cudnn,cudnn_causal] [--torch]
+    [--family=llama|qwen3] [--dtypes=float32,bfloat16] [--attentions=,cudnn,cudnn_causal] [--torch]
     [--json=FILE]
+
+By the decoder, by transformers' own class converted from torch, and by that class in torch.
 
 Random weights; `--paper=meta-llama/Meta-Llama-3-8B --depth=4` takes the sizes of one of the models
 of the paper, with fewer blocks (0: all of them). Prints medians, the share of the rate of a matrix
 product, and the memory of the first program by the plan and, on devices that count it, measured.
---notorch leaves torch out, which holds a copy of the weights for every probe. Needs the test extra.
+--notorch leaves torch out, which holds a copy of the weights for every probe, and the converted
+class. Needs the test extra.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +29,8 @@ from absl import app, flags
 
 from benchmarks import peers
 from benchmarks.measuring import measured, peak, peak_bytes_in_use, print_rows, save, traced_with
-from dlc_jax.encoders.decoder import PAPER_MODELS, Architecture, DecoderConfig
+from dlc_jax.encoders.decoder import PAPER_MODELS, Architecture, CausalModel, DecoderConfig
+from dlc_jax.encoders.language_model import load_language_model
 from dlc_jax.masking import PathSpec, exact_thresholds, prunable_paths
 from dlc_jax.planning.decoder_memory import Scoring
 from dlc_jax.planning.programs import count_flops
@@ -34,6 +39,7 @@ from dlc_jax.types import Params, by_path
 
 _PAPER = flags.DEFINE_enum("paper", None, list(PAPER_MODELS), "Model whose sizes are used.")
 _WIDTH = flags.DEFINE_integer("width", 512, "Features of the residual stream; heads have 64.")
+_FAMILY = flags.DEFINE_enum("family", "llama", ["llama", "qwen3"], "Whose blocks, of which class.")
 _DEPTH = flags.DEFINE_integer("depth", 4, "Blocks.")
 _VOCABULARY = flags.DEFINE_integer("vocabulary", 32_000, "Tokens.")
 _LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a row.")
@@ -71,6 +77,7 @@ def sizes() -> DecoderConfig:
         offset_norm=False,
         scale_embedding=False,
         tied=False,
+        norms_heads=_FAMILY.value == "qwen3",
     )
 
 
@@ -98,21 +105,19 @@ class Program(NamedTuple):
       arguments: What every call takes.
     """
 
-    architecture: Architecture
+    architecture: CausalModel
     prunable: tuple[str, ...]
     arguments: tuple[Any, ...]
 
     @classmethod
-    def of(cls, config: DecoderConfig, dtype: str) -> Program:
-        architecture = Architecture(config, dtype)
-        params = random_params(architecture)
+    def of(cls, architecture: CausalModel, params: Params, vocab_size: int) -> Program:
         prunable = prunable_paths(params, architecture.is_prunable, architecture.module_order)
         num_weights = sum(by_path(params)[path].size for path in prunable)
         counts = PathSpec("linear", num_probes=_PROBES.value).counts(num_weights).chosen
         thresholds = jax.device_put(exact_thresholds(params, prunable, None, counts))
         generator = np.random.default_rng(0)
         shape = (_ROWS.value, _LENGTH.value)
-        tokens = jnp.asarray(generator.integers(0, config.vocab_size, shape), jnp.int32)
+        tokens = jnp.asarray(generator.integers(0, vocab_size, shape), jnp.int32)
         lengths = jnp.full(_ROWS.value, _LENGTH.value, jnp.int32)
         arguments = (params, None, thresholds, tokens, lengths, lengths // 4)
         return cls(architecture, prunable, arguments)
@@ -131,33 +136,47 @@ class Program(NamedTuple):
 
         return call
 
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of one call."""
-        params, _, _, tokens, _, _ = self.arguments
-        config = self.architecture.config
-        blocks = count_flops(self.architecture.hidden, params, tokens, jnp.ones_like(tokens))
-        return (blocks + 2 * tokens.size * config.width * config.vocab_size) * _PROBES.value
+
+def flops(program: Program, config: DecoderConfig) -> int:
+    """Returns the floating-point operations of one call."""
+    params, _, _, tokens, _, _ = program.arguments
+    blocks = count_flops(program.architecture.hidden, params, tokens, jnp.ones_like(tokens))
+    return (blocks + 2 * tokens.size * config.width * config.vocab_size) * _PROBES.value
 
 
-def torchs(config: DecoderConfig, dtype: str) -> Callable[[], None]:
-    """Returns the same by transformers."""
+def torch_module(config: DecoderConfig, dtype: str) -> Any:
+    """Returns a model of transformers of these sizes."""
     peers.import_timm()  # sets up torchvision, without which transformers does not load
     import torch
     import transformers
 
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=config.mlp_width,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-        )
+    kind = {"llama": "Llama", "qwen3": "Qwen3"}[_FAMILY.value]
+    settings = getattr(transformers, f"{kind}Config")(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
     )
-    model = model.to(peers.device(), getattr(torch, dtype)).eval()
+    module = getattr(transformers, f"{kind}ForCausalLM")(settings)
+    return module.to(getattr(torch, dtype)).eval()
+
+
+def converted(config: DecoderConfig, dtype: str) -> Callable[[], None]:
+    """Returns one call of the program of the class of transformers, converted."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch_module(config, dtype).save_pretrained(folder)
+        model = load_language_model(folder, dtype=dtype, converted=True)
+    return Program.of(model.architecture, model.params, config.vocab_size).call("")
+
+
+def torchs(config: DecoderConfig, dtype: str) -> Callable[[], None]:
+    """Returns the same by transformers."""
+    import torch
+
+    model = torch_module(config, dtype).to(peers.device())
     weights = peers.masked_weights(model.model, 0.02, _PROBES.value)
     layers = peers.prunable_layers(model.model)
     shape = (_ROWS.value, _LENGTH.value)
@@ -187,8 +206,9 @@ def main(_: list[str]) -> None:
     found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": [], "memory": []}
     for dtype in _DTYPES.value:
         start = time.perf_counter()
-        program = Program.of(config, dtype)
-        best, flops = peak(dtype), program.flops
+        architecture = Architecture(config, dtype)
+        program = Program.of(architecture, random_params(architecture), config.vocab_size)
+        best, num_flops = peak(dtype), flops(program, config)
         setup = {"dtype": dtype, "setup_s": time.perf_counter() - start}
         contenders: dict[str, Callable[[], Callable[[], None]]] = {
             f"dlc_jax {dtype}{f', attention {name}' if name else ''}": functools.partial(
@@ -197,12 +217,13 @@ def main(_: list[str]) -> None:
             for name in _ATTENTIONS.value
         }
         if _TORCH.value:
+            contenders[f"converted {dtype}"] = functools.partial(converted, config, dtype)
             contenders[f"torch {dtype}"] = functools.partial(torchs, config, dtype)
         for known in measured(contenders, _ROUNDS.value):
             if "plan" not in setup:  # after the first program alone
                 setup |= memory(config, dtype)
             rows = known.rows(
-                lambda some, flops=flops, best=best: {
+                lambda some, flops=num_flops, best=best: {
                     "rate": num_tokens / some,
                     "share": flops / some / best,
                 }

@@ -540,9 +540,9 @@ class CausalModel:
         """Returns the path of the layer that a weight belongs to, as its adapter has it."""
         return path.removesuffix("/kernel")
 
-    def has_inputs_first(self, path: str) -> bool:
-        """Whether the weight of a linear layer is [in, out]; otherwise it is [out, in]."""
-        return True
+    def is_in_out(self, path: str) -> bool:
+        """Whether torch has the weight of a linear layer as [in, out], not as [out, in]."""
+        return False
 
     def with_adapter(self: Model, adapter: Adapter) -> Model:
         """Returns this one with low-rank changes; ValueError for a target that it does not have."""

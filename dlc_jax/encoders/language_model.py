@@ -37,7 +37,12 @@ from dlc_jax.encoders.stored_tensors import (
     read_tensors,
     stored_tensors,
 )
-from dlc_jax.encoders.torch_decoder import TorchDecoder, TorchSizes, converted_decoder
+from dlc_jax.encoders.torch_decoder import (
+    TorchDecoder,
+    TorchSizes,
+    check_dense_text,
+    converted_decoder,
+)
 from dlc_jax.files.json_files import read_json
 from dlc_jax.files.libraries import fetching
 from dlc_jax.preprocess.tokens import check_vocabulary, tokenising
@@ -273,7 +278,10 @@ def door_of(folder: Path, *, converted: bool = False) -> Door:
         except NotByHandError as error:
             reason = f"since the decoder here does not compute it: {error}"
     words = f"{kind}, computed by transformers' own class, converted from torch, {reason}"
-    return Door(None, TorchSizes.of(_transformers_config(folder)), words)
+    given = _transformers_config(folder)
+    check_dense_text(given, folder)
+    with _refusing(folder / "config.json"):  # such as that of a model of another kind
+        return Door(None, TorchSizes.of(given), words)
 
 
 def load_tokenizer(weights: str) -> Any:

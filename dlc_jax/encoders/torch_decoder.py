@@ -72,6 +72,7 @@ class CausalNetwork:
       body: Name of the part that gives the final sequence; the rest of the module makes logits.
       layers: Names of the weights of linear layers in its blocks, in torch's order.
       in_out: Those of them that torch has as [in, out].
+      parts: Names of all modules inside.
       shapes: Shapes and types of all tensors.
       stored: Names of those that a checkpoint holds.
       sizes: See `TorchSizes`.
@@ -83,6 +84,7 @@ class CausalNetwork:
     body: str
     layers: tuple[str, ...]
     in_out: frozenset[str]
+    parts: frozenset[str]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     stored: frozenset[str]
     sizes: TorchSizes
@@ -186,9 +188,9 @@ class TorchDecoder(CausalModel):
         """Returns what PEFT calls the layers that the adapter changes, in short where that does."""
         changed = set(self.targeted())
         names = list(dict.fromkeys(_last(self.layer_of(name)) for name in changed))
-        others = self.network.converted.layers.keys() - changed
-        if any(_last(self.layer_of(name)) in names for name in others):
-            return sorted(map(self.layer_of, changed))
+        layers = set(map(self.layer_of, changed))
+        if any(_last(part) in names for part in self.network.parts - layers):
+            return sorted(layers)
         return sorted(names)
 
     @staticmethod
@@ -196,8 +198,8 @@ class TorchDecoder(CausalModel):
         """Returns the name of the layer that a weight belongs to."""
         return path.removesuffix(".weight")
 
-    def has_inputs_first(self, path: str) -> bool:
-        """Whether the weight of a linear layer is [in, out]; most classes have [out, in]."""
+    def is_in_out(self, path: str) -> bool:
+        """Whether torch has the weight of a linear layer as [in, out]; most classes do not."""
         return path in self.network.in_out
 
     def is_prunable(self, path: str) -> bool:
@@ -324,7 +326,7 @@ def converted_decoder(
         one where tokens see later ones, padding, or other sequences of their row.
     """
     torch = optional("torch", name)
-    _check_dense_text(config, folder)
+    environment()  # before weights are read: the extra may be missing
     module = _loaded(torch, folder, config, dtype)
     head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -333,11 +335,9 @@ def converted_decoder(
     words = json.dumps(settings, sort_keys=True, default=str)
     function = f"{type(module).__name__} {'tied ' if tied else ''}{words}"
     stored = frozenset(module.state_dict())
-    in_out = {
-        f"{part}.weight"
-        for part, owner in module.named_modules()
-        if type(owner).__name__ == "Conv1D"  # of transformers
-    }
+    parts = dict(module.named_modules())
+    # transformers' own
+    in_out = {f"{name}.weight" for name, part in parts.items() if type(part).__name__ == "Conv1D"}
     not_finite: list[str] = []
 
     def placed(key: str, tensor: Any) -> Array:
@@ -357,7 +357,15 @@ def converted_decoder(
         shapes = {key: jax.ShapeDtypeStruct(p.shape, p.dtype) for key, p in params.items()}
         layers = tuple(prunable_layers(converted))
         network = CausalNetwork(
-            converted, "", layers, frozenset(in_out) & {*layers}, shapes, stored, sizes, function
+            converted=converted,
+            body="",
+            layers=layers,
+            in_out=frozenset(in_out) & {*layers},
+            parts=frozenset(parts),
+            shapes=shapes,
+            stored=stored,
+            sizes=sizes,
+            function=function,
         )
         network = dataclasses.replace(network, body=_body(network))
         architecture = TorchDecoder(network, dtype)
@@ -382,7 +390,7 @@ def converted_decoder(
 _ARCHITECTURES: dict[tuple[str, str, str], TorchDecoder] = {}
 
 
-def _check_dense_text(config: Any, folder: Path) -> None:
+def check_dense_text(config: Any, folder: Path) -> None:
     """Raises ValueError for mixtures of experts, and for models of more than text."""
     where = f"{folder / 'config.json'}: model_type {config.model_type}"
     for key, value in _flat(config.to_dict()):
@@ -396,7 +404,7 @@ def _check_dense_text(config: Any, folder: Path) -> None:
             )
 
 
-def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flat(settings: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
         yield str(key), value
         if isinstance(value, dict):
@@ -415,6 +423,7 @@ def _loaded(torch: Any, folder: Path, config: Any, dtype: str) -> Any:
             attn_implementation="eager",
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, with names
             output_loading_info=True,
         )
     problems = {
@@ -422,7 +431,10 @@ def _loaded(torch: Any, folder: Path, config: Any, dtype: str) -> Any:
             key for key in info["unexpected_keys"] if not matches(key, _UNUSED)
         ),
         "tensors that are missing": sorted(info["missing_keys"]),
-        "tensors of another shape": sorted(map(str, info["mismatched_keys"])),
+        "tensors of another shape": [
+            f"{key} {tuple(found)}, not {tuple(expected)}"
+            for key, found, expected in sorted(info["mismatched_keys"])
+        ],
     }
     if found := expect.problems({k: v for k, v in problems.items() if v}):
         raise expect.InputError(f"{folder}: {found}.")

@@ -32,7 +32,7 @@ _LARGEST = 2**20  # rank or alpha; either is a few hundred at most
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"), (False, None)),
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), (False, None)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
     "modules_to_save": (None, []),
     **dict.fromkeys(("layers_to_transform", "layer_replication"), (None,)),
@@ -76,7 +76,7 @@ def write_adapter(model: LanguageModel, folder: str | Path) -> None:
     config = {
         "base_model_name_or_path": model.name,
         "bias": "none",
-        "fan_in_fan_out": False,  # PEFT sees by itself which layers have [in, out]
+        "fan_in_fan_out": any(map(model.architecture.is_in_out, leaves)),
         "inference_mode": True,
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
@@ -238,6 +238,7 @@ def _merged(
 ) -> jax.Array:
     """Returns a tensor as torch has it; the change is added in float32."""
     value = jnp.asarray(fetch(leaves[path]))
+    value = value.transpose(stored.axes) if stored.axes else value
     dtype = value.dtype
     layer = model.architecture.layer_of(path)
     if f"{layer}/lora_a" in leaves:
@@ -245,6 +246,6 @@ def _merged(
         lora_a, lora_b = (jnp.asarray(fetch(leaves[f"{layer}/{name}"])) for name in _MATRICES)
         with precision_of("float32"):
             change = lora_a @ lora_b * model.architecture.adapter.scale
-        inputs_first = model.architecture.has_inputs_first(path)
-        value = value.astype(jnp.float32) + (change if inputs_first else change.T)
-    return jnp.asarray(value.transpose(stored.axes) if stored.axes else value, dtype)
+        value = value.astype(jnp.float32)
+        value += change if model.architecture.is_in_out(path) else change.T
+    return value.astype(dtype)

@@ -27,6 +27,21 @@ LORA = {"optimiser": "adamw", "learning_rate": 0.5, "warmup_steps": 0, "dtype": 
 
 
 def main(folder: str, out: str) -> None:
+    """All of it for a decoder; of a converted model what it computes."""
+    if load_language_model(folder, dtype="float32").door.endswith("decoder here"):
+        of_decoder(folder, out)
+        return
+    found = {}
+    for name, mesh in (("one", None), ("many", make_mesh(fsdp=4, devices=jax.devices()[:4]))):
+        model = load_language_model(folder, dtype="float32", mesh=mesh)
+        data = _data(model.config.vocab_size)
+        found[name] = _losses(model, data) | _two_steps(model, data, ("o_proj", "down_proj"))
+        found[name] |= {"held": _held(model.params), "fingerprint": model.fingerprint}
+    write_merged(model, Path(out).parent / "merged")
+    Path(out).write_text(json.dumps(found))
+
+
+def of_decoder(folder: str, out: str) -> None:
     mesh = make_mesh(fsdp=8)
     one, many = (load_language_model(folder, dtype="float32", mesh=on) for on in (None, mesh))
     found = {"weights": _size(many.params), "held": _held(many.params)}
@@ -66,10 +81,12 @@ def _held(params) -> list[int]:
     return list(held.values())
 
 
-def _two_steps(model: LanguageModel, data: Tokenised) -> dict[str, list[float]]:
+def _two_steps(
+    model: LanguageModel, data: Tokenised, targets: tuple[str, ...] = ("q_proj", "down_proj")
+) -> dict[str, list[float]]:
     """Returns how every fifth value of A and of B moved; SGD, since it goes by size, not sign."""
     # few matrices, for the time that compiling takes
-    fast = {"targets": ("q_proj", "down_proj"), "rematerialise": False}
+    fast = {"targets": targets, "rematerialise": False}
     settings = LoraConfig(
         epochs=2, batch_size=13, rows_at_once=5, **{**LORA, **fast, "optimiser": "sgd"}
     )

@@ -56,7 +56,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder, tmp_path_factory):
     """What `sharded_run.py` measured."""
-    out = tmp_path_factory.mktemp("found") / "found.json"
+    return measured(folder, tmp_path_factory.mktemp("found"))
+
+
+def measured(folder, place):
+    out = place / "found.json"
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     done = subprocess.run(
         [sys.executable, ROOT / "tests/distributed/sharded_run.py", folder, out],
@@ -65,7 +69,35 @@ def found(folder, tmp_path_factory):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text()) | {"merged": out.parent / "merged"}
+    return json.loads(out.read_text()) | {"merged": place / "merged"}
+
+
+@pytest.mark.slow
+def test_a_converted_model_over_four_devices_gives_what_one_gives(timm, tmp_path):
+    import transformers
+
+    sizes = {k: v for k, v in SIZES.items() if k not in ("model_type", "sliding_window")}
+    config = transformers.Phi3Config(**sizes, pad_token_id=0)
+    folder = tmp_path / "model"
+    transformers.Phi3ForCausalLM(config).save_pretrained(folder)
+    found = measured(folder, tmp_path)
+    one, many = found["one"], found["many"]
+    assert many["fingerprint"] == one["fingerprint"]
+    (whole, *none), parts = one["held"], many["held"][:4]
+    assert not any(none)
+    assert max(parts) == min(parts) < whole / 3.9
+    for what in ("losses", "probes"):
+        np.testing.assert_allclose(many[what], one[what], rtol=1e-5)
+    for what in ("lora_a", "lora_b"):
+        moved, expected = np.array(many[what]), np.array(one[what])
+        assert np.linalg.norm(expected) > 0
+        assert np.linalg.norm(moved - expected) <= 1e-5 * np.linalg.norm(expected)
+    written, expected = (
+        load_file(place / "model.safetensors") for place in (found["merged"], folder)
+    )
+    assert written.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(written[name], value, err_msg=name)
 
 
 @pytest.mark.slow

@@ -52,6 +52,14 @@ SIZES = {
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 _HEADS = {"head_dim": 12}
 _WINDOW = {"sliding_window": 7}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+}
 _MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 # Dense causal models of transformers, and settings that its defaults leave too large or unused
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -89,7 +97,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "helium": _HEADS,
     "hunyuan_v1_dense": {**_ROPE, **_HEADS},
     "jais2": {},
-    "minicpm3": {"num_key_value_heads": 4},
+    "minicpm3": _LATENT,
     "modernbert-decoder": {},
     "nanochat": {},
     "nemotron": {},
@@ -103,7 +111,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [0, 1]},
     "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
     "starcoder2": _WINDOW,
-    "youtu": {"num_key_value_heads": 4},
+    "youtu": _LATENT,
     "biogpt": {},
     "bloom": {},
     "mpt": {},
@@ -146,7 +154,8 @@ def examine(family: str, folder: Path) -> Iterator[dict[str, Any]]:
     dlc.write_merged(tuned, folder / "merged")
     import transformers
 
-    merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")
+    kind = transformers.AutoModelForCausalLM
+    merged = kind.from_pretrained(folder / "merged", attn_implementation="eager").eval()
     ours, expected = (torch_logits(some, tokens, is_token) for some in (merged, theirs))
     yield {"merged": [coverage.distance(ours[is_token], expected[is_token])]}
 
@@ -169,8 +178,8 @@ def stored(family: str, folder: Path) -> Any:
             scale = 1.0 if parameter.ndim > 1 else 0.5
             parameter.add_(scale * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
     module.save_pretrained(folder)
-    kind_of_model = transformers.AutoModelForCausalLM
-    return kind_of_model.from_pretrained(folder, attn_implementation="eager").eval()
+    again = transformers.AutoModelForCausalLM
+    return again.from_pretrained(folder, attn_implementation="eager").eval()
 
 
 def as_version_4(folder: Path, other: Path) -> None:

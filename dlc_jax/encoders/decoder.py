@@ -6,8 +6,8 @@ They differ by the switches of `DecoderConfig`, which a Hugging Face `config.jso
 arithmetic is that of their torch classes in transformers, rounding steps of half precision
 included.
 
-Linear layers may have a low-rank change. The sizes of the paper's three base models are facts of
-their published `config.json` files, for plans where there is no network.
+Linear layers may have a low-rank change. The sizes of the paper's three base models and of two
+later ones are facts of their published `config.json` files, for plans where there is no network.
 
 Sources: Grattafiori et al. 2024, arXiv 2407.21783; Jiang et al. 2023, arXiv 2310.06825; Gemma Team
 2024, arXiv 2408.00118; Gemma Team 2025, arXiv 2503.19786; Qwen Team 2024, arXiv 2412.15115; Qwen
@@ -652,5 +652,38 @@ PAPER_MODELS = {  # hub id -> sizes and switches
         offset_norm=True,
         scale_embedding=True,
         tied=True,
+    ),
+}
+KNOWN_MODELS = PAPER_MODELS | {
+    "Qwen/Qwen3-8B": dataclasses.replace(
+        _MISTRAL_7B,
+        vocab_size=151936,
+        mlp_width=12288,
+        windows=(None,) * 36,
+        max_length=40960,
+        norm_epsilon=1e-6,
+        norms_heads=True,
+    ),
+    # its decoder, beside which the published model has a tower for images
+    "google/gemma-3-12b-pt": DecoderConfig(
+        vocab_size=262208,
+        width=3840,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=256,
+        mlp_width=15360,
+        windows=((1024,) * 5 + (None,)) * 8,
+        max_length=131072,
+        norm_epsilon=1e-6,
+        rope_theta=1e6,
+        rope_scaling=LinearScaling(8.0),
+        attention_scale=256**-0.5,
+        activation="gelu_pytorch_tanh",
+        sandwich=True,
+        offset_norm=True,
+        scale_embedding=True,
+        tied=True,
+        norms_heads=True,
+        window_rope_theta=1e4,
     ),
 }

@@ -16,7 +16,7 @@ from jaxtyping import Int64
 from dlc_jax import expect
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
-from dlc_jax.encoders.decoder import PAPER_MODELS, Architecture, DecoderConfig
+from dlc_jax.encoders.decoder import KNOWN_MODELS, Architecture, DecoderConfig
 from dlc_jax.encoders.language_model import (
     NotByHandError,
     longest_sequence,
@@ -259,20 +259,20 @@ def _work(costs: InstructionCosts) -> Work:
 
 
 def model_sizes(weights: str) -> DecoderConfig:
-    """Returns sizes and switches of a model; those of the paper's need no network.
+    """Returns sizes and switches of a model; those of `KNOWN_MODELS` need no network.
 
     Args:
       weights: As for `load_language_model`. Of a hub id, `config.json` alone is fetched.
     Raises:
       ValueError: see `load_language_model`.
     """
-    if weights in PAPER_MODELS and not Path(weights).is_dir():
-        return PAPER_MODELS[weights]
+    if weights in KNOWN_MODELS and not Path(weights).is_dir():
+        return KNOWN_MODELS[weights]
     if is_local(weights) or not expect.is_hub_id(weights):
         return _planned(read_config, model_folder(weights))
     with fetching(
         f"encoder.weights: {weights!r} is no local folder, and its config.json could not be",
-        f"Without network the plan knows {', '.join(PAPER_MODELS)}; of another model, give a "
+        f"Without network the plan knows {', '.join(KNOWN_MODELS)}; of another model, give a "
         "folder that has its config.json.",
     ) as hub:
         folder = Path(hub.hf_hub_download(weights, "config.json")).parent

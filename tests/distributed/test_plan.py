@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from dlc_jax import expect, presets
 from dlc_jax.config import Config, default_config
-from dlc_jax.encoders.decoder import PAPER_MODELS, Architecture
+from dlc_jax.encoders.decoder import KNOWN_MODELS, PAPER_MODELS, Architecture
 from dlc_jax.planning import instruction_plan, plan
 from dlc_jax.planning.decoder_memory import Finetuning, Scoring, weight_bytes
 from dlc_jax.planning.machine import Machine
@@ -26,6 +26,8 @@ COUNTS = {
     "mistralai/Mistral-7B-v0.3": 7_248_023_552,
     "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
     "google/gemma-2-9b": 9_241_705_984,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "google/gemma-3-12b-pt": 11_766_034_176,
 }
 LARGEST = "google/gemma-2-9b"
 MODELS = [LARGEST, *(pytest.param(m, marks=pytest.mark.slow) for m in COUNTS if m != LARGEST)]
@@ -38,8 +40,8 @@ def scoring(config, fsdp, tokens_per_batch=8192):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sizes_of_the_papers_models(name):
-    architecture = Architecture(PAPER_MODELS[name], "bfloat16")
+def test_sizes_of_known_models(name):
+    architecture = Architecture(KNOWN_MODELS[name], "bfloat16")
     shapes = jax.tree.leaves(architecture.abstract_params())
     assert sum(leaf.size for leaf in shapes) == COUNTS[name]
     assert weight_bytes(architecture, 1) == 2 * COUNTS[name]
@@ -49,17 +51,17 @@ def test_sizes_of_the_papers_models(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_they_fit_eight_small_devices(name):
-    config = PAPER_MODELS[name]
+    config = KNOWN_MODELS[name]
     for job in (scoring(config, 8), Finetuning(config, LoraConfig(), 2048, 8)):
         assert 2 * COUNTS[name] / 8 < job.plan().num_bytes < 0.9 * 24 * GIB
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_they_fit_one_large_device(name):
-    config = PAPER_MODELS[name]
+    config = KNOWN_MODELS[name]
     assert Finetuning(config, LoraConfig(), 2048, 1).plan().num_bytes < 0.9 * 80 * GIB
     # many short rows have many logits, each over a quarter of a million tokens
-    tokens = 4096 if name == "google/gemma-2-9b" else 8192
+    tokens = 4096 if name.startswith("google/gemma") else 8192
     assert scoring(config, 1, tokens).plan().num_bytes < 0.9 * 80 * GIB
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import dlc_jax as dlc
 from dlc_jax.config import Config, default_config
-from dlc_jax.encoders.decoder import PAPER_MODELS, Architecture
+from dlc_jax.encoders.decoder import KNOWN_MODELS, PAPER_MODELS, Architecture
 from dlc_jax.encoders.language_model import load_tokenizer, model_folder, read_config
 from dlc_jax.planning.instruction_plan import InstructionCosts, Lengths
 from dlc_jax.planning.machine import MeshSize
@@ -35,9 +35,9 @@ def matrices(sizes) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAPER_MODELS)
+@pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_two_for_each_weight_and_token_and_some_attention(name):
-    sizes = PAPER_MODELS[name]
+    sizes = KNOWN_MODELS[name]
     work = made(sizes, dtype="bfloat16")
     products = 2 * matrices(sizes) * LENGTH
     attention = 4 * LENGTH**2 * sizes.num_heads * sizes.head_dim * sizes.depth  # at most

@@ -380,3 +380,45 @@ def test_fingerprints_of_version_0_1_stay():
     config = decoder.PAPER_MODELS["mistralai/Mistral-7B-v0.3"]
     assert "biases" not in repr(config)
     assert "biases=('q_proj',)" in repr(dataclasses.replace(config, biases=("q_proj",)))
+
+
+# Facts of published config.json files
+PUBLISHED = {
+    "Qwen/Qwen3-8B": {
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 36,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "google/gemma-3-12b-pt": {
+        "model_type": "gemma3_text",
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+        "vocab_size": 262208,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_for_plans_are_those_of_published_configurations(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    assert read_config_alone(tmp_path) == decoder.KNOWN_MODELS[name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import re
@@ -60,7 +61,14 @@ class TorchSizes(NamedTuple):
         """Returns what a configuration of transformers states."""
         stated = (getattr(config, name, None) for name in _LONGEST)
         longest = next((length for length in stated if length), _IF_NONE_STATED)
-        return cls(config.vocab_size, longest, bool(config.tie_word_embeddings))
+        ropes = [
+            value
+            for _, value in _flat({"all": getattr(config, "rope_parameters", None)})
+            if isinstance(value, dict) and value.get("rope_type") == "longrope"
+        ]
+        # beyond, the longest sequence of a batch would decide the rotations of all
+        original = [rope["original_max_position_embeddings"] for rope in ropes]
+        return cls(config.vocab_size, min([longest, *original]), bool(config.tie_word_embeddings))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -336,6 +344,8 @@ def converted_decoder(
     function = f"{type(module).__name__} {'tied ' if tied else ''}{words}"
     stored = frozenset(module.state_dict())
     parts = dict(module.named_modules())
+    for part in parts.values():
+        _fix_rotations(part)
     # transformers' own
     in_out = {f"{name}.weight" for name, part in parts.items() if type(part).__name__ == "Conv1D"}
     not_finite: list[str] = []
@@ -439,6 +449,16 @@ def _loaded(torch: Any, folder: Path, config: Any, dtype: str) -> Any:
     if found := expect.problems({k: v for k, v in problems.items() if v}):
         raise expect.InputError(f"{folder}: {found}.")
     return module
+
+
+def _fix_rotations(part: Any) -> None:
+    """Makes a rotary embedding keep its frequencies, which depend on the length of a batch.
+
+    Up to the length in `TorchSizes` they are the same.
+    """
+    kinds = getattr(part, "rope_type", None)
+    if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+        part.forward = functools.partial(inspect.unwrap(type(part).forward), part)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from benchmarks import language_coverage as coverage
 from dlc_jax.encoders import torch_decoder, torch_functions
 from dlc_jax.encoders.decoder import TARGETS, Adapter
 from dlc_jax.encoders.language_model import door_of
+from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Sums, add_rows, initial_adapter, rows_of_step
 
@@ -290,3 +291,44 @@ def test_an_adapter_comes_back_as_it_was_written(stored, tmp_path):
     np.testing.assert_array_equal(losses, dlc.response_losses(result.model, data))
     weights = data.num_response
     assert np.average(losses, weights=weights) == pytest.approx(result.test_loss, rel=1e-6)
+
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5],
+    "long_factor": [4.0] * 6,
+    "original_max_position_embeddings": 32,
+    "factor": 2.0,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "longest"), [("phi3", LONG, 32), ("llama", DYNAMIC, 64)]
+)
+def test_rotations_that_depend_on_the_batch_are_those_of_short_ones(
+    timm, tmp_path, monkeypatch, family, rope, longest
+):
+    original = {"original_max_position_embeddings": 32} if rope is LONG else {}
+    monkeypatch.setitem(coverage.FAMILIES, family, {"rope_parameters": rope, **original})
+    original = coverage.stored(family, tmp_path / "model")
+    model = loaded(tmp_path / "model")
+    assert model.config.max_length == longest
+    assert coverage.logits_distance(model, original, *coverage.padded_rows()) < 1e-5
+    (tmp_path / "plain").mkdir()
+    monkeypatch.setitem(coverage.FAMILIES, family, {})
+    plain = coverage.stored(family, tmp_path / "plain")
+    if family == "phi3":  # the factors matter
+        assert coverage.logits_distance(model, plain, *coverage.padded_rows()) > 1e-3
+
+
+def test_likelihoods_of_continuations_are_those_of_the_decoder(stored):
+    _, folder = stored("llama")
+    pairs = [([5, 6, 7], [8]), ([5, 6, 7], [9]), ([4], [11, 12]), (list(range(3, 60)), [7, 8, 9])]
+    ours, converted = (
+        continuation_log_likelihoods(loaded(folder, converted=some), pairs)
+        for some in (False, True)
+    )
+    np.testing.assert_allclose(converted.sums, ours.sums, rtol=1e-5)
+    np.testing.assert_array_equal(converted.is_greedy, ours.is_greedy)

@@ -23,6 +23,7 @@ Ends with a table in Markdown. Needs the test extra. Twenty minutes on two cores
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -149,8 +150,9 @@ def examine(family: str, folder: Path) -> Iterator[dict[str, Any]]:
     tuned, theirs = with_adapters(model, original, folder)
     ours, expected = our_gradient(tuned, data), torch_gradient(theirs, data)
     yield {"gradient": [worst(ours, expected)]}
-    exact = torch_gradient(copy.deepcopy(theirs).double(), data)
-    yield {"gradient_of_torch": worst(expected, exact)}
+    with contextlib.suppress(RuntimeError):  # some compute in float32 alone
+        exact = torch_gradient(copy.deepcopy(theirs).double(), data)
+        yield {"gradient_of_torch": worst(expected, exact)}
     dlc.write_merged(tuned, folder / "merged")
     import transformers
 

@@ -254,7 +254,7 @@ class Door(NamedTuple):
     """What computes a model.
 
     Attributes:
-      config: Of the decoder; None: transformers' own class, converted.
+      config: Sizes and switches of the decoder; None: transformers' own class, converted.
       sizes: What consumers need to know.
       words: For messages, with the reason.
     """

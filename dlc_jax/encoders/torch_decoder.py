@@ -85,7 +85,7 @@ class CausalNetwork:
       stored: Names of those that a checkpoint holds.
       sizes: See `TorchSizes`.
       function: Class and configuration, in words.
-      takes_mask: Whether it has to be told what each token sees; others take it from positions.
+      takes_mask: Whether it takes a mask of what each token sees; others see that from positions.
     """
 
     converted: Converted

@@ -17,6 +17,7 @@ Team 2025, arXiv 2505.09388; Su et al. 2021, arXiv 2104.09864, for rotary positi
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
@@ -471,7 +472,7 @@ def _attention(
 Model = TypeVar("Model", bound="CausalModel")
 
 
-class CausalModel:
+class CausalModel(abc.ABC):
     """What programs ask of a language model, as a pure function of its parameters.
 
     Attributes:
@@ -482,25 +483,25 @@ class CausalModel:
     dtype: str
     adapter: Adapter | None
 
+    @abc.abstractmethod
     def hidden(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
         """Returns the final sequence, which `logits` takes; see `Decoder.hidden`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def abstract_adapter(self) -> Params:
         """Returns shapes and types of the adapter's parameters alone, nested as all are."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def is_prunable(self, path: str) -> bool:
         """Whether probes may zero a parameter: every linear layer of the blocks, nothing else."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def module_order(self, path: str) -> Any:
         """Sort key of prunable paths: torch's order of modules."""
-        raise NotImplementedError
 
     def cross_entropies(
         self, params: Params, hidden: Hidden, target: Tokens

@@ -472,10 +472,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _as_numpy(torch: Any, tensor: Any) -> np.ndarray:
+    """Returns a copy: the tensor's memory may be that of a mapped file."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:  # NumPy's own types have none
-        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16).copy()
+    return tensor.numpy().copy()
 
 
 def _body(network: CausalNetwork) -> str:

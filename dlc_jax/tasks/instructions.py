@@ -100,7 +100,6 @@ class ResponsesStep:
     def compute(self, scratch: Path) -> _Measured:
         config, data, model, say = self.config, self.data, self.model, self.say
         say(f"score: {len(data)} instructions, {model.name} on {said_of(self.mesh)}")
-        say(f"score: {model.door}")
         say(f"score: masks {masked_text(model.params, model.is_prunable)}")
         on_corrupt, max_length = config.dataset.on_corrupt, self._max_length
         tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
@@ -186,6 +185,7 @@ class InstructionTask:
         # no bound method: in a circle of references the model would outlive the task
         self._sources = Sources(functools.partial(_read, config), agree_on_instructions)
         self.load = self._sources.load
+        self._has_said_door = False
 
     @functools.cached_property
     def model(self) -> LanguageModel:
@@ -198,7 +198,11 @@ class InstructionTask:
 
     def _model_in(self, dtype: str, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
         weights = self._config.encoder.weights
-        return load_language_model(weights, dtype=dtype, mesh=mesh, converted=self._converted)
+        model = load_language_model(weights, dtype=dtype, mesh=mesh, converted=self._converted)
+        if not self._has_said_door:
+            self._say(f"model: {model.door}")
+            self._has_said_door = True
+        return model
 
     @property
     def _converted(self) -> bool:

@@ -83,7 +83,7 @@ def test_both_doors_of_a_qwen_keep_the_same_instructions(timm, tmp_path):
     for number, (name, words) in enumerate(doors.items()):
         runs.append(tmp_path / f"run{number}")
         said = run(runs[-1], tmp_path / "model", f"--config.encoder.name={name}")
-        assert "score: qwen3, computed by" in said
+        assert "model: qwen3, computed by" in said
         assert words in said
         assert "evaluate: 2/2 flexrand" in said
     scores = [pq.read_table(path / "scores" / "scores.parquet") for path in runs]
@@ -107,7 +107,7 @@ def test_a_model_that_is_converted_goes_through_all_stages(timm, tmp_path):
 
     made(tmp_path / "model", "Phi3")
     said = run(tmp_path / "run", tmp_path / "model", "--config.lora.merge=True")
-    assert "score: phi3, computed by transformers' own class, converted from torch" in said
+    assert "model: phi3, computed by transformers' own class, converted from torch" in said
     assert "masks" in said
     (folder,) = (tmp_path / "run").glob("finetune/flexrand/**/merged")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")

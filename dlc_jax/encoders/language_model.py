@@ -410,10 +410,11 @@ def _raw_config(folder: Path) -> Mapping[str, Any]:
     raw = read_json(path)
     _check_loadable(folder, path, raw)
     for name in _SIZES:  # one out of range would take all memory as soon as it is used
-        if (size := raw.get(name)) is not None:
-            expect.integer(f"{path}: {name}", size, 1)
+        if (given := raw.get(name)) is not None:
             largest = _MOST_BLOCKS if name == "num_hidden_layers" else _LARGEST_SIZE
-            expect.at_most(f"{path}: {name}", size, largest)
+            for size in given if isinstance(given, list) else [given]:  # some have one per block
+                expect.integer(f"{path}: {name}", size, 1)
+                expect.at_most(f"{path}: {name}", size, largest)
     return raw
 
 

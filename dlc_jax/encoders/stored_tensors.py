@@ -195,17 +195,18 @@ def without_prefix(
         prefix += wrapper
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+def stored_tensors(folder: Path, *, only_floats: bool = True) -> dict[str, StoredTensor]:
     """Reads the headers of the weights that transformers loads, by tensor name.
 
     `model.safetensors` is used where it is there, and otherwise the shards of the index.
 
     Raises:
       ValueError: neither is there, a damaged index, a shard that is missing or does not hold what
-        the index says, tensors that are not floating-point, such as those of a quantised model.
+        the index says; with `only_floats` tensors that are not floating-point, such as those of a
+        quantised model.
     """
     if (folder / WHOLE).is_file():
-        return headers(folder / WHOLE)
+        return headers(folder / WHOLE, only_floats=only_floats)
     index = folder / INDEX
     if not index.is_file():
         raise expect.InputError(f"{folder}: neither {WHOLE} nor {INDEX} is there.")
@@ -216,7 +217,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise expect.InputError(f"{folder}: shards that {INDEX} names are missing: {shown}.")
     found: dict[str, StoredTensor] = {}
     for shard in shards:
-        there = headers(folder / shard)
+        there = headers(folder / shard, only_floats=only_floats)
         listed = {name for name, file in table.items() if file == shard}
         if wrong := sorted(listed ^ there.keys()):
             raise expect.InputError(

@@ -13,6 +13,7 @@ import inspect
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from dlc_jax.distributed import fetch, over_devices, place, sharding_of
 from dlc_jax.encoders.converted import prunable_layers
 from dlc_jax.encoders.decoder import DTYPES, TARGETS, Adapter, CausalModel, Hidden, Tokens
 from dlc_jax.encoders.encoder import precision_of
-from dlc_jax.encoders.stored_tensors import matches
+from dlc_jax.encoders.stored_tensors import matches, stored_tensors
 from dlc_jax.encoders.torch_functions import optional
 from dlc_jax.encoders.torch_modules import Converted, environment
 from dlc_jax.types import Params
@@ -36,11 +37,13 @@ from dlc_jax.types import Params
 _LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _IF_NONE_STATED = 2048  # tokens
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "architectures", "use_cache"}
-_UNUSED = (r".*rotary_emb\.inv_freq", r".*\.masked_bias", r".*\.attn\.bias")
+# Buffers that old checkpoints hold; of masks, those of shape [1, 1, n, n]
+_BUFFERS = (r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)", r".*\.masked_bias")
+_MASKS = (r".*\.(bias|causal_mask)",)
 _OTHER_THAN_TEXT = re.compile("vision|image|audio|speech|video|vq")
 _LATER = "later tokens"
-# Relative difference of what should be equal; a token that is seen wrongly makes more
-_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
+_TOLERANCE = 1e-3  # relative, of what should be equal; a token that is seen wrongly makes more
+_WAYS_OUT = "Take another variant of the model."
 
 
 class TorchSizes(NamedTuple):
@@ -60,7 +63,7 @@ class TorchSizes(NamedTuple):
     def of(cls, config: Any) -> TorchSizes:
         """Returns what a configuration of transformers states."""
         stated = (getattr(config, name, None) for name in _LONGEST)
-        longest = next((length for length in stated if length), _IF_NONE_STATED)
+        longest = next((length for length in stated if length and length > 0), _IF_NONE_STATED)
         ropes = [
             value
             for _, value in _flat({"all": getattr(config, "rope_parameters", None)})
@@ -78,6 +81,7 @@ class CausalNetwork:
     Attributes:
       converted: The module.
       body: Name of the part that gives the final sequence; the rest of the module makes logits.
+      output: Class of what that part gives.
       layers: Names of the weights of linear layers in its blocks, in torch's order.
       in_out: Those of them that torch has as [in, out].
       parts: Names of all modules inside.
@@ -90,6 +94,7 @@ class CausalNetwork:
 
     converted: Converted
     body: str
+    output: type
     layers: tuple[str, ...]
     in_out: frozenset[str]
     parts: frozenset[str]
@@ -143,13 +148,24 @@ class TorchDecoder(CausalModel):
         masks = [_hiding(segments, self.dtype)] if self.network.takes_mask else []
         return self._run(run, params, tokens, _positions(segments), *masks)
 
+    def plain(self, params: Params, tokens: Tokens) -> Hidden:
+        """Returns the final sequence of whole rows as the class itself counts their places."""
+
+        def run(module: Any, tokens: Any) -> Any:
+            found: list[Any] = []
+            body = module.get_submodule(self.network.body)
+            with _hooked(body, lambda _, __, out: found.append(out)):
+                module(input_ids=tokens, use_cache=False)
+            return found[0][0]
+
+        return self._run(run, params, tokens)
+
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
         def run(module: Any, hidden: Any, tokens: Any) -> Any:
             body = module.get_submodule(self.network.body)
-            given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+            given = self.network.output(last_hidden_state=hidden)
             body.forward = lambda *_, **__: given  # `Converted.call` puts things right
             return module(input_ids=tokens, use_cache=False).logits
 
@@ -357,7 +373,7 @@ def converted_decoder(
         where = None if mesh is None or mesh.size == 1 else sharding_of(mesh, key, value.shape)
         return place(value, where)
 
-    converted = Converted(module, name, placed)
+    converted = Converted(module, name, placed, _WAYS_OUT)
     params, converted.tensors = converted.tensors, {}
     if not_finite:
         problem = {f"tensors with NaN or infinity in {dtype}": not_finite}
@@ -369,6 +385,7 @@ def converted_decoder(
         network = CausalNetwork(
             converted=converted,
             body="",
+            output=tuple,
             layers=layers,
             in_out=frozenset(in_out) & {*layers},
             parts=frozenset(parts),
@@ -377,20 +394,22 @@ def converted_decoder(
             sizes=sizes,
             function=function,
         )
-        network = dataclasses.replace(network, body=_body(network))
+        body, output = _body(network)
+        network = dataclasses.replace(network, body=body, output=output)
         architecture = TorchDecoder(network, dtype)
         leaks = _leaks(architecture, params)
         # a mask of ours would make any model causal, and undo windows
         if leaks and _LATER not in leaks and getattr(config, "sliding_window", None) is None:
             told = dataclasses.replace(network, takes_mask=True)
             with contextlib.suppress(expect.InputError):
-                if not _leaks(dataclasses.replace(architecture, network=told), params):
-                    architecture, leaks = dataclasses.replace(architecture, network=told), {}
+                leaks = _leaks(dataclasses.replace(architecture, network=told), params)
+                architecture = dataclasses.replace(architecture, network=told)
         if leaks:
             words, far = next(iter(leaks.items()))
             raise expect.InputError(
                 f"{name}: what it makes of a sequence depends on {words} (it moves by {far:.1g} of "
-                "its norm); expected a model where tokens see those before them in their sequence."
+                "its norm); expected a model where tokens see those before them in their sequence, "
+                "whose places are counted from 0."
             )
         _ARCHITECTURES[name, function, dtype] = architecture
     return architecture, params
@@ -403,8 +422,15 @@ _ARCHITECTURES: dict[tuple[str, str, str], TorchDecoder] = {}
 def check_dense_text(config: Any, folder: Path) -> None:
     """Raises ValueError for mixtures of experts, and for models of more than text."""
     where = f"{folder / 'config.json'}: model_type {config.model_type}"
+    has_experts = getattr(config, "is_moe", True)  # few say so
     for key, value in _flat(config.to_dict()):
-        if "experts" in key and "_per_" not in key and isinstance(value, int) and value > 1:
+        if (
+            has_experts
+            and "experts" in key
+            and "_per_" not in key
+            and isinstance(value, int)
+            and value > 1
+        ):
             raise expect.InputError(
                 f"{where}: a mixture of experts ({key} {value}); expected a dense model."
             )
@@ -424,6 +450,13 @@ def _flat(settings: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 def _loaded(torch: Any, folder: Path, config: Any, dtype: str) -> Any:
     """Returns a module of torch with exactly the weights of a folder."""
     transformers: Any = optional("transformers", str(folder))
+    tensors = stored_tensors(folder, only_floats=False)
+
+    def is_buffer(key: str) -> bool:
+        shape = tensors[key].shape if key in tensors else ()
+        is_mask = len(shape) == 4 and shape[:2] == (1, 1)
+        return matches(key, _BUFFERS) or (is_mask and matches(key, _MASKS))
+
     problem = f"{folder}: transformers could not load it"
     with expect.refusing(problem, Exception, shown=expect.first_line), _quiet():
         module, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -438,7 +471,7 @@ def _loaded(torch: Any, folder: Path, config: Any, dtype: str) -> Any:
         )
     problems = {
         "tensors without a place": sorted(
-            key for key in info["unexpected_keys"] if not matches(key, _UNUSED)
+            key for key in info["unexpected_keys"] if not is_buffer(key)
         ),
         "tensors that are missing": sorted(info["missing_keys"]),
         "tensors of another shape": [
@@ -479,18 +512,20 @@ def _as_numpy(torch: Any, tensor: Any) -> np.ndarray:
     return tensor.numpy().copy()
 
 
-def _body(network: CausalNetwork) -> str:
-    """Returns the name of the part that gives the final sequence: the outermost model inside."""
+def _body(network: CausalNetwork) -> tuple[str, type]:
+    """Returns which part gives the final sequence, the outermost model inside, and as what."""
     from transformers import PreTrainedModel
 
-    called: list[str] = []
+    called: list[tuple[str, type]] = []
+
+    def noted(name: str, _: Any, __: Any, output: Any) -> None:
+        called.append((name, type(output)))
 
     def run(module: Any, tokens: Any, positions: Any) -> Any:
         with contextlib.ExitStack() as stack:
             for name, part in module.named_modules():
                 if name and isinstance(part, PreTrainedModel):
-                    hook = functools.partial(lambda name, *_: called.append(name), name)
-                    stack.enter_context(_hooked(part, hook))
+                    stack.enter_context(_hooked(part, functools.partial(noted, name)))
             return module(input_ids=tokens, position_ids=positions, use_cache=False).logits
 
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
@@ -499,7 +534,7 @@ def _body(network: CausalNetwork) -> str:
         return network.converted.call(run, tensors, tokens, tokens)
 
     jax.eval_shape(traced, dict(network.shapes), ids)
-    if not called:
+    if not called or not hasattr(called[-1][1], "last_hidden_state"):
         raise expect.InputError(
             f"{network.converted.what}: no part of it gives a final sequence for its head."
         )
@@ -508,6 +543,8 @@ def _body(network: CausalNetwork) -> str:
 
 def _leaks(architecture: TorchDecoder, params: Params) -> dict[str, float]:
     """Returns what a token sees of others than those before it in its sequence.
+
+    Computed in single precision, whatever the model is in: rounding would hide little.
 
     Returns:
       In words, and by how much the final sequence moves, relative to its norm.
@@ -519,20 +556,23 @@ def _leaks(architecture: TorchDecoder, params: Params) -> dict[str, float]:
     tokens[2:, 4:] = first
     tokens[2, :4], segments[2, :4] = 0, 0
     segments[3, 4:] = 2
+    exact = dataclasses.replace(architecture, dtype="float32")
 
     @jax.jit
     def differences(params: Params, tokens: Array, segments: Array) -> Array:
-        hidden = architecture.hidden(params, tokens, segments)
-        logits = architecture.logits(params, hidden[0])
-        wide = hidden.astype(jnp.float32)
-        some = jnp.stack([wide[1, :8], wide[2, 4:], wide[3, 4:]]) - wide[0, :8]
-        far = jnp.linalg.norm(some, axis=(1, 2)) / jnp.linalg.norm(wide[0, :8])
+        is_float = {name: jnp.issubdtype(leaf.dtype, jnp.floating) for name, leaf in params.items()}
+        wide = {n: leaf.astype(jnp.float32) if is_float[n] else leaf for n, leaf in params.items()}
+        hidden = exact.hidden(wide, tokens, segments)
+        logits = exact.logits(wide, hidden[0])
+        alone = exact.plain(wide, tokens[:1])[0, :8]
+        some = jnp.stack([hidden[1, :8], hidden[2, 4:], hidden[3, 4:], alone]) - hidden[0, :8]
+        far = jnp.linalg.norm(some, axis=(1, 2)) / jnp.linalg.norm(hidden[0, :8])
         return jnp.where(jnp.isfinite(logits).all(), far, jnp.nan)
 
-    found = fetch(differences(params, *over_devices(params, (tokens, segments))))
-    where = (_LATER, "padding before it", "another sequence of its row")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some ask for 64 bits where they count places
+        found = fetch(differences(params, *over_devices(params, (tokens, segments))))
+    where = (_LATER, "padding before it", "another sequence of its row", "how places are counted")
     return {
-        words: float(far)
-        for words, far in zip(where, found, strict=True)
-        if not far <= _TOLERANCES[architecture.dtype]
+        words: float(far) for words, far in zip(where, found, strict=True) if not far <= _TOLERANCE
     }

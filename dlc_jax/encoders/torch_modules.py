@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -71,6 +72,13 @@ def _uncached() -> Iterator[None]:
         library.is_torchdynamo_compiling = before
 
 
+# A module holds the tensors of one trace at a time, and `_uncached` is of the whole process
+_TRACING = threading.RLock()
+_WAYS_OUT = (
+    "Take another variant of the network, or bring it as dlc.Encoder(params, apply, is_prunable)."
+)
+
+
 class _Slot(NamedTuple):
     """A place of a module where a tensor is; `entries` is one of the module's dictionaries."""
 
@@ -90,6 +98,7 @@ class Converted:
       what: Name of the network for messages.
       placed: Name and tensor of torch -> JAX array; None: on the default device, in single
         precision where it is in half.
+      ways_out: What messages advise where it cannot be converted.
     Attributes:
       tensors: JAX arrays by torch's names, in torch's layouts, in the order of the state dict;
         those that it leaves out, and tensors that are no buffers, come last.
@@ -101,9 +110,15 @@ class Converted:
       drawn: What the last call drew random numbers for: `dropout`, `drop_path`.
     """
 
-    def __init__(self, module: Any, what: str, placed: Callable[[str, Any], Array] | None = None):
+    def __init__(
+        self,
+        module: Any,
+        what: str,
+        placed: Callable[[str, Any], Array] | None = None,
+        ways_out: str = _WAYS_OUT,
+    ):
         torch = optional("torch", what)
-        self.what = what
+        self.what, self.ways_out = what, ways_out
         self.mixes_positions = False
         self.drawn: set[str] = set()
         self._module = module.eval()
@@ -167,18 +182,35 @@ class Converted:
         inside = {name: env.j2t_iso(tensor) for name, tensor in tensors.items()}
         names = {id(tensor): name for name, tensor in inside.items()}
         mode = mode_class()(env, self.what, names, real, key)
+        with _TRACING:
+            output = self._traced(run, inside, env.j2t_iso(args), (env, mode))
+        self.mixes_positions, self.drawn = mode.mixes_positions, mode.drawn
+        changed = {n: t.jax() for n, t in inside.items() if t.jax() is not tensors[n]}
+        if key is not None:
+            changed[RANDOM_KEY] = mode.key
+        return env.t2j_iso(output), changed | mode.moved
+
+    def _traced(
+        self,
+        run: Callable[..., Any],
+        inside: Mapping[str, Any],
+        args: Any,
+        modes: tuple[Any, Any],
+    ) -> Any:
+        """Returns what `run` gives, under torchax and our own mode."""
+        env, mode = modes
         before = self._attributes()
         self._fill(inside)
-        self._module.train(key is not None)
+        self._module.train(mode.key is not None)
         for norm in self._batch_norms:
-            norm.training = real is not None
+            norm.training = mode.real is not None
         try:
             with env, mode, _uncached():
-                output = run(self._module, *env.j2t_iso(args))
+                return run(self._module, *args)
         except expect.InputError:
             raise
         except Exception as error:  # whatever torch, torchax and JAX raise while they trace
-            raise _explained(error, self.what) from error
+            raise _explained(error, self.what, self.ways_out) from error
         finally:
             self._fill(dict.fromkeys(inside))
             self._module.eval()
@@ -186,11 +218,6 @@ class Converted:
                 for name in self._own(owner) - kept.keys():
                     del vars(owner)[name]
                 vars(owner).update(kept)
-        self.mixes_positions, self.drawn = mode.mixes_positions, mode.drawn
-        changed = {n: t.jax() for n, t in inside.items() if t.jax() is not tensors[n]}
-        if key is not None:
-            changed[RANDOM_KEY] = mode.key
-        return env.t2j_iso(output), changed | mode.moved
 
     def _attributes(self) -> list[tuple[Any, dict[str, Any]]]:
         """Returns every part of the module with what its class has put into it."""
@@ -226,11 +253,7 @@ def _as_array(torch: ModuleType, tensor: Any) -> Array:
     return jnp.array(tensor.contiguous().numpy())
 
 
-def _explained(error: Exception, what: str) -> expect.InputError:
-    ways = (
-        "Take another variant of the network, or bring it as dlc.Encoder(params, apply, "
-        "is_prunable)."
-    )
+def _explained(error: Exception, what: str, ways: str) -> expect.InputError:
     if type(error).__name__ == "OperatorNotFound":
         words = str(error).split()
         name = words[words.index("name") + 1] if "name" in words[:-1] else str(error)

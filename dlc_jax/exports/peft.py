@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ _LARGEST = 2**20  # rank or alpha; either is a few hundred at most
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), (False, None)),
+    **dict.fromkeys(("use_dora", "lora_bias"), (False, None)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
     "modules_to_save": (None, []),
     **dict.fromkeys(("layers_to_transform", "layer_replication"), (None,)),
@@ -160,14 +161,43 @@ def _adapter_of(config: Mapping[str, Any], path: Path, model: LanguageModel) -> 
     for key, value in (("r", rank), ("lora_alpha", alpha)):
         expect.at_least(f"{path}: {key}", value, 0, exclusive=True)
         expect.at_most(f"{path}: {key}", value, _LARGEST)
-    if not isinstance(targets, list) or not targets:
-        raise expect.InputError(f"{path}: target_modules {targets!r}; expected a list of names.")
+    if config.get("use_rslora"):  # it divides by the root of the rank
+        alpha *= math.sqrt(rank)
     names = model.architecture.target_names
-    for target in targets:
-        expect.one_of(f"{path}: target_modules", target, names)
-    if repeated := sorted({target for target in targets if targets.count(target) > 1}):
-        raise expect.InputError(f"{path}: target_modules: {', '.join(repeated)} occur twice.")
-    return Adapter(rank, float(alpha), tuple(sorted(targets, key=names.index)))
+    weights = model.stored_names(filter(model.is_prunable, by_path(model.params))).values()
+    layers = {stored.name.removesuffix(".weight") for stored in weights}
+    changed = _called(layers, targets, f"{path}: target_modules")
+    if (left_out := config.get("exclude_modules")) is not None:
+        changed -= _called(layers, left_out, f"{path}: exclude_modules")
+    if not changed:
+        raise expect.InputError(
+            f"{path}: target_modules {targets!r} names no linear layer in a block of {model.name}; "
+            f"expected some of {expect.listed(names)}."
+        )
+    ends = {layer.rpartition(".")[2] for layer in changed}
+    every = {layer for layer in layers if layer.rpartition(".")[2] in ends}
+    if changed == every and ends <= {*names}:
+        changed = ends
+    elif not changed <= {*names}:
+        raise expect.InputError(
+            f"{path}: target_modules leaves out {expect.listed(sorted(every - changed))}; expected "
+            "layers of a name in all blocks."
+        )
+    return Adapter(rank, float(alpha), tuple(sorted(changed, key=names.index)))
+
+
+def _called(layers: Collection[str], names: Any, where: str) -> set[str]:
+    """Returns the layers that PEFT finds by names, which are whole or the end, or by a pattern."""
+    if names == "all-linear":
+        return {*layers}
+    if isinstance(names, str):
+        with expect.refusing(where, re.error):
+            return {layer for layer in layers if re.fullmatch(names, layer)}
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise expect.InputError(f"{where} {names!r}; expected a list of names, or a pattern.")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise expect.InputError(f"{where}: {', '.join(repeated)} occur twice.")
+    return {layer for layer in layers if any(f".{layer}".endswith(f".{name}") for name in names)}
 
 
 def _adapter_names(model: LanguageModel, weights: Iterable[str]) -> dict[str, Stored]:

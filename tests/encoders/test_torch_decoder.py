@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,28 @@ def test_weights_have_to_fit_exactly(stored, tmp_path):
             loaded(with_tensors(folder, tmp_path / str(number), some))
 
 
+def test_masks_that_old_checkpoints_hold_are_left_out(stored, tmp_path):
+    _, folder = stored("gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    mask = np.tril(np.ones((1, 1, 64, 64), bool))
+    old = tensors | {"transformer.h.0.attn.bias": mask, "transformer.h.0.attn.masked_bias": mask}
+    found = loaded(with_tensors(folder, tmp_path / "old", old))
+    assert found.fingerprint == loaded(folder).fingerprint
+
+
+def test_threads_take_turns(stored):
+    model = loaded(stored("phi3")[1])
+    tokens, _ = coverage.padded_rows()
+    expected = hidden(model, tokens[:1], np.ones((1, 20), int))
+
+    def one(length):
+        return hidden(model, tokens[:1, :length], np.ones((1, length), int))
+
+    with ThreadPoolExecutor(4) as pool:
+        for length, found in zip(range(13, 17), pool.map(one, range(13, 17)), strict=True):
+            np.testing.assert_allclose(found, expected[:, :length], atol=1e-5)
+
+
 def test_a_stored_head_that_differs_is_a_head_of_its_own(stored, tmp_path):
     original, folder = stored("gpt2")
     model = loaded(folder)
@@ -220,6 +243,7 @@ REFUSED = {
     "a mixture of experts": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "depends on later tokens": ("bert", {}),
     "depends on padding": ("mamba", {"state_size": 4}),
+    "depends on how places are counted": ("roberta", {"is_decoder": True, "type_vocab_size": 1}),
 }
 
 
@@ -228,8 +252,9 @@ def test_models_that_are_not_dense_and_causal_are_refused(timm, says, tmp_path, 
     family, settings = REFUSED[says]
     monkeypatch.setitem(coverage.FAMILIES, family, settings)
     coverage.stored(family, tmp_path / "model")
-    with pytest.raises(ValueError, match=says):
-        loaded(tmp_path / "model")
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(ValueError, match=says):
+            loaded(tmp_path / "model", dtype=dtype)
 
 
 def test_multimodal_and_quantised_models_are_refused_by_name(stored, tmp_path):

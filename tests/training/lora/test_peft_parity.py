@@ -255,6 +255,47 @@ def test_adapters_of_peft_are_read(folders, tmp_path):
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+TARGETED = {  # what PEFT takes, by door
+    "all-linear": ({"target_modules": "all-linear"}, (False, True)),
+    "pattern": ({"target_modules": r".*\.(q_proj|up_proj)"}, (False, True)),
+    "whole names of a block": ({"target_modules": r".*\.1\.mlp\.up_proj"}, (True,)),
+    "some names are none": ({"target_modules": ["o_proj", "nothere"]}, (False, True)),
+    "ends": ({"target_modules": ["self_attn.q_proj", "mlp.up_proj"]}, (False, True)),
+    "left out": (
+        {"target_modules": "all-linear", "exclude_modules": ["q_proj", "mlp.up_proj"]},
+        (False, True),
+    ),
+    "rslora": ({"target_modules": ["q_proj"], "use_rslora": True}, (False, True)),
+}
+
+
+@pytest.mark.parametrize("name", TARGETED)
+def test_layers_are_those_that_peft_finds(folders, tmp_path, name):
+    import peft
+    import torch
+    import transformers
+
+    options, doors = TARGETED[name]
+    base = transformers.AutoModelForCausalLM.from_pretrained(folders["Llama"])
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(r=3, lora_alpha=5.0, task_type="CAUSAL_LM", **options)
+    )
+    with torch.no_grad():
+        for parameter_name, parameter in theirs.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path)
+    tokens = np.arange(1, 41)[None]
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.asarray(tokens)).logits.numpy()
+    for converted in doors:
+        model = dlc.load_language_model(str(folders["Llama"]), dtype="float32", converted=converted)
+        logits = logits_of(load_adapter(model, tmp_path), tokens)
+        assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+        assert np.abs(logits_of(model, tokens) - expected).max() > 1e-2
+
+
 def test_adapters_that_do_more_or_do_not_fit_are_refused(folders, tmp_path):
     model = dlc.load_language_model(str(folders["Llama"]), dtype="float32")
     with pytest.raises(ValueError, match="has no adapter; finetune_lora gives one"):
@@ -277,8 +318,11 @@ def test_adapters_that_do_more_or_do_not_fit_are_refused(folders, tmp_path):
 
     refused("use_dora True; expected False", use_dora=True)
     refused("init_lora_weights 'pissa'; expected True", init_lora_weights="pissa")
-    refused("target_modules: unknown value 'lm_head'", target_modules=["lm_head"])
-    refused("expected a list of names", target_modules="all-linear")
+    refused(r"\['lm_head'\] names no linear layer in a block", target_modules=["lm_head"])
+    refused("tensors are missing", target_modules="all-linear")
+    refused("target_modules leaves out model.layers.1", target_modules=r".*\.0\..*q_proj")
+    refused("target_modules: missing \\)", target_modules="(")
+    refused("exclude_modules 3; expected a list of names", exclude_modules=3)
     refused(r"2 tensors are missing|4 tensors are missing", target_modules=["v_proj", "q_proj"])
     refused(r"v_proj\.lora_A\.weight is \(2, 32\), expected \(3, 32\)", r=3)
 
@@ -315,10 +359,14 @@ def adapted(folders, tmp_path_factory):
         ("lora_alpha", 0, "lora_alpha: must be > 0, got 0"),
         pytest.param("lora_alpha", 10**400, "lora_alpha: must be <= 1048576", id="alpha-huge"),
         ("target_modules", ["q_proj", "v_proj", "q_proj"], "target_modules: q_proj occur twice"),
-        ("target_modules", [], r"target_modules \[\]; expected a list of names"),
+        ("target_modules", [], r"target_modules \[\] names no linear layer in a block"),
         ("target_modules", None, "target_modules None; expected a list of names"),
-        ("target_modules", [["q_proj"]], "target_modules: unknown value"),
-        ("target_modules", ["q_proj", 8], "target_modules: unknown value 8"),
+        (
+            "target_modules",
+            [["q_proj"]],
+            r"target_modules \[\['q_proj'\]\]; expected a list of names",
+        ),
+        ("target_modules", ["q_proj", 8], r"target_modules \['q_proj', 8\]; expected a list"),
     ],
 )
 def test_adapter_settings_that_are_none_are_refused_by_key(adapted, tmp_path, key, value, says):

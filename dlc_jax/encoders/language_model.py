@@ -244,8 +244,8 @@ def load_language_model(
     door = door_of(folder, converted=converted)
     if door.config is None:
         given = _transformers_config(folder)
-        architecture, params = converted_decoder(folder, given, dtype, mesh, weights)
-        return LanguageModel(params, architecture, folder, weights, door.words)
+        found = converted_decoder(folder, given, dtype, mesh, weights, door.words)
+        return LanguageModel(found[1], found[0], folder, weights, door.words)
     by_hand = decoder.Architecture(door.config, dtype)
     return LanguageModel(read_params(folder, by_hand, mesh), by_hand, folder, weights, door.words)
 

@@ -334,7 +334,7 @@ def _rematerialised(module: Any, what: str) -> None:
 
 
 def converted_decoder(
-    folder: Path, config: Any, dtype: str, mesh: Mesh | None, name: str
+    folder: Path, config: Any, dtype: str, mesh: Mesh | None, name: str, why: str
 ) -> tuple[TorchDecoder, Params]:
     """Reads a model of transformers.
 
@@ -344,12 +344,13 @@ def converted_decoder(
       dtype: In `DTYPES`.
       mesh: Devices that the parameters are spread over; None: the default device.
       name: For messages.
+      why: For that of a missing torch: what computes the model, and why.
     Raises:
       ValueError: torch is not there; no causal language model, or one that is not dense, or not of
         text alone; weights that do not fit exactly or are not finite; one that cannot be converted;
         one where tokens see later ones, padding, or other sequences of their row.
     """
-    torch = optional("torch", name)
+    torch = optional("torch", f"{name}: {why}")
     environment()  # before weights are read: the extra may be missing
     module = _loaded(torch, folder, config, dtype)
     head, embedding = module.get_output_embeddings(), module.get_input_embeddings()

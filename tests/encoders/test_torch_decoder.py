@@ -278,7 +278,7 @@ def test_without_torch_the_extra_is_named(stored, monkeypatch):
         return torch_functions.optional(name, what)
 
     monkeypatch.setattr(torch_decoder, "optional", optional)
-    with pytest.raises(ValueError, match=r"model: needs torch .*pip install 'dlc_jax\[any\]'"):
+    with pytest.raises(ValueError, match=r"'phi3'.*: needs torch .*pip install 'dlc_jax\[any\]'"):
         loaded(folder)
 
 

@@ -157,8 +157,8 @@ Value = TypeVar("Value")
 def partition(path: str, shape: Sequence[int], num_devices: int) -> PartitionSpec:
     """Returns how a parameter of a language model lies on the mesh.
 
-    Matrices are spread. Norms and biases are a thousandth of the weights, and an adapter is a few
-    hundredths: its gradients are summed over devices anyway, and a gather in every layer would cost
+    Matrices are spread. Norms and biases are a thousandth of the weights, and an adapter is under a
+    hundredth: its gradients are summed over devices anyway, and a gather in every layer would cost
     more time than the memory is worth.
 
     Args:

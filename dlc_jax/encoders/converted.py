@@ -7,10 +7,9 @@ import copy
 import functools
 import inspect
 import json
-import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from dlc_jax.encoders.encoder import RANDOM_KEY, Encoder
 from dlc_jax.encoders.preparation import PROCESSOR
 from dlc_jax.encoders.prunable import chosen_weights
 from dlc_jax.encoders.stored_tensors import matches, opened, without_prefix
-from dlc_jax.encoders.torch_functions import optional
+from dlc_jax.encoders.torch_functions import optional, quiet
 from dlc_jax.encoders.torch_modules import Converted
 from dlc_jax.files.json_files import read_json
 from dlc_jax.files.libraries import fetching
@@ -285,7 +284,7 @@ def timm_module(
         unasked = {key: 0.0 for rate, key in _RATES_OF_TIMM.items() if rate not in rates}
         problem = f"encoder.{' and encoder.'.join(rates)}: {name} cannot be built with it"
     build = functools.partial(timm.create_model, architecture, **built_with)
-    with expect.refusing(problem, Exception, shown=expect.first_line), _quiet():
+    with expect.refusing(problem, Exception, shown=expect.first_line), quiet():
         try:
             module = build(num_classes=0, **unasked)
         except TypeError:  # it has no such rate
@@ -378,7 +377,7 @@ def transformers_module(
         )
     how = {"local_files_only": True} if is_local else {}
     problem = f"encoder.name: {name}: transformers could not load {source!r}"
-    with expect.refusing(problem, Exception, shown=expect.first_line), _quiet():
+    with expect.refusing(problem, Exception, shown=expect.first_line), quiet():
         whole = transformers.AutoConfig.from_pretrained(source, **how)
         config = getattr(whole, "vision_config", None) or whole
         module, info = transformers.AutoModel.from_pretrained(
@@ -518,16 +517,6 @@ def _define_operators(torch: ModuleType) -> Any:
     return library
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def _fill(
     torch: ModuleType,
     module: Any,
@@ -551,7 +540,7 @@ def _fill(
         problems = _misfits(state, expected, ignored)
         convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
         if problems and convert is not None:  # perhaps the names of the original repository
-            with contextlib.suppress(Exception), _quiet():
+            with contextlib.suppress(Exception), quiet():
                 renamed = convert(dict(state), module)
                 if not _misfits(renamed, expected, ignored):
                     state, problems = renamed, {}

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +29,7 @@ from dlc_jax.encoders.converted import prunable_layers
 from dlc_jax.encoders.decoder import DTYPES, TARGETS, Adapter, CausalModel, Hidden, Tokens
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.stored_tensors import matches, stored_tensors
-from dlc_jax.encoders.torch_functions import optional
+from dlc_jax.encoders.torch_functions import optional, quiet
 from dlc_jax.encoders.torch_modules import Converted, environment
 from dlc_jax.types import Params
 
@@ -459,7 +458,7 @@ def _loaded(torch: Any, folder: Path, config: Any, dtype: str) -> Any:
         return matches(key, _BUFFERS) or (is_mask and matches(key, _MASKS))
 
     problem = f"{folder}: transformers could not load it"
-    with expect.refusing(problem, Exception, shown=expect.first_line), _quiet():
+    with expect.refusing(problem, Exception, shown=expect.first_line), quiet():
         module, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -493,16 +492,6 @@ def _fix_rotations(part: Any) -> None:
     kinds = getattr(part, "rope_type", None)
     if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
         part.forward = functools.partial(inspect.unwrap(type(part).forward), part)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _as_numpy(torch: Any, tensor: Any) -> np.ndarray:

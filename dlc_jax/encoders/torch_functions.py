@@ -5,10 +5,12 @@ All others are torchax's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +35,17 @@ def optional(name: str, what: str) -> ModuleType:
             f"{what}: needs {name} ({expect.first_line(error)}); install what converts networks of "
             "torch with: pip install 'dlc_jax[any]'."
         ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps libraries from logging warnings while they load a network."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _DrawError(Exception):

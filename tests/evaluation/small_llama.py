@@ -11,7 +11,12 @@ TEXT = [
 
 
 def make_llama(
-    folder: Path, *, max_length: int = 256, joins_letters: bool = True, seed: int = 0
+    folder: Path,
+    *,
+    max_length: int = 256,
+    joins_letters: bool = True,
+    seed: int = 0,
+    family: str = "Llama",
 ) -> Path:
     """Saves it; the tokenizer begins texts with <s>; " A" is one token only if letters are joined.
 
@@ -38,7 +43,7 @@ def make_llama(
     assert len(wrapped.encode(" A", add_special_tokens=False)) == (1 if joins_letters else 2)
     wrapped.save_pretrained(folder)
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=len(wrapped),
         hidden_size=32,
         intermediate_size=48,
@@ -48,8 +53,9 @@ def make_llama(
         max_position_embeddings=max_length,
         bos_token_id=wrapped.bos_token_id,
         eos_token_id=wrapped.eos_token_id,
+        **({} if family == "Llama" else {"pad_token_id": wrapped.eos_token_id}),
     )
-    model = transformers.LlamaForCausalLM(config)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

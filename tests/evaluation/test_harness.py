@@ -24,6 +24,7 @@ def place(timm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("harness")
     make_llama(folder / "model", max_length=384)
     make_llama(folder / "split", max_length=480, joins_letters=False, seed=1)
+    make_llama(folder / "converted", max_length=384, family="Phi3")
     generator = np.random.default_rng(0)
 
     def words(num):
@@ -147,7 +148,9 @@ def assert_same(theirs, ours):
             np.testing.assert_allclose(metrics[task][name], value, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["model", "split"])
+@pytest.mark.parametrize(
+    "name", ["model", "split", pytest.param("converted", marks=pytest.mark.slow)]
+)
 def test_mmlu_is_that_of_lm_eval(place, name):
     """Prompts, log-likelihoods, scores of subjects, groups and all; also of letters in pieces."""
     from lm_eval.api.metrics import aggregate_subtask_metrics

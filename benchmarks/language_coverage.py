@@ -257,7 +257,7 @@ def torch_logits(module: Any, tokens: np.ndarray, is_token: np.ndarray) -> np.nd
     if not {"position_ids", "kwargs"} & takes.keys():
         del arrays["position_ids"]
     with torch.no_grad():
-        return module(**arrays, use_cache=False).logits.numpy()
+        return module(**arrays, use_cache=False).logits.float().numpy()
 
 
 def torch_losses(module: Any, data: Any) -> np.ndarray:

@@ -235,7 +235,7 @@ def prunable_layers(converted: Converted) -> list[str]:
     if not found:
         raise expect.InputError(
             f"{converted.what}: no convolution or linear layer of torch was found in it that "
-            "probes may zero; bring it as dlc.Encoder(params, apply, is_prunable)."
+            f"probes may zero. {converted.ways_out}"
         )
     return found
 

@@ -472,6 +472,11 @@ def _attention(
 Model = TypeVar("Model", bound="CausalModel")
 
 
+def is_called(layer: str, name: str) -> bool:
+    """Whether PEFT means a layer by a name, which is whole or its end."""
+    return f".{layer}".endswith(f".{name}")
+
+
 class CausalModel(abc.ABC):
     """What programs ask of a language model, as a pure function of its parameters.
 
@@ -545,12 +550,22 @@ class CausalModel(abc.ABC):
         """Whether torch has the weight of a linear layer as [in, out], not as [out, in]."""
         return False
 
+    def has_target(self, target: str) -> bool:
+        """Whether a linear layer of the blocks is called so."""
+        return target in self.target_names
+
     def with_adapter(self: Model, adapter: Adapter) -> Model:
         """Returns this one with low-rank changes; ValueError for a target that it does not have."""
         if set(adapter.targets) != set(TARGETS):
             for target in adapter.targets:
-                expect.one_of("lora.targets", target, self.target_names)
+                if not self.has_target(target):
+                    expect.one_of("lora.targets", target, self.target_names)
         return dataclasses.replace(self, adapter=adapter)  # type: ignore[type-var]
+
+    def for_training(self: Model, adapter: Adapter, rematerialise: bool) -> Model:
+        """Returns this one as it is fine-tuned; ValueError where it cannot be."""
+        changed = self.with_adapter(adapter)
+        return dataclasses.replace(changed, rematerialise=rematerialise)  # type: ignore[type-var]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,14 +35,11 @@ from dlc_jax.encoders.stored_tensors import (
     misfits,
     names_of,
     read_tensors,
+    refuse,
     stored_tensors,
 )
-from dlc_jax.encoders.torch_decoder import (
-    TorchDecoder,
-    TorchSizes,
-    check_dense_text,
-    converted_decoder,
-)
+from dlc_jax.encoders.torch_checkpoint import check_dense_text, converted_decoder
+from dlc_jax.encoders.torch_decoder import TorchDecoder, TorchSizes
 from dlc_jax.files.json_files import read_json
 from dlc_jax.files.libraries import fetching
 from dlc_jax.preprocess.tokens import check_vocabulary, tokenising
@@ -246,8 +243,8 @@ def load_language_model(
         given = _transformers_config(folder)
         found = converted_decoder(folder, given, dtype, mesh, weights, door.words)
         return LanguageModel(found[1], found[0], folder, weights, door.words)
-    by_hand = decoder.Architecture(door.config, dtype)
-    return LanguageModel(read_params(folder, by_hand, mesh), by_hand, folder, weights, door.words)
+    own = decoder.Architecture(door.config, dtype)
+    return LanguageModel(read_params(folder, own, mesh), own, folder, weights, door.words)
 
 
 class Door(NamedTuple):
@@ -275,7 +272,7 @@ def door_of(folder: Path, *, converted: bool = False) -> Door:
         try:
             config = read_config(folder)
             return Door(config, config, f"{kind}, computed by the decoder here")
-        except NotByHandError as error:
+        except NotInDecoderError as error:
             reason = f"since the decoder here does not compute it: {error}"
     words = f"{kind}, computed by transformers' own class, converted from torch, {reason}"
     given = _transformers_config(folder)
@@ -376,21 +373,21 @@ def read_config_alone(folder: Path) -> decoder.DecoderConfig:
         attention in both directions.
     """
     path = folder / "config.json"
-    _check_by_hand(f"{path}: model_type", _raw_config(folder).get("model_type"), FAMILIES)
+    _check_known(f"{path}: model_type", _raw_config(folder).get("model_type"), FAMILIES)
     with _refusing(path):
         return _decoder_config(_transformers_config(folder), str(path))
 
 
-class NotByHandError(expect.InputError):
+class NotInDecoderError(expect.InputError):
     """A model that the decoder does not compute, though transformers may."""
 
 
-def _check_by_hand(name: str, value: Any, known: Iterable[Any]) -> None:
-    """Raises NotByHandError where a switch has a value that the decoder does not compute."""
+def _check_known(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Raises NotInDecoderError where a switch has a value that the decoder does not have."""
     try:
         expect.one_of(name, value, known)
     except expect.InputError as error:
-        raise NotByHandError(str(error)) from error
+        raise NotInDecoderError(str(error)) from error
 
 
 def _refusing(path: Path) -> AbstractContextManager[None]:
@@ -457,14 +454,14 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
     """
     # transformers takes a mistral with layer_types for a ministral
     kind = config.model_type
-    _check_by_hand(f"{source}: model_type, as transformers reads it", kind, FAMILIES)
+    _check_known(f"{source}: model_type, as transformers reads it", kind, FAMILIES)
     config.standardize_rope_params()  # once more, as its rotary embeddings do
     is_gemma, is_gemma3 = config.model_type.startswith("gemma"), config.model_type == "gemma3_text"
     rope, windowed_rope = config.rope_parameters, None
     if is_gemma3:
         rope, windowed_rope = rope["full_attention"], rope["sliding_attention"]
         kind = windowed_rope.get("rope_type", "default")
-        _check_by_hand(f"{source}: rope_type of sliding_attention", kind, ("default",))
+        _check_known(f"{source}: rope_type of sliding_attention", kind, ("default",))
     if getattr(config, "use_bidirectional_attention", None):
         raise expect.InputError(
             f"{source}: use_bidirectional_attention is on, which this decoder does not do."
@@ -473,9 +470,9 @@ def _decoder_config(config: Any, source: str) -> decoder.DecoderConfig:
         raise expect.InputError(f"{source}: is_causal is off, which this decoder does not do.")
     factor = rope.get("partial_rotary_factor", 1.0)
     if factor != 1:
-        raise NotByHandError(f"{source}: partial_rotary_factor {factor}; expected 1.")
+        raise NotInDecoderError(f"{source}: partial_rotary_factor {factor}; expected 1.")
     activation = config.hidden_activation if is_gemma else config.hidden_act
-    _check_by_hand(f"{source}: activation", activation, decoder.ACTIVATIONS)
+    _check_known(f"{source}: activation", activation, decoder.ACTIVATIONS)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scale = config.query_pre_attn_scalar if is_gemma else head_dim
     if config.num_attention_heads % config.num_key_value_heads or head_dim % 2:
@@ -524,7 +521,7 @@ def _windows(config: Any, source: str) -> tuple[int | None, ...]:
         return (window,) * config.num_hidden_layers
     windows = {"sliding_attention": window, "full_attention": None}
     for kind in config.layer_types:
-        _check_by_hand(f"{source}: layer_types", kind, windows)
+        _check_known(f"{source}: layer_types", kind, windows)
     if window is None and "sliding_attention" in config.layer_types:
         raise expect.InputError(
             f"{source}: layer_types has sliding_attention, sliding_window is None; expected a "
@@ -551,7 +548,7 @@ def _biases(config: Any, source: str) -> tuple[str, ...]:
 
 def _rope_scaling(config: Any, parameters: dict[str, Any], source: str) -> decoder.Scaling | None:
     kind = parameters.get("rope_type", "default")
-    _check_by_hand(f"{source}: rope_type", kind, ("default", "linear", "llama3", "yarn"))
+    _check_known(f"{source}: rope_type", kind, ("default", "linear", "llama3", "yarn"))
     if kind == "default":
         return None
 
@@ -632,18 +629,12 @@ def read_params(
         "tensors that are missing": [names[path].name for path in missing],
         "tensors of another shape": sorted(other_shapes),
     }
-    _refuse(folder, problems)
+    refuse(folder, problems)
     params, not_finite = read_tensors(expected, names, tensors, mesh)
-    _refuse(folder, {f"tensors with NaN or infinity in {architecture.dtype}": not_finite})
+    refuse(folder, {f"tensors with NaN or infinity in {architecture.dtype}": not_finite})
     return jax.tree_util.tree_map_with_path(lambda path, _: params[path_name(path)], shapes)
 
 
 def stored_names(config: decoder.DecoderConfig, paths: Iterable[str]) -> dict[str, Stored]:
     """Returns how each path is stored in a Hugging Face checkpoint."""
     return names_of(_NAMES + (_SANDWICH_NORMS if config.sandwich else _PLAIN_NORMS), paths)
-
-
-def _refuse(folder: Path, problems: Mapping[str, list[str]]) -> None:
-    """Raises ValueError with everything that is wrong, if anything is."""
-    if found := expect.problems(problems):
-        raise expect.InputError(f"{folder}: {found}.")

@@ -71,11 +71,12 @@ class Stored(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor is, and its shape as torch has it."""
+    """Where a tensor is, its shape as torch has it, and whether its type is floating-point."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
+    is_float: bool = True
 
 
 Tensors = Mapping[str, StoredTensor]  # by name
@@ -242,7 +243,10 @@ def headers(path: Path, *, only_floats: bool = True) -> dict[str, StoredTensor]:
                     f"{path}: {name} is {some.get_dtype()}; expected {', '.join(_FLOATS)}, that "
                     "is, weights that are not quantised."
                 )
-        return {name: StoredTensor(path, name, tuple(s.get_shape())) for name, s in slices.items()}
+        return {
+            name: StoredTensor(path, name, tuple(s.get_shape()), s.get_dtype() in _FLOATS)
+            for name, s in slices.items()
+        }
 
 
 def are_equal(one: StoredTensor, other: StoredTensor) -> bool:
@@ -254,3 +258,9 @@ def are_equal(one: StoredTensor, other: StoredTensor) -> bool:
         this, that = file.get_slice(one.name), other_file.get_slice(other.name)
         some = (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
         return all(np.array_equal(this[rows], that[rows]) for rows in some)
+
+
+def refuse(folder: Path, problems: Mapping[str, list[str]]) -> None:
+    """Raises ValueError with everything that is wrong with the weights of a folder, if anything."""
+    if found := expect.problems(problems):
+        raise expect.InputError(f"{folder}: {found}.")

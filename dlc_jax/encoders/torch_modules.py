@@ -35,7 +35,7 @@ def environment() -> Any:
     torchax 0.0.13 registers overloads of operators that torch 2.13 no longer has. While it loads
     its operators, such look-ups find a placeholder, which no network can call.
     """
-    torch = optional("torch", "encoder.name")
+    torch = optional("torch", "a converted network")
     packet = torch._ops.OpOverloadPacket
     found = packet.__getattr__
 
@@ -49,7 +49,7 @@ def environment() -> Any:
 
     packet.__getattr__ = found_or_placeholder
     try:
-        env = optional("torchax", "encoder.name").tensor.Environment()
+        env = optional("torchax", "a converted network").tensor.Environment()
     finally:
         packet.__getattr__ = found
     # its own key would give the same numbers in every step, and would outlive the trace
@@ -79,6 +79,9 @@ _WAYS_OUT = (
 )
 
 
+IN_OUT = "linear layer, [in, out]"
+
+
 class _Slot(NamedTuple):
     """A place of a module where a tensor is; `entries` is one of the module's dictionaries."""
 
@@ -104,7 +107,8 @@ class Converted:
         those that it leaves out, and tensors that are no buffers, come last.
       buffers: Names of those that are no parameters.
       norm_statistics: Names of those that batch norms hold.
-      layers: Names of weights of convolutions and linear layers: `convolution` or `linear layer`.
+      layers: Names of weights of convolutions and linear layers: `convolution`, `linear layer`,
+        which has [out, in], or `IN_OUT`.
       mixes_positions: Whether the last call multiplied activations with each other, as attention
         does.
       drawn: What the last call drew random numbers for: `dropout`, `drop_path`.
@@ -183,7 +187,7 @@ class Converted:
         names = {id(tensor): name for name, tensor in inside.items()}
         mode = mode_class()(env, self.what, names, real, key)
         with _TRACING:
-            output = self._traced(run, inside, env.j2t_iso(args), (env, mode))
+            output = self._traced(run, inside, env.j2t_iso(args), env, mode)
         self.mixes_positions, self.drawn = mode.mixes_positions, mode.drawn
         changed = {n: t.jax() for n, t in inside.items() if t.jax() is not tensors[n]}
         if key is not None:
@@ -191,14 +195,9 @@ class Converted:
         return env.t2j_iso(output), changed | mode.moved
 
     def _traced(
-        self,
-        run: Callable[..., Any],
-        inside: Mapping[str, Any],
-        args: Any,
-        modes: tuple[Any, Any],
+        self, run: Callable[..., Any], inside: Mapping[str, Any], args: Any, env: Any, mode: Any
     ) -> Any:
-        """Returns what `run` gives, under torchax and our own mode."""
-        env, mode = modes
+        """Returns what `run` gives, under torchax's environment and our own mode."""
         before = self._attributes()
         self._fill(inside)
         self._module.train(mode.key is not None)
@@ -239,8 +238,9 @@ class Converted:
 def _layer_kind(nn: Any, owner: Any, key: str) -> str | None:
     if isinstance(owner, nn.modules.conv._ConvNd) and key == "weight":
         return "convolution"
-    is_linear = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D"  # transformers'
-    is_linear = is_linear and key == "weight"
+    if type(owner).__name__ == "Conv1D" and key == "weight":  # transformers'
+        return IN_OUT
+    is_linear = isinstance(owner, nn.Linear) and key == "weight"
     is_projection = isinstance(owner, nn.MultiheadAttention) and key.endswith("proj_weight")
     return "linear layer" if is_linear or is_projection else None
 

@@ -47,6 +47,7 @@ class JaxLM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        converted: bool = False,
     ) -> None:
         """Loads the model.
 
@@ -60,13 +61,15 @@ class JaxLM(TemplateLM):
           batch_size, max_batch_size: Not used: `tokens_per_batch` bounds the memory taken.
           device: Not used: JAX runs where JAX_PLATFORMS says; lm_eval's command gives its own
             default, `cuda:0`, on every machine.
+          converted: As for `load_language_model`.
         Raises:
           ValueError: see `load_language_model`; a value out of range.
         """
         super().__init__()
         expect.at_least("tokens_per_batch", tokens_per_batch, 1)
         if not isinstance(pretrained, LanguageModel):
-            model = load_language_model(pretrained, dtype=dtype or "bfloat16")
+            model = load_language_model(pretrained, dtype=dtype or "bfloat16", converted=converted)
+            _log.info("model: %s", model.door)
         elif dtype is None:
             model = pretrained
         else:

@@ -16,7 +16,7 @@ from safetensors.flax import save_file
 
 from dlc_jax import expect
 from dlc_jax.distributed import fetch, on_every_device
-from dlc_jax.encoders.decoder import Adapter
+from dlc_jax.encoders.decoder import Adapter, is_called
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.stored_tensors import LINEAR, Stored, headers, misfits, read_tensors
@@ -176,14 +176,14 @@ def _adapter_of(config: Mapping[str, Any], path: Path, model: LanguageModel) -> 
         )
     ends = {layer.rpartition(".")[2] for layer in changed}
     every = {layer for layer in layers if layer.rpartition(".")[2] in ends}
-    if changed == every and ends <= {*names}:
+    if changed == every:
         changed = ends
-    elif not changed <= {*names}:
+    elif not all(map(model.architecture.has_target, changed)):
         raise expect.InputError(
             f"{path}: target_modules leaves out {expect.listed(sorted(every - changed))}; expected "
             "layers of a name in all blocks."
         )
-    return Adapter(rank, float(alpha), tuple(sorted(changed, key=names.index)))
+    return Adapter(rank, float(alpha), tuple(sorted(changed, key=[*names, *sorted(layers)].index)))
 
 
 def _called(layers: Collection[str], names: Any, where: str) -> set[str]:
@@ -197,7 +197,7 @@ def _called(layers: Collection[str], names: Any, where: str) -> set[str]:
         raise expect.InputError(f"{where} {names!r}; expected a list of names, or a pattern.")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise expect.InputError(f"{where}: {', '.join(repeated)} occur twice.")
-    return {layer for layer in layers if any(f".{layer}".endswith(f".{name}") for name in names)}
+    return {layer for layer in layers if any(is_called(layer, name) for name in names)}
 
 
 def _adapter_names(model: LanguageModel, weights: Iterable[str]) -> dict[str, Stored]:

@@ -18,7 +18,7 @@ from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.encoders.decoder import KNOWN_MODELS, Architecture, DecoderConfig
 from dlc_jax.encoders.language_model import (
-    NotByHandError,
+    NotInDecoderError,
     longest_sequence,
     model_folder,
     read_config,
@@ -213,7 +213,8 @@ def plan_of_instructions(
 
 def _jobs(config: Config, sizes: DecoderConfig, mesh: MeshSize) -> dict[str, DeviceJob]:
     """Returns what devices do; every part of the data axis has batches of its own."""
-    probe = config.probe
+    probe, lora = config.probe, config.lora
+    Architecture(sizes, lora.dtype).for_training(lora.adapter, lora.rematerialise)  # if it can be
     max_length = longest_sequence(sizes, config.encoder.weights, config.encoder.max_length)
     scoring = Scoring(
         sizes,
@@ -282,9 +283,9 @@ def model_sizes(weights: str) -> DecoderConfig:
 def _planned(read: Callable[[Path], DecoderConfig], folder: Path) -> DecoderConfig:
     try:
         return read(folder)
-    except NotByHandError as error:
+    except NotInDecoderError as error:
         raise expect.InputError(
-            f"plan: there is none of models that are converted from torch: {error}"
+            f"plan: memory and time are known of models that the decoder here computes; {error}"
         ) from error
 
 

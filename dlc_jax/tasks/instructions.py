@@ -137,6 +137,7 @@ class ResponsesStep:
             "encoder": {
                 "name": self.model.name,
                 "fingerprint": self.model.fingerprint,
+                "door": self.model.door,
                 "masked": masked_text(self.model.params, self.model.is_prunable),
             },
         }
@@ -185,7 +186,7 @@ class InstructionTask:
         # no bound method: in a circle of references the model would outlive the task
         self._sources = Sources(functools.partial(_read, config), agree_on_instructions)
         self.load = self._sources.load
-        self._has_said_door = False
+        self._door_is_shown = False
 
     @functools.cached_property
     def model(self) -> LanguageModel:
@@ -199,9 +200,12 @@ class InstructionTask:
     def _model_in(self, dtype: str, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
         weights = self._config.encoder.weights
         model = load_language_model(weights, dtype=dtype, mesh=mesh, converted=self._converted)
-        if not self._has_said_door:
+        if not self._door_is_shown:
             self._say(f"model: {model.door}")
-            self._has_said_door = True
+            self._door_is_shown = True
+        if "finetune" in self._config.stages:  # what cannot be trained is not scored first
+            lora = self._config.lora
+            model.architecture.for_training(lora.adapter, lora.rematerialise)
         return model
 
     @property
@@ -296,6 +300,11 @@ class InstructionTask:
     def plan(self, mesh: MeshSize) -> Plan:
         config = self._config
         weights, test = config.encoder.weights, config.dataset.test
+        if self._converted:
+            raise expect.InputError(
+                f"plan: memory and time of converted models are not known; expected encoder.name "
+                f"{language_model.DECODER}, got {config.encoder.name}."
+            )
         sizes = instruction_plan.model_sizes(weights)
         plan = functools.partial(instruction_plan.plan_of_instructions, config, sizes, mesh)
         try:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dlc_jax.distributed import make_mesh, on_every_device, over_devices
-from dlc_jax.encoders.language_model import LanguageModel, load_language_model
+from dlc_jax.encoders.language_model import LanguageModel, door_of, load_language_model
 from dlc_jax.exports.peft import write_merged
 from dlc_jax.masking import prunable_paths
 from dlc_jax.masking.thresholds import Thresholds
@@ -28,7 +28,7 @@ LORA = {"optimiser": "adamw", "learning_rate": 0.5, "warmup_steps": 0, "dtype": 
 
 def main(folder: str, out: str) -> None:
     """All of it for a decoder; of a converted model what it computes."""
-    if load_language_model(folder, dtype="float32").door.endswith("decoder here"):
+    if door_of(Path(folder)).config is not None:
         of_decoder(folder, out)
         return
     found = {}

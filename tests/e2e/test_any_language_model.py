@@ -97,6 +97,7 @@ def test_both_doors_of_a_qwen_keep_the_same_instructions(timm, tmp_path):
     assert kept[0] == kept[1]
     adapters = [files(path, "finetune/**/adapter_config.json") for path in runs]
     assert adapters[0].keys() == adapters[1].keys()
+    assert len(adapters[0]) == 2  # of both kept sets
 
 
 @pytest.mark.slow
@@ -108,7 +109,7 @@ def test_a_model_that_is_converted_goes_through_all_stages(timm, tmp_path):
     made(tmp_path / "model", "Phi3")
     said = run(tmp_path / "run", tmp_path / "model", "--config.lora.merge=True")
     assert "model: phi3, computed by transformers' own class, converted from torch" in said
-    assert "masks" in said
+    assert "score: masks 8 " in said
     (folder,) = (tmp_path / "run").glob("finetune/flexrand/**/merged")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tuned = peft.PeftModel.from_pretrained(base, folder.parent / "adapter")

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import dlc_jax as dlc
 from benchmarks import language_coverage as coverage
-from dlc_jax.encoders import torch_decoder, torch_functions
+from dlc_jax.encoders import torch_checkpoint, torch_decoder, torch_functions
 from dlc_jax.encoders.decoder import TARGETS, Adapter
 from dlc_jax.encoders.language_model import door_of
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods
@@ -104,13 +104,12 @@ def test_half_precision_is_that_of_torch(stored):
     logits = model.architecture.logits(model.params, found)
     exact = coverage.torch_logits(original, tokens, is_token)
     half = type(original).from_pretrained(folder, dtype=torch.bfloat16).eval()
-    theirs = coverage.torch_logits(half.to(torch.bfloat16).float(), tokens, is_token)
+    theirs = coverage.torch_logits(half, tokens, is_token)
     ours, own = (
         np.linalg.norm((np.asarray(some, np.float32) - exact)[is_token])
         for some in (logits, theirs)
     )
-    assert ours < 0.05 * np.linalg.norm(exact[is_token])
-    assert own > 0
+    assert 0 < ours < 1.5 * own
 
 
 def test_the_door_is_said_with_its_reason(stored, tmp_path):
@@ -194,7 +193,10 @@ def test_weights_have_to_fit_exactly(stored, tmp_path):
     cases = {
         "without a place: model.more.weight": tensors | {"model.more.weight": bad},
         f"missing: {norm}": {k: v for k, v in tensors.items() if k != norm},
-        "model.norm.weight": tensors | {norm: np.ones(3, np.float32)},
+        r"another shape: model\.norm\.weight \(3,\), not \(48,\)": tensors
+        | {norm: np.ones(3, np.float32)},
+        f"not floating-point, as of quantised weights: {norm}": tensors
+        | {norm: np.ones(48, np.int8)},
         f"NaN or infinity in float32: {norm}": tensors | {norm: bad},
     }
     for number, (says, some) in enumerate(cases.items()):
@@ -277,7 +279,7 @@ def test_without_torch_the_extra_is_named(stored, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
         return torch_functions.optional(name, what)
 
-    monkeypatch.setattr(torch_decoder, "optional", optional)
+    monkeypatch.setattr(torch_checkpoint, "optional", optional)
     with pytest.raises(ValueError, match=r"'phi3'.*: needs torch .*pip install 'dlc_jax\[any\]'"):
         loaded(folder)
 
@@ -295,11 +297,20 @@ def test_targets_are_the_models_own_names(stored, tmp_path):
     whole = model.architecture.with_adapter(Adapter(2, 4.0, ("model.layers.1.mlp.down_proj",)))
     assert len(whole.abstract_adapter()) == 2
     assert whole.target_modules() == ["model.layers.1.mlp.down_proj"]
+    ends = model.architecture.with_adapter(Adapter(2, 4.0, ("mlp.down_proj",)))
+    assert ends.target_modules() == ["down_proj"]
     with pytest.raises(ValueError, match="unknown value 'c_fc'; valid: o_proj, qkv_proj"):
         model.architecture.with_adapter(Adapter(2, 4.0, ("c_fc",)))
     data = coverage.responses(coverage.padded_rows()[0])
     with pytest.raises(ValueError, match="unknown value 'q'; valid"):
         dlc.finetune_lora(model, data, settings=LoraConfig(targets=("q",)))
+
+
+def test_activations_that_cannot_be_computed_again(stored):
+    model = loaded(stored("ctrl")[1])
+    data = coverage.responses(coverage.padded_rows()[0])
+    with pytest.raises(ValueError, match=r"lora\.rematerialise: True, .*; expected False"):
+        dlc.finetune_lora(model, data, settings=LoraConfig(batch_size=2))
 
 
 def test_an_adapter_comes_back_as_it_was_written(stored, tmp_path):

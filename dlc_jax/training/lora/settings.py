@@ -106,8 +106,7 @@ class LoraConfig:
         expect.one_of("lora.dtype", self.dtype, DTYPES)
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise expect.InputError(
-                f"lora.targets: expected one or more different ones of {', '.join(TARGETS)}, got "
-                f"{self.targets}."
+                f"lora.targets: expected one or more different names, got {self.targets}."
             )
         for target in self.targets:
             if not isinstance(target, str) or not target:

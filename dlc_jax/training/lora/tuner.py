@@ -99,8 +99,8 @@ class LoraTuner:
                         f"{self._max_length}; tokenise with max_length={self._max_length}."
                     )
                 model.check_tokens((f"{name}: {row}", ids) for row, ids in some.named)
-        self._architecture = dataclasses.replace(
-            model.architecture.with_adapter(settings.adapter), rematerialise=settings.rematerialise
+        self._architecture = model.architecture.for_training(
+            settings.adapter, settings.rematerialise
         )
         self._optimiser = Optimiser.of(settings)
         self.mesh = mesh = distributed.mesh_of(model.params)  # None: on the default device

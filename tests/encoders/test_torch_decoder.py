@@ -259,6 +259,18 @@ def test_models_that_are_not_dense_and_causal_are_refused(timm, says, tmp_path, 
             loaded(tmp_path / "model", dtype=dtype)
 
 
+def test_large_models_are_tried_without_a_copy(stored, monkeypatch):
+    _, folder = stored("phi3")
+    monkeypatch.setattr(torch_checkpoint, "_ARCHITECTURES", {})
+    monkeypatch.setattr(torch_checkpoint, "_LARGEST_COPY", 0)
+    model = loaded(folder, dtype="bfloat16")
+    monkeypatch.setattr(torch_checkpoint, "_IN_HALF", -1.0)
+    monkeypatch.setattr(torch_checkpoint, "_ARCHITECTURES", {})
+    with pytest.raises(ValueError, match="depends on later tokens"):
+        loaded(folder, dtype="bfloat16")
+    assert loaded(folder).config == model.config  # in single precision already
+
+
 def test_multimodal_and_quantised_models_are_refused_by_name(stored, tmp_path):
     text = {"model_type": "gemma3_text", **coverage.SIZES}
     config = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 8}}

@@ -2,15 +2,14 @@
 
 python -m benchmarks.llm_probes [--width=512] [--depth=4] [--length=512] [--rows=4]
     [--family=llama|qwen3] [--dtypes=float32,bfloat16] [--attentions=,cudnn,cudnn_causal] [--torch]
-    [--json=FILE]
+    [--converted] [--json=FILE]
 
-By the decoder, by transformers' own class converted from torch, and by that class in torch.
+By the decoder, by transformers' own class in torch and, with --converted, by that class converted.
 
 Random weights; `--paper=meta-llama/Meta-Llama-3-8B --depth=4` takes the sizes of one of the models
 of the paper, with fewer blocks (0: all of them). Prints medians, the share of the rate of a matrix
 product, and the memory of the first program by the plan and, on devices that count it, measured.
---notorch leaves torch out, which holds a copy of the weights for every probe, and the converted
-class. Needs the test extra.
+--notorch leaves torch out, which holds a copy of the weights for every probe. Needs the test extra.
 """
 
 from __future__ import annotations
@@ -49,6 +48,7 @@ _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Types of weights
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Medians are of so many.")
 _ATTENTIONS = flags.DEFINE_list("attentions", [""], "As JAX names them; '': its own choice.")
 _TORCH = flags.DEFINE_boolean("torch", True, "Whether torch takes part.")
+_CONVERTED = flags.DEFINE_boolean("converted", False, "Whether the converted class takes part.")
 _JSON = flags.DEFINE_string("json", None, "Where the rows are written too.")
 
 
@@ -216,8 +216,9 @@ def main(_: list[str]) -> None:
             )
             for name in _ATTENTIONS.value
         }
-        if _TORCH.value:
+        if _CONVERTED.value:
             contenders[f"converted {dtype}"] = functools.partial(converted, config, dtype)
+        if _TORCH.value:
             contenders[f"torch {dtype}"] = functools.partial(torchs, config, dtype)
         for known in measured(contenders, _ROUNDS.value):
             if "plan" not in setup:  # after the first program alone

@@ -409,7 +409,8 @@ def _raw_config(folder: Path) -> Mapping[str, Any]:
     for name in _SIZES:  # one out of range would take all memory as soon as it is used
         if (given := raw.get(name)) is not None:
             largest = _MOST_BLOCKS if name == "num_hidden_layers" else _LARGEST_SIZE
-            for size in given if isinstance(given, list) else [given]:  # some have one per block
+            is_per_block = isinstance(given, list) and raw.get("model_type") not in FAMILIES
+            for size in given if is_per_block else [given]:
                 expect.integer(f"{path}: {name}", size, 1)
                 expect.at_most(f"{path}: {name}", size, largest)
     return raw

@@ -65,7 +65,7 @@ for make, says in (
     (lambda: dlc.Images(dataset, cache="x"), "cache: expected dlc.ImageCache(...), got 'x'"),
     (lambda: dlc.Run(folder=5), "run.folder: expected a path or None, got 5"),
     (lambda: dlc.Run(mesh="all"), "run.mesh: expected what dlc.make_mesh(...) gives or None"),
-    (dlc.LoraConfig(targets=None).check, "lora.targets: expected one or more different ones"),
+    (dlc.LoraConfig(targets=None).check, "lora.targets: expected one or more different names"),
     (dlc.LoraConfig(targets="q_proj").check, None),
     (dlc.FinetuneConfig(milestones=(0.5, "a")).check, "'a'"),
     (dlc.LinearProbeConfig(milestones=0.5).check, None),

@@ -417,10 +417,8 @@ def _raw_config(folder: Path) -> Mapping[str, Any]:
 
 
 def _transformers_config(folder: Path) -> Any:
-    """Returns the configuration of transformers; ValueError where that refuses it."""
-    path = folder / "config.json"
-    _raw_config(folder)
-    with _refusing(path):
+    """Returns the configuration of transformers, where `_raw_config` finds nothing wrong."""
+    with _refusing(folder / "config.json"):
         library = transformers_library()
         return library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 

@@ -24,7 +24,7 @@ from dlc_jax.encoders.converted import prunable_layers
 from dlc_jax.encoders.stored_tensors import matches, refuse, stored_tensors
 from dlc_jax.encoders.torch_decoder import CausalNetwork, TorchDecoder, TorchSizes, flat, hooked
 from dlc_jax.encoders.torch_functions import optional, quiet
-from dlc_jax.encoders.torch_modules import IN_OUT, Converted, environment
+from dlc_jax.encoders.torch_modules import Converted, environment
 from dlc_jax.types import Params
 
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "architectures", "use_cache"}
@@ -82,13 +82,11 @@ def converted_decoder(
     if key not in _ARCHITECTURES:
         shapes = {key: jax.ShapeDtypeStruct(p.shape, p.dtype) for key, p in params.items()}
         body, output = _body(converted, shapes)
-        layers = tuple(prunable_layers(converted))
         network = CausalNetwork(
             converted=converted,
             body=body,
             output=output,
-            layers=layers,
-            in_out=frozenset(name for name in layers if converted.layers[name] == IN_OUT),
+            layers=tuple(prunable_layers(converted)),
             shapes=shapes,
             **facts,
         )

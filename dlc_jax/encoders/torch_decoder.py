@@ -28,7 +28,7 @@ from dlc_jax.encoders.decoder import (
 )
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.torch_functions import optional
-from dlc_jax.encoders.torch_modules import Converted, environment
+from dlc_jax.encoders.torch_modules import IN_OUT, Converted, environment
 from dlc_jax.types import Params
 
 _LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -80,7 +80,6 @@ class CausalNetwork:
       body: Name of the part that gives the final sequence; the rest of the module makes logits.
       output: Class of what that part gives.
       layers: Names of the weights of linear layers in its blocks, in torch's order.
-      in_out: Those of them that torch has as [in, out].
       parts: Names of all modules inside.
       shapes: Shapes and types of all tensors.
       stored: Names of those that a checkpoint holds.
@@ -94,7 +93,6 @@ class CausalNetwork:
     body: str
     output: type
     layers: tuple[str, ...]
-    in_out: frozenset[str]
     parts: frozenset[str]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     stored: frozenset[str]
@@ -140,16 +138,14 @@ class TorchDecoder(CausalModel):
         """Returns the final sequence, [b, t, d], which `logits` takes; see `Decoder.hidden`."""
 
         def run(module: Any, tokens: Any, positions: Any, mask: Any = None) -> Any:
-            found: list[Any] = []
-            body = module.get_submodule(self.network.body)
-            with self._adapted(module, params), hooked(body, lambda _, __, out: found.append(out)):
-                if self.rematerialise:
-                    for block in map(module.get_submodule, self.network.blocks):
-                        # `Converted.call` puts things right
-                        block.forward = _computed_again(block.forward)
-                given = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
-                module(**given, use_cache=False)
-            return found[0][0]
+            if self.rematerialise:
+                for block in map(module.get_submodule, self.network.blocks):
+                    # `Converted.call` puts things right
+                    block.forward = _computed_again(block.forward)
+            with self._adapted(module, params):
+                return self._sequence(
+                    module, input_ids=tokens, position_ids=positions, attention_mask=mask
+                )
 
         masks = [_hiding(segments, self.dtype)] if self.network.takes_mask else []
         return self._run(run, params, tokens, _positions(segments), *masks)
@@ -158,13 +154,17 @@ class TorchDecoder(CausalModel):
         """Returns the final sequence of whole rows as the class itself counts their places."""
 
         def run(module: Any, tokens: Any) -> Any:
-            found: list[Any] = []
-            body = module.get_submodule(self.network.body)
-            with hooked(body, lambda _, __, out: found.append(out)):
-                module(input_ids=tokens, use_cache=False)
-            return found[0][0]
+            return self._sequence(module, input_ids=tokens)
 
         return self._run(run, params, tokens)
+
+    def _sequence(self, module: Any, **given: Any) -> Any:
+        """Runs a module; returns what its inner model gives."""
+        found: list[Any] = []
+        body = module.get_submodule(self.network.body)
+        with hooked(body, lambda _, __, output: found.append(output)):
+            module(**given, use_cache=False)
+        return found[0][0]
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
@@ -186,7 +186,7 @@ class TorchDecoder(CausalModel):
         found = {}
         for name in self.targeted():
             shape = self.network.shapes[name].shape
-            num_in, num_out = shape if name in self.network.in_out else shape[::-1]
+            num_in, num_out = shape if self.is_in_out(name) else shape[::-1]
             shapes = {"lora_a": (num_in, self.adapter.rank), "lora_b": (self.adapter.rank, num_out)}
             for matrix, size in shapes.items():
                 path = f"{self.layer_of(name)}/{matrix}"
@@ -237,7 +237,7 @@ class TorchDecoder(CausalModel):
 
     def is_in_out(self, path: str) -> bool:
         """Whether torch has the weight of a linear layer as [in, out]; most classes do not."""
-        return path in self.network.in_out
+        return self.network.converted.layers.get(path) == IN_OUT
 
     def is_prunable(self, path: str) -> bool:
         """Every linear layer of the blocks; not embeddings, the head or norms."""
@@ -287,6 +287,7 @@ def _last(layer: str) -> str:
 
 @contextlib.contextmanager
 def hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
+    """Makes a module hand what it gives to a function, which may give something else."""
     handle = module.register_forward_hook(hook)
     try:
         yield

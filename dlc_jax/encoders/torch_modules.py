@@ -79,7 +79,7 @@ _WAYS_OUT = (
 )
 
 
-IN_OUT = "linear layer, [in, out]"
+IN_OUT = "linear layer, [in, out]"  # a kind of `Converted.layers`
 
 
 class _Slot(NamedTuple):

@@ -16,7 +16,7 @@ from safetensors.flax import save_file
 
 from dlc_jax import expect
 from dlc_jax.distributed import fetch, on_every_device
-from dlc_jax.encoders.decoder import Adapter, is_called
+from dlc_jax.encoders.decoder import TARGETS, Adapter, is_called
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.stored_tensors import LINEAR, Stored, headers, misfits, read_tensors
@@ -164,8 +164,7 @@ def _adapter_of(config: Mapping[str, Any], path: Path, model: LanguageModel) -> 
     if config.get("use_rslora"):  # it divides by the root of the rank
         alpha *= math.sqrt(rank)
     names = model.architecture.target_names
-    weights = model.stored_names(filter(model.is_prunable, by_path(model.params))).values()
-    layers = {stored.name.removesuffix(".weight") for stored in weights}
+    layers = sorted(_layer_names(model).values())
     changed = _called(layers, targets, f"{path}: target_modules")
     if (left_out := config.get("exclude_modules")) is not None:
         changed -= _called(layers, left_out, f"{path}: exclude_modules")
@@ -176,14 +175,15 @@ def _adapter_of(config: Mapping[str, Any], path: Path, model: LanguageModel) -> 
         )
     ends = {layer.rpartition(".")[2] for layer in changed}
     every = {layer for layer in layers if layer.rpartition(".")[2] in ends}
-    if changed == every:
+    # all of `TARGETS` would stand for the other layers, too
+    if changed == every and (ends != set(TARGETS) or len(every) == len(layers)):
         changed = ends
     elif not all(map(model.architecture.has_target, changed)):
         raise expect.InputError(
             f"{path}: target_modules leaves out {expect.listed(sorted(every - changed))}; expected "
             "layers of a name in all blocks."
         )
-    return Adapter(rank, float(alpha), tuple(sorted(changed, key=[*names, *sorted(layers)].index)))
+    return Adapter(rank, float(alpha), tuple(sorted(changed, key=[*names, *layers].index)))
 
 
 def _called(layers: Collection[str], names: Any, where: str) -> set[str]:
@@ -202,14 +202,19 @@ def _called(layers: Collection[str], names: Any, where: str) -> set[str]:
 
 def _adapter_names(model: LanguageModel, weights: Iterable[str]) -> dict[str, Stored]:
     """Returns how each path is stored in PEFT's file."""
-    layers = {model.architecture.layer_of(path): path for path in by_path(model.params)}
-    names = {}
+    layers, names = _layer_names(model), {}
     for path in weights:
         layer, _, matrix = path.rpartition("/")
-        stored = model.stored_names([layers[layer]])[layers[layer]]
-        name = f"base_model.model.{stored.name.removesuffix('.weight')}.{_MATRICES[matrix]}.weight"
+        name = f"base_model.model.{layers[layer]}.{_MATRICES[matrix]}.weight"
         names[path] = Stored(name, LINEAR)
     return names
+
+
+def _layer_names(model: LanguageModel) -> dict[str, str]:
+    """Returns PEFT's name of every linear layer in the blocks, by its path here."""
+    weights = model.stored_names(filter(model.is_prunable, by_path(model.params)))
+    layer_of = model.architecture.layer_of
+    return {layer_of(path): stored.name.removesuffix(".weight") for path, stored in weights.items()}
 
 
 def write_merged(model: LanguageModel, folder: str | Path) -> None:

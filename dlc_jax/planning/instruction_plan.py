@@ -192,7 +192,11 @@ def plan_of_instructions(
       sizes: Sizes and switches of the model.
       mesh: Devices that are planned for.
       costs: What is computed; None: there are no data, and only the model is planned for.
+    Raises:
+      ValueError: a target of LoRA that the model does not have.
     """
+    lora = config.lora
+    Architecture(sizes, lora.dtype).for_training(lora.adapter, lora.rematerialise)
     leaves = jax.tree.leaves(Architecture(sizes, config.probe.dtype).abstract_params())
     num = sum(leaf.size for leaf in leaves)
     title = f"plan: {config.encoder.weights}, {num:,} parameters"
@@ -213,8 +217,7 @@ def plan_of_instructions(
 
 def _jobs(config: Config, sizes: DecoderConfig, mesh: MeshSize) -> dict[str, DeviceJob]:
     """Returns what devices do; every part of the data axis has batches of its own."""
-    probe, lora = config.probe, config.lora
-    Architecture(sizes, lora.dtype).for_training(lora.adapter, lora.rematerialise)  # if it can be
+    probe = config.probe
     max_length = longest_sequence(sizes, config.encoder.weights, config.encoder.max_length)
     scoring = Scoring(
         sizes,

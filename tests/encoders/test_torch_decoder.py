@@ -318,6 +318,25 @@ def test_targets_are_the_models_own_names(stored, tmp_path):
         dlc.finetune_lora(model, data, settings=LoraConfig(targets=("q",)))
 
 
+def test_the_seven_usual_names_in_a_file_mean_these_layers_alone(stored, tmp_path):
+    model = loaded(stored("gemma4_text")[1])
+    assert set(TARGETS) < set(model.architecture.target_names)
+    layers = [
+        name.removesuffix(".weight")
+        for name in model.architecture.network.layers
+        if name.split(".")[-2] in TARGETS
+    ]
+    adapter = Adapter(2, 4.0, tuple(layers))
+    weights = initial_adapter(model.architecture.with_adapter(adapter), 0)
+    dlc.write_adapter(model.with_adapter(adapter, weights), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(TARGETS)
+    again = dlc.load_adapter(model, tmp_path / "a").architecture
+    assert again.abstract_adapter().keys() == weights.keys()
+    every = model.architecture.with_adapter(Adapter(2, 4.0, TARGETS)).abstract_adapter()
+    assert len(every) > len(weights)
+
+
 def test_activations_that_cannot_be_computed_again(stored):
     model = loaded(stored("ctrl")[1])
     data = coverage.responses(coverage.padded_rows()[0])

@@ -212,6 +212,11 @@ def ifd(of: ResponseLosses, variant: str = "published") -> Float32[np.ndarray, "
     Sources: Li et al. 2024, From quantity to quality (Cherry LLM), arXiv 2308.12032; Li et al.
       2024, Superfiltering, arXiv 2402.00530.
     """
+    if of.alone is None:
+        raise expect.InputError(
+            "ifd: compares a response with the same one alone, which those of several turns do not "
+            "have; expected turns='last' or 'first'."
+        )
     if variant == "superfiltering":
         return np.exp(of.losses - of.alone)
     alone = of.after_prefix if variant == "cherry" else of.alone

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jax.sharding import Mesh
 
 from dlc_jax import expect
 from dlc_jax.config.kinds import KINDS
 from dlc_jax.datasets import load_dataset
-from dlc_jax.datasets.templates import TEMPLATES
+from dlc_jax.datasets.chat import TURNS
+from dlc_jax.datasets.layouts import TEMPLATES, Reading
 from dlc_jax.distributed import cores_are_devices, make_mesh, one_device
 from dlc_jax.encoders import (
     ENCODERS,
@@ -50,6 +52,13 @@ class DatasetConfig:
     template: str | None = setting(
         None, f"of instructions: {', '.join(TEMPLATES)}; None: by their columns"
     )
+    columns: str | None = setting(
+        None, "what instructions call their columns, such as prompt=question,response=answer"
+    )
+    turns: str = setting("last", f"which turns of a conversation count: {', '.join(TURNS)}")
+    response_marker: str | None = setting(
+        None, "what stands before the response in instructions of one column, text"
+    )
     category: str | None = setting(None, "column of instructions with their class, if any")
 
     def check(self) -> None:
@@ -60,8 +69,13 @@ class DatasetConfig:
         expect.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)
         if self.deep_images is not None:
             expect.one_of("dataset.deep_images", self.deep_images, DEEP_IMAGES)
-        if self.template is not None:
-            expect.one_of("dataset.template", self.template, TEMPLATES)
+        Reading(self.template, **self.instructions).check("dataset.")
+
+    @property
+    def instructions(self) -> dict[str, Any]:
+        """How instructions are read, besides their template; see `load_instructions`."""
+        names = ("columns", "turns", "response_marker")
+        return {name: getattr(self, name) for name in names}
 
     def load(self, source: str) -> Dataset:
         """Returns a data set of images, read as these settings say; see `load_dataset`."""

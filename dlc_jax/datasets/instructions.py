@@ -15,10 +15,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax import expect
+from dlc_jax.datasets.chat import Conversation, Span
 from dlc_jax.datasets.files import matching
 from dlc_jax.datasets.labels import content_ids, encode_labels
+from dlc_jax.datasets.layouts import Reading, read_rows
+from dlc_jax.datasets.rows import Row, Rows
 from dlc_jax.datasets.tables import Table, open_hf, open_parquet
-from dlc_jax.datasets.templates import TEMPLATES, Row, Rows, texts_of, told_by_columns
 from dlc_jax.files.json_files import without_repetition
 
 
@@ -34,6 +36,10 @@ class Instructions:
       name: Name of the source.
       has_special_tokens: Whether begin and end of sequence are in the texts, as a chat template
         puts them there; otherwise the tokenizer adds them.
+      layout: Name of the rows' layout, such as `alpaca`; see `load_instructions`.
+      others: [n] what is no response in each of `responses`, as (start, end) in characters: what
+        others say between the turns of the assistant. None: nothing.
+      conversations: [n] what a chat template wrote; None: there was none.
     """
 
     prompts: tuple[str, ...] = dataclasses.field(repr=False)
@@ -42,18 +48,33 @@ class Instructions:
     rows: tuple[dict[str, Any], ...] = dataclasses.field(repr=False)
     name: str = "instructions"
     has_special_tokens: bool = False
+    layout: str = "prompt"
+    others: tuple[tuple[Span, ...], ...] | None = dataclasses.field(default=None, repr=False)
+    conversations: tuple[Conversation, ...] | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def summary(self) -> str:
+        """How the rows were read, in one line."""
+        by = "the tokenizer's chat template" if self.has_special_tokens else "text"
+        return f"{self.name}: {len(self)} rows of layout {self.layout!r}, read as {by}"
+
     def subset(self, positions: Int64[np.ndarray, " k"]) -> Instructions:
         """Returns the samples at these positions."""
+
+        def some(values: tuple[Any, ...] | None) -> Any:
+            return None if values is None else tuple(values[i] for i in positions)
+
         return dataclasses.replace(
             self,
-            prompts=tuple(self.prompts[i] for i in positions),
-            responses=tuple(self.responses[i] for i in positions),
+            prompts=some(self.prompts),
+            responses=some(self.responses),
             ids=self.ids[positions],
-            rows=tuple(self.rows[i] for i in positions),
+            rows=some(self.rows),
+            others=some(self.others),
+            conversations=some(self.conversations),
         )
 
     def without_prompts(self, begin: str = "") -> Instructions:
@@ -78,15 +99,23 @@ class Instructions:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every id, prompt and response, and over who adds special tokens."""
+        """SHA-256 over ids, prompts, responses, others in them, and who adds special tokens."""
         digest = hashlib.sha256(b"special tokens" if self.has_special_tokens else b"")
         for row in zip(self.ids.tolist(), self.prompts, self.responses, strict=True):
             digest.update(json.dumps(row).encode())
+        if self.others is not None:
+            digest.update(json.dumps(self.others).encode())
         return digest.hexdigest()
 
 
 def load_instructions(
-    source: str, template: str | None = None, *, tokenizer: Any = None
+    source: str,
+    template: str | None = None,
+    *,
+    tokenizer: Any = None,
+    columns: str | None = None,
+    turns: str = "last",
+    response_marker: str | None = None,
 ) -> Instructions:
     """Loads instruction data.
 
@@ -94,49 +123,75 @@ def load_instructions(
       source: `jsonl:`, `json:` (a list of objects) or `parquet:`, each of a file, a folder or a
         glob; `hf:<owner/name or folder>/<split>`, Hugging Face hub or a local copy, see `load_hf`;
         `demo:dolly/train`, `demo:dolly/test`, the bundled sample.
-      template: `alpaca`, around `instruction`, `input` and `output`; `prompt`, for `prompt` and
-        `response` as they are to be read; `chat`, the tokenizer's own, for `messages`, a list of
-        {role, content} that ends with the response, or for either of the other two. None: the one
-        whose columns are there.
-      tokenizer: For `chat`: a tokenizer of transformers, or a function that returns one, which is
+      template: Layout of the rows; None: the one whose columns are there. In Alpaca's text:
+        `alpaca` (columns `instruction`, `input`, `output`; `system` in the place of its first
+        sentences), `dolly` (`instruction`, `context`, `response`), `gsm8k` (`question`, `answer`)
+        and `openorca` (`system_prompt`, `question`, `response`). As they are: `prompt` (`prompt`,
+        `response`), `completion` (`prompt`, `completion`, of TRL) and `text`, a column with the
+        response behind `response_marker`. By the tokenizer's chat template: `messages`
+        ({role, content}, of OpenAI), `sharegpt` (`conversations` of {from, value}) and `completion`
+        of two lists of messages. `chat` puts that template around the others too, and writes
+        Alpaca's `history`.
+      tokenizer: For chat: a tokenizer of transformers, or a function that returns one, which is
         called if it is needed.
+      columns: What the source calls columns, such as `prompt=question,response=answer`.
+      turns: Which turns of the assistant are responses: the `last`, the `first` (the rest is left
+        out) or `all`. Those of `weight` 0 are none.
+      response_marker: What stands before the response in a column `text`, which is read then.
     Returns:
       Ids are the column `id` where it is there and unique; otherwise a hash of prompt and response
-      (of the messages, for `chat`), with a number for repeated ones.
+      (of the messages, in chat), with a number for repeated ones.
     Raises:
       ValueError: an unknown scheme, nothing there, the hub cannot be reached, a damaged file, no
-        rows, no or several templates that fit, columns that are missing or no text, and empty
-        responses, by id; for `chat`, see also `templates.render`.
+        rows, no or several layouts that fit, and naming the rows, columns that are missing or no
+        text, empty responses, what would change the prompt and is not understood; in chat, see
+        also `chat.render`.
     Example:
       >>> data = dlc.load_instructions("demo:dolly/train")
-      >>> len(data), data.responses[0][:24]
-      (400, 'Kangen water is alkaline')
+      >>> len(data), data.layout, data.responses[0][:24]
+      (400, 'prompt', 'Kangen water is alkaline')
     """
     scheme, separator, where = source.partition(":")
     if not separator:
         raise expect.InputError(f"{source!r}: expected <scheme>:<file>, such as jsonl:train.jsonl.")
     expect.one_of(f"scheme of {source!r}", scheme, ROW_SOURCES)
+    how: dict[str, Any] = {"columns": columns, "turns": turns, "response_marker": response_marker}
+    Reading(template, **how).check()  # before anything is read
     rows = ROW_SOURCES[scheme](where)
     if not rows:
         raise expect.InputError(f"{source}: has no rows.")
-    return instructions(rows, template, source, tokenizer=tokenizer)
+    return instructions(rows, template, source, tokenizer=tokenizer, **how)
 
 
 def instructions(
-    rows: Sequence[Row], template: str | None = None, name: str = "rows", *, tokenizer: Any = None
+    rows: Sequence[Row],
+    template: str | None = None,
+    name: str = "rows",
+    *,
+    tokenizer: Any = None,
+    **how: Any,
 ) -> Instructions:
     """Makes instruction data of rows, at least one; see `load_instructions`."""
-    named = Rows(rows, name)
-    if template is None:
-        template = told_by_columns(named, TEMPLATES)
-    expect.one_of("template", template, TEMPLATES)
-    prompts, responses, identities = texts_of(named, template, tokenizer)
-    given = [row.get("id") for row in rows]
+    reading = Reading(template, **how)
+    reading.check()
+    found = read_rows(Rows(rows, name), reading, tokenizer)
+    own_id = reading.own_names.get("id", "id")
+    given = [row.get(own_id) for row in rows]
     ids = [str(i) for i in given]
     if None in given or len(set(ids)) < len(ids):
-        ids = content_ids(map(str.encode, identities))
-    unique, copies = expect.as_ids(name, ids), tuple(map(dict, rows))
-    return Instructions(prompts, responses, unique, copies, name, template == "chat")
+        ids = content_ids(map(str.encode, found.identities))
+    prompts, responses, others = zip(*found.written, strict=True)
+    return Instructions(
+        prompts,
+        responses,
+        expect.as_ids(name, ids),
+        tuple(map(dict, rows)),
+        name,
+        has_special_tokens=found.conversations is not None,
+        layout=found.layout,
+        others=others if any(others) else None,
+        conversations=found.conversations,
+    )
 
 
 _DEMOS = {"dolly/train": "train.jsonl", "dolly/test": "test.jsonl"}

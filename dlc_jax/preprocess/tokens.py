@@ -29,6 +29,8 @@ class Tokenised:
       truncated: [n] whether tokens were cut off.
       ids: [n] sample ids.
       skipped: Samples that were left out because the cut leaves nothing of their response, id: why.
+      others: [n] tokens behind those of the prompt that are no response either, but of others who
+        speak between its turns, as places in `tokens`; None: there are none.
     """
 
     tokens: tuple[Int32[np.ndarray, " _"], ...] = dataclasses.field(repr=False)
@@ -36,6 +38,7 @@ class Tokenised:
     truncated: Bool[np.ndarray, " n"] = dataclasses.field(repr=False)
     ids: np.ndarray = dataclasses.field(repr=False)
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    others: tuple[Int64[np.ndarray, " _"], ...] | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -52,7 +55,19 @@ class Tokenised:
             self,
             tokens=tuple(row[:num] for row, num in pairs),
             truncated=self.truncated | np.array([len(row) > num for row, num in pairs]),
+            others=None
+            if self.others is None
+            else tuple(
+                places[places < num] for places, (_, num) in zip(self.others, pairs, strict=True)
+            ),
         )
+
+    def counts(self, position: int | np.integer) -> Bool[np.ndarray, " _"]:
+        """Returns which tokens of a sample are of its response."""
+        counts = np.arange(len(self.tokens[position])) >= self.num_prompt[position]
+        if self.others is not None:
+            counts[self.others[position]] = False
+        return counts
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -60,12 +75,14 @@ class Tokenised:
         digest = hashlib.sha256(self.num_prompt.tobytes())
         for row in self.tokens:
             digest.update(len(row).to_bytes(8, "little") + row.tobytes())
+        for places in self.others or ():
+            digest.update(len(places).to_bytes(8, "little") + places.tobytes())
         return digest.hexdigest()
 
     @property
     def num_response(self) -> Int64[np.ndarray, " n"]:
         """[n] tokens of the response, the end of the sequence included."""
-        return np.array([len(row) for row in self.tokens]) - self.num_prompt
+        return np.array([self.counts(position).sum() for position in range(len(self))])
 
 
 def tokenise(
@@ -96,12 +113,14 @@ def tokenise(
     """
     expect.at_least("max_length", max_length, 2)
     expect.one_of("on_corrupt", on_corrupt, ("error", "skip"))
-    rows, num_prompt, truncated, kept = [], [], [], []
+    rows, num_prompt, truncated, kept, others = [], [], [], [], []
     skipped: dict[str, str] = {}
     for position, (prompt, response) in enumerate(zip(data.prompts, data.responses, strict=True)):
         name = str(data.ids[position])
         with tokenising(f"{data.name}: sample {name}: the tokenizer cannot read it"):
             ids, num_before = _joint(prompt, response, tokenizer, data.has_special_tokens)
+            spans = data.others[position] if data.others is not None else ()
+            places = _places(prompt + response, len(prompt), spans, tokenizer)
         if num_before >= max_length:
             skipped[name] = f"its prompt alone has {num_before} tokens, of at most {max_length}"
             continue
@@ -109,6 +128,7 @@ def tokenise(
         num_prompt.append(num_before)
         truncated.append(len(ids) > max_length)
         kept.append(position)
+        others.append(places[places < max_length])
     if skipped and on_corrupt == "error":
         name, why = next(iter(skipped.items()))
         raise expect.InputError(
@@ -123,7 +143,22 @@ def tokenise(
         np.array(truncated),
         data.ids[kept],
         skipped,
+        None if data.others is None else tuple(others),
     )
+
+
+def _places(
+    text: str, begin: int, spans: Sequence[tuple[int, int]], tokenizer: Any
+) -> Int64[np.ndarray, " _"]:
+    """Returns which tokens hold nothing but these characters, counted from `begin`."""
+    if not spans:
+        return np.empty(0, np.int64)
+    if not tokenizer.is_fast:
+        raise ValueError("it does not say which characters a token covers, as several turns need")
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts, ends = np.array(found["offset_mapping"]).T
+    covered = [(starts >= begin + a) & (ends <= begin + b) for a, b in spans]
+    return np.flatnonzero(np.logical_or.reduce(covered))
 
 
 @contextlib.contextmanager
@@ -195,13 +230,13 @@ class TokenBatch(NamedTuple):
         first one.
       tokens: Ids; 0 where there is none.
       num_tokens: Tokens of each sample.
-      num_prompt: Tokens of each sample before the response.
+      counts: Whether each token is of the response.
     """
 
     positions: Int64[np.ndarray, " r"]
     tokens: Int32[np.ndarray, "b t"]
     num_tokens: Int32[np.ndarray, " b"]
-    num_prompt: Int32[np.ndarray, " b"]
+    counts: Bool[np.ndarray, "b t"]
 
 
 def bucket_length(length: int, max_length: int) -> int:
@@ -259,8 +294,8 @@ def make_batch(data: Tokenised, plan: BatchPlan) -> TokenBatch:
     """Returns a batch that was planned."""
     positions, num_rows, length = plan
     filled: Sequence[int] = [*positions, *[positions[0]] * (num_rows - len(positions))]
-    tokens = np.zeros((num_rows, length), np.int32)
-    for row, position in enumerate(filled):
-        tokens[row, : len(data.tokens[position])] = data.tokens[position]
     num_tokens = np.array([len(data.tokens[position]) for position in filled], np.int32)
-    return TokenBatch(positions, tokens, num_tokens, data.num_prompt[filled])
+    tokens, counts = np.zeros((num_rows, length), np.int32), np.zeros((num_rows, length), bool)
+    for row, (position, num) in enumerate(zip(filled, num_tokens, strict=True)):
+        tokens[row, :num], counts[row, :num] = data.tokens[position], data.counts(position)
+    return TokenBatch(positions, tokens, num_tokens, counts)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Bool, Float32, Int, Shaped
 from tqdm import tqdm
 
 from dlc_jax import distributed, expect
@@ -89,7 +89,7 @@ def measure_responses(
     the tokens that were left are measured without it. Alone, the first token counts where the
     tokenizer has a begin of sequence to predict it from. `after_prefix` has the prompt replaced by
     its end from `### Response:` on, or, of a prompt that ends otherwise, by `### Response:` and a
-    newline.
+    newline. Where responses have several turns, neither is measured.
 
     Args:
       model: From `load_language_model`.
@@ -115,6 +115,10 @@ def measure_responses(
         tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
     kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
     model.check_tokens(tokens.named)
+    losses = measured(tokens)
+    if tokens.others is not None:
+        none = {"alone": None, "after_prefix": None}
+        return ResponseLosses(losses, num_tokens=tokens.num_response, ids=tokens.ids, **none)
     # texts that hold their special tokens take the begin of sequence with them
     begin = (model.tokenizer.bos_token or "") if kept.has_special_tokens else ""
     bare = kept.without_prompts(begin)
@@ -124,7 +128,7 @@ def measure_responses(
     longest = max_length + max(map(len, prompts))  # a token has a character or more
     after_prefix = _cut_like(tokens, tokenise(prefixed, model.tokenizer, longest))
     return ResponseLosses(
-        losses=measured(tokens),
+        losses=losses,
         alone=measured(alone),
         num_tokens=tokens.num_response,
         ids=tokens.ids,
@@ -324,7 +328,7 @@ def _probe_losses(
     params: Params,
     importance: Importance,
     thresholds: Thresholds,
-    *rows: Int[Array, "b ..."],
+    *rows: Shaped[Array, "b ..."],
 ) -> Float32[Array, "m b"]:
     def one_probe(threshold: Thresholds) -> Float32[Array, " b"]:
         # as in `kernel`: the importance of all weights would be four bytes each
@@ -340,14 +344,14 @@ def _response_losses(
     params: Params,
     tokens: Int[Array, "b t"],
     num_tokens: Int[Array, " b"],
-    num_prompt: Int[Array, " b"],
+    counts: Bool[Array, "b t"],
 ) -> Float32[Array, " b"]:
-    """Returns the mean cross-entropy over tokens num_prompt .. num_tokens - 1 of each row."""
+    """Returns the mean cross-entropy over the tokens that count in each row, but the first."""
     place = jnp.arange(tokens.shape[1])
     is_token = place < num_tokens[:, None]
     hidden = architecture.hidden(params, tokens, is_token.astype(jnp.int32))
     of_token = architecture.cross_entropies(params, hidden[:, :-1], tokens[:, 1:])
-    counts = (is_token & (place >= num_prompt[:, None]))[:, 1:]
+    counts = counts[:, 1:]
     return jnp.where(counts, of_token, 0).sum(axis=1) / counts.sum(axis=1)
 
 

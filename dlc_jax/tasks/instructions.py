@@ -164,9 +164,12 @@ def _other_scores(
     return scores
 
 
-def _read(config: Config, source: str) -> Instructions:
+def _read(config: Config, say: Callable[[str], None], source: str) -> Instructions:
     tokenizer = functools.partial(language_model.load_tokenizer, config.encoder.weights)
-    return load_instructions(source, config.dataset.template, tokenizer=tokenizer)
+    how = config.dataset.instructions
+    data = load_instructions(source, config.dataset.template, tokenizer=tokenizer, **how)
+    say(f"data: {data.summary}")
+    return data
 
 
 class InstructionTask:
@@ -184,7 +187,7 @@ class InstructionTask:
     def __init__(self, config: Config, say: Callable[[str], None]):
         self._config, self._say = config, say
         # no bound method: in a circle of references the model would outlive the task
-        self._sources = Sources(functools.partial(_read, config), agree_on_instructions)
+        self._sources = Sources(functools.partial(_read, config, say), agree_on_instructions)
         self.load = self._sources.load
         self._door_is_shown = False
 

@@ -469,7 +469,7 @@ class ResponseLosses:
 
     Attributes:
       losses: [n] mean cross-entropy per token of the response given its prompt, in nats.
-      alone: [n] the same without the prompt.
+      alone: [n] the same without the prompt; None where responses have several turns.
       num_tokens: [n] tokens of the response.
       ids: [n] sample ids.
       after_prefix: [n] mean cross-entropy with only `### Response:` before the response; None where
@@ -477,7 +477,7 @@ class ResponseLosses:
     """
 
     losses: Float32[np.ndarray, " n"]
-    alone: Float32[np.ndarray, " n"]
+    alone: Float32[np.ndarray, " n"] | None
     num_tokens: Int64[np.ndarray, " n"]
     ids: np.ndarray
     after_prefix: Float32[np.ndarray, " n"] | None = None

@@ -236,7 +236,7 @@ LOOP = "{% for i in range(99999) %}"
 def test_templates_that_would_take_everything_are_refused(tokenizer, monkeypatch, template, says):
     from copy import deepcopy
 
-    monkeypatch.setattr("dlc_jax.datasets.templates._SECONDS", 0.3)
+    monkeypatch.setattr("dlc_jax.datasets.chat._SECONDS", 0.3)
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
     other = deepcopy(tokenizer)
     other.chat_template = template

@@ -87,7 +87,7 @@ def _rows(data: Tokenised, some: list[list[int]], num_rows: int, length: int) ->
             end = start + len(ids)
             tokens[r, start:end] = ids
             segments[r, start:end] = number
-            counts[r, start + max(int(data.num_prompt[i]), 1) : end] = True
+            counts[r, start + 1 : end] = data.counts(i)[1:]  # nothing is before the first one
             start = end
     return TokenRows(tokens, segments, counts)
 

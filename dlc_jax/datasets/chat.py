@@ -55,6 +55,19 @@ class Conversation:
             i for i in numbers if self.messages[i]["role"] == "assistant" and i not in self.silent
         ]
 
+    def as_row(self) -> dict[str, Any]:
+        """Returns it with the columns that trainers read, as in TRL."""
+        messages = [
+            {**message, "weight": 0} if i in self.silent else message
+            for i, message in enumerate(self.messages)
+        ]
+        row = {"messages": messages, "tools": self.tools, "chat_template_kwargs": self.options}
+        if self.completion is not None:
+            del row["messages"]
+            row["prompt"] = messages[: self.completion]
+            row["completion"] = messages[self.completion :]
+        return {name: value for name, value in row.items() if value}
+
     def upto(self, end: int) -> Conversation:
         """Returns the first `end` messages."""
         silent = frozenset(i for i in self.silent if i < end)
@@ -204,6 +217,9 @@ class _Writer:
         self._check_is_used(whole, parts)
         if by_turn and _MARKS.search(str(self.tokenizer.chat_template)):
             spans = self._marked(parts)
+            if (first := self.conversation.completion) is not None:  # marks may begin before it
+                begin, _ = self._span(whole, first, len(self.conversation.messages))
+                spans = [(max(start, begin), end) for start, end in spans]
         else:
             spans = [self._span(whole, *part) for part in parts]
         if len(spans) == len(parts):

@@ -404,7 +404,7 @@ class Read(NamedTuple):
       written: [n] prompts and responses.
       identities: [n] what says which sample each is, for ids that are hashes: not of a tokenizer.
       layout: Name of the layout.
-      conversations: [n], if a chat template wrote them.
+      conversations: [n], up to the last response, if a chat template wrote them.
     """
 
     written: list[Written]
@@ -450,4 +450,4 @@ def read_rows(rows: Rows, reading: Reading, tokenizer: Any) -> Read:
         for talk in talks
     )
     written = render(talks, rows, tokenizer, reading.turns)
-    return Read(written, identities, name, tuple(talks))
+    return Read(written, identities, name, tuple(t.of_turns(reading.turns)[0] for t in talks))

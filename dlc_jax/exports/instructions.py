@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,20 +19,52 @@ def write_rows_jsonl(data: Instructions, path: Path) -> None:
     Raises:
       ValueError: naming row and column, for what JSON has no form of.
     """
-    check_jsonl_holds(data)
-    with artefacts.atomic(path) as file:
-        for row in data.rows:
-            file.write(json_line(row, default=lambda date: date.isoformat()))
+    _write_lines(data, data.rows, path)
 
 
 def check_jsonl_holds(data: Instructions) -> None:
     """Raises what `write_rows_jsonl` does."""
-    for name, row in zip(data.ids.tolist(), data.rows, strict=True):
+    _check_lines(data, data.rows)
+
+
+def write_trl(data: Instructions, path: Path) -> None:
+    """Writes a line per sample as trainers read it, with what was scored.
+
+    `messages`, with `tools` and `chat_template_kwargs` where a sample has them, or a `prompt` and
+    a `completion` of text: TRL's forms, which Axolotl and LLaMA-Factory read too.
+
+    Raises:
+      ValueError: naming row and column, for what JSON has no form of.
+    """
+    _write_lines(data, _trl_rows(data), path)
+
+
+def check_trl_holds(data: Instructions) -> None:
+    """Raises what `write_trl` does."""
+    _check_lines(data, _trl_rows(data))
+
+
+def _trl_rows(data: Instructions) -> Iterable[Mapping[str, Any]]:
+    if data.conversations is not None:
+        return [conversation.as_row() for conversation in data.conversations]
+    pairs = zip(data.prompts, data.responses, strict=True)
+    return [{"prompt": prompt, "completion": response} for prompt, response in pairs]
+
+
+def _write_lines(data: Instructions, rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    _check_lines(data, rows)
+    with artefacts.atomic(path) as file:
+        for row in rows:
+            file.write(json_line(row, default=lambda date: date.isoformat()))
+
+
+def _check_lines(data: Instructions, rows: Iterable[Mapping[str, Any]]) -> None:
+    for name, row in zip(data.ids.tolist(), rows, strict=True):
         for column, cell in row.items():
             if problem := json_problem([column, cell]):
                 raise expect.InputError(
-                    f"{data.name}: column {column!r} of row {name!r} holds {problem}. The form "
-                    "jsonl has no place for it; perhaps parquet has."
+                    f"{data.name}: column {column!r} of row {name!r} holds {problem}. JSON has no "
+                    "place for it; perhaps the form parquet has."
                 )
 
 
@@ -87,5 +119,6 @@ class InstructionExport(NamedTuple):
 
 INSTRUCTION_EXPORTS: Mapping[str, InstructionExport] = {
     "jsonl": InstructionExport(write_rows_jsonl, ".jsonl", check_jsonl_holds),
+    "trl": InstructionExport(write_trl, ".trl.jsonl", check_trl_holds),
     "parquet": InstructionExport(write_rows_parquet, ".parquet", check_parquet_holds),
 }

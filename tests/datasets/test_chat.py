@@ -203,7 +203,7 @@ def test_templates_that_cannot_be_used_say_why(timm, tokenizer):
         instructions([row, {"messages": said("a", "b", "c", first="system")}], tokenizer=other)
     with pytest.raises(ValueError, match="fit no template; .*prompt: prompt, response"):
         instructions([{"text": "a"}], "chat", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="fit prompt and chat"):
+    with pytest.raises(ValueError, match="fit prompt and messages"):
         instructions([row | {"prompt": "a", "response": "b"}], tokenizer=tokenizer)
 
 
@@ -251,8 +251,7 @@ def test_templates_that_would_take_everything_are_refused(tokenizer, monkeypatch
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("tools", [{"name": "search"}]),
-        ("tools", '[{"name": "search"}]'),
+        ("documents", [{"name": "search"}]),
         ("functions", [{"name": "search"}]),
         ("System", "Be brief."),
         ("history", [["a", "b"]]),
@@ -275,9 +274,132 @@ def test_calls_in_messages_are_used_by_the_template_or_refused(tokenizer):
     talk = [dict(message) for message in TALKS[1]]
     talk[1]["tool_calls"] = [{"function": {"name": "search"}}]
     row = {"id": "x", "messages": talk}
-    with pytest.raises(ValueError, match="x: has messages with 'tool_calls', which .* leaves out"):
+    with pytest.raises(
+        ValueError, match="1 have messages with 'tool_calls', which .* leaves out.*: x"
+    ):
         instructions([row], tokenizer=tokenizer)
     other = deepcopy(tokenizer)
     content = "{{ message['content'] | trim }}"
     other.chat_template = other.chat_template.replace(content, content + "{{ message.tool_calls }}")
     assert "search" in instructions([row], tokenizer=other).prompts[0]
+
+
+def test_tools_that_the_template_leaves_out_are_refused(tokenizer):
+    rows = [{"id": name, "messages": TALKS[0], "tools": [{"name": "search"}]} for name in "vw"]
+    with pytest.raises(ValueError, match="2 have 'tools', which .* leaves out.*: v, w"):
+        instructions(rows, tokenizer=tokenizer)
+
+
+BAD = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]
+PICTURE = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"tools": "search"}, "1 have no list of objects, or JSON of one, in column 'tools'"),
+        ({"tools": {"a": "b"}}, "1 have no list of objects, or JSON of one, in column 'tools'"),
+        ({"chat_template_kwargs": "a"}, "1 have no object in column 'chat_template_kwargs'"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "1 have tokenize in column 'chat_templ"),
+        ({"chat_template_kwargs": {"chat_template": "a"}}, "1 have chat_template in column"),
+        ({"messages": BAD}, "1 have a message of weight 0.5 in column 'messages'; expected 0 or 1"),
+        ({"messages": said(PICTURE, "b")}, "1 have content of type 'image_url' in column 'mess"),
+        ({"messages": said(None, "b")}, "1 have no two or more {role, content} of text"),
+        (
+            {"messages": [*said("a"), {"role": "assistant", "content": "b", "weight": 0}]},
+            "1 have no turn of the assistant, or none but of weight 0",
+        ),
+        ({"messages": said("s", "a", "b", first="system"), "system": "t"}, "'system' and another"),
+        ({"system": 3}, "1 have no text in column 'system'"),
+        ({"system_prompt": ["s"]}, "1 have no text in column 'system_prompt'"),
+    ],
+)
+def test_what_a_conversation_cannot_hold_is_refused_by_name(tokenizer, row, says):
+    rows = [{"id": "w", "messages": TALKS[0]}, {"id": "x", "messages": TALKS[0], **row}]
+    with pytest.raises(ValueError, match=f"{says}.*: x") as refused:
+        instructions(rows, tokenizer=tokenizer)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("talk", "says"),
+    [
+        ([{"from": "human", "value": "a"}, {"from": "alien", "value": "b"}], "turn of 'alien' in"),
+        ([{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}], "turn of 'fu"),
+        ([{"from": "human", "value": "a"}, {"from": "gpt"}], "have no two or more"),
+        ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "another role than"),
+        ([{"from": "gpt", "value": "a"}], "have no two or more"),
+        ([], "have no two or more"),
+    ],
+)
+def test_talks_of_sharegpt_that_cannot_be_used_are_named(tokenizer, talk, says):
+    with pytest.raises(ValueError, match=f"1 .*{says}.*: row 1"):
+        instructions([{"conversations": talk}], tokenizer=tokenizer)
+
+
+def test_turns_of_weight_0_are_not_learnt(tokenizer):
+    """They stay in the prompt; those behind the last one that counts do not change its loss."""
+    talk = said("a", "b", "c", "d", "e", "f")
+    silent = [dict(message) for message in talk]
+    silent[5]["weight"], silent[1]["weight"], silent[3]["weight"] = 0, 0.0, 1
+    found = instructions([{"messages": silent}], tokenizer=tokenizer)
+    assert found.prompts == instructions([{"messages": talk[:4]}], tokenizer=tokenizer).prompts
+    assert found.responses == instructions([{"messages": talk[:4]}], tokenizer=tokenizer).responses
+    for turns in ("first", "all"):
+        only = instructions([{"messages": silent}], tokenizer=tokenizer, turns=turns)
+        assert (only.prompts, only.responses) == (found.prompts, found.responses)
+    silent[1].pop("weight")
+    both = instructions([{"messages": silent}], tokenizer=tokenizer, turns="all")
+    ((start, end),) = both.others[0]
+    _, before, after = kind_of(tokenizer)
+    assert both.responses[0][:start] == f"b{after}"
+    assert both.responses[0][start:end].endswith(before)
+    assert both.responses[0][end:] == f"d{after}"
+
+
+def test_system_prompts_in_a_column_come_first(tokenizer):
+    if kind_of(tokenizer)[0] == GEMMA:
+        pytest.skip("this template has no such role")
+    talk = said("Be brief.", "Hi!", "Hello.", first="system")
+    expected = instructions([{"messages": talk}], tokenizer=tokenizer)
+    for row in ({"messages": talk[1:]}, {"messages": talk}):
+        for name in ("system", "system_prompt"):
+            found = instructions([{**row, name: "Be brief."}], tokenizer=tokenizer)
+            assert (found.prompts, found.responses) == (expected.prompts, expected.responses)
+
+
+def test_responses_that_lose_their_thoughts_are_refused(tokenizer):
+    """As by DeepSeek R1's template, which leaves out all before the end of the thoughts."""
+    from copy import deepcopy
+
+    other = deepcopy(tokenizer)
+    other.chat_template = LLAMA.replace(
+        "message['content'] | trim", "message['content'].split('</think>')[-1] | trim"
+    )
+    talk = said("a", "<think>hm</think>b")
+    with pytest.raises(
+        ValueError, match="1 have a response of which .* leaves out a part.*: row 1"
+    ):
+        instructions([{"messages": talk}], tokenizer=other)
+    # of earlier turns it does so when the model is used, too
+    found = instructions([{"messages": talk + said("c", "d")}], tokenizer=other)
+    assert "hm" not in found.prompts[0]
+
+
+def test_a_template_that_opens_thoughts_leaves_them_to_the_response(tokenizer):
+    from copy import deepcopy
+
+    other = deepcopy(tokenizer)
+    other.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    found = instructions([{"messages": talk} for talk in TALKS], tokenizer=other)
+    plain = instructions([{"messages": talk} for talk in TALKS], tokenizer=tokenizer)
+    assert (found.prompts, found.responses) == (plain.prompts, plain.responses)
+
+
+def test_greetings_are_no_responses(tokenizer):
+    talk = said("Hi!", "Who are you?", "A model.", first="assistant")
+    if kind_of(tokenizer)[0] == LLAMA:
+        assert instructions([{"messages": talk}], tokenizer=tokenizer).prompts
+    for turns in ("first", "all"):
+        with pytest.raises(ValueError, match="1 begin with a response.*: row 1"):
+            instructions([{"messages": talk}], tokenizer=tokenizer, turns=turns)

@@ -4,6 +4,7 @@ import csv
 import datetime
 import json
 import os
+import re
 
 import huggingface_hub
 import numpy as np
@@ -242,10 +243,10 @@ def test_real_data(name, num, start):
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("system", "Be brief."),
-        ("history", [["Hi", "Hello"]]),
+        ("System", "Be brief."),
+        ("documents", ["Egypt"]),
         ("context", "Egypt"),
-        ("tools", '[{"name": "search"}]'),
+        ("functions", '[{"name": "search"}]'),
         ("images", [b"png"]),
     ],
 )
@@ -256,6 +257,105 @@ def test_context_that_a_template_leaves_out_is_refused_by_name(row, column, valu
         assert instructions(empty).prompts == instructions([row]).prompts * 4
     with pytest.raises(ValueError, match=f"1 have '{column}', which template .*: row 2"):
         instructions([row, {**row, column: value}], template)
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value"),
+    [
+        (WRAPPED, "system", "Be brief."),
+        (WRAPPED, "history", [["Hi", "Hello"]]),
+        (PLAIN, "tools", '[{"name": "search"}]'),
+        (WRAPPED, "tools", [{"name": "search"}]),
+    ],
+)
+def test_context_that_text_has_no_place_for_is_refused(row, column, value):
+    with pytest.raises(ValueError, match=f"1 have '{column}', which template .*: row 2"):
+        instructions([row, {**row, column: value}])
+
+
+def test_a_system_prompt_opens_alpacas_template():
+    data = instructions([{**WITH_INPUT, "system": "Be brief."}, {**PLAIN, "system": None}])
+    assert data.prompts[0] == (
+        "Be brief.\n\n### Instruction:\nTranslate.\n\n### Input:\nFluss\n\n### Response:\n"
+    )
+    assert data.prompts[1] == instructions([PLAIN]).prompts[0]
+    assert data.rows[0]["system"] == "Be brief."
+    row = {"system_prompt": "Be brief.", "question": "Fluss?", "response": "river"}
+    assert instructions([row]).prompts[0].startswith("Be brief.\n\n### Instruction:\nFluss?")
+    with pytest.raises(ValueError, match=r"1 have several turns, .*=chat: row 2"):
+        instructions([PLAIN, {**PLAIN, "history": [["Hi", "Hello."]]}])
+
+
+def test_context_of_dolly_is_the_input():
+    row = {"instruction": "Translate.", "context": "Fluss", "response": "river"}
+    data = instructions([row])
+    assert (data.layout, data.prompts) == ("dolly", instructions([WITH_INPUT]).prompts)
+
+
+def test_columns_are_called_by_the_names_of_layouts():
+    rows = [{"q": "Name a river.", "a": "The Nile.", "uid": "x", "prompt": 3}]
+    data = instructions(rows, columns="prompt=q,response=a,id=uid")
+    assert (data.prompts, data.responses) == (("Name a river.",), ("The Nile.",))
+    assert (data.ids.tolist(), data.rows, data.layout) == (["x"], tuple(rows), "prompt")
+    named = instructions(rows, columns="instruction=q,output=a")
+    assert named.prompts == instructions([PLAIN]).prompts
+    # a name that is used otherwise is not read, and tools of another name are found
+    taken = [{"prompt": "Name a river.", "response": "a", "tools": ["x"]}]
+    with pytest.raises(ValueError, match="1 have 'tools', which"):
+        instructions(taken, columns="completion=response,prompt=prompt")
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ("prompt=q,response=b", "1 have no column 'b': row 2"),
+        ("prompt=q,response=q", "columns: expected different names, such as 'prompt=question,"),
+        ("prompt=q,prompt=a", "expected different names"),
+        ("prompt", "expected different names"),
+        ("prompt=", "expected different names"),
+        ("", "expected different names"),
+        ("promt=q,response=a", "columns: name: unknown value 'promt'; .*'prompt'"),
+    ],
+)
+def test_columns_that_are_no_list_of_names_are_refused(columns, says):
+    rows = [{"q": "a", "a": "b", "b": "c"}, {"q": "a", "a": "b"}]
+    with pytest.raises(ValueError, match=says):
+        instructions(rows, columns=columns)
+
+
+def test_unknown_columns_are_answered_with_a_line_to_paste():
+    rows = [{"id": "1", "topic": 3, "query": "Name a river.", "reply": "The Nile."}]
+    with pytest.raises(ValueError, match="columns id, topic, query, reply fit no") as refused:
+        instructions(rows)
+    (line,) = re.findall(r'--config\.dataset\.columns="(.*)"', str(refused.value))
+    assert instructions(rows, columns=line).prompts == ("Name a river.",)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("Q: a", "1 have no response marker 'A:' in column 'text': row 2"),
+        ("Q: a A: b A: c", "1 have the response marker 'A:' more than once .*: row 2"),
+        ("Q: a A: \n", "1 have an empty response: row 2"),
+        (3, "1 have no text in column 'text': row 2"),
+    ],
+)
+def test_texts_whose_response_cannot_be_told_are_refused(text, says):
+    good = {"text": "Q: a A: b", "prompt": "unused"}
+    data = instructions([good], response_marker="A:")
+    assert (data.prompts, data.responses) == (("Q: a A:",), (" b",))
+    with pytest.raises(ValueError, match=says):
+        instructions([good, {"text": text}], response_marker="A:")
+
+
+def test_a_marker_goes_with_a_column_of_text():
+    with pytest.raises(ValueError, match="response_marker: missing; template 'text' needs"):
+        instructions([{"text": "a"}], "text")
+    with pytest.raises(ValueError, match="response_marker: is of the column 'text'"):
+        instructions([PLAIN], "alpaca", response_marker="A:")
+    with pytest.raises(ValueError, match="turns: unknown value 'final'"):
+        instructions([PLAIN], turns="final")
 
 
 @pytest.mark.parametrize(

@@ -2,40 +2,103 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dlc_jax import expect
-from dlc_jax.datasets.files import matching
+from dlc_jax.datasets.files import matching, regular
 from dlc_jax.datasets.tables import Table, open_hf, open_parquet
 from dlc_jax.datasets.templates import Row
 from dlc_jax.files.json_files import without_repetition
+from dlc_jax.files.libraries import pa
 
 _DEMOS = {"dolly/train": "train.jsonl", "dolly/test": "test.jsonl"}
+_CODECS = {".gz": "gzip", ".zst": "zstd"}
+_ENDINGS = {
+    scheme: tuple(f"{name}{codec}" for name in names for codec in ("", *_CODECS))
+    for scheme, names in {"jsonl": (".jsonl", ".ndjson"), "json": (".json",)}.items()
+}
+# What is decompressed can be a thousand times its file.
+_MOST_IN_LINE = 2**28  # characters
+_MOST_IN_LIST = 2**31
 
 
 def _of_files(scheme: str, read: Callable[[Path], list[Row]], where: str) -> list[Row]:
-    return [row for file in matching(scheme, where) for row in read(file)]
+    files = matching(scheme, where, _ENDINGS[scheme])
+    _refuse_twins(f"{scheme}:{where}", files)
+    return [row for file in files for row in read(file)]
+
+
+def _refuse_twins(source: str, files: Iterable[Path]) -> None:
+    """Raises ValueError for `a.jsonl` beside `a.jsonl.gz`, of which every row would count twice."""
+    known: dict[str, Path] = {}
+    for file in files:
+        shard = re.sub(r"(\.(jsonl|ndjson|json))?(\.(gz|zst))?$", "", str(file), flags=re.I)
+        other = known.setdefault(shard, file)
+        if other != file:
+            raise expect.InputError(
+                f"{source}: {other} and {file} are one file in two forms, whose rows would count "
+                "twice; expected one of them."
+            )
+
+
+@contextlib.contextmanager
+def _text(file: Path) -> Iterator[TextIO]:
+    """Gives a file's text, which is decompressed while it is read, as the suffix says."""
+    codec = _codec(file)
+    problem = f"{file}: cannot be read as {codec or 'text'}"
+    with expect.refusing(problem, OSError, shown=expect.reason):
+        if codec is None:
+            with open(regular(file), encoding="utf-8") as text:
+                yield text
+            return
+        if not regular(file).stat().st_size:
+            raise OSError("it is empty")  # which decompresses to nothing, and was perhaps cut off
+        with (
+            pa.input_stream(str(file.absolute()), compression=codec) as stream,
+            io.TextIOWrapper(stream, encoding="utf-8") as text,
+        ):
+            yield text
+
+
+def _codec(file: Path) -> str | None:
+    return _CODECS.get(file.suffix.lower())
 
 
 def _lines(file: Path) -> list[Row]:
-    rows = []
-    with open(file, encoding="utf-8") as lines:
+    rows: list[Row] = []
+    line = ""
+    with _text(file) as text:
         try:
+            lines = iter(functools.partial(text.readline, _MOST_IN_LINE + 1), "")
             for number, line in enumerate(lines, 1):
+                if len(line) > _MOST_IN_LINE:
+                    raise expect.InputError(
+                        f"{file}, line {number}: has more than {_MOST_IN_LINE} characters; "
+                        "expected one object per line."
+                    )
                 line = line.removeprefix("\ufeff")  # where files were joined, not only the first
                 if line.strip():
-                    rows.append(_object(_parsed(line), f"{file}, line {number}"))
+                    where = f"{file}, line {number}"
+                    rows.append(_object(_parsed(line), where, "" if rows else _LIST))
         except expect.InputError:
             raise
         except (ValueError, RecursionError) as error:
             found = expect.first_line(error)
-            raise expect.InputError(f"{file}, line {len(rows) + 1} on: {found}.") from error
+            hint = _LIST if not rows and line.lstrip().startswith("[") else ""
+            raise expect.InputError(f"{file}, line {len(rows) + 1} on: {found}{hint}.") from error
     return rows
+
+
+_LIST = "; a list of objects is read as json:<file>"
+_LINES = "; lines of objects are read as jsonl:<file>"
 
 
 def _parsed(text: str) -> Any:
@@ -48,17 +111,25 @@ def _integer(digits: str) -> int:
 
 
 def _list(file: Path) -> list[Row]:
-    problem = f"{file}: not JSON"
-    with expect.refusing(problem, ValueError, RecursionError, shown=expect.first_line):
-        rows = _parsed(file.read_text(encoding="utf-8-sig"))
+    problem, errors = f"{file}: not JSON", (ValueError, RecursionError)
+    most = _MOST_IN_LIST if _codec(file) else -1
+    with expect.refusing(problem, *errors, shown=expect.first_line), _text(file) as stream:
+        text = stream.read(most).removeprefix("\ufeff")
+        if len(text) == most:
+            raise expect.InputError(f"{file}: has {most} characters or more{_LINES}.")
+    end = f"{_LINES}." if text.lstrip().startswith("{") else "."
+    with expect.refusing(problem, *errors, shown=expect.first_line, end=end):
+        rows = _parsed(text)
     if not isinstance(rows, list):
-        raise expect.InputError(f"{file}: expected a list of objects, found {type(rows).__name__}.")
+        found = type(rows).__name__
+        raise expect.InputError(f"{file}: expected a list of objects, found {found}{end}")
     return [_object(row, f"{file}, entry {number}") for number, row in enumerate(rows, 1)]
 
 
-def _object(value: Any, where: str) -> Row:
+def _object(value: Any, where: str, if_list: str = "") -> Row:
     if not isinstance(value, dict):
-        raise expect.InputError(f"{where}: expected an object, found {type(value).__name__}.")
+        hint = if_list if isinstance(value, list) else ""
+        raise expect.InputError(f"{where}: expected an object, found {type(value).__name__}{hint}.")
     for column, cell in value.items():
         try:
             problem = json_problem([column, cell])

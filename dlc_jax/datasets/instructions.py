@@ -89,7 +89,8 @@ def load_instructions(
     Args:
       source: `jsonl:`, `json:` (a list of objects) or `parquet:`, each of a file, a folder or a
         glob; JSON may be compressed, as the suffix says: `.jsonl.gz`, `.json.zst`;
-        `hf:<owner/name or folder>/<split>`, Hugging Face hub or a local copy, see `load_hf`;
+        `hf:<owner/name or folder>/<split>`, Hugging Face hub or a local copy, see `load_hf`, or
+        with JSON of either kind where the split has no Parquet file;
         `demo:dolly/train`, `demo:dolly/test`, the bundled sample.
       template: `alpaca`, around `instruction`, `input` and `output`; `prompt`, for `prompt` and
         `response` as they are to be read; `chat`, the tokenizer's own, for `messages`, a list of

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from dlc_jax import expect
 from dlc_jax.datasets.files import matching, regular
-from dlc_jax.datasets.tables import Table, open_hf, open_parquet
+from dlc_jax.datasets.tables import Table, find_hf, open_parquet
 from dlc_jax.datasets.templates import Row
 from dlc_jax.files.json_files import without_repetition
 from dlc_jax.files.libraries import pa
@@ -154,6 +154,27 @@ def _of_tables(tables: Iterable[Table]) -> list[Row]:
     return rows
 
 
+def _of_hub(where: str) -> list[Row]:
+    parts = find_hf(where, sum(_ENDINGS.values(), ()))
+    _refuse_twins(f"hf:{where}", (part for part in parts if isinstance(part, Path)))
+    rows: list[Row] = []
+    for part in parts:
+        if not isinstance(part, Path):
+            rows += _of_tables([part])
+        elif part.suffix == ".parquet":
+            rows += _of_tables(open_parquet([part]))
+        else:
+            rows += _list(part) if _begins_list(part) else _lines(part)
+    return rows
+
+
+def _begins_list(file: Path) -> bool:
+    """Whether it is a list, which repositories call `.json` as they do lines of objects."""
+    problem = f"{file}: not JSON"
+    with expect.refusing(problem, ValueError, shown=expect.first_line), _text(file) as text:
+        return text.read(4096).lstrip("\ufeff \t\r\n").startswith("[")
+
+
 def _demo(where: str) -> list[Row]:
     """The bundled sample: 400 rows of Dolly+HH-RLHF to prune, 100 others to test on."""
     expect.one_of("demo instructions", where, _DEMOS)
@@ -164,7 +185,7 @@ ROW_SOURCES: Mapping[str, Callable[[str], list[Row]]] = {
     "jsonl": functools.partial(_of_files, "jsonl", _lines),
     "json": functools.partial(_of_files, "json", _list),
     "parquet": lambda where: _of_tables(open_parquet(matching("parquet", where))),
-    "hf": lambda where: _of_tables(open_hf(where)),
+    "hf": _of_hub,
     "demo": _demo,
 }
 

@@ -3,7 +3,9 @@
 import gzip
 import json
 from collections.abc import Callable
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -117,6 +119,7 @@ def test_one_shard_in_two_forms_is_refused(tmp_path, one, two):
     says = f"train.{one} and ", f"train.{two} are one file in two forms"
     refused(f"{scheme_of(one)}:{tmp_path}", *says)
     refused(f"{scheme_of(one)}:{tmp_path}/train*", *says)
+    refused(f"hf:{tmp_path}/train", *says)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "." in form])
@@ -223,3 +226,126 @@ def test_random_rows_come_back_from_every_form(tmp_path_factory, rows):
     for form in FORMS:
         (folder / f"{form}.{form}").write_bytes(content_of(form, rows))
         same(f"{scheme_of(form)}:{folder}/{form}.{form}", rows)
+
+
+SPLITS = {
+    "one file": ("train.{}",),
+    "shards": ("data/train-00000-of-00002.{}", "data/train-00001-of-00002.{}"),
+    "folder": ("train/part1.{}", "train/part2.{}"),
+    "configuration": ("main/train_1.{}", "main/train_2.{}"),
+    "no name": ("alpaca_data_cleaned.{}",),
+    "no names": ("data/b.{}", "data/c.v1.{}"),
+}
+
+
+def repository(folder: Path, names: tuple[str, ...], form: str) -> list[str]:
+    """Writes the rows into these files, and beside them what is no data of the split."""
+    half = -(-len(ROWS) // len(names))
+    files = {
+        name.format(form): content_of(form, ROWS[i * half : (i + 1) * half])
+        for i, name in enumerate(names)
+    }
+    files |= {name: b"{}" for name in ("README.md", "dataset_infos.json", ".hidden/train.json")}
+    if "train" in names[0]:
+        other = names[0].replace("train", "test").format(form)
+        files[other] = content_of(form, ROWS[:1])
+        files["extra.jsonl"] = b"no rows"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return list(files)
+
+
+class Hub:
+    """A hub of one repository, with or without a revision that it converted to Parquet."""
+
+    def __init__(self, monkeypatch, folder: Path, names: list[str], converted: list[str] | None):
+        self.folder, self.files = folder, {None: names, "refs/convert/parquet": converted}
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", self.list_repo_files)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.hf_hub_download)
+
+    def list_repo_files(self, repository, *, repo_type, revision):
+        assert (repository, repo_type) == ("owner/name", "dataset")
+        if self.files[revision] is None:
+            error = huggingface_hub.errors.RevisionNotFoundError
+            raise error.__new__(error)
+        return self.files[revision]
+
+    def hf_hub_download(self, repository, name, *, repo_type, revision):
+        assert name in self.files[revision]
+        return str(self.folder / name)
+
+
+@pytest.mark.parametrize("names", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("form", FORMS)
+def test_repositories_of_json_are_read(tmp_path, monkeypatch, form, names):
+    found = repository(tmp_path, names, form)
+    same(f"hf:{tmp_path}/train")
+    Hub(monkeypatch, tmp_path, found, None)
+    same("hf:owner/name/train")
+    Hub(monkeypatch, tmp_path, found, ["default/partial-train/0000.parquet"])
+    same("hf:owner/name/train")
+
+
+def test_splits_of_both_kinds_are_joined(tmp_path):
+    repository(tmp_path, SPLITS["shards"], "jsonl.zst")
+    same(f"hf:{tmp_path}/train+test", ROWS + ROWS[:1])
+
+
+def test_lines_called_json_are_read_of_a_repository(tmp_path):
+    """As many call them there."""
+    for name, codec in (("train.json", ""), ("test.json.gz", ".gz")):
+        (tmp_path / name).write_bytes(CODECS[codec](b"\xef\xbb\xbf\n" + as_lines(ROWS)))
+    same(f"hf:{tmp_path}/train")
+    same(f"hf:{tmp_path}/test")
+    (tmp_path / "dev.jsonl").write_bytes(as_list(ROWS))
+    same(f"hf:{tmp_path}/dev")
+
+
+def test_parquet_wins_in_repositories(tmp_path, monkeypatch):
+    names = repository(tmp_path, ("train.{}",), "jsonl")
+    (tmp_path / "default/train").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(ROWS[:5]), tmp_path / "default/train/0000.parquet")
+    same(f"hf:{tmp_path}/train", ROWS[:5])
+    converted = ["default/train/0000.parquet"]
+    Hub(monkeypatch, tmp_path, names + converted, None)
+    same("hf:owner/name/train", ROWS[:5])
+    Hub(monkeypatch, tmp_path, names, converted)
+    same("hf:owner/name/train", ROWS[:5])
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "says"),
+    [
+        (["a.jsonl", "b.jsonl"], "test", "no Parquet or JSON file of split 'test'"),
+        (["a.jsonl", "test.jsonl"], "train", "no Parquet or JSON file of split 'train'"),
+        (["a.jsonl", "val/b.parquet"], "train", "no Parquet or JSON file of split 'train'"),
+        (["config.json", ".a.jsonl"], "train", "no Parquet or JSON file of split 'train'"),
+        (["main/a.jsonl", "socratic/a.jsonl"], "train", "several folders ('main', 'socratic')"),
+        (["main/train.json", "more/train.jsonl"], "train", "several folders ('main', 'more')"),
+    ],
+)
+def test_files_of_no_split_or_of_several_are_refused(tmp_path, monkeypatch, names, split, says):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(as_lines(ROWS))
+    refused(f"hf:{tmp_path}/{split}", says)
+    Hub(monkeypatch, tmp_path, names, None)
+    refused(f"hf:owner/name/{split}", says)
+
+
+def test_damaged_files_of_a_repository_are_refused(tmp_path):
+    (tmp_path / "train.jsonl.gz").write_bytes(content_of("jsonl.gz", ROWS)[:-9])
+    refused(f"hf:{tmp_path}/train", f"{tmp_path}/train.jsonl.gz: cannot be read as gzip")
+    (tmp_path / "test.json").write_bytes(b"\xff\xfe")
+    refused(f"hf:{tmp_path}/test", f"{tmp_path}/test.json: not JSON")
+    (tmp_path / "dev.json").write_bytes(as_list(ROWS)[:-9])
+    refused(f"hf:{tmp_path}/dev", f"{tmp_path}/dev.json: not JSON")
+
+
+def test_images_are_read_of_parquet_alone(tmp_path, monkeypatch):
+    names = repository(tmp_path, ("train.{}",), "jsonl")
+    Hub(monkeypatch, tmp_path, names, None)
+    for place in (tmp_path, "owner/name"):
+        with pytest.raises(dlc.InputError, match="no Parquet file of split 'train'"):
+            dlc.load_dataset(f"hf:{place}/train")

@@ -25,6 +25,8 @@ _ENDINGS = {
     scheme: tuple(f"{name}{codec}" for name in names for codec in ("", *_CODECS))
     for scheme, names in {"jsonl": (".jsonl", ".ndjson"), "json": (".json",)}.items()
 }
+_LIST = "; a list of objects is read as json:<file>"
+_LINES = "; lines of objects are read as jsonl:<file>"
 # What is decompressed can be a thousand times its file.
 _MOST_IN_LINE = 2**28  # characters
 _MOST_IN_LIST = 2**31
@@ -95,10 +97,6 @@ def _lines(file: Path) -> list[Row]:
             hint = _LIST if not rows and line.lstrip().startswith("[") else ""
             raise expect.InputError(f"{file}, line {len(rows) + 1} on: {found}{hint}.") from error
     return rows
-
-
-_LIST = "; a list of objects is read as json:<file>"
-_LINES = "; lines of objects are read as jsonl:<file>"
 
 
 def _parsed(text: str) -> Any:

@@ -14,7 +14,7 @@ import dlc_jax as dlc
 from dlc_jax import presets
 from dlc_jax.config import Config
 from dlc_jax.datasets import SOURCES
-from dlc_jax.datasets.instructions import ROW_SOURCES
+from dlc_jax.datasets.row_sources import ROW_SOURCES
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
 # file -> what its docstring calls the data set, and the number of its classes

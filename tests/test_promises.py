@@ -204,7 +204,7 @@ def test_what_configuration_files_import():
 
 def test_registries_hold_what_readme_lists():
     from dlc_jax.datasets import SOURCES
-    from dlc_jax.datasets.instructions import ROW_SOURCES
+    from dlc_jax.datasets.row_sources import ROW_SOURCES
     from dlc_jax.encoders import ENCODERS
     from dlc_jax.exports import FORMS
     from dlc_jax.scores import SCORES

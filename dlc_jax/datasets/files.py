@@ -156,19 +156,26 @@ def regular(file: Path) -> Path:
     return file
 
 
-def matching(scheme: str, where: str) -> list[Path]:
+def matching(scheme: str, where: str, endings: tuple[str, ...] = ()) -> list[Path]:
     """Returns one file, those of a folder, or those of a glob, in sorted order.
 
-    In a folder, the scheme is the suffix. Capitals in it do not matter, and `**` in a glob stands
-    for folders at any depth.
+    Capitals in a suffix do not matter, and `**` in a glob stands for folders at any depth.
 
+    Args:
+      scheme: What messages call the source.
+      where: The file, folder or glob.
+      endings: Suffixes of the files of a folder; none: the scheme is the suffix.
     Raises:
       ValueError: there is none, or one that is no regular file.
     """
-    path, source, suffix = Path(where).expanduser(), f"{scheme}:{where}", f".{scheme}"
+    path, source, endings = (
+        Path(where).expanduser(),
+        f"{scheme}:{where}",
+        endings or (f".{scheme}",),
+    )
     with expect.refusing(f"{source}: cannot be read", OSError):
         if path.is_dir():
-            names = (name for name in os.listdir(path) if name.lower().endswith(suffix))
+            names = (name for name in os.listdir(path) if name.lower().endswith(endings))
             found = [path / name for name in names if not is_junk(name)]
         elif path.exists():
             found = [path]
@@ -178,7 +185,8 @@ def matching(scheme: str, where: str) -> list[Path]:
     if path.is_dir():
         _check_are_of_one_kind(source, [file.name for file in files])
     if not files:
-        raise expect.InputError(f"{source}: no such file, or no *{suffix} in it.")
+        shown = ", ".join(f"*{ending}" for ending in endings)
+        raise expect.InputError(f"{source}: no such file, or no {shown} in it.")
     return files
 
 

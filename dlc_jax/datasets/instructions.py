@@ -1,4 +1,4 @@
-"""Instruction data: prompts with the responses to them, and the sources they are read from."""
+"""Instruction data: prompts with the responses to them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +14,10 @@ from jaxtyping import Int64
 
 from dlc_jax import expect
 from dlc_jax.datasets.chat import Conversation, Span
-from dlc_jax.datasets.files import matching
 from dlc_jax.datasets.labels import content_ids, encode_labels
 from dlc_jax.datasets.layouts import Reading, read_rows
+from dlc_jax.datasets.row_sources import ROW_SOURCES
 from dlc_jax.datasets.rows import Row, Rows
-from dlc_jax.datasets.tables import Table, open_hf, open_parquet
-from dlc_jax.files.json_files import without_repetition
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +117,9 @@ def load_instructions(
 
     Args:
       source: `jsonl:`, `json:` (a list of objects) or `parquet:`, each of a file, a folder or a
-        glob; `hf:<owner/name or folder>/<split>`, Hugging Face hub or a local copy, see `load_hf`;
+        glob; JSON may be compressed, as the suffix says: `.jsonl.gz`, `.json.zst`;
+        `hf:<owner/name or folder>/<split>`, Hugging Face hub or a local copy, see `load_hf`, or
+        with JSON of either kind where the split has no Parquet file;
         `demo:dolly/train`, `demo:dolly/test`, the bundled sample.
       template: Layout of the rows; None: the one whose columns are there. In Alpaca's text:
         `alpaca` (columns `instruction`, `input`, `output`; `system` in the place of its first
@@ -192,108 +190,3 @@ def instructions(
         others=others if any(others) else None,
         conversations=found.conversations,
     )
-
-
-_DEMOS = {"dolly/train": "train.jsonl", "dolly/test": "test.jsonl"}
-
-
-def _of_files(scheme: str, read: Callable[[Path], list[Row]], where: str) -> list[Row]:
-    return [row for file in matching(scheme, where) for row in read(file)]
-
-
-def _lines(file: Path) -> list[Row]:
-    rows = []
-    with open(file, encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                line = line.removeprefix("\ufeff")  # where files were joined, not only the first
-                if line.strip():
-                    rows.append(_object(_parsed(line), f"{file}, line {number}"))
-        except expect.InputError:
-            raise
-        except (ValueError, RecursionError) as error:
-            found = expect.first_line(error)
-            raise expect.InputError(f"{file}, line {len(rows) + 1} on: {found}.") from error
-    return rows
-
-
-def _parsed(text: str) -> Any:
-    return json.loads(text, parse_int=_integer, object_pairs_hook=without_repetition)
-
-
-def _integer(digits: str) -> int:
-    """Returns the number; of one that is too long to be kept, one that is refused as well."""
-    return int(digits) if len(digits) <= 20 else 2**64
-
-
-def _list(file: Path) -> list[Row]:
-    problem = f"{file}: not JSON"
-    with expect.refusing(problem, ValueError, RecursionError, shown=expect.first_line):
-        rows = _parsed(file.read_text(encoding="utf-8-sig"))
-    if not isinstance(rows, list):
-        raise expect.InputError(f"{file}: expected a list of objects, found {type(rows).__name__}.")
-    return [_object(row, f"{file}, entry {number}") for number, row in enumerate(rows, 1)]
-
-
-def _object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise expect.InputError(f"{where}: expected an object, found {type(value).__name__}.")
-    for column, cell in value.items():
-        try:
-            problem = json_problem([column, cell])
-        except RecursionError:
-            problem = "lists or objects in one another that are too many"
-        if problem:
-            shown = column.encode("ascii", "backslashreplace").decode()
-            raise expect.InputError(f"{where}: column {shown!r} holds {problem}.")
-    return value
-
-
-def _of_tables(tables: Iterable[Table]) -> list[Row]:
-    rows: list[Row] = []
-    for table in tables:
-        names = table.schema.names
-        if len(set(names)) < len(names):
-            raise expect.InputError(
-                f"{table.file}: expected columns of different names, found {expect.listed(names)}."
-            )
-        columns = [table.values(name) for name in names]
-        rows += [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-    return rows
-
-
-def _demo(where: str) -> list[Row]:
-    """The bundled sample: 400 rows of Dolly+HH-RLHF to prune, 100 others to test on."""
-    expect.one_of("demo instructions", where, _DEMOS)
-    return _lines(Path(__file__).parent / "instructions_sample" / _DEMOS[where])
-
-
-ROW_SOURCES: Mapping[str, Callable[[str], list[Row]]] = {
-    "jsonl": functools.partial(_of_files, "jsonl", _lines),
-    "json": functools.partial(_of_files, "json", _list),
-    "parquet": lambda where: _of_tables(open_parquet(matching("parquet", where))),
-    "hf": lambda where: _of_tables(open_hf(where)),
-    "demo": _demo,
-}
-
-
-def json_problem(value: Any) -> str | None:
-    """Returns what is wrong with a value, or with one in it; None if it can be written as JSON.
-
-    Dates may be in it, which are written as text.
-    """
-    if value is None or isinstance(value, bool):
-        return None
-    if isinstance(value, str):
-        is_text = value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
-        return None if is_text else "half of a surrogate pair, which is no character"
-    if isinstance(value, int):
-        fits = -(2**63) <= value < 2**64
-        return None if fits else "an integer beyond 64 bits; text could hold it"
-    if isinstance(value, float):
-        return None if math.isfinite(value) else "a number that is NaN or infinite; expected null"
-    if isinstance(value, Mapping):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, (list, tuple)):
-        return next(filter(None, map(json_problem, value)), None)
-    return None if hasattr(value, "isoformat") else f"a value of type {type(value).__name__}"

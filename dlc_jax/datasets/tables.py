@@ -21,7 +21,15 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlc_jax import expect
-from dlc_jax.datasets.files import LazyImages, images_in, joined, matching, posix_names, regular
+from dlc_jax.datasets.files import (
+    LazyImages,
+    images_in,
+    joined,
+    matching,
+    posix_names,
+    regular,
+    split_in,
+)
 from dlc_jax.datasets.labels import PATH_COLUMNS, Columns, labelled
 from dlc_jax.files.libraries import fetching, pa, pc, pq
 from dlc_jax.types import Dataset, ImageSource
@@ -30,6 +38,9 @@ _IMAGE_COLUMNS = tuple(dict.fromkeys(("image", "img", *PATH_COLUMNS)))
 _DEMOS = {"caltech15/train": "train.parquet", "caltech15/test": "test.parquet"}
 _Images = tuple[ImageSource, list[str | None]]
 _CONVERTED = "refs/convert/parquet"
+_PARQUET = (".parquet",)
+# What the hub takes for no data where it looks for JSON.
+_NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _MOST_KEPT = 256 * 2**20  # bytes of row groups in memory; the latest stays, whatever its size
 
 
@@ -332,8 +343,21 @@ def load_hf(where: str, columns: Columns) -> Dataset:
 
 
 def open_hf(where: str) -> list[Table]:
-    """Returns the tables of a data set, see `load_hf`.
+    """Returns the tables of a data set, see `load_hf`; ValueError as for `find_hf`."""
+    recent = RecentGroups()
+    return [
+        ParquetTable.open(part, recent) if isinstance(part, Path) else part
+        for part in find_hf(where)
+    ]
 
+
+def find_hf(where: str, others: tuple[str, ...] = ()) -> list[Path | ArrowTable]:
+    """Returns the files of a data set, see `load_hf`; what `save_to_disk` wrote is opened.
+
+    Args:
+      where: `<owner/name or folder>/<split>`.
+      others: Suffixes of what is taken where the split has no Parquet file. Then the split `train`
+        may be files without a split in their names, if no other is named, as on the hub.
     Raises:
       ValueError: nothing there, the hub cannot be reached, no file of a split, or files of it in
         several configurations.
@@ -343,31 +367,38 @@ def open_hf(where: str) -> list[Table]:
     if not place or not splits:
         raise expect.InputError(f"{source}: expected hf:<owner/name or folder>/<split>.")
     folder = Path(place).expanduser()
-    tables: list[Table] = []
+    found: list[Path | ArrowTable] = []
     for split in splits.split("+"):
         if folder.is_dir():
-            tables += _local(source, folder, split)
+            found += _local(source, folder, split, others)
         elif expect.is_hub_id(place):
-            tables += open_parquet(_download(source, place, split))
+            found += _download(source, place, split, others)
         else:
             raise expect.InputError(
                 f"{source}: no folder {place!r}, and that is no hub id (owner/name) either."
             )
-    return tables
+    return found
 
 
-def _local(source: str, folder: Path, split: str) -> Sequence[Table]:
+def _local(
+    source: str, folder: Path, split: str, others: tuple[str, ...]
+) -> Sequence[Path | ArrowTable]:
     if (folder / split / "state.json").is_file():
         return _saved(source, folder / split, None)
     if (folder / "state.json").is_file():  # one split saved on its own
         return _saved(source, folder, split)
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.parquet"))]
-    if found := _files_of(source, names, split):
-        return open_parquet(folder / name for name in found)
+    paths = sorted(path for path in folder.rglob("*") if path.name.endswith(_PARQUET + others))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    if found := _files_of(source, names, split) or _others_of(source, names, split, others):
+        return [folder / name for name in found]
     raise expect.InputError(
-        f"{source}: no Parquet file of split {split!r} in {folder} "
+        f"{source}: no {_kind(others)} file of split {split!r} in {folder} "
         f"(found {expect.listed(names) or 'none'})."
     )
+
+
+def _kind(others: tuple[str, ...]) -> str:
+    return "Parquet or JSON" if others else "Parquet"
 
 
 def _saved(source: str, folder: Path, split: str | None) -> list[ArrowTable]:
@@ -401,10 +432,37 @@ def _refuse_changes(source: str, path: Path, state: dict[str, Any]) -> None:
         )
 
 
-def _files_of(source: str, names: Sequence[str], split: str) -> list[str]:
+def _files_of(
+    source: str, names: Iterable[str], split: str, endings: tuple[str, ...] = _PARQUET
+) -> list[str]:
     """Returns the files of a split, in sorted order; ValueError if several data sets have some."""
-    named = rf"(.*/)?{re.escape(split)}([-.][^/]*|_\d+|/[^/]*)?\.parquet"  # it, or its folder
-    found = sorted(name for name in names if re.fullmatch(named, name, re.DOTALL))
+    ending = "|".join(map(re.escape, endings))
+    named = rf"(.*/)?{re.escape(split)}([-.][^/]*|_\d+|/[^/]*)?({ending})"  # it, or its folder
+    return _of_one_set(source, [n for n in names if re.fullmatch(named, n, re.DOTALL)], split)
+
+
+def _others_of(source: str, names: Iterable[str], split: str, others: tuple[str, ...]) -> list[str]:
+    """Returns files of the split with other suffixes; or those that the hub takes for `train`."""
+    if not others:
+        return []
+    data = [name for name in names if name.endswith(_PARQUET + others) and _is_data(name)]
+    found = _files_of(source, data, split, others)
+    if found or split != "train" or any(map(_names_split, data)):
+        return found
+    # no name says a split: all are `train`
+    return _of_one_set(source, [n for n in data if n.endswith(_PARQUET)] or data, split)
+
+
+def _is_data(name: str) -> bool:
+    *_, last = parts = name.split("/")
+    return last not in _NO_DATA and not any(part.startswith((".", "__")) for part in parts)
+
+
+def _names_split(name: str) -> bool:
+    return any(map(split_in, re.split(r"[/.]", name)))
+
+
+def _of_one_set(source: str, found: Sequence[str], split: str) -> list[str]:
     folders = {f"/{name}".rpartition("/")[0].removesuffix(f"/{split}") for name in found}
     if len(folders) > 1:
         shown = expect.listed(repr(folder[1:]) for folder in sorted(folders))
@@ -413,18 +471,30 @@ def _files_of(source: str, names: Sequence[str], split: str) -> list[str]:
             "configurations of it; expected one. Give a local copy of that folder, as in "
             f"hf:<copy>/<folder>/{split}."
         )
-    return found
+    return sorted(found)
 
 
-def _download(source: str, repository: str, split: str) -> list[Path]:
+def _download(source: str, repository: str, split: str, others: tuple[str, ...]) -> list[Path]:
+    # the hub converts what its owners did not, of most repositories
+    tries: list[tuple[str | None, Callable]] = [(None, _files_of), (_CONVERTED, _files_of)]
+    if others:
+        tries.append((None, functools.partial(_others_of, others=others)))
     with fetching(
         f"{source}: {repository!r} is neither a local folder nor could it be",
         "Without network: on a machine that has it, download "
-        f"https://huggingface.co/datasets/{repository} (revision {_CONVERTED} if it has no Parquet "
-        "files), bring the folder here and give hf:<folder>/<split>.",
+        f"https://huggingface.co/datasets/{repository} (revision {_CONVERTED} if it has no "
+        f"{_kind(others)} files), bring the folder here and give hf:<folder>/<split>.",
     ) as hub:
-        for revision in (None, _CONVERTED):  # the hub converts what its owners did not
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        for revision, find in tries:
             where = {"repo_type": "dataset", "revision": revision}
-            if found := _files_of(source, hub.list_repo_files(repository, **where), split):
+            try:
+                names = hub.list_repo_files(repository, **where)
+            except RevisionNotFoundError:  # it was not converted
+                continue
+            if found := find(source, names, split):
                 return [Path(hub.hf_hub_download(repository, name, **where)) for name in found]
-    raise expect.InputError(f"{source}: {repository} has no Parquet file of split {split!r}.")
+    raise expect.InputError(
+        f"{source}: {repository} has no {_kind(others)} file of split {split!r}."
+    )

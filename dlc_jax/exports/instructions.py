@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlc_jax import expect
-from dlc_jax.datasets.instructions import Instructions, json_problem
+from dlc_jax.datasets.instructions import Instructions
+from dlc_jax.datasets.row_sources import json_problem
 from dlc_jax.exports.forms import json_line
 from dlc_jax.files.libraries import pa, pq
 from dlc_jax.workspace import artefacts

@@ -112,9 +112,10 @@ def _list(file: Path) -> list[Row]:
     problem, errors = f"{file}: not JSON", (ValueError, RecursionError)
     most = _MOST_IN_LIST if _codec(file) else -1
     with expect.refusing(problem, *errors, shown=expect.first_line), _text(file) as stream:
-        text = stream.read(most).removeprefix("\ufeff")
+        text = stream.read(most)
         if len(text) == most:
             raise expect.InputError(f"{file}: has {most} characters or more{_LINES}.")
+    text = text.removeprefix("\ufeff")
     end = f"{_LINES}." if text.lstrip().startswith("{") else "."
     with expect.refusing(problem, *errors, shown=expect.first_line, end=end):
         rows = _parsed(text)

@@ -187,7 +187,9 @@ def test_a_line_that_is_too_long_is_refused(tmp_path, monkeypatch, codec):
 def test_a_list_that_is_decompressed_to_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(row_sources, "_MOST_IN_LIST", 1000)
     for codec, compressed in CODECS.items():
-        (tmp_path / f"a.json{codec}").write_bytes(compressed(as_list(ROWS) + b" " * 1000))
+        (tmp_path / f"a.json{codec}").write_bytes(
+            compressed(b"\xef\xbb\xbf" + as_list(ROWS) + b" " * 1000)
+        )
         if codec:
             refused(f"json:{tmp_path}/a.json{codec}", f"a.json{codec}: has 1000 characters or more")
     same(f"json:{tmp_path}/a.json")

@@ -92,7 +92,7 @@ class Conversation:
         return self.upto(chosen[-1] + 1), [(i, i + 1) for i in chosen]
 
 
-class Written(NamedTuple):
+class Rendered(NamedTuple):
     """A conversation in text.
 
     Attributes:
@@ -161,7 +161,7 @@ def written(tokenizer: Any, messages: Messages, **options: Any) -> str:
 
 def render(
     conversations: Sequence[Conversation], rows: Rows, tokenizer: Any, turns: str = "last"
-) -> list[Written]:
+) -> list[Rendered]:
     """Writes conversations out; prompt and response together are what the template gives.
 
     The end of the turn belongs to the response, and so does what the template puts behind the last
@@ -194,7 +194,7 @@ def render(
             "of base models; expected one of a model for chat, or another template."
         )
 
-    def write(named: tuple[str, Conversation]) -> Written:
+    def write(named: tuple[str, Conversation]) -> Rendered:
         place, conversation = named
         problem = f"{rows.name}: {place}: the tokenizer's chat template refuses it"
         cut, parts = conversation.of_turns(turns)
@@ -211,7 +211,7 @@ class _Writer:
     conversation: Conversation
     problem: str
 
-    def written(self, parts: Sequence[Span], *, by_turn: bool) -> Written:
+    def written(self, parts: Sequence[Span], *, by_turn: bool) -> Rendered:
         """Returns the text with these messages as responses; `Unfit` where it cannot tell them."""
         whole = self._text()
         self._check_is_used(whole, parts)
@@ -232,7 +232,7 @@ class _Writer:
         begin, (*starts, end) = spans[0][0], [*(start for start, _ in spans[1:]), len(whole)]
         between = zip((end for _, end in spans), [*starts, end], strict=True)
         others = tuple((a - begin, b - begin) for a, b in between if a < b)
-        return Written(whole[:begin], whole[begin:], others)
+        return Rendered(whole[:begin], whole[begin:], others)
 
     def _text(self, end: int | None = None, **options: Any) -> str:
         """Returns the first `end` messages in text; none are nothing."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dlc_jax import expect
-from dlc_jax.datasets.chat import TURNS, Conversation, Messages, Written, render
+from dlc_jax.datasets.chat import TURNS, Conversation, Messages, Rendered, render
 from dlc_jax.datasets.rows import Row, Rows, Unfit, is_empty
 
 CHAT = "chat"  # the tokenizer's own template, around any of the layouts
@@ -25,7 +25,7 @@ _RESERVED = (  # arguments that say what is done with the text, and are no busin
 )
 
 
-class Sample(NamedTuple):
+class RowSample(NamedTuple):
     """What a row asks for, and the answer.
 
     Attributes:
@@ -37,7 +37,7 @@ class Sample(NamedTuple):
     texts: tuple[str, str] | None = None
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """A kind of rows.
 
     Attributes:
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
 
     columns: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[Row], Sample]
+    read: Callable[[Row], RowSample]
     may_be_chat: bool = False
 
 
@@ -82,7 +82,7 @@ def _system(text: str) -> Messages:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _alpaca(row: Row) -> Sample:
+def _alpaca(row: Row) -> RowSample:
     """Sources: Taori et al. 2023, Stanford Alpaca; `system` and `history` as in LLaMA-Factory.
 
     A system prompt stands in the place of the template's first sentences.
@@ -105,40 +105,40 @@ def _alpaca(row: Row) -> Sample:
     turns = [message for pair in history for message in _asked(*pair).messages]
     request = f"{instruction}\n\n{given}" if given else instruction
     talk = _asked(request, response, _system(system) + turns)
-    return Sample(talk, None if turns else (prompt, response))
+    return RowSample(talk, None if turns else (prompt, response))
 
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
 
 
-def _like_alpaca(**columns: str) -> Layout:
+def _like_alpaca(**columns: str) -> RowLayout:
     """Returns the layout whose columns hold what Alpaca's of these names do."""
 
-    def read(row: Row) -> Sample:
+    def read(row: Row) -> RowSample:
         for name, column in columns.items():  # a message is to name the column that is there
             _text(row, column, optional=name in _ALPACA_OPTIONAL)
         return _alpaca({name: row.get(column) for name, column in columns.items()})
 
     needed = [column for name, column in columns.items() if name not in _ALPACA_OPTIONAL]
     optional = [column for name, column in columns.items() if name in _ALPACA_OPTIONAL]
-    return Layout((*needed,), (*optional,), read)
+    return RowLayout((*needed,), (*optional,), read)
 
 
 _ALPACA_OPTIONAL = ("input", "system", "history")
 
 
-def _texts(response_column: str) -> Callable[[Row], Sample]:
+def _texts(response_column: str) -> Callable[[Row], RowSample]:
     """Returns what reads prompts that are to be read as they are."""
 
-    def read(row: Row) -> Sample:
+    def read(row: Row) -> RowSample:
         prompt, response = _text(row, "prompt"), _response(row, response_column)
-        return Sample(_asked(prompt, response), (prompt, response))
+        return RowSample(_asked(prompt, response), (prompt, response))
 
     return read
 
 
-def _completion(row: Row) -> Sample:
+def _completion(row: Row) -> RowSample:
     """Source: TRL's prompt and completion, texts or lists of messages both."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if not isinstance(prompt, list) and not isinstance(completion, list):
@@ -147,13 +147,13 @@ def _completion(row: Row) -> Sample:
     after, more = _messages(completion, "completion")
     silent |= {len(before) + i for i in more}
     _ends_well(after)
-    return Sample(Conversation(before + after, len(before), frozenset(silent)))
+    return RowSample(Conversation(before + after, len(before), frozenset(silent)))
 
 
-def _conversation_in(column: str) -> Callable[[Row], Sample]:
+def _conversation_in(column: str) -> Callable[[Row], RowSample]:
     """Returns what reads a column of messages, of which the last is the response."""
 
-    def read(row: Row) -> Sample:
+    def read(row: Row) -> RowSample:
         found, silent = _messages(row.get(column), column)
         if len(found) < 2:
             raise Unfit(f"have no two or more {_MESSAGE} of text in column {column!r}")
@@ -164,7 +164,7 @@ def _conversation_in(column: str) -> Callable[[Row], Sample]:
                 found, silent = [*_system(text), *found], {i + 1 for i in silent}
             elif text and found[0].get("content") != text:
                 raise Unfit(f"have {name!r} and another system prompt in column {column!r}")
-        return Sample(Conversation(found, silent=frozenset(silent)))
+        return RowSample(Conversation(found, silent=frozenset(silent)))
 
     return read
 
@@ -243,13 +243,13 @@ def _ends_well(messages: Messages) -> None:
         raise Unfit("have an empty response")
 
 
-LAYOUTS: Mapping[str, Layout] = {
-    "alpaca": Layout(("instruction", "output"), _ALPACA_OPTIONAL, _alpaca),
+LAYOUTS: Mapping[str, RowLayout] = {
+    "alpaca": RowLayout(("instruction", "output"), _ALPACA_OPTIONAL, _alpaca),
     # of prompts that were put into a template already, as in Dolly+HH-RLHF
-    "prompt": Layout(("prompt", "response"), (), _texts("response")),
-    "completion": Layout(("prompt", "completion"), (), _completion, True),
-    "messages": Layout(("messages",), _SYSTEM_COLUMNS, _conversation_in("messages"), True),
-    "sharegpt": Layout(
+    "prompt": RowLayout(("prompt", "response"), (), _texts("response")),
+    "completion": RowLayout(("prompt", "completion"), (), _completion, True),
+    "messages": RowLayout(("messages",), _SYSTEM_COLUMNS, _conversation_in("messages"), True),
+    "sharegpt": RowLayout(
         ("conversations",), _SYSTEM_COLUMNS, _conversation_in("conversations"), True
     ),
     "dolly": _like_alpaca(instruction="instruction", input="context", output="response"),
@@ -271,8 +271,8 @@ _COLUMNS = tuple(  # that can be named in another way
 )
 
 
-def _marked_text(marker: str) -> Layout:
-    def read(row: Row) -> Sample:
+def _marked_text(marker: str) -> RowLayout:
+    def read(row: Row) -> RowSample:
         before, found, response = _text(row, TEXT).partition(marker)
         if not found:
             raise Unfit(f"have no response marker {marker!r} in column {TEXT!r}")
@@ -280,9 +280,9 @@ def _marked_text(marker: str) -> Layout:
             raise Unfit(f"have the response marker {marker!r} more than once in column {TEXT!r}")
         if not response.strip():
             raise Unfit("have an empty response")
-        return Sample(_asked(before, response), (before + marker, response))
+        return RowSample(_asked(before, response), (before + marker, response))
 
-    return Layout((TEXT,), (), read)
+    return RowLayout((TEXT,), (), read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +352,7 @@ class Reading:
 
         return Rows([*map(row_of, rows.rows)], rows.name) if names else rows
 
-    def layout_of(self, rows: Rows) -> tuple[str, Layout]:
+    def layout_of(self, rows: Rows) -> tuple[str, RowLayout]:
         """Returns the one layout whose columns the first row has; ValueError if it is not one."""
         if self.response_marker is not None:
             return TEXT, _marked_text(self.response_marker)
@@ -373,7 +373,7 @@ class Reading:
         )
 
 
-def _with_tools(pair: tuple[Sample, Row]) -> Conversation:
+def _with_tools(pair: tuple[RowSample, Row]) -> Conversation:
     """Returns the conversation with what else of the row its template takes."""
     sample, row = pair
     tools, options = row.get(_TOOLS), row.get(_OPTIONS)
@@ -407,7 +407,7 @@ class Read(NamedTuple):
       conversations: [n], up to the last response, if a chat template wrote them.
     """
 
-    written: list[Written]
+    written: list[Rendered]
     identities: tuple[str, ...]
     layout: str
     conversations: tuple[Conversation, ...] | None = None
@@ -443,7 +443,7 @@ def read_rows(rows: Rows, reading: Reading, tokenizer: Any) -> Read:
             "--config.dataset.template=chat",
         )
         texts = [sample.texts for sample in samples if sample.texts is not None]
-        return Read([Written(*pair) for pair in texts], tuple(map(json.dumps, texts)), name)
+        return Read([Rendered(*pair) for pair in texts], tuple(map(json.dumps, texts)), name)
     talks = rows.each(zip(samples, rows.rows, strict=True), _with_tools)
     identities = tuple(
         json.dumps([[message["role"], message.get("content")] for message in talk.messages])

@@ -20,12 +20,12 @@ def write_rows_jsonl(data: Instructions, path: Path) -> None:
     Raises:
       ValueError: naming row and column, for what JSON has no form of.
     """
-    _write_lines(data, data.rows, path)
+    _write_lines("jsonl", data, data.rows, path)
 
 
 def check_jsonl_holds(data: Instructions) -> None:
     """Raises what `write_rows_jsonl` does."""
-    _check_lines(data, data.rows)
+    _check_lines("jsonl", data, data.rows)
 
 
 def write_trl(data: Instructions, path: Path) -> None:
@@ -37,12 +37,12 @@ def write_trl(data: Instructions, path: Path) -> None:
     Raises:
       ValueError: naming row and column, for what JSON has no form of.
     """
-    _write_lines(data, _trl_rows(data), path)
+    _write_lines("trl", data, _trl_rows(data), path)
 
 
 def check_trl_holds(data: Instructions) -> None:
     """Raises what `write_trl` does."""
-    _check_lines(data, _trl_rows(data))
+    _check_lines("trl", data, _trl_rows(data))
 
 
 def _trl_rows(data: Instructions) -> Iterable[Mapping[str, Any]]:
@@ -52,20 +52,22 @@ def _trl_rows(data: Instructions) -> Iterable[Mapping[str, Any]]:
     return [{"prompt": prompt, "completion": response} for prompt, response in pairs]
 
 
-def _write_lines(data: Instructions, rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    _check_lines(data, rows)
+def _write_lines(
+    form: str, data: Instructions, rows: Iterable[Mapping[str, Any]], path: Path
+) -> None:
+    _check_lines(form, data, rows)
     with artefacts.atomic(path) as file:
         for row in rows:
             file.write(json_line(row, default=lambda date: date.isoformat()))
 
 
-def _check_lines(data: Instructions, rows: Iterable[Mapping[str, Any]]) -> None:
+def _check_lines(form: str, data: Instructions, rows: Iterable[Mapping[str, Any]]) -> None:
     for name, row in zip(data.ids.tolist(), rows, strict=True):
         for column, cell in row.items():
             if problem := json_problem([column, cell]):
                 raise expect.InputError(
-                    f"{data.name}: column {column!r} of row {name!r} holds {problem}. JSON has no "
-                    "place for it; perhaps the form parquet has."
+                    f"{data.name}: column {column!r} of row {name!r} holds {problem}. The form "
+                    f"{form} has no place for it; perhaps parquet has."
                 )
 
 

@@ -255,8 +255,9 @@ class InstructionTask:
 
     def exports(self, kept: Mapping[Cell, Selection], root: Path) -> Iterable[ExportStep]:
         data = self.load(self._config.dataset.train)
-        # the fingerprint is of what is trained on; these have other fields, in an order, as well
-        rows = artefacts.json_hash([json.dumps(row, default=str) for row in data.rows])
+        # rows have fields in an order that the fingerprint, of what is trained on, does not know
+        fields = (json.dumps(row, default=str) for row in data.rows)
+        rows = artefacts.json_hash([data.fingerprint, *fields])
         scored_ids = next(iter(kept.values())).scored_ids
         data = data.subset(np.flatnonzero(np.isin(data.ids, np.asarray(scored_ids))))
 

@@ -1,6 +1,7 @@
 """Instructions by the command, in its own process, beside a torchvision that is broken."""
 
 import csv
+import gzip
 import json
 import os
 import subprocess
@@ -139,6 +140,62 @@ def test_chat_templates_and_variants_of_scores_select(place, tmp_path):
     assert kept.tolist() == sorted(hardest.tolist())
     lines = (tmp_path / "exports/hardest/keep_0.50-seed_0/kept.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [ROWS[i] for i in kept]
+
+
+def test_compressed_talks_are_scored_and_written_for_trainers(place, tmp_path):
+    """Of ShareGPT's layout in two shards, all turns; the file for trainers is read as it is."""
+    talks = [
+        {
+            "conversations": [
+                {"from": speaker, "value": text}
+                for pair in ROWS[i : i + 2]
+                for speaker, text in (("human", pair["instruction"]), ("gpt", pair["output"]))
+            ]
+        }
+        for i in range(0, 24, 2)
+    ]
+    (tmp_path / "shards").mkdir()
+    for part in range(2):
+        with gzip.open(tmp_path / f"shards/train-{part}.jsonl.gz", "wt") as file:
+            file.writelines(f"{json.dumps(row)}\n" for row in talks[6 * part : 6 * part + 6])
+    source = f"--config.dataset.train=jsonl:{tmp_path}/shards/train-*.jsonl.gz"
+    said = run(
+        place,
+        tmp_path / "work",
+        source,
+        "--config.dataset.turns=all",
+        "--config.selection.methods=('easiest',)",
+        "--config.selection.keep_fractions=0.5",
+        "--config.export.forms=jsonl,trl",
+    )
+    assert "12 rows of layout 'sharegpt', read as the tokenizer's chat template" in said
+    assert "no column ifd: ifd: compares" in said
+    folder = tmp_path / "work/exports/easiest/keep_0.50-seed_0"
+    kept = [json.loads(line) for line in (folder / "kept.jsonl").read_text().splitlines()]
+    assert len(kept) == 6
+    assert all(row in talks for row in kept)
+    roles = {"human": "user", "gpt": "assistant"}
+    expected = [
+        {
+            "messages": [
+                {"role": roles[turn["from"]], "content": turn["value"]}
+                for turn in row["conversations"]
+            ]
+        }
+        for row in kept
+    ]
+    lines = (folder / "kept.trl.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == expected
+    # a layout that is none leaves nothing behind
+    (tmp_path / "rows.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    source = f"--config.dataset.train=jsonl:{tmp_path}/rows.jsonl"
+    said = run(place, tmp_path / "other", source, code=2)
+    assert '--config.dataset.columns="prompt=q,response=a"' in said
+    assert not (tmp_path / "other/scores").exists()
+    columns = "--config.dataset.columns=prompt=q,response=a"
+    assert "1 rows of layout 'prompt', read as text" in run(
+        place, tmp_path / "other", source, columns, "--config.stages=('score',)"
+    )
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from dlc_jax.masking import PathSpec, exact_thresholds, masked, prunable_paths
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.text import measure_responses, probe_responses, response_losses
 from dlc_jax.scores import score
+from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.tuner import finetune_lora
 from dlc_jax.types import by_path
 
@@ -78,6 +79,84 @@ def torch_losses(model, data):
 def test_losses_are_those_of_torch(models, tokens_per_batch):
     ours = response_losses(models[0], DATA, tokens_per_batch=tokens_per_batch)
     np.testing.assert_allclose(ours, torch_losses(models[1], DATA), atol=1e-5)
+
+
+def test_turns_of_others_do_not_count(models):
+    """In losses, under probes and in training, packed or not, as in torch."""
+    import torch
+
+    others = ([3, 4], [], [25, 26, 30], [8, 9, 199], [], [128])
+    data = dataclasses.replace(DATA, others=tuple(np.array(some, np.int64) for some in others))
+    assert data.fingerprint != DATA.fingerprint
+    assert data.num_response.tolist() == [2, 1, 18, 190, 1, 1]
+    expected = []
+    for row, first, some in zip(data.tokens, data.num_prompt.tolist(), others, strict=True):
+        ids = torch.asarray(row.astype(np.int64))
+        places = [place for place in range(first, len(row)) if place not in some]
+        with torch.no_grad():
+            of_token = torch.nn.functional.cross_entropy(
+                models[1](ids[None]).logits[0][:-1], ids[1:], reduction="none"
+            )
+        expected.append(of_token[[place - 1 for place in places]].numpy())
+    means = [losses.mean() for losses in expected]
+    np.testing.assert_allclose(response_losses(models[0], data), means, atol=1e-5)
+    unmasked = probe_responses(models[0], data, path=PathSpec(num_probes=1))
+    np.testing.assert_allclose(unmasked.losses[0], means, atol=1e-5)
+    for packing in (False, True):
+        settings = LoraConfig(batch_size=len(data), warmup_steps=0, packing=packing)
+        (epoch,) = finetune_lora(models[0], data, epochs=1, settings=settings).history
+        assert epoch["train_loss"] == pytest.approx(np.concatenate(expected).mean(), abs=1e-5)
+    cut = data.cut(np.array([4, 40, 30, 200, 3, 130]))
+    assert [counts.sum() for counts in map(cut.counts, range(6))] == [2, 1, 8, 190, 1, 1]
+
+
+def test_several_turns_have_no_loss_alone(models, tmp_path):
+    """So their scores are those without such a comparison."""
+    import transformers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+
+    words = {word: i for i, word in enumerate(["<unk>", "</s>", "u", "a", *"bcdefgh"])}
+    tokenizer = Tokenizer(kinds.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template="{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} "
+        "{% if m['role'][0] == 'a' %}</s> {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}a {% endif %}",
+    )
+    talk = [
+        {"role": role, "content": text}
+        for role, text in (("user", "b"), ("assistant", "c d"), ("user", "e"), ("assistant", "f"))
+    ]
+    for saved in (models[1], tokenizer):
+        saved.save_pretrained(tmp_path)
+    model = load_language_model(str(tmp_path), dtype="float32")
+    data = instructions([{"messages": talk}], tokenizer=tokenizer, turns="all")
+    tokens = tokenise(data, tokenizer, 100)
+    assert tokenizer.convert_ids_to_tokens(tokens.tokens[0]) == [
+        "u",
+        "b",
+        "a",
+        "c",
+        "d",
+        "</s>",
+        "u",
+        "e",
+        "a",
+        "f",
+        "</s>",
+    ]
+    assert tokens.counts(0).astype(int).tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1]
+    found = measure_responses(model, data, max_length=100)
+    assert (found.alone, found.after_prefix, found.num_tokens.tolist()) == (None, None, [5])
+    np.testing.assert_array_equal(found.losses, response_losses(model, tokens))
+    assert score(found, method="length").tolist() == [5]
+    for variant in ("published", "superfiltering", "cherry"):
+        with pytest.raises(ValueError, match="ifd: compares .*expected turns='last' or 'first'"):
+            score(found, method="ifd", variant=variant)
 
 
 def test_losses_under_every_probe_are_those_under_the_masks_of_torch(models):

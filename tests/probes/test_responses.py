@@ -136,19 +136,7 @@ def test_several_turns_have_no_loss_alone(models, tmp_path):
     model = load_language_model(str(tmp_path), dtype="float32")
     data = instructions([{"messages": talk}], tokenizer=tokenizer, turns="all")
     tokens = tokenise(data, tokenizer, 100)
-    assert tokenizer.convert_ids_to_tokens(tokens.tokens[0]) == [
-        "u",
-        "b",
-        "a",
-        "c",
-        "d",
-        "</s>",
-        "u",
-        "e",
-        "a",
-        "f",
-        "</s>",
-    ]
+    assert tokenizer.decode(tokens.tokens[0]) == "u b a c d </s> u e a f </s>"
     assert tokens.counts(0).astype(int).tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1]
     found = measure_responses(model, data, max_length=100)
     assert (found.alone, found.after_prefix, found.num_tokens.tolist()) == (None, None, [5])

@@ -4,9 +4,9 @@ python -m dlc_jax.main --config=configs/instructions.py --config.dataset.train=j
 
 Rows may be Alpaca's, Dolly's, GSM8K's, OpenOrca's, prompts with responses or completions, or
 conversations (`messages`, ShareGPT's `conversations`), which the model's own chat template writes;
---config.dataset.columns="prompt=question,response=answer" is for other names. Expected: runs/instructions/scores/easiest_hardest.md, and
-kept rows with all their fields in runs/instructions/exports/. Eight probes spread over the path
-stand for its fifty.
+--config.dataset.columns="prompt=question,response=answer" is for other names.
+Expected: runs/instructions/scores/easiest_hardest.md, and kept rows with all their fields in
+runs/instructions/exports/. Eight probes spread over the path stand for its fifty.
 """
 
 from ml_collections import ConfigDict

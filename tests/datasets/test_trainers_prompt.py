@@ -285,7 +285,7 @@ def test_what_is_written_for_trl_is_what_was_scored(tokenizer, tmp_path, layout,
 @pytest.mark.parametrize("name", ["dolly_hhrlhf_1000", "gsm8k_2473", "roleplay_1546"])
 def test_real_rows_are_trls(tokenizer, name):
     source = f"jsonl:{require_shared(f'instructions/{name}.jsonl')}"
-    rows = rows_of(source, 400)
+    rows = rows_of(source, 150)
     for layout in ("messages", "sharegpt"):
         data = instructions([IN_CHAT[layout](*row) for row in rows], tokenizer=tokenizer)
         expected = [{"prompt": [user(q)], "completion": [assistant(a)]} for q, a in rows]

@@ -244,6 +244,13 @@ class _Writer:
             options = {"tools": talk.tools, **talk.options, **options}
             return written(self.tokenizer, talk.messages, **options)
 
+    def _gives(self, text: str, talk: Conversation) -> bool:
+        """Whether another conversation has the same text; one that is refused has not."""
+        try:
+            return dataclasses.replace(self, conversation=talk)._text() == text
+        except expect.InputError:
+            return False
+
     def _span(self, whole: str, start: int, end: int) -> Span:
         """Returns where the messages start .. end - 1 are in the text, how they begin left out."""
         if not start:
@@ -315,10 +322,9 @@ class _Writer:
             numbers = learnt if field in _THOUGHTS else range(len(talk.messages))
             if any(not is_empty(talk.messages[i].get(field)) for i in numbers):
                 without = [{k: v for k, v in m.items() if k != field} for m in talk.messages]
-                other = dataclasses.replace(talk, messages=without)
-                if dataclasses.replace(self, conversation=other)._text() == whole:
+                if self._gives(whole, dataclasses.replace(talk, messages=without)):
                     raise Unfit(f"have messages with {field!r}, {_UNUSED}, or messages without it")
-        if talk.tools and self._text(tools=None) == whole:
+        if talk.tools and self._gives(whole, dataclasses.replace(talk, tools=None)):
             raise Unfit(f"have 'tools', {_UNUSED}, or no tools")
 
 

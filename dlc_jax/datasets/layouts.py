@@ -19,7 +19,8 @@ _CONTEXT = (
 )
 _TOOLS, _OPTIONS = "tools", "chat_template_kwargs"  # columns that any chat template takes
 _RESERVED = (  # arguments that say what is done with the text, and are no business of a row
-    *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("self", "tokenizer", "messages", "conversation", "conversations", "tools"),
+    *("documents", "chat_template", "add_generation_prompt", "tokenize"),
     *("continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length"),
     *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 )
@@ -202,7 +203,7 @@ def _message(value: Any, column: str) -> dict[str, Any]:
     message = {name: field for name, field in value.items() if field is not None}
     if "role" not in message and "from" in message:
         speaker = message.pop("from")
-        if speaker not in _SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise Unfit(
                 f"have a turn of {speaker!r} in column {column!r}; expected one of "
                 f"{', '.join(_SPEAKERS)}"
@@ -311,7 +312,7 @@ class Reading:
         if self.template is not None:
             expect.one_of(f"{where}template", self.template, TEMPLATES)
         expect.one_of(f"{where}turns", self.turns, TURNS)
-        if (self.template == TEXT) > bool(self.response_marker):
+        if self.response_marker == "" or (self.template == TEXT and not self.response_marker):
             raise expect.InputError(
                 f"{where}response_marker: missing; template {TEXT!r} needs what stands before the "
                 "response, such as '### Response:'."
@@ -321,10 +322,9 @@ class Reading:
                 f"{where}response_marker: is of the column {TEXT!r}; expected None with template "
                 f"{self.template!r}, got {self.response_marker!r}."
             )
-        pairs = [pair.split("=") for pair in (self.columns or "=").split(",")]
-        if self.columns is not None and (
-            not all(len(pair) == 2 and all(pair) for pair in pairs)
-            or any(len(set(names)) < len(pairs) for names in zip(*pairs, strict=True))
+        pairs = self._pairs
+        if any(len(pair) != 2 or not all(pair) for pair in pairs) or any(
+            len({*names}) < len(pairs) for names in zip(*pairs, strict=True)
         ):
             raise expect.InputError(
                 f"{where}columns: expected different names, such as "
@@ -334,10 +334,14 @@ class Reading:
             expect.one_of(f"{where}columns: name", name, _COLUMNS)
 
     @property
+    def _pairs(self) -> list[list[str]]:
+        given = [] if self.columns is None else self.columns.split(",")
+        return [pair.strip().split("=") for pair in given]
+
+    @property
     def own_names(self) -> dict[str, str]:
         """What a layout calls a column -> what the source does."""
-        pairs = (pair.partition("=") for pair in self.columns.split(",")) if self.columns else ()
-        return {name: own for name, _, own in pairs}
+        return {name: own for name, own in self._pairs}
 
     def renamed(self, rows: Rows) -> Rows:
         """Returns the rows with the names of layouts; ValueError for one without a column."""

@@ -284,6 +284,23 @@ def test_calls_in_messages_are_used_by_the_template_or_refused(tokenizer):
     assert "search" in instructions([row], tokenizer=other).prompts[0]
 
 
+def test_calls_without_content_that_the_template_needs_are_used(tokenizer):
+    """A message with neither is refused by a template; that shows that the calls are used."""
+    from copy import deepcopy
+
+    other = deepcopy(tokenizer)
+    other.chat_template = LLAMA.replace(
+        "message['content'] | trim",
+        "message['tool_calls'] | string if message['tool_calls'] else message['content'] + ''",
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    talk = [said("a")[0], call, {"role": "tool", "content": "b"}, *said("c", first="assistant")]
+    data = instructions([{"messages": talk}], tokenizer=other)
+    assert "[{'function': {'name': 'f'}}]" in data.prompts[0]
+    every = instructions([{"messages": talk}], tokenizer=other, turns="all")
+    assert every.responses[0].startswith("[{'function': {'name': 'f'}}]<|eot_id|>")
+
+
 def test_tools_that_the_template_leaves_out_are_refused(tokenizer):
     rows = [{"id": name, "messages": TALKS[0], "tools": [{"name": "search"}]} for name in "vw"]
     with pytest.raises(ValueError, match="2 have 'tools', which .* leaves out.*: v, w"):
@@ -301,6 +318,7 @@ PICTURE = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"u
         ({"tools": {"a": "b"}}, "1 have no list of objects, or JSON of one, in column 'tools'"),
         ({"chat_template_kwargs": "a"}, "1 have no object in column 'chat_template_kwargs'"),
         ({"chat_template_kwargs": {"tokenize": True}}, "1 have tokenize in column 'chat_templ"),
+        ({"chat_template_kwargs": {"messages": []}}, "1 have messages in column 'chat_templ"),
         ({"chat_template_kwargs": {"chat_template": "a"}}, "1 have chat_template in column"),
         ({"messages": BAD}, "1 have a message of weight 0.5 in column 'messages'; expected 0 or 1"),
         ({"messages": said(PICTURE, "b")}, "1 have content of type 'image_url' in column 'mess"),
@@ -326,6 +344,7 @@ def test_what_a_conversation_cannot_hold_is_refused_by_name(tokenizer, row, says
     [
         ([{"from": "human", "value": "a"}, {"from": "alien", "value": "b"}], "turn of 'alien' in"),
         ([{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}], "turn of 'fu"),
+        ([{"from": [1], "value": "a"}, {"from": "gpt", "value": "b"}], r"turn of \[1\] in"),
         ([{"from": "human", "value": "a"}, {"from": "gpt"}], "have no two or more"),
         ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "another role than"),
         ([{"from": "gpt", "value": "a"}], "have no two or more"),

@@ -297,7 +297,7 @@ def test_columns_are_called_by_the_names_of_layouts():
     data = instructions(rows, columns="prompt=q,response=a,id=uid")
     assert (data.prompts, data.responses) == (("Name a river.",), ("The Nile.",))
     assert (data.ids.tolist(), data.rows, data.layout) == (["x"], tuple(rows), "prompt")
-    named = instructions(rows, columns="instruction=q,output=a")
+    named = instructions(rows, columns="instruction=q, output=a")
     assert named.prompts == instructions([PLAIN]).prompts
     # a name that is used otherwise is not read, and tools of another name are found
     taken = [{"prompt": "Name a river.", "response": "a", "tools": ["x"]}]
@@ -352,6 +352,8 @@ def test_texts_whose_response_cannot_be_told_are_refused(text, says):
 def test_a_marker_goes_with_a_column_of_text():
     with pytest.raises(ValueError, match="response_marker: missing; template 'text' needs"):
         instructions([{"text": "a"}], "text")
+    with pytest.raises(ValueError, match="response_marker: missing"):
+        instructions([{"text": "a"}], response_marker="")
     with pytest.raises(ValueError, match="response_marker: is of the column 'text'"):
         instructions([PLAIN], "alpaca", response_marker="A:")
     with pytest.raises(ValueError, match="turns: unknown value 'final'"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import re
 import resource
 import signal
@@ -55,18 +56,21 @@ class Conversation:
             i for i in numbers if self.messages[i]["role"] == "assistant" and i not in self.silent
         ]
 
-    def as_row(self) -> dict[str, Any]:
-        """Returns it with the columns that trainers read, as in TRL."""
+    def as_row(self, *, with_completion: bool) -> dict[str, Any]:
+        """Returns it with the columns that trainers read, as in TRL.
+
+        Args:
+          with_completion: Whether the completion has a column of its own.
+        """
         messages = [
             {**message, "weight": 0} if i in self.silent else message
             for i, message in enumerate(self.messages)
         ]
-        row = {"messages": messages, "tools": self.tools, "chat_template_kwargs": self.options}
-        if self.completion is not None:
-            del row["messages"]
-            row["prompt"] = messages[: self.completion]
-            row["completion"] = messages[self.completion :]
-        return {name: value for name, value in row.items() if value}
+        others = {"tools": self.tools, "chat_template_kwargs": dict(self.options)}
+        if not with_completion:
+            return {"messages": messages, **others}
+        start = self.completion
+        return {"prompt": messages[:start], "completion": messages[start:], **others}
 
     def upto(self, end: int) -> Conversation:
         """Returns the first `end` messages."""
@@ -86,8 +90,9 @@ class Conversation:
         answers = self.answers
         if not answers:
             raise Unfit("have no turn of the assistant, or none but of weight 0")
-        if turns == "last" and self.completion is not None and not self.silent:
-            return self, [(self.completion, len(self.messages))]
+        start, end = self.completion, len(self.messages)
+        if turns == "last" and start is not None and self.silent.isdisjoint(range(start, end)):
+            return self, [(start, end)]
         chosen = {"last": answers[-1:], "first": answers[:1], "all": answers}[turns]
         return self.upto(chosen[-1] + 1), [(i, i + 1) for i in chosen]
 
@@ -139,7 +144,16 @@ def _stop(*_: object) -> NoReturn:
 
 _LONGEST_TEMPLATE = 2**20  # characters that are not of the conversation
 # Fields of a message besides role and content that a template may know or not.
-_FIELDS = ("tool_calls", "function_call", "tools", "documents", "images", "videos", "audios")
+_FIELDS = (
+    "tool_calls",
+    "function_call",
+    "tools",
+    "documents",
+    "images",
+    "videos",
+    "audios",
+    "audio",
+)
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # templates leave out earlier ones
 _MARKS = re.compile(r"\{%-?\s*generation\b")
 
@@ -275,8 +289,7 @@ class _Writer:
     def _holds(self, text: str, start: int, end: int) -> bool:
         """Whether these messages are in the text, blanks aside, which templates trim."""
         said = (message.get("content", "") for message in self.conversation.messages[start:end])
-        bare = "".join(text.split())
-        return all("".join(part.split()) in bare for part in said)
+        return all(_bare(part) in _bare(text) for part in said)
 
     def _first_difference(self, other: str, whole: str) -> int:
         """Returns where the first token of `whole` begins that the other text does not share."""
@@ -318,6 +331,16 @@ class _Writer:
         """Raises `Unfit` for a field of the messages, or tools, that the text does not need."""
         talk = self.conversation
         learnt = {i for start, end in parts for i in range(start, end)}
+        bare = _bare(whole)
+        for message in talk.messages:
+            # of thoughts in earlier turns, which templates leave out, what follows counts
+            said = message.get("content", "").rpartition("</think>")[2]
+            quoted = json.dumps(said, ensure_ascii=False)[1:-1]  # as some write what tools return
+            if not any(_bare(text) in bare for text in (said, quoted)):
+                raise Unfit(
+                    f"have a message of {message['role']!r} of which the tokenizer's chat template "
+                    "leaves out a part; expected a template that writes all of it"
+                )
         for field in (*_FIELDS, *_THOUGHTS):
             numbers = learnt if field in _THOUGHTS else range(len(talk.messages))
             if any(not is_empty(talk.messages[i].get(field)) for i in numbers):
@@ -331,6 +354,10 @@ class _Writer:
 _OTHERWISE = "are written otherwise by the tokenizer's chat template"
 _CANNOT = "so that prompt and response cannot be told apart"
 _UNUSED = "which the tokenizer's chat template leaves out; expected one that uses it"
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())
 
 
 def _num_shared(a: Sequence[Any], b: Sequence[Any]) -> int:

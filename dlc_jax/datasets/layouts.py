@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from dlc_jax import expect
 from dlc_jax.datasets.chat import TURNS, Conversation, Messages, Rendered, render
-from dlc_jax.datasets.rows import Row, Rows, Unfit, is_empty
+from dlc_jax.datasets.rows import Row, Rows, Unfit, is_empty, on_one_line
 
 CHAT = "chat"  # the tokenizer's own template, around any of the layouts
 # Columns of what a model is to see besides the prompt, as common formats call them.
 _CONTEXT = (
-    *("system", "system_prompt", "history", "context", "documents"),
-    *("tools", "functions", "image", "images", "videos", "audios"),
+    *("input", "context", "system", "system_prompt", "system_message", "history", "documents"),
+    *("tools", "functions", "image", "images", "video", "videos", "audio", "audios"),
 )
 _TOOLS, _OPTIONS = "tools", "chat_template_kwargs"  # columns that any chat template takes
 _RESERVED = (  # arguments that say what is done with the text, and are no business of a row
@@ -309,6 +309,9 @@ class Reading:
         Args:
           where: Before names in messages: `dataset.` for a configuration's.
         """
+        for name in ("columns", "response_marker"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise expect.InputError(f"{where}{name}: expected text or None, got {value!r}.")
         if self.template is not None:
             expect.one_of(f"{where}template", self.template, TEMPLATES)
         expect.one_of(f"{where}turns", self.turns, TURNS)
@@ -354,7 +357,9 @@ class Reading:
             others = {name: value for name, value in row.items() if name not in away}
             return others | {name: row[own] for name, own in names.items()}
 
-        return Rows([*map(row_of, rows.rows)], rows.name) if names else rows
+        if not names:
+            return rows
+        return Rows([*map(row_of, rows.rows)], f"{rows.name} (columns {self.columns})")
 
     def layout_of(self, rows: Rows) -> tuple[str, RowLayout]:
         """Returns the one layout whose columns the first row has; ValueError if it is not one."""
@@ -370,7 +375,7 @@ class Reading:
         texts = [name for name, value in first.items() if isinstance(value, str) and name != "id"]
         prompt, response = (*texts, "<column>", "<column>")[:2]
         raise expect.InputError(
-            f"{rows.name}: columns {expect.listed(first)} fit "
+            f"{rows.name}: columns {expect.listed(map(on_one_line, first))} fit "
             f"{' and '.join(fitting) or 'no template'}; expected those of one ({known}), "
             "--config.dataset.template=<name>, which says which, or the columns by name, such as "
             f'--config.dataset.columns="prompt={prompt},response={response}".'
@@ -384,7 +389,7 @@ def _with_tools(pair: tuple[RowSample, Row]) -> Conversation:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             tools = [tools]
     if not is_empty(tools) and not (
         isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
@@ -396,9 +401,10 @@ def _with_tools(pair: tuple[RowSample, Row]) -> Conversation:
         raise Unfit(
             f"have {expect.listed(sorted(taken))} in column {_OPTIONS!r}, not of a template"
         )
-    return dataclasses.replace(
-        sample.conversation, tools=None if is_empty(tools) else tools, options=dict(options or {})
-    )
+    # a table gives every row all options that one of them has
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    tools = None if is_empty(tools) else tools
+    return dataclasses.replace(sample.conversation, tools=tools, options=given)
 
 
 class Read(NamedTuple):
@@ -433,6 +439,11 @@ def read_rows(rows: Rows, reading: Reading, tokenizer: Any) -> Read:
     has_no_text = [sample.texts is None for sample in samples]
     as_chat = reading.template == CHAT or (layout.may_be_chat and all(has_no_text))
     used = {*layout.columns, *layout.optional, *((_TOOLS, _OPTIONS) if as_chat else ())}
+    if unused := {*reading.own_names} - used - {"id"}:
+        raise expect.InputError(
+            f"{rows.name}: template {CHAT if as_chat else name!r} has no column "
+            f"{expect.listed(sorted(unused))}; expected names of {expect.listed(sorted(used))}."
+        )
     for column in sorted({name for row in rows.rows for name in row} - used):
         if column.lower() in _CONTEXT:
             rows.refuse(

@@ -32,7 +32,8 @@ class Rows:
     @functools.cached_property
     def places(self) -> list[str]:
         """What messages call each row: its `id`, or its number counted from 1."""
-        return [str(row["id"]) if "id" in row else f"row {i}" for i, row in enumerate(self.rows, 1)]
+        ids = (on_one_line(row.get("id", "")) for row in self.rows)
+        return [name if name not in ("", "None") else f"row {i}" for i, name in enumerate(ids, 1)]
 
     def refuse(self, is_bad: Iterable[bool], problem: str) -> None:
         """Raises ValueError, naming the rows, if there are any for which `is_bad` holds."""
@@ -57,6 +58,11 @@ class Rows:
         if first := next(filter(None, problems), None):
             self.refuse((problem == first for problem in problems), first)
         return found
+
+
+def on_one_line(value: Any) -> str:
+    """Returns a value as it stands in a message."""
+    return "\\n".join(str(value).splitlines())
 
 
 def is_empty(value: Any) -> bool:

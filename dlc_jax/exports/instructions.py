@@ -47,7 +47,12 @@ def check_trl_holds(data: Instructions) -> None:
 
 def _trl_rows(data: Instructions) -> Iterable[Mapping[str, Any]]:
     if data.conversations is not None:
-        return [conversation.as_row() for conversation in data.conversations]
+        talks = data.conversations
+        # one form for all rows; columns that none needs are left out
+        apart = all(talk.completion is not None for talk in talks)
+        rows = [talk.as_row(with_completion=apart) for talk in talks]
+        needed = {name for row in rows for name, value in row.items() if value}
+        return [{name: row[name] for name in row if name in needed} for row in rows]
     pairs = zip(data.prompts, data.responses, strict=True)
     return [{"prompt": prompt, "completion": response} for prompt, response in pairs]
 

@@ -82,7 +82,8 @@ def agree_on_instructions(data: Instructions) -> None:
     """Raises ValueError unless all processes see the same rows, texts and ids."""
 
     def row(position: int) -> str:
-        texts = [data.prompts[position], data.responses[position]]
+        others = None if data.others is None else data.others[position]
+        texts = [data.prompts[position], data.responses[position], str(others)]
         fields = json.dumps(data.rows[position], sort_keys=True, default=str)
         return "\0".join([str(data.ids[position]), *texts, fields])
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
+from dlc_jax.exports.instructions import write_trl
 from dlc_jax.preprocess.tokens import tokenise
 
 # written for these tests, with what matters of the real ones
@@ -422,3 +423,60 @@ def test_greetings_are_no_responses(tokenizer):
     for turns in ("first", "all"):
         with pytest.raises(ValueError, match="1 begin with a response.*: row 1"):
             instructions([{"messages": talk}], tokenizer=tokenizer, turns=turns)
+
+
+def test_messages_of_which_a_template_writes_nothing_are_refused(tokenizer):
+    from copy import deepcopy
+
+    other = deepcopy(tokenizer)
+    other.chat_template = (
+        "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}{{ m['content'] }}|"
+        "{% elif m['role'] == 'tool' %}{{ m['content'] | tojson }}|{% endif %}{% endfor %}"
+    )
+    talk = said("Find.", "I did.")
+    for role in ("developer", "system", "function"):
+        lost = [{"role": role, "content": "Be brief."}, *talk]
+        with pytest.raises(ValueError, match=f"1 have a message of '{role}' of which .*: row 1"):
+            instructions([{"messages": lost}], tokenizer=other)
+    tool = {"role": "tool", "content": 'the "Nile"\n'}
+    found = instructions([{"messages": [talk[0], tool, talk[1]]}], tokenizer=other)
+    assert found.prompts == ('Find.|"the \\"Nile\\"\\n"|',)
+
+
+def test_weights_in_a_prompt_change_nothing(tokenizer):
+    talk = said("a", "b", "c", "d")
+    row = {"prompt": talk[:3], "completion": talk[3:] + said("e", "f")}
+    silent = {**row, "prompt": [talk[0], {**talk[1], "weight": 0}, talk[2]]}
+    found, other = (instructions([some], tokenizer=tokenizer) for some in (row, silent))
+    assert (found.prompts, found.responses) == (other.prompts, other.responses)
+    assert "d" in found.responses[0]
+    assert "f" in found.responses[0]
+
+
+def test_options_that_a_table_fills_up_are_none(tokenizer, tmp_path):
+    from copy import deepcopy
+
+    other = deepcopy(tokenizer)
+    other.chat_template += "{% set t = enable_thinking | default(true) %}{{ t }}"
+    rows = [
+        {"messages": TALKS[0], "chat_template_kwargs": options}
+        for options in ({"enable_thinking": False}, {"other": "x"})
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = dlc.load_instructions(f"parquet:{tmp_path}/rows.parquet", tokenizer=other)
+    expected = instructions(rows, tokenizer=other)
+    assert (found.prompts, found.responses) == (expected.prompts, expected.responses)
+    assert found.responses[0].endswith("False")
+    assert found.responses[1].endswith("True")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_trainers_get_one_form_for_all_rows(tokenizer, tmp_path, reverse):
+    rows = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": said("c"), "completion": said("d", first="assistant")},
+    ]
+    data = instructions(rows[::-1] if reverse else rows, "chat", tokenizer=tokenizer)
+    write_trl(data, tmp_path / "rows.jsonl")
+    again = dlc.load_instructions(f"jsonl:{tmp_path}/rows.jsonl", tokenizer=tokenizer)
+    assert (again.prompts, again.responses) == (data.prompts, data.responses)

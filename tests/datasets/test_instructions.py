@@ -323,6 +323,28 @@ def test_columns_that_are_no_list_of_names_are_refused(columns, says):
         instructions(rows, columns=columns)
 
 
+@pytest.mark.parametrize("row", [WRAPPED, {"question": "a", "answer": "b"}])
+def test_an_input_that_a_layout_has_no_place_for_is_refused(row):
+    with pytest.raises(ValueError, match="1 have 'input', which template .*: row 1"):
+        instructions([{**row, "input": "Bonjour"}])
+
+
+def test_columns_that_a_layout_does_not_read_are_refused():
+    rows = [{"q": "a", "r": "b", "inp": "c"}]
+    with pytest.raises(ValueError, match="template 'prompt' has no column input; expected names"):
+        instructions(rows, columns="prompt=q,response=r,input=inp")
+    with pytest.raises(ValueError, match=r"columns: expected text or None, got 5"):
+        instructions(rows, columns=5)
+
+
+def test_rows_are_named_on_one_line():
+    for name, place in (("x\ny", r"x\\ny"), ("", "row 1"), (None, "row 1")):
+        with pytest.raises(ValueError, match=f"empty response: {place}.$"):
+            instructions([{"id": name, **PLAIN, "output": ""}])
+    with pytest.raises(ValueError, match=r"^rows \(columns prompt=q,response=r\): 1 have no text"):
+        instructions([{"q": None, "r": "x"}], columns="prompt=q,response=r")
+
+
 def test_unknown_columns_are_answered_with_a_line_to_paste():
     rows = [{"id": "1", "topic": 3, "query": "Name a river.", "reply": "The Nile."}]
     with pytest.raises(ValueError, match="columns id, topic, query, reply fit no") as refused:

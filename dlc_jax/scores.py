@@ -214,8 +214,8 @@ def ifd(of: ResponseLosses, variant: str = "published") -> Float32[np.ndarray, "
     """
     if of.alone is None:
         raise expect.InputError(
-            "ifd: compares a response with the same one alone, which those of several turns do not "
-            "have; expected turns='last' or 'first'."
+            "ifd: compares responses with the same ones alone, which there are not where some have "
+            "several turns; expected dataset.turns last or first."
         )
     if variant == "superfiltering":
         return np.exp(of.losses - of.alone)

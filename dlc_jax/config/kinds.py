@@ -50,7 +50,12 @@ _KINDS = (
         needs_test=True,
         measures=frozenset({"losses", "encoder", "training"}),
         forms={**EXPORTS, RELEASED: None},
-        only={"mesh.fsdp": (1, "spreads the weights of a language model")},
+        only={
+            "mesh.fsdp": (1, "spreads the weights of a language model"),
+            "dataset.columns": (None, "images have image_column and label_column"),
+            "dataset.turns": ("last", "images have no turns"),
+            "dataset.response_marker": (None, "images have no responses"),
+        },
     ),
     DataKind(
         name="instructions",

@@ -236,13 +236,16 @@ class _Writer:
                 spans = [(max(start, begin), end) for start, end in spans]
         else:
             spans = [self._span(whole, *part) for part in parts]
-        if len(spans) == len(parts):
-            for (start, end), part in zip(spans, parts, strict=True):
-                if start >= end or not self._holds(whole[start:end], *part):
-                    raise Unfit(
-                        "have a response of which the tokenizer's chat template leaves out a part, "
-                        "such as its thoughts; expected one that writes all of it"
-                    )
+        texts = [whole[start:end] for start, end in spans]
+        if len(texts) != len(parts):  # marks that are several of a turn, or one of several
+            texts = ["".join(texts)] * len(parts)
+        if not all(
+            text and self._holds(text, *part) for text, part in zip(texts, parts, strict=True)
+        ):
+            raise Unfit(
+                "have a response of which the tokenizer's chat template leaves out a part, such as "
+                "its thoughts; expected one that writes all of it"
+            )
         begin, (*starts, end) = spans[0][0], [*(start for start, _ in spans[1:]), len(whole)]
         between = zip((end for _, end in spans), [*starts, end], strict=True)
         others = tuple((a - begin, b - begin) for a, b in between if a < b)

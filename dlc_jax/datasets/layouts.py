@@ -14,7 +14,16 @@ from dlc_jax.datasets.rows import Row, Rows, Unfit, is_empty, on_one_line
 CHAT = "chat"  # the tokenizer's own template, around any of the layouts
 # Columns of what a model is to see besides the prompt, as common formats call them.
 _CONTEXT = (
-    *("input", "context", "system", "system_prompt", "system_message", "history", "documents"),
+    *(
+        "input",
+        "context",
+        "system",
+        "system_prompt",
+        "system_message",
+        "history",
+        "documents",
+        "choices",
+    ),
     *("tools", "functions", "image", "images", "video", "videos", "audio", "audios"),
 )
 _TOOLS, _OPTIONS = "tools", "chat_template_kwargs"  # columns that any chat template takes
@@ -347,15 +356,22 @@ class Reading:
         return {name: own for name, own in self._pairs}
 
     def renamed(self, rows: Rows) -> Rows:
-        """Returns the rows with the names of layouts; ValueError for one without a column."""
+        """Returns the rows with the names of layouts; ValueError for a column that none has."""
         names = self.own_names
         for own in names.values():
-            rows.refuse((own not in row for row in rows.rows), f"have no column {own!r}")
+            if not any(own in row for row in rows.rows):
+                found = expect.listed(dict.fromkeys(c for row in rows.rows for c in row))
+                raise expect.InputError(f"{rows.name}: no row has column {own!r}; found {found}.")
+        for name in sorted({*names} & {*_CONTEXT} - {*names.values()}):
+            rows.refuse(
+                (not is_empty(row.get(name)) for row in rows.rows),
+                f"have {name!r}, in the place of which {names[name]!r} is read; expected it empty",
+            )
         away = {*names, *names.values()}
 
         def row_of(row: Row) -> Row:
             others = {name: value for name, value in row.items() if name not in away}
-            return others | {name: row[own] for name, own in names.items()}
+            return others | {name: row[own] for name, own in names.items() if own in row}
 
         if not names:
             return rows
@@ -368,6 +384,8 @@ class Reading:
         if self.template not in (None, CHAT):
             return self.template, LAYOUTS[self.template]
         first = rows.rows[0]
+        if self.template == CHAT and "messages" in first:
+            return "messages", LAYOUTS["messages"]
         fitting = [name for name, kind in LAYOUTS.items() if all(c in first for c in kind.columns)]
         if len(fitting) == 1:
             return fitting[0], LAYOUTS[fitting[0]]

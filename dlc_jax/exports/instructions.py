@@ -29,10 +29,11 @@ def check_jsonl_holds(data: Instructions) -> None:
 
 
 def write_trl(data: Instructions, path: Path) -> None:
-    """Writes a line per sample as trainers read it, with what was scored.
+    """Writes a line per sample as trainers read it, up to its last response.
 
-    `messages`, with `tools` and `chat_template_kwargs` where a sample has them, or a `prompt` and
-    a `completion` of text: TRL's forms, which Axolotl and LLaMA-Factory read too.
+    `messages`, of which all turns are there whichever were scored, with `tools` and
+    `chat_template_kwargs` where a sample has them, or a `prompt` and a `completion` of text: TRL's
+    forms, which Axolotl and LLaMA-Factory read too.
 
     Raises:
       ValueError: naming row and column, for what JSON has no form of.

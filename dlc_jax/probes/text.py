@@ -115,10 +115,11 @@ def measure_responses(
         tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
     kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
     model.check_tokens(tokens.named)
-    losses = measured(tokens)
     if tokens.others is not None:
         none = {"alone": None, "after_prefix": None}
-        return ResponseLosses(losses, num_tokens=tokens.num_response, ids=tokens.ids, **none)
+        return ResponseLosses(
+            measured(tokens), num_tokens=tokens.num_response, ids=tokens.ids, **none
+        )
     # texts that hold their special tokens take the begin of sequence with them
     begin = (model.tokenizer.bos_token or "") if kept.has_special_tokens else ""
     bare = kept.without_prompts(begin)
@@ -128,7 +129,7 @@ def measure_responses(
     longest = max_length + max(map(len, prompts))  # a token has a character or more
     after_prefix = _cut_like(tokens, tokenise(prefixed, model.tokenizer, longest))
     return ResponseLosses(
-        losses=losses,
+        losses=measured(tokens),
         alone=measured(alone),
         num_tokens=tokens.num_response,
         ids=tokens.ids,

@@ -443,6 +443,22 @@ def test_messages_of_which_a_template_writes_nothing_are_refused(tokenizer):
     assert found.prompts == ('Find.|"the \\"Nile\\"\\n"|',)
 
 
+def test_answers_that_marks_leave_out_are_refused(tokenizer):
+    """A template that marks its last turn alone would have the others not learnt."""
+    from copy import deepcopy
+
+    other = deepcopy(tokenizer)
+    other.chat_template = (
+        "{% for m in messages %}{% if loop.last %}{% generation %}{{ m['content'] }}|"
+        "{% endgeneration %}{% else %}{{ m['content'] }}|{% endif %}{% endfor %}"
+    )
+    talk = said("a", "bb", "c", "dd")
+    with pytest.raises(ValueError, match="1 have a response of which .*: row 1"):
+        instructions([{"messages": talk}], tokenizer=other, turns="all")
+    found = instructions([{"messages": talk[:2]}], tokenizer=other, turns="all")
+    assert (found.prompts, found.responses) == (("a|",), ("bb|",))
+
+
 def test_weights_in_a_prompt_change_nothing(tokenizer):
     talk = said("a", "b", "c", "d")
     row = {"prompt": talk[:3], "completion": talk[3:] + said("e", "f")}

@@ -308,7 +308,8 @@ def test_columns_are_called_by_the_names_of_layouts():
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ("prompt=q,response=b", "1 have no column 'b': row 2"),
+        ("prompt=q,response=b", "1 have no text in column 'response': row 2"),
+        ("prompt=q,response=c", "no row has column 'c'; found q, a, b"),
         ("prompt=q,response=q", "columns: expected different names, such as 'prompt=question,"),
         ("prompt=q,prompt=a", "expected different names"),
         ("prompt", "expected different names"),
@@ -327,6 +328,13 @@ def test_columns_that_are_no_list_of_names_are_refused(columns, says):
 def test_an_input_that_a_layout_has_no_place_for_is_refused(row):
     with pytest.raises(ValueError, match="1 have 'input', which template .*: row 1"):
         instructions([{**row, "input": "Bonjour"}])
+
+
+def test_a_column_in_the_place_of_one_that_is_filled_is_refused():
+    rows = [{**PLAIN, "bg": "Egypt"}, {**WITH_INPUT, "bg": "Rhine"}, PLAIN]
+    assert "Egypt" in instructions(rows[:1] + rows[2:], columns="input=bg").prompts[0]
+    with pytest.raises(ValueError, match="1 have 'input', in the place of which 'bg' .*: row 2"):
+        instructions(rows, columns="input=bg")
 
 
 def test_columns_that_a_layout_does_not_read_are_refused():

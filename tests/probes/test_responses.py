@@ -143,7 +143,9 @@ def test_several_turns_have_no_loss_alone(models, tmp_path):
     np.testing.assert_array_equal(found.losses, response_losses(model, tokens))
     assert score(found, method="length").tolist() == [5]
     for variant in ("published", "superfiltering", "cherry"):
-        with pytest.raises(ValueError, match="ifd: compares .*expected turns='last' or 'first'"):
+        with pytest.raises(
+            ValueError, match="ifd: compares .*expected dataset.turns last or first"
+        ):
             score(found, method="ifd", variant=variant)
 
 

@@ -164,12 +164,10 @@ def _other_scores(
     return scores
 
 
-def _read(config: Config, say: Callable[[str], None], source: str) -> Instructions:
+def _read(config: Config, source: str) -> Instructions:
     tokenizer = functools.partial(language_model.load_tokenizer, config.encoder.weights)
     how = config.dataset.instructions
-    data = load_instructions(source, config.dataset.template, tokenizer=tokenizer, **how)
-    say(f"data: {data.summary}")
-    return data
+    return load_instructions(source, config.dataset.template, tokenizer=tokenizer, **how)
 
 
 class InstructionTask:
@@ -187,7 +185,7 @@ class InstructionTask:
     def __init__(self, config: Config, say: Callable[[str], None]):
         self._config, self._say = config, say
         # no bound method: in a circle of references the model would outlive the task
-        self._sources = Sources(functools.partial(_read, config, say), agree_on_instructions)
+        self._sources = Sources(functools.partial(_read, config), agree_on_instructions)
         self.load = self._sources.load
         self._door_is_shown = False
 
@@ -247,6 +245,7 @@ class InstructionTask:
     def score(self, workspace: Workspace) -> Config:
         config = self._config
         data, mesh = self.load(config.dataset.train), config.mesh.make()
+        workspace.say(f"data: {data.summary}")
         model = self._model_in(config.probe.dtype, Team.of(mesh).mesh)
         _ = model.fingerprint  # of all processes, where they share the weights
         if not workspace.ensure(ResponsesStep(config, data, model, mesh, workspace.say)):
@@ -274,6 +273,8 @@ class InstructionTask:
     def training(self, workspace: Workspace) -> Training:
         config = self._config
         data, model = self.load(config.dataset.train), self.model
+        if "score" not in config.stages:  # which has said it
+            self._say(f"data: {data.summary}")
         max_length = model.max_length(config.encoder.max_length)
         fingerprint = model.fingerprint  # of all processes, where they share the weights
         scored = scored_encoder(workspace.root, fingerprint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -69,13 +68,12 @@ class DatasetConfig:
         expect.one_of("dataset.on_corrupt", self.on_corrupt, ON_CORRUPT)
         if self.deep_images is not None:
             expect.one_of("dataset.deep_images", self.deep_images, DEEP_IMAGES)
-        Reading(self.template, **self.instructions).check("dataset.")
+        self.reading.check("dataset.")
 
     @property
-    def instructions(self) -> dict[str, Any]:
-        """How instructions are read, besides their template; see `load_instructions`."""
-        names = ("columns", "turns", "response_marker")
-        return {name: getattr(self, name) for name in names}
+    def reading(self) -> Reading:
+        """How rows of instructions are read."""
+        return Reading(self.template, self.columns, self.turns, self.response_marker)
 
     def load(self, source: str) -> Dataset:
         """Returns a data set of images, read as these settings say; see `load_dataset`."""

@@ -1,7 +1,7 @@
 """Conversations written out by a tokenizer's own chat template, and where the responses are.
 
-A template is a program of its own, which may write a turn otherwise once another follows it; what
-it writes for the conversation up to a turn is compared with what it writes for all of it.
+A template is a program of its own, and may write a turn in another way once a later one follows.
+So a response is looked for by comparing two texts: of the conversation up to it, and of all of it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ class Conversation:
 
     Attributes:
       messages: Each with a `role`, and a `content` of text unless it calls tools.
-      completion: Number of the messages before those that the row itself calls the completion;
-        None: it does not say so.
-      silent: Numbers of the messages that are not to be learnt, by their `weight` of 0.
+      completion: Position of the first message of the row's own completion; None: it has none.
+      silent: Positions of messages that are not trained on: their `weight` is 0.
       tools: As the template takes them; None: none.
       options: Further arguments of the template, such as `enable_thinking`.
     """
@@ -49,7 +48,7 @@ class Conversation:
 
     @property
     def answers(self) -> list[int]:
-        """Numbers of the assistant's messages that may be learnt, ascending."""
+        """Positions of the assistant's messages that may be trained on, ascending."""
         start = self.completion or 0
         numbers = range(start, len(self.messages))
         return [
@@ -78,7 +77,7 @@ class Conversation:
         return dataclasses.replace(self, messages=self.messages[:end], silent=silent)
 
     def of_turns(self, turns: str) -> tuple[Conversation, list[Span]]:
-        """Returns the messages up to the last response, and the numbers of each response's.
+        """Returns the messages up to the last response, and which of them each response is.
 
         What follows the last response does not change how well a causal model predicts it.
 
@@ -103,12 +102,14 @@ class Rendered(NamedTuple):
     Attributes:
       prompt: All before the first response, and how a response is begun.
       response: From there to the end of the last response, and what the template puts behind it.
-      others: Parts of `response` that are no response, but what others say in between.
+      others: Parts of `response` that are not the assistant's, between two of its turns.
+      conversation: Messages up to the last response; None: the text is of no chat template.
     """
 
     prompt: str
     response: str
     others: tuple[Span, ...] = ()
+    conversation: Conversation | None = None
 
 
 _SECONDS, _BYTES = 10.0, 2**29
@@ -145,14 +146,8 @@ def _stop(*_: object) -> NoReturn:
 _LONGEST_TEMPLATE = 2**20  # characters that are not of the conversation
 # Fields of a message besides role and content that a template may know or not.
 _FIELDS = (
-    "tool_calls",
-    "function_call",
-    "tools",
-    "documents",
-    "images",
-    "videos",
-    "audios",
-    "audio",
+    *("tool_calls", "function_call", "tools", "documents"),
+    *("images", "videos", "audio", "audios"),
 )
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # templates leave out earlier ones
 _MARKS = re.compile(r"\{%-?\s*generation\b")
@@ -249,7 +244,7 @@ class _Writer:
         begin, (*starts, end) = spans[0][0], [*(start for start, _ in spans[1:]), len(whole)]
         between = zip((end for _, end in spans), [*starts, end], strict=True)
         others = tuple((a - begin, b - begin) for a, b in between if a < b)
-        return Rendered(whole[:begin], whole[begin:], others)
+        return Rendered(whole[:begin], whole[begin:], others, self.conversation)
 
     def _text(self, end: int | None = None, **options: Any) -> str:
         """Returns the first `end` messages in text; none are nothing."""
@@ -292,7 +287,8 @@ class _Writer:
     def _holds(self, text: str, start: int, end: int) -> bool:
         """Whether these messages are in the text, blanks aside, which templates trim."""
         said = (message.get("content", "") for message in self.conversation.messages[start:end])
-        return all(_bare(part) in _bare(text) for part in said)
+        bare = _bare(text)
+        return all(_bare(part) in bare for part in said)
 
     def _first_difference(self, other: str, whole: str) -> int:
         """Returns where the first token of `whole` begins that the other text does not share."""

@@ -33,9 +33,9 @@ class Instructions:
       has_special_tokens: Whether begin and end of sequence are in the texts, as a chat template
         puts them there; otherwise the tokenizer adds them.
       layout: Name of the rows' layout, such as `alpaca`; see `load_instructions`.
-      others: [n] what is no response in each of `responses`, as (start, end) in characters: what
-        others say between the turns of the assistant. None: nothing.
-      conversations: [n] what a chat template wrote; None: there was none.
+      others: [n] parts of `responses` that are not the assistant's, between two of its turns, as
+        (start, end) in characters; None: there are none.
+      conversations: [n] what a chat template wrote, up to the last response; None: text is read.
     """
 
     prompts: tuple[str, ...] = dataclasses.field(repr=False)
@@ -54,8 +54,8 @@ class Instructions:
     @property
     def summary(self) -> str:
         """How the rows were read, in one line."""
-        by = "the tokenizer's chat template" if self.has_special_tokens else "text"
-        return f"{self.name}: {len(self)} rows of layout {self.layout!r}, read as {by}"
+        how = "in the tokenizer's chat template" if self.has_special_tokens else "as text"
+        return f"{self.name}: {len(self)} rows of layout {self.layout!r}, read {how}"
 
     def subset(self, positions: Int64[np.ndarray, " k"]) -> Instructions:
         """Returns the samples at these positions."""
@@ -153,12 +153,13 @@ def load_instructions(
     if not separator:
         raise expect.InputError(f"{source!r}: expected <scheme>:<file>, such as jsonl:train.jsonl.")
     expect.one_of(f"scheme of {source!r}", scheme, ROW_SOURCES)
-    how: dict[str, Any] = {"columns": columns, "turns": turns, "response_marker": response_marker}
-    Reading(template, **how).check()  # before anything is read
+    reading = Reading(template, columns, turns, response_marker)
+    reading.check()  # before anything is read
     rows = ROW_SOURCES[scheme](where)
     if not rows:
         raise expect.InputError(f"{source}: has no rows.")
-    return instructions(rows, template, source, tokenizer=tokenizer, **how)
+    how = dataclasses.asdict(reading)
+    return instructions(rows, name=source, tokenizer=tokenizer, **how)
 
 
 def instructions(
@@ -178,15 +179,16 @@ def instructions(
     ids = [str(i) for i in given]
     if None in given or len(set(ids)) < len(ids):
         ids = content_ids(map(str.encode, found.identities))
-    prompts, responses, others = zip(*found.written, strict=True)
+    prompts, responses, others, talks = zip(*found.written, strict=True)
+    is_chat = talks[0] is not None
     return Instructions(
         prompts,
         responses,
         expect.as_ids(name, ids),
         tuple(map(dict, rows)),
         name,
-        has_special_tokens=found.conversations is not None,
+        has_special_tokens=is_chat,
         layout=found.layout,
         others=others if any(others) else None,
-        conversations=found.conversations,
+        conversations=talks if is_chat else None,
     )

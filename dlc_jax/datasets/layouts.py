@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +74,10 @@ def _text(row: Row, column: str, *, optional: bool = False) -> str:
 
 
 def _response(row: Row, column: str) -> str:
-    response = _text(row, column)
+    return _not_blank(_text(row, column))
+
+
+def _not_blank(response: str) -> str:
     if not response.strip():
         raise Unfit("have an empty response")
     return response
@@ -288,9 +292,7 @@ def _marked_text(marker: str) -> RowLayout:
             raise Unfit(f"have no response marker {marker!r} in column {TEXT!r}")
         if marker in response:
             raise Unfit(f"have the response marker {marker!r} more than once in column {TEXT!r}")
-        if not response.strip():
-            raise Unfit("have an empty response")
-        return RowSample(_asked(before, response), (before + marker, response))
+        return RowSample(_asked(before, _not_blank(response)), (before + marker, response))
 
     return RowLayout((TEXT,), (), read)
 
@@ -405,10 +407,8 @@ def _with_tools(pair: tuple[RowSample, Row]) -> Conversation:
     sample, row = pair
     tools, options = row.get(_TOOLS), row.get(_OPTIONS)
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError):
-            tools = [tools]
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is refused below
+            tools = json.loads(tools)
     if not is_empty(tools) and not (
         isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
     ):
@@ -425,23 +425,21 @@ def _with_tools(pair: tuple[RowSample, Row]) -> Conversation:
     return dataclasses.replace(sample.conversation, tools=tools, options=given)
 
 
-class Read(NamedTuple):
+class ReadRows(NamedTuple):
     """Rows as a model reads them.
 
     Attributes:
       written: [n] prompts and responses.
       identities: [n] what says which sample each is, for ids that are hashes: not of a tokenizer.
       layout: Name of the layout.
-      conversations: [n], up to the last response, if a chat template wrote them.
     """
 
     written: list[Rendered]
     identities: tuple[str, ...]
     layout: str
-    conversations: tuple[Conversation, ...] | None = None
 
 
-def read_rows(rows: Rows, reading: Reading, tokenizer: Any) -> Read:
+def read_rows(rows: Rows, reading: Reading, tokenizer: Any) -> ReadRows:
     """Reads rows; conversations are written by the tokenizer's chat template.
 
     Args:
@@ -476,11 +474,10 @@ def read_rows(rows: Rows, reading: Reading, tokenizer: Any) -> Read:
             "--config.dataset.template=chat",
         )
         texts = [sample.texts for sample in samples if sample.texts is not None]
-        return Read([Rendered(*pair) for pair in texts], tuple(map(json.dumps, texts)), name)
+        return ReadRows([Rendered(*pair) for pair in texts], tuple(map(json.dumps, texts)), name)
     talks = rows.each(zip(samples, rows.rows, strict=True), _with_tools)
     identities = tuple(
         json.dumps([[message["role"], message.get("content")] for message in talk.messages])
         for talk in talks
     )
-    written = render(talks, rows, tokenizer, reading.turns)
-    return Read(written, identities, name, tuple(t.of_turns(reading.turns)[0] for t in talks))
+    return ReadRows(render(talks, rows, tokenizer, reading.turns), identities, name)

@@ -30,6 +30,7 @@ _LINES = "; lines of objects are read as jsonl:<file>"
 # What is decompressed can be a thousand times its file.
 _MOST_IN_LINE = 2**28  # characters
 _MOST_IN_LIST = 2**31
+_AT_ONCE = 2**20
 
 
 def _of_files(scheme: str, read: Callable[[Path], list[Row]], where: str) -> list[Row]:
@@ -110,12 +111,16 @@ def _integer(digits: str) -> int:
 
 def _list(file: Path) -> list[Row]:
     problem, errors = f"{file}: not JSON", (ValueError, RecursionError)
-    most = _MOST_IN_LIST if _codec(file) else -1
+    most = _MOST_IN_LIST if _codec(file) else math.inf
+    parts, num_read = [], 0
     with expect.refusing(problem, *errors, shown=expect.first_line), _text(file) as stream:
-        text = stream.read(most)
-        if len(text) == most:
-            raise expect.InputError(f"{file}: has {most} characters or more{_LINES}.")
-    text = text.removeprefix("\ufeff")
+        # a little at a time: what is asked for at once is reserved, however short the file
+        while part := stream.read(_AT_ONCE):
+            parts.append(part)
+            num_read += len(part)
+            if num_read >= most:
+                raise expect.InputError(f"{file}: has {most} characters or more{_LINES}.")
+    text = "".join(parts).removeprefix("\ufeff")
     end = f"{_LINES}." if text.lstrip().startswith("{") else "."
     with expect.refusing(problem, *errors, shown=expect.first_line, end=end):
         rows = _parsed(text)

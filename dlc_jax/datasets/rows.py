@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from dlc_jax import expect
 
 Row = Mapping[str, Any]
-Read = TypeVar("Read")
+Found = TypeVar("Found")
 
 
 class Unfit(Exception):
@@ -41,7 +41,7 @@ class Rows:
         if bad:
             raise expect.InputError(f"{self.name}: {len(bad)} {problem}: {expect.listed(bad)}.")
 
-    def each(self, values: Iterable[Any], read: Callable[[Any], Read]) -> list[Read]:
+    def each(self, values: Iterable[Any], read: Callable[[Any], Found]) -> list[Found]:
         """Returns `read(value)` of a value per row.
 
         Raises:

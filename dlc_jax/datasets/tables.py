@@ -337,7 +337,7 @@ def load_hf(where: str, columns: Columns) -> Dataset:
     files, whose names hold the split (`data/train-00000-of-00002.parquet`, `train/0000.parquet`).
 
     Raises:
-      ValueError: see `open_hf`; no image or label column.
+      ValueError: see `find_hf`; no image or label column.
     """
     return from_tables(f"hf:{where}", open_hf(where), columns)
 
@@ -351,12 +351,12 @@ def open_hf(where: str) -> list[Table]:
     ]
 
 
-def find_hf(where: str, others: tuple[str, ...] = ()) -> list[Path | ArrowTable]:
+def find_hf(where: str, endings: tuple[str, ...] = ()) -> list[Path | ArrowTable]:
     """Returns the files of a data set, see `load_hf`; what `save_to_disk` wrote is opened.
 
     Args:
       where: `<owner/name or folder>/<split>`.
-      others: Suffixes of what is taken where the split has no Parquet file. Then the split `train`
+      endings: Suffixes of what is taken where the split has no Parquet file. Then the split `train`
         may be files without a split in their names, if no other is named, as on the hub.
     Raises:
       ValueError: nothing there, the hub cannot be reached, no file of a split, or files of it in
@@ -370,9 +370,9 @@ def find_hf(where: str, others: tuple[str, ...] = ()) -> list[Path | ArrowTable]
     found: list[Path | ArrowTable] = []
     for split in splits.split("+"):
         if folder.is_dir():
-            found += _local(source, folder, split, others)
+            found += _local(source, folder, split, endings)
         elif expect.is_hub_id(place):
-            found += _download(source, place, split, others)
+            found += _download(source, place, split, endings)
         else:
             raise expect.InputError(
                 f"{source}: no folder {place!r}, and that is no hub id (owner/name) either."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ def check_trl_holds(data: Instructions) -> None:
     _check_lines("trl", data, _trl_rows(data))
 
 
-def _trl_rows(data: Instructions) -> Iterable[Mapping[str, Any]]:
+def _trl_rows(data: Instructions) -> Sequence[Mapping[str, Any]]:
     if data.conversations is not None:
         talks = data.conversations
         # one form for all rows; columns that none needs are left out
@@ -59,7 +59,7 @@ def _trl_rows(data: Instructions) -> Iterable[Mapping[str, Any]]:
 
 
 def _write_lines(
-    form: str, data: Instructions, rows: Iterable[Mapping[str, Any]], path: Path
+    form: str, data: Instructions, rows: Sequence[Mapping[str, Any]], path: Path
 ) -> None:
     _check_lines(form, data, rows)
     with artefacts.atomic(path) as file:
@@ -67,7 +67,7 @@ def _write_lines(
             file.write(json_line(row, default=lambda date: date.isoformat()))
 
 
-def _check_lines(form: str, data: Instructions, rows: Iterable[Mapping[str, Any]]) -> None:
+def _check_lines(form: str, data: Instructions, rows: Sequence[Mapping[str, Any]]) -> None:
     for name, row in zip(data.ids.tolist(), rows, strict=True):
         for column, cell in row.items():
             if problem := json_problem([column, cell]):

@@ -29,8 +29,8 @@ class Tokenised:
       truncated: [n] whether tokens were cut off.
       ids: [n] sample ids.
       skipped: Samples that were left out because the cut leaves nothing of their response, id: why.
-      others: [n] tokens behind those of the prompt that are no response either, but of others who
-        speak between its turns, as places in `tokens`; None: there are none.
+      others: [n] places in `tokens` of what others say between two turns of the response; None:
+        there are none.
     """
 
     tokens: tuple[Int32[np.ndarray, " _"], ...] = dataclasses.field(repr=False)
@@ -118,9 +118,10 @@ def tokenise(
     for position, (prompt, response) in enumerate(zip(data.prompts, data.responses, strict=True)):
         name = str(data.ids[position])
         with tokenising(f"{data.name}: sample {name}: the tokenizer cannot read it"):
-            ids, num_before = _joint(prompt, response, tokenizer, data.has_special_tokens)
             spans = data.others[position] if data.others is not None else ()
-            places = _places(prompt + response, len(prompt), spans, tokenizer)
+            ids, num_before, places = _joint(
+                prompt, response, spans, tokenizer, data.has_special_tokens
+            )
         if num_before >= max_length:
             skipped[name] = f"its prompt alone has {num_before} tokens, of at most {max_length}"
             continue
@@ -145,20 +146,6 @@ def tokenise(
         skipped,
         None if data.others is None else tuple(others),
     )
-
-
-def _places(
-    text: str, begin: int, spans: Sequence[tuple[int, int]], tokenizer: Any
-) -> Int64[np.ndarray, " _"]:
-    """Returns which tokens hold nothing but these characters, counted from `begin`."""
-    if not spans:
-        return np.empty(0, np.int64)
-    if not tokenizer.is_fast:
-        raise ValueError("it does not say which characters a token covers, as several turns need")
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts, ends = np.array(found["offset_mapping"]).T
-    covered = [(starts >= begin + a) & (ends <= begin + b) for a, b in spans]
-    return np.flatnonzero(np.logical_or.reduce(covered))
 
 
 @contextlib.contextmanager
@@ -197,29 +184,54 @@ def check_vocabulary(
             )
 
 
+class _Joint(NamedTuple):
+    """Prompt and response together.
+
+    Attributes:
+      ids: One per token.
+      num_prompt: How many, from the first on, hold nothing of the response.
+      others: Places of those that hold nothing but what others say in the response.
+    """
+
+    ids: list[int]
+    num_prompt: int
+    others: Int64[np.ndarray, " _"]
+
+
 def _joint(
-    prompt: str, response: str, tokenizer: Any, has_special_tokens: bool
-) -> tuple[list[int], int]:
-    """Returns the ids of both together, and how many of them hold nothing of the response."""
+    prompt: str,
+    response: str,
+    others: Sequence[tuple[int, int]],
+    tokenizer: Any,
+    has_special_tokens: bool,
+) -> _Joint:
+    """Reads both together; `others` are parts of the response, in characters."""
     (prompt + response).encode()  # half a surrogate pair is no text; tokenizers name no reason
     read = functools.partial(tokenizer, add_special_tokens=not has_special_tokens, verbose=False)
+    places = np.empty(0, np.int64)
     if tokenizer.is_fast:
         found = read(prompt + response, return_offsets_mapping=True)
-        ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+        ids, offsets = list(found["input_ids"]), found["offset_mapping"]
         # an end of sequence that the tokenizer put there covers no characters
-        num_before = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
+        num_before = next((i for i, (_, e) in enumerate(offsets) if e > len(prompt)), len(ids))
+        if others:
+            starts, ends = np.array(offsets).T - len(prompt)
+            of_others = [(starts >= start) & (ends <= end) for start, end in others]
+            places = np.flatnonzero(np.logical_or.reduce(of_others))
+    elif others:
+        raise ValueError("it does not say which characters a token covers, as several turns need")
     else:
         ids, alone = list(read(prompt + response)["input_ids"]), read(prompt)["input_ids"]
         pairs = zip(alone, ids, strict=False)
         num_before = next((i for i, (a, b) in enumerate(pairs) if a != b), len(alone))
     begin, end = getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id
     if has_special_tokens:
-        return ids, num_before
+        return _Joint(ids, num_before, places)
     if begin is not None and ids[:2] == [begin, begin]:  # put before one that the text has
-        ids, num_before = ids[1:], max(num_before - 1, 0)
+        ids, num_before, places = ids[1:], max(num_before - 1, 0), places - 1
     if end is not None and (not ids or ids[-1] != end):
         ids.append(end)
-    return ids, num_before
+    return _Joint(ids, num_before, places)
 
 
 class TokenBatch(NamedTuple):

@@ -166,8 +166,8 @@ def _other_scores(
 
 def _read(config: Config, source: str) -> Instructions:
     tokenizer = functools.partial(language_model.load_tokenizer, config.encoder.weights)
-    how = config.dataset.instructions
-    return load_instructions(source, config.dataset.template, tokenizer=tokenizer, **how)
+    how = dataclasses.asdict(config.dataset.reading)
+    return load_instructions(source, tokenizer=tokenizer, **how)
 
 
 class InstructionTask:

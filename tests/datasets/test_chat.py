@@ -473,7 +473,8 @@ def test_options_that_a_table_fills_up_are_none(tokenizer, tmp_path):
     from copy import deepcopy
 
     other = deepcopy(tokenizer)
-    other.chat_template += "{% set t = enable_thinking | default(true) %}{{ t }}"
+    thinks = "{% set t = enable_thinking | default(true) %}{{ t }}"
+    other.chat_template = thinks + tokenizer.chat_template
     rows = [
         {"messages": TALKS[0], "chat_template_kwargs": options}
         for options in ({"enable_thinking": False}, {"other": "x"})
@@ -482,8 +483,8 @@ def test_options_that_a_table_fills_up_are_none(tokenizer, tmp_path):
     found = dlc.load_instructions(f"parquet:{tmp_path}/rows.parquet", tokenizer=other)
     expected = instructions(rows, tokenizer=other)
     assert (found.prompts, found.responses) == (expected.prompts, expected.responses)
-    assert found.responses[0].endswith("False")
-    assert found.responses[1].endswith("True")
+    assert found.prompts[0].startswith("False")
+    assert found.prompts[1].startswith("True")
 
 
 @pytest.mark.parametrize("reverse", [False, True])

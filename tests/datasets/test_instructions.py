@@ -15,6 +15,7 @@ from conftest import ROOT, require_shared
 
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions, load_instructions
+from dlc_jax.datasets.layouts import Reading
 from dlc_jax.exports.instructions import write_rows_jsonl
 
 PLAIN = {"instruction": "Name a river.", "input": "", "output": "The Nile."}
@@ -341,8 +342,10 @@ def test_columns_that_a_layout_does_not_read_are_refused():
     rows = [{"q": "a", "r": "b", "inp": "c"}]
     with pytest.raises(ValueError, match="template 'prompt' has no column input; expected names"):
         instructions(rows, columns="prompt=q,response=r,input=inp")
+    reading = Reading()
+    object.__setattr__(reading, "columns", 5)  # which the tests' check of types lets nobody give
     with pytest.raises(ValueError, match=r"columns: expected text or None, got 5"):
-        instructions(rows, columns=5)
+        reading.check()
 
 
 def test_rows_are_named_on_one_line():

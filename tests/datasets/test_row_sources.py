@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,6 +194,19 @@ def test_a_list_that_is_decompressed_to_too_much_is_refused(tmp_path, monkeypatc
         if codec:
             refused(f"json:{tmp_path}/a.json{codec}", f"a.json{codec}: has 1000 characters or more")
     same(f"json:{tmp_path}/a.json")
+
+
+@pytest.mark.parametrize("codec", [".gz", ".zst"])
+def test_a_short_list_takes_little_memory(tmp_path, codec):
+    """Of the address space, too: a process that has reserved gigabytes can no longer fork."""
+    (tmp_path / f"a.json{codec}").write_bytes(CODECS[codec](as_list(ROWS)))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, limits[1]))
+    try:
+        same(f"json:{tmp_path}/a.json{codec}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.mark.parametrize("codec", [".gz", ".zst"])

@@ -2,6 +2,7 @@
 
 import json
 import types
+from pathlib import Path
 
 import pytest
 from conftest import require_shared
@@ -42,8 +43,6 @@ ROWS = rows_of("demo:dolly/train", 40)
 @pytest.fixture(scope="module", params=["bpe", "sentencepiece", "r1"])
 def tokenizer(timm, request):
     """Byte-level pairs with Llama 3's template, SentencePiece's with Qwen's, and DeepSeek R1's."""
-    from pathlib import Path
-
     import trl
     from transformers import PreTrainedTokenizerFast
 
@@ -298,8 +297,6 @@ def test_real_rows_are_trls(tokenizer, name):
 
 def test_tools_and_options_reach_the_template(timm):
     """Qwen 3's own template, which knows both, and TRL's preparation of it."""
-    from pathlib import Path
-
     import trl
     from transformers import PreTrainedTokenizerFast
 

@@ -119,7 +119,8 @@ class Program(NamedTuple):
         shape = (_ROWS.value, _LENGTH.value)
         tokens = jnp.asarray(generator.integers(0, vocab_size, shape), jnp.int32)
         lengths = jnp.full(_ROWS.value, _LENGTH.value, jnp.int32)
-        arguments = (params, None, thresholds, tokens, lengths, lengths // 4)
+        counts = jnp.arange(_LENGTH.value) >= lengths[:, None] // 4
+        arguments = (params, None, thresholds, tokens, lengths, counts)
         return cls(architecture, prunable, arguments)
 
     def call(self, attention: str) -> Callable[[], None]:

@@ -18,7 +18,9 @@ from tabulate import tabulate
 from dlc_jax import expect
 from dlc_jax.config import reading, sections
 from dlc_jax.config.kinds import KINDS, DataKind, data_kind_of
+from dlc_jax.datasets.layouts import RELEASED
 from dlc_jax.evaluation import EvaluationConfig
+from dlc_jax.masking import PathSpec
 from dlc_jax.preprocess.cache import ImageCache
 from dlc_jax.preprocess.images import Images
 from dlc_jax.preprocess.transform import Transform
@@ -67,10 +69,13 @@ class Config:
         config = reading.build(cls, dict(values))
         config.check()
         deep_images = config.dataset.deep_images or config.conventions.deep_images
+        dataset = dataclasses.replace(config.dataset, deep_images=deep_images)
+        if config.follows_released_instructions:
+            dataset = dataclasses.replace(dataset, template=RELEASED, turns="first")
         return dataclasses.replace(
             config,
             probe=config.probe.for_mode(config.mode),
-            dataset=dataclasses.replace(config.dataset, deep_images=deep_images),
+            dataset=dataset,
             encoder=config.encoder.for_mode(config.mode),
         )
 
@@ -120,7 +125,7 @@ class Config:
     @property
     def conventions(self) -> Conventions:
         """What `mode` decides."""
-        return Conventions.of(self.mode)
+        return Conventions.of(self.mode, self.data_kind.name)
 
     def images(self, dataset: Dataset, transform: Transform) -> Images:
         """Returns a data set of images with how these settings, and the encoder's, read it."""
@@ -142,6 +147,11 @@ class Config:
         """Returns the cells to fine-tune on; the full set, at keep fraction 1, comes first."""
         full = [Cell(FULL, 1.0, None, seed) for seed in self.selection.seeds]
         return (full if self.training.full_set else []) + self.selection.cells()
+
+    @property
+    def follows_released_instructions(self) -> bool:
+        """Whether the released code of instructions is followed, which has few settings."""
+        return self.mode == "official" and self.data_kind.name == "instructions"
 
     def _check_kind(self) -> None:
         """Raises ValueError where something asked for is not there for this kind of data."""
@@ -173,6 +183,26 @@ class Config:
         if "export" in self.stages:
             for form in self.export.forms:
                 expect.one_of("export.forms", form, kind.forms)
+        if self.follows_released_instructions:
+            self._check_released_instructions()
+
+    def _check_released_instructions(self) -> None:
+        """Raises ValueError for a setting that the released code of instructions does not have."""
+        path = {f"probe.{field.name}": [field.default] for field in dataclasses.fields(PathSpec)}
+        allowed: dict[str, list[Any]] = path | {
+            "dataset.template": [RELEASED, None],
+            "dataset.turns": ["first", "last"],
+            "dataset.response_marker": [None],
+            "dataset.category": [None],
+            "selection.score": ["dlc"],
+        }
+        if "finetune" in self.stages:
+            allowed["lora.loss_on"] = ["text"]
+        for key, values in allowed.items():
+            if (found := operator.attrgetter(key)(self)) not in values:
+                raise expect.InputError(
+                    f"{key}: mode 'official' of instructions has {values[0]!r} only, got {found!r}."
+                )
 
     def _check_tuning(self) -> None:
         if self.mode == "official":

@@ -66,7 +66,6 @@ _KINDS = (
         measures=frozenset({"losses", "responses"}),
         forms=INSTRUCTION_EXPORTS,
         only={
-            "mode": ("default", "there is no 'official' code of instructions"),
             "dataset.image_column": (None, _NO_COLUMN),
             "dataset.label_column": (None, _NO_COLUMN),
             "encoder.prunable": (None, "all linear layers of a model's blocks are masked"),

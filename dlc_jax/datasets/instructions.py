@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from dlc_jax import expect
 from dlc_jax.datasets.chat import Conversation, Span
 from dlc_jax.datasets.labels import content_ids, encode_labels
-from dlc_jax.datasets.layouts import Reading, read_rows
+from dlc_jax.datasets.layouts import RELEASED, Reading, read_rows
 from dlc_jax.datasets.row_sources import ROW_SOURCES
 from dlc_jax.datasets.rows import Row, Rows
 
@@ -33,6 +33,7 @@ class Instructions:
       has_special_tokens: Whether begin and end of sequence are in the texts, as a chat template
         puts them there; otherwise the tokenizer adds them.
       layout: Name of the rows' layout, such as `alpaca`; see `load_instructions`.
+      as_released: Whether the prompts are those of the authors' released code.
       others: [n] parts of `responses` that are not the assistant's, between two of its turns, as
         (start, end) in characters; None: there are none.
       conversations: [n] what a chat template wrote, up to the last response; None: text is read.
@@ -45,6 +46,7 @@ class Instructions:
     name: str = "instructions"
     has_special_tokens: bool = False
     layout: str = "prompt"
+    as_released: bool = False
     others: tuple[tuple[Span, ...], ...] | None = dataclasses.field(default=None, repr=False)
     conversations: tuple[Conversation, ...] | None = dataclasses.field(default=None, repr=False)
 
@@ -55,6 +57,7 @@ class Instructions:
     def summary(self) -> str:
         """How the rows were read, in one line."""
         how = "in the tokenizer's chat template" if self.has_special_tokens else "as text"
+        how += " of the authors' released code" if self.as_released else ""
         return f"{self.name}: {len(self)} rows of layout {self.layout!r}, read {how}"
 
     def subset(self, positions: Int64[np.ndarray, " k"]) -> Instructions:
@@ -129,7 +132,8 @@ def load_instructions(
         response behind `response_marker`. By the tokenizer's chat template: `messages`
         ({role, content}, of OpenAI), `sharegpt` (`conversations` of {from, value}) and `completion`
         of two lists of messages. `chat` puts that template around the others too, and writes
-        Alpaca's `history`.
+        Alpaca's `history`. `released`: the text of the authors' code for instructions, of rows of
+        `alpaca`, `prompt` and `sharegpt` (the first two turns), for mode `official`.
       tokenizer: For chat: a tokenizer of transformers, or a function that returns one, which is
         called if it is needed.
       columns: What the source calls columns, such as `prompt=question,response=answer`.
@@ -189,6 +193,7 @@ def instructions(
         name,
         has_special_tokens=is_chat,
         layout=found.layout,
+        as_released=template == RELEASED,
         others=others if any(others) else None,
         conversations=talks if is_chat else None,
     )

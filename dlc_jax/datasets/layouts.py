@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from dlc_jax import expect
 from dlc_jax.datasets.chat import TURNS, Conversation, Messages, Rendered, render
+from dlc_jax.datasets.released_prompts import scored_as_released
 from dlc_jax.datasets.rows import Row, Rows, Unfit, is_empty, on_one_line
 
 CHAT = "chat"  # the tokenizer's own template, around any of the layouts
+RELEASED = "released"  # the text of the authors' code, around those of `_RELEASED`
 # Columns of what a model is to see besides the prompt, as common formats call them.
 _CONTEXT = (
     *(
@@ -42,10 +44,21 @@ class RowSample(NamedTuple):
     Attributes:
       conversation: It as messages.
       texts: Prompt and response as a base model reads them; None: only a chat template writes it.
+      same_as: Identity of the sample that it is in another text; None: it is none.
     """
 
     conversation: Conversation
     texts: tuple[str, str] | None = None
+    same_as: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What says which sample it is, for ids that are hashes: not of a tokenizer."""
+        if self.same_as is not None:
+            return self.same_as
+        messages = self.conversation.messages
+        talk = [[message["role"], message.get("content")] for message in messages]
+        return json.dumps(talk if self.texts is None else self.texts)
 
 
 class RowLayout(NamedTuple):
@@ -270,8 +283,28 @@ LAYOUTS: Mapping[str, RowLayout] = {
     "gsm8k": _like_alpaca(instruction="question", output="answer"),
     "openorca": _like_alpaca(system="system_prompt", instruction="question", output="response"),
 }
+
+
+def _as_released(name: str, *apart: str) -> RowLayout:
+    """Returns a layout with the text of the authors' released code; `apart` are not of a prompt."""
+    columns, _, read, _ = LAYOUTS[name]
+
+    def read_as_released(row: Row) -> RowSample:
+        sample = read({key: row.get(key) for key in (*columns, *apart)})
+        fields = {key: row.get(key) for key in apart}
+        texts = scored_as_released(sample.conversation, fields)
+        return RowSample(sample.conversation, texts, same_as=sample.identity)
+
+    return RowLayout(columns, tuple({*apart} - {*columns}), read_as_released)
+
+
+_RELEASED: Mapping[str, RowLayout] = {
+    "alpaca": _as_released("alpaca", "instruction", "input"),
+    "prompt": _as_released("prompt"),
+    "sharegpt": _as_released("sharegpt"),
+}
 TEXT = "text"  # the layout of a column in which a marker stands before the response
-TEMPLATES = (*LAYOUTS, TEXT, CHAT)
+TEMPLATES = (*LAYOUTS, TEXT, CHAT, RELEASED)
 _COLUMNS = tuple(  # that can be named in another way
     dict.fromkeys(
         [
@@ -331,6 +364,11 @@ class Reading:
                 f"{where}response_marker: missing; template {TEXT!r} needs what stands before the "
                 "response, such as '### Response:'."
             )
+        if self.template == RELEASED and self.turns == "all":
+            raise expect.InputError(
+                f"{where}turns: the released code reads the first two turns; expected 'first' with "
+                f"template {RELEASED!r}, got 'all'."
+            )
         if self.response_marker is not None and self.template not in (None, TEXT, CHAT):
             raise expect.InputError(
                 f"{where}response_marker: is of the column {TEXT!r}; expected None with template "
@@ -383,15 +421,16 @@ class Reading:
         """Returns the one layout whose columns the first row has; ValueError if it is not one."""
         if self.response_marker is not None:
             return TEXT, _marked_text(self.response_marker)
-        if self.template not in (None, CHAT):
+        if self.template not in (None, CHAT, RELEASED):
             return self.template, LAYOUTS[self.template]
         first = rows.rows[0]
         if self.template == CHAT and "messages" in first:
             return "messages", LAYOUTS["messages"]
-        fitting = [name for name, kind in LAYOUTS.items() if all(c in first for c in kind.columns)]
+        layouts = _RELEASED if self.template == RELEASED else LAYOUTS
+        fitting = [name for name, kind in layouts.items() if all(c in first for c in kind.columns)]
         if len(fitting) == 1:
-            return fitting[0], LAYOUTS[fitting[0]]
-        known = "; ".join(f"{name}: {', '.join(kind.columns)}" for name, kind in LAYOUTS.items())
+            return fitting[0], layouts[fitting[0]]
+        known = "; ".join(f"{name}: {', '.join(kind.columns)}" for name, kind in layouts.items())
         texts = [name for name, value in first.items() if isinstance(value, str) and name != "id"]
         prompt, response = (*texts, "<column>", "<column>")[:2]
         raise expect.InputError(
@@ -474,10 +513,8 @@ def read_rows(rows: Rows, reading: Reading, tokenizer: Any) -> ReadRows:
             "--config.dataset.template=chat",
         )
         texts = [sample.texts for sample in samples if sample.texts is not None]
-        return ReadRows([Rendered(*pair) for pair in texts], tuple(map(json.dumps, texts)), name)
+        identities = tuple(sample.identity for sample in samples)
+        return ReadRows([Rendered(*pair) for pair in texts], identities, name)
     talks = rows.each(zip(samples, rows.rows, strict=True), _with_tools)
-    identities = tuple(
-        json.dumps([[message["role"], message.get("content")] for message in talk.messages])
-        for talk in talks
-    )
+    identities = tuple(sample._replace(texts=None).identity for sample in samples)
     return ReadRows(render(talks, rows, tokenizer, reading.turns), identities, name)

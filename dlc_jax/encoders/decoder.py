@@ -505,6 +505,10 @@ class CausalModel(abc.ABC):
         """Whether probes may zero a parameter: every linear layer of the blocks, nothing else."""
 
     @abc.abstractmethod
+    def is_linear(self, path: str) -> bool:
+        """Whether torch's `Linear` has the weight; an embedding that is the head counts."""
+
+    @abc.abstractmethod
     def module_order(self, path: str) -> Any:
         """Sort key of prunable paths: torch's order of modules."""
 
@@ -607,6 +611,10 @@ class Architecture(CausalModel):
     def is_prunable(self, path: str) -> bool:
         """Every linear projection of the blocks; not the embedding, the head or a norm."""
         return path.startswith("blocks/") and path.endswith("/kernel")
+
+    def is_linear(self, path: str) -> bool:
+        """Every projection of the blocks, and the head."""
+        return path.endswith("/kernel") or (self.config.tied and path.startswith("embedding/"))
 
     def module_order(self, path: str) -> tuple[int, int]:
         """Sort key of prunable paths: torch's order of modules."""

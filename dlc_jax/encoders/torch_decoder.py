@@ -28,7 +28,7 @@ from dlc_jax.encoders.decoder import (
 )
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.torch_functions import optional
-from dlc_jax.encoders.torch_modules import IN_OUT, Converted, environment
+from dlc_jax.encoders.torch_modules import IN_OUT, LINEAR, Converted, environment
 from dlc_jax.types import Params
 
 _LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -242,6 +242,10 @@ class TorchDecoder(CausalModel):
     def is_prunable(self, path: str) -> bool:
         """Every linear layer of the blocks; not embeddings, the head or norms."""
         return path in self.network.layers
+
+    def is_linear(self, path: str) -> bool:
+        """Every weight of a `Linear`, wherever it is."""
+        return self.network.converted.layers.get(path) == LINEAR
 
     def module_order(self, path: str) -> int:
         """Sort key of prunable paths: torch's order of modules."""

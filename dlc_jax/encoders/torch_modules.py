@@ -79,7 +79,7 @@ _WAYS_OUT = (
 )
 
 
-IN_OUT = "linear layer, [in, out]"  # a kind of `Converted.layers`
+LINEAR, IN_OUT = "linear layer", "linear layer, [in, out]"  # kinds of `Converted.layers`
 
 
 class _Slot(NamedTuple):
@@ -242,7 +242,7 @@ def _layer_kind(nn: Any, owner: Any, key: str) -> str | None:
         return IN_OUT
     is_linear = isinstance(owner, nn.Linear) and key == "weight"
     is_projection = isinstance(owner, nn.MultiheadAttention) and key.endswith("proj_weight")
-    return "linear layer" if is_linear or is_projection else None
+    return LINEAR if is_linear or is_projection else None
 
 
 def _as_array(torch: ModuleType, tensor: Any) -> Array:

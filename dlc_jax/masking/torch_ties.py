@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from dlc_jax.distributed import fetch
 from dlc_jax.masking.thresholds import Importance
 from dlc_jax.masking.torch_order import TorchLayout
 from dlc_jax.types import Params, by_path
@@ -35,7 +36,7 @@ def removal_steps(params: Params, prunable: tuple[str, ...], counts: np.ndarray)
       counts: [m] weights zeroed at every step of the path, ascending from 0. Torch's choice at one
         step depends on all steps before it, so steps that are no probe count too.
     """
-    leaves = {path: np.abs(np.asarray(by_path(params)[path], np.float32)) for path in prunable}
+    leaves = {path: np.abs(fetch(by_path(params)[path]).astype(np.float32)) for path in prunable}
     layouts = {path: TorchLayout.of(path, leaf.shape) for path, leaf in leaves.items()}
     ordered = [layouts[path].in_torch(leaf).ravel() for path, leaf in leaves.items()]
     steps = _steps_of_flat(np.concatenate(ordered), counts)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int32, Int64
 
 from dlc_jax import expect
 from dlc_jax.datasets.instructions import Instructions
+from dlc_jax.types import Conventions
 
 TOKENS_PER_BATCH = 8192  # of a program call, where nothing else is asked for
 _SHORTEST = 32  # bucket, in tokens
@@ -86,7 +87,12 @@ class Tokenised:
 
 
 def tokenise(
-    data: Instructions, tokenizer: Any, max_length: int, *, on_corrupt: str = "error"
+    data: Instructions,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    on_corrupt: str = "error",
+    mode: str = "default",
 ) -> Tokenised:
     """Tokenises prompt and response together, once.
 
@@ -101,9 +107,12 @@ def tokenise(
         one. Texts that hold their special tokens get neither.
       max_length: Longest sequence in tokens; the end of longer ones is cut off.
       on_corrupt: `error`, or `skip` to leave out samples whose response is cut off altogether.
+      mode: `default`, or `official` as the released code for instructions, of data read with the
+        template `released`: the response begins behind as many tokens as the prompt has alone, no
+        end of sequence follows it, and nothing is cut: a longer sample is left out as the others.
     Raises:
       ValueError: such samples, by id, unless they are skipped; by id, a text that the tokenizer
-        cannot read.
+        cannot read; in `official`, data of another template.
     Example:
       >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
       >>> data = dlc.load_instructions("demo:dolly/train").subset(np.arange(4))
@@ -113,17 +122,31 @@ def tokenise(
     """
     expect.at_least("max_length", max_length, 2)
     expect.one_of("on_corrupt", on_corrupt, ("error", "skip"))
+    as_released = Conventions.of(mode, "instructions").mode == "official"
+    if as_released and not data.as_released:
+        raise expect.InputError(
+            f"{data.name}: mode {mode!r} takes data of the template 'released', got layout "
+            f"{data.layout!r} in another; expected load_instructions(..., 'released')."
+        )
     rows, num_prompt, truncated, kept, others = [], [], [], [], []
     skipped: dict[str, str] = {}
     for position, (prompt, response) in enumerate(zip(data.prompts, data.responses, strict=True)):
         name = str(data.ids[position])
         with tokenising(f"{data.name}: sample {name}: the tokenizer cannot read it"):
-            spans = data.others[position] if data.others is not None else ()
-            ids, num_before, places = _joint(
-                prompt, response, spans, tokenizer, data.has_special_tokens
-            )
+            if as_released:
+                ids, num_before, places = _joint_as_released(prompt, response, tokenizer)
+            else:
+                spans = data.others[position] if data.others is not None else ()
+                ids, num_before, places = _joint(
+                    prompt, response, spans, tokenizer, data.has_special_tokens
+                )
         if num_before >= max_length:
             skipped[name] = f"its prompt alone has {num_before} tokens, of at most {max_length}"
+        elif num_before >= len(ids):
+            skipped[name] = f"its prompt alone has {num_before} tokens, of {len(ids)} in all"
+        elif as_released and len(ids) > max_length:
+            skipped[name] = f"it has {len(ids)} tokens, of at most {max_length}, and is not cut"
+        if name in skipped:
             continue
         rows.append(np.array(ids[:max_length], np.int32))
         num_prompt.append(num_before)
@@ -132,9 +155,10 @@ def tokenise(
         others.append(places[places < max_length])
     if skipped and on_corrupt == "error":
         name, why = next(iter(skipped.items()))
+        problem = "do not fit" if as_released else "have no response left"
         raise expect.InputError(
-            f"{data.name}: {len(skipped)} samples have no response left at max_length "
-            f"{max_length}, such as {name}: {why}; expected a larger one, or on_corrupt='skip'."
+            f"{data.name}: {len(skipped)} samples {problem} at max_length {max_length}, such as "
+            f"{name}: {why}; expected a larger one, or on_corrupt='skip'."
         )
     if not rows:
         raise expect.InputError(f"{data.name}: no sample is left at max_length {max_length}.")
@@ -232,6 +256,12 @@ def _joint(
     if end is not None and (not ids or ids[-1] != end):
         ids.append(end)
     return _Joint(ids, num_before, places)
+
+
+def _joint_as_released(prompt: str, response: str, tokenizer: Any) -> _Joint:
+    read = functools.partial(tokenizer, verbose=False)
+    ids, alone = (list(read(text)["input_ids"]) for text in (prompt + response, prompt))
+    return _Joint(ids, len(alone), np.empty(0, np.int64))
 
 
 class TokenBatch(NamedTuple):

@@ -19,7 +19,7 @@ from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import Run, Team
 from dlc_jax.encoders.decoder import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.masking import Importance, PathSpec, Thresholds, masked
+from dlc_jax.masking import Importance, PathSpec, Thresholds, masked, masked_by_layer
 from dlc_jax.preprocess.tokens import (
     TOKENS_PER_BATCH,
     BatchPlan,
@@ -160,7 +160,8 @@ def probe_responses(
     num_probes: int | str | None = None,
     masking: str | None = None,
     seed: int = 0,
-    path: PathSpec = RESPONSES_PATH,
+    path: PathSpec | None = None,
+    mode: str = "default",
     tokens_per_batch: int = TOKENS_PER_BATCH,
     run: Run = Run(),
 ) -> ProbeLosses:
@@ -175,6 +176,9 @@ def probe_responses(
       seed: Seed of random masking.
       path: Which masked copies; see `PathSpec`. One that is given stands for all of the default,
         `PathSpec(num_probes=8, placement="midpoint")`. The schedule is `linear` unless named.
+      mode: `default`, or `official`, whose path cannot be chosen: three probes as in the released
+        code, of sparsity 0, 0.2 and 0.2 again, the smallest weights of every linear layer apart,
+        the head too, ties as in torch on a CPU. An embedding that is the head is masked as both.
       tokens_per_batch, run: As for `response_losses`.
     Returns:
       Losses [m, n] in nats, higher is harder. All samples are one class, without a prototype.
@@ -191,12 +195,20 @@ def probe_responses(
       >>> probes.losses.shape, bool(first < last)
       ((2, 4), True)
     """
-    expect.is_a(PathSpec, path=path)
     expect.is_a(Run, run=run)
+    asked = {"schedule": schedule, "step": step, "num_probes": num_probes, "masking": masking}
+    if Conventions.of(mode, "instructions").mode == "official":
+        for name, value in (asked | {"path": path}).items():
+            if value is not None:
+                raise expect.InputError(
+                    f"{name}: mode {mode!r} has one path only; expected None, got {value!r}."
+                )
+        return _probed_as_released(model, data, tokens_per_batch, run)
+    path = RESPONSES_PATH if path is None else path
+    expect.is_a(PathSpec, path=path)
     if path.augment:
         raise expect.InputError("probe.augment: instructions have no crops; expected False.")
-    path = overridden(path, schedule=schedule, step=step, num_probes=num_probes, masking=masking)
-    path = path.for_mode("default")
+    path = overridden(path, **asked).for_mode("default")
     expect.seed(seed)
     model.check_tokens(data.named)  # before the path, which takes a pass over the weights
     probes = learning_path(model, path, seed, Conventions.of("default"))
@@ -209,16 +221,40 @@ def probe_responses(
         of_rows = functools.partial(_probe_losses, model.architecture, *masks)
         return work.measured(of_rows, len(some), suffix)
 
-    return measured_path(
-        path,
-        probes,
-        losses_of,
-        labels=np.zeros(len(data), np.int32),
-        ids=data.ids,
-        prototypes=np.zeros((1, 0), np.float32),
-        class_names=("all",),
-        skipped=data.skipped,
-    )
+    return measured_path(path, probes, losses_of, **_as_one_class(data))
+
+
+def _as_one_class(data: Tokenised) -> dict[str, Any]:
+    """Returns what `ProbeLosses` has of the samples."""
+    return {
+        "labels": np.zeros(len(data), np.int32),
+        "ids": data.ids,
+        "prototypes": np.zeros((1, 0), np.float32),
+        "class_names": ("all",),
+        "skipped": data.skipped,
+    }
+
+
+_RELEASED_SHARE = 0.2  # that each step of the released code zeroes
+
+
+def _probed_as_released(
+    model: LanguageModel, data: Tokenised, tokens_per_batch: int, run: Run
+) -> ProbeLosses:
+    work = _Work.of(model, data, tokens_per_batch, ["as released"], run)
+
+    def losses_of(params: Params, suffix: str) -> Float32[np.ndarray, "1 n"]:
+        of_rows = functools.partial(_losses, model.architecture, params)
+        return work.measured(lambda *rows: of_rows(*rows)[None], 1, suffix)
+
+    first = losses_of(model.params, "-0")
+    masked, sparsity = masked_by_layer(model.params, model.architecture.is_linear, _RELEASED_SHARE)
+    second = losses_of(masked, "-1")
+    # the second step finds the zeros of the first, and zeroes the same weights
+    losses = np.concatenate([first, second, second])
+    expect.losses_are_finite(losses, data.ids)
+    sparsities = np.array([0, sparsity, sparsity], np.float32)
+    return ProbeLosses(losses, sparsities, steps=np.arange(3), num_steps=3, **_as_one_class(data))
 
 
 class _Work(NamedTuple):

@@ -69,10 +69,11 @@ class Candidates:
         seed: int = 0,
         tuning: Tuning | None = None,
         mode: str = "default",
+        kind: str = "images",
         rules: Rules = Rules(),
     ) -> Selection:
         """Picks the samples to keep in one cell; arguments and errors as for `dlc_jax.select`."""
-        conventions = Conventions.of(mode)
+        conventions = Conventions.of(mode, kind)
         cell = Cell(method, keep_fraction, split, seed).checked(conventions)
         expect.is_a(Rules, rules=rules)
         rules.check(method, conventions)
@@ -92,7 +93,7 @@ class Candidates:
         groups = self._groups(SELECTORS[selector].needs, rules.per_class, as_released)
         members = [group.positions for group in groups.values()]
         if as_released and gamma is not None:
-            kept = flexrand_as_released(members, keep_fraction, gamma, seed)
+            kept = flexrand_as_released(members, keep_fraction, gamma, seed, conventions)
         else:
             fractions = [keep_fraction] * len(members)
             if rules.per_class and not as_released:
@@ -251,6 +252,7 @@ def select(
     probabilities: np.ndarray | None = None,
     tuning: Tuning | None = None,
     mode: str = "default",
+    kind: str = "images",
     rules: Rules = Rules(),
 ) -> Selection:
     """Picks the samples to keep; every cell stands alone, whatever else is selected.
@@ -279,7 +281,8 @@ def select(
       tuning: From `tune`, on the same scores and labels; for `auto`, and only for it.
       mode: `default`: exactly round(n_j keep_fraction) of a class of n_j samples, and its only
         sample where n_j is 1. `official`: the released code's draws, rounding and order of ties,
-        for splits 0.05 i and keep fractions i / 10.
+        for splits 0.05 i and keep fractions i / 10; of instructions, 0.25 and 0.75, and 0.5.
+      kind: `images` or `instructions`: whose released code mode `official` follows.
       rules: Budgets of classes, and the method's variant; see `Rules`.
     Returns:
       Kept positions, ascending, with what made them.
@@ -300,6 +303,7 @@ def select(
         seed=seed,
         tuning=tuning,
         mode=mode,
+        kind=kind,
         rules=rules,
     )
 

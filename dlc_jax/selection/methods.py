@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64, Integer, Shaped, UInt64
 
 from dlc_jax import expect
+from dlc_jax.types import Conventions
 
 _BLOCK = 1 << 12  # ids whose characters are 64 bits wide at a time
 
@@ -235,31 +236,31 @@ def flexrand(group: Group, draw: Draw) -> Positions:
     return group.positions[ranks[np.concatenate([easy, hard])]]
 
 
-_SPLIT_STEPS = 20  # 0.05 * i, i = 1..19
-_BUDGET_STEPS = 10  # j / 10, j = 1..9
+def released_value(name: str, value: float, known: tuple[float, ...]) -> float:
+    """Returns the split or keep fraction as the released code has it, rounding and all.
 
-
-def grid_cell(keep_fraction: float, split: float) -> tuple[int, int]:
-    """Returns (i, j) with split = 0.05 i and keep_fraction = j / 10.
-
+    Args:
+      name: For the message.
+      value: As it was asked for.
+      known: All that there are.
     Raises:
-      ValueError: the released code has no such cell.
+      ValueError: the released code has no such value.
     """
-    return (
-        _step("split", split, _SPLIT_STEPS, "0.05, 0.10, ..., 0.95"),
-        _step("keep_fraction", keep_fraction, _BUDGET_STEPS, "0.1, 0.2, ..., 0.9"),
-    )
-
-
-def _step(name: str, value: float, num_steps: int, valid: str) -> int:
-    step = round(value * num_steps) if 0 < value < 1 else 0
-    if not (1 <= step < num_steps and abs(value - step / num_steps) < 1e-9):
-        raise expect.InputError(f"{name}: mode 'official' has {valid} only, got {value!r}.")
-    return step
+    for found in known:
+        if abs(value - found) < 1e-9:
+            return found
+    digits = 1 if known[0] == round(known[0], 1) else 2
+    shown = [f"{found:.{digits}f}" for found in known]
+    valid = ", ".join(shown if len(shown) < 4 else [*shown[:2], "...", shown[-1]])
+    raise expect.InputError(f"{name}: mode 'official' has {valid} only, got {value!r}.")
 
 
 def flexrand_as_released(
-    ranked: list[Positions], keep_fraction: float, split: float, seed: int
+    ranked: list[Positions],
+    keep_fraction: float,
+    split: float,
+    seed: int,
+    conventions: Conventions,
 ) -> list[Positions]:
     """Returns the kept positions of every class, each of which is ranked easiest first.
 
@@ -267,36 +268,44 @@ def flexrand_as_released(
     itself is the one at its place in the stream.
 
     Raises:
-      ValueError: off the grid.
+      ValueError: the released code has no such cell.
     """
-    cell = grid_cell(keep_fraction, split)
+    grid = conventions.splits, conventions.keep_fractions
+    cell = (
+        released_value("split", split, grid[0]),
+        released_value("keep_fraction", keep_fraction, grid[1]),
+    )
     generator = np.random.RandomState()
-    generator.set_state(_states(tuple(len(positions) for positions in ranked), seed)[cell])
+    generator.set_state(_states(tuple(len(positions) for positions in ranked), seed, *grid)[cell])
     kept = []
     for positions in ranked:
-        pool, num_easy, num_hard = _draws(len(positions), cell)
+        pool, num_easy, num_hard = _draws(len(positions), *cell)
         easy = generator.choice(positions[:pool], num_easy, replace=False)
         hard = generator.choice(positions[pool:], num_hard, replace=False)
         kept.append(np.concatenate([easy, hard]))
     return kept
 
 
-def _draws(num_samples: int, cell: tuple[int, int]) -> tuple[int, int, int]:
-    split, keep_fraction = 0.05 * cell[0], cell[1] / 10
+def _draws(num_samples: int, split: float, keep_fraction: float) -> tuple[int, int, int]:
     easy, hard = fractions(keep_fraction, split)
     return round(num_samples * split), round(num_samples * easy), round(num_samples * hard)
 
 
 @functools.lru_cache(maxsize=8)
-def _states(sizes: tuple[int, ...], seed: int) -> dict[tuple[int, int], Any]:
+def _states(
+    sizes: tuple[int, ...],
+    seed: int,
+    splits: tuple[float, ...],
+    keep_fractions: tuple[float, ...],
+) -> dict[tuple[float, float], Any]:
     """Returns the generator's state before each cell."""
     generator = np.random.RandomState(seed)
     states = {}
-    for i in range(1, _SPLIT_STEPS):
-        for j in range(1, _BUDGET_STEPS):
-            states[i, j] = generator.get_state()
+    for split in splits:
+        for keep_fraction in keep_fractions:
+            states[split, keep_fraction] = generator.get_state()
             for size in sizes:
-                pool, num_easy, num_hard = _draws(size, (i, j))
+                pool, num_easy, num_hard = _draws(size, split, keep_fraction)
                 generator.choice(pool, num_easy, replace=False)
                 generator.choice(size - pool, num_hard, replace=False)
     return states

@@ -49,14 +49,17 @@ class Cell(NamedTuple):
             raise expect.InputError(
                 f"mode {conventions.mode!r} has no {AUTO!r}; expected a method and a split."
             )
-        if conventions.draws_as_released and not isinstance(split, str):
-            methods.grid_cell(keep_fraction, DEFAULT_SPLIT if split is None else split)
+        if conventions.draws_as_released:
+            known = conventions.keep_fractions
+            methods.released_value("keep_fraction", keep_fraction, known)
         if not has_split(method):
             if split is not None:
                 raise expect.InputError(f"split: method {method!r} takes none, got {split!r}.")
             return self
         split = DEFAULT_SPLIT if split is None else split
         check_split(split)
+        if conventions.draws_as_released and not isinstance(split, str):
+            methods.released_value("split", split, conventions.splits)
         return self._replace(split=split)
 
 

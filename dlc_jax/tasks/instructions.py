@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from dlc_jax import expect, reports
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions, load_instructions
+from dlc_jax.datasets.released_prompts import trained_as_released
 from dlc_jax.distributed import Run, Team, processes, said_of
 from dlc_jax.encoders import language_model
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
@@ -42,7 +44,8 @@ READABLE = "scores/easiest_hardest.md"
 
 
 # Instructions that were not left out, their tokens, and what two passes over them give.
-_Measured: TypeAlias = tuple[Instructions, Tokenised, ProbeLosses, ResponseLosses]
+# The released code has the losses of its probes alone.
+_Measured: TypeAlias = tuple[Instructions, Tokenised, ProbeLosses, ResponseLosses | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +85,15 @@ class ResponsesStep:
             "max_length": self._max_length,
             "on_corrupt": config.dataset.on_corrupt,
             "category": self._categories,
+            **({"mode": config.mode} if config.follows_released_instructions else {}),
         }
+
+    @property
+    def _masked_text(self) -> str:
+        is_masked = self.model.is_prunable
+        if self.config.follows_released_instructions:
+            is_masked = self.model.architecture.is_linear
+        return masked_text(self.model.params, is_masked)
 
     @property
     def _categories(self) -> str | None:
@@ -95,21 +106,26 @@ class ResponsesStep:
 
     @property
     def _max_length(self) -> int:
+        if self.config.follows_released_instructions:  # which cuts nothing
+            return self.model.config.max_length
         return self.model.max_length(self.config.encoder.max_length)
 
     def compute(self, scratch: Path) -> _Measured:
         config, data, model, say = self.config, self.data, self.model, self.say
         say(f"score: {len(data)} instructions, {model.name} on {said_of(self.mesh)}")
-        say(f"score: masks {masked_text(model.params, model.is_prunable)}")
-        on_corrupt, max_length = config.dataset.on_corrupt, self._max_length
-        tokens = tokenise(data, model.tokenizer, max_length, on_corrupt=on_corrupt)
+        say(f"score: masks {self._masked_text}")
+        max_length = self._max_length
+        tokens = _tokenised(config, data, model.tokenizer, max_length)
         if num := int(tokens.truncated.sum()):
             say(f"score: note: {num} of {len(tokens)} are cut off at {max_length} tokens")
         if tokens.skipped:
-            say(f"score: note: {len(tokens.skipped)} left out, their prompts alone are longer")
+            why = expect.listed(dict.fromkeys(tokens.skipped.values()))
+            say(f"score: note: {len(tokens.skipped)} left out: {why}")
         kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
         run = Run(scratch, self.mesh, progress=True)
         how: dict[str, Any] = {"tokens_per_batch": config.probe.tokens_per_batch, "run": run}
+        if config.follows_released_instructions:
+            return kept, tokens, probe_responses(model, tokens, mode=config.mode, **how), None
         probes = probe_responses(model, tokens, path=config.probe, seed=config.seed, **how)
         responses = measure_responses(model, kept, max_length=max_length, tokens=tokens, **how)
         return kept, tokens, probes, responses
@@ -119,7 +135,9 @@ class ResponsesStep:
         labels, class_names = probes.labels, probes.class_names
         if config.dataset.category is not None:
             labels, class_names = data.categories(config.dataset.category)
-        scores = {"dlc": score(probes), **_other_scores(config, responses, self.say)}
+        scores = {"dlc": score(probes)}
+        if responses is not None:
+            scores |= _other_scores(config, responses, self.say)
         artefacts.write_losses(
             root, losses=probes.losses, sparsity=probes.sparsity, labels=labels, ids=probes.ids
         )
@@ -138,7 +156,7 @@ class ResponsesStep:
                 "name": self.model.name,
                 "fingerprint": self.model.fingerprint,
                 "door": self.model.door,
-                "masked": masked_text(self.model.params, self.model.is_prunable),
+                "masked": self._masked_text,
             },
         }
         of_classes = dataclasses.replace(probes, labels=labels)
@@ -162,6 +180,20 @@ def _other_scores(
                     raise
                 echo(f"score: note: no column {column}: {error}")
     return scores
+
+
+def _tokenised(
+    config: Config, data: Instructions, tokenizer: Any, max_length: int, *, cut: bool = False
+) -> Tokenised:
+    """Returns the tokens of samples; `cut`: of what the released code trains on, cut as it does."""
+    how = {"on_corrupt": config.dataset.on_corrupt, "mode": config.mode}
+    if not cut:
+        return tokenise(data, tokenizer, max_length, **how)
+    pairs = map(trained_as_released, data.prompts, data.responses)
+    prompts, responses = zip(*pairs, strict=True)
+    written = dataclasses.replace(data, prompts=prompts, responses=responses)
+    whole = tokenise(written, tokenizer, sys.maxsize, **how)
+    return whole.cut(np.full(len(whole), max_length))
 
 
 def _read(config: Config, source: str) -> Instructions:
@@ -231,7 +263,9 @@ class InstructionTask:
             tokenizer = language_model.load_tokenizer(weights)
             max_length = language_model.longest_sequence(sizes, weights, config.encoder.max_length)
             data = self._sources.load_together(config.dataset.test)
-            tokens = tokenise(data, tokenizer, max_length, on_corrupt=config.dataset.on_corrupt)
+            if config.follows_released_instructions:
+                max_length = sizes.max_length
+            tokens = _tokenised(config, data, tokenizer, max_length)
             check_vocabulary(tokens.named, sizes.vocab_size, tokenizer.convert_ids_to_tokens)
         if "evaluate" in stages:
             self.questions.check_shots(config.evaluation.num_shots)
@@ -281,17 +315,20 @@ class InstructionTask:
         if scored not in (None, model.name):  # of the same name, it is read in another type
             self._say(f"finetune: note: the model is {model.name}; the scores are of {scored}")
 
-        def tokenised(source: str) -> Tokenised:
-            on_corrupt = config.dataset.on_corrupt
-            return tokenise(self.load(source), model.tokenizer, max_length, on_corrupt=on_corrupt)
+        trained_on = tested_on = functools.partial(
+            _tokenised, config, tokenizer=model.tokenizer, max_length=max_length
+        )
+        if config.follows_released_instructions:
+            trained_on = functools.partial(trained_on, cut=True)
+            tested_on = functools.partial(tested_on, max_length=model.config.max_length)
 
         def make_trainer() -> LoraTuner:
             test = config.dataset.test
             return LoraTuner(
                 model,
-                tokenised(config.dataset.train),
+                trained_on(data),
                 config.lora,
-                test=None if test is None else tokenised(test),
+                test=None if test is None else tested_on(self.load(test)),
                 max_length=max_length,
                 tokens_per_batch=config.probe.tokens_per_batch,
                 progress=True,

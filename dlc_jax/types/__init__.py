@@ -77,7 +77,9 @@ class Conventions:
       ties_as_torch: Whether torch's order decides between equally small weights.
       floors_milestones: Whether the learning rate falls after whole epochs only (Q6).
       draws_as_released: Whether samples are rounded, drawn and sorted as the released code does it,
-        which knows some splits and keep fractions only, and nothing of ids.
+        which knows nothing of ids.
+      splits, keep_fractions: The only ones it has, in the order in which it draws: all keep
+        fractions of one split after the other.
     """
 
     mode: str = "default"
@@ -90,28 +92,48 @@ class Conventions:
     ties_as_torch: bool = False
     floors_milestones: bool = True
     draws_as_released: bool = False
+    splits: tuple[float, ...] = ()
+    keep_fractions: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, mode: str) -> Conventions:
-        """Returns the conventions of that name; ValueError if there are none."""
+    def of(cls, mode: str, kind: str = "images") -> Conventions:
+        """Returns the conventions of that name; ValueError if there are none.
+
+        Args:
+          mode: `default` or `official`.
+          kind: `images` or `instructions`, for which the authors released code apart.
+        """
         expect.one_of("mode", mode, _CONVENTIONS)
-        return _CONVENTIONS[mode]
+        expect.one_of("kind", kind, _CONVENTIONS[mode])
+        return _CONVENTIONS[mode][kind]
 
 
+_BY_DEFAULT = Conventions()
 _CONVENTIONS = {
-    "default": Conventions(),
-    "official": Conventions(
-        mode="official",
-        schedule="geometric",
-        pooling="scalar",
-        deep_images="clip",
-        num_runs=10,
-        imagenet_normalised=True,
-        prepares_as_paper=True,
-        ties_as_torch=True,
-        floors_milestones=False,
-        draws_as_released=True,
-    ),
+    "default": {"images": _BY_DEFAULT, "instructions": _BY_DEFAULT},
+    "official": {
+        "images": Conventions(
+            mode="official",
+            schedule="geometric",
+            pooling="scalar",
+            deep_images="clip",
+            num_runs=10,
+            imagenet_normalised=True,
+            prepares_as_paper=True,
+            ties_as_torch=True,
+            floors_milestones=False,
+            draws_as_released=True,
+            splits=tuple(0.05 * i for i in range(1, 20)),
+            keep_fractions=tuple(j / 10 for j in range(1, 10)),
+        ),
+        "instructions": Conventions(
+            mode="official",
+            ties_as_torch=True,
+            draws_as_released=True,
+            splits=(0.25, 0.75),
+            keep_fractions=(0.5,),
+        ),
+    },
 }
 
 

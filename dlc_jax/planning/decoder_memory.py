@@ -40,6 +40,7 @@ class Scoring:
       max_length: Longest sequence in tokens.
       fsdp: Devices that weights are spread over.
       groups: Number of groups of `fsdp` devices that share the rows of a call.
+      holds_copy: Whether a whole masked copy of the weights is held.
     """
 
     config: DecoderConfig
@@ -50,6 +51,7 @@ class Scoring:
     max_length: int
     fsdp: int
     groups: int = 1
+    holds_copy: bool = False
 
     @property
     def num_devices(self) -> int:
@@ -85,6 +87,7 @@ class Scoring:
         masked = -(-num_prunable * item // (self.config.depth * self.fsdp))
         return MemoryPlan.of(
             Memory("weights", weight_bytes(whole, self.fsdp)),
+            Memory("masked copy of the weights", weight_bytes(whole, self.fsdp) * self.holds_copy),
             Memory("importance of weights", importance),
             Memory("thresholds: keys of a layer, counts", counted, _COUNTING),
             Memory("masked weights of a block", masked, _BLOCKS),

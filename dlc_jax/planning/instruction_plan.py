@@ -108,13 +108,15 @@ class InstructionCosts:
         name = f"LoRA, {len(kept)} runs"
         epochs = self.config.lora.epochs
         training = self._task("finetune", name, sum(kept) * epochs, self.training_flops)
-        costs = [
+        scoring = [
             self._task("score", f"losses of {m} probes", n, whole, m),
             self._task("score", "losses with and without prompts", n, whole + 2 * alone)._replace(
                 passes=_UNMASKED_PASSES, num_samples=_UNMASKED_PASSES * n
             ),
-            training._replace(passes=len(kept) * epochs),
         ]
+        if self.config.follows_released_instructions:
+            scoring = [self._task("score", "losses, unmasked and masked", n, whole, 2)]
+        costs = [*scoring, training._replace(passes=len(kept) * epochs)]
         if self.num_test:
             name = f"tests, {self.num_test} instructions"
             costs.append(self._task("finetune", name, self.num_test, whole, len(kept)))
@@ -223,11 +225,12 @@ def _jobs(config: Config, sizes: DecoderConfig, mesh: MeshSize) -> dict[str, Dev
         sizes,
         probe.dtype,
         probe.masking,
-        int(probe.num_probes),
+        2 if config.follows_released_instructions else int(probe.num_probes),
         probe.tokens_per_batch,
         max_length,
         mesh.fsdp,
         mesh.probe,
+        holds_copy=config.follows_released_instructions,
     )
     finetuning = Finetuning(sizes, config.lora, max_length, mesh.fsdp, mesh.data * mesh.probe)
     jobs: dict[str, DeviceJob] = {"score": scoring, "finetune": finetuning}

@@ -104,7 +104,7 @@ class InstructionCosts:
         """Returns the parts of the run in their order, those of the stages that are planned."""
         n, m = self.num_samples, int(self.config.probe.num_probes)
         whole, alone = map(self.forward_flops, (self.lengths.whole, self.lengths.alone))
-        kept = kept_by_run(self.config, self.counts)
+        kept = list(map(self.trained, kept_by_run(self.config, self.counts)))
         name = f"LoRA, {len(kept)} runs"
         epochs = self.config.lora.epochs
         training = self._task("finetune", name, sum(kept) * epochs, self.training_flops)
@@ -121,6 +121,11 @@ class InstructionCosts:
             name = f"tests, {self.num_test} instructions"
             costs.append(self._task("finetune", name, self.num_test, whole, len(kept)))
         return [cost for cost in costs if cost.stage in planned_stages(self.config)]
+
+    def trained(self, num_samples: int) -> int:
+        """Returns the samples that an epoch trains on; ValueError where it takes no step."""
+        lora = self.config.lora
+        return min(num_samples, lora.steps_per_epoch(num_samples) * lora.batch_size)
 
     def _task(self, stage: str, name: str, num: int, flops: int, passes: int = 1) -> Cost:
         total = passes * num * flops
@@ -261,8 +266,9 @@ def _work(costs: InstructionCosts) -> Work:
     flops = costs.training_flops
     sample = Cost("finetune", "a sample", 1, 1, flops, flops // costs.mesh.num_devices)
     fractions = config.selection.keep_fractions
-    kept = {fraction: num_kept(costs.counts, fraction) for fraction in fractions}
-    return Work(costs.costs(), sample, n, kept, config.lora.epochs, hosts, [], measure)
+    kept = {fraction: costs.trained(num_kept(costs.counts, fraction)) for fraction in fractions}
+    every = costs.trained(n)
+    return Work(costs.costs(), sample, every, kept, config.lora.epochs, hosts, [], measure)
 
 
 def model_sizes(weights: str) -> DecoderConfig:

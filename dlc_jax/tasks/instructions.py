@@ -25,6 +25,7 @@ from dlc_jax.evaluation import Mmlu, load_mmlu
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
 from dlc_jax.masking import masked_text
 from dlc_jax.planning import instruction_plan
+from dlc_jax.planning.costs import kept_by_run
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.plan import Plan
 from dlc_jax.preprocess.tokens import Tokenised, check_vocabulary, tokenise
@@ -257,6 +258,11 @@ class InstructionTask:
             agree_on_files(language_model.model_folder(weights), language_model.MODEL_FILES)
         if {"score", "finetune"} & stages:
             self._sources.load_together(config.dataset.train)
+        if "finetune" in stages:
+            data, category = self.load(config.dataset.train), config.dataset.category
+            labels = np.zeros(len(data), int) if category is None else data.categories(category)[0]
+            for num in kept_by_run(config, np.bincount(labels)):
+                config.lora.steps_per_epoch(num)  # refuses before scoring what takes no step
         if "finetune" in stages and config.dataset.test is not None:
             folder = language_model.model_folder(weights)
             sizes = language_model.door_of(folder, converted=self._converted).sizes

@@ -141,7 +141,6 @@ class Trainer(Protocol[Result]):
       files: Files that every finished run has in its folder.
       keeps_weights: Whether the last checkpoint of a finished run is kept.
       num_epochs: Passes over the kept samples.
-      batch_size: Samples per step.
       checkpoint_steps: Steps between checkpoints, which are numbered by steps; 0: there is one
         after every epoch, and they are numbered by epochs.
       shows_bars: Whether to show bars.
@@ -155,7 +154,6 @@ class Trainer(Protocol[Result]):
     files: tuple[str, ...]
     keeps_weights: bool
     num_epochs: int
-    batch_size: int
     checkpoint_steps: int
     shows_bars: bool
     remedy: str
@@ -172,6 +170,9 @@ class Trainer(Protocol[Result]):
 
     def start(self, positions: Int64[np.ndarray, " k"], seed: int, /) -> Any:
         """Returns the state before the first step, a tree of JAX arrays."""
+
+    def steps_per_epoch(self, num_samples: int, /) -> int:
+        """Returns the steps that an epoch over so many samples takes."""
 
     def rates(self, steps_per_epoch: int, /) -> list[float]:
         """Returns the learning rate of every step of a run."""
@@ -248,7 +249,7 @@ def train(
         # what is kept nowhere need not be brought to an end
         if folder is not None or (mesh is not None and mesh.is_multi_process):
             stack.enter_context(processes.at_steps())
-        steps_per_epoch = -(-len(positions) // trainer.batch_size)
+        steps_per_epoch = trainer.steps_per_epoch(len(positions))
         rates = trainer.rates(steps_per_epoch)
         loop = _Loop(trainer, positions, seed, steps_per_epoch, rates, folder, checkpoints, watch)
         last = trainer.num_epochs if watch is None else watch.last_epoch

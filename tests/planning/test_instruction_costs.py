@@ -1,5 +1,7 @@
 """Operations of language models, from the shapes of their programs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,3 +90,20 @@ def test_lengths_of_rows():
     guessed = Lengths.of(data, None, 512)
     assert "4 characters a token" in guessed.measured
     assert 0.3 < guessed.whole / lengths.whole < 3
+
+
+def test_a_short_last_batch_that_is_left_out_costs_nothing():
+    sizes = read_config(model_folder("demo:tiny-llama"))
+    usual = made(sizes)
+    lora = dataclasses.replace(usual.config.lora, batch_size=10, drop_last=True)
+    less = dataclasses.replace(usual, config=dataclasses.replace(usual.config, lora=lora))
+    assert [some.trained(25) for some in (usual, less)] == [25, 20]
+    kept = {
+        cost.num_samples
+        for cost in less.costs()
+        if cost.stage == "finetune" and "LoRA" in cost.name
+    }
+    runs = less.config.runs()
+    assert kept == {3 * sum(100 if cell.keep_fraction == 1 else 20 for cell in runs)}
+    with pytest.raises(dlc.InputError, match=r"lora\.drop_last: True leaves no step of 9 samples"):
+        less.trained(9)

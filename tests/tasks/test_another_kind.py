@@ -143,6 +143,9 @@ class RowTrainer:
     def start(self, positions, seed):
         return {"sums": jnp.zeros((2, self._train.features.shape[1]))}
 
+    def steps_per_epoch(self, num_samples):
+        return -(-num_samples // self.batch_size)
+
     def rates(self, steps_per_epoch):
         return [1.0] * (steps_per_epoch * self.num_epochs)
 

@@ -17,7 +17,6 @@ class Counter:
     notes = ()
     mesh = None
     shows_bars = False
-    batch_size = 2
     num_epochs = 2
     remedy = "try less"
 
@@ -30,6 +29,9 @@ class Counter:
 
     def start(self, positions, seed):
         return {"total": jnp.zeros(()), "steps": jnp.zeros((), jnp.int32)}
+
+    def steps_per_epoch(self, num_samples):
+        return -(-num_samples // 2)
 
     def rates(self, steps_per_epoch):
         return [0.1 * step for step in range(1, 1 + steps_per_epoch * self.num_epochs)]

@@ -162,6 +162,10 @@ class Finetuner:
         params = encoder.with_random_key(jax.tree.map(seeded, encoder.params), seed)
         return TrainState.start(params, encoder.statistics, head, self._sgd)
 
+    def steps_per_epoch(self, num_samples: int) -> int:
+        """Returns the steps that an epoch takes; the last batch may be short."""
+        return -(-num_samples // self.batch_size)
+
     def rates(self, steps_per_epoch: int) -> list[float]:
         """Returns the learning rate of every step, the same within an epoch."""
         of_epochs = learning_rates(self._settings, self._conventions)

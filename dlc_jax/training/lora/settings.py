@@ -12,6 +12,7 @@ from dlc_jax.encoders.decoder import DTYPES, TARGETS, Adapter
 from dlc_jax.types import as_tuple, setting
 
 OPTIMISERS = ("sgd", "adamw")
+LOSS_ON = ("response", "text")
 # Settings that change speed, memory and what is left on disk, but not the adapter.
 _NOT_IN_WEIGHTS = (
     "rows_at_once",
@@ -22,6 +23,8 @@ _NOT_IN_WEIGHTS = (
     "keep_weights",
     "merge",
 )
+# Settings that earlier versions did not have: at their defaults a run is the one it was there.
+_LATER = ("loss_on", "drop_last")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,11 @@ class LoraConfig:
         these seven stand for all in its blocks, and any of its own names can be given.
       epochs: Passes over the kept samples, 1 or more.
       batch_size: Samples per step, 1 or more; the last batch of an epoch may hold fewer.
+      drop_last: Whether that short batch is left out, as by torch's `DataLoader(drop_last=True)`;
+        an epoch has fewer steps then, and needs `batch_size` samples.
+      loss_on: Tokens whose loss a step takes the mean over: `response`, or `text` for all but the
+        first of each sample, as TRL's SFTTrainer does with plain text. Test losses are of
+        responses either way.
       optimiser: `sgd` (the paper's) or `adamw`, as in torch.
       learning_rate: Above 0, after the warm-up. At the paper's, 7e-6, a few steps move next to
         nothing.
@@ -62,6 +70,8 @@ class LoraConfig:
     targets: tuple[str, ...] = setting(TARGETS, "projections that are changed")
     epochs: int = setting(3, "passes over the kept set")
     batch_size: int = setting(32, "samples per step; the last, short batch counts as it is")
+    drop_last: bool = setting(False, "leave the last, short batch of an epoch out")
+    loss_on: str = setting("response", f"{' or '.join(LOSS_ON)}: tokens that the loss counts")
     optimiser: str = setting("sgd", f"{' or '.join(OPTIMISERS)}; adamw learns at small scale too")
     learning_rate: float = setting(7e-6, "after the warm-up; with adamw rather 1e-4 to 1e-3")
     warmup_steps: int = setting(100, "over which the rate grows from 0; then it falls as a cosine")
@@ -85,12 +95,28 @@ class LoraConfig:
     def decisive(self) -> dict[str, Any]:
         """What decides the adapter a run ends with."""
         values = dataclasses.asdict(self)
-        return {name: values[name] for name in values if name not in _NOT_IN_WEIGHTS}
+        usual = {f.name: f.default for f in dataclasses.fields(self) if f.name in _LATER}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in _NOT_IN_WEIGHTS and (name not in usual or value != usual[name])
+        }
 
     @property
     def adapter(self) -> Adapter:
         """Which projections are changed."""
         return Adapter(self.rank, self.alpha, self.targets)
+
+    def steps_per_epoch(self, num_samples: int) -> int:
+        """Returns the steps that an epoch takes; ValueError where `drop_last` leaves none."""
+        if not self.drop_last:
+            return -(-num_samples // self.batch_size)
+        if num_samples < self.batch_size:
+            raise expect.InputError(
+                f"lora.drop_last: True leaves no step of {num_samples} samples; expected False, or "
+                f"lora.batch_size of at most {num_samples}, got {self.batch_size}."
+            )
+        return num_samples // self.batch_size
 
     def check(self) -> None:
         """Raises ValueError unless all values are in range."""
@@ -104,6 +130,7 @@ class LoraConfig:
         expect.at_most("lora.momentum", self.momentum, 1, exclusive=True)
         expect.one_of("lora.optimiser", self.optimiser, OPTIMISERS)
         expect.one_of("lora.dtype", self.dtype, DTYPES)
+        expect.one_of("lora.loss_on", self.loss_on, LOSS_ON)
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise expect.InputError(
                 f"lora.targets: expected one or more different names, got {self.targets}."

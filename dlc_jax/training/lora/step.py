@@ -26,7 +26,8 @@ class TokenRows(NamedTuple):
     Attributes:
       tokens: Ids; 0 where there is none.
       segments: Number of the sample within its row, from 1; 0 at padding.
-      counts: Whether the loss counts the token: it is of a response, and something is before it.
+      counts: Whether the loss counts the token: something is before it, and it is of a response,
+        unless `lora.loss_on` is `text`.
     """
 
     tokens: Int32[np.ndarray, "b t"]
@@ -41,6 +42,7 @@ def rows_of_step(
     max_length: int,
     *,
     packing: bool,
+    loss_on: str = "response",
 ) -> Iterator[TokenRows]:
     """Yields the samples of a step, `rows_at_once` rows at a time, the longest first.
 
@@ -52,6 +54,7 @@ def rows_of_step(
       rows_at_once: Rows of every call.
       max_length: Longest row in tokens.
       packing: Whether short samples share rows as long as the longest sample of the step.
+      loss_on: See `LoraConfig`.
     """
     lengths = {int(i): len(data.tokens[i]) for i in positions}
     order = sorted(lengths, key=lambda i: -lengths[i])
@@ -60,7 +63,7 @@ def rows_of_step(
     for start in range(0, len(shared), rows_at_once):
         some = shared[start : start + rows_at_once]
         length = bucket_length(max(sum(lengths[i] for i in row) for row in some), max_length)
-        yield _rows(data, some, rows_at_once, length)
+        yield _rows(data, some, rows_at_once, length, loss_on)
 
 
 def _packed(order: Sequence[int], lengths: dict[int, int], capacity: int) -> list[list[int]]:
@@ -77,7 +80,9 @@ def _packed(order: Sequence[int], lengths: dict[int, int], capacity: int) -> lis
     return sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
 
 
-def _rows(data: Tokenised, some: list[list[int]], num_rows: int, length: int) -> TokenRows:
+def _rows(
+    data: Tokenised, some: list[list[int]], num_rows: int, length: int, loss_on: str
+) -> TokenRows:
     tokens, segments = np.zeros((2, num_rows, length), np.int32)
     counts = np.zeros((num_rows, length), bool)
     for r, members in enumerate(some):
@@ -87,7 +92,8 @@ def _rows(data: Tokenised, some: list[list[int]], num_rows: int, length: int) ->
             end = start + len(ids)
             tokens[r, start:end] = ids
             segments[r, start:end] = number
-            counts[r, start + 1 : end] = data.counts(i)[1:]  # nothing is before the first one
+            # nothing is before the first one
+            counts[r, start + 1 : end] = True if loss_on == "text" else data.counts(i)[1:]
             start = end
     return TokenRows(tokens, segments, counts)
 

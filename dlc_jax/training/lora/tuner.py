@@ -47,7 +47,7 @@ class LoraResult:
       num_kept: Training samples.
       test_loss: Mean over all response tokens of the test set, in nats; None without one.
       history: One dictionary per epoch: epoch, step, learning_rate (of its last step), train_loss
-        (nats per response token), tokens_per_s (of responses and prompts; compilation counts),
+        (nats per token that counts), tokens_per_s (of responses and prompts; compilation counts),
         elapsed_s.
       seconds: Time of all steps, those of interrupted runs too.
     """
@@ -87,7 +87,7 @@ class LoraTuner:
         self._model, self._data, self._test, self._settings = model, data, test, settings
         self._max_length = max_length or model.config.max_length
         self._tokens_per_batch, self.shows_bars = tokens_per_batch, progress
-        self.num_epochs, self.batch_size = settings.epochs, settings.batch_size
+        self.num_epochs = settings.epochs
         self.checkpoint_steps = settings.checkpoint_steps
         self.keeps_weights = settings.keep_weights
         for name, some in (("data", data), ("test", test)):
@@ -143,8 +143,14 @@ class LoraTuner:
     def positions(
         self, kept: Selection | np.ndarray | Sequence[int] | None
     ) -> Int64[np.ndarray, " k"]:
-        """Returns where the kept samples are in the data; ValueError if not all are there."""
-        return kept_rows("instructions", self._data.ids, kept)
+        """Returns where kept samples are; ValueError if not all are there, or no step is left."""
+        found = kept_rows("instructions", self._data.ids, kept)
+        self.steps_per_epoch(len(found))
+        return found
+
+    def steps_per_epoch(self, num_samples: int) -> int:
+        """Returns the steps that an epoch takes."""
+        return self._settings.steps_per_epoch(num_samples)
 
     @staticmethod
     def said(result: LoraResult) -> str:
@@ -184,9 +190,9 @@ class LoraTuner:
         self, positions: Int64[np.ndarray, " k"], seed: int, epoch: int, first: int
     ) -> Iterator[Int64[np.ndarray, " b"]]:
         """Yields the positions of the samples of every step."""
-        order = epoch_order(positions, seed, epoch)
-        for start in range(first * self.batch_size, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
+        order, size = epoch_order(positions, seed, epoch), self._settings.batch_size
+        for number in range(first, self.steps_per_epoch(len(order))):
+            yield order[number * size : (number + 1) * size]
 
     def step(
         self, state: LoraState, batch: Int64[np.ndarray, " b"], rate: float
@@ -195,7 +201,8 @@ class LoraTuner:
         params, data, settings = self._model.params, self._data, self._settings
         sums = distributed.on_every_device(params, Sums.zero(state.adapter))
         num_tokens, num_rows = 0, distributed.whole_rows(params, settings.rows_at_once)
-        for rows in rows_of_step(data, batch, num_rows, self._max_length, packing=settings.packing):
+        how: dict[str, Any] = {"packing": settings.packing, "loss_on": settings.loss_on}
+        for rows in rows_of_step(data, batch, num_rows, self._max_length, **how):
             num_tokens += int(rows.counts.sum())
             placed = distributed.over_devices(params, rows)
             sums = add_rows(self._architecture, params, state.adapter, placed, sums)
@@ -280,8 +287,9 @@ def finetune_lora(
 ) -> LoraResult:
     """Trains low-rank changes of a language model's projections on the kept samples.
 
-    The loss of a step is the mean over all response tokens of its samples. Adapter, gradients and
-    optimiser are float32, whatever the model is in. The same seed gives the same adapter.
+    The loss of a step is the mean over all response tokens of its samples, or over their whole text
+    with `loss_on`. Adapter, gradients and optimiser are float32, whatever the model is in. The same
+    seed gives the same adapter.
 
     Args:
       model: From `load_language_model`, without an adapter; it is not changed.

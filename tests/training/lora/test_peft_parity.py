@@ -34,33 +34,34 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def folders(timm, tmp_path_factory):
-    """Random models on disk, whose weights are large enough for every part to matter."""
+def stored(family, folder):
+    """Writes a random model, whose weights are large enough for every part to matter."""
     import torch
     import transformers
 
-    found = {}
-    for family, options in FAMILIES.items():
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{family}Config")(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            pad_token_id=0,
-            **options,
-        )
-        model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        found[family] = tmp_path_factory.mktemp(family)
-        model.save_pretrained(found[family])
-    return found
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        **FAMILIES[family],
+    )
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(timm, tmp_path_factory):
+    return {family: stored(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
 
 
 def samples(num=40, longest=60):
@@ -134,7 +135,7 @@ def torch_steps(model, data, settings, order, rates):
         for i in order[step]:
             ids = torch.asarray(data.tokens[i].astype(np.int64))
             labels = ids.clone()
-            labels[: max(int(data.num_prompt[i]), 1)] = -100
+            labels[: 1 if settings.loss_on == "text" else max(int(data.num_prompt[i]), 1)] = -100
             logits = model(input_ids=ids[None]).logits[0]
             losses.append((logits[:-1], labels[1:]))
         logits, labels = (torch.cat(part) for part in zip(*losses, strict=True))

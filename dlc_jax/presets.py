@@ -27,25 +27,51 @@ def run_name(configuration: str) -> str:
     return Path(file).stem + re.sub(r"[^\w.-]+", "_", suffix)
 
 
-def paper_instructions(model: str) -> ConfigDict:
+def paper_instructions(choice: str) -> ConfigDict:
     """Returns the paper's settings for instructions, all but `dataset.train`.
 
     Args:
-      model: In `LANGUAGE_MODELS`.
+      choice: A model in `LANGUAGE_MODELS`; followed by `,official`: the settings of the authors'
+        released code instead.
     Raises:
-      ValueError: an unknown model.
+      ValueError: an unknown model, or something else behind it.
     Source: Jiang et al. 2025, section 4; probes are 8 midpoints of its path instead of all 50.
     """
+    model, _, mode = choice.partition(",")
     expect.one_of("model", model, LANGUAGE_MODELS)
+    expect.one_of(f"what follows {model!r}", mode, ("", "official"))
     config = default_config()
     config.stages = ("score", "select", "export")
     config.encoder.name = DECODER
     config.encoder.weights = LANGUAGE_MODELS[model]
     config.probe.dtype = "bfloat16"
-    config.probe.num_probes = 8
-    config.probe.placement = "midpoint"
     config.selection.methods = ("flexrand", "random")
     config.selection.seeds = (1,)
     config.export.forms = ("jsonl",)
+    if mode == "official":
+        _as_released(config)
+        return config
+    config.probe.num_probes = 8
+    config.probe.placement = "midpoint"
     # selection.keep_fractions: the default is the paper's
     return config
+
+
+def _as_released(config: ConfigDict) -> None:
+    """Puts in the settings of the authors' released code for instructions."""
+    config.mode = "official"
+    config.selection.keep_fractions = (0.5,)
+    config.selection.splits = (0.25, 0.75)
+    config.encoder.max_length = 1024  # of what is trained on
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.lora.dropout = 0.05
+    config.lora.targets = ("q_proj", "v_proj")  # what PEFT takes for these models
+    config.lora.loss_on = "text"
+    config.lora.drop_last = True
+    config.lora.optimiser = "adamw"
+    config.lora.learning_rate = 5e-4
+    config.lora.weight_decay = 5e-4
+    config.lora.warmup_steps = 100
+    config.lora.epochs = 1
+    config.lora.batch_size = 4

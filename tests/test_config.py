@@ -105,6 +105,40 @@ def test_official_mode_refuses_cells_off_its_grid():
         Config.of(demo_values(**changes))
 
 
+RELEASED = {
+    "mode": "official",
+    "encoder.name": "decoder",
+    "encoder.weights": "demo:tiny-llama",
+    "dataset.train": "demo:dolly/train",
+    "dataset.test": None,
+    "stages": ("score", "select"),
+    "selection.keep_fractions": (0.5,),
+    "selection.splits": (0.25,),
+    "probe.num_probes": 50,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("dataset.template", "chat", "dataset.template: mode 'official' of instructions has 'rel"),
+        ("dataset.turns", "all", "dataset.turns: mode 'official' of instructions has 'first' only"),
+        ("dataset.category", "kind", "dataset.category: .* has None only, got 'kind'"),
+        ("probe.num_probes", 3, "probe.num_probes: .* defaults, --config.probe.num_probes=50"),
+        ("probe.masking", "random", "probe.masking: .* the defaults, --config.probe.masking=l1"),
+        ("selection.score", "ifd", "selection.score: .* has 'dlc' only"),
+        ("selection.splits", (0.5,), r"split: mode 'official' has 0\.25, 0\.75 only, got 0\.5"),
+        ("selection.keep_fractions", (0.3,), r"keep_fraction: mode 'official' has 0\.5 only"),
+        ("stages", ("finetune",), "lora.loss_on: mode 'official' of instructions has 'text' only"),
+    ],
+)
+def test_the_released_code_of_instructions_has_few_settings(key, value, says):
+    config = Config.of(demo_values(**RELEASED))
+    assert (config.dataset.template, config.dataset.turns) == ("released", "first")
+    with pytest.raises(ValueError, match=says):
+        Config.of(demo_values(**RELEASED | {key: value}))
+
+
 def test_unknown_keys_and_wrong_types_name_the_key():
     values = demo_values().to_dict()
     values["probe"]["stepp"] = 0.1

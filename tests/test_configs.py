@@ -85,11 +85,35 @@ def test_instructions_are_for_any_model_of_the_paper(name):
         get_config("llama3")
 
 
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("model", presets.LANGUAGE_MODELS)
+def test_the_released_codes_settings_are_a_choice_of_every_model(name, model):
+    """As published: TRL's trainer with LoRA, and score.py with its three passes."""
+    get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
+    config = Config.of(get_config(f"{model},official"))
+    assert (config.dataset.train, config.mode) == (CHOICES[name][0], "official")
+    assert config.encoder.weights == presets.LANGUAGE_MODELS[model]
+    assert (config.dataset.template, config.dataset.turns) == ("released", "first")
+    assert [cell.name for cell in config.selection.cells()] == [
+        "flexrand/keep_0.50-split_0.25-seed_1",
+        "flexrand/keep_0.50-split_0.75-seed_1",
+        "random/keep_0.50-seed_1",
+    ]
+    lora = config.lora
+    assert (lora.rank, lora.alpha, lora.dropout) == (16, 32, 0.05)
+    assert (lora.optimiser, lora.learning_rate, lora.weight_decay) == ("adamw", 5e-4, 5e-4)
+    assert (lora.epochs, lora.batch_size, lora.warmup_steps) == (1, 4, 100)
+    assert (lora.loss_on, lora.drop_last, config.encoder.max_length) == ("text", True, 1024)
+    with pytest.raises(ValueError, match=f"what follows '{model}': unknown value 'offical'"):
+        get_config(f"{model},offical")
+
+
 @pytest.mark.parametrize(
     ("configuration", "name"),
     [
         ("configs/demo.py", "demo"),
         ("configs/alpaca_cleaned.py:llama3-8b", "alpaca_cleaned-llama3-8b"),
+        ("configs/alpaca_cleaned.py:llama3-8b,official", "alpaca_cleaned-llama3-8b_official"),
         ("/a.b/my.py:v0.3", "my-v0.3"),
         ("my.py:../a b", "my-.._a_b"),
         ("my.py:", "my"),

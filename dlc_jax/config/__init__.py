@@ -188,8 +188,16 @@ class Config:
 
     def _check_released_instructions(self) -> None:
         """Raises ValueError for a setting that the released code of instructions does not have."""
-        path = {f"probe.{field.name}": [field.default] for field in dataclasses.fields(PathSpec)}
-        allowed: dict[str, list[Any]] = path | {
+        defaults = {field.name: field.default for field in dataclasses.fields(PathSpec)}
+        asked = {k: v for k, v in defaults.items() if getattr(self.probe, k) != v}
+        if asked:
+            names = ", ".join(f"probe.{name}" for name in asked)
+            settings = " ".join(f"--config.probe.{name}={value}" for name, value in asked.items())
+            raise expect.InputError(
+                f"{names}: mode 'official' of instructions has a path of its own; expected the "
+                f"defaults, {settings}."
+            )
+        allowed: dict[str, list[Any]] = {
             "dataset.template": [RELEASED, None],
             "dataset.turns": ["first", "last"],
             "dataset.response_marker": [None],

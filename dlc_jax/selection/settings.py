@@ -57,9 +57,9 @@ class Cell(NamedTuple):
                 raise expect.InputError(f"split: method {method!r} takes none, got {split!r}.")
             return self
         split = DEFAULT_SPLIT if split is None else split
-        check_split(split)
         if conventions.draws_as_released and not isinstance(split, str):
             methods.released_value("split", split, conventions.splits)
+        check_split(split)
         return self._replace(split=split)
 
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -117,6 +118,40 @@ def test_what_the_command_leaves_is_what_the_functions_give(place, tmp_path):
     assert text.index(easiest["output"]) < text.index("# Hardest")
     again = run(place, tmp_path)
     assert "score: unchanged" in again
+
+
+def test_mode_official_scores_selects_and_trains_as_the_functions_do(place, tmp_path):
+    official = ["--config.mode=official"]
+    said = run(place, tmp_path, *official, code=2)
+    official += re.search("expected the defaults, (.*)[.]", said)[1].split()
+    official += ["--config.selection.methods=('flexrand', 'random')"]
+    official += ["--config.selection.keep_fractions=0.5", "--config.selection.splits=0.25,0.75"]
+    tuned = ["--config.stages=finetune", "--config.lora.batch_size=4", "--config.lora.dropout=0.05"]
+    tuned += ["--config.lora.optimiser=adamw", "--config.lora.learning_rate=1e-3"]
+    tuned += ["--config.lora.warmup_steps=1", "--config.lora.epochs=1", "--config.lora.rank=2"]
+    tuned += ["--config.lora.full_set=False", "--config.encoder.max_length=200"]
+    said = run(place, tmp_path, *official)
+    assert "24 rows of layout 'alpaca', read as text of the authors' released code" in said
+    assert "score: masks 15 linear layers" in said  # 7 of each block, and the head
+    data = dlc.load_instructions(f"jsonl:{place}/rows.jsonl", "released")
+    model = dlc.load_language_model(str(place / "model"), dtype="float32")
+    tokens = dlc.tokenise(data, model.tokenizer, 512, mode="official")
+    probes = dlc.probe_responses(model, tokens, mode="official")
+    table = pq.read_table(tmp_path / "scores" / "scores.parquet")
+    assert table.column_names == ["id", "label", "class", "dlc"]
+    np.testing.assert_allclose(table["dlc"].to_numpy(), dlc.score(probes), rtol=1e-6)
+    cell = {"keep_fraction": 0.5, "split": 0.75, "mode": "official", "kind": "instructions"}
+    kept = dlc.select(dlc.score(probes), probes.labels, **cell)
+    lines = (tmp_path / "exports/flexrand/keep_0.50-split_0.75-seed_0/kept.jsonl").read_text()
+    assert [json.loads(line) for line in lines.splitlines()] == [ROWS[i] for i in kept.indices]
+    assert "score: unchanged" in run(place, tmp_path, *official)
+    assert "lora.loss_on: mode 'official'" in run(place, tmp_path, *official, *tuned, code=2)
+    whole = ["--config.lora.loss_on=text", "--config.lora.drop_last=True"]
+    said = run(place, tmp_path, *official, *tuned, *whole)
+    config = (tmp_path / "finetune/random/keep_0.50-seed_0/adapter_config.json").read_text()
+    assert json.loads(config)["lora_dropout"] == 0.05
+    said = run(place, tmp_path, *official, *tuned, *whole, "--config.stages=plan,score")
+    assert "losses, unmasked and masked" in said
 
 
 @pytest.mark.slow

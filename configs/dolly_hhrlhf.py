@@ -20,10 +20,11 @@ Fine-tunes, where asked: --config.stages=finetune,evaluate,report
 --config.evaluation.mmlu=mmlu:<folder> trains LoRA adapters by the paper's schedule (SGD, 7e-6, 3
 epochs of batches of 32) on all 19 sets, and asks 5-shot MMLU. --config.stages=plan tells first
 whether the memory suffices.
-As released: --config=configs/dolly_hhrlhf.py:llama3-8b,official takes the settings of the authors'
-released code: mode official (its prompts and masks, keep fraction 0.5, splits 0.25 and 0.75) and
-its LoRA (rank 16, AdamW 5e-4, one epoch of batches of 4, loss on the whole text of 1,024 tokens).
-Not reproduced: weights in 8 bits, gradients clipped to norm 1, torch's draws of order and dropout.
+As released: --config=configs/dolly_hhrlhf.py:llama3-8b,official takes the settings of the
+authors' released code: mode official (its prompts and masks, keep fraction 0.5, splits 0.25 and
+0.75), and LoRA of rank 16, AdamW at 5e-4, one epoch of batches of 4, loss on the whole text of at
+most 1,024 tokens. Not reproduced: weights in 8 bits, gradients clipped to norm 1, and torch's draws
+of order and dropout.
 Expected: kept rows with all their fields in exports/ of the work directory, and the easiest and
 hardest of them in scores/easiest_hardest.md. Not run yet: no numbers.
 """

@@ -21,6 +21,7 @@ from dlc_jax.datasets.released_prompts import trained_as_released
 from dlc_jax.distributed import Run, Team, processes, said_of
 from dlc_jax.encoders import language_model
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
+from dlc_jax.encoders.torch_decoder import TorchSizes
 from dlc_jax.evaluation import Mmlu, load_mmlu
 from dlc_jax.exports.instructions import INSTRUCTION_EXPORTS
 from dlc_jax.masking import masked_text
@@ -107,8 +108,8 @@ class ResponsesStep:
 
     @property
     def _max_length(self) -> int:
-        if self.config.follows_released_instructions:  # which cuts nothing
-            return self.model.config.max_length
+        if self.config.follows_released_instructions:
+            return _uncut(self.model.config)
         return self.model.max_length(self.config.encoder.max_length)
 
     def compute(self, scratch: Path) -> _Measured:
@@ -117,6 +118,9 @@ class ResponsesStep:
         say(f"score: masks {self._masked_text}")
         max_length = self._max_length
         tokens = _tokenised(config, data, model.tokenizer, max_length)
+        if num := sum(len(row) > model.config.max_length for row in tokens.tokens):
+            limit = model.config.max_length
+            say(f"score: note: {num} of {len(tokens)} are longer than the {limit} of the model")
         if num := int(tokens.truncated.sum()):
             say(f"score: note: {num} of {len(tokens)} are cut off at {max_length} tokens")
         if tokens.skipped:
@@ -197,6 +201,14 @@ def _tokenised(
     return whole.cut(np.full(len(whole), max_length))
 
 
+def _uncut(sizes: language_model.Sizes) -> int:
+    """Returns the longest sequence that a model can read at all, where none is cut.
+
+    Rotations go on beyond what it was trained for; other classes may have no place left.
+    """
+    return sizes.max_length if isinstance(sizes, TorchSizes) else sys.maxsize
+
+
 def _read(config: Config, source: str) -> Instructions:
     tokenizer = functools.partial(language_model.load_tokenizer, config.encoder.weights)
     how = dataclasses.asdict(config.dataset.reading)
@@ -270,7 +282,7 @@ class InstructionTask:
             max_length = language_model.longest_sequence(sizes, weights, config.encoder.max_length)
             data = self._sources.load_together(config.dataset.test)
             if config.follows_released_instructions:
-                max_length = sizes.max_length
+                max_length = _uncut(sizes)
             tokens = _tokenised(config, data, tokenizer, max_length)
             check_vocabulary(tokens.named, sizes.vocab_size, tokenizer.convert_ids_to_tokens)
         if "evaluate" in stages:
@@ -326,7 +338,7 @@ class InstructionTask:
         )
         if config.follows_released_instructions:
             trained_on = functools.partial(trained_on, cut=True)
-            tested_on = functools.partial(tested_on, max_length=model.config.max_length)
+            tested_on = functools.partial(tested_on, max_length=_uncut(model.config))
 
         def make_trainer() -> LoraTuner:
             test = config.dataset.test

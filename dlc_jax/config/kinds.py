@@ -70,7 +70,7 @@ _KINDS = (
             "dataset.label_column": (None, _NO_COLUMN),
             "encoder.prunable": (None, "all linear layers of a model's blocks are masked"),
             "encoder.drop_path": (0.0, "LoRA of language models has none"),
-            "encoder.dropout": (0.0, "LoRA of language models has none"),
+            "encoder.dropout": (0.0, "that of language models is lora.dropout"),
             "probe.augment": (False, "instructions have no crops"),
             "mesh.probe": (
                 1,

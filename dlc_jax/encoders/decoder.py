@@ -33,6 +33,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dlc_jax import expect
+from dlc_jax.encoders.adapter_dropout import Keys, dropped
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.types import Params
 
@@ -50,11 +51,13 @@ class Adapter:
       alpha: The change is multiplied by alpha / rank.
       targets: Names of projections, in `TARGETS`, or of layers of another model; all of `TARGETS`
         stand for every linear layer of the blocks, whatever they are called there.
+      dropout: Share of what lora_a reads that is zeroed in training; nothing else depends on it.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    dropout: float = dataclasses.field(default=0.0, repr=False)  # repr: fingerprints are made of it
 
     @property
     def scale(self) -> float:
@@ -88,6 +91,7 @@ class Projection(nnx.Linear):
     ):
         super().__init__(num_in, num_out, use_bias=name in biased, param_dtype=dtype, rngs=rngs)
         self.lora_scale: float | None = None
+        self.drop: Callable[[Array], Array] | None = None  # in training
         if adapter is not None and name in adapter.targets:
             self.lora_scale = adapter.scale
             self.lora_a = nnx.LoRAParam(jnp.zeros((num_in, adapter.rank)))
@@ -101,8 +105,10 @@ class Projection(nnx.Linear):
             y = (wide + self.bias[...].astype(jnp.float32)).astype(x.dtype)
         if self.lora_scale is None:
             return y
+        wide = x.astype(jnp.float32)
+        read = wide if self.drop is None else self.drop(wide)
         with precision_of("float32"):
-            change = (x.astype(jnp.float32) @ self.lora_a[...]) @ self.lora_b[...]
+            change = (read @ self.lora_a[...]) @ self.lora_b[...]
         return (y + change * self.lora_scale).astype(y.dtype)
 
 
@@ -489,8 +495,13 @@ class CausalModel(abc.ABC):
     adapter: Adapter | None
 
     @abc.abstractmethod
-    def hidden(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
-        """Returns the final sequence, which `logits` takes; see `Decoder.hidden`."""
+    def hidden(
+        self, params: Params, tokens: Tokens, segments: Tokens, keys: Keys | None = None
+    ) -> Hidden:
+        """Returns the final sequence, which `logits` takes; see `Decoder.hidden`.
+
+        With keys, which training has, the adapter's dropout draws from them.
+        """
 
     @abc.abstractmethod
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
@@ -588,10 +599,18 @@ class Architecture(CausalModel):
     adapter: Adapter | None = None
     rematerialise: bool = False
 
-    def hidden(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
+    def hidden(
+        self, params: Params, tokens: Tokens, segments: Tokens, keys: Keys | None = None
+    ) -> Hidden:
         """Returns the final, normed sequence under these parameters; see `Decoder`."""
+        module = self._module(params)
+        if keys is not None and self.adapter is not None:
+            drop = functools.partial(dropped, keys=keys, rate=self.adapter.dropout)
+            for path, part in nnx.iter_modules(module):
+                if isinstance(part, Projection):
+                    part.drop = functools.partial(drop, layer="/".join(map(str, path)))
         with precision_of(self.dtype):
-            return self._module(params).hidden(tokens, segments, self.rematerialise)
+            return module.hidden(tokens, segments, self.rematerialise)
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""

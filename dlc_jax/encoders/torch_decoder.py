@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlc_jax import expect
+from dlc_jax.encoders.adapter_dropout import Keys, dropped
 from dlc_jax.encoders.decoder import (
     DTYPES,
     TARGETS,
@@ -134,7 +135,9 @@ class TorchDecoder(CausalModel):
     def config(self) -> TorchSizes:
         return self.network.sizes
 
-    def hidden(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
+    def hidden(
+        self, params: Params, tokens: Tokens, segments: Tokens, keys: Keys | None = None
+    ) -> Hidden:
         """Returns the final sequence, [b, t, d], which `logits` takes; see `Decoder.hidden`."""
 
         def run(module: Any, tokens: Any, positions: Any, mask: Any = None) -> Any:
@@ -142,7 +145,7 @@ class TorchDecoder(CausalModel):
                 for block in map(module.get_submodule, self.network.blocks):
                     # `Converted.call` puts things right
                     block.forward = _computed_again(block.forward)
-            with self._adapted(module, params):
+            with self._adapted(module, params, keys):
                 return self._sequence(
                     module, input_ids=tokens, position_ids=positions, attention_mask=mask
                 )
@@ -263,18 +266,21 @@ class TorchDecoder(CausalModel):
         return output
 
     @contextlib.contextmanager
-    def _adapted(self, module: Any, params: Params) -> Iterator[None]:
+    def _adapted(self, module: Any, params: Params, keys: Keys | None) -> Iterator[None]:
         """Makes linear layers add scale * (x @ lora_a) @ lora_b to what they give, in float32."""
         if self.adapter is None:
             yield
             return
-        env, scale = environment(), self.adapter.scale
+        env, scale, rate = environment(), self.adapter.scale, self.adapter.dropout
 
         def changed(layer: str, _: Any, args: Any, output: Any) -> Any:
             x, y = args[0].jax(), output.jax()
             lora_a, lora_b = params[f"{layer}/lora_a"], params[f"{layer}/lora_b"]
+            read = x.astype(jnp.float32)
+            if keys is not None:
+                read = dropped(read, keys=keys, layer=layer, rate=rate)
             with precision_of("float32"):
-                change = (x.astype(jnp.float32) @ lora_a) @ lora_b
+                change = (read @ lora_a) @ lora_b
             return env.j2t_iso((y + change * scale).astype(y.dtype))
 
         with contextlib.ExitStack() as stack:

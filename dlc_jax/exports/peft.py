@@ -80,7 +80,7 @@ def write_adapter(model: LanguageModel, folder: str | Path) -> None:
         "fan_in_fan_out": any(map(model.architecture.is_in_out, leaves)),
         "inference_mode": True,
         "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "peft_type": "LORA",
         "r": adapter.rank,
         "target_modules": model.architecture.target_modules(),
@@ -163,6 +163,9 @@ def _adapter_of(config: Mapping[str, Any], path: Path, model: LanguageModel) -> 
         expect.at_most(f"{path}: {key}", value, _LARGEST)
     if config.get("use_rslora"):  # it divides by the root of the rank
         alpha *= math.sqrt(rank)
+    dropout = config.get("lora_dropout") or 0.0  # kept for who trains on
+    expect.at_least(f"{path}: lora_dropout", dropout, 0)
+    expect.at_most(f"{path}: lora_dropout", dropout, 1)
     names = model.architecture.target_names
     layers = sorted(_layer_names(model).values())
     changed = _called(layers, targets, f"{path}: target_modules")
@@ -183,7 +186,8 @@ def _adapter_of(config: Mapping[str, Any], path: Path, model: LanguageModel) -> 
             f"{path}: target_modules leaves out {expect.listed(sorted(every - changed))}; expected "
             "layers of a name in all blocks."
         )
-    return Adapter(rank, float(alpha), tuple(sorted(changed, key=[*names, *layers].index)))
+    targets = tuple(sorted(changed, key=[*names, *layers].index))
+    return Adapter(rank, float(alpha), targets, float(dropout))
 
 
 def _called(layers: Collection[str], names: Any, where: str) -> set[str]:

@@ -211,17 +211,19 @@ def _forward(architecture: Architecture, num_rows: int, length: int) -> int:
 @functools.lru_cache
 def _gradient(architecture: Architecture, num_rows: int, length: int) -> tuple[int, int]:
     """Returns what the gradient keeps of every block, and what it takes besides."""
-    tokens = _tokens(num_rows, length)
+    tokens, keys = _tokens(num_rows, length), None
+    if architecture.adapter is not None and architecture.adapter.dropout:
+        keys = jax.ShapeDtypeStruct((num_rows, length, 2), jnp.uint32)
 
     def peak(depth: int) -> int:
         some = _with_depth(architecture, depth)
 
-        def total(adapter: Any, params: Any, tokens: jax.Array) -> jax.Array:
+        def total(adapter: Any, params: Any, tokens: jax.Array, keys: Any) -> jax.Array:
             whole = joined(params, adapter)
-            return some.hidden(whole, tokens, tokens).astype(jnp.float32).sum()
+            return some.hidden(whole, tokens, tokens, keys).astype(jnp.float32).sum()
 
-        params = _frozen(some).abstract_params()
-        return peak_bytes(jax.grad(total), some.abstract_adapter(), params, tokens)
+        params, adapter = _frozen(some).abstract_params(), some.abstract_adapter()
+        return peak_bytes(jax.grad(total), adapter, params, tokens, keys)
 
     two, three = peak(2), peak(3)
     return three - two, two - 2 * (three - two)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import dlc_jax as dlc
 from benchmarks import language_coverage as coverage
 from dlc_jax.encoders import torch_checkpoint, torch_decoder, torch_functions
+from dlc_jax.encoders.adapter_dropout import StepId
 from dlc_jax.encoders.decoder import TARGETS, Adapter
 from dlc_jax.encoders.language_model import door_of
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods
@@ -89,6 +90,27 @@ def test_activations_computed_again_give_the_same_gradient(stored):
     arrays = map(jnp.asarray, (rows.tokens, rows.segments))
     text = str(jax.make_jaxpr(again.hidden)(model.params | weights, *arrays))
     assert len(re.findall(r"\b(remat2?|checkpoint)\[", text)) == 2  # a block each
+
+
+@pytest.mark.parametrize(
+    "family", ["phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])]
+)
+def test_dropout_is_of_tokens_wherever_their_rows_are(stored, family):
+    model = loaded(stored(family)[1])
+    architecture = model.architecture.for_training(LoraConfig(rank=2, dropout=0.4).adapter, True)
+    weights = jax.tree.map(lambda leaf: leaf + 0.05, initial_adapter(architecture, 0))
+    data = coverage.responses(coverage.padded_rows()[0])
+
+    def gradients(**how):
+        (rows,) = rows_of_step(data, np.arange(2), 2, 64, **how)
+        return add_rows(architecture, model.params, weights, rows, Sums.zero(weights)).gradients
+
+    step = StepId(3, 1, 0)
+    found, packed = (gradients(packing=packing, drawing=step) for packing in (False, True))
+    plain = gradients(packing=False)
+    for path, gradient in found.items():
+        np.testing.assert_allclose(packed[path], gradient, rtol=1e-3, atol=1e-5, err_msg=path)
+        assert np.abs(plain[path] - gradient).max() > 1e-2 * np.abs(gradient).max(), path
 
 
 def test_half_precision_is_that_of_torch(stored):

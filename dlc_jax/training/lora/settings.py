@@ -24,7 +24,7 @@ _NOT_IN_WEIGHTS = (
     "merge",
 )
 # Settings that earlier versions did not have: at their defaults a run is the one it was there.
-_LATER = ("loss_on", "drop_last")
+_LATER = ("dropout", "loss_on", "drop_last")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,9 @@ class LoraConfig:
         a cosine.
       weight_decay: 0 or more; as in torch.
       momentum: In [0, 1), of `sgd`.
+      dropout: In [0, 1). Probability that a step zeroes an input of lora_a, of each token, feature
+        and projection by itself; the others are divided by 1 - dropout. As PEFT's `lora_dropout`,
+        but JAX draws, by seed and step. Tests and the finished model have none.
       dtype: Type of the frozen weights, `float32`, `bfloat16` or `float16`; `finetune_lora` takes
         that of the model it is given.
       rows_at_once: Rows per program call, 1 or more; gradients of a step add up over calls.
@@ -77,6 +80,7 @@ class LoraConfig:
     warmup_steps: int = setting(100, "over which the rate grows from 0; then it falls as a cosine")
     weight_decay: float = setting(0.01, "as torch's SGD (in the gradient) or AdamW (apart) has it")
     momentum: float = setting(0.9, "of sgd")
+    dropout: float = setting(0.0, "rate at which inputs of the change are zeroed in training")
     dtype: str = setting("bfloat16", f"of the frozen model: {', '.join(DTYPES)}")
     rows_at_once: int = setting(8, "rows per program call; gradients of a batch add up over calls")
     packing: bool = setting(False, "several samples in a row: the same steps with less padding")
@@ -105,7 +109,7 @@ class LoraConfig:
     @property
     def adapter(self) -> Adapter:
         """Which projections are changed."""
-        return Adapter(self.rank, self.alpha, self.targets)
+        return Adapter(self.rank, self.alpha, self.targets, float(self.dropout))
 
     def steps_per_epoch(self, num_samples: int) -> int:
         """Returns the steps that an epoch takes; ValueError where `drop_last` leaves none."""
@@ -123,11 +127,12 @@ class LoraConfig:
         for name in ("rank", "epochs", "batch_size", "rows_at_once", "checkpoint_steps"):
             expect.integer(f"lora.{name}", getattr(self, name), 1)
         expect.integer("lora.warmup_steps", self.warmup_steps, 0)
-        for name in ("weight_decay", "momentum"):
+        for name in ("weight_decay", "momentum", "dropout"):
             expect.at_least(f"lora.{name}", getattr(self, name), 0)
         for name in ("alpha", "learning_rate"):
             expect.at_least(f"lora.{name}", getattr(self, name), 0, exclusive=True)
-        expect.at_most("lora.momentum", self.momentum, 1, exclusive=True)
+        for name in ("momentum", "dropout"):
+            expect.at_most(f"lora.{name}", getattr(self, name), 1, exclusive=True)
         expect.one_of("lora.optimiser", self.optimiser, OPTIMISERS)
         expect.one_of("lora.dtype", self.dtype, DTYPES)
         expect.one_of("lora.loss_on", self.loss_on, LOSS_ON)

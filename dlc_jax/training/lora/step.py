@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int32, Int64
+from jaxtyping import Array, Bool, Float, Int32, Int64, UInt32
 
+from dlc_jax.encoders.adapter_dropout import StepId, keys_of_sample
 from dlc_jax.encoders.decoder import CausalModel, joined
 from dlc_jax.preprocess.tokens import Tokenised, bucket_length
 from dlc_jax.training.lora.settings import LoraConfig
@@ -28,11 +29,13 @@ class TokenRows(NamedTuple):
       segments: Number of the sample within its row, from 1; 0 at padding.
       counts: Whether the loss counts the token: something is before it, and it is of a response,
         unless `lora.loss_on` is `text`.
+      keys: What dropout draws from; None: there is none.
     """
 
     tokens: Int32[np.ndarray, "b t"]
     segments: Int32[np.ndarray, "b t"]
     counts: Bool[np.ndarray, "b t"]
+    keys: UInt32[np.ndarray, "b t 2"] | None = None
 
 
 def rows_of_step(
@@ -43,6 +46,7 @@ def rows_of_step(
     *,
     packing: bool,
     loss_on: str = "response",
+    drawing: StepId | None = None,
 ) -> Iterator[TokenRows]:
     """Yields the samples of a step, `rows_at_once` rows at a time, the longest first.
 
@@ -55,6 +59,7 @@ def rows_of_step(
       max_length: Longest row in tokens.
       packing: Whether short samples share rows as long as the longest sample of the step.
       loss_on: See `LoraConfig`.
+      drawing: The step, where it has dropout.
     """
     lengths = {int(i): len(data.tokens[i]) for i in positions}
     order = sorted(lengths, key=lambda i: -lengths[i])
@@ -63,7 +68,8 @@ def rows_of_step(
     for start in range(0, len(shared), rows_at_once):
         some = shared[start : start + rows_at_once]
         length = bucket_length(max(sum(lengths[i] for i in row) for row in some), max_length)
-        yield _rows(data, some, rows_at_once, length, loss_on)
+        rows = _rows(data, some, rows_at_once, length, loss_on)
+        yield rows if drawing is None else rows._replace(keys=_keys(data, some, rows, drawing))
 
 
 def _packed(order: Sequence[int], lengths: dict[int, int], capacity: int) -> list[list[int]]:
@@ -96,6 +102,16 @@ def _rows(
             counts[r, start + 1 : end] = True if loss_on == "text" else data.counts(i)[1:]
             start = end
     return TokenRows(tokens, segments, counts)
+
+
+def _keys(
+    data: Tokenised, some: list[list[int]], rows: TokenRows, step: StepId
+) -> UInt32[np.ndarray, "b t 2"]:
+    keys = np.zeros((*rows.tokens.shape, 2), np.uint32)
+    for r, members in enumerate(some):
+        for number, i in enumerate(members, start=1):
+            keys[r, rows.segments[r] == number] = keys_of_sample(step, i, len(data.tokens[i]))
+    return keys
 
 
 class Optimiser(NamedTuple):
@@ -175,11 +191,11 @@ def add_rows(
       sums: Sums over its other rows.
     """
 
-    tokens, segments, counts = map(jnp.asarray, rows)
+    tokens, segments, counts, keys = jax.tree.map(jnp.asarray, rows)
 
     def loss_of(adapter: Params) -> Float[Array, ""]:
         whole = joined(params, adapter)
-        hidden = architecture.hidden(whole, tokens, segments)
+        hidden = architecture.hidden(whole, tokens, segments, keys)
         of_token = architecture.cross_entropies(whole, hidden[:, :-1], tokens[:, 1:])
         return jnp.where(counts[:, 1:], of_token, 0).sum()
 

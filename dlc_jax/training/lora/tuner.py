@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Int64
 
 from dlc_jax import distributed, expect
 from dlc_jax.distributed import Run, Team
+from dlc_jax.encoders.adapter_dropout import StepId
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.exports import peft
 from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, Tokenised
@@ -57,6 +58,13 @@ class LoraResult:
     test_loss: float | None
     history: list[dict[str, Any]] = dataclasses.field(repr=False)
     seconds: float
+
+
+class StepSamples(NamedTuple):
+    """Positions of the samples of a step, and which step it is."""
+
+    positions: Int64[np.ndarray, " b"]
+    step: StepId
 
 
 class LoraTuner:
@@ -188,28 +196,34 @@ class LoraTuner:
 
     def batches(
         self, positions: Int64[np.ndarray, " k"], seed: int, epoch: int, first: int
-    ) -> Iterator[Int64[np.ndarray, " b"]]:
-        """Yields the positions of the samples of every step."""
+    ) -> Iterator[StepSamples]:
+        """Yields the samples of every step."""
         order, size = epoch_order(positions, seed, epoch), self._settings.batch_size
         for number in range(first, self.steps_per_epoch(len(order))):
-            yield order[number * size : (number + 1) * size]
+            some = order[number * size : (number + 1) * size]
+            yield StepSamples(some, StepId(seed, epoch, number))
 
     def step(
-        self, state: LoraState, batch: Int64[np.ndarray, " b"], rate: float
+        self, state: LoraState, batch: StepSamples, rate: float
     ) -> tuple[LoraState, Callable[[], loop.EpochSums]]:
         """Adds up the gradients of some rows after others, and takes a step of the optimiser."""
         params, data, settings = self._model.params, self._data, self._settings
         sums = distributed.on_every_device(params, Sums.zero(state.adapter))
         num_tokens, num_rows = 0, distributed.whole_rows(params, settings.rows_at_once)
-        how: dict[str, Any] = {"packing": settings.packing, "loss_on": settings.loss_on}
-        for rows in rows_of_step(data, batch, num_rows, self._max_length, **how):
+        rows_of = functools.partial(
+            rows_of_step,
+            packing=settings.packing,
+            loss_on=settings.loss_on,
+            drawing=batch.step if settings.dropout else None,
+        )
+        for rows in rows_of(data, batch.positions, num_rows, self._max_length):
             num_tokens += int(rows.counts.sum())
             placed = distributed.over_devices(params, rows)
             sums = add_rows(self._architecture, params, state.adapter, placed, sums)
         state = take_step(
             self._optimiser, state, sums.gradients, jnp.float32(num_tokens), jnp.float32(rate)
         )
-        loss, num_read = sums.loss, sum(len(data.tokens[i]) for i in batch)
+        loss, num_read = sums.loss, sum(len(data.tokens[i]) for i in batch.positions)
         known = {"num_tokens": num_tokens, "num_read": num_read}
         return state, lambda: {"loss": float(distributed.fetch(loss)), **known}
 

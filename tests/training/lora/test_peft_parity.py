@@ -117,7 +117,7 @@ def logits_of(model, tokens):
     return np.asarray(model.architecture.logits(model.params, hidden))
 
 
-def torch_steps(model, data, settings, order, rates):
+def torch_steps(model, data, settings, order, rates, before=lambda step, sample: None):
     """Takes the steps one sample at a time: no padding, no packing."""
     import torch
 
@@ -136,6 +136,7 @@ def torch_steps(model, data, settings, order, rates):
             ids = torch.asarray(data.tokens[i].astype(np.int64))
             labels = ids.clone()
             labels[: 1 if settings.loss_on == "text" else max(int(data.num_prompt[i]), 1)] = -100
+            before(step, i)
             logits = model(input_ids=ids[None]).logits[0]
             losses.append((logits[:-1], labels[1:]))
         logits, labels = (torch.cat(part) for part in zip(*losses, strict=True))

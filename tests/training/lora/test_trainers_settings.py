@@ -81,14 +81,14 @@ def test_the_loss_on_text_counts_all_tokens_but_the_first():
 def test_a_short_last_batch_is_left_out_and_steps_and_rates_follow(model):
     tuner = LoraTuner(model, samples(19), SETTINGS)
     kept = tuner.positions(np.arange(1, 19))
-    assert [len(batch) for batch in tuner.batches(kept, 0, 1, 0)] == [8, 8]
-    assert [len(batch) for batch in tuner.batches(kept, 0, 1, 1)] == [8]
+    assert [len(batch.positions) for batch in tuner.batches(kept, 0, 1, 0)] == [8, 8]
+    assert [len(batch.positions) for batch in tuner.batches(kept, 0, 1, 1)] == [8]
     assert tuner.rates(tuner.steps_per_epoch(len(kept))) == learning_rates(6, 1e-2, 2)
     usual = LoraTuner(model, samples(19), dataclasses.replace(SETTINGS, drop_last=False))
-    assert [len(batch) for batch in usual.batches(kept, 0, 1, 0)] == [8, 8, 2]
+    assert [len(batch.positions) for batch in usual.batches(kept, 0, 1, 0)] == [8, 8, 2]
     assert len(usual.rates(usual.steps_per_epoch(len(kept)))) == 9
     whole = tuner.positions(np.arange(8))
-    assert [len(batch) for batch in tuner.batches(whole, 0, 1, 0)] == [8]
+    assert [len(batch.positions) for batch in tuner.batches(whole, 0, 1, 0)] == [8]
     says = r"lora\.drop_last: True leaves no step of 7 samples; expected False, or lora\.batch_size"
     with pytest.raises(dlc.InputError, match=f"{says} of at most 7, got 8"):
         dlc.finetune_lora(model, samples(19), np.arange(7), settings=SETTINGS)
@@ -108,7 +108,12 @@ def test_no_step_is_refused_before_scoring(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "says"), [({"loss_on": "prompt"}, "lora.loss_on: unknown value 'prompt'")]
+    ("value", "says"),
+    [
+        ({"loss_on": "prompt"}, "lora.loss_on: unknown value 'prompt'"),
+        ({"dropout": 1.0}, "lora.dropout: must be < 1, got 1.0"),
+        ({"dropout": -0.1}, "lora.dropout: must be >= 0, got -0.1"),
+    ],
 )
 def test_values_out_of_range_are_refused_by_name(value, says):
     with pytest.raises(dlc.InputError, match=says):
@@ -131,6 +136,7 @@ def test_runs_of_versions_without_these_settings_are_still_found():
         "momentum": 0.9,
         "dtype": "bfloat16",
     }
-    for name, value in {"loss_on": "text", "drop_last": True}.items():
+    for name, value in {"dropout": 0.1, "loss_on": "text", "drop_last": True}.items():
         other = dataclasses.replace(usual, **{name: value})
         assert other.decisive == usual.decisive | {name: value}
+    assert repr(usual.adapter) == f"Adapter(rank=8, alpha=16.0, targets={usual.targets})"

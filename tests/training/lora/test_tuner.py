@@ -132,7 +132,7 @@ def test_rows_hold_every_token_once(packing, rows_at_once):
     for some in rows:
         assert some.tokens.shape[0] == rows_at_once
         assert some.tokens.shape[1] <= 64
-        for tokens, segments, counts in zip(*some, strict=True):
+        for tokens, segments, counts in zip(*some[:3], strict=True):
             for number in range(1, int(segments.max(initial=0)) + 1):
                 place = segments == number
                 found.append((tokens[place].tolist(), counts[place].tolist()))

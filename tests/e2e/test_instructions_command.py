@@ -121,11 +121,10 @@ def test_what_the_command_leaves_is_what_the_functions_give(place, tmp_path):
 
 
 def test_mode_official_scores_selects_and_trains_as_the_functions_do(place, tmp_path):
-    official = ["--config.mode=official"]
+    official = ["--config.mode=official", "--config.selection.methods=('flexrand', 'random')"]
+    official += ["--config.selection.keep_fractions=0.5", "--config.selection.splits=0.25,0.75"]
     said = run(place, tmp_path, *official, code=2)
     official += re.search("expected the defaults, (.*)[.]", said)[1].split()
-    official += ["--config.selection.methods=('flexrand', 'random')"]
-    official += ["--config.selection.keep_fractions=0.5", "--config.selection.splits=0.25,0.75"]
     tuned = ["--config.stages=finetune", "--config.lora.batch_size=4", "--config.lora.dropout=0.05"]
     tuned += ["--config.lora.optimiser=adamw", "--config.lora.learning_rate=1e-3"]
     tuned += ["--config.lora.warmup_steps=1", "--config.lora.epochs=1", "--config.lora.rank=2"]
@@ -138,7 +137,7 @@ def test_mode_official_scores_selects_and_trains_as_the_functions_do(place, tmp_
     tokens = dlc.tokenise(data, model.tokenizer, 512, mode="official")
     probes = dlc.probe_responses(model, tokens, mode="official")
     table = pq.read_table(tmp_path / "scores" / "scores.parquet")
-    assert table.column_names == ["id", "label", "class", "dlc"]
+    assert table.column_names == ["id", "label", "class_name", "dlc"]
     np.testing.assert_allclose(table["dlc"].to_numpy(), dlc.score(probes), rtol=1e-6)
     cell = {"keep_fraction": 0.5, "split": 0.75, "mode": "official", "kind": "instructions"}
     kept = dlc.select(dlc.score(probes), probes.labels, **cell)

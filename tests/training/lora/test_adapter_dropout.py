@@ -206,6 +206,7 @@ def test_what_stays_is_scaled_to_the_same_mean():
     np.testing.assert_array_equal(none, x)
 
 
+@pytest.mark.slow
 def test_masks_are_of_tokens_wherever_their_rows_are():
     """Of the small decoder, without torch; the slow tests do the same over whole runs."""
     settings = dataclasses.replace(SETTINGS, targets=("q_proj", "down_proj"))

@@ -36,7 +36,9 @@ from dlc_jax.types import Conventions, Dataset, setting
 class Config:
     """A whole run."""
 
-    mode: str = setting("default", "default, or official: the released code's quirks")
+    mode: str = setting(
+        "default", "default, or official: as the released code of images or instructions"
+    )
     seed: int = setting(0, "seed of random masking and augmentation")
     stages: tuple[str, ...] = setting(
         ("score", "select"),

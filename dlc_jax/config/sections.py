@@ -101,7 +101,9 @@ class EncoderConfig:
         "go without",
     )
     max_length: int | None = setting(
-        None, "of instructions, in tokens; None: 2048, or the model's limit if it is lower"
+        None,
+        "of instructions, in tokens; None: 2048, or the model's limit if it is lower; in mode "
+        "official of training and tests only",
     )
     image_size: int | None = setting(
         None, f"side of the images in pixels; None: {PAPER.size}, or the checkpoint's with model"

@@ -286,11 +286,17 @@ LAYOUTS: Mapping[str, RowLayout] = {
 
 
 def _as_released(name: str, *apart: str) -> RowLayout:
-    """Returns a layout with the text of the authors' released code; `apart` are not of a prompt."""
+    """Returns a layout with the text of the authors' released code.
+
+    Args:
+      name: The layout that reads the columns.
+      apart: Columns of which the released code makes its own prompt.
+    """
     columns, _, read, _ = LAYOUTS[name]
 
     def read_as_released(row: Row) -> RowSample:
         sample = read({key: row.get(key) for key in (*columns, *apart)})
+        _not_blank(sample.conversation.messages[1].get("content") or "")
         fields = {key: row.get(key) for key in apart}
         texts = scored_as_released(sample.conversation, fields)
         return RowSample(sample.conversation, texts, same_as=sample.identity)
@@ -428,15 +434,18 @@ class Reading:
             return "messages", LAYOUTS["messages"]
         layouts = _RELEASED if self.template == RELEASED else LAYOUTS
         fitting = [name for name, kind in layouts.items() if all(c in first for c in kind.columns)]
-        if len(fitting) == 1:
+        if len(fitting) == 1 or (fitting and self.template == RELEASED):
             return fitting[0], layouts[fitting[0]]
         known = "; ".join(f"{name}: {', '.join(kind.columns)}" for name, kind in layouts.items())
         texts = [name for name, value in first.items() if isinstance(value, str) and name != "id"]
         prompt, response = (*texts, "<column>", "<column>")[:2]
+        which = "--config.dataset.template=<name>, which says which, "
+        if self.template == RELEASED:
+            prompt, response, which = "<column>", "<column>", ""
         raise expect.InputError(
             f"{rows.name}: columns {expect.listed(map(on_one_line, first))} fit "
             f"{' and '.join(fitting) or 'no template'}; expected those of one ({known}), "
-            "--config.dataset.template=<name>, which says which, or the columns by name, such as "
+            f"{which}or the columns by name, such as "
             f'--config.dataset.columns="prompt={prompt},response={response}".'
         )
 

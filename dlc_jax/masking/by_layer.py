@@ -45,7 +45,6 @@ def masked_by_layer(
         if not num_zeroed.get(name):
             return leaf
         steps = removal_steps(params, (name,), np.array([0, num_zeroed[name]]))
-        assert steps is not None
         is_kept = jax.device_put(steps[name] > 1, getattr(leaf, "sharding", None))
         return jnp.where(is_kept, leaf, jnp.zeros_like(leaf))
 

@@ -17,14 +17,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dlc_jax.distributed import fetch
-from dlc_jax.masking.thresholds import Importance
 from dlc_jax.masking.torch_order import TorchLayout
 from dlc_jax.types import Params, by_path
 
 _BLOCK = 1 << 14  # weights compared with the top of the heap at a time
 
 
-def removal_steps(params: Params, prunable: tuple[str, ...], counts: np.ndarray) -> Importance:
+def removal_steps(
+    params: Params, prunable: tuple[str, ...], counts: np.ndarray
+) -> dict[str, np.ndarray | jax.Array]:
     """Returns, per weight, the step of the path at which torch zeroes it (m: never), int32.
 
     As importance it yields torch's masks: step k zeroes what has a step of k or less. Replays
@@ -51,7 +52,8 @@ def _steps_of_flat(
     magnitude: Float[np.ndarray, " weights"], counts: Int[np.ndarray, " m"]
 ) -> Int[np.ndarray, " weights"]:
     steps = np.full(len(magnitude), len(counts), np.int32)
-    ascending = np.sort(magnitude)
+    ends = np.asarray(counts[counts > 0])
+    ascending = np.partition(magnitude, np.unique([*(ends - 1), *ends[ends < len(magnitude)]]))
     for k in np.flatnonzero(np.diff(counts)) + 1:  # the steps that zero any
         last = ascending[counts[k] - 1]
         left = steps == len(counts)
@@ -68,7 +70,7 @@ def smallest(values: Float[np.ndarray, " n"], k: int) -> Int[np.ndarray, " k"]:
     """Returns the positions of the k smallest values, those at a tie as torch.topk picks them."""
     if k * 64 <= len(values):
         return _left_in_heap(values, k)
-    values, order = values.copy(), np.arange(len(values))
+    values, order = values.copy(), np.arange(len(values), dtype=np.int32)
     first, last, nth = 0, len(values), k - 1
     depth_limit = 2 * (len(values).bit_length() - 1)
     while last - first > 3 and depth_limit:

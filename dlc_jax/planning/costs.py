@@ -9,6 +9,8 @@ from jaxtyping import Int64
 
 from dlc_jax.config import Config
 from dlc_jax.planning.machine import MeshSize, is_processor, num_here
+from dlc_jax.selection import Cell
+from dlc_jax.selection.methods import released_draws
 
 
 class Cost(NamedTuple):
@@ -95,7 +97,15 @@ def kept_by_run(config: Config, counts: Int64[np.ndarray, " c"]) -> list[int]:
     """Returns the samples of every run of a sweep."""
     selection = config.selection
     groups = counts if selection.per_class else counts.sum(keepdims=True)
-    return [num_kept(groups, cell.keep_fraction, selection.min_per_class) for cell in config.runs()]
+    known = config.conventions
+
+    def kept(cell: Cell) -> int:
+        if known.draws_as_released and isinstance(cell.split, float):  # which rounds the halves
+            draws = [released_draws(n, cell.split, cell.keep_fraction) for n in groups.tolist()]
+            return sum(easy + hard for _, easy, hard in draws)
+        return num_kept(groups, cell.keep_fraction, selection.min_per_class)
+
+    return [kept(cell) for cell in config.runs()]
 
 
 def planned_stages(config: Config) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -82,14 +83,14 @@ class Tokenised:
 
     @property
     def num_response(self) -> Int64[np.ndarray, " n"]:
-        """[n] tokens of the response, the end of the sequence included."""
+        """[n] tokens of the response, an end of the sequence included."""
         return np.array([self.counts(position).sum() for position in range(len(self))])
 
 
 def tokenise(
     data: Instructions,
     tokenizer: Any,
-    max_length: int,
+    max_length: int | None,
     *,
     on_corrupt: str = "error",
     mode: str = "default",
@@ -105,11 +106,11 @@ def tokenise(
       tokenizer: A tokenizer of transformers. What it puts in front (begin of sequence) stays,
         unless the prompt begins with one; its end of sequence follows the response, where it has
         one. Texts that hold their special tokens get neither.
-      max_length: Longest sequence in tokens; the end of longer ones is cut off.
-      on_corrupt: `error`, or `skip` to leave out samples whose response is cut off altogether.
+      max_length: Longest sequence in tokens; the end of longer ones is cut off. None: any.
+      on_corrupt: `error`, or `skip` to leave out samples of whose response nothing is left.
       mode: `default`, or `official` as the released code for instructions, of data read with the
         template `released`: the response begins behind as many tokens as the prompt has alone, no
-        end of sequence follows it, and nothing is cut: a longer sample is left out as the others.
+        end of sequence is added, and nothing is cut: a longer sample is left out as the others.
     Raises:
       ValueError: such samples, by id, unless they are skipped; by id, a text that the tokenizer
         cannot read; in `official`, data of another template.
@@ -120,7 +121,8 @@ def tokenise(
       >>> model.tokenizer.decode(tokens.tokens[0][tokens.num_prompt[0] :])[:24]
       'Kangen water is alkaline'
     """
-    expect.at_least("max_length", max_length, 2)
+    limit = sys.maxsize if max_length is None else max_length
+    expect.at_least("max_length", limit, 2)
     expect.one_of("on_corrupt", on_corrupt, ("error", "skip"))
     as_released = Conventions.of(mode, "instructions").mode == "official"
     if as_released and not data.as_released:
@@ -140,28 +142,30 @@ def tokenise(
                 ids, num_before, places = _joint(
                     prompt, response, spans, tokenizer, data.has_special_tokens
                 )
-        if num_before >= max_length:
+        if num_before >= limit:
             skipped[name] = f"its prompt alone has {num_before} tokens, of at most {max_length}"
         elif num_before >= len(ids):
             skipped[name] = f"its prompt alone has {num_before} tokens, of {len(ids)} in all"
-        elif as_released and len(ids) > max_length:
+        elif as_released and len(ids) > limit:
             skipped[name] = f"it has {len(ids)} tokens, of at most {max_length}, and is not cut"
         if name in skipped:
             continue
-        rows.append(np.array(ids[:max_length], np.int32))
+        rows.append(np.array(ids[:limit], np.int32))
         num_prompt.append(num_before)
-        truncated.append(len(ids) > max_length)
+        truncated.append(len(ids) > limit)
         kept.append(position)
-        others.append(places[places < max_length])
+        others.append(places[places < limit])
+    at = "" if max_length is None else f" at max_length {max_length}"
     if skipped and on_corrupt == "error":
         name, why = next(iter(skipped.items()))
         problem = "do not fit" if as_released else "have no response left"
+        larger = "" if max_length is None else "a larger one, or "
         raise expect.InputError(
-            f"{data.name}: {len(skipped)} samples {problem} at max_length {max_length}, such as "
-            f"{name}: {why}; expected a larger one, or on_corrupt='skip'."
+            f"{data.name}: {len(skipped)} samples {problem}{at}, such as {name}: {why}; expected "
+            f"{larger}on_corrupt='skip'."
         )
     if not rows:
-        raise expect.InputError(f"{data.name}: no sample is left at max_length {max_length}.")
+        raise expect.InputError(f"{data.name}: no sample is left{at}.")
     return Tokenised(
         tuple(rows),
         np.array(num_prompt, np.int32),
@@ -259,6 +263,7 @@ def _joint(
 
 
 def _joint_as_released(prompt: str, response: str, tokenizer: Any) -> _Joint:
+    (prompt + response).encode()  # see `_joint`
     read = functools.partial(tokenizer, verbose=False)
     ids, alone = (list(read(text)["input_ids"]) for text in (prompt + response, prompt))
     return _Joint(ids, len(alone), np.empty(0, np.int64))

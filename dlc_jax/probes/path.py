@@ -60,6 +60,7 @@ def learning_path(
     leaves = by_path(encoder.params)
     num_weights = sum(leaves[name].size for name in prunable)
     found = path.counts(num_weights)
+    importance: masking.Importance
     if conventions.ties_as_torch and path.masking == "l1":
         importance = masking.removal_steps(encoder.params, prunable, found.grid)
     else:

@@ -279,14 +279,15 @@ def flexrand_as_released(
     generator.set_state(_states(tuple(len(positions) for positions in ranked), seed, *grid)[cell])
     kept = []
     for positions in ranked:
-        pool, num_easy, num_hard = _draws(len(positions), *cell)
+        pool, num_easy, num_hard = released_draws(len(positions), *cell)
         easy = generator.choice(positions[:pool], num_easy, replace=False)
         hard = generator.choice(positions[pool:], num_hard, replace=False)
         kept.append(np.concatenate([easy, hard]))
     return kept
 
 
-def _draws(num_samples: int, split: float, keep_fraction: float) -> tuple[int, int, int]:
+def released_draws(num_samples: int, split: float, keep_fraction: float) -> tuple[int, int, int]:
+    """Returns the easy pool's size, and how many are drawn from the easy and from the hard pool."""
     easy, hard = fractions(keep_fraction, split)
     return round(num_samples * split), round(num_samples * easy), round(num_samples * hard)
 
@@ -305,7 +306,7 @@ def _states(
         for keep_fraction in keep_fractions:
             states[split, keep_fraction] = generator.get_state()
             for size in sizes:
-                pool, num_easy, num_hard = _draws(size, split, keep_fraction)
+                pool, num_easy, num_hard = released_draws(size, split, keep_fraction)
                 generator.choice(pool, num_easy, replace=False)
                 generator.choice(size - pool, num_hard, replace=False)
     return states

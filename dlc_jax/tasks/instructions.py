@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -75,20 +74,16 @@ class ResponsesStep:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self._how | {"asked": self.config.asked}
+        return {"seed": self.config.seed} | self._how | {"asked": self.config.asked}
 
     @property
     def _how(self) -> dict[str, Any]:
         config = self.config
+        how = {"max_length": self._max_length, "on_corrupt": config.dataset.on_corrupt}
+        if config.follows_released_instructions:  # which has one path, and draws nothing
+            return how | {"mode": config.mode, "probe": {"dtype": config.probe.dtype}}
         probes = {k: v for k, v in config.to_dict()["probe"].items() if k not in NOT_IN_LOSSES}
-        return {
-            "seed": config.seed,
-            "probe": probes,
-            "max_length": self._max_length,
-            "on_corrupt": config.dataset.on_corrupt,
-            "category": self._categories,
-            **({"mode": config.mode} if config.follows_released_instructions else {}),
-        }
+        return how | {"seed": config.seed, "probe": probes, "category": self._categories}
 
     @property
     def _masked_text(self) -> str:
@@ -107,7 +102,7 @@ class ResponsesStep:
         return json_hash([column, labels.tolist(), names])
 
     @property
-    def _max_length(self) -> int:
+    def _max_length(self) -> int | None:
         if self.config.follows_released_instructions:
             return _uncut(self.model.config)
         return self.model.max_length(self.config.encoder.max_length)
@@ -124,8 +119,8 @@ class ResponsesStep:
         if num := int(tokens.truncated.sum()):
             say(f"score: note: {num} of {len(tokens)} are cut off at {max_length} tokens")
         if tokens.skipped:
-            why = expect.listed(dict.fromkeys(tokens.skipped.values()))
-            say(f"score: note: {len(tokens.skipped)} left out: {why}")
+            name, why = next(iter(tokens.skipped.items()))
+            say(f"score: note: {len(tokens.skipped)} left out, such as {name}: {why}")
         kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
         run = Run(scratch, self.mesh, progress=True)
         how: dict[str, Any] = {"tokens_per_batch": config.probe.tokens_per_batch, "run": run}
@@ -164,6 +159,8 @@ class ResponsesStep:
                 "masked": self._masked_text,
             },
         }
+        if config.follows_released_instructions:  # its path has no more probes to compare with
+            return Written(list(self.files), facts)
         of_classes = dataclasses.replace(probes, labels=labels)
         certificate = write_certificate(root, of_classes, config.seed, self.say)
         return Written([*self.files, *certificate], facts)
@@ -188,7 +185,7 @@ def _other_scores(
 
 
 def _tokenised(
-    config: Config, data: Instructions, tokenizer: Any, max_length: int, *, cut: bool = False
+    config: Config, data: Instructions, tokenizer: Any, max_length: int | None, *, cut: bool = False
 ) -> Tokenised:
     """Returns the tokens of samples; `cut`: of what the released code trains on, cut as it does."""
     how = {"on_corrupt": config.dataset.on_corrupt, "mode": config.mode}
@@ -197,16 +194,16 @@ def _tokenised(
     pairs = map(trained_as_released, data.prompts, data.responses)
     prompts, responses = zip(*pairs, strict=True)
     written = dataclasses.replace(data, prompts=prompts, responses=responses)
-    whole = tokenise(written, tokenizer, sys.maxsize, **how)
+    whole = tokenise(written, tokenizer, None, **how)
     return whole.cut(np.full(len(whole), max_length))
 
 
-def _uncut(sizes: language_model.Sizes) -> int:
-    """Returns the longest sequence that a model can read at all, where none is cut.
+def _uncut(sizes: language_model.Sizes) -> int | None:
+    """Returns the longest sequence that a model can read at all; None: there is none.
 
     Rotations go on beyond what it was trained for; other classes may have no place left.
     """
-    return sizes.max_length if isinstance(sizes, TorchSizes) else sys.maxsize
+    return sizes.max_length if isinstance(sizes, TorchSizes) else None
 
 
 def _read(config: Config, source: str) -> Instructions:
@@ -281,8 +278,6 @@ class InstructionTask:
             tokenizer = language_model.load_tokenizer(weights)
             max_length = language_model.longest_sequence(sizes, weights, config.encoder.max_length)
             data = self._sources.load_together(config.dataset.test)
-            if config.follows_released_instructions:
-                max_length = _uncut(sizes)
             tokens = _tokenised(config, data, tokenizer, max_length)
             check_vocabulary(tokens.named, sizes.vocab_size, tokenizer.convert_ids_to_tokens)
         if "evaluate" in stages:
@@ -333,20 +328,16 @@ class InstructionTask:
         if scored not in (None, model.name):  # of the same name, it is read in another type
             self._say(f"finetune: note: the model is {model.name}; the scores are of {scored}")
 
-        trained_on = tested_on = functools.partial(
-            _tokenised, config, tokenizer=model.tokenizer, max_length=max_length
-        )
-        if config.follows_released_instructions:
-            trained_on = functools.partial(trained_on, cut=True)
-            tested_on = functools.partial(tested_on, max_length=_uncut(model.config))
+        def tokenised(data: Instructions, *, cut: bool = False) -> Tokenised:
+            return _tokenised(config, data, model.tokenizer, max_length, cut=cut)
 
         def make_trainer() -> LoraTuner:
             test = config.dataset.test
             return LoraTuner(
                 model,
-                trained_on(data),
+                tokenised(data, cut=config.follows_released_instructions),
                 config.lora,
-                test=None if test is None else tested_on(self.load(test)),
+                test=None if test is None else tokenised(self.load(test)),
                 max_length=max_length,
                 tokens_per_batch=config.probe.tokens_per_batch,
                 progress=True,
@@ -376,6 +367,8 @@ class InstructionTask:
         is_here = instruction_plan.is_local(weights)
         tokenizer = language_model.load_tokenizer(weights) if is_here else None
         max_length = language_model.longest_sequence(sizes, weights, config.encoder.max_length)
+        if config.follows_released_instructions:
+            max_length = max(max_length, sizes.max_length)
         lengths = instruction_plan.Lengths.of(data, tokenizer, max_length)
         costs = instruction_plan.InstructionCosts
         return plan(costs(config, sizes, mesh, len(data), num_test, lengths))

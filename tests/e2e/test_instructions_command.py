@@ -120,15 +120,12 @@ def test_what_the_command_leaves_is_what_the_functions_give(place, tmp_path):
     assert "score: unchanged" in again
 
 
+@pytest.mark.slow
 def test_mode_official_scores_selects_and_trains_as_the_functions_do(place, tmp_path):
     official = ["--config.mode=official", "--config.selection.methods=('flexrand', 'random')"]
     official += ["--config.selection.keep_fractions=0.5", "--config.selection.splits=0.25,0.75"]
     said = run(place, tmp_path, *official, code=2)
     official += re.search("expected the defaults, (.*)[.]", said)[1].split()
-    tuned = ["--config.stages=finetune", "--config.lora.batch_size=4", "--config.lora.dropout=0.05"]
-    tuned += ["--config.lora.optimiser=adamw", "--config.lora.learning_rate=1e-3"]
-    tuned += ["--config.lora.warmup_steps=1", "--config.lora.epochs=1", "--config.lora.rank=2"]
-    tuned += ["--config.lora.full_set=False", "--config.encoder.max_length=200"]
     said = run(place, tmp_path, *official)
     assert "24 rows of layout 'alpaca', read as text of the authors' released code" in said
     assert "score: masks 15 linear layers" in said  # 7 of each block, and the head
@@ -143,13 +140,24 @@ def test_mode_official_scores_selects_and_trains_as_the_functions_do(place, tmp_
     kept = dlc.select(dlc.score(probes), probes.labels, **cell)
     lines = (tmp_path / "exports/flexrand/keep_0.50-split_0.75-seed_0/kept.jsonl").read_text()
     assert [json.loads(line) for line in lines.splitlines()] == [ROWS[i] for i in kept.indices]
-    assert "score: unchanged" in run(place, tmp_path, *official)
+    tuned = ["--config.stages=finetune", "--config.lora.batch_size=4", "--config.lora.dropout=0.05"]
+    tuned += ["--config.lora.optimiser=adamw", "--config.lora.learning_rate=1e-3"]
+    tuned += ["--config.lora.warmup_steps=1", "--config.lora.epochs=1", "--config.lora.rank=2"]
+    tuned += ["--config.lora.full_set=False", f"--config.dataset.test=jsonl:{place}/rows.jsonl"]
+    lengths = [len(row) for row in tokens.tokens]
+    tuned += [f"--config.encoder.max_length={max(lengths)}"]  # which cuts the ends behind them
+    assert "score: unchanged" in run(place, tmp_path, *official, "--config.seed=5")
+    assert not (tmp_path / "scores/certificate.json").exists()
     assert "lora.loss_on: mode 'official'" in run(place, tmp_path, *official, *tuned, code=2)
     whole = ["--config.lora.loss_on=text", "--config.lora.drop_last=True"]
     said = run(place, tmp_path, *official, *tuned, *whole)
-    config = (tmp_path / "finetune/random/keep_0.50-seed_0/adapter_config.json").read_text()
+    assert re.search(r"note: \d+ of 24 training samples are cut off", said)
+    config = (tmp_path / "finetune/random/keep_0.50-seed_0/adapter/adapter_config.json").read_text()
     assert json.loads(config)["lora_dropout"] == 0.05
-    said = run(place, tmp_path, *official, *tuned, *whole, "--config.stages=plan,score")
+    short = f"--config.encoder.max_length={max(lengths) - 1}"
+    said = run(place, tmp_path, *official, *tuned, *whole, short, code=2)
+    assert "samples do not fit at max_length" in said
+    said = run(place, tmp_path, *official, "--config.stages=plan,score")
     assert "losses, unmasked and masked" in said
 
 

@@ -147,7 +147,7 @@ def test_losses_masks_and_kept_sets_are_those_of_the_released_code(timm, tmp_pat
     import torch
     import transformers
 
-    folder = demo_folder() if kind == "demo" else small_llama(tmp_path, kind == "tied")
+    folder = demo_folder() if kind == "demo" else small_llama(tmp_path, tied=True)
     rows = rows if kind == "demo" else rows[:6]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -225,6 +225,9 @@ def test_a_sample_has_the_same_name_in_both_modes(tmp_path, rows):
     np.testing.assert_array_equal(*names)
 
 
+EMPTY_FIRST = [("human", "a"), ("gpt", ""), ("human", "b"), ("gpt", "c")]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -232,6 +235,10 @@ def test_a_sample_has_the_same_name_in_both_modes(tmp_path, rows):
         ({"instruction": "a", "output": "b", "system": "c"}, "1 have 'system', which template"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "1 have 'history', which"),
         ({"instruction": "a", "output": " "}, "1 have an empty response: row 1"),
+        (
+            {"conversations": [{"from": w, "value": v} for w, v in EMPTY_FIRST]},
+            "1 have an empty response: row 1",
+        ),
         (
             {"conversations": [{"from": w, "value": "a"} for w in ("system", "human", "gpt")]},
             "1 do not begin with a question and its answer, .*: row 1",

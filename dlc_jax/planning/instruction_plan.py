@@ -34,6 +34,7 @@ from dlc_jax.planning.programs import count_flops
 from dlc_jax.planning.speed import block_speed
 from dlc_jax.preprocess.tokens import bucket_length, tokenise
 from dlc_jax.training.lora.step import Sums, TokenRows, add_rows
+from dlc_jax.types import by_path
 
 _MOST_READ = 256  # samples whose length is looked at
 _CHARACTERS = 4  # of a token, where there is no tokenizer
@@ -186,7 +187,7 @@ class InstructionCosts:
 
 _GIB = 1 << 30
 REFERENCES = (Machine("1 x 80 GiB", 1, 80 * _GIB), Machine("8 x 24 GiB", 8, 24 * _GIB))
-_TOKEN = 4  # bytes
+_TOKEN, _REPLAY = 4, 48  # bytes; a weight takes 45 in `removal_steps`
 
 
 def plan_of_instructions(
@@ -252,6 +253,11 @@ def _work(costs: InstructionCosts) -> Work:
         "score": Memory("losses", 4 * n * int(config.probe.num_probes)),
         "finetune": Memory("checkpoint on its way to disk", 2 * adapter),
     }
+    if config.follows_released_instructions:
+        model = Architecture(costs.sizes, config.probe.dtype)
+        leaves = by_path(model.abstract_params())
+        largest = max(leaf.size for path, leaf in leaves.items() if model.is_linear(path))
+        held["score"] = Memory("replay of torch's order in the largest layer", _REPLAY * largest)
     otherwise = "try fewer instructions, or a host with more memory"
     hosts = {
         stage: Host.of(job, loaded, tokens, held[stage], otherwise=otherwise)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import dlc_jax as dlc
+from dlc_jax import presets
 from dlc_jax.config import Config, default_config
 from dlc_jax.encoders.decoder import KNOWN_MODELS, PAPER_MODELS, Architecture
 from dlc_jax.encoders.language_model import load_tokenizer, model_folder, read_config
-from dlc_jax.planning.instruction_plan import InstructionCosts, Lengths
+from dlc_jax.planning.costs import kept_by_run
+from dlc_jax.planning.instruction_plan import InstructionCosts, Lengths, plan_of_instructions
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.programs import count_flops
 from dlc_jax.preprocess.tokens import bucket_length, tokenise
@@ -90,6 +92,21 @@ def test_lengths_of_rows():
     guessed = Lengths.of(data, None, 512)
     assert "4 characters a token" in guessed.measured
     assert 0.3 < guessed.whole / lengths.whole < 3
+
+
+def test_the_released_code_takes_two_passes_and_a_whole_masked_copy():
+    sizes = PAPER_MODELS["meta-llama/Meta-Llama-3-8B"]
+    released = presets.paper_instructions("llama3-8b,official")
+    released.dataset.train = "demo:dolly/train"
+    config = Config.of(released)
+    costs = InstructionCosts(config, sizes, ONE, 10, 0, Lengths(LENGTH, 128, ""))
+    names = {cost.name: cost for cost in costs.costs()}
+    assert [cost.passes for cost in names.values()] == [2]
+    assert kept_by_run(config, np.array([10])) == [10, 2 + 2, 2 + 2, 5]  # halves are rounded apart
+    plan = plan_of_instructions(config, sizes, ONE, costs)
+    parts = {part.name: part.num_bytes for part in plan.jobs["score"].plan().parts}
+    assert parts["masked copy of the weights"] == parts["weights"] > 16e9
+    assert "masked weights of a block" not in parts
 
 
 def test_a_short_last_batch_that_is_left_out_costs_nothing():

@@ -72,7 +72,7 @@ class Config:
         config.check()
         deep_images = config.dataset.deep_images or config.conventions.deep_images
         dataset = dataclasses.replace(config.dataset, deep_images=deep_images)
-        if config.follows_released_instructions:
+        if config.conventions.reads_as_released:
             dataset = dataclasses.replace(dataset, template=RELEASED, turns="first")
         return dataclasses.replace(
             config,
@@ -127,7 +127,7 @@ class Config:
     @property
     def conventions(self) -> Conventions:
         """What `mode` decides."""
-        return Conventions.of(self.mode, self.data_kind.name)
+        return Conventions.of(self.mode, self.data_kind.released)
 
     def images(self, dataset: Dataset, transform: Transform) -> Images:
         """Returns a data set of images with how these settings, and the encoder's, read it."""
@@ -149,11 +149,6 @@ class Config:
         """Returns the cells to fine-tune on; the full set, at keep fraction 1, comes first."""
         full = [Cell(FULL, 1.0, None, seed) for seed in self.selection.seeds]
         return (full if self.training.full_set else []) + self.selection.cells()
-
-    @property
-    def follows_released_instructions(self) -> bool:
-        """Whether the released code of instructions is followed, which has few settings."""
-        return self.mode == "official" and self.data_kind.name == "instructions"
 
     def _check_kind(self) -> None:
         """Raises ValueError where something asked for is not there for this kind of data."""
@@ -185,7 +180,7 @@ class Config:
         if "export" in self.stages:
             for form in self.export.forms:
                 expect.one_of("export.forms", form, kind.forms)
-        if self.follows_released_instructions:
+        if self.conventions.reads_as_released:
             self._check_released_instructions()
 
     def _check_released_instructions(self) -> None:

@@ -28,6 +28,7 @@ class DataKind:
         (features), `training` (a record of it), `responses`.
       forms: Forms of export; None stands for one that chooses all of its paths.
       only: Settings that have one value here, by their dotted names: the value, and why.
+      released: Whose released code mode `official` follows, as in `Conventions.of`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class DataKind:
     measures: frozenset[str]
     forms: Mapping[str, Export | InstructionExport | None]
     only: Mapping[str, tuple[Any, str]]
+    released: str = "images"
 
 
 _NO_COLUMN = "instructions have no such column, their classes come from dataset.category"
@@ -65,6 +67,7 @@ _KINDS = (
         needs_test=False,
         measures=frozenset({"losses", "responses"}),
         forms=INSTRUCTION_EXPORTS,
+        released="instructions",
         only={
             "dataset.image_column": (None, _NO_COLUMN),
             "dataset.label_column": (None, _NO_COLUMN),

@@ -115,7 +115,7 @@ class InstructionCosts:
                 passes=_UNMASKED_PASSES, num_samples=_UNMASKED_PASSES * n
             ),
         ]
-        if self.config.follows_released_instructions:
+        if self.config.conventions.reads_as_released:
             scoring = [self._task("score", "losses, unmasked and masked", n, whole, 2)]
         costs = [*scoring, training._replace(passes=len(kept) * epochs)]
         if self.num_test:
@@ -231,12 +231,12 @@ def _jobs(config: Config, sizes: DecoderConfig, mesh: MeshSize) -> dict[str, Dev
         sizes,
         probe.dtype,
         probe.masking,
-        2 if config.follows_released_instructions else int(probe.num_probes),
+        2 if config.conventions.reads_as_released else int(probe.num_probes),
         probe.tokens_per_batch,
         max_length,
         mesh.fsdp,
         mesh.probe,
-        holds_copy=config.follows_released_instructions,
+        holds_copy=config.conventions.reads_as_released,
     )
     finetuning = Finetuning(sizes, config.lora, max_length, mesh.fsdp, mesh.data * mesh.probe)
     jobs: dict[str, DeviceJob] = {"score": scoring, "finetune": finetuning}
@@ -253,7 +253,7 @@ def _work(costs: InstructionCosts) -> Work:
         "score": Memory("losses", 4 * n * int(config.probe.num_probes)),
         "finetune": Memory("checkpoint on its way to disk", 2 * adapter),
     }
-    if config.follows_released_instructions:
+    if config.conventions.reads_as_released:
         model = Architecture(costs.sizes, config.probe.dtype)
         leaves = by_path(model.abstract_params())
         largest = max(leaf.size for path, leaf in leaves.items() if model.is_linear(path))

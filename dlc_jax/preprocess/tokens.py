@@ -124,7 +124,7 @@ def tokenise(
     limit = sys.maxsize if max_length is None else max_length
     expect.at_least("max_length", limit, 2)
     expect.one_of("on_corrupt", on_corrupt, ("error", "skip"))
-    as_released = Conventions.of(mode, "instructions").mode == "official"
+    as_released = Conventions.of(mode, "instructions").reads_as_released
     if as_released and not data.as_released:
         raise expect.InputError(
             f"{data.name}: mode {mode!r} takes data of the template 'released', got layout "

@@ -197,7 +197,7 @@ def probe_responses(
     """
     expect.is_a(Run, run=run)
     asked = {"schedule": schedule, "step": step, "num_probes": num_probes, "masking": masking}
-    if Conventions.of(mode, "instructions").mode == "official":
+    if Conventions.of(mode, "instructions").reads_as_released:
         for name, value in (asked | {"path": path}).items():
             if value is not None:
                 raise expect.InputError(

@@ -80,7 +80,7 @@ class ResponsesStep:
     def _how(self) -> dict[str, Any]:
         config = self.config
         how = {"max_length": self._max_length, "on_corrupt": config.dataset.on_corrupt}
-        if config.follows_released_instructions:  # which has one path, and draws nothing
+        if config.conventions.reads_as_released:  # which has one path, and draws nothing
             return how | {"mode": config.mode, "probe": {"dtype": config.probe.dtype}}
         probes = {k: v for k, v in config.to_dict()["probe"].items() if k not in NOT_IN_LOSSES}
         return how | {"seed": config.seed, "probe": probes, "category": self._categories}
@@ -88,7 +88,7 @@ class ResponsesStep:
     @property
     def _masked_text(self) -> str:
         is_masked = self.model.is_prunable
-        if self.config.follows_released_instructions:
+        if self.config.conventions.reads_as_released:
             is_masked = self.model.architecture.is_linear
         return masked_text(self.model.params, is_masked)
 
@@ -103,7 +103,7 @@ class ResponsesStep:
 
     @property
     def _max_length(self) -> int | None:
-        if self.config.follows_released_instructions:
+        if self.config.conventions.reads_as_released:
             return _uncut(self.model.config)
         return self.model.max_length(self.config.encoder.max_length)
 
@@ -124,7 +124,7 @@ class ResponsesStep:
         kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
         run = Run(scratch, self.mesh, progress=True)
         how: dict[str, Any] = {"tokens_per_batch": config.probe.tokens_per_batch, "run": run}
-        if config.follows_released_instructions:
+        if config.conventions.reads_as_released:
             return kept, tokens, probe_responses(model, tokens, mode=config.mode, **how), None
         probes = probe_responses(model, tokens, path=config.probe, seed=config.seed, **how)
         responses = measure_responses(model, kept, max_length=max_length, tokens=tokens, **how)
@@ -159,7 +159,7 @@ class ResponsesStep:
                 "masked": self._masked_text,
             },
         }
-        if config.follows_released_instructions:  # its path has no more probes to compare with
+        if config.conventions.reads_as_released:  # its path has no more probes to compare with
             return Written(list(self.files), facts)
         of_classes = dataclasses.replace(probes, labels=labels)
         certificate = write_certificate(root, of_classes, config.seed, self.say)
@@ -335,7 +335,7 @@ class InstructionTask:
             test = config.dataset.test
             return LoraTuner(
                 model,
-                tokenised(data, cut=config.follows_released_instructions),
+                tokenised(data, cut=config.conventions.reads_as_released),
                 config.lora,
                 test=None if test is None else tokenised(self.load(test)),
                 max_length=max_length,
@@ -367,7 +367,7 @@ class InstructionTask:
         is_here = instruction_plan.is_local(weights)
         tokenizer = language_model.load_tokenizer(weights) if is_here else None
         max_length = language_model.longest_sequence(sizes, weights, config.encoder.max_length)
-        if config.follows_released_instructions:
+        if config.conventions.reads_as_released:
             max_length = max(max_length, sizes.max_length)
         lengths = instruction_plan.Lengths.of(data, tokenizer, max_length)
         costs = instruction_plan.InstructionCosts

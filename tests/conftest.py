@@ -31,11 +31,16 @@ jaxtyping.install_import_hook("dlc_jax", "runtime_types.check")
 import jaxlib.version  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import dlc_jax as dlc  # noqa: E402
 from dlc_jax.training.images import Finetuner  # noqa: E402
 from dlc_jax.workspace import Record, artefacts  # noqa: E402
+
+# how long an example takes says what else the machine does
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -28,7 +28,7 @@ class DataKind:
         (features), `training` (a record of it), `responses`.
       forms: Forms of export; None stands for one that chooses all of its paths.
       only: Settings that have one value here, by their dotted names: the value, and why.
-      released: Whose released code mode `official` follows, as in `Conventions.of`.
+      released: The released code that mode `official` follows, as in `Conventions.of`.
     """
 
     name: str

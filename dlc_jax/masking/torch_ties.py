@@ -53,7 +53,8 @@ def _steps_of_flat(
 ) -> Int[np.ndarray, " weights"]:
     steps = np.full(len(magnitude), len(counts), np.int32)
     ends = np.asarray(counts[counts > 0])
-    ascending = np.partition(magnitude, np.unique([*(ends - 1), *ends[ends < len(magnitude)]]))
+    looked_at = np.unique(np.concatenate([ends - 1, ends[ends < len(magnitude)]]))
+    ascending = np.partition(magnitude, looked_at)
     for k in np.flatnonzero(np.diff(counts)) + 1:  # the steps that zero any
         last = ascending[counts[k] - 1]
         left = steps == len(counts)

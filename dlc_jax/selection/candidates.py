@@ -72,7 +72,12 @@ class Candidates:
         kind: str = "images",
         rules: Rules = Rules(),
     ) -> Selection:
-        """Picks the samples to keep in one cell; arguments and errors as for `dlc_jax.select`."""
+        """Picks the samples to keep in one cell; arguments and errors as for `dlc_jax.select`.
+
+        Args:
+          kind: The released code that mode `official` follows, of `images` or `instructions`, with
+            splits 0.25 and 0.75 and keep fraction 0.5 only.
+        """
         conventions = Conventions.of(mode, kind)
         cell = Cell(method, keep_fraction, split, seed).checked(conventions)
         expect.is_a(Rules, rules=rules)
@@ -252,7 +257,6 @@ def select(
     probabilities: np.ndarray | None = None,
     tuning: Tuning | None = None,
     mode: str = "default",
-    kind: str = "images",
     rules: Rules = Rules(),
 ) -> Selection:
     """Picks the samples to keep; every cell stands alone, whatever else is selected.
@@ -281,8 +285,8 @@ def select(
       tuning: From `tune`, on the same scores and labels; for `auto`, and only for it.
       mode: `default`: exactly round(n_j keep_fraction) of a class of n_j samples, and its only
         sample where n_j is 1. `official`: the released code's draws, rounding and order of ties,
-        for splits 0.05 i and keep fractions i / 10; of instructions, 0.25 and 0.75, and 0.5.
-      kind: `images` or `instructions`: whose released code mode `official` follows.
+        for splits 0.05 i and keep fractions i / 10. For instructions the authors released another,
+        of `selection.Candidates(...).select(..., mode="official", kind="instructions")`.
       rules: Budgets of classes, and the method's variant; see `Rules`.
     Returns:
       Kept positions, ascending, with what made them.
@@ -303,7 +307,6 @@ def select(
         seed=seed,
         tuning=tuning,
         mode=mode,
-        kind=kind,
         rules=rules,
     )
 

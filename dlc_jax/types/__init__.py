@@ -78,7 +78,7 @@ class Conventions:
       floors_milestones: Whether the learning rate falls after whole epochs only (Q6).
       draws_as_released: Whether samples are rounded, drawn and sorted as the released code does it,
         which knows nothing of ids.
-      kind: Whose released code it follows: `images` or `instructions`.
+      kind: The released code that it follows, of `images` or `instructions`.
       reads_as_released: Whether instructions are read and masked as the released code does it.
       splits, keep_fractions: The only ones it has, in the order in which it draws: all keep
         fractions of one split after the other.

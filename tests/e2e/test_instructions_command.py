@@ -137,7 +137,7 @@ def test_mode_official_scores_selects_and_trains_as_the_functions_do(place, tmp_
     assert table.column_names == ["id", "label", "class_name", "dlc"]
     np.testing.assert_allclose(table["dlc"].to_numpy(), dlc.score(probes), rtol=1e-6)
     cell = {"keep_fraction": 0.5, "split": 0.75, "mode": "official", "kind": "instructions"}
-    kept = dlc.select(dlc.score(probes), probes.labels, **cell)
+    kept = dlc.selection.Candidates(dlc.score(probes), probes.labels).select(**cell)
     lines = (tmp_path / "exports/flexrand/keep_0.50-split_0.75-seed_0/kept.jsonl").read_text()
     assert [json.loads(line) for line in lines.splitlines()] == [ROWS[i] for i in kept.indices]
     tuned = ["--config.stages=finetune", "--config.lora.batch_size=4", "--config.lora.dropout=0.05"]

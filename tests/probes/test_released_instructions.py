@@ -179,9 +179,7 @@ def test_losses_masks_and_kept_sets_are_those_of_the_released_code(timm, tmp_pat
     scores = dlc.score(probes)
     for seed in (0, 1, 7):
         for split, kept in released_indices(scores, seed).items():
-            found = dlc.select(
-                scores,
-                probes.labels,
+            found = dlc.selection.Candidates(scores, probes.labels).select(
                 keep_fraction=0.5,
                 split=split,
                 seed=seed,
@@ -271,13 +269,13 @@ def test_what_mode_official_does_not_have_is_refused(tmp_path, rows):
         with pytest.raises(ValueError, match=f"{key}: mode 'official' has one path only"):
             dlc.probe_responses(model, tokens, mode="official", **{key: value})
     cell = {"mode": "official", "kind": "instructions"}
-    scores, labels = np.arange(20.0), np.zeros(20, int)
+    samples = dlc.selection.Candidates(np.arange(20.0), np.zeros(20, int))
     with pytest.raises(ValueError, match=r"keep_fraction: mode 'official' has 0\.5 only, got 0\.3"):
-        dlc.select(scores, labels, keep_fraction=0.3, split=0.25, **cell)
+        samples.select(keep_fraction=0.3, split=0.25, **cell)
     with pytest.raises(ValueError, match=r"split: mode 'official' has 0\.25, 0\.75 only, got 0\.5"):
-        dlc.select(scores, labels, keep_fraction=0.5, **cell)
+        samples.select(keep_fraction=0.5, **cell)
     with pytest.raises(ValueError, match=r"kind.*pictures"):
-        dlc.select(scores, labels, keep_fraction=0.5, mode="official", kind="pictures")
+        samples.select(keep_fraction=0.5, mode="official", kind="pictures")
 
 
 def test_a_sample_without_a_token_of_its_own_is_no_nan(tmp_path):

@@ -75,8 +75,8 @@ class Candidates:
         """Picks the samples to keep in one cell; arguments and errors as for `dlc_jax.select`.
 
         Args:
-          kind: The released code that mode `official` follows, of `images` or `instructions`, with
-            splits 0.25 and 0.75 and keep fraction 0.5 only.
+          kind: The released code that mode `official` follows: that of `images`, or that of
+            `instructions`, which has splits 0.25 and 0.75 and keep fraction 0.5 only.
         """
         conventions = Conventions.of(mode, kind)
         cell = Cell(method, keep_fraction, split, seed).checked(conventions)

@@ -111,7 +111,7 @@ class SelectionInputs:
             **cell._asdict(),
             tuning=self.tuning if AUTO in (cell.method, cell.split) else None,
             mode=self.mode,
-            kind=self._config.conventions.kind,
+            kind=self._config.conventions.released,
             rules=selection.rules_of(cell.method),
         )
 

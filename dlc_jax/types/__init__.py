@@ -78,7 +78,7 @@ class Conventions:
       floors_milestones: Whether the learning rate falls after whole epochs only (Q6).
       draws_as_released: Whether samples are rounded, drawn and sorted as the released code does it,
         which knows nothing of ids.
-      kind: The released code that it follows, of `images` or `instructions`.
+      released: The released code that it follows, of `images` or `instructions`.
       reads_as_released: Whether instructions are read and masked as the released code does it.
       splits, keep_fractions: The only ones it has, in the order in which it draws: all keep
         fractions of one split after the other.
@@ -94,7 +94,7 @@ class Conventions:
     ties_as_torch: bool = False
     floors_milestones: bool = True
     draws_as_released: bool = False
-    kind: str = "images"
+    released: str = "images"
     reads_as_released: bool = False
     splits: tuple[float, ...] = ()
     keep_fractions: tuple[float, ...] = ()
@@ -132,7 +132,7 @@ _CONVENTIONS = {
         ),
         "instructions": Conventions(
             mode="official",
-            kind="instructions",
+            released="instructions",
             reads_as_released=True,
             ties_as_torch=True,
             draws_as_released=True,

@@ -92,12 +92,11 @@ def test_activations_computed_again_give_the_same_gradient(stored):
     assert len(re.findall(r"\b(remat2?|checkpoint)\[", text)) == 2  # a block each
 
 
-@pytest.mark.parametrize(
-    "family", ["phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["phi3", "gpt2"])
 def test_dropout_is_of_tokens_wherever_their_rows_are(stored, family):
     model = loaded(stored(family)[1])
-    architecture = model.architecture.for_training(LoraConfig(rank=2, dropout=0.4).adapter, True)
+    architecture = model.architecture.for_training(LoraConfig(rank=2, dropout=0.4).adapter, False)
     weights = jax.tree.map(lambda leaf: leaf + 0.05, initial_adapter(architecture, 0))
     data = coverage.responses(coverage.padded_rows()[0])
 

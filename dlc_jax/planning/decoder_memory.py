@@ -84,11 +84,9 @@ class Scoring:
         bins = 4 * _BINS * self.num_probes
         counted = _KEYS * largest + bins if num_prunable >= thresholds.TOO_MANY_TO_SORT else 0
         importance = 4 * num_prunable // self.fsdp if self.masking == "random" else 0
-        if self.holds_copy:
-            counted = 0
-        masked = (
-            0 if self.holds_copy else -(-num_prunable * item // (self.config.depth * self.fsdp))
-        )
+        masked = -(-num_prunable * item // (self.config.depth * self.fsdp))
+        if self.holds_copy:  # made before any call, with masks of the host
+            counted = masked = 0
         return MemoryPlan.of(
             Memory("weights", weight_bytes(whole, self.fsdp)),
             Memory("masked copy of the weights", weight_bytes(whole, self.fsdp) * self.holds_copy),

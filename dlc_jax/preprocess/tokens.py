@@ -136,20 +136,14 @@ def tokenise(
         name = str(data.ids[position])
         with tokenising(f"{data.name}: sample {name}: the tokenizer cannot read it"):
             if as_released:
-                ids, num_before, places = _joint_as_released(prompt, response, tokenizer)
+                found = _joint_as_released(prompt, response, tokenizer)
             else:
                 spans = data.others[position] if data.others is not None else ()
-                ids, num_before, places = _joint(
-                    prompt, response, spans, tokenizer, data.has_special_tokens
-                )
-        if num_before >= limit:
-            skipped[name] = f"its prompt alone has {num_before} tokens, of at most {max_length}"
-        elif num_before >= len(ids):
-            skipped[name] = f"its prompt alone has {num_before} tokens, of {len(ids)} in all"
-        elif as_released and len(ids) > limit:
-            skipped[name] = f"it has {len(ids)} tokens, of at most {max_length}, and is not cut"
-        if name in skipped:
+                found = _joint(prompt, response, spans, tokenizer, data.has_special_tokens)
+        if problem := found.problem(limit, is_cut=not as_released):
+            skipped[name] = problem
             continue
+        ids, num_before, places = found
         rows.append(np.array(ids[:limit], np.int32))
         num_prompt.append(num_before)
         truncated.append(len(ids) > limit)
@@ -158,10 +152,10 @@ def tokenise(
     at = "" if max_length is None else f" at max_length {max_length}"
     if skipped and on_corrupt == "error":
         name, why = next(iter(skipped.items()))
-        problem = "do not fit" if as_released else "have no response left"
+        what = "do not fit" if as_released else "have no response left"
         larger = "" if max_length is None else "a larger one, or "
         raise expect.InputError(
-            f"{data.name}: {len(skipped)} samples {problem}{at}, such as {name}: {why}; expected "
+            f"{data.name}: {len(skipped)} samples {what}{at}, such as {name}: {why}; expected "
             f"{larger}on_corrupt='skip'."
         )
     if not rows:
@@ -224,6 +218,17 @@ class _Joint(NamedTuple):
     ids: list[int]
     num_prompt: int
     others: Int64[np.ndarray, " _"]
+
+    def problem(self, limit: int, *, is_cut: bool) -> str | None:
+        """Returns why nothing of the response is left, or it does not fit; None: it does."""
+        num, alone = len(self.ids), f"its prompt alone has {self.num_prompt} tokens"
+        if self.num_prompt >= limit:
+            return f"{alone}, of at most {limit}"
+        if self.num_prompt >= num:
+            return f"{alone}, of {num} in all"
+        if num > limit and not is_cut:
+            return f"it has {num} tokens, of at most {limit}, and is not cut"
+        return None
 
 
 def _joint(

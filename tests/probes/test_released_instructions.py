@@ -67,8 +67,8 @@ def written(rows, folder):
     return f"jsonl:{path}"
 
 
-def small_llama(folder, tied):
-    """A random model in bfloat16, whose weights often are equal, with the bundled tokenizer."""
+def tied_llama(folder):
+    """A random model in bfloat16, whose embedding is its head, with the bundled tokenizer."""
     import torch
     import transformers
 
@@ -81,7 +81,7 @@ def small_llama(folder, tied):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
     )
@@ -147,7 +147,7 @@ def test_losses_masks_and_kept_sets_are_those_of_the_released_code(timm, tmp_pat
     import torch
     import transformers
 
-    folder = demo_folder() if kind == "demo" else small_llama(tmp_path, tied=True)
+    folder = demo_folder() if kind == "demo" else tied_llama(tmp_path)
     rows = rows if kind == "demo" else rows[:6]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -118,9 +118,7 @@ class Program(NamedTuple):
         generator = np.random.default_rng(0)
         shape = (_ROWS.value, _LENGTH.value)
         tokens = jnp.asarray(generator.integers(0, vocab_size, shape), jnp.int32)
-        lengths = jnp.full(_ROWS.value, _LENGTH.value, jnp.int32)
-        counts = jnp.arange(_LENGTH.value) >= lengths[:, None] // 4
-        arguments = (params, None, thresholds, tokens, lengths, counts)
+        arguments = (params, None, thresholds, tokens, jnp.ones_like(tokens))
         return cls(architecture, prunable, arguments)
 
     def call(self, attention: str) -> Callable[[], None]:
@@ -140,7 +138,7 @@ class Program(NamedTuple):
 
 def flops(program: Program, config: DecoderConfig) -> int:
     """Returns the floating-point operations of one call."""
-    params, _, _, tokens, _, _ = program.arguments
+    params, _, _, tokens, _ = program.arguments
     blocks = count_flops(program.architecture.hidden, params, tokens, jnp.ones_like(tokens))
     return (blocks + 2 * tokens.size * config.width * config.vocab_size) * _PROBES.value
 

@@ -20,6 +20,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 
+# Threads of torch wait for each other busily: two processes on two cores take three times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Decoded images of the tests do not belong in the user's cache.
 if "DLC_JAX_TESTS" not in os.environ:
     _decoded = tempfile.mkdtemp(prefix="dlc_jax-tests-")
@@ -60,9 +63,7 @@ def timm():
     """timm, also where torchvision's compiled operators do not match the torch build."""
     from dlc_jax.encoders.converted import timm_library
 
-    torch, timm = timm_library("the tests")
-    torch.set_num_threads(2)
-    return timm
+    return timm_library("the tests")[1]
 
 
 @pytest.fixture(scope="session")

@@ -406,11 +406,11 @@ class Decoder(nnx.Module):
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
-        config = self.config
-        everywhere = in_windows = _rotation(config, tokens.shape[1], x.dtype)
+        config, places = self.config, places_in_sequence(segments)
+        everywhere = in_windows = _rotation(config, places, x.dtype)
         if (theta := config.window_rope_theta) is not None:
             plain = dataclasses.replace(config, rope_theta=theta, rope_scaling=None)
-            in_windows = _rotation(plain, tokens.shape[1], x.dtype)
+            in_windows = _rotation(plain, places, x.dtype)
         run = nnx.remat(DecoderBlock.__call__) if rematerialise else DecoderBlock.__call__
         for block, window in zip(self.blocks, config.windows, strict=True):
             x = run(block, x, everywhere if window is None else in_windows, segments)
@@ -423,25 +423,37 @@ class Decoder(nnx.Module):
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
 
-# Cosines and sines [t, head_dim] by which pairs of features turn at each position.
-Rotation = tuple[Float[Array, "t h"], Float[Array, "t h"]]
+# Cosines and sines by which pairs of features of each token turn.
+Rotation = tuple[Float[Array, "b t h"], Float[Array, "b t h"]]
 
 
-def _rotation(config: DecoderConfig, length: int, dtype: DTypeLike) -> Rotation:
+def places_in_sequence(segments: Tokens) -> Int[Array, "b t"]:
+    """Returns the place of every token in its sequence; 0 at padding.
+
+    transformers takes a place that does not follow the one before for the start of a sequence that
+    sees nothing of others, so that padding is seen by none.
+    """
+    places = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(starts, places, 0), axis=1)
+    return jnp.where(segments == 0, 0, places - first)
+
+
+def _rotation(config: DecoderConfig, places: Int[Array, "b t"], dtype: DTypeLike) -> Rotation:
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = 1 / np.power(np.float32(config.rope_theta), exponents)
     amplitude = 1.0
     if (scaling := config.rope_scaling) is not None:
         frequencies = scaling.slowed(frequencies, config.rope_theta)
         amplitude = scaling.amplitude
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    angles = jnp.arange(places.shape[1], dtype=jnp.float32)[:, None] * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
     cosines, sines = (turn(angles) * amplitude for turn in (jnp.cos, jnp.sin))
-    return cosines.astype(dtype), sines.astype(dtype)
+    return cosines.astype(dtype)[places], sines.astype(dtype)[places]
 
 
 def _rotate(x: Float[Array, "b t k h"], rotation: Rotation) -> Float[Array, "b t k h"]:
-    cosines, sines = (part[None, :, None] for part in rotation)
+    cosines, sines = (part[:, :, None] for part in rotation)
     first, second = jnp.split(x, 2, axis=-1)
     return x * cosines + jnp.concatenate([-second, first], axis=-1) * sines
 

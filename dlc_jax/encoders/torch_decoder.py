@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dlc_jax import expect
 from dlc_jax.encoders.adapter_dropout import Keys, dropped
@@ -26,6 +26,7 @@ from dlc_jax.encoders.decoder import (
     Hidden,
     Tokens,
     is_called,
+    places_in_sequence,
 )
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.torch_functions import optional
@@ -151,7 +152,7 @@ class TorchDecoder(CausalModel):
                 )
 
         masks = [_hiding(segments, self.dtype)] if self.network.takes_mask else []
-        return self._run(run, params, tokens, _positions(segments), *masks)
+        return self._run(run, params, tokens, places_in_sequence(segments), *masks)
 
     def plain(self, params: Params, tokens: Tokens) -> Hidden:
         """Returns the final sequence of whole rows as the class itself counts their places."""
@@ -303,18 +304,6 @@ def hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _positions(segments: Tokens) -> Int[Array, "b t"]:
-    """Returns the place of every token in its sequence; 0 at padding.
-
-    transformers takes a place that does not follow the one before for the start of a sequence that
-    sees nothing of others, so that padding is seen by none.
-    """
-    places = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    first = jax.lax.cummax(jnp.where(starts, places, 0), axis=1)
-    return jnp.where(segments == 0, 0, places - first)
 
 
 def _hiding(segments: Tokens, dtype: str) -> Float[Array, "b 1 t t"]:

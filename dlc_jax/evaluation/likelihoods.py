@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,10 +18,12 @@ from dlc_jax.encoders.decoder import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.preprocess.tokens import (
     TOKENS_PER_BATCH,
-    TokenBatch,
+    BatchPlan,
     Tokenised,
     bucket_length,
-    token_batches,
+    make_rows,
+    placed,
+    plan_batches,
 )
 from dlc_jax.types import Params
 
@@ -95,12 +97,13 @@ def continuation_log_likelihoods(
     with tqdm(
         total=len(inputs), desc="likelihoods", unit="row", disable=hides_bar(progress)
     ) as bar:
-        for batch, chosen, width in _batches(inputs, judged, tokens_per_batch, max_length):
+        data = _as_data(inputs)
+        for plan, chosen, width in _batches(data, judged, tokens_per_batch):
             signals.poll()
-            arrays = _arrays(model.params, batch, judged, np.resize(chosen, width))
+            arrays = _arrays(model.params, data, plan, judged, np.resize(chosen, width))
             found = _judged(model.architecture, model.params, *arrays)
             logs[chosen], is_likeliest[chosen] = (fetch(x)[: len(chosen)] for x in found)
-            bar.update(len(batch.positions))
+            bar.update(len(plan.positions))
     sums = np.bincount(judged.pairs, logs, minlength=len(pairs)).astype(np.float32)
     misses = np.bincount(judged.pairs[~is_likeliest], minlength=len(pairs))
     return Likelihoods(sums, misses == 0, num_cut)
@@ -148,35 +151,44 @@ def _laid_out(
     return inputs, _Places(*np.concatenate(parts, axis=1))
 
 
-def _batches(inputs, judged: _Places, tokens_per_batch: int, max_length: int):
-    """Yields batches, which judgements are in each, and to how many these are to be padded."""
-    if not inputs:
-        return
+def _as_data(inputs: list[Int32[np.ndarray, " _"]]) -> Tokenised:
     zeros = np.zeros(len(inputs), np.int32)
-    data = Tokenised(tuple(inputs), zeros, zeros.astype(bool), np.arange(len(inputs)).astype(str))
+    return Tokenised(tuple(inputs), zeros, zeros.astype(bool), np.arange(len(inputs)).astype(str))
+
+
+def _batches(
+    data: Tokenised, judged: _Places, tokens_per_batch: int
+) -> Iterator[tuple[BatchPlan, Int64[np.ndarray, " s"], int]]:
+    """Yields batches, which judgements are in each, and to how many these are to be padded."""
+    if not len(data):
+        return
     order = np.argsort(judged.rows, kind="stable")
-    of_row = np.split(order, np.searchsorted(judged.rows[order], np.arange(1, len(inputs))))
-    found = [
-        (batch, np.concatenate([of_row[row] for row in batch.positions]))
-        for batch in token_batches(data, tokens_per_batch, max_length)
-    ]
-    widths: dict[tuple[int, ...], int] = {}  # one program per shape of the inputs
-    for batch, chosen in found:
-        widths[batch.tokens.shape] = max(widths.get(batch.tokens.shape, 0), len(chosen))
-    for batch, chosen in found:
-        yield batch, chosen, bucket_length(widths[batch.tokens.shape], _NO_LIMIT)
+    of_input = np.split(order, np.searchsorted(judged.rows[order], np.arange(1, len(data))))
+    plans = plan_batches(data, tokens_per_batch)
+    found = [np.concatenate([of_input[i] for i in plan.positions]) for plan in plans]
+    widths: dict[int, int] = {}  # one program per length of rows
+    for plan, chosen in zip(plans, found, strict=True):
+        widths[plan.length] = max(widths.get(plan.length, 0), len(chosen))
+    for plan, chosen in zip(plans, found, strict=True):
+        yield plan, chosen, bucket_length(widths[plan.length], _NO_LIMIT)
 
 
 def _arrays(
-    params: Params, batch: TokenBatch, judged: _Places, chosen: Int64[np.ndarray, " s"]
+    params: Params,
+    data: Tokenised,
+    plan: BatchPlan,
+    judged: _Places,
+    chosen: Int64[np.ndarray, " s"],
 ) -> tuple[Array, ...]:
     """Returns what `_judged` takes of a batch for these judgements."""
-    within = np.zeros(batch.positions.max() + 1, np.int64)
-    within[batch.positions] = np.arange(len(batch.positions))
-    tokens, num_tokens = over_devices(params, (batch.tokens, batch.num_tokens))
-    others = (within[judged.rows[chosen]], judged.places[chosen], judged.targets[chosen])
+    rows, starts = np.zeros((2, len(data)), np.int64)
+    for place in placed(data, plan.rows):
+        rows[place.position], starts[place.position] = place.row, place.tokens.start
+    tokens, segments = over_devices(params, make_rows(data, *plan))
+    inputs = judged.rows[chosen]
+    others = (rows[inputs], starts[inputs] + judged.places[chosen], judged.targets[chosen])
     places = tuple(jnp.asarray(some, jnp.int32) for some in others)
-    return jnp.asarray(tokens), jnp.asarray(num_tokens), *on_every_device(params, places)
+    return jnp.asarray(tokens), jnp.asarray(segments), *on_every_device(params, places)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -184,14 +196,13 @@ def _judged(
     architecture: CausalModel,
     params: Params,
     tokens: Int[Array, "b t"],
-    num_tokens: Int[Array, " b"],
+    segments: Int[Array, "b t"],
     rows: Int[Array, " s"],
     places: Int[Array, " s"],
     targets: Int[Array, " s"],
 ) -> tuple[Float32[Array, " s"], Bool[Array, " s"]]:
     """Returns log-probabilities of targets after places of rows, and which are the likeliest."""
-    is_token = jnp.arange(tokens.shape[1]) < num_tokens[:, None]
-    hidden = architecture.hidden(params, tokens, is_token.astype(jnp.int32))
+    hidden = architecture.hidden(params, tokens, segments)
 
     def of_place(place: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = architecture.logits(params, place[0]).astype(jnp.float32)

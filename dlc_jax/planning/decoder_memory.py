@@ -71,6 +71,8 @@ class Scoring:
     def plan(self) -> MemoryPlan:
         """Returns the plan for the lengths of batches that take most."""
         lengths = {bucket_length(2**i, self.max_length) for i in range(32)}
+        if 2 * self.max_length <= self.tokens_per_batch:  # two of the longest may share a row
+            lengths.add(2 * self.max_length)
         return max(map(self._plan, sorted(lengths)), key=lambda plan: plan.num_bytes)
 
     def _plan(self, length: int) -> MemoryPlan:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ from dlc_jax.types import Conventions
 
 TOKENS_PER_BATCH = 8192  # of a program call, where nothing else is asked for
 _SHORTEST = 32  # bucket, in tokens
+_MOST_LENGTHS, _MOST_PADDING = 6, 0.1  # of batches that are planned
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +66,16 @@ class Tokenised:
                 places[places < num] for places, (_, num) in zip(self.others, pairs, strict=True)
             ),
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tokenised]) -> Tokenised:
+        """Returns the samples of all parts, one part behind the other, none of several turns."""
+        num_prompt, truncated, ids = (
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("num_prompt", "truncated", "ids")
+        )
+        rows = tuple(row for part in parts for row in part.tokens)
+        return cls(rows, num_prompt, truncated, ids)
 
     def counts(self, position: int | np.integer) -> Bool[np.ndarray, " _"]:
         """Returns which tokens of a sample are of its response."""
@@ -274,23 +287,6 @@ def _joint_as_released(prompt: str, response: str, tokenizer: Any) -> _Joint:
     return _Joint(ids, len(alone), np.empty(0, np.int64))
 
 
-class TokenBatch(NamedTuple):
-    """Samples of similar length, padded on the right.
-
-    Attributes:
-      positions: Positions of the samples; the last rows of a batch that is not full repeat its
-        first one.
-      tokens: Ids; 0 where there is none.
-      num_tokens: Tokens of each sample.
-      counts: Whether each token is of the response.
-    """
-
-    positions: Int64[np.ndarray, " r"]
-    tokens: Int32[np.ndarray, "b t"]
-    num_tokens: Int32[np.ndarray, " b"]
-    counts: Bool[np.ndarray, "b t"]
-
-
 def bucket_length(length: int, max_length: int) -> int:
     """Returns the shape a sequence is padded to: two to each power of two, at most `max_length`."""
     step = 1 << max((length - 1).bit_length() - 2, _SHORTEST.bit_length() - 1)
@@ -298,56 +294,145 @@ def bucket_length(length: int, max_length: int) -> int:
 
 
 class BatchPlan(NamedTuple):
-    """Which samples a batch holds, before it is made.
+    """Which samples share which row of a batch, before it is made.
 
     Attributes:
-      positions: Positions of the samples.
+      rows: Positions of the samples of each row, one behind the other.
       num_rows: At least as many.
       length: Length of every row, in tokens.
     """
 
-    positions: Int64[np.ndarray, " r"]
+    rows: list[list[int]]
     num_rows: int
     length: int
 
-
-def plan_batches(
-    data: Tokenised, tokens_per_batch: int, max_length: int | None = None
-) -> Iterator[BatchPlan]:
-    """Yields the batches of `token_batches`, not made yet."""
-    lengths = np.array([len(row) for row in data.tokens])
-    longest = int(lengths.max()) if max_length is None else max_length
-    buckets = np.array([bucket_length(int(length), longest) for length in lengths])
-    for length in np.unique(buckets):
-        members = np.flatnonzero(buckets == length)
-        members = members[np.argsort(lengths[members], kind="stable")]
-        num_batches = -(-len(members) // max(1, tokens_per_batch // int(length)))
-        num_rows = -(-len(members) // num_batches)  # even, so that few rows are repeated
-        for start in range(0, len(members), num_rows):
-            yield BatchPlan(members[start : start + num_rows], num_rows, int(length))
+    @property
+    def positions(self) -> list[int]:
+        """Positions of all samples, row by row."""
+        return [position for row in self.rows for position in row]
 
 
-def token_batches(
-    data: Tokenised, tokens_per_batch: int, max_length: int | None = None
-) -> Iterator[TokenBatch]:
-    """Returns all samples in batches of about equally many tokens, shortest first.
+def plan_batches(data: Tokenised, tokens_per_batch: int) -> list[BatchPlan]:
+    """Lays all samples out in batches of about equally many tokens, those of short rows first.
 
-    The shapes depend on lengths alone, so that programs are few: one per bucket.
+    Rows have six lengths at most, each half the next, since every one is a program to compile.
+    Short samples share rows, so that little is padding: a row has room for twice its first sample
+    where a length has. The longest row is as long as the longest sample; where more than a tenth
+    would be padding then, twice as long rows and smaller batches are tried.
 
     Args:
       data: From `tokenise`.
-      tokens_per_batch: Rows times padded length, at most, unless one row is longer.
-      max_length: Longest bucket; None: that of the longest sample.
+      tokens_per_batch: Rows times length, at most, unless one row is longer.
     """
-    return (make_batch(data, plan) for plan in plan_batches(data, tokens_per_batch, max_length))
+    lengths = dict(enumerate(map(len, data.tokens)))
+    longest = max(lengths.values())
+    best: list[BatchPlan] = []
+    for share, times in itertools.product((1, 0.75, 0.5), (1, 2)):
+        num_tokens = int(share * tokens_per_batch)
+        if not best or times * longest <= num_tokens:
+            plans = _plan_batches(lengths, num_tokens, times * longest)
+            best = min(best or plans, plans, key=functools.partial(padding, data))
+        if padding(data, best) <= _MOST_PADDING:
+            break
+    return best
 
 
-def make_batch(data: Tokenised, plan: BatchPlan) -> TokenBatch:
-    """Returns a batch that was planned."""
-    positions, num_rows, length = plan
-    filled: Sequence[int] = [*positions, *[positions[0]] * (num_rows - len(positions))]
-    num_tokens = np.array([len(data.tokens[position]) for position in filled], np.int32)
-    tokens, counts = np.zeros((num_rows, length), np.int32), np.zeros((num_rows, length), bool)
-    for row, (position, num) in enumerate(zip(filled, num_tokens, strict=True)):
-        tokens[row, :num], counts[row, :num] = data.tokens[position], data.counts(position)
-    return TokenBatch(positions, tokens, num_tokens, counts)
+def padding(data: Tokenised, plans: list[BatchPlan]) -> float:
+    """Returns which share of all batches is padding."""
+    num_tokens = sum(map(len, data.tokens))
+    return 1 - num_tokens / sum(plan.num_rows * plan.length for plan in plans)
+
+
+def _plan_batches(lengths: dict[int, int], tokens_per_batch: int, longest: int) -> list[BatchPlan]:
+    halved = (max(longest >> i, 2 * _SHORTEST) for i in reversed(range(_MOST_LENGTHS)))
+    rooms = [_whole(min(room, longest)) for room in halved]
+
+    def room_of(length: int) -> int:
+        return next((room for room in rooms if room >= 2 * length), rooms[-1])
+
+    plans = []
+    for rows in packed(lengths, room_of).values():
+        length = _whole(max(sum(lengths[i] for i in row) for row in rows))
+        num_batches = -(-len(rows) // max(1, tokens_per_batch // length))
+        num_rows = -(-len(rows) // num_batches)  # even, so that few are empty
+        for start in range(0, len(rows), num_rows):
+            plans.append(BatchPlan(rows[start : start + num_rows], num_rows, length))
+    return plans
+
+
+def _whole(length: int) -> int:
+    """Rounds up to what devices compute at once."""
+    return -(-length // 8) * 8
+
+
+def packed(lengths: Mapping[int, int], room_of: Callable[[int], int]) -> dict[int, list[list[int]]]:
+    """Puts samples into rows, the longest first, each where it leaves the least room.
+
+    Args:
+      lengths: Position -> tokens of the sample.
+      room_of: Tokens of the first sample of a row -> length of the row.
+    Returns:
+      Length -> positions of the samples of each row, the shortest length first.
+    """
+    found: dict[int, list[list[int]]] = {}
+    with_room: dict[int, list[list[int]]] = {}  # tokens that have room -> rows
+    rooms: list[int] = []  # its keys, sorted
+    for position in sorted(lengths, key=lambda position: -lengths[position]):
+        length = lengths[position]
+        place = bisect.bisect_left(rooms, length)
+        if place < len(rooms):
+            room = rooms[place]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[rooms.pop(place)]
+        else:
+            room, row = room_of(length), []
+            found.setdefault(room, []).append(row)
+        row.append(position)
+        if room - length not in with_room:
+            bisect.insort(rooms, room - length)
+        with_room.setdefault(room - length, []).append(row)
+    return dict(sorted(found.items()))
+
+
+class Place(NamedTuple):
+    """Where a sample is among rows.
+
+    Attributes:
+      row: Number of its row.
+      number: Which sample of its row it is, from 1.
+      tokens: Its part of the row.
+      position: Its position in the data.
+    """
+
+    row: int
+    number: int
+    tokens: slice
+    position: int
+
+
+def placed(data: Tokenised, rows: Iterable[Sequence[int]]) -> Iterator[Place]:
+    """Yields where every sample is, row by row."""
+    for row, members in enumerate(rows):
+        start = 0
+        for number, position in enumerate(members, start=1):
+            end = start + len(data.tokens[position])
+            yield Place(row, number, slice(start, end), position)
+            start = end
+
+
+def make_rows(
+    data: Tokenised, rows: Iterable[Sequence[int]], num_rows: int, length: int
+) -> tuple[Int32[np.ndarray, "b t"], Int32[np.ndarray, "b t"]]:
+    """Returns ids, and which sample of its row each is of, from 1; both are 0 where there is none.
+
+    Args:
+      data: From `tokenise`.
+      rows: Positions of the samples of each row.
+      num_rows: At least as many.
+      length: Length of every row, in tokens.
+    """
+    tokens, segments = np.zeros((2, num_rows, length), np.int32)
+    for row, number, where, position in placed(data, rows):
+        tokens[row, where], segments[row, where] = data.tokens[position], number
+    return tokens, segments

@@ -9,9 +9,8 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int, Shaped
+from jaxtyping import Array, Float32, Int
 from tqdm import tqdm
 
 from dlc_jax import distributed, expect
@@ -24,7 +23,8 @@ from dlc_jax.preprocess.tokens import (
     TOKENS_PER_BATCH,
     BatchPlan,
     Tokenised,
-    make_batch,
+    make_rows,
+    placed,
     plan_batches,
     tokenise,
 )
@@ -128,12 +128,14 @@ def measure_responses(
     prefixed = dataclasses.replace(kept, prompts=tuple(prompts))
     longest = max_length + max(map(len, prompts))  # a token has a character or more
     after_prefix = _cut_like(tokens, tokenise(prefixed, model.tokenizer, longest))
+    # one after the other, so that they share programs
+    losses = measured(Tokenised.joined([tokens, alone, after_prefix])).reshape(3, -1)
     return ResponseLosses(
-        losses=measured(tokens),
-        alone=measured(alone),
+        losses=losses[0],
+        alone=losses[1],
         num_tokens=tokens.num_response,
         ids=tokens.ids,
-        after_prefix=measured(after_prefix),
+        after_prefix=losses[2],
     )
 
 
@@ -288,7 +290,7 @@ class _Work(NamedTuple):
     ) -> _Work:
         expect.at_least("tokens_per_batch", tokens_per_batch, 1)
         model.check_tokens(data.named)
-        plans = list(plan_batches(data, tokens_per_batch))
+        plans = plan_batches(data, tokens_per_batch)
         num = len(plans)
         size = max(min(-(-num // _FEWEST_PARTS), _MOST_BATCHES), -(-num // _MOST_PARTS))
         shards = [plans[start : start + size] for start in range(0, num, size)]
@@ -310,21 +312,21 @@ class _Work(NamedTuple):
         mine = range(self.team.number, len(names), self.team.num_teams)  # the long ones come last
 
         def started(group: list[ShardBatch]) -> Array:
-            """Starts on the losses of a group: [m, k b], missing batches repeat the first."""
+            """Starts on the losses of the tokens of a group: [m, k b, t - 1]."""
             params = self.model.params
             num_rows = group[0].items.num_rows * self.at_once
             num_rows = distributed.whole_rows(params, num_rows) // self.at_once
-            batches = [make_batch(self.data, batch.items)[1:] for batch in group]
-            batches += batches[:1] * (self.at_once - len(batches))
-            rows = [
-                np.concatenate([distributed.filled_up(array, num_rows) for array in arrays])
-                for arrays in zip(*batches, strict=True)
+            batches = [
+                make_rows(self.data, batch.items.rows, num_rows, batch.items.length)
+                for batch in group
             ]
+            batches += batches[:1] * (self.at_once - len(batches))
+            rows = [np.concatenate(arrays) for arrays in zip(*batches, strict=True)]
             return of_rows(*distributed.over_devices(params, rows))
 
-        def values_of(losses: np.ndarray, place: int, num: int) -> np.ndarray:
-            start = place * (losses.shape[1] // self.at_once)
-            return losses[:, start : start + num]
+        def values_of(of_token: np.ndarray, place: int, _: int) -> np.ndarray:
+            num_rows = of_token.shape[1] // self.at_once
+            return of_token[:, place * num_rows : (place + 1) * num_rows]
 
         def losses_of(missing: list[int]) -> Iterator[Arrays]:
             total, left = (len(self._positions(numbers)) for numbers in (mine, missing))
@@ -337,15 +339,30 @@ class _Work(NamedTuple):
             )
             # none ahead: two calls would take twice the memory
             groups = self._groups(missing)
-            for batches in shards_done(missing, groups, started, values_of, bar, ahead=0):
-                yield {"losses": np.concatenate([batch.items for batch in batches], axis=1)}
+            shards = shards_done(missing, groups, started, values_of, bar, ahead=0)
+            for number, batches in zip(missing, shards, strict=True):
+                pairs = zip(self.shards[number], batches, strict=True)
+                found = [self._means(plan, batch.items) for plan, batch in pairs]
+                yield {"losses": np.concatenate(found, axis=1)}
 
         losses = np.empty((num_probes, len(self.data)), np.float32)
         for number, found in enumerate(self.parts.complete(names, mine, losses_of)):
             losses[:, self._positions([number])] = found["losses"]
         return losses
 
-    def _positions(self, numbers: Sequence[int]) -> list[np.int64]:
+    def _means(
+        self, plan: BatchPlan, of_token: Float32[np.ndarray, "m b s"]
+    ) -> Float32[np.ndarray, "m r"]:
+        """Returns the mean over the tokens of each response that have one before them."""
+        found = []
+        for row, _, tokens, position in placed(self.data, plan.rows):
+            counts = self.data.counts(position)[1:]
+            of_response = of_token[:, row, tokens.start : tokens.stop - 1][:, counts]
+            with np.errstate(invalid="ignore"):  # none: no number
+                found.append(of_response.sum(axis=1) / np.float32(counts.sum()))
+        return np.stack(found, axis=1)
+
+    def _positions(self, numbers: Sequence[int]) -> list[int]:
         """Returns the positions of the samples of some shards."""
         return [i for number in numbers for plan in self.shards[number] for i in plan.positions]
 
@@ -353,7 +370,7 @@ class _Work(NamedTuple):
         """Yields batches of one shape and shard that go side by side."""
         for number in numbers:
             for _, some in groupby(self.shards[number], lambda plan: (plan.num_rows, plan.length)):
-                batches = [ShardBatch(number, plan.positions, plan) for plan in some]
+                batches = [ShardBatch(number, np.array(plan.positions), plan) for plan in some]
                 for start in range(0, len(batches), self.at_once):
                     yield batches[start : start + self.at_once]
 
@@ -365,31 +382,26 @@ def _probe_losses(
     params: Params,
     importance: Importance,
     thresholds: Thresholds,
-    *rows: Shaped[Array, "b ..."],
-) -> Float32[Array, "m b"]:
-    def one_probe(threshold: Thresholds) -> Float32[Array, " b"]:
+    *rows: Int[Array, "b t"],
+) -> Float32[Array, "m b s"]:
+    def one_probe(threshold: Thresholds) -> Float32[Array, "b s"]:
         # as in `kernel`: the importance of all weights would be four bytes each
         frozen, threshold = jax.lax.optimization_barrier((params, threshold))
         copy = masked(frozen, prunable, importance, threshold)
-        return _response_losses(architecture, copy, *rows)
+        return _token_losses(architecture, copy, *rows)
 
     return jax.lax.map(one_probe, thresholds)
 
 
-def _response_losses(
+def _token_losses(
     architecture: CausalModel,
     params: Params,
     tokens: Int[Array, "b t"],
-    num_tokens: Int[Array, " b"],
-    counts: Bool[Array, "b t"],
-) -> Float32[Array, " b"]:
-    """Returns the mean cross-entropy over the tokens that count in each row, but the first."""
-    place = jnp.arange(tokens.shape[1])
-    is_token = place < num_tokens[:, None]
-    hidden = architecture.hidden(params, tokens, is_token.astype(jnp.int32))
-    of_token = architecture.cross_entropies(params, hidden[:, :-1], tokens[:, 1:])
-    counts = counts[:, 1:]
-    return jnp.where(counts, of_token, 0).sum(axis=1) / counts.sum(axis=1)
+    segments: Int[Array, "b t"],
+) -> Float32[Array, "b s"]:
+    """Returns the cross-entropy of every token but the first of a row."""
+    hidden = architecture.hidden(params, tokens, segments)
+    return architecture.cross_entropies(params, hidden[:, :-1], tokens[:, 1:])
 
 
-_losses = jax.jit(_response_losses, static_argnums=0)
+_losses = jax.jit(_token_losses, static_argnums=0)

@@ -117,14 +117,12 @@ def _lora(rematerialise: bool) -> LoraConfig:
 def _compiled(model: LanguageModel) -> dict[str, int]:
     """Returns the bytes of arguments and of what XLA needs besides, on every device."""
     tokens = np.ones((ROWS, LENGTH), np.int32)
-    num_tokens = np.full(ROWS, LENGTH, np.int32)
-    counts = np.arange(LENGTH) >= num_tokens[:, None] // 2
     prunable = prunable_paths(model.params, model.is_prunable)
     thresholds = on_every_device(
         model.params,
         Thresholds(np.zeros(NUM_PROBES, np.int32), np.zeros((NUM_PROBES, len(prunable)), np.int32)),
     )
-    arrays = over_devices(model.params, (tokens, num_tokens, counts))
+    arrays = over_devices(model.params, (tokens, tokens))
     programs = {
         "probe": _probe_losses.lower(
             model.architecture, prunable, model.params, None, thresholds, *arrays

@@ -112,8 +112,8 @@ def test_resnet18_keeps_the_same_photographs_through_both_doors(photographs, tmp
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("vit_small_patch16_224", 64),
-        ("convnext_tiny", 64),
+        ("vit_tiny_patch16_224", 64),
+        ("convnext_atto", 64),
         ("vit_small_patch14_dinov2", 70),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32, Int64, UInt32
 
 from dlc_jax.encoders.adapter_dropout import StepId, keys_of_sample
 from dlc_jax.encoders.decoder import CausalModel, joined
-from dlc_jax.preprocess.tokens import Tokenised, bucket_length
+from dlc_jax.preprocess.tokens import Tokenised, bucket_length, make_rows, packed, placed
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.optimiser import Sgd
 from dlc_jax.types import Params, path_name
@@ -62,45 +62,28 @@ def rows_of_step(
       drawing: The step, where it has dropout.
     """
     lengths = {int(i): len(data.tokens[i]) for i in positions}
-    order = sorted(lengths, key=lambda i: -lengths[i])
-    longest = bucket_length(lengths[order[0]], max_length)
-    shared = _packed(order, lengths, longest) if packing else [[i] for i in order]
+    longest = max(lengths.values())
+    if packing:
+        room = bucket_length(longest, max_length)
+        shared = packed(lengths, lambda _: room)[room]
+    else:
+        shared = [[i] for i in lengths]
+    shared.sort(key=lambda row: -sum(lengths[i] for i in row))
     for start in range(0, len(shared), rows_at_once):
         some = shared[start : start + rows_at_once]
-        length = bucket_length(max(sum(lengths[i] for i in row) for row in some), max_length)
+        length = bucket_length(sum(lengths[i] for i in some[0]), max_length)
         rows = _rows(data, some, rows_at_once, length, loss_on)
         yield rows if drawing is None else rows._replace(keys=_keys(data, some, rows, drawing))
-
-
-def _packed(order: Sequence[int], lengths: dict[int, int], capacity: int) -> list[list[int]]:
-    """Puts every sample, the longest first, into the first row that has room for it."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in order:
-        place = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
-        if place == len(rows):
-            rows.append([])
-            room.append(capacity)
-        rows[place].append(i)
-        room[place] -= lengths[i]
-    return sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
 
 
 def _rows(
     data: Tokenised, some: list[list[int]], num_rows: int, length: int, loss_on: str
 ) -> TokenRows:
-    tokens, segments = np.zeros((2, num_rows, length), np.int32)
+    tokens, segments = make_rows(data, some, num_rows, length)
     counts = np.zeros((num_rows, length), bool)
-    for r, members in enumerate(some):
-        start = 0
-        for number, i in enumerate(members, start=1):
-            ids = data.tokens[i]
-            end = start + len(ids)
-            tokens[r, start:end] = ids
-            segments[r, start:end] = number
-            # nothing is before the first one
-            counts[r, start + 1 : end] = True if loss_on == "text" else data.counts(i)[1:]
-            start = end
+    for row, _, where, i in placed(data, some):
+        # nothing is before the first one
+        counts[row, where][1:] = True if loss_on == "text" else data.counts(i)[1:]
     return TokenRows(tokens, segments, counts)
 
 
@@ -108,9 +91,8 @@ def _keys(
     data: Tokenised, some: list[list[int]], rows: TokenRows, step: StepId
 ) -> UInt32[np.ndarray, "b t 2"]:
     keys = np.zeros((*rows.tokens.shape, 2), np.uint32)
-    for r, members in enumerate(some):
-        for number, i in enumerate(members, start=1):
-            keys[r, rows.segments[r] == number] = keys_of_sample(step, i, len(data.tokens[i]))
+    for row, _, where, i in placed(data, some):
+        keys[row, where] = keys_of_sample(step, i, len(data.tokens[i]))
     return keys
 
 

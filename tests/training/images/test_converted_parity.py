@@ -29,13 +29,13 @@ def convnext(timm, folder):
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    model = timm.create_model("convnext_tiny", num_classes=0)
+    model = timm.create_model("convnext_atto", num_classes=0)
     for name, value in model.state_dict().items():
         if name.endswith("gamma"):  # 1e-6 would leave the blocks out
             value.uniform_(0.1, 0.5)
     save_file(model.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"architecture": "convnext_tiny"}))
-    return dlc.load_encoder("timm:convnext_tiny", folder), "convnext_tiny"
+    (folder / "config.json").write_text(json.dumps({"architecture": "convnext_atto"}))
+    return dlc.load_encoder("timm:convnext_atto", folder), "convnext_atto"
 
 
 def batches(size):

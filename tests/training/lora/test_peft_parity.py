@@ -147,8 +147,6 @@ def torch_steps(model, data, settings, order, rates, before=lambda step, sample:
 @pytest.mark.parametrize(
     ("family", "optimiser", "rate", "packing"),
     [
-        pytest.param("Llama", "sgd", 1e-2, False, marks=pytest.mark.slow),
-        pytest.param("Llama", "sgd", 1e-2, True, marks=pytest.mark.slow),
         pytest.param("Llama", "adamw", 1e-2, False, marks=pytest.mark.slow),
         pytest.param("Mistral", "sgd", 1e-2, True, marks=pytest.mark.slow),
         pytest.param("Gemma2", "sgd", 1e-2, False, marks=pytest.mark.slow),

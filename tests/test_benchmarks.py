@@ -33,7 +33,7 @@ def test_it_starts_and_tells_how_it_is_called(name):
     assert name in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_files_to_kept_sets_by_the_released_procedure_and_ours(tmp_path):
     found = tmp_path / "rows.json"
     done = run(
@@ -280,7 +280,7 @@ def python_3_12() -> str | None:
     return None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels are of x86-64")
 @pytest.mark.skipif(python_3_12() is None, reason="no Python 3.12")
 def test_kit_holds_missing_packages_under_60_mib(tmp_path):

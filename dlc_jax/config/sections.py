@@ -26,7 +26,7 @@ from dlc_jax.exports import FORMS, PARTS, RELEASED
 from dlc_jax.exports.released import PRETRAINS, check_name
 from dlc_jax.masking import PathSpec
 from dlc_jax.preprocess.images import ON_CORRUPT, Images
-from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH
+from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH
 from dlc_jax.preprocess.transform import PAPER
 from dlc_jax.probes import Compute
 from dlc_jax.types import DEEP_IMAGES, Conventions, Dataset, setting

@@ -23,7 +23,8 @@ from dlc_jax import expect
 from dlc_jax.datasets.files import regular
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.evaluation.likelihoods import Pair, continuation_log_likelihoods
-from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, tokenising
+from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH
+from dlc_jax.preprocess.tokens import tokenising
 from dlc_jax.types import setting
 
 

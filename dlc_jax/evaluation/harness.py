@@ -13,7 +13,8 @@ from dlc_jax import expect
 from dlc_jax.datasets.chat import written
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model, transformers_library
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods, longest_input
-from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, tokenising
+from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH
+from dlc_jax.preprocess.tokens import tokenising
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -16,15 +16,15 @@ from dlc_jax import expect, signals
 from dlc_jax.distributed import fetch, hides_bar, on_every_device, over_devices
 from dlc_jax.encoders.decoder import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.preprocess.tokens import (
+from dlc_jax.preprocess.token_batches import (
     TOKENS_PER_BATCH,
     BatchPlan,
-    Tokenised,
     bucket_length,
     make_rows,
     placed,
     plan_batches,
 )
+from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.types import Params
 
 _PLACES_AT_ONCE = 128  # logits of a whole batch would be gigabytes

@@ -19,7 +19,7 @@ from dlc_jax.encoders.decoder import Architecture, DecoderConfig, joined
 from dlc_jax.masking import thresholds
 from dlc_jax.planning.memory import Memory, MemoryPlan, Values, doubled, halved, tree_bytes
 from dlc_jax.planning.programs import peak_bytes
-from dlc_jax.preprocess.tokens import bucket_length
+from dlc_jax.preprocess.token_batches import bucket_length
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Optimiser
 from dlc_jax.types import by_path

@@ -32,7 +32,8 @@ from dlc_jax.planning.memory import DeviceJob, Host, Memory, tree_bytes
 from dlc_jax.planning.plan import Plan, Work
 from dlc_jax.planning.programs import count_flops
 from dlc_jax.planning.speed import block_speed
-from dlc_jax.preprocess.tokens import bucket_length, tokenise
+from dlc_jax.preprocess.token_batches import bucket_length
+from dlc_jax.preprocess.tokens import tokenise
 from dlc_jax.training.lora.step import Sums, TokenRows, add_rows
 from dlc_jax.types import by_path
 

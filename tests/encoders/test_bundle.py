@@ -321,8 +321,13 @@ np.savez(sys.argv[2], losses=probes.losses, ids=kept.ids)
 """
 
 
-@pytest.mark.parametrize("name", ["timm:vit_small_patch16_224", "demo:efficientnet_lite0"])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("timm:vit_small_patch16_224", marks=pytest.mark.slow),
+        pytest.param("demo:efficientnet_lite0", marks=pytest.mark.long),
+    ],
+)
 def test_a_process_without_torch_gives_the_same_losses_and_kept_set(timm, tmp_path, name):
     """A converted network, by the file alone.
 

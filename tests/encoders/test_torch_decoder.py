@@ -24,7 +24,12 @@ from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.step import Sums, add_rows, initial_adapter, rows_of_step
 
 FAMILIES = ("phi3", "gpt2", "opt")  # fused layers; weights [in, out]; told what tokens see
-MORE = ("qwen3", "gemma3_text", "falcon", "granite", "gpt_neox", "smollm3", "olmo3", "minicpm3")
+MORE = {
+    "qwen3": pytest.mark.slow,
+    "gemma3_text": pytest.mark.slow,
+    "falcon": pytest.mark.slow,
+    **dict.fromkeys(("granite", "gpt_neox", "smollm3", "olmo3", "minicpm3"), pytest.mark.long),
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,7 @@ def loaded(folder, **options):
 
 
 @pytest.mark.parametrize(
-    "family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+    "family", [*FAMILIES, *(pytest.param(name, marks=mark) for name, mark in MORE.items())]
 )
 def test_logits_probes_gradients_and_exports_are_those_of_torch(timm, family, tmp_path):
     row = {"name": family, "reason": ""}

@@ -16,7 +16,8 @@ from dlc_jax.planning.costs import kept_by_run
 from dlc_jax.planning.instruction_plan import InstructionCosts, Lengths, plan_of_instructions
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.programs import count_flops
-from dlc_jax.preprocess.tokens import bucket_length, tokenise
+from dlc_jax.preprocess.token_batches import bucket_length
+from dlc_jax.preprocess.tokens import tokenise
 
 LENGTH = 512
 ONE = MeshSize(1, 1, 1)

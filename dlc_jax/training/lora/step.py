@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int32, Int64, UInt32
 
 from dlc_jax.encoders.adapter_dropout import StepId, keys_of_sample
 from dlc_jax.encoders.decoder import CausalModel, joined
-from dlc_jax.preprocess.tokens import Tokenised, bucket_length, make_rows, packed, placed
+from dlc_jax.preprocess.token_batches import bucket_length, make_rows, packed, placed
+from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.optimiser import Sgd
 from dlc_jax.types import Params, path_name

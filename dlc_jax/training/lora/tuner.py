@@ -18,7 +18,8 @@ from dlc_jax.distributed import Run, Team
 from dlc_jax.encoders.adapter_dropout import StepId
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.exports import peft
-from dlc_jax.preprocess.tokens import TOKENS_PER_BATCH, Tokenised
+from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH
+from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.text import response_losses
 from dlc_jax.selection import kept_rows
 from dlc_jax.training import loop

@@ -119,8 +119,13 @@ def train_ours(encoder, head, data, rate, dtype):
     return {key: np.asarray(value, np.float64) for key, value in tensors.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("make", "batch", "rate"), [(lite0, 8, 1e-4), (convnext, 4, 1e-3)])
+@pytest.mark.parametrize(
+    ("make", "batch", "rate"),
+    [
+        pytest.param(lite0, 8, 1e-4, marks=pytest.mark.long),
+        pytest.param(convnext, 4, 1e-3, marks=pytest.mark.slow),
+    ],
+)
 def test_thirty_steps_are_those_of_torch(timm, tmp_path, monkeypatch, make, batch, rate):
     """Lite0 is trained at a rate where torch does not amplify rounding of float64.
 

@@ -15,7 +15,7 @@ from dlc_jax.encoders.decoder import Architecture
 from dlc_jax.encoders.language_model import load_language_model, load_tokenizer, stored_names
 from dlc_jax.masking import PathSpec, exact_thresholds, masked, prunable_paths
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
-from dlc_jax.probes.text import measure_responses, probe_responses, response_losses
+from dlc_jax.probes.text import _losses, measure_responses, probe_responses, response_losses
 from dlc_jax.scores import score
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.tuner import finetune_lora
@@ -309,7 +309,19 @@ def test_the_bundled_model_reads_the_bundled_rows(timm):
     assert load_tokenizer("demo:tiny-llama").vocab_size == model.config.vocab_size
     data = load_instructions("demo:dolly/test")
     tokens = tokenise(data.subset(np.arange(20)), model.tokenizer, 512, on_corrupt="skip")
+    _losses.clear_cache()
+    found = measure_responses(model, data.subset(np.arange(20)), max_length=512, tokens=tokens)
+    assert _losses._cache_size() <= 6  # with their prompts, alone and behind the prefix
     losses = response_losses(model, tokens)
+    np.testing.assert_allclose(found.losses, losses, atol=1e-5)
+    for position in (0, 7, 17):  # in a row of its own
+        alone = Tokenised(
+            tokens.tokens[position : position + 1],
+            tokens.num_prompt[[position]],
+            tokens.truncated[[position]],
+            tokens.ids[[position]],
+        )
+        assert response_losses(model, alone)[0] == pytest.approx(losses[position], abs=1e-5)
     assert 2 < losses.mean() < 6  # log 4096 = 8.3 for one that knows nothing
     with pytest.raises(ValueError, match="Did you mean 'demo:tiny-llama'"):
         load_language_model("demo:tiny_llama")

@@ -126,7 +126,7 @@ def packed(lengths: Mapping[int, int], room_of: Callable[[int], int]) -> dict[in
     return dict(sorted(found.items()))
 
 
-class Place(NamedTuple):
+class PlacedSample(NamedTuple):
     """Where a sample is among rows.
 
     Attributes:
@@ -142,13 +142,13 @@ class Place(NamedTuple):
     position: int
 
 
-def placed(data: Tokenised, rows: Iterable[Sequence[int]]) -> Iterator[Place]:
+def placed(data: Tokenised, rows: Iterable[Sequence[int]]) -> Iterator[PlacedSample]:
     """Yields where every sample is, row by row."""
     for row, members in enumerate(rows):
         start = 0
         for number, position in enumerate(members, start=1):
             end = start + len(data.tokens[position])
-            yield Place(row, number, slice(start, end), position)
+            yield PlacedSample(row, number, slice(start, end), position)
             start = end
 
 

@@ -107,7 +107,7 @@ def gpu(out: Path) -> list[str]:
     return ["bash", "benchmarks/gpu.sh", "text", str(out)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_part_that_is_stopped_leaves_what_it_has_and_goes_on_from_there(tmp_path):
     env = os.environ | {"SMALL": "1", "PYTHON": sys.executable}
     found = tmp_path / "small" / "text.json"

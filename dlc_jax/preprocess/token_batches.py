@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -57,15 +56,17 @@ def plan_batches(data: Tokenised, tokens_per_batch: int) -> list[BatchPlan]:
     """
     lengths = dict(enumerate(map(len, data.tokens)))
     longest = max(lengths.values())
-    best: list[BatchPlan] = []
-    for share, times in itertools.product((1, 0.75, 0.5), (1, 2)):
-        num_tokens = int(share * tokens_per_batch)
-        if not best or times * longest <= num_tokens:
-            plans = _plan_batches(lengths, num_tokens, times * longest)
-            best = min(best or plans, plans, key=functools.partial(padding, data))
-        if padding(data, best) <= _MOST_PADDING:
+    sizes = [
+        (int(share * tokens_per_batch), times * longest)
+        for share, times in itertools.product((1, 0.75, 0.5), (1, 2))
+    ]
+    tried = []
+    for num_tokens, length in [size for size in sizes if size[1] <= size[0]] or sizes[:1]:
+        plans = _plan_batches(lengths, num_tokens, length)
+        tried.append((padding(data, plans), plans))
+        if tried[-1][0] <= _MOST_PADDING:
             break
-    return best
+    return min(tried, key=lambda pair: pair[0])[1]
 
 
 def padding(data: Tokenised, plans: list[BatchPlan]) -> float:

@@ -19,7 +19,8 @@ from dlc_jax.preprocess.images import Images
 from dlc_jax.preprocess.tokens import tokenise
 from dlc_jax.preprocess.transform import Transform
 from dlc_jax.probes import Compute, RankCertificate, certify, features, probe
-from dlc_jax.probes.text import measure_responses, probe_responses, response_losses
+from dlc_jax.probes.responses import measure_responses, response_features
+from dlc_jax.probes.text import probe_responses, response_losses
 from dlc_jax.scores import score
 from dlc_jax.selection import Rules, select
 from dlc_jax.training.images import FinetuneConfig, RecordConfig, finetune, record_training
@@ -83,6 +84,7 @@ __all__ = [
     "probe",
     "probe_responses",
     "record_training",
+    "response_features",
     "response_losses",
     "save_encoder",
     "score",

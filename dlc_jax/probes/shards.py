@@ -40,14 +40,14 @@ class ShardBatch(NamedTuple):
     items: Any
 
 
-Start = Callable[[list[ShardBatch]], jax.Array]  # starts a program on a group of batches
+Start = Callable[[list[ShardBatch]], Any]  # starts a program on a group of batches: arrays
 
 
 def shards_done(
     shards: Sequence[int],
     groups: Iterable[list[ShardBatch]],
     start: Start,
-    values_of: Callable[[np.ndarray, int, int], np.ndarray],
+    values_of: Callable[[Any, int, int], Any],
     bar: tqdm,
     *,
     ahead: int,
@@ -66,9 +66,9 @@ def shards_done(
     """
 
     def results() -> Iterator[ShardBatch]:
-        for array, group in _ahead(((start(group), group) for group in groups), ahead):
+        for arrays, group in _ahead(((start(group), group) for group in groups), ahead):
             signals.poll()
-            values = fetch(array)
+            values = jax.tree.map(fetch, arrays)
             for place, batch in enumerate(group):
                 num = len(batch.positions)
                 bar.update(num * bar_step)

@@ -29,7 +29,8 @@ from dlc_jax.planning.costs import kept_by_run
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.plan import Plan
 from dlc_jax.preprocess.tokens import Tokenised, check_vocabulary, tokenise
-from dlc_jax.probes.text import measure_responses, probe_responses
+from dlc_jax.probes.responses import measure_responses
+from dlc_jax.probes.text import probe_responses
 from dlc_jax.scores import SCORES, column_name, score
 from dlc_jax.selection import Cell
 from dlc_jax.tasks.agreement import agree, agree_on_files, agree_on_instructions

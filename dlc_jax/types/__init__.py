@@ -502,6 +502,9 @@ class ResponseLosses:
       ids: [n] sample ids.
       after_prefix: [n] mean cross-entropy with only `### Response:` before the response; None where
         it was not measured.
+      changes: [n] arrays: how much the prompt adds to the loss of each token of the response that
+        has one without it, in nats, below 0 where it helps; None where it was not measured.
+      features: [n, d] embeddings, see `dlc.response_features`; None where they were not measured.
     """
 
     losses: Float32[np.ndarray, " n"]
@@ -509,6 +512,10 @@ class ResponseLosses:
     num_tokens: Int64[np.ndarray, " n"]
     ids: np.ndarray
     after_prefix: Float32[np.ndarray, " n"] | None = None
+    changes: tuple[Float32[np.ndarray, " _"], ...] | None = dataclasses.field(
+        default=None, repr=False
+    )
+    features: Float32[np.ndarray, "n d"] | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ from dlc_jax.encoders.decoder import Architecture
 from dlc_jax.encoders.language_model import load_language_model, load_tokenizer, stored_names
 from dlc_jax.masking import PathSpec, exact_thresholds, masked, prunable_paths
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
-from dlc_jax.probes.text import _losses, measure_responses, probe_responses, response_losses
+from dlc_jax.probes.responses import measure_responses
+from dlc_jax.probes.text import _losses, probe_responses, response_losses
 from dlc_jax.scores import score
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.tuner import finetune_lora

@@ -22,7 +22,7 @@ from dlc_jax.probes import Compute, RankCertificate, certify, features, probe
 from dlc_jax.probes.responses import measure_responses, response_features
 from dlc_jax.probes.text import probe_responses, response_losses
 from dlc_jax.scores import score
-from dlc_jax.selection import Rules, select
+from dlc_jax.selection import Rules, select, similarities
 from dlc_jax.training.images import FinetuneConfig, RecordConfig, finetune, record_training
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.tuner import finetune_lora
@@ -89,6 +89,7 @@ __all__ = [
     "save_encoder",
     "score",
     "select",
+    "similarities",
     "stratified_split",
     "tokenise",
     "tune",

@@ -383,6 +383,11 @@ def split(value: float, name: str = "split") -> None:
     _open_fraction(name, value, "the share of a class that counts as easy (gamma)")
 
 
+def max_similarity(value: float, name: str = "max_similarity") -> None:
+    """Raises unless a cosine is in (0, 1)."""
+    _open_fraction(name, value, "the cosine of near-duplicates")
+
+
 def _open_fraction(name: str, value: Any, what: str, hint: str = "") -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 < float(value) < 1:

@@ -205,33 +205,62 @@ def ifd(of: ResponseLosses, variant: str = "published") -> Float32[np.ndarray, "
         response; `superfiltering`, of perplexities. `cherry`, as the code of Cherry LLM: the ratio
         to the loss behind `### Response:`, and 0 where that is above 1. The code drops such
         samples; a 0 ranks below all other scores, so that `hardest` keeps one only if there are too
-        few others.
+        few others. `t_shirt`, as `superfiltering` of the half of all tokens whose losses the prompt
+        changes most, one threshold for the whole set; 0 where `superfiltering` is 1 or more, which
+        T-SHIRT drops. Its average over copies with noise in their embeddings is not taken.
     Raises:
-      ValueError: a response whose loss alone is 0, so that there is no ratio; losses behind
-        `### Response:` that were not measured.
+      ValueError: a response whose loss alone is not known, or is 0, so that there is no ratio;
+        losses behind `### Response:`, or of tokens, that were not measured.
     Sources: Li et al. 2024, From quantity to quality (Cherry LLM), arXiv 2308.12032; Li et al.
-      2024, Superfiltering, arXiv 2402.00530.
+      2024, Superfiltering, arXiv 2402.00530; Fu et al. 2025, T-SHIRT, arXiv 2506.01317.
     """
     if of.alone is None:
         raise expect.InputError(
             "ifd: compares responses with the same ones alone, which there are not where some have "
             "several turns; expected dataset.turns last or first."
         )
-    if variant == "superfiltering":
-        return np.exp(of.losses - of.alone)
     alone = of.after_prefix if variant == "cherry" else of.alone
     if alone is None:
         raise expect.InputError(
             "ifd: variant 'cherry' needs after_prefix, as dlc.measure_responses(model, data) gives "
             "it; got None."
         )
-    if not (alone > 0).all():
-        raise expect.InputError(
-            f"ifd: {int((alone <= 0).sum())} responses have no loss without their prompt, such "
-            f"as {of.ids[np.argmin(alone)]}; expected variant 'superfiltering' for them."
-        )
+    _check_alone(np.isfinite(alone), of, "of two tokens or more, since the first of all has none")
+    if variant == "superfiltering":
+        return np.exp(of.losses - alone)
+    if variant == "t_shirt":
+        return np.where(of.losses < alone, _of_changed_tokens(of), np.float32(0))
+    _check_alone(alone > 0, of, "as they are with variant 'superfiltering'")
     ratio = of.losses / alone
     return np.where(ratio > 1, np.float32(0), ratio) if variant == "cherry" else ratio
+
+
+def _check_alone(is_right: Bool[np.ndarray, " n"], of: ResponseLosses, expected: str) -> None:
+    if not is_right.all():
+        raise expect.InputError(
+            f"ifd: {int((~is_right).sum())} responses have no loss without their prompt, such as "
+            f"{of.ids[np.argmin(is_right)]}; expected responses {expected}."
+        )
+
+
+_SHARE_OF_TOKENS = 0.5  # that T-SHIRT's scores are of
+
+
+def _of_changed_tokens(of: ResponseLosses) -> Float32[np.ndarray, " n"]:
+    """Returns exp of the mean change of losses, over tokens that the prompt changes most."""
+    if of.changes is None:
+        raise expect.InputError(
+            "ifd: variant 't_shirt' needs changes, as dlc.measure_responses(model, data) gives "
+            "them; got None."
+        )
+    sizes = np.array([changes.size for changes in of.changes])
+    _check_alone(sizes > 0, of, "whose tokens are the same behind a prompt and alone")
+    changes = np.concatenate(of.changes)
+    threshold = np.quantile(np.abs(changes), 1 - _SHARE_OF_TOKENS)
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    counts = np.abs(changes) > threshold
+    sums = np.bincount(owners, changes * counts, minlength=len(sizes))
+    return np.exp(sums / np.maximum(np.bincount(owners, counts), 1)).astype(np.float32)
 
 
 _BOTH = ("published", "deepcore")
@@ -276,7 +305,7 @@ SCORES: dict[str, Score] = {
     "grand": Score(_grand, "training", _BOTH),
     "el2n": Score(lambda record, _: el2n(record.early_logits, record.labels), "training"),
     "perplexity": Score(lambda responses, _: perplexity(responses), "responses"),
-    "ifd": Score(ifd, "responses", ("published", "superfiltering", "cherry")),
+    "ifd": Score(ifd, "responses", ("published", "superfiltering", "cherry", "t_shirt")),
     "length": Score(lambda responses, _: length(responses), "responses"),
 }
 
@@ -302,7 +331,8 @@ def score(
         `forgetting`, `grand`, `el2n`: see the functions in `dlc_jax.scores`;
         `perplexity`, `ifd`, `length`: see `dlc_jax.scores`.
       variant: `published`, or `deepcore` for what that library computes instead: by
-        `least_confidence`, `forgetting` and `grand`; `superfiltering` and `cherry` of `ifd`.
+        `least_confidence`, `forgetting` and `grand`; `superfiltering`, `cherry` and `t_shirt` of
+        `ifd`.
     Raises:
       ValueError: an unknown method or variant, something else than the method needs, or values
         that are not finite.

@@ -25,7 +25,7 @@ from dlc_jax.preprocess.cache import ImageCache
 from dlc_jax.preprocess.images import Images
 from dlc_jax.preprocess.transform import Transform
 from dlc_jax.scores import SCORES
-from dlc_jax.selection import AUTO, FULL, Cell, Need, SelectionConfig
+from dlc_jax.selection import AUTO, FULL, LONGEST, Cell, Need, SelectionConfig
 from dlc_jax.training.images import FinetuneConfig, RecordConfig
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.tuning import LinearProbeConfig, TuningConfig
@@ -163,15 +163,16 @@ class Config:
                     f"selection.score: {self.selection.score!r} is of {other.name}; expected "
                     f"encoder.name {' or '.join(map(repr, other.encoders))} with it."
                 )
-        for source, is_needed, what in (
-            ("encoder", need.measured, "features"),
-            ("training", need.training, "record of training"),
-        ):
-            if is_needed and source not in kind.measures:
-                raise expect.InputError(
-                    f"selection.methods: {kind.name} have no {what}; expected methods that need "
-                    "only scores, such as flexrand, easiest, ccs."
-                )
+        if LONGEST in self.selection.methods and "responses" not in kind.measures:
+            raise expect.InputError(
+                f"selection.methods: {LONGEST!r} is of the responses of instructions, {kind.name} "
+                "have none; expected other methods."
+            )
+        if need.training and "training" not in kind.measures:
+            raise expect.InputError(
+                f"selection.methods: {kind.name} have no record of training; expected methods that "
+                "need only scores or features, such as flexrand, easiest, k_center_greedy."
+            )
         if need.tuning and "tune" not in kind.stages:
             raise expect.InputError(
                 f"selection: {kind.name} have no stage 'tune', which {AUTO!r} needs; expected "
@@ -203,6 +204,11 @@ class Config:
         }
         if "finetune" in self.stages:
             allowed["lora.loss_on"] = ["text"]
+        if LONGEST in self.selection.methods:  # whose score is not made
+            raise expect.InputError(
+                f"selection.methods: mode 'official' of instructions has no {LONGEST!r}; expected "
+                "other methods."
+            )
         for key, values in allowed.items():
             if (found := operator.attrgetter(key)(self)) not in values:
                 raise expect.InputError(

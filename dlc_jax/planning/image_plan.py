@@ -26,7 +26,7 @@ from dlc_jax.planning.programs import count_flops
 from dlc_jax.planning.speed import Decoding, scoring_speed
 from dlc_jax.preprocess.cache import ImageCache
 from dlc_jax.probes.images import Compute, Layout
-from dlc_jax.selection import DEFAULT_SPLIT, has_split
+from dlc_jax.selection import DEFAULT_SPLIT, INPUTS, has_split
 from dlc_jax.training.images import Recorder
 from dlc_jax.types import Dataset
 
@@ -127,7 +127,8 @@ class ImageCosts:
         padded = self.scoring().num_probes
         losses = seen(f"losses of {m} probes", m, decodes=each_time, crops=n * m * augment)
         costs.append(losses._replace(device_flops=rows * padded * self.forward_flops))
-        names = self.config.need.measured
+        # targets, which the others are compared with, are few
+        names = [name for name in self.config.need.measured if INPUTS[name].made_of is None]
         return costs + [seen(name, 1, decodes=each_time) for name in names]
 
     def _seen(

@@ -109,7 +109,8 @@ class _Ending(NamedTuple):
     """The tokens of a response that have a loss, from the last one backwards.
 
     Attributes:
-      ids, losses: Of each of them.
+      ids: Ids of these tokens.
+      losses: Loss of each, in nats.
       was_cut: Whether more would follow.
     """
 
@@ -177,7 +178,7 @@ def response_features(
       >>> model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
       >>> data = dlc.load_instructions("demo:dolly/train").subset(np.arange(4))
       >>> dlc.response_features(model, dlc.tokenise(data, model.tokenizer, max_length=64)).shape
-      (4, 256)
+      (4, 192)
     """
     expect.is_a(Run, run=run)
     work = TextWork.of(model, data, tokens_per_batch, ["features"], run)

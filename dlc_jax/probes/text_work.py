@@ -97,7 +97,7 @@ class TextWork(NamedTuple):
         Args:
           of_rows: Starts a program on the arrays of `make_rows`; gives arrays [m, b, ...].
           read: Returns arrays [..., r] of the samples of a batch, of what was given for its rows.
-          suffix: Of the names under which parts are kept.
+          suffix: End of the names under which parts are kept.
         """
         names = [f"batches{suffix}-{number:06}" for number in range(len(self.shards))]
         mine = range(self.team.number, len(names), self.team.num_teams)  # the long ones come last

@@ -7,6 +7,7 @@ from dlc_jax.selection.settings import (
     DEFAULT_SPLIT,
     FULL,
     INPUTS,
+    LONGEST,
     SELECTORS,
     Cell,
     Need,
@@ -14,3 +15,4 @@ from dlc_jax.selection.settings import (
     SelectionConfig,
     has_split,
 )
+from dlc_jax.selection.similarity import similarities

@@ -7,11 +7,13 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from dlc_jax import expect
+from dlc_jax.scores import SCORES
 from dlc_jax.selection.methods import ALLOCATIONS, Draw, Group, flexrand_as_released, id_keys
 from dlc_jax.selection.settings import AUTO, DEFAULT_METHOD, INPUTS, SELECTORS, Cell, Rules
+from dlc_jax.selection.similarity import near_duplicates
 from dlc_jax.types import (
     Choice,
     Conventions,
@@ -24,6 +26,7 @@ from dlc_jax.types import (
 )
 
 _SCORES = "dlc.score(...)"
+_MEASURED = {"training": "dlc.record_training(...)", "responses": "dlc.measure_responses(...)"}
 
 
 class Candidates:
@@ -59,6 +62,7 @@ class Candidates:
         self._given = {k: np.asarray(v) for k, v in given.items() if v is not None}
         self._given_labels, self._given_ids = np.asarray(labels), ids
         self._groups_by: dict[tuple[str, bool, bool], dict[int, Group]] = {}
+        self._distinct_by: dict[tuple[str, bool, bool, float], dict[int, Group]] = {}
 
     def select(
         self,
@@ -93,9 +97,10 @@ class Candidates:
                 f"{gamma!r}."
             )
         assert not isinstance(gamma, str)  # it was `auto`
-        self._check_all_there(selector, rules.allocation)
+        self._check_all_there(selector, rules)
         as_released = conventions.draws_as_released
-        groups = self._groups(SELECTORS[selector].needs, rules.per_class, as_released)
+        by = (SELECTORS[selector].needs, rules.per_class, as_released)
+        groups = self._groups(*by)
         members = [group.positions for group in groups.values()]
         if as_released and gamma is not None:
             kept = flexrand_as_released(members, keep_fraction, gamma, seed, conventions)
@@ -104,8 +109,11 @@ class Candidates:
             if rules.per_class and not as_released:
                 allocated = ALLOCATIONS[rules.allocation]
                 fractions = allocated(members, self._scores, keep_fraction, rules.min_per_class)
+            distinct = self._distinct_groups(*by, rules.max_similarity)
             kept = []
-            for (label, group), fraction in zip(groups.items(), fractions, strict=True):
+            for (label, group), fraction in zip(distinct.items(), fractions, strict=True):
+                if (num_all := len(groups[label].positions)) > len(group.positions):
+                    fraction = min(1.0, round(num_all * fraction) / len(group.positions))
                 draw = Draw(fraction, gamma, seed, label, rules.per_class, rules.variant)
                 whole = fraction == 1
                 kept.append(group.positions if whole else SELECTORS[selector].select(group, draw))
@@ -172,15 +180,18 @@ class Candidates:
     def _features_fingerprint(self) -> str:
         return features_fingerprint(self._given["features"])
 
-    def _check_all_there(self, method: str, allocation: str) -> None:
+    def _check_all_there(self, method: str, rules: Rules) -> None:
         needs, score = SELECTORS[method].needs, SELECTORS[method].score
         if needs != "nothing" and needs not in self._given:
             source = INPUTS[needs].source if needs in INPUTS else _SCORES
             if score is not None:
-                source = f"{score!r} of dlc.record_training(...)"
+                source = f"{score!r} of {_MEASURED[SCORES[score].of]}"
             raise expect.InputError(f"{needs}: method {method!r} needs them; see {source}.")
-        if allocation == "nucs" and "scores" not in self._given:
+        if rules.allocation == "nucs" and "scores" not in self._given:
             raise expect.InputError(f"scores: allocation 'nucs' needs them; see {_SCORES}.")
+        if rules.max_similarity is not None and "features" not in self._given:
+            source = INPUTS["features"].source
+            raise expect.InputError(f"features: max_similarity needs them; see {source}.")
 
     def _groups(self, needs: str, per_class: bool, as_released: bool) -> dict[int, Group]:
         """Returns the samples of each label there is, or all as those of label 0.
@@ -213,6 +224,33 @@ class Candidates:
             groups = [Group(positions, scores, rows, keys) for positions in members]
             self._groups_by[key] = dict(zip(present.tolist(), groups, strict=True))
         return self._groups_by[key]
+
+    def _distinct_groups(
+        self, needs: str, per_class: bool, as_released: bool, max_similarity: float | None
+    ) -> dict[int, Group]:
+        """Returns what `_groups` does, without near-duplicates."""
+        groups = self._groups(needs, per_class, as_released)
+        if max_similarity is None:
+            return groups
+        key = (needs, per_class, as_released, max_similarity)
+        if key not in self._distinct_by:
+            is_left_out = self._near_duplicates(per_class, max_similarity)
+            self._distinct_by[key] = {
+                label: dataclasses.replace(
+                    group, positions=group.positions[~is_left_out[group.positions]]
+                )
+                for label, group in groups.items()
+            }
+        return self._distinct_by[key]
+
+    def _near_duplicates(self, per_class: bool, limit: float) -> Bool[np.ndarray, " n"]:
+        """Returns which samples are left out as near-duplicates of others of their group."""
+        is_left_out = np.zeros(len(self._labels), bool)
+        for group in self._groups("features", per_class, False).values():
+            assert group.rows is not None
+            doubles = near_duplicates(group.rows, group.positions, limit)
+            is_left_out[group.positions[doubles]] = True
+        return is_left_out
 
     def _choice(self, cell: Cell, min_per_class: int, tuning: Tuning | None) -> Choice:
         """Returns what `auto` stands for."""
@@ -269,9 +307,10 @@ def select(
         where neither the method nor the allocation uses them.
       labels: [n] non-negative class ids.
       method: By any score: `flexrand`, `easiest`, `hardest`, `ccs`. Highest first of the score of
-        that name: `least_confidence`, `entropy`, `margin`, `forgetting`, `grand`, `el2n`. By
-        features: `moderate`, `herding`, `k_center_greedy`. By probabilities:
-        `contextual_diversity`. By nothing: `random`.
+        that name: `least_confidence`, `entropy`, `margin`, `forgetting`, `grand`, `el2n`; `longest`
+        of `length`. By features: `moderate`, `herding`, `k_center_greedy`. By probabilities:
+        `contextual_diversity`. By nothing: `random`. By similarities to targets, which only
+        `selection.Candidates` takes: `rds`.
       keep_fraction: Fraction kept of each class, in (0, 1).
       split: FlexRand's gamma in (0, 1), the share of a class that counts as easy; default 0.5.
         `auto`: what `tuning` found best.

@@ -153,6 +153,23 @@ def random(group: Group, draw: Draw) -> Positions:
     return group.positions[group.ranks_by_lot(draw, "random")[: budget(group, draw)]]
 
 
+def rds(group: Group, draw: Draw) -> Positions:
+    """Returns the samples most similar to target samples, which take turns.
+
+    A target's first turn takes the sample most similar to it, its second the next, and so on; a
+    turn that finds its sample taken is lost. Rows are similarities to each target.
+
+    Source: Ivison et al. 2025, Large-scale data selection for instruction tuning (RDS+).
+    """
+    assert group.rows is not None
+    num_targets = group.rows.shape[1]
+    turn = np.full(len(group.positions), np.iinfo(np.int64).max)
+    for target in range(num_targets):
+        order = np.argsort(-group.rows[group.positions, target], kind="stable")
+        turn[order] = np.minimum(turn[order], np.arange(len(order)) * num_targets + target)
+    return group.positions[np.argsort(turn)[: budget(group, draw)]]
+
+
 _SHARE_DROPPED = 0.1  # beta, of the hardest
 _NUM_STRATA = 50
 

@@ -75,11 +75,13 @@ class Input(NamedTuple):
       check: Raises ValueError unless the array fits labels [n].
       source: Call that returns it, for messages.
       of: Source in the stage `score`: `encoder`, or a record of `training`.
+      made_of: Name of the input that it is made of; None: of the samples.
     """
 
     check: Callable[[np.ndarray, np.ndarray], None]
     source: str
     of: str = "encoder"
+    made_of: str | None = None
 
 
 INPUTS: Mapping[str, Input] = {
@@ -88,6 +90,11 @@ INPUTS: Mapping[str, Input] = {
     ),
     "probabilities": Input(
         expect.probabilities_fit_labels, "dlc.record_training(...)", of="training"
+    ),
+    "similarities": Input(
+        functools.partial(expect.features_fit_labels, "similarities"),
+        "dlc.similarities(...), for selection.Candidates(..., inputs=...)",
+        made_of="features",
     ),
 }
 
@@ -112,6 +119,7 @@ class Method(NamedTuple):
 
 
 VARIANTS = ("published", "deepcore")
+LONGEST = "longest"
 
 SELECTORS: Mapping[str, Method] = {
     "flexrand": Method(methods.flexrand, has_split=True),
@@ -129,6 +137,8 @@ SELECTORS: Mapping[str, Method] = {
     "forgetting": Method(methods.hardest, score="forgetting"),
     "grand": Method(methods.hardest, score="grand"),
     "el2n": Method(methods.hardest, score="el2n"),
+    LONGEST: Method(methods.hardest, score="length"),
+    "rds": Method(methods.rds, needs="similarities"),
 }
 
 
@@ -159,6 +169,9 @@ class Rules:
         lose some; min_per_class must be 0. Not in `official`.
       min_per_class: Least samples kept of a class, all of a class that has no more; a class that
         this raises is selected from as at the keep fraction that gives as many. Not in `official`.
+      max_similarity: Samples whose features have a cosine above it, in (0, 1), to another of their
+        class are left out before anything is selected, all but one. As many are kept as without it,
+        or all that are left. None: none is left out. Not in `official`.
 
     Example: `dlc.select(scores, labels, keep_fraction=0.1, rules=dlc.Rules(min_per_class=1))`.
     """
@@ -167,6 +180,7 @@ class Rules:
     allocation: str = Selection.allocation
     per_class: bool = Selection.per_class
     min_per_class: int = Selection.min_per_class
+    max_similarity: float | None = Selection.max_similarity
 
     def check(self, method: str, conventions: Conventions, where: str = "") -> None:
         """Raises ValueError unless the method, the conventions and the rules fit each other.
@@ -191,6 +205,13 @@ class Rules:
                 f"mode {conventions.mode!r} has allocation='proportional' and per_class=True only, "
                 f"got {self.allocation!r} and {self.per_class}."
             )
+        if self.max_similarity is not None:
+            expect.max_similarity(self.max_similarity, f"{where}max_similarity")
+            if conventions.draws_as_released:
+                raise expect.InputError(
+                    f"{where}max_similarity: mode {conventions.mode!r} leaves nothing out, "
+                    f"expected None, got {self.max_similarity!r}."
+                )
         if not self.per_class and (self.allocation != Rules.allocation or self.min_per_class):
             raise expect.InputError(
                 "per_class=False: allocation and min_per_class are about classes, expected "
@@ -203,6 +224,11 @@ class Rules:
             raise expect.InputError(
                 f"{AUTO}: is tuned with allocation='proportional' and per_class=True, got "
                 f"{self.allocation!r} and {self.per_class}."
+            )
+        if self.max_similarity is not None:
+            raise expect.InputError(
+                f"{AUTO}: is tuned on all samples; expected max_similarity None with it, got "
+                f"{self.max_similarity!r}."
             )
 
     @property
@@ -248,6 +274,12 @@ class SelectionConfig:
     min_per_class: int = setting(
         Rules.min_per_class, "least samples kept of a class (all, if it has no more)"
     )
+    max_similarity: float | None = setting(
+        None, "cosine above which near-duplicates are left out first, in (0, 1); None: none are"
+    )
+    target: str | None = setting(
+        None, "data that the samples of method rds should be like, as for dataset.train"
+    )
 
     def check(self, conventions: Conventions) -> None:
         for key in ("methods", "keep_fractions", "splits", "seeds"):
@@ -267,6 +299,11 @@ class SelectionConfig:
             expect.seed(seed, "selection.seeds")
         expect.one_of("selection.score", self.score, SCORES)
         self._check_variant()
+        if ("rds" in self.methods) != (self.target is not None):
+            raise expect.InputError(
+                "selection.target: is what method 'rds' selects by; expected both or neither, got "
+                f"{self.target!r} and methods {', '.join(self.methods)}."
+            )
         for cell in self.cells():
             cell.checked(conventions)
         for method in self.methods:
@@ -302,7 +339,9 @@ class SelectionConfig:
         """Returns the rules, with the variant asked for if the method has it."""
         known = SELECTORS[method].variants if method in SELECTORS else ()
         variant = self.variant if self.variant in known else Rules.variant
-        return Rules(variant, self.allocation, self.per_class, self.min_per_class)
+        return Rules(
+            variant, self.allocation, self.per_class, self.min_per_class, self.max_similarity
+        )
 
     def score_of(self, method: str) -> str:
         """Returns the column of `scores.parquet` that the method uses."""
@@ -315,14 +354,20 @@ class SelectionConfig:
 
     def how(self, method: str) -> dict[str, Any]:
         """Returns what decides a selection of this method besides its cell."""
-        return {"score": self.score_of(method)} | dataclasses.asdict(self.rules_of(method))
+        rules = dataclasses.asdict(self.rules_of(method))
+        if self.max_similarity is None:  # which version 0.1 did not have
+            del rules["max_similarity"]
+        return {"score": self.score_of(method)} | rules
 
     @property
     def need(self) -> Need:
         """What the methods need, apart from DLC."""
         known = [SELECTORS[method] for method in self.methods if method in SELECTORS]
         names = {method.score or self.score for method in known} | {self.score}
-        inputs = dict.fromkeys(method.needs for method in known if method.needs in INPUTS)
+        asked = [method.needs for method in known if method.needs in INPUTS]
+        asked += ["features"] if self.max_similarity is not None else []
+        made_of = [INPUTS[name].made_of for name in asked]
+        inputs = dict.fromkeys([*filter(None, made_of), *asked])  # the first are made first
         sources = {SCORES[name].of for name in names} | {INPUTS[name].of for name in inputs}
         return Need(
             measured=tuple(name for name in inputs if INPUTS[name].of == "encoder"),

@@ -41,17 +41,24 @@ class SelectionInputs:
         self.samples, self.mode = samples, config.mode
         self.tuning: Tuning | None = None
         self.input: Callable[[str], np.ndarray] = functools.cache(
-            lambda name: read_input(workdir, name, samples)
+            lambda name: read_input(workdir, name, samples, self._target_of(name))
         )
         self._config, self._workdir = config, workdir
         self._fingerprints: dict[str, str] = {}
         self._candidates: dict[tuple[str, ...], Candidates] = {}
 
+    def _target_of(self, name: str) -> str | None:
+        """Returns the source of the data that an input compares with; None: it does not."""
+        return self._config.selection.target if INPUTS[name].made_of is not None else None
+
     def _inputs_of(self, method: str) -> list[str]:
         """Returns the names of the inputs that a method, or `auto`, uses."""
         if method == AUTO:
             return ["features"] if self._config.tuning.needs_features else []
-        return [name for name in INPUTS if name == SELECTORS[method].needs]
+        needed = {SELECTORS[method].needs}
+        if self._config.selection.max_similarity is not None:
+            needed.add("features")
+        return [name for name in INPUTS if name in needed]
 
     def how(self, cell: Cell) -> dict[str, Any]:
         """Returns what decides the selection of a cell besides the scores that it uses."""
@@ -289,6 +296,8 @@ def run(job: Job) -> None:
     """
     config, workspace, inputs = job.config, job.workspace, job.scored
     start, say = time.perf_counter(), workspace.say
+    for method in config.selection.methods:  # what is missing is said before anything is moved
+        inputs.fingerprint(method)
     settings = records.settings_of(workspace.root, "score", {}) or {}
     if (scored := settings.get("mode", config.mode)) != config.mode:
         say(f"select: note: in mode {config.mode!r}, from scores of mode {scored!r}")

@@ -32,6 +32,7 @@ from dlc_jax.selection import Cell
 from dlc_jax.tasks import measurements
 from dlc_jax.tasks.agreement import agree, agree_on_images
 from dlc_jax.tasks.exports import ExportStep, check_released, export_steps, released_steps
+from dlc_jax.tasks.measurements import Measurement
 from dlc_jax.tasks.task import Sources, Training
 from dlc_jax.training.images import Finetuner, Recorder, class_ids_by_name
 from dlc_jax.tuning import FinetuneTrials
@@ -49,12 +50,16 @@ class Scored(NamedTuple):
       dataset: Training data.
       encoder: As `mode` has it.
       say: Takes each line meant for the user.
+      root: Work directory.
+      target: What selected samples should be like; None: nothing is asked for.
     """
 
     config: Config
     dataset: Dataset
     encoder: Encoder
     say: Callable[[str], None]
+    root: Path
+    target: Dataset | None
 
     @property
     def made_of(self) -> dict[str, Any]:
@@ -102,7 +107,7 @@ class LossesStep:
         return masked_text(self.scored.encoder.params, self.scored.encoder.is_prunable)
 
     def compute(self, scratch: Path) -> ProbeLosses:
-        config, dataset, encoder, say = self.scored
+        config, dataset, encoder, say, *_ = self.scored
         images, run = self.scored.images, self.scored.run(scratch)
         assert run.mesh is not None
         what = f"{len(dataset)} samples of {dataset.num_classes} classes"
@@ -131,7 +136,7 @@ class LossesStep:
         return probes
 
     def write(self, root: Path, probes: ProbeLosses) -> Written:
-        config, dataset, encoder, say = self.scored
+        config, dataset, encoder, say, *_ = self.scored
         arrays = {name: getattr(probes, name) for name in ("losses", "sparsity", "labels", "ids")}
         artefacts.write_losses(root, **arrays)
         positions = np.flatnonzero(np.isin(dataset.ids, list(probes.skipped), invert=True))
@@ -155,63 +160,17 @@ def _features(scored: Scored, run: Run) -> Float32[np.ndarray, "n d"]:
     return features(encoder, scored.images, mode=config.mode, compute=config.probe, run=run)
 
 
-class Measurement(NamedTuple):
-    """How an input of selectors is measured with the encoder.
-
-    Attributes:
-      measure: Returns the array, [n, d], in the order of the samples that were scored.
-      settings: Names of the settings of `probe` that decide it, beside data and encoder.
-    """
-
-    measure: Callable[[Scored, Run], Float32[np.ndarray, "n d"]]
-    settings: tuple[str, ...] = ("dtype",)
+def _similarities(scored: Scored, run: Run) -> Float32[np.ndarray, "n q"]:
+    assert scored.target is not None  # checked with the configuration
+    of_targets = _features(scored._replace(dataset=scored.target), run)
+    return measurements.similarities_to(scored, of_targets)
 
 
 # By names in `INPUTS`.
-MEASURED: Mapping[str, Measurement] = {"features": Measurement(_features)}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class InputStep:
-    """An input of selectors, an array [n, d], `scores/<name>.npz`.
-
-    Attributes:
-      name: One of `MEASURED`.
-    """
-
-    scored: Scored
-    name: str
-
-    stage = "score"
-    obsolete = (artefacts.UNFINISHED,)
-
-    @property
-    def kind(self) -> str:
-        return self.name.replace("_", " ")
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return (measurements.input_file(self.name),)
-
-    @property
-    def key(self) -> dict[str, Any]:
-        return {**self.settings, "made_of": self.scored.made_of}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        probe = self.scored.config.probe
-        return {name: getattr(probe, name) for name in MEASURED[self.name].settings}
-
-    def compute(self, scratch: Path) -> Float32[np.ndarray, "n d"]:
-        found = MEASURED[self.name].measure(self.scored, self.scored.run(scratch))
-        self.scored.say(f"{self.name}: {found.shape[1]} of each sample")
-        return found
-
-    def write(self, root: Path, found: Float32[np.ndarray, "n d"]) -> Written:
-        ids = artefacts.read_scores(root).ids
-        with artefacts.atomic(root / measurements.input_file(self.name)) as file:
-            np.savez(file, allow_pickle=False, **{self.name: found}, ids=ids)
-        return Written(self.files)
+MEASURED: Mapping[str, Measurement] = {
+    "features": Measurement(_features),
+    "similarities": Measurement(_similarities),
+}
 
 
 def _unusual(encoder: Encoder, size: int) -> str:
@@ -313,13 +272,13 @@ class ImageTask:
             config.encoder, name=encoder.name, image_size=side, transform=transform, **decided
         )
         resolved = dataclasses.replace(config, encoder=settings)
-        scored = Scored(resolved, dataset, encoder, self._say)
+        target = config.selection.target
+        others = None if target is None else self._sources.load_together(target)
+        scored = Scored(resolved, dataset, encoder, self._say, workspace.root, others)
         if not workspace.ensure(LossesStep(scored, config.asked)):
             self._say("score: unchanged, not run again")
         workspace.alone(lambda: self._write_table(scored, workspace))
-        for name in config.need.measured:
-            if not workspace.ensure(InputStep(scored, name)):
-                self._say(f"{name}: unchanged, not measured again")
+        measurements.measure_inputs(workspace, scored, MEASURED)
         if config.need.training:
             self._record_training(scored, workspace)
             workspace.alone(lambda: self._write_table(scored, workspace))

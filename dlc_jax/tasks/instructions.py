@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float32
 
 from dlc_jax import expect, reports
 from dlc_jax.config import Config
@@ -29,13 +30,20 @@ from dlc_jax.planning.costs import kept_by_run
 from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.plan import Plan
 from dlc_jax.preprocess.tokens import Tokenised, check_vocabulary, tokenise
-from dlc_jax.probes.responses import measure_responses
+from dlc_jax.probes.responses import measure_responses, response_features
 from dlc_jax.probes.text import probe_responses
 from dlc_jax.scores import SCORES, column_name, score
 from dlc_jax.selection import Cell
 from dlc_jax.tasks.agreement import agree, agree_on_files, agree_on_instructions
 from dlc_jax.tasks.exports import ExportStep, export_steps
-from dlc_jax.tasks.measurements import NOT_IN_LOSSES, scored_encoder, write_certificate
+from dlc_jax.tasks.measurements import (
+    NOT_IN_LOSSES,
+    Measurement,
+    measure_inputs,
+    scored_encoder,
+    similarities_to,
+    write_certificate,
+)
 from dlc_jax.tasks.task import Sources, Training
 from dlc_jax.training.lora.tuner import LoraTuner
 from dlc_jax.types import ProbeLosses, ResponseLosses, Selection
@@ -51,14 +59,87 @@ _Measured: TypeAlias = tuple[Instructions, Tokenised, ProbeLosses, ResponseLosse
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ResponsesStep:
-    """Losses of responses, all scores made of them, and a text of the extremes."""
+class ScoredInstructions:
+    """What is scored, and how; see `ScoredData`.
+
+    Attributes:
+      data: Instructions, those included that are left out.
+      model: As it is scored with.
+      mesh: All devices.
+      features: What the pass over responses found besides; None: there was none, or none asked for.
+    """
 
     config: Config
     data: Instructions
     model: LanguageModel
     mesh: Mesh
     say: Callable[[str], None]
+    root: Path
+    target: Instructions | None = None
+    features: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """Data, model and how samples are read, which decide every measurement."""
+        found = {
+            "data": self.data.fingerprint,
+            "model": self.model.fingerprint,
+            "tokenizer": self.model.tokenizer_fingerprint,
+            "max_length": self.max_length,
+            "on_corrupt": self.config.dataset.on_corrupt,
+        }
+        if self.config.conventions.reads_as_released:
+            found["mode"] = self.config.mode
+        return found
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest sequence in tokens; None: any."""
+        if self.config.conventions.reads_as_released:
+            return _uncut(self.model.config)
+        return self.model.max_length(self.config.encoder.max_length)
+
+    @functools.cached_property
+    def tokens(self) -> Tokenised:
+        """Samples as the model reads them, but those that are left out."""
+        return _tokenised(self.config, self.data, self.model.tokenizer, self.max_length)
+
+    def run(self, scratch: Path) -> Run:
+        """Where and on what measurements run."""
+        return Run(scratch, self.mesh, progress=True)
+
+
+def _features(scored: ScoredInstructions, run: Run) -> Float32[np.ndarray, "n d"]:
+    if scored.features:
+        return scored.features.pop()
+    return _features_of(scored, scored.tokens, run)
+
+
+def _features_of(
+    scored: ScoredInstructions, tokens: Tokenised, run: Run
+) -> Float32[np.ndarray, "n d"]:
+    num = scored.config.probe.tokens_per_batch
+    return response_features(scored.model, tokens, tokens_per_batch=num, run=run)
+
+
+def _similarities(scored: ScoredInstructions, run: Run) -> Float32[np.ndarray, "n q"]:
+    assert scored.target is not None  # checked with the configuration
+    tokens = _tokenised(scored.config, scored.target, scored.model.tokenizer, scored.max_length)
+    return similarities_to(scored, _features_of(scored, tokens, run))
+
+
+# By names in `INPUTS`.
+MEASURED: Mapping[str, Measurement] = {
+    "features": Measurement(_features),
+    "similarities": Measurement(_similarities),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ResponsesStep:
+    """Losses of responses, all scores made of them, and a text of the extremes."""
+
+    scored: ScoredInstructions
 
     name = stage = "score"
     kind = "response losses"
@@ -67,53 +148,47 @@ class ResponsesStep:
 
     @property
     def key(self) -> dict[str, Any]:
-        return self._how | {
-            "data": self.data.fingerprint,
-            "model": self.model.fingerprint,
-            "tokenizer": self.model.tokenizer_fingerprint,
-        }
+        return self._how | {"made_of": self.scored.made_of}
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"seed": self.config.seed} | self._how | {"asked": self.config.asked}
+        config = self.scored.config
+        read = {"max_length": self.scored.max_length, "on_corrupt": config.dataset.on_corrupt}
+        return (
+            {"mode": config.mode, "seed": config.seed} | read | self._how | {"asked": config.asked}
+        )
 
     @property
     def _how(self) -> dict[str, Any]:
-        config = self.config
-        how = {"max_length": self._max_length, "on_corrupt": config.dataset.on_corrupt}
+        config = self.scored.config
         if config.conventions.reads_as_released:  # which has one path, and draws nothing
-            return how | {"mode": config.mode, "probe": {"dtype": config.probe.dtype}}
+            return {"probe": {"dtype": config.probe.dtype}}
         probes = {k: v for k, v in config.to_dict()["probe"].items() if k not in NOT_IN_LOSSES}
-        return how | {"seed": config.seed, "probe": probes, "category": self._categories}
+        return {"seed": config.seed, "probe": probes, "category": self._categories}
 
     @property
     def _masked_text(self) -> str:
-        is_masked = self.model.is_prunable
-        if self.config.conventions.reads_as_released:
-            is_masked = self.model.architecture.is_linear
-        return masked_text(self.model.params, is_masked)
+        model = self.scored.model
+        is_masked = model.is_prunable
+        if self.scored.config.conventions.reads_as_released:
+            is_masked = model.architecture.is_linear
+        return masked_text(model.params, is_masked)
 
     @property
     def _categories(self) -> str | None:
         """Hash of the classes that a column gives; ValueError where there is no such column."""
-        column = self.config.dataset.category
+        column = self.scored.config.dataset.category
         if column is None:
             return None
-        labels, names = self.data.categories(column)
+        labels, names = self.scored.data.categories(column)
         return json_hash([column, labels.tolist(), names])
 
-    @property
-    def _max_length(self) -> int | None:
-        if self.config.conventions.reads_as_released:
-            return _uncut(self.model.config)
-        return self.model.max_length(self.config.encoder.max_length)
-
     def compute(self, scratch: Path) -> _Measured:
-        config, data, model, say = self.config, self.data, self.model, self.say
-        say(f"score: {len(data)} instructions, {model.name} on {said_of(self.mesh)}")
+        scored = self.scored
+        config, data, model, say = scored.config, scored.data, scored.model, scored.say
+        say(f"score: {len(data)} instructions, {model.name} on {said_of(scored.mesh)}")
         say(f"score: masks {self._masked_text}")
-        max_length = self._max_length
-        tokens = _tokenised(config, data, model.tokenizer, max_length)
+        max_length, tokens = scored.max_length, scored.tokens
         if num := sum(len(row) > model.config.max_length for row in tokens.tokens):
             limit = model.config.max_length
             say(f"score: note: {num} of {len(tokens)} are longer than the {limit} of the model")
@@ -123,22 +198,28 @@ class ResponsesStep:
             name, why = next(iter(tokens.skipped.items()))
             say(f"score: note: {len(tokens.skipped)} left out, such as {name}: {why}")
         kept = data.subset(np.flatnonzero(np.isin(data.ids, tokens.ids)))
-        run = Run(scratch, self.mesh, progress=True)
+        run = scored.run(scratch)
         how: dict[str, Any] = {"tokens_per_batch": config.probe.tokens_per_batch, "run": run}
         if config.conventions.reads_as_released:
             return kept, tokens, probe_responses(model, tokens, mode=config.mode, **how), None
         probes = probe_responses(model, tokens, path=config.probe, seed=config.seed, **how)
-        responses = measure_responses(model, kept, max_length=max_length, tokens=tokens, **how)
+        with_features = "features" in config.need.measured
+        responses = measure_responses(
+            model, kept, max_length=max_length, tokens=tokens, with_features=with_features, **how
+        )
+        if responses.features is not None:
+            scored.features.append(responses.features)
         return kept, tokens, probes, responses
 
     def write(self, root: Path, found: _Measured) -> Written:
-        config, (data, tokens, probes, responses) = self.config, found
+        scored, (data, tokens, probes, responses) = self.scored, found
+        config, model = scored.config, scored.model
         labels, class_names = probes.labels, probes.class_names
         if config.dataset.category is not None:
             labels, class_names = data.categories(config.dataset.category)
         scores = {"dlc": score(probes)}
         if responses is not None:
-            scores |= _other_scores(config, responses, self.say)
+            scores |= _other_scores(config, responses, scored.say)
         artefacts.write_losses(
             root, losses=probes.losses, sparsity=probes.sparsity, labels=labels, ids=probes.ids
         )
@@ -147,23 +228,23 @@ class ResponsesStep:
             file.write(reports.easiest_hardest_text(data, scores["dlc"]))
         facts = {
             "dataset": {
-                "source": self.data.name,
-                "fingerprint": self.data.fingerprint,
-                "num_samples": len(self.data),
+                "source": scored.data.name,
+                "fingerprint": scored.data.fingerprint,
+                "num_samples": len(scored.data),
                 "num_truncated": int(tokens.truncated.sum()),
                 "skipped": tokens.skipped,
             },
             "encoder": {
-                "name": self.model.name,
-                "fingerprint": self.model.fingerprint,
-                "door": self.model.door,
+                "name": model.name,
+                "fingerprint": model.fingerprint,
+                "door": model.door,
                 "masked": self._masked_text,
             },
         }
         if config.conventions.reads_as_released:  # its path has no more probes to compare with
             return Written(list(self.files), facts)
         of_classes = dataclasses.replace(probes, labels=labels)
-        certificate = write_certificate(root, of_classes, config.seed, self.say)
+        certificate = write_certificate(root, of_classes, config.seed, scored.say)
         return Written([*self.files, *certificate], facts)
 
 
@@ -296,8 +377,14 @@ class InstructionTask:
         workspace.say(f"data: {data.summary}")
         model = self._model_in(config.probe.dtype, Team.of(mesh).mesh)
         _ = model.fingerprint  # of all processes, where they share the weights
-        if not workspace.ensure(ResponsesStep(config, data, model, mesh, workspace.say)):
+        target = config.selection.target
+        others = None if target is None else self._sources.load_together(target)
+        scored = ScoredInstructions(
+            config, data, model, mesh, workspace.say, workspace.root, others
+        )
+        if not workspace.ensure(ResponsesStep(scored)):
             workspace.say("score: unchanged, not run again")
+        measure_inputs(workspace, scored, MEASURED)
         return config
 
     def exports(self, kept: Mapping[Cell, Selection], root: Path) -> Iterable[ExportStep]:

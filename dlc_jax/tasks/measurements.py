@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float32
 
 from dlc_jax import expect
+from dlc_jax.config import Config
+from dlc_jax.distributed import Run
 from dlc_jax.probes import certify
 from dlc_jax.scores import SCORES, column_name, score
-from dlc_jax.selection import INPUTS
+from dlc_jax.selection import INPUTS, similarities
 from dlc_jax.tasks.task import Samples
 from dlc_jax.training.images import read_record
 from dlc_jax.training.images.recorder import RECORD
 from dlc_jax.types import ProbeLosses
-from dlc_jax.workspace import Written, artefacts, records
+from dlc_jax.workspace import Workspace, Written, artefacts, records
 from dlc_jax.workspace.artefacts import ScoredSamples
 
 # Settings that change speed and memory, but not what comes out.
@@ -47,13 +50,20 @@ def record_with(name: str) -> str:
     return name if INPUTS[name].of == "encoder" else "training"
 
 
-def read_input(root: Path, name: str, samples: ScoredSamples) -> np.ndarray:
+def read_input(
+    root: Path, name: str, samples: ScoredSamples, target: str | None = None
+) -> np.ndarray:
     """Reads an input of selectors, [n, d].
 
+    Args:
+      root: Work directory.
+      name: In `INPUTS`.
+      samples: Samples that were scored.
+      target: Source of the data that it compares with, if it does.
     Raises:
       ValueError: it was not measured, or is not of these scores.
     """
-    if problem := _problem(root, record_with(name)):
+    if problem := _problem(root, record_with(name), target):
         raise expect.InputError(
             f"{root}/scores: {problem}; run the stage 'score' with the same settings of selection "
             "and tuning first."
@@ -66,6 +76,110 @@ def read_input(root: Path, name: str, samples: ScoredSamples) -> np.ndarray:
 def input_file(name: str) -> str:
     """Returns the file of a measured input of selectors, below the work directory."""
     return f"scores/{name}.npz"
+
+
+@runtime_checkable
+class ScoredData(Protocol):
+    """What is scored, and how.
+
+    Attributes:
+      config: Configuration with what the encoder or model decides filled in.
+      root: Work directory.
+      say: Takes each line meant for the user.
+      made_of: Data, encoder or model, and how samples are read, which decide every measurement.
+      target: What selected samples should be like; None: nothing is asked for.
+    """
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def root(self) -> Path: ...
+    @property
+    def say(self) -> Callable[[str], None]: ...
+    @property
+    def made_of(self) -> dict[str, Any]: ...
+    @property
+    def target(self) -> Samples | None: ...
+    def run(self, scratch: Path) -> Run:
+        """Returns where and on what measurements run."""
+
+
+class Measurement(NamedTuple):
+    """How an input of selectors is measured.
+
+    Attributes:
+      measure: Returns the array, [n, d], in the order of the samples that were scored.
+      settings: Names of the settings of `probe` that decide it, beside data and encoder.
+    """
+
+    measure: Callable[[Any, Run], Float32[np.ndarray, "n d"]]
+    settings: tuple[str, ...] = ("dtype",)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InputStep:
+    """An input of selectors, an array [n, d], `scores/<name>.npz`.
+
+    Attributes:
+      name: One of `INPUTS`.
+      how: How it is measured.
+    """
+
+    scored: ScoredData
+    name: str
+    how: Measurement
+
+    stage = "score"
+    obsolete = (artefacts.UNFINISHED,)
+
+    @property
+    def kind(self) -> str:
+        return self.name.replace("_", " ")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (input_file(self.name),)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        key = {**self.settings, "made_of": self.scored.made_of}
+        target = self.scored.target
+        if INPUTS[self.name].made_of is None or target is None:
+            return key
+        return key | {"target": target.name, "target_fingerprint": target.fingerprint}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        probe = self.scored.config.probe
+        return {name: getattr(probe, name) for name in self.how.settings}
+
+    def compute(self, scratch: Path) -> Float32[np.ndarray, "n d"]:
+        found = self.how.measure(self.scored, self.scored.run(scratch))
+        self.scored.say(f"{self.name}: {found.shape[1]} of each sample")
+        return found
+
+    def write(self, root: Path, found: Float32[np.ndarray, "n d"]) -> Written:
+        ids = artefacts.read_scores(root).ids
+        with artefacts.atomic(root / input_file(self.name)) as file:
+            np.savez(file, allow_pickle=False, **{self.name: found}, ids=ids)
+        return Written(self.files)
+
+
+def measure_inputs(
+    workspace: Workspace, scored: ScoredData, how: Mapping[str, Measurement]
+) -> None:
+    """Measures the inputs of selectors that are asked for, those first that others are made of."""
+    for name in scored.config.need.measured:
+        if not workspace.ensure(InputStep(scored, name, how[name])):
+            scored.say(f"{name}: unchanged, not measured again")
+
+
+def similarities_to(
+    scored: ScoredData, targets: Float32[np.ndarray, "q d"]
+) -> Float32[np.ndarray, "n q"]:
+    """Returns cosines of the samples, whose features were measured, and of targets."""
+    samples = artefacts.read_scores(scored.root)
+    return similarities(read_input(scored.root, "features", samples), targets)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,14 +259,16 @@ def check_scores_are_whole(root: Path) -> None:
         )
 
 
-def _problem(root: Path, name: str) -> str | None:
+def _problem(root: Path, name: str, target: str | None = None) -> str | None:
     """Returns why an input, or the training record, is not of what was scored; None if it is."""
     folder, step = (root, name) if name != "training" else (root / artefacts.TRAINING, records.RUN)
     record, losses = records.read(folder, step), records.read(root, "score")
     # data and encoder, and how images are seen
     made_of = None if losses is None else losses.key.get("made_of")
     if made_of and record is not None and record.outputs and record.key.get("made_of") == made_of:
-        return record.damage(folder)
+        if (found := record.key.get("target")) == target:
+            return record.damage(folder)
+        return f"{name} are those to {found}, expected those to {target}"
     return f"has no {'record of training' if name == 'training' else name} of these scores"
 
 

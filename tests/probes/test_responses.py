@@ -15,8 +15,14 @@ from dlc_jax.encoders.decoder import Architecture
 from dlc_jax.encoders.language_model import load_language_model, load_tokenizer, stored_names
 from dlc_jax.masking import PathSpec, exact_thresholds, masked, prunable_paths
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
-from dlc_jax.probes.responses import measure_responses
-from dlc_jax.probes.text import _losses, probe_responses, response_losses
+from dlc_jax.probes.responses import (
+    _changes,
+    _Ending,
+    _losses_and_features,
+    measure_responses,
+    response_features,
+)
+from dlc_jax.probes.text import probe_responses, response_losses
 from dlc_jax.scores import score
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.tuner import finetune_lora
@@ -80,6 +86,75 @@ def torch_losses(model, data):
 def test_losses_are_those_of_torch(models, tokens_per_batch):
     ours = response_losses(models[0], DATA, tokens_per_batch=tokens_per_batch)
     np.testing.assert_allclose(ours, torch_losses(models[1], DATA), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [300, 8192])
+def test_features_are_weighted_means_of_the_last_layer_of_torch(models, tmp_path, tokens_per_batch):
+    """Also where several samples share a row, and for the pass that gives losses as well."""
+    import torch
+
+    found = response_features(models[0], DATA, tokens_per_batch=tokens_per_batch)
+    expected = []
+    for row in DATA.tokens:
+        with torch.no_grad():
+            output = models[1](torch.asarray(row.astype(np.int64))[None], output_hidden_states=True)
+        weights = torch.arange(1, len(row) + 1)
+        expected.append((output.hidden_states[-1][0] * weights[:, None]).sum(0) / weights.sum())
+    np.testing.assert_allclose(found, torch.stack(expected), atol=1e-5)
+    words(tmp_path, with_begin=True)
+    model = dataclasses.replace(models[0], folder=tmp_path)
+    rows = [{"prompt": f"w{i} w7 ", "response": "w8 " * i} for i in range(2, 12)]
+    data = instructions(rows)
+    tokens = tokenise(data, model.tokenizer, 9)
+    both = measure_responses(model, data, max_length=9, with_features=True)
+    assert measure_responses(model, data, max_length=9).features is None
+    np.testing.assert_allclose(both.features, response_features(model, tokens), atol=1e-6)
+
+
+@pytest.mark.parametrize("with_begin", [True, False])
+def test_changes_of_tokens_are_those_of_torch(models, tmp_path, with_begin):
+    import torch
+
+    words(tmp_path, with_begin)
+    model = dataclasses.replace(models[0], folder=tmp_path)
+    rows = [{"prompt": f"w{i} w7 ", "response": f"w{20 + i} w8 w{30 - i}"} for i in range(2, 12)]
+    rows.append({"prompt": "w10 " * 30, "response": "w20 w21 w22 w23 w24"})
+    found = measure_responses(model, instructions(rows), max_length=33 + with_begin)
+    begin = [0] if with_begin else []
+
+    def of_tokens(before, response):
+        ids = torch.tensor([begin + before + response])
+        with torch.no_grad():
+            logits = models[1](ids).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        return losses[-len(response) :] if begin + before else losses
+
+    for row, changes in zip(rows, found.changes, strict=True):
+        prompt, response = ([int(w[1:]) for w in row[k].split()] for k in ("prompt", "response"))
+        response = response[:3] if len(prompt) == 30 else [*response, 1]
+        given, alone = of_tokens(prompt, response), of_tokens([], response)
+        expected = given[-len(alone) :] - alone
+        np.testing.assert_allclose(changes, expected, atol=1e-5)
+    sums = np.array([some.sum() for some in found.changes])
+    if with_begin:
+        means = sums / found.num_tokens
+        np.testing.assert_allclose(means, found.losses - found.alone, atol=1e-5)
+
+
+def test_what_a_tokenizer_joins_with_the_prompt_has_no_change():
+    """Nor does it move what is cut off: both then end at other tokens of the response."""
+
+    def ending(ids, losses, was_cut):
+        return _Ending(np.array(ids[::-1]), np.array(losses[::-1], np.float32), was_cut)
+
+    whole = ending([9, 4, 5, 6], [1, 2, 3, 4], False)
+    alone = ending([7, 8, 4, 5, 6], [9, 9, 1, 1, 1], False)
+    assert _changes(whole, alone).tolist() == [1, 2, 3]
+    given = ending([9, 4, 5, 6], [1, 2, 3, 4], True)
+    cut = ending([7, 8, 4, 5], [9, 9, 1, 1], True)
+    assert _changes(given, cut).tolist() == [1, 2]
+    assert _changes(cut, given).tolist() == [-1, -2]
+    assert _changes(whole, ending([1, 2], [1, 1], False)).tolist() == []
 
 
 def test_turns_of_others_do_not_count(models):
@@ -310,9 +385,10 @@ def test_the_bundled_model_reads_the_bundled_rows(timm):
     assert load_tokenizer("demo:tiny-llama").vocab_size == model.config.vocab_size
     data = load_instructions("demo:dolly/test")
     tokens = tokenise(data.subset(np.arange(20)), model.tokenizer, 512, on_corrupt="skip")
-    _losses.clear_cache()
+    _losses_and_features.clear_cache()
     found = measure_responses(model, data.subset(np.arange(20)), max_length=512, tokens=tokens)
-    assert _losses._cache_size() <= 6  # with their prompts, alone and behind the prefix
+    # with their prompts, alone and behind the prefix
+    assert _losses_and_features._cache_size() <= 6
     losses = response_losses(model, tokens)
     np.testing.assert_allclose(found.losses, losses, atol=1e-5)
     for position in (0, 7, 17):  # in a row of its own

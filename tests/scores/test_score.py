@@ -29,6 +29,10 @@ def random_responses(num: int = 40) -> ResponseLosses:
         num_tokens=generator.integers(1, 99, num),
         ids=np.arange(num).astype(np.str_),
         after_prefix=generator.uniform(1.5, 3.5, num).astype(np.float32),
+        changes=tuple(
+            generator.normal(-0.3, 1, num_tokens).astype(np.float32)
+            for num_tokens in generator.integers(1, 99, num)
+        ),
     )
 
 
@@ -46,7 +50,7 @@ def fields(of) -> dict:
     names = (
         NAMES
         if isinstance(of, TrainingRecord)
-        else ("losses", "alone", "num_tokens", "after_prefix")
+        else ("losses", "alone", "num_tokens", "after_prefix", "changes")
     )
     return {name: getattr(of, name) for name in names}
 
@@ -68,7 +72,8 @@ def test_one_finite_float32_per_sample_and_the_input_is_left_alone(method, varia
     assert scores.std() > 0
     scores[0] = 0  # the caller's own
     for name, value in fields(of).items():
-        np.testing.assert_array_equal(value, before[name])
+        for own, given in zip(value, before[name], strict=True):
+            np.testing.assert_array_equal(own, given)
 
 
 @every_score
@@ -83,7 +88,8 @@ def test_the_order_of_the_samples_does_not_matter(method, variant):
     order = np.random.default_rng(1).permutation(40)
     of = noise(method)
     if isinstance(of, ResponseLosses):
-        parts = {name: value[order] for name, value in fields(of).items()}
+        parts = {name: value[order] for name, value in fields(of).items() if name != "changes"}
+        parts["changes"] = tuple(of.changes[i] for i in order)
         other = dataclasses.replace(of, **parts)
     else:
         other = of[:, order] if isinstance(of, np.ndarray) else reordered(of, order)
@@ -133,6 +139,7 @@ def test_higher_is_harder(method, variant):
         np.array([1, 2, 3]),
         record.ids,
         np.full(3, 5, np.float32),
+        changes=tuple(np.array([i / 2 - 3, -0.1], np.float32) for i in range(3)),
     )
     of = {"training": record, "losses": losses, "responses": responses}[SCORES[method].of]
     scores = score(of, method=method, variant=variant)
@@ -263,3 +270,36 @@ def test_scores_of_responses_by_hand():
         score(random_losses(), method="perplexity")
     with pytest.raises(ValueError, match=r"needs losses, as dlc\.probe"):
         score(responses)
+
+
+def test_t_shirt_is_that_of_torch():
+    """Of the half of all tokens that change most, where the prompt helps at all."""
+    import torch
+
+    of = random_responses()
+    changes = [torch.asarray(some) for some in of.changes]
+    threshold = np.percentile(np.abs(np.concatenate(of.changes)), 50)
+    expected = []
+    for some, given, alone in zip(changes, of.losses, of.alone, strict=True):
+        counts = some.abs() > threshold
+        value = torch.exp((some * counts).sum() / counts.sum().clamp(min=1)).item()
+        expected.append(value if np.exp(given) / np.exp(alone) < 1 else 0)
+    assert 0 < np.count_nonzero(expected) < len(expected)
+    found = score(of, method="ifd", variant="t_shirt")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="variant 't_shirt' needs changes"):
+        score(dataclasses.replace(of, changes=None), method="ifd", variant="t_shirt")
+    empty = dataclasses.replace(of, changes=(*of.changes[:-1], np.zeros(0, np.float32)))
+    with pytest.raises(ValueError, match="such as 39; expected responses whose tokens are the"):
+        score(empty, method="ifd", variant="t_shirt")
+
+
+@pytest.mark.parametrize("variant", SCORES["ifd"].variants)
+def test_a_response_of_one_token_has_no_ratio(variant):
+    of = random_responses()
+    for name in ("alone", "after_prefix"):
+        losses = getattr(of, name).copy()
+        losses[7] = np.nan
+        of = dataclasses.replace(of, **{name: losses})
+    with pytest.raises(ValueError, match="1 responses have no loss .* such as 7; .* two tokens"):
+        score(of, method="ifd", variant=variant)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dlc_jax.selection import SELECTORS
+from dlc_jax.selection import INPUTS, SELECTORS, Candidates
 
 VARIANTS = [(name, variant) for name, method in SELECTORS.items() for variant in method.variants]
 DRAWN = ("flexrand", "random", "ccs")  # the others are decided by the samples alone
@@ -20,4 +20,12 @@ def samples_of(labels, seed=0, num_features=5, num_outputs=7):
         "labels": labels,
         "features": features.astype(np.float32),
         "probabilities": probabilities.astype(np.float32),
+        "similarities": np.tanh(generator.normal(size=(len(labels), 4))).astype(np.float32),
     }
+
+
+def select(scores, labels, *, ids=None, **choice):
+    """Selects as `dlc.select` does, by all inputs there are."""
+    given = {name: choice.pop(name, None) for name in INPUTS}
+    rows = {name: array for name, array in given.items() if array is not None}
+    return Candidates(scores, labels, ids=ids, inputs=rows).select(**choice)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from known_samples import VARIANTS, samples_of
+from known_samples import VARIANTS, samples_of, select
 
 import dlc_jax as dlc
 from dlc_jax.selection.methods import shares
@@ -100,7 +100,7 @@ def test_every_method_keeps_what_it_is_allotted(method, variant):
     samples = samples_of(np.repeat([0, 1, 2], [20, 30, 25]))
     samples["scores"] *= np.array([1.0, 2.0, 4.0])[samples["labels"]]
     rules = dlc.Rules(variant, "nucs")
-    kept = dlc.select(**samples, method=method, keep_fraction=0.4, rules=rules)
+    kept = select(**samples, method=method, keep_fraction=0.4, rules=rules)
     expected = kept_per_class(samples["scores"], samples["labels"], keep_fraction=0.4)
     assert kept.num_kept_per_class.tolist() == expected
     assert expected != [8, 12, 10]
@@ -122,4 +122,4 @@ def test_bad_input_is_refused(changes, says):
     arguments = {"scores": np.ones(4), "labels": np.zeros(4, int), "method": "random"}
     arguments |= {"keep_fraction": 0.5, "rules": dlc.Rules(allocation="nucs")} | changes
     with pytest.raises(dlc.InputError, match=says):
-        dlc.select(**arguments)
+        select(**arguments)

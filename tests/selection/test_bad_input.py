@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from known_samples import samples_of
+from known_samples import samples_of, select
 
 import dlc_jax as dlc
 
@@ -49,10 +49,10 @@ def changed(name, place, value):
 def test_it_is_refused(method, changes, says):
     arguments = samples_of([0, 0, 1, 1]) | {"keep_fraction": 0.5} | changes
     with pytest.raises(dlc.InputError, match=says):
-        dlc.select(**arguments, method=method)
+        select(**arguments, method=method)
 
 
 def test_probabilities_may_be_off_by_rounding():
     samples = samples_of([0, 0, 1, 1])
     samples["probabilities"] *= 1.0005
-    assert len(dlc.select(**samples, method="contextual_diversity", keep_fraction=0.5)) == 2
+    assert len(select(**samples, method="contextual_diversity", keep_fraction=0.5)) == 2

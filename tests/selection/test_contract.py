@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from known_samples import DRAWN, VARIANTS, samples_of
+from known_samples import DRAWN, VARIANTS, samples_of, select
 
 import dlc_jax as dlc
-from dlc_jax.selection import SELECTORS, Candidates, id_keys, lots
+from dlc_jax.selection import INPUTS, SELECTORS, Candidates, id_keys, lots
 
 every_variant = pytest.mark.parametrize(("method", "variant"), VARIANTS)
 
@@ -23,7 +23,7 @@ def samples():
 def test_exact_budgets_of_each_class_and_the_same_again(samples, method, variant, keep_fraction):
     choice = {"method": method, "keep_fraction": keep_fraction, "seed": 3}
     choice["rules"] = dlc.Rules(variant=variant)
-    kept = dlc.select(**samples, **choice)
+    kept = select(**samples, **choice)
     assert kept.indices.dtype == np.int64
     assert kept.indices.ndim == 1
     assert np.all(np.diff(kept.indices) > 0)
@@ -31,7 +31,7 @@ def test_exact_budgets_of_each_class_and_the_same_again(samples, method, variant
     assert np.bincount(samples["labels"][kept.indices], minlength=6).tolist() == expected
     assert kept.num_kept_per_class.tolist() == expected
     assert (kept.variant, kept.allocation, kept.per_class) == (variant, "proportional", True)
-    again = dlc.select(**samples, **choice)
+    again = select(**samples, **choice)
     np.testing.assert_array_equal(kept.indices, again.indices)
 
 
@@ -44,7 +44,7 @@ def test_exact_budgets_of_each_class_and_the_same_again(samples, method, variant
 )
 def test_a_minimum_per_class_is_kept_exactly(method, variant, sizes, keep_fraction, least):
     labels = np.repeat(np.arange(len(sizes)), sizes)
-    kept = dlc.select(
+    kept = select(
         **samples_of(labels),
         method=method,
         keep_fraction=keep_fraction,
@@ -62,14 +62,14 @@ def test_a_minimum_per_class_is_kept_exactly(method, variant, sizes, keep_fracti
 @pytest.mark.parametrize("keep_fraction", [0.07, 0.5, 0.99])
 def test_all_samples_as_one_group(samples, method, variant, keep_fraction):
     choice = {"method": method, "keep_fraction": keep_fraction}
-    kept = dlc.select(**samples, **choice, rules=dlc.Rules(variant=variant, per_class=False))
+    kept = select(**samples, **choice, rules=dlc.Rules(variant=variant, per_class=False))
     assert len(kept) == round(300 * keep_fraction)
     assert len(np.unique(kept.indices)) == len(kept)
     assert not kept.per_class
     assert kept.num_kept_per_class.sum() == len(kept)
     if (variant, SELECTORS[method].needs) != ("deepcore", "scores"):
         one_class = samples | {"labels": np.zeros(300, int)}
-        of_class = dlc.select(**one_class, **choice, rules=dlc.Rules(variant=variant))
+        of_class = select(**one_class, **choice, rules=dlc.Rules(variant=variant))
         np.testing.assert_array_equal(kept.indices, of_class.indices)
 
 
@@ -82,7 +82,7 @@ def test_the_order_of_samples_does_not_matter(samples, method, variant, grouping
     permuted = {name: values[order] for name, values in samples.items()}
     rules = dlc.Rules(variant=variant, **grouping)
     choice = {"method": method, "keep_fraction": 0.3, "rules": rules}
-    kept, of_permuted = dlc.select(**samples, **choice), dlc.select(**permuted, **choice)
+    kept, of_permuted = select(**samples, **choice), select(**permuted, **choice)
     np.testing.assert_array_equal(np.sort(order[of_permuted.indices]), kept.indices)
 
 
@@ -106,7 +106,7 @@ def test_with_ids_the_order_of_samples_decides_nothing(samples, method, variant,
     permuted = {name: values[order] for name, values in ordered.items()}
     rules = dlc.Rules(variant=variant, **grouping)
     choice = {"method": method, "keep_fraction": 0.3, "seed": seed, "rules": rules}
-    kept, of_permuted = dlc.select(**ordered, **choice), dlc.select(**permuted, **choice)
+    kept, of_permuted = select(**ordered, **choice), select(**permuted, **choice)
     assert set(of_permuted.ids) == set(kept.ids)
     np.testing.assert_array_equal(ids[kept.indices], kept.ids)
 
@@ -168,9 +168,9 @@ def test_repeated_ids_are_refused():
 def test_compiled_equals_eager(method, variant):
     samples = samples_of(np.repeat([0, 1], 20))
     choice = {"method": method, "keep_fraction": 0.4, "rules": dlc.Rules(variant=variant)}
-    compiled = dlc.select(**samples, **choice)
+    compiled = select(**samples, **choice)
     with jax.disable_jit():
-        eager = dlc.select(**samples, **choice)
+        eager = select(**samples, **choice)
     np.testing.assert_array_equal(compiled.indices, eager.indices)
 
 
@@ -178,36 +178,36 @@ def test_compiled_equals_eager(method, variant):
 def test_it_uses_what_it_needs_and_nothing_else(samples, method, variant):
     needs = SELECTORS[method].needs
     choice = {"method": method, "keep_fraction": 0.3, "rules": dlc.Rules(variant=variant)}
-    kept = dlc.select(**samples, **choice)
+    kept = select(**samples, **choice)
     bare = {"scores": None, "labels": samples["labels"]}
     if needs != "nothing":
         bare[needs] = samples[needs]
-        others = dlc.select(**samples | {needs: samples[needs][::-1]}, **choice)
+        others = select(**samples | {needs: samples[needs][::-1]}, **choice)
         assert set(others.indices) != set(kept.indices)
         with pytest.raises(dlc.InputError, match=rf"^{needs}: method '{method}'"):
-            dlc.select(**bare | {needs: None}, **choice)
-    np.testing.assert_array_equal(dlc.select(**bare, **choice).indices, kept.indices)
+            select(**bare | {needs: None}, **choice)
+    np.testing.assert_array_equal(select(**bare, **choice).indices, kept.indices)
 
 
 @every_variant
 def test_a_class_of_one_sample_keeps_it_and_is_listed(method, variant):
     samples = samples_of([0, 0, 1, 0, 0])
-    kept = dlc.select(**samples, method=method, keep_fraction=0.1, rules=dlc.Rules(variant=variant))
+    kept = select(**samples, method=method, keep_fraction=0.1, rules=dlc.Rules(variant=variant))
     assert kept.indices.tolist() == [2]
     assert kept.single_sample_classes == (1,)
     together = {"method": method, "rules": dlc.Rules(variant=variant, per_class=False)}
-    assert len(dlc.select(**samples, **together, keep_fraction=0.1)) == 0
-    assert len(dlc.select(**samples, **together, keep_fraction=0.9)) == 4
+    assert len(select(**samples, **together, keep_fraction=0.1)) == 0
+    assert len(select(**samples, **together, keep_fraction=0.9)) == 4
 
 
 @every_variant
 @pytest.mark.parametrize("keep_fraction", [0.2, 0.55, 0.95])
 def test_samples_that_are_all_the_same(method, variant, keep_fraction):
     same = samples_of(np.zeros(50, int), num_features=33)
-    for name in ("scores", "features", "probabilities"):
+    for name in ("scores", *INPUTS):
         same[name][:] = same[name][0]
     rules = dlc.Rules(variant=variant)
-    kept = dlc.select(**same, method=method, keep_fraction=keep_fraction, rules=rules)
+    kept = select(**same, method=method, keep_fraction=keep_fraction, rules=rules)
     num = round(50 * keep_fraction)
     assert len(np.unique(kept.indices)) == num
     if method not in DRAWN:
@@ -220,13 +220,13 @@ def test_the_slip_keeps_the_least_uncertain_of_all_samples(samples):
     of_all, slipped = dlc.Rules(per_class=False), dlc.Rules("deepcore", per_class=False)
     for method in ("least_confidence", "entropy", "margin"):
         choice = {"method": method, "keep_fraction": 0.2}
-        slip = dlc.select(**samples, **choice, rules=slipped)
-        right = dlc.select(**samples, **choice, rules=of_all)
+        slip = select(**samples, **choice, rules=slipped)
+        right = select(**samples, **choice, rules=of_all)
         ranked = np.argsort(samples["scores"])
         np.testing.assert_array_equal(slip.indices, np.sort(ranked[:60]))
         np.testing.assert_array_equal(right.indices, np.sort(ranked[-60:]))
         per_class = [
-            dlc.select(**samples, **choice, rules=dlc.Rules(variant=name)).indices
+            select(**samples, **choice, rules=dlc.Rules(variant=name)).indices
             for name in ("published", "deepcore")
         ]
         np.testing.assert_array_equal(*per_class)
@@ -240,14 +240,15 @@ def test_candidates_give_what_select_gives_whatever_was_picked_before(samples, m
         for seed in (0, 1)
         for per_class, least in ((True, 0), (True, 9), (False, 0))
     ]
-    candidates = Candidates(**samples)
+    rows = {name: samples[name] for name in INPUTS}
+    candidates = Candidates(samples["scores"], samples["labels"], inputs=rows)
     others = [other for other in ("random", "hardest", "ccs") if other != method]
     for cell, grouping in np.random.default_rng(0).permutation(cells):
         for other in others:
             candidates.select(method=other, **cell, rules=dlc.Rules(**grouping))
         rules = dlc.Rules(variant=variant, **grouping)
         picked = candidates.select(method=method, **cell, rules=rules)
-        alone = dlc.select(**samples, method=method, **cell, rules=rules)
+        alone = select(**samples, method=method, **cell, rules=rules)
         np.testing.assert_array_equal(picked.indices, alone.indices)
         np.testing.assert_array_equal(picked.num_kept_per_class, alone.num_kept_per_class)
 

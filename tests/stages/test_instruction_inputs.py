@@ -1,0 +1,152 @@
+"""Embeddings of instructions: measured once, selected by, and compared with a target."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import dlc_jax as dlc
+from dlc_jax.config import Config
+from dlc_jax.selection import Candidates
+from dlc_jax.stages import pipeline
+from dlc_jax.tasks import instructions as task
+from dlc_jax.workspace import artefacts, records
+
+WORDS = ("red", "green", "blue", "house", "river", "mountain", "seven", "eleven", "music")
+
+
+@pytest.fixture
+def values(tmp_path):
+    """Settings for 24 rows of which two say the same, and a target of two."""
+    generator = np.random.default_rng(0)
+
+    def rows(num):
+        for _ in range(num):
+            said = generator.choice(WORDS, 6)
+            yield {
+                "instruction": f"Say {said[0]}.",
+                "output": " ".join(said[: generator.integers(2, 6)]),
+            }
+
+    some = list(rows(23))
+    for name, found in (("train", [*some, some[3]]), ("target", list(rows(2)))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    return {
+        "dataset": {"train": f"json:{tmp_path}/train.json"},
+        "encoder": {"name": "decoder", "weights": "demo:tiny-llama", "max_length": 40},
+        "probe": {"num_probes": 1, "dtype": "float32"},
+        "stages": ("score", "select"),
+    }
+
+
+def test_one_pass_gives_what_all_of_them_need(values, tmp_path, monkeypatch):
+    passes = []
+    real = {name: getattr(task, name) for name in ("measure_responses", "response_features")}
+
+    def counting(name):
+        def counted(*given, **settings):
+            passes.append(name)
+            return real[name](*given, **settings)
+
+        return counted
+
+    for name in real:
+        monkeypatch.setattr(task, name, counting(name))
+    said: list[str] = []
+
+    def run(**changes):
+        said.clear()
+        passes.clear()
+        pipeline.run(Config.of({**values, **changes}), tmp_path / "run", said.append)
+
+    methods = ("longest", "rds", "k_center_greedy", "herding", "hardest")
+    selection = {
+        "methods": methods,
+        "keep_fractions": (0.5,),
+        "target": f"json:{tmp_path}/target.json",
+        "max_similarity": 0.9999,
+    }
+    run(selection=selection)
+    assert passes == ["measure_responses", "response_features"]  # the second of the target
+    root = tmp_path / "run"
+    held = {name: np.load(root / f"scores/{name}.npz") for name in ("features", "similarities")}
+    model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
+    data, target = (
+        dlc.tokenise(dlc.load_instructions(source), model.tokenizer, 40)
+        for source in (values["dataset"]["train"], selection["target"])
+    )
+    features, targets = (dlc.response_features(model, some) for some in (data, target))
+    np.testing.assert_array_equal(held["features"]["ids"], data.ids)
+    np.testing.assert_allclose(held["features"]["features"], features, atol=1e-5)
+    cosines = dlc.similarities(features, targets)
+    np.testing.assert_allclose(held["similarities"]["similarities"], cosines, atol=1e-6)
+    found = dlc.measure_responses(
+        model, dlc.load_instructions(values["dataset"]["train"]), max_length=40
+    )
+    table = artefacts.read_scores(root).scores
+    t_shirt = dlc.score(found, method="ifd", variant="t_shirt")
+    np.testing.assert_allclose(table["ifd_t_shirt"], t_shirt, rtol=1e-4)
+    losses = np.load(root / "scores/losses.npz")["losses"][0]
+    inputs = {name: held[name][name] for name in held}
+    for method in methods:
+        scores = found.num_tokens.astype(np.float32) if method == "longest" else losses
+        labels = np.zeros(24, int)
+        candidates = Candidates(scores, labels, ids=data.ids, inputs=inputs)
+        rules = dlc.Rules(max_similarity=0.9999)
+        kept = candidates.select(method=method, keep_fraction=0.5, rules=rules)
+        (path,) = (root / f"selections/{method}").glob("*.npy")
+        np.testing.assert_array_equal(np.load(path), kept.indices)
+        manifest = json.loads(path.with_suffix(".json").read_text())
+        assert manifest["how"]["max_similarity"] == 0.9999
+        assert not {3, 23} <= {*kept.indices.tolist()}
+    run(selection=selection)
+    assert passes == []
+    assert {f"{name}: unchanged, not measured again" for name in held} <= {*said}
+    other = selection | {"target": values["dataset"]["train"]}
+    with pytest.raises(dlc.InputError, match=r"similarities are those to json:.*target\.json"):
+        run(selection=other, stages=("select",))
+    run(selection=other)
+    assert passes == ["response_features"]
+    assert np.load(root / "scores/similarities.npz")["similarities"].shape == (24, 24)
+
+
+def test_features_that_are_asked_for_later_take_one_pass(values, tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    pipeline.run(Config.of(values), root, lambda line: None)
+    assert records.read(root, "features") is None
+    before = records.read(root, "score").outputs
+    later = values | {"selection": {"methods": ("k_center_greedy",), "keep_fractions": (0.5,)}}
+    with pytest.raises(dlc.InputError, match="has no features of these scores; run the stage"):
+        pipeline.run(Config.of(later | {"stages": ("select",)}), root, lambda line: None)
+    monkeypatch.setattr(task, "measure_responses", None)
+    pipeline.run(Config.of(later), root, lambda line: None)
+    assert records.read(root, "score").outputs == before
+    assert np.load(root / "scores/features.npz")["features"].shape == (24, 192)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"methods": ("rds",)}, "selection.target: is what method 'rds' selects by"),
+        ({"methods": ("random",), "target": "demo:dolly/test"}, "expected both or neither"),
+        ({"methods": ("random",), "max_similarity": 1.5}, "selection.max_similarity: the cosine"),
+        ({"methods": ("el2n",)}, "instructions have no record of training"),
+        ({"methods": ("contextual_diversity",)}, "instructions have no record of training"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(values, changes, says):
+    with pytest.raises(dlc.InputError, match=re.escape(says)):
+        Config.of(values | {"selection": changes})
+
+
+def test_longest_is_of_instructions_alone(values, tmp_path):
+    images = {
+        "encoder": {"name": "resnet18", "weights": "demo:resnet18"},
+        "selection": {"methods": ("longest",)},
+    }
+    with pytest.raises(dlc.InputError, match="'longest' is of the responses of instructions"):
+        Config.of(images | {"dataset": {"train": "demo:caltech15/train"}})
+    official = values | {"mode": "official", "selection": {"methods": ("longest",)}}
+    with pytest.raises(dlc.InputError, match=r"official"):
+        Config.of(official)

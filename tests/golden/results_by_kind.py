@@ -30,7 +30,7 @@ from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.probes.text import RESPONSES_PATH
 from dlc_jax.reports.results import Result, results_table, summarise
 from dlc_jax.scores import SCORES
-from dlc_jax.selection import SELECTORS
+from dlc_jax.selection import INPUTS, SELECTORS, Candidates, similarities
 from dlc_jax.training.images.step import initial_head
 from dlc_jax.training.lora.settings import learning_rates
 from dlc_jax.training.lora.step import initial_adapter
@@ -423,13 +423,26 @@ def scores() -> Values:
     generator = np.random.default_rng(0)
     given = generator.gamma(3, 1, (3, 20)).astype(np.float32)
     names = np.arange(20).astype(np.str_)
-    responses = dlc.ResponseLosses(given[0], given[1], np.arange(1, 21), names, given[2])
+    responses = dlc.ResponseLosses(
+        given[0],
+        given[1],
+        np.arange(1, 21),
+        names,
+        given[2],
+        tuple(generator.normal(-0.3, 1, num).astype(np.float32) for num in range(1, 21)),
+    )
     measured = {"losses": given, "training": fixed_record(), "responses": responses}
     return {
         f"{name}, {variant}": dlc.score(measured[score.of], method=name, variant=variant)
         for name, score in SCORES.items()
         for variant in score.variants
     }
+
+
+@of("similarities")
+def cosines() -> Values:
+    features = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    return {"cosines": similarities(features, features[:3] + 1)}
 
 
 # Selections: NumPy alone decides them, so that they are exact.
@@ -448,19 +461,19 @@ def samples() -> dict[str, np.ndarray]:
         "features": generator.normal(size=(num, 3)).astype(np.float32),
         "probabilities": (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32),
         "ids": np.array([f"s{i}" for i in generator.permutation(num)]),
+        "similarities": generator.uniform(-1, 1, (num, 5)).astype(np.float32),
     }
 
 
 def kept(cell: dict[str, Any], *, tied: bool = False, with_ids: bool = False) -> list[int]:
     given = samples()
-    return dlc.select(
+    candidates = Candidates(
         given["tied" if tied else "scores"],
         LABELS,
-        features=given["features"],
-        probabilities=given["probabilities"],
         ids=given["ids"] if with_ids else None,
-        **cell,
-    ).indices.tolist()
+        inputs={name: given[name] for name in INPUTS},
+    )
+    return candidates.select(**cell).indices.tolist()
 
 
 @of("selection")
@@ -486,6 +499,7 @@ def selections() -> Values:
         "nucs": dlc.Rules(allocation="nucs"),
         "nucs, two at least": dlc.Rules(allocation="nucs", min_per_class=2),
         "two at least": dlc.Rules(min_per_class=2),
+        "without near-duplicates": dlc.Rules(max_similarity=0.7),
     }.items():
         found[name] = kept({"keep_fraction": 0.15, "rules": rules})
     herding = dlc.Rules(variant="deepcore")
@@ -639,7 +653,14 @@ def losses_with_and_without_prompts() -> Values:
     ]
     found = dlc.measure_responses(reader(), instructions(rows), max_length=64)
     names = ("losses", "alone", "num_tokens", "after_prefix")
-    return {name: getattr(found, name) for name in names}
+    changes = {"changes": np.concatenate(found.changes)}
+    return {name: getattr(found, name) for name in names} | changes
+
+
+@of("features")
+def features_of_responses() -> Values:
+    cases = {"decoder": small_decoder(), "decoder, as gemma": small_decoder(GEMMA)}
+    return {name: some(dlc.response_features(model, tokens())) for name, model in cases.items()}
 
 
 @of("adapter", tolerance=1e-3)

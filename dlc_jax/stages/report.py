@@ -105,6 +105,10 @@ def _report(config: Config, workspace: Workspace) -> None:
     table, said = reports.results_table(rows), what_is_finished(config, workdir)
     if note := note_on_chance(workdir):
         said += f"\n\n{note}"
+    has_scores = (workdir / artefacts.SCORES).exists()
+    scores = artefacts.read_scores(workdir).scores if has_scores else {}
+    if added := reports.what_dlc_adds(scores):
+        said += f"\n\n{added}."
     echo(f"\n{said}\n\n{table}\n")
     shape = {"dataset": {"train": str}, "encoder": {"name": str}}
     trained = records.settings_of(workdir, "finetune", shape) or config.to_dict()
@@ -194,6 +198,8 @@ def print_summary(job: Job) -> None:
     indices = None if shown is None else shown.indices
     echo(reports.class_table(names, labels, samples.scores["dlc"], samples.ids, indices))
     echo("")
+    if added := reports.what_dlc_adds(samples.scores):
+        echo(added)
     sizes = np.bincount(labels, minlength=len(names))
     if singles := [names[j] for j in np.flatnonzero(sizes == 1)]:
         listed = expect.listed(map(expect.visible, singles))

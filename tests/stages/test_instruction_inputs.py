@@ -69,6 +69,7 @@ def test_one_pass_gives_what_all_of_them_need(values, tmp_path, monkeypatch):
     }
     run(selection=selection)
     assert passes == ["measure_responses", "response_features"]  # the second of the target
+    assert "Spearman's correlation of DLC with perplexity" in "\n".join(said)
     root = tmp_path / "run"
     held = {name: np.load(root / f"scores/{name}.npz") for name in ("features", "similarities")}
     model = dlc.load_language_model("demo:tiny-llama", dtype="float32")

@@ -108,7 +108,7 @@ def main(_: list[str]) -> None:
     base, full = dlc.response_losses(model, test), []
     for seed in _SEEDS:
         full.append(setting.losses_after(None, seed, "all"))
-    found, tokens, shared = {}, {}, {}
+    found, tokens = {}, {}
     for way in [way._replace(is_deduplicated=x) for way in WAYS for x in (False, True)]:
         own = probes if way.score == "dlc" else responses
         scores = dlc.score(own, method=way.score, variant=way.variant)
@@ -128,13 +128,12 @@ def main(_: list[str]) -> None:
             name = f"{way.name}{', distinct' if way.is_deduplicated else ''}".replace(" ", "_")
             runs.append(setting.losses_after(kept, seed, name))
         found[way], tokens[way] = np.stack(runs), int(train.num_response[kept].sum())
-        shared[way] = kept
     print(
-        f"\n{len(train)} rows, {len(shared[WAYS[0]])} kept; {len(test)} held out; a cosine above "
+        f"\n{len(train)} rows, {len(kept)} kept of them; {len(test)} held out. A cosine above "
+        f"{limit:.4f} counts as near-duplicate. Loss before training {base.mean():.4f}, after "
+        f"training on all rows {np.mean(full):.4f}.\n\n"
+        f"{table(found, base, np.stack(full), tokens)}\n"
     )
-    print(f"{limit:.4f} counts as near-duplicate.")
-    print(f"loss before training {base.mean():.4f}, after training on all rows ", end="")
-    print(f"{np.mean(full):.4f}\n\n{table(found, base, np.stack(full), tokens)}\n")
     columns = {name: dlc.score(responses, method=name) for name in ("perplexity", "length")}
     print(what_dlc_adds(columns | {"dlc": dlc.score(probes)}) + ".")
 

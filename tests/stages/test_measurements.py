@@ -99,3 +99,32 @@ def test_inputs_that_are_missing_or_unknown_are_named(brightness):
     features = np.zeros((6, 1))
     with pytest.raises(dlc.InputError, match=r"^inputs: 'features' is given twice"):
         Candidates(None, labels, features=features, inputs={"features": features})
+
+
+def test_images_like_a_target_are_kept(tmp_path):
+    """By the encoder's features of both; other targets are measured, and not mixed up."""
+    values = settings_of_few_images(tmp_path)
+    np.savez(tmp_path / "y.npz", images=random_images(3, 40, seed=7), labels=np.arange(3) % 2)
+    target = f"npz:{tmp_path}/y.npz"
+    values["selection"] = {
+        "methods": ("rds", "random"),
+        "keep_fractions": (0.25,),
+        "target": target,
+        "max_similarity": 0.9999,
+    }
+    pipeline.run(Config.of(values), tmp_path / "run", lambda line: None)
+    encoder = dlc.load_encoder("resnet18", "demo:resnet18")
+    sources = (values["dataset"]["train"], target)
+    features = [dlc.features(encoder, dlc.load_dataset(s), image_size=32) for s in sources]
+    root = tmp_path / "run"
+    found = np.load(root / "scores/similarities.npz")["similarities"]
+    np.testing.assert_allclose(found, dlc.similarities(*features), atol=1e-6)
+    ids = np.load(root / "scores/losses.npz")["ids"]
+    inputs = {"similarities": found, "features": features[0]}
+    candidates = Candidates(None, np.arange(24) % 2, ids=ids, inputs=inputs)
+    rules = dlc.Rules(max_similarity=0.9999)
+    kept = candidates.select(method="rds", keep_fraction=0.25, rules=rules)
+    (path,) = (root / "selections/rds").glob("*.npy")
+    np.testing.assert_array_equal(np.load(path), kept.indices)
+    key = records.read(root, "similarities").key
+    assert key["target_fingerprint"] == dlc.load_dataset(target).fingerprint

@@ -11,8 +11,7 @@ later ones are facts of their published `config.json` files, for plans where the
 
 Sources: Grattafiori et al. 2024, arXiv 2407.21783; Jiang et al. 2023, arXiv 2310.06825; Gemma Team
 2024, arXiv 2408.00118; Gemma Team 2025, arXiv 2503.19786; Qwen Team 2024, arXiv 2412.15115; Qwen
-Team 2025, arXiv 2505.09388; Su et al. 2021, arXiv 2104.09864, for rotary positions; Peng et al.
-2023, arXiv 2309.00071, for YaRN; Hu et al. 2021, arXiv 2106.09685, for low-rank changes.
+Team 2025, arXiv 2505.09388; Hu et al. 2021, arXiv 2106.09685, for low-rank changes.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
@@ -35,6 +33,14 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from dlc_jax import expect
 from dlc_jax.encoders.adapter_dropout import Keys, dropped
 from dlc_jax.encoders.encoder import precision_of
+from dlc_jax.encoders.rotations import (
+    LinearScaling,
+    Rotation,
+    Scaling,
+    places_in_sequence,
+    rotate,
+    rotation_of,
+)
 from dlc_jax.types import Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -114,88 +120,8 @@ class Projection(nnx.Linear):
 
 Tokens = Int[Array, "b t"]  # ids, or the number of each token's sequence in its row
 Hidden = Float[Array, "b t d"]
-Frequencies = Float32[np.ndarray, " f"]  # angle per token of each pair of features
 _QUERIES_AT_ONCE, _MOST_PARTS = 128, 8  # of attention: scores of all would be t x t
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearScaling:
-    """All rotations slowed alike, for a longer context.
-
-    Attributes:
-      factor: By how much.
-    """
-
-    factor: float
-    amplitude: ClassVar[float] = 1.0
-
-    def slowed(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        return frequencies / np.float32(self.factor)
-
-
-# called so since it was the only one: its name is in fingerprints
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretch of slow rotations to a longer context.
-
-    Attributes:
-      factor: Factor by which wavelengths over `original_length / low_freq_factor` grow.
-      low_freq_factor, high_freq_factor: Between the two wavelengths the factor fades in.
-      original_length: Context in tokens that the model was pre-trained with.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: float
-    amplitude: ClassVar[float] = 1.0
-
-    def slowed(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        turns = self.original_length * frequencies / (2 * np.pi)  # in the original context
-        low, high = self.low_freq_factor, self.high_freq_factor
-        share = np.clip((turns - low) / (high - low), 0, 1)  # that stays as it was
-        slow = frequencies / self.factor
-        return (share * frequencies + (1 - share) * slow).astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class YarnScaling:
-    """YaRN's stretch of slow rotations to a longer context, with sharper attention.
-
-    Attributes:
-      factor: Factor by which the longest wavelengths grow.
-      most_turns, fewest_turns: Rotations that turn more often in the original context stay as they
-        are, those that turn less often are slowed by the factor; a ramp over features lies between.
-      original_length: Context in tokens that the model was pre-trained with.
-      amplitude: Factor on queries and keys, where they are turned.
-      whole: Whether the ramp starts and ends at whole pairs of features.
-    """
-
-    factor: float
-    most_turns: float
-    fewest_turns: float
-    original_length: float
-    amplitude: float
-    whole: bool = True
-
-    def slowed(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        num = len(frequencies)
-
-        def place(turns: float) -> float:
-            ratio = self.original_length / (turns * 2 * math.pi)
-            return num * math.log(ratio) / math.log(theta)
-
-        first, last = place(self.most_turns), place(self.fewest_turns)
-        if self.whole:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, 2 * num - 1)
-        width = last - first if last != first else 0.001
-        slow = np.clip((np.arange(num, dtype=np.float32) - first) / np.float32(width), 0, 1)
-        return frequencies / np.float32(self.factor) * slow + frequencies * (1 - slow)
-
-
-Scaling = LinearScaling | RopeScaling | YarnScaling
 
 
 # Switches that version 0.1 did not have
@@ -310,7 +236,7 @@ class DecoderAttention(nnx.Module):
         )
         if self.config.norms_heads:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = _rotate(q, rotation), _rotate(k, rotation)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         step = max(_QUERIES_AT_ONCE, -(-length // _MOST_PARTS))
         parts = []
         for start in range(0, length, step):
@@ -407,10 +333,12 @@ class Decoder(nnx.Module):
         if self.config.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
         config, places = self.config, places_in_sequence(segments)
-        everywhere = in_windows = _rotation(config, places, x.dtype)
-        if (theta := config.window_rope_theta) is not None:
-            plain = dataclasses.replace(config, rope_theta=theta, rope_scaling=None)
-            in_windows = _rotation(plain, places, x.dtype)
+        turn = functools.partial(
+            rotation_of, places, segments.shape[1], head_dim=config.head_dim, dtype=x.dtype
+        )
+        everywhere = in_windows = turn(theta=config.rope_theta, scaling=config.rope_scaling)
+        if config.window_rope_theta is not None:
+            in_windows = turn(theta=config.window_rope_theta, scaling=None)
         run = nnx.remat(DecoderBlock.__call__) if rematerialise else DecoderBlock.__call__
         for block, window in zip(self.blocks, config.windows, strict=True):
             x = run(block, x, everywhere if window is None else in_windows, segments)
@@ -421,41 +349,6 @@ class Decoder(nnx.Module):
         logits = self.embedding.attend(hidden) if self.config.tied else self.head(hidden)
         cap = self.config.final_cap
         return logits if cap is None else jnp.tanh(logits / cap) * cap
-
-
-# Cosines and sines by which pairs of features of each token turn.
-Rotation = tuple[Float[Array, "b t h"], Float[Array, "b t h"]]
-
-
-def places_in_sequence(segments: Tokens) -> Int[Array, "b t"]:
-    """Returns the place of every token in its sequence; 0 at padding.
-
-    transformers takes a place that does not follow the one before for the start of a sequence that
-    sees nothing of others, so that padding is seen by none.
-    """
-    places = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    first = jax.lax.cummax(jnp.where(starts, places, 0), axis=1)
-    return jnp.where(segments == 0, 0, places - first)
-
-
-def _rotation(config: DecoderConfig, places: Int[Array, "b t"], dtype: DTypeLike) -> Rotation:
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = 1 / np.power(np.float32(config.rope_theta), exponents)
-    amplitude = 1.0
-    if (scaling := config.rope_scaling) is not None:
-        frequencies = scaling.slowed(frequencies, config.rope_theta)
-        amplitude = scaling.amplitude
-    angles = jnp.arange(places.shape[1], dtype=jnp.float32)[:, None] * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    cosines, sines = (turn(angles) * amplitude for turn in (jnp.cos, jnp.sin))
-    return cosines.astype(dtype)[places], sines.astype(dtype)[places]
-
-
-def _rotate(x: Float[Array, "b t k h"], rotation: Rotation) -> Float[Array, "b t k h"]:
-    cosines, sines = (part[:, :, None] for part in rotation)
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cosines + jnp.concatenate([-second, first], axis=-1) * sines
 
 
 def _visible(

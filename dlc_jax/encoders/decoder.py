@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +120,9 @@ class Projection(nnx.Linear):
 
 Tokens = Int[Array, "b t"]  # ids, or the number of each token's sequence in its row
 Hidden = Float[Array, "b t d"]
+Queries = Float[Array, "b q k h"]  # also what they find
+Attended = Float[Array, "b s g h"]  # keys or values
+Attend = Callable[[Queries, Attended, Attended], Queries]
 _QUERIES_AT_ONCE, _MOST_PARTS = 128, 8  # of attention: scores of all would be t x t
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
@@ -215,9 +218,7 @@ class RmsNorm(nnx.Module):
 class DecoderAttention(nnx.Module):
     """Causal self-attention with rotary positions and fewer key-value heads than query heads."""
 
-    def __init__(
-        self, config: DecoderConfig, window: int | None, linear: MakeProjection, dtype: DTypeLike
-    ):
+    def __init__(self, config: DecoderConfig, linear: MakeProjection, dtype: DTypeLike):
         width, num_kv = config.width, config.num_kv_heads * config.head_dim
         self.q_proj = linear("q_proj", width, config.num_heads * config.head_dim)
         self.k_proj = linear("k_proj", width, num_kv)
@@ -226,9 +227,9 @@ class DecoderAttention(nnx.Module):
         if config.norms_heads:
             self.q_norm = RmsNorm(config, width=config.head_dim, dtype=dtype)
             self.k_norm = RmsNorm(config, width=config.head_dim, dtype=dtype)
-        self.config, self.window = config, window
+        self.config = config
 
-    def __call__(self, x: Hidden, rotation: Rotation, segments: Tokens) -> Hidden:
+    def __call__(self, x: Hidden, rotation: Rotation, attend: Attend) -> Hidden:
         batch, length, _ = x.shape
         q, k, v = (
             project(x).reshape(batch, length, -1, self.config.head_dim)
@@ -237,16 +238,7 @@ class DecoderAttention(nnx.Module):
         if self.config.norms_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        step = max(_QUERIES_AT_ONCE, -(-length // _MOST_PARTS))
-        parts = []
-        for start in range(0, length, step):
-            asking = slice(start, min(start + step, length))
-            # what none of them can see costs nothing
-            first = 0 if self.window is None else max(0, start + 1 - self.window)
-            seen = slice(first, asking.stop)
-            mask = _visible(segments, self.window, asking, seen)
-            parts.append(_attention(q[:, asking], k[:, seen], v[:, seen], mask, self.config))
-        return self.o_proj(jnp.concatenate(parts, axis=1).reshape(batch, length, -1))
+        return self.o_proj(attend(q, k, v).reshape(batch, length, -1))
 
 
 class DecoderMlp(nnx.Module):
@@ -274,15 +266,20 @@ class DecoderBlock(nnx.Module):
         dtype: DTypeLike,
     ):
         norm = functools.partial(RmsNorm, config, width=config.width, dtype=dtype)
-        self.attn = DecoderAttention(config, window, linear, dtype)
+        self.attn = DecoderAttention(config, linear, dtype)
         self.mlp = DecoderMlp(config, linear)
         self.attn_norm, self.mlp_norm = norm(), norm()
-        self.sandwich = config.sandwich
+        self.config, self.window, self.sandwich = config, window, config.sandwich
         if config.sandwich:
             self.attn_norm_after, self.mlp_norm_after = norm(), norm()
 
     def __call__(self, x: Hidden, rotation: Rotation, segments: Tokens) -> Hidden:
-        added = self.attn(self.attn_norm(x), rotation, segments)
+        whole = functools.partial(_whole_rows, segments, self.window, self.config)
+        return self.run(x, rotation, whole)
+
+    def run(self, x: Hidden, rotation: Rotation, attend: Attend) -> Hidden:
+        """Returns what it does to a sequence, with attention that is given."""
+        added = self.attn(self.attn_norm(x), rotation, attend)
         x = x + (self.attn_norm_after(added) if self.sandwich else added)
         added = self.mlp(self.mlp_norm(x))
         return x + (self.mlp_norm_after(added) if self.sandwich else added)
@@ -329,20 +326,52 @@ class Decoder(nnx.Module):
           rematerialise: Whether a gradient computes activations of a block again instead of keeping
             them.
         """
+        x = self._embedded(tokens)
+        rotations = self._rotations(places_in_sequence(segments), segments.shape[1], x.dtype)
+        run = nnx.remat(DecoderBlock.__call__) if rematerialise else DecoderBlock.__call__
+        for block, rotation in zip(self.blocks, rotations, strict=True):
+            x = run(block, x, rotation, segments)
+        return self.norm(x)
+
+    def attended(
+        self,
+        tokens: Tokens,
+        places: Int[Array, "b t"],
+        num_places: int,
+        attend: Callable[[DecoderBlock, Queries, Attended, Attended], Queries],
+    ) -> Hidden:
+        """Returns the final, normed sequence with attention that is given.
+
+        Args:
+          tokens: Ids in [0, vocab_size).
+          places: Place of every token in its sequence.
+          num_places: More than any of them.
+          attend: Block, its queries, keys and values -> what its queries find.
+        """
+        x = self._embedded(tokens)
+        rotations = self._rotations(places, num_places, x.dtype)
+        for block, rotation in zip(self.blocks, rotations, strict=True):
+            x = block.run(x, rotation, functools.partial(attend, block))
+        return self.norm(x)
+
+    def _embedded(self, tokens: Tokens) -> Hidden:
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
-        config, places = self.config, places_in_sequence(segments)
+        return x
+
+    def _rotations(
+        self, places: Int[Array, "b t"], num_places: int, dtype: DTypeLike
+    ) -> list[Rotation]:
+        """Returns the rotation of each block."""
+        config = self.config
         turn = functools.partial(
-            rotation_of, places, segments.shape[1], head_dim=config.head_dim, dtype=x.dtype
+            rotation_of, places, num_places, head_dim=config.head_dim, dtype=dtype
         )
         everywhere = in_windows = turn(theta=config.rope_theta, scaling=config.rope_scaling)
         if config.window_rope_theta is not None:
             in_windows = turn(theta=config.window_rope_theta, scaling=None)
-        run = nnx.remat(DecoderBlock.__call__) if rematerialise else DecoderBlock.__call__
-        for block, window in zip(self.blocks, config.windows, strict=True):
-            x = run(block, x, everywhere if window is None else in_windows, segments)
-        return self.norm(x)
+        return [everywhere if window is None else in_windows for window in config.windows]
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence: for a long one, all at once are large."""
@@ -351,23 +380,49 @@ class Decoder(nnx.Module):
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
 
+def _whole_rows(
+    segments: Tokens,
+    window: int | None,
+    config: DecoderConfig,
+    q: Queries,
+    k: Attended,
+    v: Attended,
+) -> Queries:
+    """Returns what queries find in whole rows, some queries after the other."""
+    length = q.shape[1]
+    step = max(_QUERIES_AT_ONCE, -(-length // _MOST_PARTS))
+    parts = []
+    for start in range(0, length, step):
+        asking = slice(start, min(start + step, length))
+        # what none of them can see costs nothing
+        first = 0 if window is None else max(0, start + 1 - window)
+        seen = slice(first, asking.stop)
+        back = jnp.arange(asking.start, asking.stop)[:, None] - jnp.arange(seen.start, seen.stop)
+        mask = _visible(back, window, segments[:, asking], segments[:, seen])
+        parts.append(_attention(q[:, asking], k[:, seen], v[:, seen], mask, config))
+    return jnp.concatenate(parts, axis=1)
+
+
 def _visible(
-    segments: Tokens, window: int | None, asking: slice, seen: slice
+    back: Int[Array, "q s"],
+    window: int | None,
+    asking: Int[Array, "b q"],
+    seen: Int[Array, "b s"],
 ) -> Bool[Array, "b 1 q s"]:
-    """Returns which of the tokens `seen` (last axis) each one of those `asking` sees."""
-    back = jnp.arange(asking.start, asking.stop)[:, None] - jnp.arange(seen.start, seen.stop)
+    """Returns which tokens each one that asks sees.
+
+    Args:
+      back: How far back each one lies, in tokens.
+      window: How many tokens back are seen, its own included; None: all.
+      asking, seen: Numbers of the sequences that both are of.
+    """
     near = back >= 0 if window is None else (back >= 0) & (back < window)
-    same = segments[:, None, asking, None] == segments[:, None, None, seen]
-    return near[None, None] & same
+    return near[None, None] & (asking[:, None, :, None] == seen[:, None, None])
 
 
 def _attention(
-    q: Float[Array, "b q k h"],
-    k: Float[Array, "b s g h"],
-    v: Float[Array, "b s g h"],
-    mask: Bool[Array, "b 1 q s"],
-    config: DecoderConfig,
-) -> Float[Array, "b q k h"]:
+    q: Queries, k: Attended, v: Attended, mask: Bool[Array, "b 1 q s"], config: DecoderConfig
+) -> Queries:
     scale, cap = config.attention_scale, config.attention_cap
     if cap is None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
@@ -378,6 +433,38 @@ def _attention(
     scores = jnp.where(mask[:, :, None], scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bgrts,bsgh->btgrh", shares, v).reshape(batch, length, num_heads, head_dim)
+
+
+class Reading(NamedTuple):
+    """What a model keeps of a batch of rows that it reads token by token.
+
+    Attributes:
+      kept: What the next token is computed with, in buffers with room for all that are to come.
+      segments: 0 at the padding left of a row, 1 everywhere else, also where there is room.
+      num_read: Places of every row that are read, padding included.
+    """
+
+    kept: Any
+    segments: Int[Array, "b s"]
+    num_read: Int[Array, ""]
+
+    @classmethod
+    def of(cls, kept: Any, segments: Tokens, num_more: int) -> Reading:
+        """Returns that of rows which were read as a whole."""
+        room = jnp.pad(segments, ((0, 0), (0, num_more)), constant_values=1)
+        return cls(kept, room, jnp.asarray(segments.shape[1], jnp.int32))
+
+    def written(self, buffer: Array, new: Array) -> Array:
+        """Returns a buffer [b s ...] with what is of the next token, [b 1 ...]."""
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, self.num_read, axis=1)
+
+    def of_next(self, buffer: Array) -> Array:
+        """Returns what is of the next token, [b 1 ...], of a buffer [b s ...]."""
+        return jax.lax.dynamic_slice_in_dim(buffer, self.num_read, 1, axis=1)
+
+    def gone_on(self, kept: Any) -> Reading:
+        """Returns that after the next token."""
+        return self._replace(kept=kept, num_read=self.num_read + 1)
 
 
 Model = TypeVar("Model", bound="CausalModel")
@@ -411,6 +498,33 @@ class CausalModel(abc.ABC):
     @abc.abstractmethod
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
+
+    def read(
+        self, params: Params, tokens: Tokens, segments: Tokens, num_more: int
+    ) -> tuple[Float[Array, "b d"], Reading]:
+        """Reads rows whose last tokens are to be followed by more.
+
+        Args:
+          params: The model's parameters.
+          tokens: Ids; rows that are shorter than others are padded on the left.
+          segments: 1, and 0 where a row is padded.
+          num_more: How many tokens are read afterwards, at most.
+        Returns:
+          What `logits` takes for the token after each row, and what `read_next` takes.
+        """
+        last = self.hidden(params, tokens, segments)[:, -1]
+        return last, Reading.of(jnp.pad(tokens, ((0, 0), (0, num_more))), segments, num_more)
+
+    def read_next(
+        self, params: Params, tokens: Int[Array, " b"], reading: Reading
+    ) -> tuple[Float[Array, "b d"], Reading]:
+        """Reads one more token of each row; returns what `read` does.
+
+        This one keeps tokens alone and computes all that was read again.
+        """
+        kept = reading.written(reading.kept, tokens[:, None])
+        hidden = self.hidden(params, kept, reading.segments)
+        return reading.of_next(hidden)[:, 0], reading.gone_on(kept)
 
     @abc.abstractmethod
     def abstract_adapter(self) -> Params:
@@ -521,6 +635,41 @@ class Architecture(CausalModel):
         """Returns logits of some of the final sequence under these parameters."""
         with precision_of(self.dtype):
             return self._module(params).logits(hidden)
+
+    def read(
+        self, params: Params, tokens: Tokens, segments: Tokens, num_more: int
+    ) -> tuple[Float[Array, "b d"], Reading]:
+        """Reads rows and keeps the keys and values of each block; see `CausalModel.read`."""
+        kept = []
+
+        def attend(block: DecoderBlock, q: Queries, k: Attended, v: Attended) -> Queries:
+            room = ((0, 0), (0, num_more), (0, 0), (0, 0))
+            kept.append((jnp.pad(k, room), jnp.pad(v, room)))
+            return _whole_rows(segments, block.window, self.config, q, k, v)
+
+        places, length = places_in_sequence(segments), segments.shape[1]
+        with precision_of(self.dtype):
+            hidden = self._module(params).attended(tokens, places, length, attend)
+        return hidden[:, -1], Reading.of(kept, segments, num_more)
+
+    def read_next(
+        self, params: Params, tokens: Int[Array, " b"], reading: Reading
+    ) -> tuple[Float[Array, "b d"], Reading]:
+        """Reads one more token of each row, with the keys and values of those before."""
+        segments, kept, before = reading.segments, [], iter(reading.kept)
+        back = (reading.num_read - jnp.arange(segments.shape[1]))[None]
+
+        def attend(block: DecoderBlock, q: Queries, k: Attended, v: Attended) -> Queries:
+            keys, values = map(reading.written, next(before), (k, v))
+            kept.append((keys, values))
+            mask = _visible(back, block.window, reading.of_next(segments), segments)
+            return _attention(q, keys, values, mask, self.config)
+
+        places = reading.of_next(places_in_sequence(segments))
+        with precision_of(self.dtype):
+            module = self._module(params)
+            hidden = module.attended(tokens[:, None], places, segments.shape[1], attend)
+        return hidden[:, 0], reading.gone_on(kept)
 
     def abstract_params(self) -> Params:
         """Returns shapes and types of all parameters; no memory is taken."""

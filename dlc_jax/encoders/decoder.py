@@ -435,7 +435,7 @@ def _attention(
     return jnp.einsum("bgrts,bsgh->btgrh", shares, v).reshape(batch, length, num_heads, head_dim)
 
 
-class Reading(NamedTuple):
+class RowsRead(NamedTuple):
     """What a model keeps of a batch of rows that it reads token by token.
 
     Attributes:
@@ -449,7 +449,7 @@ class Reading(NamedTuple):
     num_read: Int[Array, ""]
 
     @classmethod
-    def of(cls, kept: Any, segments: Tokens, num_more: int) -> Reading:
+    def of(cls, kept: Any, segments: Tokens, num_more: int) -> RowsRead:
         """Returns that of rows which were read as a whole."""
         room = jnp.pad(segments, ((0, 0), (0, num_more)), constant_values=1)
         return cls(kept, room, jnp.asarray(segments.shape[1], jnp.int32))
@@ -462,7 +462,7 @@ class Reading(NamedTuple):
         """Returns what is of the next token, [b 1 ...], of a buffer [b s ...]."""
         return jax.lax.dynamic_slice_in_dim(buffer, self.num_read, 1, axis=1)
 
-    def gone_on(self, kept: Any) -> Reading:
+    def gone_on(self, kept: Any) -> RowsRead:
         """Returns that after the next token."""
         return self._replace(kept=kept, num_read=self.num_read + 1)
 
@@ -501,7 +501,7 @@ class CausalModel(abc.ABC):
 
     def read(
         self, params: Params, tokens: Tokens, segments: Tokens, num_more: int
-    ) -> tuple[Float[Array, "b d"], Reading]:
+    ) -> tuple[Float[Array, "b d"], RowsRead]:
         """Reads rows whose last tokens are to be followed by more.
 
         Args:
@@ -513,11 +513,11 @@ class CausalModel(abc.ABC):
           What `logits` takes for the token after each row, and what `read_next` takes.
         """
         last = self.hidden(params, tokens, segments)[:, -1]
-        return last, Reading.of(jnp.pad(tokens, ((0, 0), (0, num_more))), segments, num_more)
+        return last, RowsRead.of(jnp.pad(tokens, ((0, 0), (0, num_more))), segments, num_more)
 
     def read_next(
-        self, params: Params, tokens: Int[Array, " b"], reading: Reading
-    ) -> tuple[Float[Array, "b d"], Reading]:
+        self, params: Params, tokens: Int[Array, " b"], reading: RowsRead
+    ) -> tuple[Float[Array, "b d"], RowsRead]:
         """Reads one more token of each row; returns what `read` does.
 
         This one keeps tokens alone and computes all that was read again.
@@ -638,7 +638,7 @@ class Architecture(CausalModel):
 
     def read(
         self, params: Params, tokens: Tokens, segments: Tokens, num_more: int
-    ) -> tuple[Float[Array, "b d"], Reading]:
+    ) -> tuple[Float[Array, "b d"], RowsRead]:
         """Reads rows and keeps the keys and values of each block; see `CausalModel.read`."""
         kept = []
 
@@ -650,11 +650,11 @@ class Architecture(CausalModel):
         places, length = places_in_sequence(segments), segments.shape[1]
         with precision_of(self.dtype):
             hidden = self._module(params).attended(tokens, places, length, attend)
-        return hidden[:, -1], Reading.of(kept, segments, num_more)
+        return hidden[:, -1], RowsRead.of(kept, segments, num_more)
 
     def read_next(
-        self, params: Params, tokens: Int[Array, " b"], reading: Reading
-    ) -> tuple[Float[Array, "b d"], Reading]:
+        self, params: Params, tokens: Int[Array, " b"], reading: RowsRead
+    ) -> tuple[Float[Array, "b d"], RowsRead]:
         """Reads one more token of each row, with the keys and values of those before."""
         segments, kept, before = reading.segments, [], iter(reading.kept)
         back = (reading.num_read - jnp.arange(segments.shape[1]))[None]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dlc_jax import expect, signals
 from dlc_jax.distributed import fetch, hides_bar, on_every_device, over_devices, whole_rows
-from dlc_jax.encoders.decoder import CausalModel, Reading
+from dlc_jax.encoders.decoder import CausalModel, RowsRead
 from dlc_jax.encoders.language_model import LanguageModel, transformers_library
 from dlc_jax.evaluation.likelihoods import longest_input
 from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH, bucket_length
@@ -168,7 +168,7 @@ def generate(
     expect.integer("max_new_tokens", max_new_tokens, 1)
     expect.at_least("tokens_per_batch", tokens_per_batch, 1)
     limit = longest_input(model, max_length)
-    expect.at_most(f"max_new_tokens, of {limit} in all,", max_new_tokens, limit - 1)
+    expect.at_most(f"max_new_tokens, of max_length {limit}", max_new_tokens, limit - 1)
     rows = [_encoded(model.tokenizer, *prompt) for prompt in enumerate(prompts)]
     for number, row in enumerate(rows):
         if (room := limit - max_new_tokens) < len(row):
@@ -335,7 +335,7 @@ class _State(NamedTuple):
     """
 
     tokens: Int32[Array, " b"]
-    reading: Reading
+    reading: RowsRead
     seen: Bool[Array, "b v"]
 
 
@@ -423,7 +423,7 @@ def _continued(
 
 
 def _with_likeliest(
-    logits: Float[Array, "b v"], reading: Reading, seen: Bool[Array, "b w"], penalty: float
+    logits: Float[Array, "b v"], reading: RowsRead, seen: Bool[Array, "b w"], penalty: float
 ) -> _State:
     """Returns rows with the likeliest token of each."""
     logits = logits.astype(jnp.float32)

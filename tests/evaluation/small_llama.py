@@ -69,7 +69,7 @@ def make_writer(
 ) -> Path:
     """Saves one that answers in letters, differently to each prompt, and ends some of its answers.
 
-    Rows of its head are zeros for all other bytes, and `ends` times as large for the end of sequence.
+    Rows of its head are zeros for all other bytes, and `ends` times as large for the end of a text.
     """
     import torch
     import transformers

@@ -10,6 +10,7 @@ from dlc_jax.distributed import Run, make_mesh, use_all_cores
 from dlc_jax.encoders import Encoder, load_encoder, save_encoder
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model
 from dlc_jax.evaluation import evaluate_mmlu, load_mmlu
+from dlc_jax.evaluation.generation import generate
 from dlc_jax.expect import InputError
 from dlc_jax.exports import export
 from dlc_jax.exports.peft import load_adapter, write_adapter, write_merged
@@ -71,6 +72,7 @@ __all__ = [
     "features",
     "finetune",
     "finetune_lora",
+    "generate",
     "keep_curve",
     "linear_probes",
     "load_adapter",

@@ -11,8 +11,7 @@ later ones are facts of their published `config.json` files, for plans where the
 
 Sources: Grattafiori et al. 2024, arXiv 2407.21783; Jiang et al. 2023, arXiv 2310.06825; Gemma Team
 2024, arXiv 2408.00118; Gemma Team 2025, arXiv 2503.19786; Qwen Team 2024, arXiv 2412.15115; Qwen
-Team 2025, arXiv 2505.09388; Su et al. 2021, arXiv 2104.09864, for rotary positions; Peng et al.
-2023, arXiv 2309.00071, for YaRN; Hu et al. 2021, arXiv 2106.09685, for low-rank changes.
+Team 2025, arXiv 2505.09388; Hu et al. 2021, arXiv 2106.09685, for low-rank changes.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
@@ -35,6 +33,14 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from dlc_jax import expect
 from dlc_jax.encoders.adapter_dropout import Keys, dropped
 from dlc_jax.encoders.encoder import precision_of
+from dlc_jax.encoders.rotations import (
+    LinearScaling,
+    Rotation,
+    Scaling,
+    places_in_sequence,
+    rotate,
+    rotation_of,
+)
 from dlc_jax.types import Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -114,88 +120,11 @@ class Projection(nnx.Linear):
 
 Tokens = Int[Array, "b t"]  # ids, or the number of each token's sequence in its row
 Hidden = Float[Array, "b t d"]
-Frequencies = Float32[np.ndarray, " f"]  # angle per token of each pair of features
+Queries = Float[Array, "b q k h"]  # also what they find
+Attended = Float[Array, "b s g h"]  # keys or values
+Attend = Callable[[Queries, Attended, Attended], Queries]
 _QUERIES_AT_ONCE, _MOST_PARTS = 128, 8  # of attention: scores of all would be t x t
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearScaling:
-    """All rotations slowed alike, for a longer context.
-
-    Attributes:
-      factor: By how much.
-    """
-
-    factor: float
-    amplitude: ClassVar[float] = 1.0
-
-    def slowed(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        return frequencies / np.float32(self.factor)
-
-
-# called so since it was the only one: its name is in fingerprints
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretch of slow rotations to a longer context.
-
-    Attributes:
-      factor: Factor by which wavelengths over `original_length / low_freq_factor` grow.
-      low_freq_factor, high_freq_factor: Between the two wavelengths the factor fades in.
-      original_length: Context in tokens that the model was pre-trained with.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: float
-    amplitude: ClassVar[float] = 1.0
-
-    def slowed(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        turns = self.original_length * frequencies / (2 * np.pi)  # in the original context
-        low, high = self.low_freq_factor, self.high_freq_factor
-        share = np.clip((turns - low) / (high - low), 0, 1)  # that stays as it was
-        slow = frequencies / self.factor
-        return (share * frequencies + (1 - share) * slow).astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class YarnScaling:
-    """YaRN's stretch of slow rotations to a longer context, with sharper attention.
-
-    Attributes:
-      factor: Factor by which the longest wavelengths grow.
-      most_turns, fewest_turns: Rotations that turn more often in the original context stay as they
-        are, those that turn less often are slowed by the factor; a ramp over features lies between.
-      original_length: Context in tokens that the model was pre-trained with.
-      amplitude: Factor on queries and keys, where they are turned.
-      whole: Whether the ramp starts and ends at whole pairs of features.
-    """
-
-    factor: float
-    most_turns: float
-    fewest_turns: float
-    original_length: float
-    amplitude: float
-    whole: bool = True
-
-    def slowed(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        num = len(frequencies)
-
-        def place(turns: float) -> float:
-            ratio = self.original_length / (turns * 2 * math.pi)
-            return num * math.log(ratio) / math.log(theta)
-
-        first, last = place(self.most_turns), place(self.fewest_turns)
-        if self.whole:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, 2 * num - 1)
-        width = last - first if last != first else 0.001
-        slow = np.clip((np.arange(num, dtype=np.float32) - first) / np.float32(width), 0, 1)
-        return frequencies / np.float32(self.factor) * slow + frequencies * (1 - slow)
-
-
-Scaling = LinearScaling | RopeScaling | YarnScaling
 
 
 # Switches that version 0.1 did not have
@@ -289,9 +218,7 @@ class RmsNorm(nnx.Module):
 class DecoderAttention(nnx.Module):
     """Causal self-attention with rotary positions and fewer key-value heads than query heads."""
 
-    def __init__(
-        self, config: DecoderConfig, window: int | None, linear: MakeProjection, dtype: DTypeLike
-    ):
+    def __init__(self, config: DecoderConfig, linear: MakeProjection, dtype: DTypeLike):
         width, num_kv = config.width, config.num_kv_heads * config.head_dim
         self.q_proj = linear("q_proj", width, config.num_heads * config.head_dim)
         self.k_proj = linear("k_proj", width, num_kv)
@@ -300,9 +227,9 @@ class DecoderAttention(nnx.Module):
         if config.norms_heads:
             self.q_norm = RmsNorm(config, width=config.head_dim, dtype=dtype)
             self.k_norm = RmsNorm(config, width=config.head_dim, dtype=dtype)
-        self.config, self.window = config, window
+        self.config = config
 
-    def __call__(self, x: Hidden, rotation: Rotation, segments: Tokens) -> Hidden:
+    def __call__(self, x: Hidden, rotation: Rotation, attend: Attend) -> Hidden:
         batch, length, _ = x.shape
         q, k, v = (
             project(x).reshape(batch, length, -1, self.config.head_dim)
@@ -310,17 +237,8 @@ class DecoderAttention(nnx.Module):
         )
         if self.config.norms_heads:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = _rotate(q, rotation), _rotate(k, rotation)
-        step = max(_QUERIES_AT_ONCE, -(-length // _MOST_PARTS))
-        parts = []
-        for start in range(0, length, step):
-            asking = slice(start, min(start + step, length))
-            # what none of them can see costs nothing
-            first = 0 if self.window is None else max(0, start + 1 - self.window)
-            seen = slice(first, asking.stop)
-            mask = _visible(segments, self.window, asking, seen)
-            parts.append(_attention(q[:, asking], k[:, seen], v[:, seen], mask, self.config))
-        return self.o_proj(jnp.concatenate(parts, axis=1).reshape(batch, length, -1))
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        return self.o_proj(attend(q, k, v).reshape(batch, length, -1))
 
 
 class DecoderMlp(nnx.Module):
@@ -348,15 +266,20 @@ class DecoderBlock(nnx.Module):
         dtype: DTypeLike,
     ):
         norm = functools.partial(RmsNorm, config, width=config.width, dtype=dtype)
-        self.attn = DecoderAttention(config, window, linear, dtype)
+        self.attn = DecoderAttention(config, linear, dtype)
         self.mlp = DecoderMlp(config, linear)
         self.attn_norm, self.mlp_norm = norm(), norm()
-        self.sandwich = config.sandwich
+        self.config, self.window, self.sandwich = config, window, config.sandwich
         if config.sandwich:
             self.attn_norm_after, self.mlp_norm_after = norm(), norm()
 
     def __call__(self, x: Hidden, rotation: Rotation, segments: Tokens) -> Hidden:
-        added = self.attn(self.attn_norm(x), rotation, segments)
+        whole = functools.partial(_whole_rows, segments, self.window, self.config)
+        return self.run(x, rotation, whole)
+
+    def run(self, x: Hidden, rotation: Rotation, attend: Attend) -> Hidden:
+        """Returns what it does to a sequence, with attention that is given."""
+        added = self.attn(self.attn_norm(x), rotation, attend)
         x = x + (self.attn_norm_after(added) if self.sandwich else added)
         added = self.mlp(self.mlp_norm(x))
         return x + (self.mlp_norm_after(added) if self.sandwich else added)
@@ -403,18 +326,52 @@ class Decoder(nnx.Module):
           rematerialise: Whether a gradient computes activations of a block again instead of keeping
             them.
         """
+        x = self._embedded(tokens)
+        rotations = self._rotations(places_in_sequence(segments), segments.shape[1], x.dtype)
+        run = nnx.remat(DecoderBlock.__call__) if rematerialise else DecoderBlock.__call__
+        for block, rotation in zip(self.blocks, rotations, strict=True):
+            x = run(block, x, rotation, segments)
+        return self.norm(x)
+
+    def attended(
+        self,
+        tokens: Tokens,
+        places: Int[Array, "b t"],
+        num_places: int,
+        attend: Callable[[DecoderBlock, Queries, Attended, Attended], Queries],
+    ) -> Hidden:
+        """Returns the final, normed sequence with attention that is given.
+
+        Args:
+          tokens: Ids in [0, vocab_size).
+          places: Place of every token in its sequence.
+          num_places: More than any of them.
+          attend: Block, its queries, keys and values -> what its queries find.
+        """
+        x = self._embedded(tokens)
+        rotations = self._rotations(places, num_places, x.dtype)
+        for block, rotation in zip(self.blocks, rotations, strict=True):
+            x = block.run(x, rotation, functools.partial(attend, block))
+        return self.norm(x)
+
+    def _embedded(self, tokens: Tokens) -> Hidden:
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
-        config, places = self.config, places_in_sequence(segments)
-        everywhere = in_windows = _rotation(config, places, x.dtype)
-        if (theta := config.window_rope_theta) is not None:
-            plain = dataclasses.replace(config, rope_theta=theta, rope_scaling=None)
-            in_windows = _rotation(plain, places, x.dtype)
-        run = nnx.remat(DecoderBlock.__call__) if rematerialise else DecoderBlock.__call__
-        for block, window in zip(self.blocks, config.windows, strict=True):
-            x = run(block, x, everywhere if window is None else in_windows, segments)
-        return self.norm(x)
+        return x
+
+    def _rotations(
+        self, places: Int[Array, "b t"], num_places: int, dtype: DTypeLike
+    ) -> list[Rotation]:
+        """Returns the rotation of each block."""
+        config = self.config
+        turn = functools.partial(
+            rotation_of, places, num_places, head_dim=config.head_dim, dtype=dtype
+        )
+        everywhere = in_windows = turn(theta=config.rope_theta, scaling=config.rope_scaling)
+        if config.window_rope_theta is not None:
+            in_windows = turn(theta=config.window_rope_theta, scaling=None)
+        return [everywhere if window is None else in_windows for window in config.windows]
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence: for a long one, all at once are large."""
@@ -423,58 +380,49 @@ class Decoder(nnx.Module):
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
 
-# Cosines and sines by which pairs of features of each token turn.
-Rotation = tuple[Float[Array, "b t h"], Float[Array, "b t h"]]
-
-
-def places_in_sequence(segments: Tokens) -> Int[Array, "b t"]:
-    """Returns the place of every token in its sequence; 0 at padding.
-
-    transformers takes a place that does not follow the one before for the start of a sequence that
-    sees nothing of others, so that padding is seen by none.
-    """
-    places = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    first = jax.lax.cummax(jnp.where(starts, places, 0), axis=1)
-    return jnp.where(segments == 0, 0, places - first)
-
-
-def _rotation(config: DecoderConfig, places: Int[Array, "b t"], dtype: DTypeLike) -> Rotation:
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = 1 / np.power(np.float32(config.rope_theta), exponents)
-    amplitude = 1.0
-    if (scaling := config.rope_scaling) is not None:
-        frequencies = scaling.slowed(frequencies, config.rope_theta)
-        amplitude = scaling.amplitude
-    angles = jnp.arange(places.shape[1], dtype=jnp.float32)[:, None] * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    cosines, sines = (turn(angles) * amplitude for turn in (jnp.cos, jnp.sin))
-    return cosines.astype(dtype)[places], sines.astype(dtype)[places]
-
-
-def _rotate(x: Float[Array, "b t k h"], rotation: Rotation) -> Float[Array, "b t k h"]:
-    cosines, sines = (part[:, :, None] for part in rotation)
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cosines + jnp.concatenate([-second, first], axis=-1) * sines
+def _whole_rows(
+    segments: Tokens,
+    window: int | None,
+    config: DecoderConfig,
+    q: Queries,
+    k: Attended,
+    v: Attended,
+) -> Queries:
+    """Returns what queries find in whole rows, some queries after the other."""
+    length = q.shape[1]
+    step = max(_QUERIES_AT_ONCE, -(-length // _MOST_PARTS))
+    parts = []
+    for start in range(0, length, step):
+        asking = slice(start, min(start + step, length))
+        # what none of them can see costs nothing
+        first = 0 if window is None else max(0, start + 1 - window)
+        seen = slice(first, asking.stop)
+        back = jnp.arange(asking.start, asking.stop)[:, None] - jnp.arange(seen.start, seen.stop)
+        mask = _visible(back, window, segments[:, asking], segments[:, seen])
+        parts.append(_attention(q[:, asking], k[:, seen], v[:, seen], mask, config))
+    return jnp.concatenate(parts, axis=1)
 
 
 def _visible(
-    segments: Tokens, window: int | None, asking: slice, seen: slice
+    back: Int[Array, "q s"],
+    window: int | None,
+    asking: Int[Array, "b q"],
+    seen: Int[Array, "b s"],
 ) -> Bool[Array, "b 1 q s"]:
-    """Returns which of the tokens `seen` (last axis) each one of those `asking` sees."""
-    back = jnp.arange(asking.start, asking.stop)[:, None] - jnp.arange(seen.start, seen.stop)
+    """Returns which tokens each one that asks sees.
+
+    Args:
+      back: How far back each one lies, in tokens.
+      window: How many tokens back are seen, its own included; None: all.
+      asking, seen: Numbers of the sequences that both are of.
+    """
     near = back >= 0 if window is None else (back >= 0) & (back < window)
-    same = segments[:, None, asking, None] == segments[:, None, None, seen]
-    return near[None, None] & same
+    return near[None, None] & (asking[:, None, :, None] == seen[:, None, None])
 
 
 def _attention(
-    q: Float[Array, "b q k h"],
-    k: Float[Array, "b s g h"],
-    v: Float[Array, "b s g h"],
-    mask: Bool[Array, "b 1 q s"],
-    config: DecoderConfig,
-) -> Float[Array, "b q k h"]:
+    q: Queries, k: Attended, v: Attended, mask: Bool[Array, "b 1 q s"], config: DecoderConfig
+) -> Queries:
     scale, cap = config.attention_scale, config.attention_cap
     if cap is None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
@@ -485,6 +433,38 @@ def _attention(
     scores = jnp.where(mask[:, :, None], scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bgrts,bsgh->btgrh", shares, v).reshape(batch, length, num_heads, head_dim)
+
+
+class RowsRead(NamedTuple):
+    """What a model keeps of a batch of rows that it reads token by token.
+
+    Attributes:
+      kept: What the next token is computed with, in buffers with room for all that are to come.
+      segments: 0 at the padding left of a row, 1 everywhere else, also where there is room.
+      num_read: Places of every row that are read, padding included.
+    """
+
+    kept: Any
+    segments: Int[Array, "b s"]
+    num_read: Int[Array, ""]
+
+    @classmethod
+    def of(cls, kept: Any, segments: Tokens, num_more: int) -> RowsRead:
+        """Returns that of rows which were read as a whole."""
+        room = jnp.pad(segments, ((0, 0), (0, num_more)), constant_values=1)
+        return cls(kept, room, jnp.asarray(segments.shape[1], jnp.int32))
+
+    def written(self, buffer: Array, new: Array) -> Array:
+        """Returns a buffer [b s ...] with what is of the next token, [b 1 ...]."""
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, self.num_read, axis=1)
+
+    def of_next(self, buffer: Array) -> Array:
+        """Returns what is of the next token, [b 1 ...], of a buffer [b s ...]."""
+        return jax.lax.dynamic_slice_in_dim(buffer, self.num_read, 1, axis=1)
+
+    def gone_on(self, kept: Any) -> RowsRead:
+        """Returns that after the next token."""
+        return self._replace(kept=kept, num_read=self.num_read + 1)
 
 
 Model = TypeVar("Model", bound="CausalModel")
@@ -518,6 +498,33 @@ class CausalModel(abc.ABC):
     @abc.abstractmethod
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
+
+    def read(
+        self, params: Params, tokens: Tokens, segments: Tokens, num_more: int
+    ) -> tuple[Float[Array, "b d"], RowsRead]:
+        """Reads rows whose last tokens are to be followed by more.
+
+        Args:
+          params: The model's parameters.
+          tokens: Ids; rows that are shorter than others are padded on the left.
+          segments: 1, and 0 where a row is padded.
+          num_more: How many tokens are read afterwards, at most.
+        Returns:
+          What `logits` takes for the token after each row, and what `read_next` takes.
+        """
+        last = self.hidden(params, tokens, segments)[:, -1]
+        return last, RowsRead.of(jnp.pad(tokens, ((0, 0), (0, num_more))), segments, num_more)
+
+    def read_next(
+        self, params: Params, tokens: Int[Array, " b"], reading: RowsRead
+    ) -> tuple[Float[Array, "b d"], RowsRead]:
+        """Reads one more token of each row; returns what `read` does.
+
+        This one keeps tokens alone and computes all that was read again.
+        """
+        kept = reading.written(reading.kept, tokens[:, None])
+        hidden = self.hidden(params, kept, reading.segments)
+        return reading.of_next(hidden)[:, 0], reading.gone_on(kept)
 
     @abc.abstractmethod
     def abstract_adapter(self) -> Params:
@@ -628,6 +635,41 @@ class Architecture(CausalModel):
         """Returns logits of some of the final sequence under these parameters."""
         with precision_of(self.dtype):
             return self._module(params).logits(hidden)
+
+    def read(
+        self, params: Params, tokens: Tokens, segments: Tokens, num_more: int
+    ) -> tuple[Float[Array, "b d"], RowsRead]:
+        """Reads rows and keeps the keys and values of each block; see `CausalModel.read`."""
+        kept = []
+
+        def attend(block: DecoderBlock, q: Queries, k: Attended, v: Attended) -> Queries:
+            room = ((0, 0), (0, num_more), (0, 0), (0, 0))
+            kept.append((jnp.pad(k, room), jnp.pad(v, room)))
+            return _whole_rows(segments, block.window, self.config, q, k, v)
+
+        places, length = places_in_sequence(segments), segments.shape[1]
+        with precision_of(self.dtype):
+            hidden = self._module(params).attended(tokens, places, length, attend)
+        return hidden[:, -1], RowsRead.of(kept, segments, num_more)
+
+    def read_next(
+        self, params: Params, tokens: Int[Array, " b"], reading: RowsRead
+    ) -> tuple[Float[Array, "b d"], RowsRead]:
+        """Reads one more token of each row, with the keys and values of those before."""
+        segments, kept, before = reading.segments, [], iter(reading.kept)
+        back = (reading.num_read - jnp.arange(segments.shape[1]))[None]
+
+        def attend(block: DecoderBlock, q: Queries, k: Attended, v: Attended) -> Queries:
+            keys, values = map(reading.written, next(before), (k, v))
+            kept.append((keys, values))
+            mask = _visible(back, block.window, reading.of_next(segments), segments)
+            return _attention(q, keys, values, mask, self.config)
+
+        places = reading.of_next(places_in_sequence(segments))
+        with precision_of(self.dtype):
+            module = self._module(params)
+            hidden = module.attended(tokens[:, None], places, segments.shape[1], attend)
+        return hidden[:, 0], reading.gone_on(kept)
 
     def abstract_params(self) -> Params:
         """Returns shapes and types of all parameters; no memory is taken."""

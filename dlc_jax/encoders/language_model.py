@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlc_jax import expect
-from dlc_jax.encoders import decoder
+from dlc_jax.encoders import decoder, rotations
 from dlc_jax.encoders.encoder import fingerprint_of
 from dlc_jax.encoders.stored_tensors import (
     AS_IT_IS,
@@ -545,7 +545,7 @@ def _biases(config: Any, source: str) -> tuple[str, ...]:
     return found
 
 
-def _rope_scaling(config: Any, parameters: dict[str, Any], source: str) -> decoder.Scaling | None:
+def _rope_scaling(config: Any, parameters: dict[str, Any], source: str) -> rotations.Scaling | None:
     kind = parameters.get("rope_type", "default")
     _check_known(f"{source}: rope_type", kind, ("default", "linear", "llama3", "yarn"))
     if kind == "default":
@@ -562,12 +562,12 @@ def _rope_scaling(config: Any, parameters: dict[str, Any], source: str) -> decod
         factor = config.max_position_embeddings / original
     expect.at_least(name("factor"), factor, 1)
     if kind == "linear":
-        return decoder.LinearScaling(float(factor))
+        return rotations.LinearScaling(float(factor))
     if kind == "llama3":
         low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
         expect.at_least(name("low_freq_factor"), low, 0, exclusive=True)
         expect.at_least(name("high_freq_factor"), high, low, exclusive=True)
-        return decoder.RopeScaling(float(factor), float(low), float(high), original)
+        return rotations.RopeScaling(float(factor), float(low), float(high), original)
     most, fewest = parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1
     for key, value in (("beta_fast", most), ("beta_slow", fewest)):
         expect.at_least(name(key), value, 0, exclusive=True)
@@ -576,7 +576,7 @@ def _rope_scaling(config: Any, parameters: dict[str, Any], source: str) -> decod
     for key in ("attention_factor", "mscale", "mscale_all_dim"):
         if (value := parameters.get(key)) is not None:
             expect.at_least(name(key), value, 0)
-    return decoder.YarnScaling(
+    return rotations.YarnScaling(
         factor=float(factor),
         most_turns=float(most),
         fewest_turns=float(fewest),

@@ -26,9 +26,9 @@ from dlc_jax.encoders.decoder import (
     Hidden,
     Tokens,
     is_called,
-    places_in_sequence,
 )
 from dlc_jax.encoders.encoder import precision_of
+from dlc_jax.encoders.rotations import places_in_sequence
 from dlc_jax.encoders.torch_functions import optional
 from dlc_jax.encoders.torch_modules import IN_OUT, LINEAR, Converted, environment
 from dlc_jax.types import Params

@@ -1,4 +1,4 @@
-"""The model class `dlc_jax` of lm_eval: log-likelihoods by a decoder in JAX.
+"""The model class `dlc_jax` of lm_eval: log-likelihoods and greedy answers by a decoder in JAX.
 
 Importing this module registers the class. It needs the extra `eval`.
 """
@@ -6,12 +6,22 @@ Importing this module registers the class. It needs the extra `eval`.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from typing import Any
 
 from dlc_jax import expect
 from dlc_jax.datasets.chat import written
 from dlc_jax.encoders.language_model import LanguageModel, load_language_model, transformers_library
+from dlc_jax.evaluation.generation import (
+    NEUTRAL,
+    Ending,
+    Greedy,
+    answers,
+    check_is_greedy,
+    check_prompts,
+    generation_settings,
+)
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods, longest_input
 from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH
 from dlc_jax.preprocess.tokens import tokenising
@@ -19,6 +29,7 @@ from dlc_jax.preprocess.tokens import tokenising
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError(
@@ -27,15 +38,20 @@ except ImportError as error:
     ) from error
 
 _log = logging.getLogger(__name__)
+# Settings of a task that greedy answers do not depend on; of others check_is_greedy decides
+_OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h")
 
 
 @register_model("dlc_jax")
 class JaxLM(TemplateLM):
     """A language model, as lm_eval asks it.
 
-    Requests that generate text are refused; log-likelihoods are what it gives, those of multiple
-    choice included. Where the begin of sequence goes is decided as for `--model hf`.
+    It gives log-likelihoods, those of multiple choice included, and greedy answers; requests that
+    sample are refused. Where the begin of sequence goes and where an answer ends is decided as for
+    `--model hf` with batches of one.
     """
+
+    max_gen_toks = 256  # most tokens of an answer where a task does not say
 
     def __init__(
         self,
@@ -116,6 +132,10 @@ class JaxLM(TemplateLM):
         begin = self.tokenizer.decode(self.prefix_token_id)
         if add_special_tokens is None and string.startswith(begin):
             special = False
+        return self._ids(string, special)
+
+    def _ids(self, string: str, special: bool | None) -> list[int]:
+        """Returns ids, with special tokens or without; None: as the tokenizer decides."""
         options = {} if special is None else {"add_special_tokens": special}
         with tokenising(f"{string[-60:]!r}: the tokenizer cannot read it"):
             return self.tokenizer.encode(string, verbose=False, **options)
@@ -174,10 +194,96 @@ class JaxLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Refuses: there is no decoding loop."""
-        tasks = sorted({str(request.task_name) for request in requests})
-        raise NotImplementedError(
-            f"dlc_jax does not generate text, which {expect.listed(tasks)} asks for "
-            "(generate_until). Supported are tasks of output_type multiple_choice, loglikelihood "
-            "and loglikelihood_rolling; for others, export the merged model and use --model hf."
+        """Returns greedy answers, which end before a task's stop strings or an end of sequence.
+
+        Contexts are cut from the left, so that `max_gen_toks` have room behind them.
+
+        Raises:
+          ValueError: a task that samples or has another setting that is not supported, by name;
+            a context without a token.
+        """
+        greedy = Greedy.of(self.model, self.tokenizer)
+        if most := generation_settings(self.model).get("max_new_tokens"):
+            _log.warning(
+                "generation_config.json has max_new_tokens %s, which --model hf takes instead of "
+                "a task's max_gen_toks; it is not used here.",
+                most,
+            )
+        groups: dict[str, list[int]] = {}
+        for position, request in enumerate(requests):
+            key = json.dumps(request.args[1], sort_keys=True, default=repr)
+            groups.setdefault(key, []).append(position)
+        found = [""] * len(requests)
+        for positions in groups.values():
+            own = [requests[position] for position in positions]
+            for position, answer in zip(
+                positions, self._answers(own, greedy, not disable_tqdm), strict=True
+            ):
+                found[position] = answer
+                self.cache_hook.add_partial("generate_until", requests[position].args, answer)
+        return found
+
+    def _answers(self, requests: list[Any], greedy: Greedy, progress: bool) -> list[str]:
+        """Answers requests of the same settings."""
+        where = f"{requests[0].task_name}: generation_kwargs"
+        until, most, penalty = self._settings(where, requests[0].args[1])
+        if penalty is not None:
+            greedy = greedy._replace(repetition_penalty=penalty)
+        room = self.max_length - most
+        if room < 1:
+            raise expect.InputError(
+                f"{where}: max_gen_toks {most} leaves no room for a context; expected at most "
+                f"{self.max_length - 1}, of a longest sequence of {self.max_length} tokens."
+            )
+        rows = [self._context(request.args[0]) for request in requests]
+        if num_cut := sum(len(row) > room for row in rows):
+            _log.warning(
+                "%d of %d contexts are longer than %d tokens and were cut from the left.",
+                num_cut,
+                len(rows),
+                room,
+            )
+        rows = [row[-room:] for row in rows]
+        check_prompts(self.model, rows)
+        return answers(
+            self.model,
+            rows,
+            Ending(self.tokenizer, greedy, until),
+            max_new_tokens=most,
+            longest=room,
+            tokens_per_batch=self.tokens_per_batch,
+            progress=progress,
         )
+
+    def _settings(self, where: str, given: dict[str, Any]) -> tuple[list[str], int, float | None]:
+        """Returns stop strings, most tokens, and a repetition penalty if there is one.
+
+        Raises:
+          ValueError: see `generate_until`.
+        """
+        settings = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+        end = self.eot_token_id
+        until = handle_stop_sequences(
+            settings.pop("until"), eos=None if end is None else self.tokenizer.decode(end)
+        )
+        most, penalty = settings.pop("max_gen_toks"), settings.pop("repetition_penalty", None)
+        if settings.pop("do_sample"):
+            raise expect.InputError(
+                f"{where}: do_sample {given.get('do_sample')}, temperature "
+                f"{given.get('temperature')} draws answers at random; expected do_sample: false "
+                "or temperature: 0, since answers are greedy here."
+            )
+        check_is_greedy(where, settings)
+        known = (*_OF_SAMPLING, *NEUTRAL)
+        if unknown := sorted(settings.keys() - set(known)):
+            raise expect.InputError(
+                f"{where}: {expect.listed(unknown)} is not supported; expected until, "
+                "max_gen_toks and do_sample: false."
+            )
+        return until, most, penalty
+
+    def _context(self, text: str) -> list[int]:
+        """Returns ids as `--model hf` does where it generates: an end is no begin of sequence."""
+        begin = self.tokenizer.bos_token
+        is_begun = begin is not None and text.startswith(begin)
+        return self._ids(text, False if is_begun else self.add_bos_token)

@@ -10,7 +10,7 @@ import pytest
 from conftest import XLA_IS_OLD
 from flax import nnx
 
-from dlc_jax.encoders import decoder
+from dlc_jax.encoders import decoder, rotations
 from dlc_jax.encoders.decoder import Architecture, Decoder
 from dlc_jax.encoders.language_model import read_config, read_config_alone, read_params
 from dlc_jax.types import by_path, path_name
@@ -189,13 +189,13 @@ SWITCHES = {
         "scale_embedding": False,
     },
     "llama-biases": {
-        "rope_scaling": decoder.YarnScaling(4.0, 32.0, 1.0, 64, 0.1 * np.log(4) + 1),
+        "rope_scaling": rotations.YarnScaling(4.0, 32.0, 1.0, 64, 0.1 * np.log(4) + 1),
     },
     "qwen2": {
         "windows": (7,) * 4,
-        "rope_scaling": decoder.YarnScaling(4.0, 4.0, 1.0, 64, 0.9, True),
+        "rope_scaling": rotations.YarnScaling(4.0, 4.0, 1.0, 64, 0.9, True),
     },
-    "qwen3": {"rope_scaling": decoder.LinearScaling(2.0)},
+    "qwen3": {"rope_scaling": rotations.LinearScaling(2.0)},
     "gemma3": {
         "windows": (7, 7, None, None),
         "window_rope_theta": None,
@@ -296,13 +296,13 @@ def test_configurations_of_versions_4_and_5_of_transformers(tmp_path, family):
     assert found[0] == found[1]
     if family == "qwen2":
         amplitude = 0.1 * np.log(4) + 1
-        assert found[0].rope_scaling == decoder.YarnScaling(4.0, 32.0, 1.0, 16, amplitude)
+        assert found[0].rope_scaling == rotations.YarnScaling(4.0, 32.0, 1.0, 16, amplitude)
         assert found[0].windows == (None,) * 4
         assert found[0].biases == ("q_proj", "k_proj", "v_proj")
     else:
         assert found[0].windows == (7, None, 7, None)
         assert (found[0].rope_theta, found[0].window_rope_theta) == (1e6, 1e4)
-        assert found[0].rope_scaling == decoder.LinearScaling(8.0)
+        assert found[0].rope_scaling == rotations.LinearScaling(8.0)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 TEXT = [
     "Answer: A\nAnswer: B\nAnswer: C\nAnswer: D\n",
@@ -27,6 +27,7 @@ def make_llama(
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300 if joins_letters else 258,
         special_tokens=["<s>", "</s>"],
@@ -59,5 +60,28 @@ def make_llama(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_writer(
+    folder: Path, *, max_length: int = 256, family: str = "Llama", ends: float = 1.3
+) -> Path:
+    """Saves one that answers in letters, differently to each prompt, and ends some of its answers.
+
+    Rows of its head are zeros for all other bytes, and `ends` times as large for the end of a text.
+    """
+    import torch
+    import transformers
+
+    make_llama(folder, max_length=max_length, family=family)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    with torch.no_grad():
+        for token, text in enumerate(texts):
+            if not (text.isascii() and text.isprintable()) or text == "<s>":
+                model.lm_head.weight[token] = 0
+        model.lm_head.weight[tokenizer.eos_token_id] *= ends
     model.save_pretrained(folder)
     return folder

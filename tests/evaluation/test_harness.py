@@ -1,6 +1,7 @@
 """Our class in lm_eval against lm_eval's own on the same weights, and MMLU against its task."""
 
 import csv
+import functools
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, require_shared
-from small_llama import make_llama
+from small_llama import make_llama, make_writer
 
 from dlc_jax.encoders.language_model import load_language_model
 from dlc_jax.evaluation import SUBJECTS, evaluate_mmlu, load_mmlu
@@ -305,13 +306,129 @@ def test_a_loaded_model_is_taken_as_it_is(place):
         JaxLM(model, max_length=385)
 
 
-def test_generation_is_refused_with_what_is_supported(place):
+@pytest.fixture(scope="module")
+def writers(timm, tmp_path_factory):
+    """Small models that answer in letters, and questions, one longer than the models' limit."""
+    folder = tmp_path_factory.mktemp("writers")
+    template = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    for family, ends in (("Llama", 1.3), ("Qwen3", 2.2)):
+        make_writer(folder / family, max_length=320, family=family, ends=ends)
+        (folder / family / "chat_template.jinja").write_text(template)
+    generator = np.random.default_rng(0)
+    with open(folder / "questions.jsonl", "w") as lines:
+        for num in (5, 40, 80, 300, 100, 30, 12, 33, 64):
+            text = "".join(chr(97 + c) for c in generator.integers(0, 26, num))
+            lines.write(f"{json.dumps({'question': text, 'answer': '#### 1'})}\n")
+    return folder
+
+
+def question_task(folder, name, **settings):
+    """A task in the style of GSM8K."""
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [
+            {
+                "name": "first-letters",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "([a-zA-Z]+)"},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+        "generation_kwargs": settings,
+    }
+
+
+def answered(model, tasks, **options):
+    """Returns per task what lm_eval takes for answers, and what a filter makes of them."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    options["task_manager"] = TaskManager(include_defaults=False)
+    found = lm_eval.simple_evaluate(model=model, tasks=tasks, bootstrap_iters=0, **options)
+    return {
+        task: [(row["arguments"], row["resps"], row["filtered_resps"]) for row in samples]
+        for task, samples in found["samples"].items()
+    }
+
+
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Qwen3", marks=pytest.mark.slow)])
+def test_answers_are_those_of_lm_eval(writers, family):
+    """As GSM8K asks, with stop strings, and as IFEval, without; contexts are cut alike."""
+    theirs, ours = both(writers / family)
+    ask = functools.partial(question_task, writers)
+    stop = ["Question:", "</s>", "<|im_end|>"]
+    plain = ask("plain", until=[], do_sample=False, temperature=0.0, max_gen_toks=100)
+    expected = answered(theirs, [plain])
+    texts = [answers[0][0] for _, answers, _ in expected["plain"]]
+    stop += [text[i : i + 2] for text, i in zip(texts, (20, 14, 9, 7), strict=False) if text[i:]]
+    stopped = ask("stopped", until=stop, do_sample=False, max_gen_toks=100)
+    expected |= answered(theirs, [stopped])
+    assert answered(ours, [plain, stopped]) == expected
+    ends = [answers[0][0] for _, answers, _ in expected["stopped"]]
+    assert len(set(texts)) >= len(texts) - 1
+    assert sum(a != b for a, b in zip(texts, ends, strict=True)) >= 3
+    lengths = [len(ours.tok_encode(text)) for text in texts]
+    assert min(lengths) < 90 < max(lengths)  # of at most 101
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"add_bos_token": False, "max_length": 300}])
+def test_answers_in_a_conversation_are_those_of_lm_eval(writers, options):
+    theirs, ours = both(writers / "Llama", **options)
+    task = question_task(writers, "chat", until=["\n\n", "e"], repetition_penalty=1.2)
+    expected = answered(theirs, [task], apply_chat_template=True)
+    assert expected["chat"][0][0][0][0].startswith("<s>user: Question: ")
+    assert answered(ours, [task], apply_chat_template=True) == expected
+
+
+def request(settings, text="x"):
     from lm_eval.api.instance import Instance
 
-    _, ours = both(place / "model")
-    request = Instance("generate_until", {}, ("x", {}), 0, metadata=("gsm8k", 0, 1))
-    with pytest.raises(NotImplementedError, match="gsm8k .*multiple_choice, loglikelihood"):
-        ours.generate_until([request])
+    return Instance("generate_until", {}, (text, settings), 0, metadata=("gsm8k", 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"temperature": 0.7}, "do_sample None, temperature 0.7 draws answers at random"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample True, temperature 0.0 draws"),
+        ({"num_beams": 4}, "num_beams 4 changes greedy answers"),
+        ({"max_length": 100}, "max_length is not supported; expected until, max_gen_toks"),
+        ({"max_gen_toks": 320}, "max_gen_toks 320 leaves no room .* expected at most 319"),
+    ],
+)
+def test_settings_of_tasks_that_are_not_greedy_are_refused(writers, settings, says):
+    _, ours = both(writers / "Llama")
+    with pytest.raises(ValueError, match=f"gsm8k: generation_kwargs: {says}"):
+        ours.generate_until([request(settings)])
+
+
+def test_answers_are_cached_in_the_order_of_requests(writers):
+    _, ours = both(writers / "Llama")
+    kept = {}
+
+    class Hook:
+        def add_partial(self, kind, asked, answer):
+            kept[kind, asked[0], str(asked[1])] = answer
+
+    ours.set_cache_hook(Hook())
+    short = {"do_sample": False, "top_p": 0.9, "max_gen_toks": 4}
+    asked = [("x", {}), ("y" * 50, short), ("z", {}), ("x", short)]
+    answers = ours.generate_until([request(settings, text) for text, settings in asked])
+    assert answers[0].startswith(answers[3])
+    assert len(set(answers)) == 4
+    expected = [("generate_until", text, str(settings)) for text, settings in asked]
+    assert kept == dict(zip(expected, answers, strict=True))
+    assert ours.generate_until([]) == []
 
 
 @pytest.mark.slow

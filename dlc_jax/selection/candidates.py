@@ -102,6 +102,7 @@ class Candidates:
         by = (SELECTORS[selector].needs, rules.per_class, as_released)
         groups = self._groups(*by)
         members = [group.positions for group in groups.values()]
+        num_left_out = 0
         if as_released and gamma is not None:
             kept = flexrand_as_released(members, keep_fraction, gamma, seed, conventions)
         else:
@@ -110,6 +111,10 @@ class Candidates:
                 allocated = ALLOCATIONS[rules.allocation]
                 fractions = allocated(members, self._scores, keep_fraction, rules.min_per_class)
             distinct = self._distinct_groups(*by, rules.max_similarity)
+            num_left_out = sum(
+                len(groups[label].positions) - len(group.positions)
+                for label, group in distinct.items()
+            )
             kept = []
             for (label, group), fraction in zip(distinct.items(), fractions, strict=True):
                 if (num_all := len(groups[label].positions)) > len(group.positions):
@@ -126,6 +131,7 @@ class Candidates:
             **cell._asdict(),
             mode=mode,
             **dataclasses.asdict(rules),
+            num_left_out=num_left_out,
             chosen=chosen,
             num_kept_per_class=np.bincount(self._labels[indices], minlength=len(sizes)),
             single_sample_classes=tuple(np.flatnonzero(sizes == 1).tolist()),

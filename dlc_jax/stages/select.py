@@ -126,7 +126,7 @@ class SelectionInputs:
 EARLIER = "earlier_seconds"  # of measuring and tuning, which a selection waits for
 CELL = {"method": str, "keep_fraction": float, "split": (float, str, None), "seed": int}
 CHOICE = {"keep_fraction": float, "method": str, "split": (float, None), "why": str}
-_MANIFEST = CELL | {"chosen": (CHOICE, None)}
+_MANIFEST = CELL | {"chosen": (CHOICE, None), "num_left_out?": int}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,6 +187,8 @@ class SelectionStep:
             "how": self.inputs.how(self.cell),
             "scores_fingerprint": self.inputs.fingerprint(self.cell.method),
         }
+        if selection.max_similarity is not None:
+            manifest["num_left_out"] = selection.num_left_out
         positions, described = (root / name for name in self.files)
         with artefacts.atomic(positions) as file:
             np.save(file, selection.indices)
@@ -197,12 +199,14 @@ class SelectionStep:
         """Reads the selection, with the ids of the kept samples and of all."""
         path, described = (root / name for name in self.files)
         samples, how = self.inputs.samples, self.inputs.how(self.cell)
-        chosen = read_json(described, _MANIFEST)["chosen"]
+        manifest = read_json(described, _MANIFEST)
+        chosen = manifest["chosen"]
         indices = array_files.read_npy(path)
         expect.positions(str(path), indices, len(samples.ids))
         sizes = np.bincount(samples.labels[indices], minlength=len(samples.class_names))
         return Selection(
             indices=indices,
+            num_left_out=manifest.get("num_left_out", 0),
             **self.cell._asdict(),
             mode=self.inputs.mode,
             **{name: value for name, value in how.items() if name not in ("score", "tuning")},
@@ -315,6 +319,11 @@ def run(job: Job) -> None:
         if made is None:
             continue
         num_made += 1
+        if num_made == 1 and made.value.max_similarity is not None:  # of every method the same
+            say(
+                f"select: {made.value.num_left_out} of {len(inputs.samples.ids)} samples left out "
+                f"as near-duplicates of others (a cosine above {made.value.max_similarity:g})"
+            )
         num_lost = int((made.value.num_kept_per_class == 0).sum())
         if num_lost and cell.keep_fraction not in bare:
             bare.add(cell.keep_fraction)

@@ -579,6 +579,7 @@ class Selection:
       allocation: How the total was shared among classes: `proportional` or `nucs`.
       per_class: Whether each class was selected from; False: all samples as one group.
       max_similarity: Cosine above which near-duplicates were left out; None: none were.
+      num_left_out: Samples that were left out so before anything was selected.
       chosen: What `auto` stood for; None where it was not asked for.
       labels_fingerprint: SHA-256 of all labels it was selected from; None if not known.
       ids: Kept sample ids, in the order of `indices`; None where `select` was not given any.
@@ -598,6 +599,7 @@ class Selection:
     allocation: str = "proportional"
     per_class: bool = True
     max_similarity: float | None = None
+    num_left_out: int = 0
     chosen: Choice | None = None
     labels_fingerprint: str | None = None
     ids: np.ndarray | None = dataclasses.field(default=None, repr=False)

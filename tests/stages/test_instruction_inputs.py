@@ -34,7 +34,7 @@ def values(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     return {
         "dataset": {"train": f"json:{tmp_path}/train.json"},
-        "encoder": {"name": "decoder", "weights": "demo:tiny-llama", "max_length": 40},
+        "encoder": {"name": "decoder", "weights": "demo:tiny-llama", "max_length": 64},
         "probe": {"num_probes": 1, "dtype": "float32"},
         "stages": ("score", "select"),
     }
@@ -69,12 +69,16 @@ def test_one_pass_gives_what_all_of_them_need(values, tmp_path, monkeypatch):
     }
     run(selection=selection)
     assert passes == ["measure_responses", "response_features"]  # the second of the target
+    left_out = (
+        "select: 1 of 24 samples left out as near-duplicates of others (a cosine above 0.9999)"
+    )
+    assert left_out in said
     assert "Spearman's correlation of DLC with perplexity" in "\n".join(said)
     root = tmp_path / "run"
     held = {name: np.load(root / f"scores/{name}.npz") for name in ("features", "similarities")}
     model = dlc.load_language_model("demo:tiny-llama", dtype="float32")
     data, target = (
-        dlc.tokenise(dlc.load_instructions(source), model.tokenizer, 40)
+        dlc.tokenise(dlc.load_instructions(source), model.tokenizer, 64)
         for source in (values["dataset"]["train"], selection["target"])
     )
     features, targets = (dlc.response_features(model, some) for some in (data, target))
@@ -83,7 +87,7 @@ def test_one_pass_gives_what_all_of_them_need(values, tmp_path, monkeypatch):
     cosines = dlc.similarities(features, targets)
     np.testing.assert_allclose(held["similarities"]["similarities"], cosines, atol=1e-6)
     found = dlc.measure_responses(
-        model, dlc.load_instructions(values["dataset"]["train"]), max_length=40
+        model, dlc.load_instructions(values["dataset"]["train"]), max_length=64
     )
     table = artefacts.read_scores(root).scores
     t_shirt = dlc.score(found, method="ifd", variant="t_shirt")
@@ -100,6 +104,7 @@ def test_one_pass_gives_what_all_of_them_need(values, tmp_path, monkeypatch):
         np.testing.assert_array_equal(np.load(path), kept.indices)
         manifest = json.loads(path.with_suffix(".json").read_text())
         assert manifest["how"]["max_similarity"] == 0.9999
+        assert manifest["num_left_out"] == kept.num_left_out == 1
         assert not {3, 23} <= {*kept.indices.tolist()}
     run(selection=selection)
     assert passes == []

@@ -30,7 +30,9 @@ COUNTS = {
     "google/gemma-3-12b-pt": 11_766_034_176,
 }
 LARGEST = "google/gemma-2-9b"
-MODELS = [LARGEST, *(pytest.param(m, marks=pytest.mark.slow) for m in COUNTS if m != LARGEST)]
+OTHERS = {name: pytest.mark.long for name in COUNTS if name != LARGEST}
+OTHERS["google/gemma-3-12b-pt"] = pytest.mark.slow
+MODELS = [LARGEST, *(pytest.param(name, marks=mark) for name, mark in OTHERS.items())]
 MISTRAL = PAPER_MODELS["mistralai/Mistral-7B-v0.3"]
 GEMMA = PAPER_MODELS[LARGEST]
 
@@ -39,7 +41,7 @@ def scoring(config, fsdp, tokens_per_batch=8192):
     return Scoring(config, "bfloat16", "l1", 8, tokens_per_batch, 2048, fsdp)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COUNTS)
 def test_sizes_of_known_models(name):
     architecture = Architecture(KNOWN_MODELS[name], "bfloat16")
     shapes = jax.tree.leaves(architecture.abstract_params())

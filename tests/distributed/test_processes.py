@@ -269,7 +269,7 @@ def stop_when(started, workdir: Path, pattern: str) -> tuple[list[int], list[str
     return ended(started)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_that_is_stopped_ends_as_if_it_had_not_been(data, tmp_path):
     arguments = [*SCORE, *SWEEP, *data["odd"]]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -112,7 +112,7 @@ def test_resnet18_keeps_the_same_photographs_through_both_doors(photographs, tmp
     ("name", "size"),
     [
         pytest.param("vit_tiny_patch16_224", 64, marks=pytest.mark.long),
-        pytest.param("convnext_atto", 64, marks=pytest.mark.slow),
+        pytest.param("convnext_atto", 64, marks=pytest.mark.long),
         pytest.param("vit_small_patch14_dinov2", 70, marks=pytest.mark.long),
     ],
 )

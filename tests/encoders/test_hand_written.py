@@ -231,10 +231,13 @@ def test_every_name_is_timms(timm, name):
         assert architecture.head == {"token": "cls", "map": "own"}[model.global_pool]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "image_size"),
-    [("convnext_tiny", 224), ("convnextv2_tiny", 160), ("vit_small_patch14_reg4_dinov2", 224)],
+    [
+        pytest.param("convnext_tiny", 224, marks=pytest.mark.long),
+        pytest.param("convnextv2_tiny", 160, marks=pytest.mark.slow),
+        pytest.param("vit_small_patch14_reg4_dinov2", 224, marks=pytest.mark.long),
+    ],
 )
 def test_whole_networks_are_timms(timm, tmp_path, name, image_size):
     from safetensors.torch import save_file

@@ -57,8 +57,14 @@ def held(losses, labels, num_probes, seed):
     return [low - 1e-9 <= value <= high + 1e-9 for (_, low, high), value in pairs]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("exponent", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize(
+    "exponent",
+    [
+        pytest.param(0.5, marks=pytest.mark.long),
+        pytest.param(0.7, marks=pytest.mark.slow),
+        pytest.param(0.9, marks=pytest.mark.long),
+    ],
+)
 def test_intervals_hold_the_truth_on_curves_of_the_kind_that_is_assumed(exponent):
     found = [
         held(*curves(exponent, num=400, seed=seed), num_probes, seed)

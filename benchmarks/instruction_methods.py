@@ -22,10 +22,12 @@ from absl import app, flags
 from jaxtyping import Float32
 
 import dlc_jax as dlc
+from dlc_jax.files.whole_files import atomic
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.reports import what_dlc_adds
 from dlc_jax.reports.table import markdown
 from dlc_jax.scores import column_name
+from dlc_jax.workspace.artefacts import json_hash
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where finished runs are, or go.")
 _WEIGHTS = flags.DEFINE_string("weights", "demo:tiny-llama", "The model.")
@@ -35,7 +37,7 @@ _KEEP = flags.DEFINE_float("keep", 0.25, "Fraction kept.")
 _LENGTH = flags.DEFINE_integer("max_length", 256, "Longest sequence, in tokens.")
 _ROWS = flags.DEFINE_integer("rows", None, "Only so many rows of each; for a trial.")
 _SEEDS = (0, 1, 2)
-_LEFT_OUT = 0.2  # of all rows, as near-duplicates: the limit that takes as many
+_LEFT_OUT = 0.2  # of all rows, as near-duplicates: the limit takes about as many
 _LORA = dlc.LoraConfig(
     optimiser="adamw", learning_rate=1e-3, warmup_steps=3, batch_size=8, epochs=2, packing=True
 )
@@ -80,11 +82,14 @@ class Setting(NamedTuple):
         self, kept: np.ndarray | None, seed: int, name: str
     ) -> Float32[np.ndarray, " t"]:
         """Returns the loss of every held-out response after LoRA on what is kept."""
-        file = Path(_WORKDIR.value) / f"{name}-{seed}.npy"
+        decisive = [self.model.fingerprint, self.train.fingerprint, self.test.fingerprint]
+        decisive += [repr(_LORA), None if kept is None else kept.tolist(), seed]
+        file = Path(_WORKDIR.value) / f"{name}-{seed}-{json_hash(decisive)[:12]}.npy"
         if not file.exists():
             result = dlc.finetune_lora(self.model, self.train, kept, seed=seed, settings=_LORA)
             file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, dlc.response_losses(result.model, self.test))
+            with atomic(file) as whole:
+                np.save(whole, dlc.response_losses(result.model, self.test))
             print(f"{name}, seed {seed}: {np.load(file).mean():.4f}", flush=True)
         return np.load(file)
 
@@ -113,7 +118,7 @@ def main(_: list[str]) -> None:
         own = probes if way.score == "dlc" else responses
         scores = dlc.score(own, method=way.score, variant=way.variant)
         rules = dlc.Rules(max_similarity=limit if way.is_deduplicated else None)
-        runs = []
+        runs, counts = [], []
         for seed in _SEEDS:
             kept = dlc.select(
                 scores,
@@ -127,7 +132,8 @@ def main(_: list[str]) -> None:
             ).indices
             name = f"{way.name}{', distinct' if way.is_deduplicated else ''}".replace(" ", "_")
             runs.append(setting.losses_after(kept, seed, name))
-        found[way], tokens[way] = np.stack(runs), int(train.num_response[kept].sum())
+            counts.append(int(train.num_response[kept].sum()))
+        found[way], tokens[way] = np.stack(runs), round(float(np.mean(counts)))
     print(
         f"\n{len(train)} rows, {len(kept)} kept of them; {len(test)} held out. A cosine above "
         f"{limit:.4f} counts as near-duplicate. Loss before training {base.mean():.4f}, after "

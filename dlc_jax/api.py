@@ -23,7 +23,7 @@ from dlc_jax.probes import Compute, RankCertificate, certify, features, probe
 from dlc_jax.probes.responses import measure_responses, response_features
 from dlc_jax.probes.text import probe_responses, response_losses
 from dlc_jax.scores import score
-from dlc_jax.selection import Rules, select, similarities
+from dlc_jax.selection import Candidates, Rules, select, similarities
 from dlc_jax.training.images import FinetuneConfig, RecordConfig, finetune, record_training
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.tuner import finetune_lora
@@ -40,6 +40,7 @@ from dlc_jax.types import (
 )
 
 __all__ = [
+    "Candidates",
     "Compute",
     "Dataset",
     "Encoder",

@@ -384,8 +384,10 @@ def split(value: float, name: str = "split") -> None:
 
 
 def max_similarity(value: float, name: str = "max_similarity") -> None:
-    """Raises unless a cosine is in (0, 1)."""
+    """Raises unless a cosine is in (0, 1), also as single precision has it."""
     _open_fraction(name, value, "the cosine of near-duplicates")
+    if np.float32(value) == 1:
+        raise InputError(f"{name}: {value!r} is 1 in single precision; expected at most 0.9999999.")
 
 
 def _open_fraction(name: str, value: Any, what: str, hint: str = "") -> None:

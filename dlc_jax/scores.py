@@ -206,8 +206,9 @@ def ifd(of: ResponseLosses, variant: str = "published") -> Float32[np.ndarray, "
         to the loss behind `### Response:`, and 0 where that is above 1. The code drops such
         samples; a 0 ranks below all other scores, so that `hardest` keeps one only if there are too
         few others. `t_shirt`, as `superfiltering` of the half of all tokens whose losses the prompt
-        changes most, one threshold for the whole set; 0 where `superfiltering` is 1 or more, which
-        T-SHIRT drops. Its average over copies with noise in their embeddings is not taken.
+        changes most, one threshold for the whole set; as in T-SHIRT's code, 1 for a response that
+        has none of them. 0 where `superfiltering` is 1 or more, which that code drops. Its average
+        over copies with noise in their embeddings is not taken.
     Raises:
       ValueError: a response whose loss alone is not known, or is 0, so that there is no ratio;
         losses behind `### Response:`, or of tokens, that were not measured.

@@ -84,7 +84,10 @@ class Greedy(NamedTuple):
         where = f"{model.folder}: generation_config.json"
         check_is_greedy(where, settings)
         found = settings.get("eos_token_id", ())
-        ends = {found} if isinstance(found, int) else set(found)
+        some = [found] if isinstance(found, int) else found
+        if not isinstance(some, list | tuple) or not all(isinstance(end, int) for end in some):
+            raise expect.InputError(f"{where}: eos_token_id {found!r}, expected ids.")
+        ends = set(some)
         if tokenizer.eos_token_id is not None:
             ends.add(tokenizer.eos_token_id)
         penalty = settings.get("repetition_penalty", 1.0)
@@ -146,7 +149,8 @@ def generate(
       stop: Texts that end an answer, of which they are no part.
       max_length: Most tokens of prompt and answer together; None: the model's limit.
       tokens_per_batch: Prompts times padded length, answers included, of a program call; changes
-        speed and memory.
+        speed and memory. In half precision the likeliest token can be another one where two are
+        nearly as likely, since sums are rounded otherwise.
       progress: Whether to show a bar.
     Returns:
       The answers, without special tokens.
@@ -161,13 +165,14 @@ def generate(
       (1, False)
     """
     for name, texts in (("prompts", prompts), ("stop", stop)):
-        if isinstance(texts, str):
-            raise expect.InputError(f"{name}: got the text {texts!r}, expected a list of texts.")
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise expect.InputError(f"{name}: got {texts!r}, expected a list of texts.")
     if "" in stop:
         raise expect.InputError("stop: got an empty text, expected texts that can be found.")
     expect.integer("max_new_tokens", max_new_tokens, 1)
     expect.at_least("tokens_per_batch", tokens_per_batch, 1)
     limit = longest_input(model, max_length)
+    expect.at_least("max_length, for a prompt and an answer", limit, 2)
     expect.at_most(f"max_new_tokens, of max_length {limit}", max_new_tokens, limit - 1)
     rows = [_encoded(model.tokenizer, *prompt) for prompt in enumerate(prompts)]
     for number, row in enumerate(rows):

@@ -39,7 +39,10 @@ except ImportError as error:
 
 _log = logging.getLogger(__name__)
 # Settings of a task that greedy answers do not depend on; of others check_is_greedy decides
-_OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h")
+_WITHOUT_EFFECT = (
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h"),
+    *("use_cache", "pad_token_id"),
+)
 
 
 @register_model("dlc_jax")
@@ -48,7 +51,8 @@ class JaxLM(TemplateLM):
 
     It gives log-likelihoods, those of multiple choice included, and greedy answers; requests that
     sample are refused. Where the begin of sequence goes and where an answer ends is decided as for
-    `--model hf` with batches of one.
+    `--model hf` with batches of one; in half precision, rounding may choose between two tokens that
+    are as likely.
     """
 
     max_gen_toks = 256  # most tokens of an answer where a task does not say
@@ -213,18 +217,27 @@ class JaxLM(TemplateLM):
         for position, request in enumerate(requests):
             key = json.dumps(request.args[1], sort_keys=True, default=repr)
             groups.setdefault(key, []).append(position)
+        # what is wrong with any of them is said before the first is answered
+        asked = [
+            (positions, self._asked([requests[position] for position in positions], greedy))
+            for positions in groups.values()
+        ]
         found = [""] * len(requests)
-        for positions in groups.values():
-            own = [requests[position] for position in positions]
-            for position, answer in zip(
-                positions, self._answers(own, greedy, not disable_tqdm), strict=True
-            ):
+        for positions, (rows, how) in asked:
+            own = answers(
+                self.model,
+                rows,
+                **how,
+                tokens_per_batch=self.tokens_per_batch,
+                progress=not disable_tqdm,
+            )
+            for position, answer in zip(positions, own, strict=True):
                 found[position] = answer
                 self.cache_hook.add_partial("generate_until", requests[position].args, answer)
         return found
 
-    def _answers(self, requests: list[Any], greedy: Greedy, progress: bool) -> list[str]:
-        """Answers requests of the same settings."""
+    def _asked(self, requests: list[Any], greedy: Greedy) -> tuple[list[list[int]], dict[str, Any]]:
+        """Returns contexts of requests of the same settings, and what `answers` takes besides."""
         where = f"{requests[0].task_name}: generation_kwargs"
         until, most, penalty = self._settings(where, requests[0].args[1])
         if penalty is not None:
@@ -245,15 +258,8 @@ class JaxLM(TemplateLM):
             )
         rows = [row[-room:] for row in rows]
         check_prompts(self.model, rows)
-        return answers(
-            self.model,
-            rows,
-            Ending(self.tokenizer, greedy, until),
-            max_new_tokens=most,
-            longest=room,
-            tokens_per_batch=self.tokens_per_batch,
-            progress=progress,
-        )
+        ending = Ending(self.tokenizer, greedy, until)
+        return rows, {"ending": ending, "max_new_tokens": most, "longest": room}
 
     def _settings(self, where: str, given: dict[str, Any]) -> tuple[list[str], int, float | None]:
         """Returns stop strings, most tokens, and a repetition penalty if there is one.
@@ -267,14 +273,17 @@ class JaxLM(TemplateLM):
             settings.pop("until"), eos=None if end is None else self.tokenizer.decode(end)
         )
         most, penalty = settings.pop("max_gen_toks"), settings.pop("repetition_penalty", None)
+        expect.integer(f"{where}: max_gen_toks", most, 1)
+        if penalty is not None:
+            expect.at_least(f"{where}: repetition_penalty", penalty, 0, exclusive=True)
         if settings.pop("do_sample"):
             raise expect.InputError(
                 f"{where}: do_sample {given.get('do_sample')}, temperature "
-                f"{given.get('temperature')} draws answers at random; expected do_sample: false "
-                "or temperature: 0, since answers are greedy here."
+                f"{given.get('temperature')} draws answers at random; expected do_sample: false, "
+                "since answers are greedy here."
             )
         check_is_greedy(where, settings)
-        known = (*_OF_SAMPLING, *NEUTRAL)
+        known = (*_WITHOUT_EFFECT, *NEUTRAL)
         if unknown := sorted(settings.keys() - set(known)):
             raise expect.InputError(
                 f"{where}: {expect.listed(unknown)} is not supported; expected until, "

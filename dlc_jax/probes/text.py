@@ -14,9 +14,7 @@ from dlc_jax.distributed import Run
 from dlc_jax.encoders.decoder import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import Importance, PathSpec, Thresholds, masked, masked_by_layer
-from dlc_jax.preprocess.token_batches import (
-    TOKENS_PER_BATCH,
-)
+from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.path import LearningPath, learning_path, measured_path
 from dlc_jax.probes.text_work import TextWork

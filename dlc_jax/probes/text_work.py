@@ -29,7 +29,7 @@ class TextWork(NamedTuple):
       model, data: Language model and tokenised instructions.
       shards: All batches, neighbouring ones together.
       at_once: How many batches a program call takes side by side.
-      parts: Where the losses of each shard are kept.
+      parts: Where what is found of each shard is kept.
       team: Who does which part.
       progress: Whether to show a bar.
     """
@@ -127,7 +127,7 @@ class TextWork(NamedTuple):
             bar = tqdm(
                 total=total,
                 initial=total - left,
-                desc="losses",
+                desc="responses",
                 unit="row",
                 disable=distributed.hides_bar(self.progress),
             )

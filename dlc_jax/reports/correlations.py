@@ -47,19 +47,22 @@ def what_dlc_adds(scores: Mapping[str, Shaped[np.ndarray, " n"]]) -> str:
     """Returns a line on what the ranking by DLC has beyond perplexity and length.
 
     Args:
-      scores: By column; "" is returned where these three are not all there, or of few samples.
+      scores: By column; "" is returned where these three are not all there, one is the same for all
+        samples, or samples are few.
     """
     if not {"dlc", "perplexity", "length"} <= scores.keys() or len(scores["dlc"]) < _FEWEST:
         return ""
     dlc, perplexity, length = (scores[name] for name in ("dlc", "perplexity", "length"))
-    parts = [
-        f"{name} {partial_rank_correlation(dlc, one):.2f} "
-        f"({partial_rank_correlation(dlc, one, [other]):.2f} at equal {held})"
-        for name, one, held, other in (
-            ("perplexity", perplexity, "length", length),
-            ("length", length, "perplexity", perplexity),
-        )
-    ]
+    if any(np.ptp(score) == 0 for score in (dlc, perplexity, length)):
+        return ""  # what is the same everywhere ranks nothing
+    parts = []
+    for name, one, held, other in (
+        ("perplexity", perplexity, "length", length),
+        ("length", length, "perplexity", perplexity),
+    ):
+        at_equal = partial_rank_correlation(dlc, one, [other])
+        left = f"{at_equal:.2f} at" if np.isfinite(at_equal) else "nothing is left at"
+        parts.append(f"{name} {partial_rank_correlation(dlc, one):.2f} ({left} equal {held})")
     share = share_beyond(dlc, [perplexity, length])
     return (
         f"Spearman's correlation of DLC with {', with '.join(parts)}; {share:.0%} of its ranking "

@@ -41,6 +41,11 @@ class Candidates:
       inputs: Other arrays of `INPUTS`, [n, d], by name.
     Raises:
       ValueError: an unknown input, or one that is given twice.
+    Example:
+      >>> cosines = dlc.similarities(np.eye(3), np.array([[0.0, 1.0, 1.0]]))
+      >>> candidates = dlc.Candidates(None, np.zeros(3, int), inputs={"similarities": cosines})
+      >>> candidates.select(method="rds", keep_fraction=0.7).indices.tolist()
+      [1, 2]
     """
 
     def __init__(
@@ -102,7 +107,7 @@ class Candidates:
         by = (SELECTORS[selector].needs, rules.per_class, as_released)
         groups = self._groups(*by)
         members = [group.positions for group in groups.values()]
-        num_left_out = 0
+        num_left_out = num_short = 0
         if as_released and gamma is not None:
             kept = flexrand_as_released(members, keep_fraction, gamma, seed, conventions)
         else:
@@ -111,14 +116,14 @@ class Candidates:
                 allocated = ALLOCATIONS[rules.allocation]
                 fractions = allocated(members, self._scores, keep_fraction, rules.min_per_class)
             distinct = self._distinct_groups(*by, rules.max_similarity)
-            num_left_out = sum(
-                len(groups[label].positions) - len(group.positions)
-                for label, group in distinct.items()
-            )
             kept = []
             for (label, group), fraction in zip(distinct.items(), fractions, strict=True):
-                if (num_all := len(groups[label].positions)) > len(group.positions):
-                    fraction = min(1.0, round(num_all * fraction) / len(group.positions))
+                num_all, num = len(groups[label].positions), len(group.positions)
+                if num < num_all:
+                    num_asked = round(num_all * fraction)
+                    num_left_out += num_all - num
+                    num_short += max(num_asked - num, 0)
+                    fraction = min(1.0, num_asked / num)
                 draw = Draw(fraction, gamma, seed, label, rules.per_class, rules.variant)
                 whole = fraction == 1
                 kept.append(group.positions if whole else SELECTORS[selector].select(group, draw))
@@ -132,6 +137,7 @@ class Candidates:
             mode=mode,
             **dataclasses.asdict(rules),
             num_left_out=num_left_out,
+            num_short=num_short,
             chosen=chosen,
             num_kept_per_class=np.bincount(self._labels[indices], minlength=len(sizes)),
             single_sample_classes=tuple(np.flatnonzero(sizes == 1).tolist()),
@@ -316,7 +322,7 @@ def select(
         that name: `least_confidence`, `entropy`, `margin`, `forgetting`, `grand`, `el2n`; `longest`
         of `length`. By features: `moderate`, `herding`, `k_center_greedy`. By probabilities:
         `contextual_diversity`. By nothing: `random`. By similarities to targets, which only
-        `selection.Candidates` takes: `rds`.
+        `dlc.Candidates` takes: `rds`.
       keep_fraction: Fraction kept of each class, in (0, 1).
       split: FlexRand's gamma in (0, 1), the share of a class that counts as easy; default 0.5.
         `auto`: what `tuning` found best.
@@ -331,7 +337,7 @@ def select(
       mode: `default`: exactly round(n_j keep_fraction) of a class of n_j samples, and its only
         sample where n_j is 1. `official`: the released code's draws, rounding and order of ties,
         for splits 0.05 i and keep fractions i / 10. For instructions the authors released another,
-        of `selection.Candidates(...).select(..., mode="official", kind="instructions")`.
+        of `dlc.Candidates(...).select(..., mode="official", kind="instructions")`.
       rules: Budgets of classes, and the method's variant; see `Rules`.
     Returns:
       Kept positions, ascending, with what made them.

@@ -93,7 +93,7 @@ INPUTS: Mapping[str, Input] = {
     ),
     "similarities": Input(
         functools.partial(expect.features_fit_labels, "similarities"),
-        "dlc.similarities(...), for selection.Candidates(..., inputs=...)",
+        "dlc.similarities(...), for dlc.Candidates(..., inputs=...)",
         made_of="features",
     ),
 }
@@ -171,7 +171,8 @@ class Rules:
         this raises is selected from as at the keep fraction that gives as many. Not in `official`.
       max_similarity: Samples whose features have a cosine above it, in (0, 1), to another of their
         class are left out before anything is selected, all but one. As many are kept as without it,
-        or all that are left. None: none is left out. Not in `official`.
+        or all that are left, which may be fewer than min_per_class. None: none is left out. Not in
+        `official`.
 
     Example: `dlc.select(scores, labels, keep_fraction=0.1, rules=dlc.Rules(min_per_class=1))`.
     """
@@ -357,7 +358,8 @@ class SelectionConfig:
         rules = dataclasses.asdict(self.rules_of(method))
         if self.max_similarity is None:  # which version 0.1 did not have
             del rules["max_similarity"]
-        return {"score": self.score_of(method)} | rules
+        target = {"target": self.target} if method == "rds" else {}
+        return {"score": self.score_of(method)} | rules | target
 
     @property
     def need(self) -> Need:

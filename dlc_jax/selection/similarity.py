@@ -32,17 +32,19 @@ def similarities(
       [[0.0], [1.0], [1.0]]
     """
     for name, rows in (("features", features), ("targets", targets)):
+        if np.ndim(rows) != 2 or not np.size(rows):
+            raise expect.InputError(f"{name}: expected [n, d], got shape {np.shape(rows)}.")
         expect.features_fit_labels(name, rows, np.zeros(len(rows), np.int64))
     if features.shape[1] != targets.shape[1]:
         raise expect.InputError(
             f"targets: have {targets.shape[1]} features, expected {features.shape[1]} as the "
             "samples; are they of the same model?"
         )
-    units = _units("targets", targets)
+    units = _units("targets", targets, np.arange(len(targets)))
     found = np.empty((len(features), len(targets)), np.float32)
     for start in range(0, len(features), _BLOCK):
-        block = _units("features", features[start : start + _BLOCK], start)
-        found[start : start + _BLOCK] = np.clip(_products(block, units), -1, 1)
+        own = np.arange(start, min(start + _BLOCK, len(features)))
+        found[own] = np.clip(_products(_units("features", features, own), units), -1, 1)
     return found
 
 
@@ -60,7 +62,7 @@ def near_duplicates(
       limit: In (0, 1).
     Source: Abbas et al. 2023, SemDeDup, arXiv 2303.09540, all samples being one cluster.
     """
-    units = _units("features", features[positions])
+    units = _units("features", features, positions)
     # rounded, since the last digits depend on where a row is
     centrality = np.round(units @ units.mean(axis=0, dtype=np.float64), 6)
     order = np.argsort(centrality, kind="stable")
@@ -86,16 +88,19 @@ def _has_like_one_before(
     return jax.lax.map(of_block, places.reshape(-1, block)).ravel()
 
 
-def _units(name: str, rows: Float[np.ndarray, "n d"], start: int = 0) -> Float32[np.ndarray, "n d"]:
-    """Returns rows of length 1."""
-    wide = rows.astype(np.float64)
-    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-    if not lengths.all():
+def _units(
+    name: str, rows: Float[np.ndarray, "n d"], positions: Int64[np.ndarray, " k"]
+) -> Float32[np.ndarray, "k d"]:
+    """Returns some rows, brought to length 1."""
+    wide = rows[positions].astype(np.float64)
+    largest = np.abs(wide).max(axis=1, keepdims=True)
+    if not largest.all():
         raise expect.InputError(
-            f"{name}: the row at position {start + int(np.argmin(lengths))} is 0, so that it has "
-            "no direction; expected another one."
+            f"{name}: the row at position {positions[np.argmin(largest)]} is 0, so that it has no "
+            "direction; expected another one."
         )
-    return (wide / lengths).astype(np.float32)
+    wide /= largest  # squares of very large or small numbers are lost
+    return (wide / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float32)
 
 
 @jax.jit

@@ -19,7 +19,7 @@ from dlc_jax.files.json_files import check_shape, read_json
 from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO, INPUTS, SELECTORS, Candidates, Cell
 from dlc_jax.tasks import Task
-from dlc_jax.tasks.measurements import read_input, record_with
+from dlc_jax.tasks.measurements import MEASURED_WITH, read_input, record_with
 from dlc_jax.types import Choice, Selection, Tuning, labels_fingerprint
 from dlc_jax.workspace import Record, Workspace, Written, artefacts, records
 
@@ -81,15 +81,22 @@ class SelectionInputs:
         if AUTO in (method, split):
             names = {"tune", *self._inputs_of(AUTO)}
         else:
-            names = {record_with(name) for name in self._inputs_of(method)}
+            names = set().union(*map(self._measured_in, self._inputs_of(method)))
         if self._by_scores(method):
             of = SCORES[self._config.selection.score_name(method)].of
             names.add("training" if of == "training" else "score")
-        return sum(self._seconds.get(name, 0.0) for name in names)
+        return sum(self._records[name].seconds for name in names & self._records.keys())
+
+    def _measured_in(self, name: str) -> set[str]:
+        """Returns the steps that gave an input, and what it is made of."""
+        step, made_of = record_with(name), INPUTS[name].made_of
+        found = {step} if made_of is None else {step} | self._measured_in(made_of)
+        facts = self._records[step].facts if step in self._records else {}
+        return found | {str(facts.get(MEASURED_WITH, step))}
 
     @functools.cached_property
-    def _seconds(self) -> dict[str, float]:
-        return {record.step: record.seconds for record in records.matching(self._workdir, "*")}
+    def _records(self) -> dict[str, Record]:
+        return {record.step: record for record in records.matching(self._workdir, "*")}
 
     def _by_scores(self, method: str) -> bool:
         """Whether scores decide what a method selects, or how much of each class."""
@@ -126,7 +133,7 @@ class SelectionInputs:
 EARLIER = "earlier_seconds"  # of measuring and tuning, which a selection waits for
 CELL = {"method": str, "keep_fraction": float, "split": (float, str, None), "seed": int}
 CHOICE = {"keep_fraction": float, "method": str, "split": (float, None), "why": str}
-_MANIFEST = CELL | {"chosen": (CHOICE, None), "num_left_out?": int}
+_MANIFEST = CELL | {"chosen": (CHOICE, None), "num_left_out?": int, "num_short?": int}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,7 +195,7 @@ class SelectionStep:
             "scores_fingerprint": self.inputs.fingerprint(self.cell.method),
         }
         if selection.max_similarity is not None:
-            manifest["num_left_out"] = selection.num_left_out
+            manifest |= {name: getattr(selection, name) for name in ("num_left_out", "num_short")}
         positions, described = (root / name for name in self.files)
         with artefacts.atomic(positions) as file:
             np.save(file, selection.indices)
@@ -207,9 +214,14 @@ class SelectionStep:
         return Selection(
             indices=indices,
             num_left_out=manifest.get("num_left_out", 0),
+            num_short=manifest.get("num_short", 0),
             **self.cell._asdict(),
             mode=self.inputs.mode,
-            **{name: value for name, value in how.items() if name not in ("score", "tuning")},
+            **{
+                name: value
+                for name, value in how.items()
+                if name not in ("score", "tuning", "target")
+            },
             chosen=None if chosen is None else choice_of(chosen),
             num_kept_per_class=sizes,
             labels_fingerprint=labels_fingerprint(samples.labels),
@@ -323,6 +335,11 @@ def run(job: Job) -> None:
             say(
                 f"select: {made.value.num_left_out} of {len(inputs.samples.ids)} samples left out "
                 f"as near-duplicates of others (a cosine above {made.value.max_similarity:g})"
+            )
+        if made.value.num_short:
+            say(
+                f"select: note: {cell.name} keeps {len(made.value)}, {made.value.num_short} fewer "
+                "than asked for: so many different samples are not there"
             )
         num_lost = int((made.value.num_kept_per_class == 0).sum())
         if num_lost and cell.keep_fraction not in bare:

@@ -50,7 +50,6 @@ class Scored(NamedTuple):
       dataset: Training data.
       encoder: As `mode` has it.
       say: Takes each line meant for the user.
-      root: Work directory.
       target: What selected samples should be like; None: nothing is asked for.
     """
 
@@ -58,8 +57,12 @@ class Scored(NamedTuple):
     dataset: Dataset
     encoder: Encoder
     say: Callable[[str], None]
-    root: Path
     target: Dataset | None
+
+    @property
+    def by_the_way(self) -> dict[str, np.ndarray]:
+        """Nothing: every input of images has a pass of its own."""
+        return {}
 
     @property
     def made_of(self) -> dict[str, Any]:
@@ -160,16 +163,17 @@ def _features(scored: Scored, run: Run) -> Float32[np.ndarray, "n d"]:
     return features(encoder, scored.images, mode=config.mode, compute=config.probe, run=run)
 
 
-def _similarities(scored: Scored, run: Run) -> Float32[np.ndarray, "n q"]:
+def _features_of_targets(scored: Scored, run: Run) -> Float32[np.ndarray, "q d"]:
     assert scored.target is not None  # checked with the configuration
-    of_targets = _features(scored._replace(dataset=scored.target), run)
-    return measurements.similarities_to(scored, of_targets)
+    found = _features(scored._replace(dataset=scored.target), run)
+    measurements.note_left_out(scored, len(found))
+    return found
 
 
 # By names in `INPUTS`.
 MEASURED: Mapping[str, Measurement] = {
     "features": Measurement(_features),
-    "similarities": Measurement(_similarities),
+    "similarities": Measurement(_features_of_targets, compared=measurements.similarities_to),
 }
 
 
@@ -274,7 +278,7 @@ class ImageTask:
         resolved = dataclasses.replace(config, encoder=settings)
         target = config.selection.target
         others = None if target is None else self._sources.load_together(target)
-        scored = Scored(resolved, dataset, encoder, self._say, workspace.root, others)
+        scored = Scored(resolved, dataset, encoder, self._say, others)
         if not workspace.ensure(LossesStep(scored, config.asked)):
             self._say("score: unchanged, not run again")
         workspace.alone(lambda: self._write_table(scored, workspace))

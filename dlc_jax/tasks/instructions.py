@@ -40,6 +40,7 @@ from dlc_jax.tasks.measurements import (
     NOT_IN_LOSSES,
     Measurement,
     measure_inputs,
+    note_left_out,
     scored_encoder,
     similarities_to,
     write_certificate,
@@ -66,7 +67,8 @@ class ScoredInstructions:
       data: Instructions, those included that are left out.
       model: As it is scored with.
       mesh: All devices.
-      features: What the pass over responses found besides; None: there was none, or none asked for.
+      target: What selected samples should be like; None: nothing is asked for.
+      by_the_way: Features that the pass over responses gave, until their own step takes them.
     """
 
     config: Config
@@ -74,9 +76,8 @@ class ScoredInstructions:
     model: LanguageModel
     mesh: Mesh
     say: Callable[[str], None]
-    root: Path
     target: Instructions | None = None
-    features: list[np.ndarray] = dataclasses.field(default_factory=list)
+    by_the_way: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def made_of(self) -> dict[str, Any]:
@@ -110,8 +111,6 @@ class ScoredInstructions:
 
 
 def _features(scored: ScoredInstructions, run: Run) -> Float32[np.ndarray, "n d"]:
-    if scored.features:
-        return scored.features.pop()
     return _features_of(scored, scored.tokens, run)
 
 
@@ -122,16 +121,17 @@ def _features_of(
     return response_features(scored.model, tokens, tokens_per_batch=num, run=run)
 
 
-def _similarities(scored: ScoredInstructions, run: Run) -> Float32[np.ndarray, "n q"]:
+def _features_of_targets(scored: ScoredInstructions, run: Run) -> Float32[np.ndarray, "q d"]:
     assert scored.target is not None  # checked with the configuration
     tokens = _tokenised(scored.config, scored.target, scored.model.tokenizer, scored.max_length)
-    return similarities_to(scored, _features_of(scored, tokens, run))
+    note_left_out(scored, len(tokens))
+    return _features_of(scored, tokens, run)
 
 
 # By names in `INPUTS`.
 MEASURED: Mapping[str, Measurement] = {
     "features": Measurement(_features),
-    "similarities": Measurement(_similarities),
+    "similarities": Measurement(_features_of_targets, compared=similarities_to),
 }
 
 
@@ -208,7 +208,7 @@ class ResponsesStep:
             model, kept, max_length=max_length, tokens=tokens, with_features=with_features, **how
         )
         if responses.features is not None:
-            scored.features.append(responses.features)
+            scored.by_the_way["features"] = responses.features
         return kept, tokens, probes, responses
 
     def write(self, root: Path, found: _Measured) -> Written:
@@ -254,6 +254,7 @@ def _other_scores(
     """Returns every column that can be computed; one that is not selected by may be missing."""
     wanted = {config.selection.score_of(method) for method in config.selection.methods}
     scores = {}
+    missing: dict[str, list[str]] = {}  # why -> columns
     for name, method in SCORES.items():
         for variant in method.variants if method.of == "responses" else ():
             column = column_name(name, variant)
@@ -262,7 +263,9 @@ def _other_scores(
             except expect.InputError as error:
                 if column in wanted:
                     raise
-                echo(f"score: note: no column {column}: {error}")
+                missing.setdefault(str(error), []).append(column)
+    for why, columns in missing.items():
+        echo(f"score: note: no column {', '.join(columns)}: {why}")
     return scores
 
 
@@ -354,14 +357,16 @@ class InstructionTask:
             labels = np.zeros(len(data), int) if category is None else data.categories(category)[0]
             for num in kept_by_run(config, np.bincount(labels)):
                 config.lora.steps_per_epoch(num)  # refuses before scoring what takes no step
-        if "finetune" in stages and config.dataset.test is not None:
+        sources = {"finetune": config.dataset.test, "score": config.selection.target}
+        if others := {some for stage, some in sources.items() if stage in stages and some}:
             folder = language_model.model_folder(weights)
             sizes = language_model.door_of(folder, converted=self._converted).sizes
             tokenizer = language_model.load_tokenizer(weights)
             max_length = language_model.longest_sequence(sizes, weights, config.encoder.max_length)
-            data = self._sources.load_together(config.dataset.test)
-            tokens = _tokenised(config, data, tokenizer, max_length)
-            check_vocabulary(tokens.named, sizes.vocab_size, tokenizer.convert_ids_to_tokens)
+            for source in sorted(others):
+                data = self._sources.load_together(source)
+                tokens = _tokenised(config, data, tokenizer, max_length)
+                check_vocabulary(tokens.named, sizes.vocab_size, tokenizer.convert_ids_to_tokens)
         if "evaluate" in stages:
             self.questions.check_shots(config.evaluation.num_shots)
             agree({self.questions.name: self.questions.fingerprint})
@@ -379,9 +384,7 @@ class InstructionTask:
         _ = model.fingerprint  # of all processes, where they share the weights
         target = config.selection.target
         others = None if target is None else self._sources.load_together(target)
-        scored = ScoredInstructions(
-            config, data, model, mesh, workspace.say, workspace.root, others
-        )
+        scored = ScoredInstructions(config, data, model, mesh, workspace.say, others)
         if not workspace.ensure(ResponsesStep(scored)):
             workspace.say("score: unchanged, not run again")
         measure_inputs(workspace, scored, MEASURED)

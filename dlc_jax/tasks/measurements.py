@@ -26,6 +26,7 @@ from dlc_jax.workspace.artefacts import ScoredSamples
 
 # Settings that change speed and memory, but not what comes out.
 NOT_IN_LOSSES = ("batch_size", "chunk", "tokens_per_batch")
+MEASURED_WITH = "measured_with"  # fact of an input: the step whose pass gave it
 _FACTS = {
     "dataset?": {"source": str, "fingerprint": str, "skipped?": dict},
     "encoder?": {"name": str, "fingerprint": str},
@@ -84,22 +85,22 @@ class ScoredData(Protocol):
 
     Attributes:
       config: Configuration with what the encoder or model decides filled in.
-      root: Work directory.
       say: Takes each line meant for the user.
       made_of: Data, encoder or model, and how samples are read, which decide every measurement.
       target: What selected samples should be like; None: nothing is asked for.
+      by_the_way: Inputs that another measurement found besides, until their own steps take them.
     """
 
     @property
     def config(self) -> Config: ...
-    @property
-    def root(self) -> Path: ...
     @property
     def say(self) -> Callable[[str], None]: ...
     @property
     def made_of(self) -> dict[str, Any]: ...
     @property
     def target(self) -> Samples | None: ...
+    @property
+    def by_the_way(self) -> dict[str, np.ndarray]: ...
     def run(self, scratch: Path) -> Run:
         """Returns where and on what measurements run."""
 
@@ -108,12 +109,23 @@ class Measurement(NamedTuple):
     """How an input of selectors is measured.
 
     Attributes:
-      measure: Returns the array, [n, d], in the order of the samples that were scored.
+      measure: Returns the array, [n, d], in the order of the samples that were scored, or what
+        `compared` makes it of; in all processes.
       settings: Names of the settings of `probe` that decide it, beside data and encoder.
+      compared: Makes the array of the work directory's files and of what was measured, in the first
+        process, which alone has those files; None: it is what was measured.
     """
 
-    measure: Callable[[Any, Run], Float32[np.ndarray, "n d"]]
+    measure: Callable[[Any, Run], Float32[np.ndarray, "_ d"]]
     settings: tuple[str, ...] = ("dtype",)
+    compared: Callable[[Path, np.ndarray], np.ndarray] | None = None
+
+
+class _Found(NamedTuple):
+    """What was measured, and the step in whose pass that was, if not its own."""
+
+    array: np.ndarray
+    measured_with: str | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,16 +165,20 @@ class InputStep:
         probe = self.scored.config.probe
         return {name: getattr(probe, name) for name in self.how.settings}
 
-    def compute(self, scratch: Path) -> Float32[np.ndarray, "n d"]:
-        found = self.how.measure(self.scored, self.scored.run(scratch))
-        self.scored.say(f"{self.name}: {found.shape[1]} of each sample")
-        return found
+    def compute(self, scratch: Path) -> _Found:
+        if (given := self.scored.by_the_way.pop(self.name, None)) is not None:
+            return _Found(given, "score")
+        return _Found(self.how.measure(self.scored, self.scored.run(scratch)), None)
 
-    def write(self, root: Path, found: Float32[np.ndarray, "n d"]) -> Written:
+    def write(self, root: Path, found: _Found) -> Written:
+        array, measured_with = found
+        if self.how.compared is not None:
+            array = self.how.compared(root, array)
+        self.scored.say(f"{self.name}: {array.shape[1]} of each sample")
         ids = artefacts.read_scores(root).ids
         with artefacts.atomic(root / input_file(self.name)) as file:
-            np.savez(file, allow_pickle=False, **{self.name: found}, ids=ids)
-        return Written(self.files)
+            np.savez(file, allow_pickle=False, **{self.name: array}, ids=ids)
+        return Written(self.files, {MEASURED_WITH: measured_with} if measured_with else {})
 
 
 def measure_inputs(
@@ -174,12 +190,19 @@ def measure_inputs(
             scored.say(f"{name}: unchanged, not measured again")
 
 
-def similarities_to(
-    scored: ScoredData, targets: Float32[np.ndarray, "q d"]
-) -> Float32[np.ndarray, "n q"]:
-    """Returns cosines of the samples, whose features were measured, and of targets."""
-    samples = artefacts.read_scores(scored.root)
-    return similarities(read_input(scored.root, "features", samples), targets)
+def similarities_to(root: Path, targets: Float32[np.ndarray, "q d"]) -> Float32[np.ndarray, "n q"]:
+    """Returns cosines of the samples, whose features are in the work directory, and of targets."""
+    return similarities(read_input(root, "features", artefacts.read_scores(root)), targets)
+
+
+def note_left_out(scored: ScoredData, num: int) -> None:
+    """Notes targets that were left out, where only `num` of them are there."""
+    assert scored.target is not None  # checked with the configuration
+    if missing := len(scored.target) - num:
+        scored.say(
+            f"similarities: note: {missing} of the {len(scored.target)} samples of "
+            f"{scored.target.name} are left out, since they cannot be read"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -580,6 +580,7 @@ class Selection:
       per_class: Whether each class was selected from; False: all samples as one group.
       max_similarity: Cosine above which near-duplicates were left out; None: none were.
       num_left_out: Samples that were left out so before anything was selected.
+      num_short: Samples that are missing to what was asked for, where too few were left.
       chosen: What `auto` stood for; None where it was not asked for.
       labels_fingerprint: SHA-256 of all labels it was selected from; None if not known.
       ids: Kept sample ids, in the order of `indices`; None where `select` was not given any.
@@ -600,6 +601,7 @@ class Selection:
     per_class: bool = True
     max_similarity: float | None = None
     num_left_out: int = 0
+    num_short: int = 0
     chosen: Choice | None = None
     labels_fingerprint: str | None = None
     ids: np.ndarray | None = dataclasses.field(default=None, repr=False)

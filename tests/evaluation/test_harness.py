@@ -404,12 +404,26 @@ def request(settings, text="x"):
         ({"num_beams": 4}, "num_beams 4 changes greedy answers"),
         ({"max_length": 100}, "max_length is not supported; expected until, max_gen_toks"),
         ({"max_gen_toks": 320}, "max_gen_toks 320 leaves no room .* expected at most 319"),
+        ({"max_gen_toks": 0}, "max_gen_toks: .*1.* got 0"),
+        ({"max_gen_toks": -3}, "max_gen_toks: .*1.* got -3"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": "x"}, "repetition_penalty"),
     ],
 )
-def test_settings_of_tasks_that_are_not_greedy_are_refused(writers, settings, says):
+def test_settings_of_tasks_that_are_not_greedy_are_refused(writers, monkeypatch, settings, says):
+    """Before any other request is answered."""
     _, ours = both(writers / "Llama")
+    monkeypatch.setattr(f"{type(ours).__module__}.answers", None)
     with pytest.raises(ValueError, match=f"gsm8k: generation_kwargs: {says}"):
-        ours.generate_until([request(settings)])
+        ours.generate_until([request({}), request(settings)])
+
+
+def test_settings_that_change_no_greedy_answer_are_taken(writers):
+    _, ours = both(writers / "Llama")
+    settings = {"do_sample": False, "max_gen_toks": 4}
+    others = settings | {"use_cache": True, "pad_token_id": 0, "top_k": 5}
+    first, second = ours.generate_until([request(settings), request(others)])
+    assert first == second
 
 
 def test_answers_are_cached_in_the_order_of_requests(writers):

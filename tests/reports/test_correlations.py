@@ -42,6 +42,7 @@ def test_a_copy_adds_nothing(scores):
     assert np.isnan(partial_rank_correlation(copy, scores["length"], [scores["perplexity"]]))
     line = what_dlc_adds(scores | {"dlc": copy})
     assert "perplexity 1.00 (1.00 at equal length)" in line
+    assert "(nothing is left at equal perplexity)" in line
     assert line.endswith("; 0% of its ranking is in neither")
 
 
@@ -57,3 +58,5 @@ def test_the_line_says_all_five_numbers(scores):
 def test_nothing_is_said_of_images_or_of_a_few(scores):
     assert what_dlc_adds({"dlc": scores["dlc"]}) == ""
     assert what_dlc_adds({name: some[:4] for name, some in scores.items()}) == ""
+    for name in scores:
+        assert what_dlc_adds(scores | {name: np.ones(200, np.float32)}) == ""

@@ -27,6 +27,8 @@ def test_similarities_are_the_cosines_of_torch(num):
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, torch_cosines(features, targets), atol=1e-6)
     assert dlc.similarities(features, features).max() <= 1
+    huge = features.astype(np.float64) * 1e200
+    np.testing.assert_allclose(dlc.similarities(huge, targets), found, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,7 @@ def test_similarities_are_the_cosines_of_torch(num):
         (np.ones((2, 3)) * [[1], [0]], np.ones((1, 3)), "features: the row at position 1 is 0"),
         (np.ones((2, 3)), np.zeros((1, 3)), "targets: the row at position 0 is 0"),
         (np.ones((2, 3)), np.full((1, 3), np.nan), "targets: 1 rows are not finite"),
+        (np.ones((2, 3)), np.zeros((0, 3)), r"targets: expected \[n, d\], got shape \(0, 3\)"),
     ],
 )
 def test_rows_without_a_cosine_are_refused(features, targets, says):
@@ -123,6 +126,30 @@ def test_what_is_kept_has_no_near_duplicate_and_is_as_much(
         assert len(own) == min(num_different, without.num_kept_per_class[label])
 
 
+def test_what_is_left_out_and_what_is_missing_is_counted():
+    """A class of copies keeps one of the five that were asked for, whatever the least."""
+    labels = np.repeat([0, 1], 10)
+    features = np.random.default_rng(0).normal(size=(20, 3))
+    features[:9] = features[0]
+    for least in (0, 5):
+        rules = dlc.Rules(max_similarity=0.9999, min_per_class=least)
+        kept = dlc.select(
+            None, labels, method="random", keep_fraction=0.5, features=features, rules=rules
+        )
+        assert kept.num_kept_per_class.tolist() == [2, 5]
+        assert (kept.num_left_out, kept.num_short) == (8, 3)
+    all_there = dlc.select(None, labels, method="random", keep_fraction=0.5)
+    assert (all_there.num_left_out, all_there.num_short) == (0, 0)
+
+
+def test_a_row_without_direction_is_named_by_its_position():
+    samples = samples_of(np.repeat([0, 1], 10))
+    samples["features"][15] = 0
+    samples["ids"] = np.array([f"s{i}" for i in np.random.default_rng(0).permutation(20)])
+    with pytest.raises(dlc.InputError, match="features: the row at position 15 is 0"):
+        select(**samples, method="random", keep_fraction=0.5, rules=dlc.Rules(max_similarity=0.9))
+
+
 def test_no_near_duplicate_changes_nothing():
     samples = samples_of(np.arange(50) % 2)
     for method in SELECTORS:
@@ -137,6 +164,7 @@ def test_no_near_duplicate_changes_nothing():
     ("choice", "says"),
     [
         ({"rules": dlc.Rules(max_similarity=1.0)}, "max_similarity: the cosine .* 0 and 1, got 1"),
+        ({"rules": dlc.Rules(max_similarity=1 - 1e-9)}, "is 1 in single precision"),
         ({"rules": dlc.Rules(max_similarity=0.9), "mode": "official"}, "'official' leaves nothing"),
         ({"rules": dlc.Rules(max_similarity=0.9), "features": None}, "features: max_similarity"),
         ({"method": "auto", "rules": dlc.Rules(max_similarity=0.9)}, "is tuned on all samples"),

@@ -156,3 +156,46 @@ def test_longest_is_of_instructions_alone(values, tmp_path):
     official = values | {"mode": "official", "selection": {"methods": ("longest",)}}
     with pytest.raises(dlc.InputError, match=r"official"):
         Config.of(official)
+
+
+def test_a_target_is_read_before_anything_is_scored(values, tmp_path):
+    rows = json.loads((tmp_path / "target.json").read_text())
+    rows.append({"instruction": "word " * 80, "output": "red"})
+    (tmp_path / "target.json").write_text(json.dumps(rows))
+    selection = {
+        "methods": ("rds",),
+        "keep_fractions": (0.5,),
+        "target": f"json:{tmp_path}/target.json",
+    }
+    root, said = tmp_path / "run", []
+    with pytest.raises(dlc.InputError, match=r"target\.json: 1 samples have no response left"):
+        pipeline.run(Config.of(values | {"selection": selection}), root, said.append)
+    assert not [line for line in said if line.startswith("score:")]
+    data = values["dataset"] | {"on_corrupt": "skip"}
+    pipeline.run(Config.of(values | {"selection": selection, "dataset": data}), root, said.append)
+    (note,) = [line for line in said if line.startswith("similarities: note")]
+    assert "1 of the 3 samples of json:" in note
+    cell = "selections/rds/keep_0.50-seed_0"
+    manifest = json.loads((root / f"{cell}.json").read_text())
+    assert manifest["how"]["target"] == selection["target"]
+    seconds = {
+        name: records.read(root, name).seconds for name in ("score", "features", "similarities")
+    }
+    waited = records.read(root, cell).facts["earlier_seconds"]
+    # features came from the pass that scored
+    assert waited == pytest.approx(sum(seconds.values()), abs=0.01)
+
+
+def test_fewer_than_asked_for_is_said(values, tmp_path):
+    """Of copies one is left."""
+    rows = json.loads((tmp_path / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps(rows[:2] + rows[:2] * 4))
+    selection = {"methods": ("random",), "keep_fractions": (0.5,), "max_similarity": 0.9999}
+    said: list[str] = []
+    pipeline.run(Config.of(values | {"selection": selection}), tmp_path / "run", said.append)
+    assert (
+        "select: 8 of 10 samples left out as near-duplicates of others (a cosine above 0.9999)"
+        in said
+    )
+    note = "select: note: random/keep_0.50-seed_0 keeps 2, 3 fewer than asked for"
+    assert any(line.startswith(note) for line in said)

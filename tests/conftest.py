@@ -58,9 +58,12 @@ def require_shared(name: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def timm():
-    """timm, also where torchvision's compiled operators do not match the torch build."""
+    """timm, also where torchvision's compiled operators do not match the torch build.
+
+    Before any test: transformers remembers for good that torchvision could not be imported.
+    """
     from dlc_jax.encoders.converted import timm_library
 
     return timm_library("the tests")[1]

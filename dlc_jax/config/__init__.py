@@ -168,11 +168,15 @@ class Config:
                 f"selection.methods: {LONGEST!r} is of the responses of instructions, {kind.name} "
                 "have none; expected other methods."
             )
-        if need.training and "training" not in kind.measures:
-            raise expect.InputError(
-                f"selection.methods: {kind.name} have no record of training; expected methods that "
-                "need only scores or features, such as flexrand, easiest, k_center_greedy."
-            )
+        for source, is_needed, what in (
+            ("encoder", need.measured, "features"),
+            ("training", need.training, "record of training"),
+        ):
+            if is_needed and source not in kind.measures:
+                raise expect.InputError(
+                    f"selection.methods: {kind.name} have no {what}; expected methods that need "
+                    "only scores, such as flexrand, easiest, ccs."
+                )
         if need.tuning and "tune" not in kind.stages:
             raise expect.InputError(
                 f"selection: {kind.name} have no stage 'tune', which {AUTO!r} needs; expected "

@@ -305,7 +305,7 @@ def test_settings_that_are_not_known_are_refused(writer, tmp_path, settings, say
         ({"max_new_tokens": 256}, "max_new_tokens, of max_length 256: must be <= 255"),
         ({"max_length": 257}, "max_length, of .* must be <= 256, got 257"),
         ({"stop": ["a", ""]}, "stop: got an empty text"),
-        ({"stop": "\n"}, "stop: got '..n', expected a list"),
+        ({"stop": "\n"}, "stop: got '.n', expected a list"),
         (
             {"max_length": 60, "max_new_tokens": 20},
             "prompt 2: has 80 tokens, 40 too many; expected at most 40, .* 60 less .* 20",

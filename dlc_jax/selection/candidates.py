@@ -67,6 +67,7 @@ class Candidates:
         self._given = {k: np.asarray(v) for k, v in given.items() if v is not None}
         self._given_labels, self._given_ids = np.asarray(labels), ids
         self._groups_by: dict[tuple[str, bool, bool], dict[int, Group]] = {}
+        self._left_out_by: dict[tuple[bool, float], np.ndarray] = {}
         self._distinct_by: dict[tuple[str, bool, bool, float], dict[int, Group]] = {}
 
     def select(
@@ -257,12 +258,14 @@ class Candidates:
 
     def _near_duplicates(self, per_class: bool, limit: float) -> Bool[np.ndarray, " n"]:
         """Returns which samples are left out as near-duplicates of others of their group."""
-        is_left_out = np.zeros(len(self._labels), bool)
-        for group in self._groups("features", per_class, False).values():
-            assert group.rows is not None
-            doubles = near_duplicates(group.rows, group.positions, limit)
-            is_left_out[group.positions[doubles]] = True
-        return is_left_out
+        if (per_class, limit) not in self._left_out_by:  # all pairs are compared
+            is_left_out = np.zeros(len(self._labels), bool)
+            for group in self._groups("features", per_class, False).values():
+                assert group.rows is not None
+                doubles = near_duplicates(group.rows, group.positions, limit)
+                is_left_out[group.positions[doubles]] = True
+            self._left_out_by[per_class, limit] = is_left_out
+        return self._left_out_by[per_class, limit]
 
     def _choice(self, cell: Cell, min_per_class: int, tuning: Tuning | None) -> Choice:
         """Returns what `auto` stands for."""

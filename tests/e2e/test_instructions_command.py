@@ -265,7 +265,8 @@ def test_categories_are_classes_and_other_scores_select(place, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--config.selection.methods=herding",), "instructions have no features"),
+        (("--config.selection.methods=el2n",), "instructions have no record of training"),
+        (("--config.selection.methods=rds",), "selection.target: is what method 'rds' selects by"),
         (("--config.stages=tune",), "stages: unknown value 'tune'"),
         (("--config.dataset.category=topic",), "no text in column 'topic'"),
         (("--config.dataset.template=prompt",), "no text in column 'prompt'"),

@@ -425,7 +425,7 @@ def test_every_file_of_instructions_has_its_name(tmp_path):
         *("records/evaluate/base/keep_0.00-seed_0.json", f"records/evaluate/{cell}.json"),
     }
     columns = pq.read_schema(tmp_path / "run/scores/scores.parquet").names
-    others = ["perplexity", "ifd", "ifd_superfiltering", "ifd_cherry", "length"]
+    others = ["perplexity", "ifd", "ifd_superfiltering", "ifd_cherry", "ifd_t_shirt", "length"]
     assert columns == ["id", "label", "class_name", "dlc", *others]
     answers = json.loads((tmp_path / f"run/evaluate/{cell}.json").read_text())
     assert has(answers, cell=dict, result=dict, by_subject=dict, num_questions=int)

@@ -211,7 +211,7 @@ def test_compressed_talks_are_scored_and_written_for_trainers(place, tmp_path):
         "--config.export.forms=jsonl,trl",
     )
     assert "12 rows of layout 'sharegpt', read in the tokenizer's chat template" in said
-    assert "no column ifd: ifd: compares" in said
+    assert "no column ifd, ifd_superfiltering, ifd_cherry, ifd_t_shirt: ifd: compares" in said
     folder = tmp_path / "work/exports/easiest/keep_0.50-seed_0"
     kept = [json.loads(line) for line in (folder / "kept.jsonl").read_text().splitlines()]
     assert len(kept) == 6

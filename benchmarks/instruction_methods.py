@@ -45,7 +45,7 @@ _DRAWS = 10_000
 
 
 class Way(NamedTuple):
-    """A method, the score it goes by, and whether near-duplicates are left out first."""
+    """A method, the score it uses, and whether near-duplicates are left out first."""
 
     method: str
     score: str = "dlc"

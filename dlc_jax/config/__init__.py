@@ -25,7 +25,7 @@ from dlc_jax.preprocess.cache import ImageCache
 from dlc_jax.preprocess.images import Images
 from dlc_jax.preprocess.transform import Transform
 from dlc_jax.scores import SCORES
-from dlc_jax.selection import AUTO, FULL, LONGEST, Cell, Need, SelectionConfig
+from dlc_jax.selection import AUTO, FULL, SELECTORS, Cell, Need, SelectionConfig
 from dlc_jax.training.images import FinetuneConfig, RecordConfig
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.tuning import LinearProbeConfig, TuningConfig
@@ -156,6 +156,15 @@ class Config:
         for key, (value, why) in kind.only.items():
             if (found := operator.attrgetter(key)(self)) != value:
                 raise expect.InputError(f"{key}: {why}; expected {value!r}, got {found!r}.")
+        # the released code of instructions measures losses of probes alone
+        has_responses = "responses" in kind.measures and not self.conventions.reads_as_released
+        for method in self.selection.methods:
+            own = SELECTORS[method].score if method in SELECTORS else None
+            if own and SCORES[own].of == "responses" and not has_responses:
+                raise expect.InputError(
+                    f"selection.methods: {method!r} is of the responses of instructions, which are "
+                    f"not measured of {kind.name} in mode {self.mode!r}; expected other methods."
+                )
         source = SCORES[self.selection.score].of
         for other in KINDS.values():
             if source in other.measures - kind.measures:
@@ -163,11 +172,6 @@ class Config:
                     f"selection.score: {self.selection.score!r} is of {other.name}; expected "
                     f"encoder.name {' or '.join(map(repr, other.encoders))} with it."
                 )
-        if LONGEST in self.selection.methods and "responses" not in kind.measures:
-            raise expect.InputError(
-                f"selection.methods: {LONGEST!r} is of the responses of instructions, {kind.name} "
-                "have none; expected other methods."
-            )
         for source, is_needed, what in (
             ("encoder", need.measured, "features"),
             ("training", need.training, "record of training"),
@@ -208,11 +212,6 @@ class Config:
         }
         if "finetune" in self.stages:
             allowed["lora.loss_on"] = ["text"]
-        if LONGEST in self.selection.methods:  # whose score is not made
-            raise expect.InputError(
-                f"selection.methods: mode 'official' of instructions has no {LONGEST!r}; expected "
-                "other methods."
-            )
         for key, values in allowed.items():
             if (found := operator.attrgetter(key)(self)) not in values:
                 raise expect.InputError(

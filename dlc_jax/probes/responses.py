@@ -20,7 +20,7 @@ from dlc_jax.encoders.rotations import places_in_sequence
 from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH, BatchPlan, placed
 from dlc_jax.preprocess.tokens import Tokenised, tokenise
 from dlc_jax.probes.shards import Arrays
-from dlc_jax.probes.text_work import TextWork, means
+from dlc_jax.probes.text_work import TextWork, mean_losses
 from dlc_jax.types import Params, ResponseLosses
 
 _RESPONSE = "### Response:"  # what Cherry LLM scores responses behind
@@ -215,7 +215,10 @@ def _measured_tokens(
     def read(plan: BatchPlan, found: tuple[np.ndarray, np.ndarray | None]) -> Arrays:
         of_token, pooled = found
         of_responses = work.of_responses(plan, of_token)
-        arrays = {"losses": means(of_responses), "tokens": np.concatenate(of_responses, axis=1)}
+        arrays = {
+            "losses": mean_losses(of_responses),
+            "tokens": np.concatenate(of_responses, axis=1),
+        }
         if pooled is not None:
             arrays["features"] = _of_samples(data, plan, pooled, num_features)
         return arrays

@@ -79,7 +79,7 @@ class TextWork(NamedTuple):
         """Returns the losses of all samples; parts are kept under names with this suffix."""
 
         def read(plan: BatchPlan, of_token: np.ndarray) -> Arrays:
-            return {"losses": means(self.of_responses(plan, of_token))}
+            return {"losses": mean_losses(self.of_responses(plan, of_token))}
 
         losses = np.empty((num_probes, len(self.data)), np.float32)
         for positions, found in self.done(of_rows, read, suffix):
@@ -92,7 +92,7 @@ class TextWork(NamedTuple):
         read: Callable[[BatchPlan, Any], Arrays],
         suffix: str = "",
     ) -> Iterator[tuple[list[int], Arrays]]:
-        """Yields positions of samples and what was found of them, part by part.
+        """Yields positions of samples and what was found for them, part by part.
 
         Args:
           of_rows: Starts a program on the arrays of `make_rows`; gives arrays [m, b, ...].
@@ -167,7 +167,7 @@ class TextWork(NamedTuple):
                     yield batches[start : start + self.at_once]
 
 
-def means(of_responses: list[Float32[np.ndarray, "m _"]]) -> Float32[np.ndarray, "m r"]:
+def mean_losses(of_responses: list[Float32[np.ndarray, "m _"]]) -> Float32[np.ndarray, "m r"]:
     """Returns means over tokens; no number where there is no token."""
     with np.errstate(invalid="ignore"):
         means = [found.sum(axis=1) / np.float32(found.shape[1]) for found in of_responses]

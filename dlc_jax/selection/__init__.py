@@ -7,7 +7,6 @@ from dlc_jax.selection.settings import (
     DEFAULT_SPLIT,
     FULL,
     INPUTS,
-    LONGEST,
     SELECTORS,
     Cell,
     Need,

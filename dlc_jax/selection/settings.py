@@ -119,7 +119,6 @@ class Method(NamedTuple):
 
 
 VARIANTS = ("published", "deepcore")
-LONGEST = "longest"
 
 SELECTORS: Mapping[str, Method] = {
     "flexrand": Method(methods.flexrand, has_split=True),
@@ -137,7 +136,7 @@ SELECTORS: Mapping[str, Method] = {
     "forgetting": Method(methods.hardest, score="forgetting"),
     "grand": Method(methods.hardest, score="grand"),
     "el2n": Method(methods.hardest, score="el2n"),
-    LONGEST: Method(methods.hardest, score="length"),
+    "longest": Method(methods.hardest, score="length"),
     "rds": Method(methods.rds, needs="similarities"),
 }
 
@@ -145,6 +144,12 @@ SELECTORS: Mapping[str, Method] = {
 def has_split(method: str) -> bool:
     """Whether a method, or `auto`, takes FlexRand's gamma."""
     return method != AUTO and SELECTORS[method].has_split
+
+
+def needs_target(method: str) -> bool:
+    """Whether a method compares samples with those of a target."""
+    needs = SELECTORS[method].needs if method in SELECTORS else ""
+    return needs in INPUTS and INPUTS[needs].made_of is not None
 
 
 def check_split(split: float | str, name: str = "split") -> None:
@@ -300,7 +305,7 @@ class SelectionConfig:
             expect.seed(seed, "selection.seeds")
         expect.one_of("selection.score", self.score, SCORES)
         self._check_variant()
-        if ("rds" in self.methods) != (self.target is not None):
+        if any(map(needs_target, self.methods)) != (self.target is not None):
             raise expect.InputError(
                 "selection.target: is what method 'rds' selects by; expected both or neither, got "
                 f"{self.target!r} and methods {', '.join(self.methods)}."
@@ -358,7 +363,7 @@ class SelectionConfig:
         rules = dataclasses.asdict(self.rules_of(method))
         if self.max_similarity is None:  # which version 0.1 did not have
             del rules["max_similarity"]
-        target = {"target": self.target} if method == "rds" else {}
+        target = {"target": self.target} if needs_target(method) else {}
         return {"score": self.score_of(method)} | rules | target
 
     @property

@@ -105,8 +105,9 @@ def _report(config: Config, workspace: Workspace) -> None:
     table, said = reports.results_table(rows), what_is_finished(config, workdir)
     if note := note_on_chance(workdir):
         said += f"\n\n{note}"
-    has_scores = (workdir / artefacts.SCORES).exists()
-    scores = artefacts.read_scores(workdir).scores if has_scores else {}
+    # images have no perplexity to compare with
+    is_compared = "responses" in config.data_kind.measures and (workdir / artefacts.SCORES).exists()
+    scores = artefacts.read_scores(workdir).scores if is_compared else {}
     if added := reports.what_dlc_adds(scores):
         said += f"\n\n{added}."
     echo(f"\n{said}\n\n{table}\n")

@@ -41,7 +41,7 @@ from dlc_jax.encoders.rotations import (
     rotate,
     rotation_of,
 )
-from dlc_jax.types import Params
+from dlc_jax.types import Params, computed
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 _POSITIONS_AT_ONCE = 1024  # of all rows: logits of a whole batch would be gigabytes
@@ -193,6 +193,13 @@ class DecoderConfig:
         """Number of blocks."""
         return len(self.windows)
 
+    @property
+    def period(self) -> int:
+        """After how many blocks the windows start again."""
+        own = self.windows
+        repeats = (num for num in range(1, len(own)) if own[num:] == own[:-num])
+        return next(repeats, max(1, len(own)))
+
 
 # Name, input and output features -> a projection of the decoder that is made.
 MakeProjection = Callable[[str, int, int], Projection]
@@ -285,6 +292,17 @@ class DecoderBlock(nnx.Module):
         return x + (self.mlp_norm_after(added) if self.sandwich else added)
 
 
+class Rotations(NamedTuple):
+    """Rotations of the blocks that see all tokens before, and of those with a window."""
+
+    everywhere: Rotation
+    in_windows: Rotation
+
+    def of(self, block: DecoderBlock) -> Rotation:
+        """Returns those of a block."""
+        return self.everywhere if block.window is None else self.in_windows
+
+
 class Decoder(nnx.Module):
     """Token ids to logits for the token after each, in two steps: `hidden`, then `logits`.
 
@@ -326,12 +344,22 @@ class Decoder(nnx.Module):
           rematerialise: Whether a gradient computes activations of a block again instead of keeping
             them.
         """
+        x, rotations = self.started(tokens, segments)
+        return self.norm(self.through_blocks(x, rotations, segments, rematerialise))
+
+    def started(self, tokens: Tokens, segments: Tokens) -> tuple[Hidden, Rotations]:
+        """Returns what the first block takes: embeddings, and rotations by place in sequence."""
         x = self._embedded(tokens)
-        rotations = self._rotations(places_in_sequence(segments), segments.shape[1], x.dtype)
+        return x, self._rotations(places_in_sequence(segments), segments.shape[1], x.dtype)
+
+    def through_blocks(
+        self, x: Hidden, rotations: Rotations, segments: Tokens, rematerialise: bool = False
+    ) -> Hidden:
+        """Returns what the blocks make of a sequence, not normed; arguments as for `hidden`."""
         run = nnx.remat(DecoderBlock.__call__) if rematerialise else DecoderBlock.__call__
-        for block, rotation in zip(self.blocks, rotations, strict=True):
-            x = run(block, x, rotation, segments)
-        return self.norm(x)
+        for block in self.blocks:
+            x = run(block, x, rotations.of(block), segments)
+        return x
 
     def attended(
         self,
@@ -350,8 +378,8 @@ class Decoder(nnx.Module):
         """
         x = self._embedded(tokens)
         rotations = self._rotations(places, num_places, x.dtype)
-        for block, rotation in zip(self.blocks, rotations, strict=True):
-            x = block.run(x, rotation, functools.partial(attend, block))
+        for block in self.blocks:
+            x = block.run(x, rotations.of(block), functools.partial(attend, block))
         return self.norm(x)
 
     def _embedded(self, tokens: Tokens) -> Hidden:
@@ -362,8 +390,7 @@ class Decoder(nnx.Module):
 
     def _rotations(
         self, places: Int[Array, "b t"], num_places: int, dtype: DTypeLike
-    ) -> list[Rotation]:
-        """Returns the rotation of each block."""
+    ) -> Rotations:
         config = self.config
         turn = functools.partial(
             rotation_of, places, num_places, head_dim=config.head_dim, dtype=dtype
@@ -371,7 +398,7 @@ class Decoder(nnx.Module):
         everywhere = in_windows = turn(theta=config.rope_theta, scaling=config.rope_scaling)
         if config.window_rope_theta is not None:
             in_windows = turn(theta=config.window_rope_theta, scaling=None)
-        return [everywhere if window is None else in_windows for window in config.windows]
+        return Rotations(everywhere, in_windows)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence: for a long one, all at once are large."""
@@ -481,10 +508,12 @@ class CausalModel(abc.ABC):
     Attributes:
       dtype: Type of weights and activations.
       adapter: Low-rank changes of linear layers; None: there are none.
+      loops: Whether `hidden` and `logits` take parameters that are deferred.
     """
 
     dtype: str
     adapter: Adapter | None
+    loops: bool = False
 
     @abc.abstractmethod
     def hidden(
@@ -611,17 +640,22 @@ class Architecture(CausalModel):
       dtype: Type of weights and activations.
       adapter: Low-rank changes of projections; None: there are none.
       rematerialise: See `Decoder.hidden`.
+      loops: Whether blocks that are alike are compiled once. A gradient through the loop would keep
+        a copy of all weights, so that training does without.
     """
 
     config: DecoderConfig
     dtype: str
     adapter: Adapter | None = None
     rematerialise: bool = False
+    loops: bool = True
 
     def hidden(
         self, params: Params, tokens: Tokens, segments: Tokens, keys: Keys | None = None
     ) -> Hidden:
         """Returns the final, normed sequence under these parameters; see `Decoder`."""
+        if self.loops and keys is None:
+            return self._looped(params, tokens, segments)
         module = self._module(params)
         if keys is not None and self.adapter is not None:
             drop = functools.partial(dropped, keys=keys, rate=self.adapter.dropout)
@@ -631,10 +665,45 @@ class Architecture(CausalModel):
         with precision_of(self.dtype):
             return module.hidden(tokens, segments, self.rematerialise)
 
+    def _looped(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
+        """Returns what `hidden` does, in a loop over blocks as often as their windows repeat.
+
+        A turn takes copies of its own blocks' weights, so that as many copies are held as one turn
+        needs; stacking the weights would hold all twice.
+        """
+        blocks, depth, period = params["blocks"], self.config.depth, self.config.period
+
+        def part_of(start: int, stop: int) -> Params:
+            return {place - start: blocks[place] for place in range(start, stop)}
+
+        starts = range(0, depth - depth % period, period)
+        choices = [functools.partial(part_of, start, start + period) for start in starts]
+        ends, turn, rest = map(self._with_blocks, (0, period, depth % period))
+        with precision_of(self.dtype):
+            whole = ends._module(params)
+            x, rotations = whole.started(tokens, segments)
+
+            def taken(x: Hidden, number: Int[Array, ""]) -> tuple[Hidden, None]:
+                module = turn._module(params | {"blocks": jax.lax.switch(number, choices)})
+                return module.through_blocks(x, rotations, segments), None
+
+            x, _ = jax.lax.scan(taken, x, jnp.arange(len(choices)))
+            left = rest._module(params | {"blocks": part_of(depth - depth % period, depth)})
+            return whole.norm(left.through_blocks(x, rotations, segments))
+
+    def _with_blocks(self, num: int) -> Architecture:
+        """Returns this one with the first of its blocks alone."""
+        config = dataclasses.replace(self.config, windows=self.config.windows[:num])
+        return dataclasses.replace(self, config=config)
+
+    def for_training(self, adapter: Adapter, rematerialise: bool) -> Architecture:
+        """Returns this one as it is fine-tuned; ValueError where it cannot be."""
+        return dataclasses.replace(super().for_training(adapter, rematerialise), loops=False)
+
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
         with precision_of(self.dtype):
-            return self._module(params).logits(hidden)
+            return self._with_blocks(0)._module(params).logits(hidden)
 
     def read(
         self, params: Params, tokens: Tokens, segments: Tokens, num_more: int
@@ -695,7 +764,12 @@ class Architecture(CausalModel):
         return int(block), TARGETS.index(layer)
 
     def _module(self, params: Params) -> Decoder:
-        return nnx.merge(_split(self)[0], nnx.State(params))
+        """Returns a decoder with these parameters, of which there may be more than it has."""
+        blocks = {place: params["blocks"][place] for place in range(self.config.depth)}
+        own = {name: part for name, part in params.items() if name != "blocks"}
+        if blocks:
+            own["blocks"] = blocks
+        return nnx.merge(_split(self)[0], nnx.State(computed(own)))
 
 
 @functools.lru_cache

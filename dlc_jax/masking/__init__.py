@@ -5,6 +5,7 @@ from dlc_jax.masking.path_spec import AUTO, PathSpec, refinements
 from dlc_jax.masking.thresholds import (
     Importance,
     Thresholds,
+    deferred_masks,
     exact_thresholds,
     masked,
     masked_text,

@@ -11,6 +11,7 @@ compiled for each shape of a leaf, which for small networks takes longer than to
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -23,7 +24,7 @@ from jaxtyping import Int, Int32, Int64, Real
 from dlc_jax import expect
 from dlc_jax.distributed import fetch
 from dlc_jax.masking.torch_order import TorchLayout
-from dlc_jax.types import Params, by_path, path_name
+from dlc_jax.types import Deferred, Params, by_path, computed, path_name
 
 # Importance per prunable leaf, by path; None where it is the weight's own magnitude, which is
 # then computed on the fly and costs no memory.
@@ -255,10 +256,42 @@ def exact_thresholds(
     return Thresholds(values, cutoff.astype(np.int32))
 
 
-def masked(
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("weights", "importance", "threshold", "place"),
+    meta_fields=("layout",),
+)
+@dataclasses.dataclass(frozen=True)
+class MaskedLeaf(Deferred):
+    """A leaf some of whose weights are zeroed; see `Thresholds`.
+
+    Attributes:
+      weights: All of them.
+      importance: Of each weight; None: its magnitude.
+      threshold: One probe, of all prunable leaves.
+      place: Of this leaf among them; an array, so that leaves of one shape share a program.
+      layout: What positions are counted in.
+    """
+
+    weights: jax.Array
+    importance: jax.Array | None
+    threshold: Thresholds
+    place: jax.Array
+    layout: TorchLayout
+
+    def computed(self) -> jax.Array:
+        """Returns the weights with zeros among them, of the same type."""
+        matters = _magnitude(self.weights) if self.importance is None else self.importance
+        position = self.layout.positions(self.weights)
+        value, cutoff = self.threshold.value, self.threshold.cutoff[self.place]
+        keep = (matters > value) | ((matters == value) & (position >= cutoff))
+        return jnp.where(keep, self.weights, jnp.zeros_like(self.weights))
+
+
+def deferred_masks(
     params: Params, prunable: tuple[str, ...], importance: Importance, threshold: Thresholds
 ) -> Params:
-    """Returns the parameters with one probe's weights zeroed; traceable, keeps dtypes.
+    """Returns the parameters with one probe's masks, which are made where a leaf is used.
 
     Args:
       params: The encoder's parameters.
@@ -267,18 +300,27 @@ def masked(
       threshold: One probe: `value` scalar, `cutoff` [leaves].
     """
     place = {path: index for index, path in enumerate(prunable)}
+    threshold = Thresholds(*map(jnp.asarray, threshold))
 
-    def mask_leaf(path: tuple, leaf: jax.Array) -> jax.Array:
+    def of_leaf(path: tuple, leaf: jax.Array) -> jax.Array | MaskedLeaf:
         name = path_name(path)
         if name not in place:
             return leaf
-        matters = _magnitude(leaf) if importance is None else jnp.asarray(importance[name])
-        value, cutoff = jnp.asarray(threshold.value), jnp.asarray(threshold.cutoff)[place[name]]
-        position = TorchLayout.of(name, leaf.shape).positions(leaf)
-        keep = (matters > value) | ((matters == value) & (position >= cutoff))
-        return jnp.where(keep, leaf, jnp.zeros_like(leaf))
+        matters = None if importance is None else jnp.asarray(importance[name])
+        layout = TorchLayout.of(name, leaf.shape)
+        return MaskedLeaf(leaf, matters, threshold, jnp.asarray(place[name]), layout)
 
-    return jax.tree_util.tree_map_with_path(mask_leaf, params)
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def masked(
+    params: Params, prunable: tuple[str, ...], importance: Importance, threshold: Thresholds
+) -> Params:
+    """Returns the parameters with one probe's weights zeroed; traceable, keeps dtypes.
+
+    Args: as for `deferred_masks`.
+    """
+    return computed(deferred_masks(params, prunable, importance, threshold))
 
 
 def _magnitude(leaf: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from dlc_jax import distributed, expect
 from dlc_jax.distributed import Run
 from dlc_jax.encoders.decoder import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.masking import Importance, PathSpec, Thresholds, masked, masked_by_layer
+from dlc_jax.masking import Importance, PathSpec, Thresholds, deferred_masks, masked, masked_by_layer
 from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.path import LearningPath, learning_path, measured_path
@@ -176,7 +176,8 @@ def _probe_losses(
     def one_probe(threshold: Thresholds) -> Float32[Array, "b s"]:
         # as in `kernel`: the importance of all weights would be four bytes each
         frozen, threshold = jax.lax.optimization_barrier((params, threshold))
-        copy = masked(frozen, prunable, importance, threshold)
+        mask = deferred_masks if architecture.loops else masked
+        copy = mask(frozen, prunable, importance, threshold)
         return _token_losses(architecture, copy, *rows)
 
     return jax.lax.map(one_probe, thresholds)

@@ -26,6 +26,25 @@ from dlc_jax.files.image_files import depth
 Params = Any  # a pytree of arrays
 
 
+class Deferred:
+    """A leaf of `Params` that is computed where it is used; a pytree of what it is made of."""
+
+    def computed(self) -> jax.Array:
+        """Returns the parameter."""
+        raise NotImplementedError
+
+
+def computed(params: Params) -> Params:
+    """Returns parameters with all that were deferred."""
+
+    def is_deferred(part: Any) -> bool:
+        return isinstance(part, Deferred)
+
+    return jax.tree.map(
+        lambda leaf: leaf.computed() if is_deferred(leaf) else leaf, params, is_leaf=is_deferred
+    )
+
+
 def path_name(path: tuple) -> str:
     """Returns `layer1/0/conv1/kernel` for the key path of a leaf."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -388,9 +388,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
         return x
 
-    def _rotations(
-        self, places: Int[Array, "b t"], num_places: int, dtype: DTypeLike
-    ) -> Rotations:
+    def _rotations(self, places: Int[Array, "b t"], num_places: int, dtype: DTypeLike) -> Rotations:
         config = self.config
         turn = functools.partial(
             rotation_of, places, num_places, head_dim=config.head_dim, dtype=dtype

@@ -13,7 +13,14 @@ from dlc_jax import distributed, expect
 from dlc_jax.distributed import Run
 from dlc_jax.encoders.decoder import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
-from dlc_jax.masking import Importance, PathSpec, Thresholds, deferred_masks, masked, masked_by_layer
+from dlc_jax.masking import (
+    Importance,
+    PathSpec,
+    Thresholds,
+    deferred_masks,
+    masked,
+    masked_by_layer,
+)
 from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.probes.path import LearningPath, learning_path, measured_path

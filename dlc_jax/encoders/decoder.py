@@ -198,7 +198,7 @@ class DecoderConfig:
         """After how many blocks the windows start again."""
         own = self.windows
         repeats = (num for num in range(1, len(own)) if own[num:] == own[:-num])
-        return next(repeats, max(1, len(own)))
+        return next(repeats, len(own))
 
 
 # Name, input and output features -> a projection of the decoder that is made.
@@ -652,7 +652,7 @@ class Architecture(CausalModel):
         self, params: Params, tokens: Tokens, segments: Tokens, keys: Keys | None = None
     ) -> Hidden:
         """Returns the final, normed sequence under these parameters; see `Decoder`."""
-        if self.loops and keys is None:
+        if self.loops and keys is None and self.config.depth >= 2 * self.config.period:
             return self._looped(params, tokens, segments)
         module = self._module(params)
         if keys is not None and self.adapter is not None:
@@ -664,10 +664,9 @@ class Architecture(CausalModel):
             return module.hidden(tokens, segments, self.rematerialise)
 
     def _looped(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
-        """Returns what `hidden` does, in a loop over blocks as often as their windows repeat.
+        """Returns what `hidden` does, in a loop with a turn for every period of blocks.
 
-        A turn takes copies of its own blocks' weights, so that as many copies are held as one turn
-        needs; stacking the weights would hold all twice.
+        A turn copies the weights of its own blocks: stacked, all weights would be held twice.
         """
         blocks, depth, period = params["blocks"], self.config.depth, self.config.period
 

@@ -85,16 +85,17 @@ class Scoring:
         largest = max(leaf.size for leaf in prunable)
         bins = 4 * _BINS * self.num_probes
         counted = _KEYS * largest + bins if num_prunable >= thresholds.TOO_MANY_TO_SORT else 0
-        importance = 4 * num_prunable // self.fsdp if self.masking == "random" else 0
-        masked = -(-num_prunable * item // (self.config.depth * self.fsdp))
+        of_random = 4 if self.masking == "random" else 0
+        copied = item + of_random + item  # taken out of all, and masked
         if self.holds_copy:  # made before any call, with masks of the host
-            counted = masked = 0
+            counted, copied = 0, item
+        of_turn = -(-num_prunable * copied * self.config.period // (self.config.depth * self.fsdp))
         return MemoryPlan.of(
             Memory("weights", weight_bytes(whole, self.fsdp)),
             Memory("masked copy of the weights", weight_bytes(whole, self.fsdp) * self.holds_copy),
-            Memory("importance of weights", importance),
+            Memory("importance of weights", of_random * num_prunable // self.fsdp),
             Memory("thresholds: keys of a layer, counts", counted, _COUNTING),
-            Memory("masked weights of a block", masked, _BLOCKS),
+            Memory("copies of a block's weights", of_turn, _BLOCKS),
             _gathered(whole, self.fsdp, num_blocks=2),
             Memory("activations of a block", _forward(whole, num_rows, length), _BLOCKS),
             Memory("logits of some positions", _logits(whole, num_rows, length), _LOGITS),
@@ -144,7 +145,7 @@ class Finetuning:
     def plan(self) -> MemoryPlan:
         """Returns the plan for batches as long as can be."""
         lora, depth = self.lora, self.config.depth
-        whole = Architecture(self.config, lora.dtype, lora.adapter, lora.rematerialise)
+        whole = Architecture(self.config, lora.dtype).for_training(lora.adapter, lora.rematerialise)
         num_rows = -(-lora.rows_at_once // self.num_devices)
         of_block = _with_depth(whole, 1).abstract_adapter()
         adapter = tree_bytes(of_block) * depth

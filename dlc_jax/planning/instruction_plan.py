@@ -164,7 +164,7 @@ class InstructionCosts:
             frozen = dataclasses.replace(architecture, adapter=None).abstract_params()
             return count_flops(added, frozen, adapter, tokens, jax.eval_shape(Sums.zero, adapter))
 
-        whole = Architecture(self.sizes, lora.dtype, lora.adapter, lora.rematerialise)
+        whole = Architecture(self.sizes, lora.dtype).for_training(lora.adapter, lora.rematerialise)
         return self._over_depth(gradients, whole) // lora.rows_at_once
 
     def _over_depth(self, count: Callable[[Architecture], int], whole: Architecture) -> int:

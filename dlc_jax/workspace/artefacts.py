@@ -44,7 +44,9 @@ from dlc_jax.version import __version__
 # Result numbers above 1, by kind of result; every other kind has number 1.
 RESULT_NUMBERS: dict[str, int] = {
     "losses": 2,  # ties between equal weights, and random draws, in torch's order
-    "response losses": 4,  # the same; then short responses shared rows; then scores of tokens
+    # the same; then short responses shared rows; then scores of tokens; then, in half precision, a
+    # loop over blocks
+    "response losses": 5,
 }
 # Kinds that can be made again from other results: they are replaced, not set aside.
 DERIVED = ("scores", "export", "report")

@@ -1,0 +1,124 @@
+"""Blocks that are alike are compiled once; what is computed stays the same, bit by bit."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dlc_jax.encoders.decoder import Architecture, Decoder, DecoderConfig
+from dlc_jax.masking import exact_thresholds, prunable_paths, weight_importance
+from dlc_jax.probes.text import _losses, _probe_losses
+from dlc_jax.training.lora.settings import LoraConfig
+from dlc_jax.training.lora.step import Sums, TokenRows, add_rows, initial_adapter
+from dlc_jax.types import by_path
+
+TINY = DecoderConfig(
+    vocab_size=64,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    windows=(None,) * 4,
+    max_length=64,
+    norm_epsilon=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    attention_scale=8**-0.5,
+    window_rope_theta=50.0,
+)
+TOKENS = np.random.default_rng(0).integers(1, 64, (3, 40)).astype(np.int32)
+SEGMENTS = np.repeat([[1, 1, 2, 2, 2, 0, 0, 0]], 3, axis=0).repeat(5, axis=1).astype(np.int32)
+WINDOWS = {
+    "alike": (None,) * 5,
+    "alternating": (7, None) * 3,
+    "with a rest": (7, 7, None) * 2 + (7,),
+    "without a period": (None, None, 7, 7),
+    "one": (7,),
+}
+
+
+def made(windows, dtype="float32", **switches):
+    config = dataclasses.replace(TINY, windows=windows, **switches)
+    module = Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    return Architecture(config, dtype), nnx.to_pure_dict(nnx.state(module))
+
+
+def probes(architecture, params, masking="l1"):
+    """Returns the arguments of the program of probes."""
+    prunable = prunable_paths(params, architecture.is_prunable, architecture.module_order)
+    importance = weight_importance(params, prunable, masking, 0)
+    sizes = sum(by_path(params)[path].size for path in prunable)
+    counts = np.array([0, sizes // 5, sizes // 2])
+    thresholds = exact_thresholds(params, prunable, importance, counts)
+    return prunable, params, importance, thresholds, TOKENS, SEGMENTS
+
+
+@pytest.mark.parametrize(
+    ("windows", "period"),
+    [
+        ((None,) * 5, 1),
+        ((7, None) * 3, 2),
+        ((7, 7, None) * 2 + (7,), 3),
+        ((None, None, 7, 7), 4),
+        ((7,), 1),
+        ((), 0),
+    ],
+)
+def test_period(windows, period):
+    assert dataclasses.replace(TINY, windows=windows).period == period
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_losses_are_those_of_blocks_one_after_the_other(name):
+    architecture, params = made(WINDOWS[name])
+    plain = dataclasses.replace(architecture, loops=False)
+    arguments = (params, TOKENS, SEGMENTS)
+    np.testing.assert_array_equal(_losses(architecture, *arguments), _losses(plain, *arguments))
+
+
+@pytest.mark.parametrize(("masking", "name"), [("l1", "alike"), ("random", "with a rest")])
+def test_losses_of_probes_are_those_of_blocks_one_after_the_other(masking, name):
+    architecture, params = made(WINDOWS[name])
+    arguments = probes(architecture, params, masking)
+    found = np.asarray(_probe_losses(architecture, *arguments))
+    plain = dataclasses.replace(architecture, loops=False)
+    np.testing.assert_array_equal(found, _probe_losses(plain, *arguments))
+    assert (np.abs(found[0] - found[2]).max(axis=1) > 0.01).all()  # masks do something
+
+
+@pytest.mark.parametrize(
+    ("few", "many"), [((None,) * 2, (None,) * 12), ((7, None) * 2, (7, None) * 16)]
+)
+def test_a_deep_model_has_the_program_of_a_shallow_one(few, many):
+    def num_products(windows):
+        architecture, params = made(windows)
+        losses = _losses.lower(architecture, params, TOKENS, SEGMENTS)
+        of_probes = _probe_losses.lower(architecture, *probes(architecture, params))
+        return [program.as_text().count("stablehlo.dot_general") for program in (losses, of_probes)]
+
+    assert num_products(few) == num_products(many)
+
+
+def test_weights_are_not_copied_as_a_whole():
+    def temporary(windows):
+        architecture, params = made(windows)
+        program = _probe_losses.lower(architecture, *probes(architecture, params)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    of_block = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    assert temporary((None,) * 10) < temporary((None,) * 2) + of_block
+
+
+@pytest.mark.parametrize("rematerialise", [False, True])
+def test_training_does_without_a_loop(rematerialise):
+    """Its gradient would keep a copy of every block's weights."""
+    architecture, params = made((None,) * 4)
+    trained = architecture.for_training(LoraConfig(rank=2).adapter, rematerialise)
+    adapter = initial_adapter(trained, 0)
+    rows = TokenRows(TOKENS, SEGMENTS, SEGMENTS > 0)
+    text = add_rows.lower(trained, params, adapter, rows, Sums.zero(adapter)).as_text()
+    assert "stablehlo.case" not in text
+    assert "stablehlo.case" in _losses.lower(architecture, params, TOKENS, SEGMENTS).as_text()

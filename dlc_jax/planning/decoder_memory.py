@@ -95,8 +95,8 @@ class Scoring:
             Memory("masked copy of the weights", weight_bytes(whole, self.fsdp) * self.holds_copy),
             Memory("importance of weights", of_random * num_prunable // self.fsdp),
             Memory("thresholds: keys of a layer, counts", counted, _COUNTING),
-            Memory("copies of a block's weights", of_turn, _BLOCKS),
-            _gathered(whole, self.fsdp, num_blocks=2),
+            Memory(f"copies of the weights of {_blocks(self.config.period)}", of_turn, _BLOCKS),
+            _gathered(whole, self.fsdp, self.config.period),
             Memory("activations of a block", _forward(whole, num_rows, length), _BLOCKS),
             Memory("logits of some positions", _logits(whole, num_rows, length), _LOGITS),
             _all_rows(whole, num_rows, length, self.fsdp),
@@ -184,7 +184,7 @@ def weight_bytes(architecture: Architecture, fsdp: int) -> int:
 
 
 def _gathered(architecture: Architecture, fsdp: int, num_blocks: int) -> Memory:
-    """One block is used while the next one comes in, unless all are kept."""
+    """A gradient uses a block while the next one comes in, or keeps all; a loop has its turn's."""
     of_blocks = sum(
         leaf.size * leaf.dtype.itemsize
         for path, leaf in by_path(_frozen(architecture).abstract_params()).items()
@@ -193,8 +193,12 @@ def _gathered(architecture: Architecture, fsdp: int, num_blocks: int) -> Memory:
     depth = architecture.config.depth
     num_blocks = min(num_blocks, depth)
     num_bytes = 0 if fsdp == 1 else of_blocks * num_blocks // depth
-    always = Memory(f"gathered weights of {num_blocks} blocks", num_bytes)
+    always = Memory(f"gathered weights of {_blocks(num_blocks)}", num_bytes)
     return always._replace(when=_BLOCKS) if num_blocks < depth else always
+
+
+def _blocks(num: int) -> str:
+    return "a block" if num == 1 else f"{num} blocks"
 
 
 def _all_rows(architecture: Architecture, num_rows: int, length: int, fsdp: int) -> Memory:

@@ -293,7 +293,7 @@ def with_adapters(model: Any, original: Any, folder: Path) -> tuple[Any, Any]:
     import peft
 
     import dlc_jax as dlc
-    from dlc_jax.encoders.decoder import TARGETS, Adapter
+    from dlc_jax.encoders.causal_model import TARGETS, Adapter
 
     adapter = Adapter(4, 8.0, TARGETS)
     shapes = model.architecture.with_adapter(adapter).abstract_adapter()

@@ -28,7 +28,9 @@ from absl import app, flags
 
 from benchmarks import peers
 from benchmarks.measuring import measured, peak, peak_bytes_in_use, print_rows, save, traced_with
-from dlc_jax.encoders.decoder import PAPER_MODELS, Architecture, CausalModel, DecoderConfig
+from dlc_jax.encoders.causal_model import CausalModel
+from dlc_jax.encoders.decoder import Architecture, DecoderConfig
+from dlc_jax.encoders.known_models import PAPER_MODELS
 from dlc_jax.encoders.language_model import load_language_model
 from dlc_jax.masking import PathSpec, exact_thresholds, prunable_paths
 from dlc_jax.planning.decoder_memory import Scoring

@@ -6,35 +6,38 @@ They differ by the switches of `DecoderConfig`, which a Hugging Face `config.jso
 arithmetic is that of their torch classes in transformers, rounding steps of half precision
 included.
 
-Linear layers may have a low-rank change. The sizes of the paper's three base models and of two
-later ones are facts of their published `config.json` files, for plans where there is no network.
-
 Sources: Grattafiori et al. 2024, arXiv 2407.21783; Jiang et al. 2023, arXiv 2310.06825; Gemma Team
 2024, arXiv 2408.00118; Gemma Team 2025, arXiv 2503.19786; Qwen Team 2024, arXiv 2412.15115; Qwen
-Team 2025, arXiv 2505.09388; Hu et al. 2021, arXiv 2106.09685, for low-rank changes.
+Team 2025, arXiv 2505.09388.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dlc_jax import expect
 from dlc_jax.encoders.adapter_dropout import Keys, dropped
+from dlc_jax.encoders.causal_model import (
+    DTYPES,
+    TARGETS,
+    Adapter,
+    CausalModel,
+    Hidden,
+    RowsRead,
+    Tokens,
+)
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.rotations import (
-    LinearScaling,
     Rotation,
     Scaling,
     places_in_sequence,
@@ -42,32 +45,6 @@ from dlc_jax.encoders.rotations import (
     rotation_of,
 )
 from dlc_jax.types import Params, computed
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-_POSITIONS_AT_ONCE = 1024  # of all rows: logits of a whole batch would be gigabytes
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """Which projections have a low-rank change, and of what size.
-
-    Attributes:
-      rank: Rank of the change.
-      alpha: The change is multiplied by alpha / rank.
-      targets: Names of projections, in `TARGETS`, or of layers of another model; all of `TARGETS`
-        stand for every linear layer of the blocks, whatever they are called there.
-      dropout: Share of what lora_a reads that is zeroed in training; nothing else depends on it.
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    dropout: float = dataclasses.field(default=0.0, repr=False)  # repr: fingerprints are made of it
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 class Projection(nnx.Linear):
@@ -118,8 +95,6 @@ class Projection(nnx.Linear):
         return (y + change * self.lora_scale).astype(y.dtype)
 
 
-Tokens = Int[Array, "b t"]  # ids, or the number of each token's sequence in its row
-Hidden = Float[Array, "b t d"]
 Queries = Float[Array, "b q k h"]  # also what they find
 Attended = Float[Array, "b s g h"]  # keys or values
 Attend = Callable[[Queries, Attended, Attended], Queries]
@@ -460,175 +435,6 @@ def _attention(
     return jnp.einsum("bgrts,bsgh->btgrh", shares, v).reshape(batch, length, num_heads, head_dim)
 
 
-class RowsRead(NamedTuple):
-    """What a model keeps of a batch of rows that it reads token by token.
-
-    Attributes:
-      kept: What the next token is computed with, in buffers with room for all that are to come.
-      segments: 0 at the padding left of a row, 1 everywhere else, also where there is room.
-      num_read: Places of every row that are read, padding included.
-    """
-
-    kept: Any
-    segments: Int[Array, "b s"]
-    num_read: Int[Array, ""]
-
-    @classmethod
-    def of(cls, kept: Any, segments: Tokens, num_more: int) -> RowsRead:
-        """Returns that of rows which were read as a whole."""
-        room = jnp.pad(segments, ((0, 0), (0, num_more)), constant_values=1)
-        return cls(kept, room, jnp.asarray(segments.shape[1], jnp.int32))
-
-    def written(self, buffer: Array, new: Array) -> Array:
-        """Returns a buffer [b s ...] with what is of the next token, [b 1 ...]."""
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new, self.num_read, axis=1)
-
-    def of_next(self, buffer: Array) -> Array:
-        """Returns what is of the next token, [b 1 ...], of a buffer [b s ...]."""
-        return jax.lax.dynamic_slice_in_dim(buffer, self.num_read, 1, axis=1)
-
-    def gone_on(self, kept: Any) -> RowsRead:
-        """Returns that after the next token."""
-        return self._replace(kept=kept, num_read=self.num_read + 1)
-
-
-Model = TypeVar("Model", bound="CausalModel")
-
-
-def is_called(layer: str, name: str) -> bool:
-    """Whether PEFT means a layer by a name, which is whole or its end."""
-    return f".{layer}".endswith(f".{name}")
-
-
-class CausalModel(abc.ABC):
-    """What programs ask of a language model, as a pure function of its parameters.
-
-    Attributes:
-      dtype: Type of weights and activations.
-      adapter: Low-rank changes of linear layers; None: there are none.
-      loops: Whether `hidden` and `logits` take parameters that are deferred.
-    """
-
-    dtype: str
-    adapter: Adapter | None
-    loops: bool = False
-
-    @abc.abstractmethod
-    def hidden(
-        self, params: Params, tokens: Tokens, segments: Tokens, keys: Keys | None = None
-    ) -> Hidden:
-        """Returns the final sequence, which `logits` takes; see `Decoder.hidden`.
-
-        With keys, which training has, the adapter's dropout draws from them.
-        """
-
-    @abc.abstractmethod
-    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Returns logits of some of the final sequence under these parameters."""
-
-    def read(
-        self, params: Params, tokens: Tokens, segments: Tokens, num_more: int
-    ) -> tuple[Float[Array, "b d"], RowsRead]:
-        """Reads rows whose last tokens are to be followed by more.
-
-        Args:
-          params: The model's parameters.
-          tokens: Ids; rows that are shorter than others are padded on the left.
-          segments: 1, and 0 where a row is padded.
-          num_more: How many tokens are read afterwards, at most.
-        Returns:
-          What `logits` takes for the token after each row, and what `read_next` takes.
-        """
-        last = self.hidden(params, tokens, segments)[:, -1]
-        return last, RowsRead.of(jnp.pad(tokens, ((0, 0), (0, num_more))), segments, num_more)
-
-    def read_next(
-        self, params: Params, tokens: Int[Array, " b"], reading: RowsRead
-    ) -> tuple[Float[Array, "b d"], RowsRead]:
-        """Reads one more token of each row; returns what `read` does.
-
-        This one keeps tokens alone and computes all that was read again.
-        """
-        kept = reading.written(reading.kept, tokens[:, None])
-        hidden = self.hidden(params, kept, reading.segments)
-        return reading.of_next(hidden)[:, 0], reading.gone_on(kept)
-
-    @abc.abstractmethod
-    def abstract_adapter(self) -> Params:
-        """Returns shapes and types of the adapter's parameters alone, nested as all are."""
-
-    @abc.abstractmethod
-    def is_prunable(self, path: str) -> bool:
-        """Whether probes may zero a parameter: every linear layer of the blocks, nothing else."""
-
-    @abc.abstractmethod
-    def is_linear(self, path: str) -> bool:
-        """Whether torch's `Linear` has the weight; an embedding that is the head counts."""
-
-    @abc.abstractmethod
-    def module_order(self, path: str) -> Any:
-        """Sort key of prunable paths: torch's order of modules."""
-
-    def cross_entropies(
-        self, params: Params, hidden: Hidden, target: Tokens
-    ) -> Float32[Array, "b t"]:
-        """Returns -log softmax of each target, some positions after the other."""
-        num_rows, length, width = hidden.shape
-        num_at_once = max(1, _POSITIONS_AT_ONCE // num_rows)  # of every row
-        num_parts = -(-length // num_at_once)
-        missing = num_parts * num_at_once - length
-        hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
-        target = jnp.pad(target, ((0, 0), (0, missing)))
-
-        @jax.checkpoint  # a gradient would keep the logits of all positions otherwise
-        def of_part(part: tuple[Array, Array]) -> Float32[Array, "b s"]:
-            logits = self.logits(params, part[0]).astype(jnp.float32)
-            picked = jnp.take_along_axis(logits, part[1][..., None], axis=-1)[..., 0]
-            return jax.nn.logsumexp(logits, axis=-1) - picked
-
-        parts = (
-            hidden.reshape(num_rows, num_parts, -1, width).swapaxes(0, 1),
-            target.reshape(num_rows, num_parts, -1).swapaxes(0, 1),
-        )
-        found = jax.lax.map(of_part, parts).swapaxes(0, 1)
-        return found.reshape(num_rows, -1)[:, :length]
-
-    @property
-    def target_names(self) -> tuple[str, ...]:
-        """What targets of an adapter may be called."""
-        return TARGETS
-
-    def target_modules(self) -> list[str]:
-        """Returns what PEFT calls the layers that the adapter changes."""
-        return [] if self.adapter is None else list(self.adapter.targets)
-
-    @staticmethod
-    def layer_of(path: str) -> str:
-        """Returns the path of the layer that a weight belongs to, as its adapter has it."""
-        return path.removesuffix("/kernel")
-
-    def is_in_out(self, path: str) -> bool:
-        """Whether torch has the weight of a linear layer as [in, out], not as [out, in]."""
-        return False
-
-    def has_target(self, target: str) -> bool:
-        """Whether a linear layer of the blocks is called so."""
-        return target in self.target_names
-
-    def with_adapter(self: Model, adapter: Adapter) -> Model:
-        """Returns this one with low-rank changes; ValueError for a target that it does not have."""
-        if set(adapter.targets) != set(TARGETS):
-            for target in adapter.targets:
-                if not self.has_target(target):
-                    expect.one_of("lora.targets", target, self.target_names)
-        return dataclasses.replace(self, adapter=adapter)  # type: ignore[type-var]
-
-    def for_training(self: Model, adapter: Adapter, rematerialise: bool) -> Model:
-        """Returns this one as it is fine-tuned; ValueError where it cannot be."""
-        changed = self.with_adapter(adapter)
-        return dataclasses.replace(changed, rematerialise=rematerialise)  # type: ignore[type-var]
-
-
 @dataclasses.dataclass(frozen=True)
 class Architecture(CausalModel):
     """What programs are specialised to: hashable, no weights in it.
@@ -774,77 +580,3 @@ def _split(architecture: Architecture) -> tuple[nnx.GraphDef, nnx.State]:
     build = functools.partial(Decoder, architecture.config, adapter=architecture.adapter)
     dtype = DTYPES[architecture.dtype]
     return nnx.split(nnx.eval_shape(lambda: build(dtype=dtype, rngs=nnx.Rngs(0))))
-
-
-def joined(params: Params, adapter: Params) -> Params:
-    """Returns the parameters of a decoder with an adapter; both are nested alike."""
-    return unflatten_dict(flatten_dict(params) | flatten_dict(adapter))
-
-
-_MISTRAL_7B = DecoderConfig(
-    vocab_size=32768,
-    width=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_width=14336,
-    windows=(None,) * 32,
-    max_length=32768,
-    norm_epsilon=1e-5,
-    rope_theta=1e6,
-    rope_scaling=None,
-    attention_scale=128**-0.5,
-)
-PAPER_MODELS = {  # hub id -> sizes and switches
-    "mistralai/Mistral-7B-v0.3": _MISTRAL_7B,
-    "meta-llama/Meta-Llama-3-8B": dataclasses.replace(
-        _MISTRAL_7B, vocab_size=128256, max_length=8192, rope_theta=5e5
-    ),
-    "google/gemma-2-9b": DecoderConfig(
-        vocab_size=256000,
-        width=3584,
-        num_heads=16,
-        num_kv_heads=8,
-        head_dim=256,
-        mlp_width=14336,
-        windows=(4096, None) * 21,
-        max_length=8192,
-        norm_epsilon=1e-6,
-        rope_theta=1e4,
-        rope_scaling=None,
-        attention_scale=256**-0.5,
-        attention_cap=50.0,
-        final_cap=30.0,
-        activation="gelu_pytorch_tanh",
-        sandwich=True,
-        offset_norm=True,
-        scale_embedding=True,
-        tied=True,
-    ),
-}
-KNOWN_MODELS = PAPER_MODELS | {
-    "Qwen/Qwen3-8B": dataclasses.replace(
-        _MISTRAL_7B,
-        vocab_size=151936,
-        mlp_width=12288,
-        windows=(None,) * 36,
-        max_length=40960,
-        norm_epsilon=1e-6,
-        norms_heads=True,
-    ),
-    # its decoder, beside which the published model has a tower for images
-    "google/gemma-3-12b-pt": dataclasses.replace(
-        PAPER_MODELS["google/gemma-2-9b"],
-        vocab_size=262208,
-        width=3840,
-        mlp_width=15360,
-        windows=((1024,) * 5 + (None,)) * 8,
-        max_length=131072,
-        rope_theta=1e6,
-        rope_scaling=LinearScaling(8.0),
-        attention_cap=None,
-        final_cap=None,
-        norms_heads=True,
-        window_rope_theta=1e4,
-    ),
-}

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlc_jax import expect
-from dlc_jax.encoders import decoder, rotations
+from dlc_jax.encoders import causal_model, decoder, rotations
 from dlc_jax.encoders.encoder import fingerprint_of
 from dlc_jax.encoders.stored_tensors import (
     AS_IT_IS,
@@ -52,8 +52,8 @@ _WITH_LAYER_TYPES = ("qwen2", "qwen3", "gemma2", "gemma3_text")  # attention of 
 _WITH_NORMED_HEADS = ("qwen3", "gemma3_text")
 # Settings that give projections a bias, and the families where transformers looks at them
 _BIASES = {
-    "attention_bias": (decoder.TARGETS[:4], ("llama", "qwen3", "gemma2", "gemma3_text")),
-    "mlp_bias": (decoder.TARGETS[4:], ("llama",)),
+    "attention_bias": (causal_model.TARGETS[:4], ("llama", "qwen3", "gemma2", "gemma3_text")),
+    "mlp_bias": (causal_model.TARGETS[4:], ("llama",)),
 }
 Sizes = decoder.DecoderConfig | TorchSizes
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja")
@@ -136,7 +136,7 @@ class LanguageModel:
     def config(self) -> Sizes:
         return self.architecture.config
 
-    def with_adapter(self, adapter: decoder.Adapter, weights: Params) -> LanguageModel:
+    def with_adapter(self, adapter: causal_model.Adapter, weights: Params) -> LanguageModel:
         """Returns the model with low-rank changes.
 
         Args:
@@ -147,7 +147,7 @@ class LanguageModel:
         """
         self.check_has_no_adapter()
         architecture = self.architecture.with_adapter(adapter)
-        params = decoder.joined(self.params, weights)
+        params = causal_model.joined(self.params, weights)
         return dataclasses.replace(self, params=params, architecture=architecture)
 
     def check_has_no_adapter(self) -> None:
@@ -236,7 +236,7 @@ def load_language_model(
       >>> model.config.vocab_size, model.config.max_length, len(model.tokenizer)
       (4096, 1024, 4096)
     """
-    expect.one_of("dtype", dtype, decoder.DTYPES)
+    expect.one_of("dtype", dtype, causal_model.DTYPES)
     folder = model_folder(weights)
     door = door_of(folder, converted=converted)
     if door.config is None:

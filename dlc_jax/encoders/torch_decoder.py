@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from dlc_jax import expect
 from dlc_jax.encoders.adapter_dropout import Keys, dropped
-from dlc_jax.encoders.decoder import (
+from dlc_jax.encoders.causal_model import (
     DTYPES,
     TARGETS,
     Adapter,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dlc_jax import expect, signals
 from dlc_jax.distributed import fetch, hides_bar, on_every_device, over_devices, whole_rows
-from dlc_jax.encoders.decoder import CausalModel, RowsRead
+from dlc_jax.encoders.causal_model import CausalModel, RowsRead
 from dlc_jax.encoders.language_model import LanguageModel, transformers_library
 from dlc_jax.evaluation.likelihoods import longest_input
 from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH, bucket_length

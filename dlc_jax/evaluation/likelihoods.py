@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dlc_jax import expect, signals
 from dlc_jax.distributed import fetch, hides_bar, on_every_device, over_devices
-from dlc_jax.encoders.decoder import CausalModel
+from dlc_jax.encoders.causal_model import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.preprocess.token_batches import (
     TOKENS_PER_BATCH,

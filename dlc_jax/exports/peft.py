@@ -16,7 +16,7 @@ from safetensors.flax import save_file
 
 from dlc_jax import expect
 from dlc_jax.distributed import fetch, on_every_device
-from dlc_jax.encoders.decoder import TARGETS, Adapter, is_called
+from dlc_jax.encoders.causal_model import TARGETS, Adapter, is_called
 from dlc_jax.encoders.encoder import precision_of
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.stored_tensors import LINEAR, Stored, headers, misfits, read_tensors

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from dlc_jax.distributed import partition
-from dlc_jax.encoders.decoder import Architecture, DecoderConfig, joined
+from dlc_jax.encoders.causal_model import joined
+from dlc_jax.encoders.decoder import Architecture, DecoderConfig
 from dlc_jax.masking import thresholds
 from dlc_jax.planning.memory import Memory, MemoryPlan, Values, doubled, halved, tree_bytes
 from dlc_jax.planning.programs import peak_bytes

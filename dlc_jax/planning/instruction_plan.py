@@ -16,7 +16,8 @@ from jaxtyping import Int64
 from dlc_jax import expect
 from dlc_jax.config import Config
 from dlc_jax.datasets.instructions import Instructions
-from dlc_jax.encoders.decoder import KNOWN_MODELS, Architecture, DecoderConfig
+from dlc_jax.encoders.decoder import Architecture, DecoderConfig
+from dlc_jax.encoders.known_models import KNOWN_MODELS
 from dlc_jax.encoders.language_model import (
     NotInDecoderError,
     longest_sequence,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int
 from dlc_jax import expect
 from dlc_jax.datasets.instructions import Instructions
 from dlc_jax.distributed import Run
-from dlc_jax.encoders.decoder import CausalModel
+from dlc_jax.encoders.causal_model import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.encoders.rotations import places_in_sequence
 from dlc_jax.preprocess.token_batches import TOKENS_PER_BATCH, BatchPlan, placed

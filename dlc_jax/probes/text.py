@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, Int
 
 from dlc_jax import distributed, expect
 from dlc_jax.distributed import Run
-from dlc_jax.encoders.decoder import CausalModel
+from dlc_jax.encoders.causal_model import CausalModel
 from dlc_jax.encoders.language_model import LanguageModel
 from dlc_jax.masking import (
     Importance,

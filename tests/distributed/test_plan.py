@@ -12,7 +12,8 @@ from conftest import ROOT
 
 from dlc_jax import expect, presets
 from dlc_jax.config import Config, default_config
-from dlc_jax.encoders.decoder import KNOWN_MODELS, PAPER_MODELS, Architecture
+from dlc_jax.encoders.decoder import Architecture
+from dlc_jax.encoders.known_models import KNOWN_MODELS, PAPER_MODELS
 from dlc_jax.planning import instruction_plan, plan
 from dlc_jax.planning.decoder_memory import Finetuning, Scoring, weight_bytes
 from dlc_jax.planning.machine import Machine

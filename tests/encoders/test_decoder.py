@@ -10,7 +10,7 @@ import pytest
 from conftest import XLA_IS_OLD
 from flax import nnx
 
-from dlc_jax.encoders import decoder, rotations
+from dlc_jax.encoders import decoder, known_models, rotations
 from dlc_jax.encoders.decoder import Architecture, Decoder
 from dlc_jax.encoders.language_model import read_config, read_config_alone, read_params
 from dlc_jax.types import by_path, path_name
@@ -377,7 +377,7 @@ def test_biases_are_added_before_rounding():
 
 
 def test_fingerprints_of_version_0_1_stay():
-    config = decoder.PAPER_MODELS["mistralai/Mistral-7B-v0.3"]
+    config = known_models.PAPER_MODELS["mistralai/Mistral-7B-v0.3"]
     assert "biases" not in repr(config)
     assert "biases=('q_proj',)" in repr(dataclasses.replace(config, biases=("q_proj",)))
 
@@ -421,4 +421,4 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_for_plans_are_those_of_published_configurations(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
-    assert read_config_alone(tmp_path) == decoder.KNOWN_MODELS[name]
+    assert read_config_alone(tmp_path) == known_models.KNOWN_MODELS[name]

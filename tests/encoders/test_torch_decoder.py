@@ -17,7 +17,7 @@ import dlc_jax as dlc
 from benchmarks import language_coverage as coverage
 from dlc_jax.encoders import torch_checkpoint, torch_decoder, torch_functions
 from dlc_jax.encoders.adapter_dropout import StepId
-from dlc_jax.encoders.decoder import TARGETS, Adapter
+from dlc_jax.encoders.causal_model import TARGETS, Adapter
 from dlc_jax.encoders.language_model import door_of
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods
 from dlc_jax.training.lora.settings import LoraConfig

@@ -9,7 +9,8 @@ import pytest
 from small_llama import make_writer
 
 import dlc_jax as dlc
-from dlc_jax.encoders.decoder import Adapter, Architecture, CausalModel, DecoderConfig
+from dlc_jax.encoders.causal_model import Adapter, CausalModel
+from dlc_jax.encoders.decoder import Architecture, DecoderConfig
 from dlc_jax.encoders.rotations import RopeScaling, YarnScaling
 from dlc_jax.evaluation import generation
 from dlc_jax.evaluation.generation import Ending, Greedy, answers

@@ -18,7 +18,8 @@ from PIL import Image
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
 from dlc_jax.encoders import resnet, vit
-from dlc_jax.encoders.decoder import Adapter, Architecture, DecoderConfig
+from dlc_jax.encoders.causal_model import Adapter
+from dlc_jax.encoders.decoder import Architecture, DecoderConfig
 from dlc_jax.encoders.language_model import model_folder
 from dlc_jax.evaluation import _pairs
 from dlc_jax.evaluation.likelihoods import continuation_log_likelihoods

@@ -10,7 +10,8 @@ import pytest
 import dlc_jax as dlc
 from dlc_jax import presets
 from dlc_jax.config import Config, default_config
-from dlc_jax.encoders.decoder import KNOWN_MODELS, PAPER_MODELS, Architecture
+from dlc_jax.encoders.decoder import Architecture
+from dlc_jax.encoders.known_models import KNOWN_MODELS, PAPER_MODELS
 from dlc_jax.encoders.language_model import load_tokenizer, model_folder, read_config
 from dlc_jax.planning.costs import kept_by_run
 from dlc_jax.planning.instruction_plan import InstructionCosts, Lengths, plan_of_instructions

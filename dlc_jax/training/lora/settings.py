@@ -8,7 +8,7 @@ import numbers
 from typing import Any
 
 from dlc_jax import expect
-from dlc_jax.encoders.decoder import DTYPES, TARGETS, Adapter
+from dlc_jax.encoders.causal_model import DTYPES, TARGETS, Adapter
 from dlc_jax.types import as_tuple, setting
 
 OPTIMISERS = ("sgd", "adamw")

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32, Int64, UInt32
 
 from dlc_jax.encoders.adapter_dropout import StepId, keys_of_sample
-from dlc_jax.encoders.decoder import CausalModel, joined
+from dlc_jax.encoders.causal_model import CausalModel, joined
 from dlc_jax.preprocess.token_batches import bucket_length, make_rows, packed, placed
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.training.lora.settings import LoraConfig

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dlc_jax as dlc
-from dlc_jax.encoders.decoder import TARGETS, Adapter
+from dlc_jax.encoders.causal_model import TARGETS, Adapter
 from dlc_jax.exports.peft import load_adapter, write_adapter, write_merged
 from dlc_jax.preprocess.tokens import Tokenised
 from dlc_jax.training.loop import train

@@ -18,6 +18,13 @@ def test_import_is_light():
     assert done.stdout.split("\n")[:2] == ["[]", "False"], done.stderr
 
 
+def test_a_command_starts_without_what_only_some_stages_need():
+    heavy = "scipy.stats torch tensorflow transformers timm matplotlib.pyplot pandas"
+    program = f"import sys, dlc_jax.cli.main; print(set({heavy!r}.split()) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 SCORES = """
 import sys
 

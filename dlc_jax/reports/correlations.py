@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float64, Shaped
-from scipy.stats import rankdata
 
 _FEWEST = 5  # samples; of fewer, nothing is left once two scores are known
 _NOTHING = 1e-9  # share of variance that is rounding
@@ -72,6 +71,8 @@ def what_dlc_adds(scores: Mapping[str, Shaped[np.ndarray, " n"]]) -> str:
 
 def _ranks(score: Shaped[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
     """Returns ranks with mean 0."""
+    from scipy.stats import rankdata  # a second, which every command would wait for
+
     ranks = rankdata(score)
     return ranks - ranks.mean()
 

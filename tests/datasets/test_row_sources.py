@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dlc_jax as dlc
@@ -236,6 +236,7 @@ RANDOM = st.lists(
 )
 
 
+@settings(max_examples=30)  # of every form: files are written and read
 @given(rows=RANDOM)
 def test_random_rows_come_back_from_every_form(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("forms")

@@ -137,6 +137,10 @@ def told(config, *, details=False) -> str:
 
 @pytest.fixture
 def sample_config():
+    return of_sample()
+
+
+def of_sample():
     config = default_config()
     config.stages = ("plan",)
     config.dataset.train, config.dataset.test = "demo:dolly/train", "demo:dolly/test"
@@ -146,7 +150,14 @@ def sample_config():
     return config
 
 
-def test_time_memory_and_break_even_come_first_and_the_rest_on_request(sample_config):
+@pytest.fixture(scope="module")
+def whole():
+    """All that a plan of the sample says."""
+    return told(of_sample(), details=True)
+
+
+@pytest.mark.slow
+def test_time_memory_and_break_even_come_first_and_the_rest_on_request(sample_config, whole):
     text = told(sample_config)
     lines = text.splitlines()
     assert lines[0].startswith("plan: demo:tiny-llama, ")
@@ -159,21 +170,19 @@ def test_time_memory_and_break_even_come_first_and_the_rest_on_request(sample_co
     assert len(lines) < 40
     for more in ("| passes", "per device", "per process", "\nmeasured: "):
         assert more not in "\n".join(lines[1:-1])
-    whole = told(sample_config, details=True)
     for more in ("| passes", " per device ", " per process ", "measured: "):
         assert more in whole[whole.index("break-even") :]
 
 
 @pytest.mark.slow
-def test_passes_time_and_break_even(sample_config):
-    text = told(sample_config, details=True)
-    assert "| score    | losses of 4 probes              | 4      | 1,600 " in text
-    assert "| score    | losses with and without prompts | 3      | 1,200 " in text
+def test_passes_time_and_break_even(whole):
+    assert "| score    | losses of 4 probes              | 4      | 1,600 " in whole
+    assert "| score    | losses with and without prompts | 3      | 1,200 " in whole
     # three epochs of everything and of a half
-    assert "| finetune | LoRA, 2 runs                    | 6      | 1,800 " in text
-    assert "tests, 100 instructions         | 2      | 200 " in text
-    assert "within a factor of 2" in text
-    assert "\n| 0.50 " in text
+    assert "| finetune | LoRA, 2 runs                    | 6      | 1,800 " in whole
+    assert "tests, 100 instructions         | 2      | 200 " in whole
+    assert "within a factor of 2" in whole
+    assert "\n| 0.50 " in whole
 
 
 def test_only_this_machine_is_refused(sample_config, monkeypatch):

@@ -6,8 +6,7 @@ Measures the bundled rows with the bundled model, keeps a quarter by every metho
 without near-duplicates, fine-tunes on each with three seeds and measures every held-out response.
 Prints a table: mean loss in nats per token, the gap to random in percent of what training on all
 rows gains, with a 95 % interval by bootstrap over seeds and rows together, tokens that were trained
-on, and what DLC adds to perplexity and length. Half an hour on two cores; goes on where it was
-stopped.
+on, and what DLC adds to perplexity and length. An hour on two cores; goes on where it was stopped.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_files_to_kept_sets_by_the_released_procedure_and_ours(tmp_path):
     assert all(0 < row["seconds"][0] < row["process"][0] for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_coverage_of_a_converted_network_is_a_line_that_is_not_run_again(tmp_path):
     rows = tmp_path / "rows.jsonl"
     names = ["timm:test_vit", "hf:swin", "timm:none"]

@@ -17,10 +17,8 @@ from dlc_jax.training.loop import train
 from dlc_jax.types import Conventions, by_path
 
 MESHES = {  # data, probe
-    "two": (2, 1),
     "four": (4, 1),
     "eight": (8, 1),
-    "probe 2": (1, 2),
     "probe 4": (2, 4),
     "probe 8": (1, 8),
 }

@@ -75,7 +75,7 @@ def files(workdir, pattern):
     return {path.relative_to(workdir): path.read_bytes() for path in workdir.glob(pattern)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_doors_of_a_qwen_keep_the_same_instructions(timm, tmp_path):
     made(tmp_path / "model", "Qwen3")
     doors = {"decoder": "by the decoder here", "decoder:converted": "as asked for"}

@@ -17,12 +17,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -45,6 +46,10 @@ from dlc_jax.encoders.rotations import (
     rotation_of,
 )
 from dlc_jax.types import Params, computed
+
+_CHANGES = ("lora_a", "lora_b")  # an adapter's matrices
+_WEIGHTS = "weights of a block"
+_ALL_BUT_WEIGHTS = jax.checkpoint_policies.save_anything_except_these_names(_WEIGHTS)
 
 
 class Projection(nnx.Linear):
@@ -444,8 +449,7 @@ class Architecture(CausalModel):
       dtype: Type of weights and activations.
       adapter: Low-rank changes of projections; None: there are none.
       rematerialise: See `Decoder.hidden`.
-      loops: Whether blocks that are alike are compiled once. A gradient through the loop would keep
-        a copy of all weights, so that training does without.
+      loops: Whether blocks that are alike are compiled once, where there are several.
     """
 
     config: DecoderConfig
@@ -458,7 +462,7 @@ class Architecture(CausalModel):
         self, params: Params, tokens: Tokens, segments: Tokens, keys: Keys | None = None
     ) -> Hidden:
         """Returns the final, normed sequence under these parameters; see `Decoder`."""
-        if self.loops and keys is None and self.config.depth >= 2 * self.config.period:
+        if self.is_looped(keys is not None):
             return self._looped(params, tokens, segments)
         module = self._module(params)
         if keys is not None and self.adapter is not None:
@@ -469,44 +473,68 @@ class Architecture(CausalModel):
         with precision_of(self.dtype):
             return module.hidden(tokens, segments, self.rematerialise)
 
+    def is_looped(self, has_keys: bool) -> bool:
+        """Whether blocks that are alike are compiled once; with keys, layers draw by their path."""
+        return self.loops and not has_keys and self.config.depth >= 2 * self.config.period
+
     def _looped(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
         """Returns what `hidden` does, in a loop with a turn for every period of blocks.
 
-        A turn copies the weights of its own blocks: stacked, all weights would be held twice.
+        A turn copies the weights of its own blocks, one after the other: stacked, all weights would
+        be held twice. A gradient copies them again instead of keeping the copies. Adapters, which
+        are small, are stacked.
         """
-        blocks, depth, period = params["blocks"], self.config.depth, self.config.period
-
-        def part_of(start: int, stop: int) -> Params:
-            return {place - start: blocks[place] for place in range(start, stop)}
-
-        starts = range(0, depth - depth % period, period)
-        choices = [functools.partial(part_of, start, start + period) for start in starts]
-        ends, turn, rest = map(self._with_blocks, (0, period, depth % period))
+        windows, blocks = self.config.windows, params["blocks"]
+        period = self.config.period
+        num_turns = len(windows) // period
+        policy = None if self.rematerialise else _ALL_BUT_WEIGHTS
+        runs, changes = [], []
+        for place in range(period):
+            turns = [_parted(blocks[place + number * period]) for number in range(num_turns)]
+            weights, matrices = zip(*turns, strict=True)
+            part = self._with_windows(windows[place : place + 1])
+            run = functools.partial(part._run_one, params, [_given(some) for some in weights])
+            runs.append(jax.checkpoint(run, policy=policy, prevent_cse=False))
+            changes.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices))
         with precision_of(self.dtype):
-            whole = ends._module(params)
-            x, rotations = whole.started(tokens, segments)
+            ends = self._with_windows(())._module(params)
+            x, rotations = ends.started(tokens, segments)
 
-            def taken(x: Hidden, number: Int[Array, ""]) -> tuple[Hidden, None]:
-                module = turn._module(params | {"blocks": jax.lax.switch(number, choices)})
-                return module.through_blocks(x, rotations, segments), None
+            def turn(x: Hidden, own: tuple[Int[Array, ""], list[Params]]) -> tuple[Hidden, None]:
+                for run, change in zip(runs, own[1], strict=True):
+                    x = run(own[0], change, x, rotations, segments)
+                return x, None
 
-            x, _ = jax.lax.scan(taken, x, jnp.arange(len(choices)))
-            left = rest._module(params | {"blocks": part_of(depth - depth % period, depth)})
-            return whole.norm(left.through_blocks(x, rotations, segments))
+            x, _ = jax.lax.scan(turn, x, (jnp.arange(num_turns), changes))
+            left = range(num_turns * period, len(windows))
+            rest = self._with_windows(windows[left.start :])._module(
+                params | {"blocks": {i: blocks[place] for i, place in enumerate(left)}}
+            )
+            return ends.norm(rest.through_blocks(x, rotations, segments, self.rematerialise))
 
-    def _with_blocks(self, num: int) -> Architecture:
-        """Returns this one with the first of its blocks alone."""
-        config = dataclasses.replace(self.config, windows=self.config.windows[:num])
-        return dataclasses.replace(self, config=config)
+    def _run_one(
+        self,
+        params: Params,
+        choices: list[Callable[[], Params]],
+        number: Int[Array, ""],
+        change: Params,
+        x: Hidden,
+        rotations: Rotations,
+        segments: Tokens,
+    ) -> Hidden:
+        """Returns what one block, of those that there are to choose from, makes of a sequence."""
+        weights = checkpoint_name(jax.lax.switch(number, choices), _WEIGHTS)
+        module = self._module(params | {"blocks": {0: unflatten_dict(weights | change)}})
+        return module.through_blocks(x, rotations, segments)
 
-    def for_training(self, adapter: Adapter, rematerialise: bool) -> Architecture:
-        """Returns this one as it is fine-tuned; ValueError where it cannot be."""
-        return dataclasses.replace(super().for_training(adapter, rematerialise), loops=False)
+    def _with_windows(self, windows: tuple[int | None, ...]) -> Architecture:
+        """Returns a decoder of blocks with these windows."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, windows=windows))
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Returns logits of some of the final sequence under these parameters."""
         with precision_of(self.dtype):
-            return self._with_blocks(0)._module(params).logits(hidden)
+            return self._with_windows(())._module(params).logits(hidden)
 
     def read(
         self, params: Params, tokens: Tokens, segments: Tokens, num_more: int
@@ -550,7 +578,7 @@ class Architecture(CausalModel):
     def abstract_adapter(self) -> Params:
         """Returns shapes and types of the adapter's parameters alone, nested as all are."""
         leaves = flatten_dict(self.abstract_params())
-        kept = {path: leaf for path, leaf in leaves.items() if path[-1] in ("lora_a", "lora_b")}
+        kept = {path: leaf for path, leaf in leaves.items() if path[-1] in _CHANGES}
         return unflatten_dict(kept)
 
     def is_prunable(self, path: str) -> bool:
@@ -573,6 +601,17 @@ class Architecture(CausalModel):
         if blocks:
             own["blocks"] = blocks
         return nnx.merge(_split(self)[0], nnx.State(computed(own)))
+
+
+def _parted(block: Params) -> tuple[dict[tuple, Any], dict[tuple, Any]]:
+    """Returns the weights of a block and its adapter's matrices, by path."""
+    leaves = flatten_dict(block)
+    changes = {path: leaf for path, leaf in leaves.items() if path[-1] in _CHANGES}
+    return {path: leaf for path, leaf in leaves.items() if path not in changes}, changes
+
+
+def _given(value: Any) -> Callable[[], Any]:
+    return lambda: value
 
 
 @functools.lru_cache

@@ -90,14 +90,14 @@ class Scoring:
         copied = item + of_random + item  # taken out of all, and masked
         if self.holds_copy:  # made before any call, with masks of the host
             counted, copied = 0, item
-        of_turn = -(-num_prunable * copied * self.config.period // (self.config.depth * self.fsdp))
+        copies = -(-num_prunable * copied // (self.config.depth * self.fsdp))
         return MemoryPlan.of(
             Memory("weights", weight_bytes(whole, self.fsdp)),
             Memory("masked copy of the weights", weight_bytes(whole, self.fsdp) * self.holds_copy),
             Memory("importance of weights", of_random * num_prunable // self.fsdp),
             Memory("thresholds: keys of a layer, counts", counted, _COUNTING),
-            Memory(f"copies of the weights of {_blocks(self.config.period)}", of_turn, _BLOCKS),
-            _gathered(whole, self.fsdp, self.config.period),
+            Memory("copies of the weights of a block", copies, _BLOCKS),
+            _gathered(whole, self.fsdp, 1),
             Memory("activations of a block", _forward(whole, num_rows, length), _BLOCKS),
             Memory("logits of some positions", _logits(whole, num_rows, length), _LOGITS),
             _all_rows(whole, num_rows, length, self.fsdp),
@@ -154,14 +154,17 @@ class Finetuning:
         kept, block = _gradient(whole, num_rows, self.max_length)
         kept = max(0, kept - tree_bytes(of_block)) * depth
         logits = _logits(whole, num_rows, self.max_length, gradient=True)
-        # without rematerialisation, the gradient uses the gathered weights again
+        # without a loop the next block's come early, and kept activations keep them
         num_gathered = 2 if lora.rematerialise else depth
+        is_looped = whole.is_looped(bool(lora.dropout))
+        copies = _of_blocks(whole) // (depth * self.fsdp) if is_looped else 0
         return MemoryPlan.of(
             Memory("weights", weight_bytes(_frozen(whole), self.fsdp)),
             Memory("adapter", adapter),
             Memory(f"optimiser ({lora.optimiser})", optimiser),
             Memory("gradients: sums, and a call's", 2 * adapter),
-            _gathered(whole, self.fsdp, num_gathered),
+            _gathered(whole, self.fsdp, 1 if is_looped else num_gathered),
+            Memory("copies of the weights of a block", copies, _BLOCKS),
             Memory("activations kept", kept),
             Memory("activations of a block", block, _BLOCKS),
             Memory("logits of some positions", logits, _LOGITS),
@@ -185,21 +188,19 @@ def weight_bytes(architecture: Architecture, fsdp: int) -> int:
 
 
 def _gathered(architecture: Architecture, fsdp: int, num_blocks: int) -> Memory:
-    """A gradient uses a block while the next one comes in, or keeps all; a loop has its turn's."""
-    of_blocks = sum(
-        leaf.size * leaf.dtype.itemsize
-        for path, leaf in by_path(_frozen(architecture).abstract_params()).items()
-        if path.startswith("blocks/")
-    )
+    """Weights of blocks that are spread, while they are used."""
     depth = architecture.config.depth
     num_blocks = min(num_blocks, depth)
-    num_bytes = 0 if fsdp == 1 else of_blocks * num_blocks // depth
-    always = Memory(f"gathered weights of {_blocks(num_blocks)}", num_bytes)
+    num_bytes = 0 if fsdp == 1 else _of_blocks(architecture) * num_blocks // depth
+    blocks = "a block" if num_blocks == 1 else f"{num_blocks} blocks"
+    always = Memory(f"gathered weights of {blocks}", num_bytes)
     return always._replace(when=_BLOCKS) if num_blocks < depth else always
 
 
-def _blocks(num: int) -> str:
-    return "a block" if num == 1 else f"{num} blocks"
+def _of_blocks(architecture: Architecture) -> int:
+    """Returns the bytes of the frozen weights of all blocks."""
+    leaves = by_path(_frozen(architecture).abstract_params())
+    return tree_bytes([leaf for path, leaf in leaves.items() if path.startswith("blocks/")])
 
 
 def _all_rows(architecture: Architecture, num_rows: int, length: int, fsdp: int) -> Memory:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ TINY = DecoderConfig(
 )
 TOKENS = np.random.default_rng(0).integers(1, 64, (3, 40)).astype(np.int32)
 SEGMENTS = np.repeat([[1, 1, 2, 2, 2, 0, 0, 0]], 3, axis=0).repeat(5, axis=1).astype(np.int32)
+OF_BLOCK = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # bytes of a block's weights
 WINDOWS = {
     "alike": (None,) * 5,
     "alternating": (7, None) * 3,
@@ -108,17 +110,58 @@ def test_weights_are_not_copied_as_a_whole():
         program = _probe_losses.lower(architecture, *probes(architecture, params)).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    of_block = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
-    assert temporary((None,) * 10) < temporary((None,) * 2) + of_block
+    assert temporary((None,) * 10) < temporary((None,) * 2) + OF_BLOCK
+
+
+def training(architecture, params, rematerialise):
+    """Returns the program of a step's gradients, and its arguments."""
+    trained = architecture.for_training(LoraConfig(rank=2).adapter, rematerialise)
+    generator = np.random.default_rng(0)
+    adapter = jax.tree.map(
+        lambda leaf: generator.normal(0, 0.1, leaf.shape).astype(np.float32),
+        initial_adapter(trained, 0),
+    )
+    rows = TokenRows(TOKENS, SEGMENTS, SEGMENTS > 0)
+    return trained, params, adapter, rows, Sums.zero(adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "rematerialise"),
+    [("alike", False), pytest.param("with a rest", True, marks=pytest.mark.slow)],
+)
+def test_gradients_are_those_of_blocks_one_after_the_other(name, rematerialise):
+    trained, *arguments = training(*made(WINDOWS[name]), rematerialise)
+    plain = dataclasses.replace(trained, loops=False)
+    found, expected = (by_path(add_rows(some, *arguments)) for some in (trained, plain))
+    assert found.keys() == expected.keys()
+    for path, gradient in expected.items():
+        size = np.linalg.norm(gradient)
+        assert size > 0
+        assert np.linalg.norm(found[path] - gradient) <= 1e-5 * size, path
 
 
 @pytest.mark.parametrize("rematerialise", [False, True])
-def test_training_does_without_a_loop(rematerialise):
-    """Its gradient would keep a copy of every block's weights."""
-    architecture, params = made((None,) * 4)
-    trained = architecture.for_training(LoraConfig(rank=2).adapter, rematerialise)
-    adapter = initial_adapter(trained, 0)
-    rows = TokenRows(TOKENS, SEGMENTS, SEGMENTS > 0)
-    text = add_rows.lower(trained, params, adapter, rows, Sums.zero(adapter)).as_text()
-    assert "stablehlo.case" not in text
-    assert "stablehlo.case" in _losses.lower(architecture, params, TOKENS, SEGMENTS).as_text()
+def test_a_deep_model_is_trained_by_the_program_of_a_shallow_one(rematerialise):
+    def num_products(depth):
+        lowered = add_rows.lower(*training(*made((None,) * depth), rematerialise))
+        return lowered.as_text().count("stablehlo.dot_general")
+
+    assert num_products(2) == num_products(8)
+
+
+@pytest.mark.slow
+def test_a_gradient_that_computes_activations_again_keeps_no_weights():
+    def temporary(depth):
+        lowered = add_rows.lower(*training(*made((None,) * depth), True))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    of_adapter = 4 * 2 * (4 * 64 + 2 * 48 + 3 * 80)
+    more = 10 * (TOKENS.size * 32 * 4 + 3 * of_adapter)  # what ten blocks read, and their changes
+    assert temporary(12) < temporary(2) + more + OF_BLOCK
+
+
+def test_dropout_goes_without_a_loop():
+    """Layers draw by their path."""
+    architecture, _ = made((None,) * 3)
+    assert architecture.is_looped(has_keys=False)
+    assert not architecture.is_looped(has_keys=True)

@@ -4,9 +4,10 @@ python -m benchmarks.instruction_methods --workdir=runs/instruction_methods
 
 Measures the bundled rows with the bundled model, keeps a quarter by every method, with all rows and
 without near-duplicates, fine-tunes on each with three seeds and measures every held-out response.
-Prints a table: mean loss in nats per token, the gap to random in percent of what training on all
-rows gains, with a 95 % interval by bootstrap over seeds and rows together, tokens that were trained
-on, and what DLC adds to perplexity and length. An hour on two cores; goes on where it was stopped.
+Prints a table: loss in nats, as the mean over responses and as that over tokens, for each the gap
+to random in percent of what training on all rows gains, with a 95 % interval by bootstrap over
+seeds and rows together; tokens that were trained on; and what DLC adds to perplexity and length. An
+hour on two cores; goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -110,6 +111,11 @@ def main(_: list[str]) -> None:
     assert features is not None
     limit = limit_for(features)
     base, full = dlc.response_losses(model, test), []
+
+    def means(losses: np.ndarray) -> str:
+        of_token = np.average(losses, weights=test.num_response)
+        return f"{losses.mean():.4f} per response, {of_token:.4f} per token"
+
     for seed in _SEEDS:
         full.append(setting.losses_after(None, seed, "all"))
     found, tokens = {}, {}
@@ -135,9 +141,9 @@ def main(_: list[str]) -> None:
         found[way], tokens[way] = np.stack(runs), round(float(np.mean(counts)))
     print(
         f"\n{len(train)} rows, {len(kept)} kept of them; {len(test)} held out. A cosine above "
-        f"{limit:.4f} counts as near-duplicate. Loss before training {base.mean():.4f}, after "
-        f"training on all rows {np.mean(full):.4f}.\n\n"
-        f"{table(found, base, np.stack(full), tokens)}\n"
+        f"{limit:.4f} counts as near-duplicate. Loss before training {means(base)}, after training "
+        f"on all rows {means(np.mean(full, axis=0))}.\n\n"
+        f"{table(found, base, np.stack(full), test.num_response, tokens)}\n"
     )
     columns = {name: dlc.score(responses, method=name) for name in ("perplexity", "length")}
     print(what_dlc_adds(columns | {"dlc": dlc.score(probes)}) + ".")
@@ -150,39 +156,50 @@ def limit_for(features: np.ndarray) -> float:
 
 
 def table(
-    found: dict[Way, np.ndarray], base: np.ndarray, full: np.ndarray, tokens: dict[Way, int]
+    found: dict[Way, np.ndarray],
+    base: np.ndarray,
+    full: np.ndarray,
+    lengths: np.ndarray,
+    tokens: dict[Way, int],
 ) -> str:
-    """Returns a line per method: loss, and gap to random, with and without near-duplicates."""
-    gained = base.mean() - full.mean()
+    """Returns a line per method: losses and gaps to random, with and without near-duplicates.
+
+    Args:
+      found: Loss of every held-out response after training on what each way keeps, [seeds, n].
+      base, full: The same before training [n], and after training on all rows [seeds, n].
+      lengths: [n] tokens of the held-out responses.
+      tokens: How many each way trained on.
+    """
     reference = found[WAYS[0]]
-    header = ["method", "near-duplicates", "loss", "gap to random, %", "95 % interval", "tokens"]
+    header = ["method", "near-duplicates"]
+    for unit in ("response", "token"):
+        header += [f"per {unit}", "gap, %", "95 % interval"]
     rows = []
     for way, losses in found.items():
-        gaps = np.array(list(_gaps(reference, losses))) / gained * 100
-        low, high = np.quantile(gaps, [0.025, 0.975])
-        gap = (reference.mean() - losses.mean()) / gained * 100
-        same = losses is reference
-        rows.append(
-            [
-                way.name,
-                "left out" if way.is_deduplicated else "kept",
-                f"{losses.mean():.4f}",
-                "-" if same else f"{gap:+.1f}",
-                "-" if same else f"{low:+.1f} to {high:+.1f}",
-                f"{tokens[way]:,}",
-            ]
-        )
-    return markdown(header, rows)
+        row = [way.name, "left out" if way.is_deduplicated else "kept"]
+        for weights in (np.ones(len(base)), lengths):
+            gained = np.average(base - full.mean(axis=0), weights=weights) / 100
+            loss, start = (
+                np.average(some.mean(axis=0), weights=weights) for some in (losses, reference)
+            )
+            low, high = (
+                np.quantile(list(_gaps(reference, losses, weights)), [0.025, 0.975]) / gained
+            )
+            gap = [f"{(start - loss) / gained:+.1f}", f"{low:+.1f} to {high:+.1f}"]
+            row += [f"{loss:.4f}", *(["-", "-"] if losses is reference else gap)]
+        rows.append([*row, f"{tokens[way]:,}"])
+    return markdown([*header, "tokens"], rows)
 
 
-def _gaps(reference: np.ndarray, losses: np.ndarray) -> Iterator[float]:
+def _gaps(reference: np.ndarray, losses: np.ndarray, weights: np.ndarray) -> Iterator[float]:
     """Yields the gap of resampled seeds, of either apart, and rows, the same of both."""
     generator = np.random.default_rng(0)
     num_seeds, num_rows = losses.shape
     for _ in range(_DRAWS):
         rows = generator.integers(0, num_rows, num_rows)
         seeds = generator.integers(0, num_seeds, (2, num_seeds))
-        yield reference[seeds[0]][:, rows].mean() - losses[seeds[1]][:, rows].mean()
+        gaps = reference[seeds[0]][:, rows].mean(axis=0) - losses[seeds[1]][:, rows].mean(axis=0)
+        yield np.average(gaps, weights=weights[rows])
 
 
 if __name__ == "__main__":

@@ -31,14 +31,18 @@ def test_gaps_are_shares_of_what_all_rows_gain_and_intervals_hold_the_truth():
     reference, found = hard + noise[0], {better: hard - 0.25 + noise[1], same: hard + noise[2]}
     base, full = hard + 2, np.stack([hard - 0.5] * 3)
     tokens = dict.fromkeys([WAYS[0], better, same], 1234)
-    rows = cells(table({WAYS[0]: reference} | found, base, full, tokens))
-    assert rows["random", "kept"][1:] == ["-", "-", "1,234"]
-    loss, gap, interval, _ = rows["longest", "kept"]
-    assert float(loss) == pytest.approx(found[better].mean(), abs=5e-5)
-    # the same rows are drawn for both: how hard they are does not widen the interval
-    assert float(gap) == pytest.approx(100 * (reference - found[better]).mean() / 2.5, abs=0.051)
-    low, high = map(float, interval.split(" to "))
-    assert 9 < low < 10 < high < 11
+    lengths = generator.integers(1, 100, 50)
+    rows = cells(table({WAYS[0]: reference} | found, base, full, lengths, tokens))
+    assert rows["random", "kept"][1:3] == ["-", "-"]
+    assert rows["random", "kept"][-1] == "1,234"
+    row, shares = rows["longest", "kept"], lengths / lengths.sum()
+    for (loss, gap, interval), weights in ((row[:3], np.full(50, 0.02)), (row[3:6], shares)):
+        assert float(loss) == pytest.approx(found[better].mean(axis=0) @ weights, abs=5e-5)
+        # the same rows are drawn for both: how hard they are does not widen the interval
+        expected = 100 * (reference - found[better]).mean(axis=0) @ weights / 2.5
+        assert float(gap) == pytest.approx(expected, abs=0.051)
+        low, high = map(float, interval.split(" to "))
+        assert 9 < low < 10 < high < 11
     low, high = map(float, rows["hardest by perplexity", "left out"][2].split(" to "))
     assert low < 0 < high
 

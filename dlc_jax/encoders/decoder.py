@@ -456,7 +456,7 @@ class Architecture(CausalModel):
     dtype: str
     adapter: Adapter | None = None
     rematerialise: bool = False
-    loops: bool = True
+    loops: bool = dataclasses.field(default=True, repr=False)  # fingerprints are made of the repr
 
     def hidden(
         self, params: Params, tokens: Tokens, segments: Tokens, keys: Keys | None = None

@@ -12,7 +12,12 @@ from flax import nnx
 
 from dlc_jax.encoders import decoder, known_models, rotations
 from dlc_jax.encoders.decoder import Architecture, Decoder
-from dlc_jax.encoders.language_model import read_config, read_config_alone, read_params
+from dlc_jax.encoders.language_model import (
+    load_language_model,
+    read_config,
+    read_config_alone,
+    read_params,
+)
 from dlc_jax.types import by_path, path_name
 
 SIZES = {
@@ -380,6 +385,15 @@ def test_fingerprints_of_version_0_1_stay():
     config = known_models.PAPER_MODELS["mistralai/Mistral-7B-v0.3"]
     assert "biases" not in repr(config)
     assert "biases=('q_proj',)" in repr(dataclasses.replace(config, biases=("q_proj",)))
+    architecture = Architecture(config, "float32")
+    assert "loops" not in repr(architecture)
+    assert repr(dataclasses.replace(architecture, loops=False)) == repr(architecture)
+
+
+def test_fingerprint_of_the_bundled_model_stays():
+    """What was scored and trained with it before counts as the same."""
+    model = load_language_model("demo:tiny-llama", dtype="float32")
+    assert model.fingerprint.startswith("ed4ba426a6efb2ca")
 
 
 # Facts of published config.json files

@@ -267,10 +267,10 @@ class MaskedLeaf(Deferred):
 
     Attributes:
       weights: All of them.
-      importance: Of each weight; None: its magnitude.
+      importance: Importance of each weight; None: its magnitude.
       threshold: One probe, of all prunable leaves.
-      place: Of this leaf among them; an array, so that leaves of one shape share a program.
-      layout: What positions are counted in.
+      place: Number of this leaf among them; an array, so that leaves of one shape share a program.
+      layout: Order in which positions are counted.
     """
 
     weights: jax.Array
@@ -318,7 +318,7 @@ def masked(
 ) -> Params:
     """Returns the parameters with one probe's weights zeroed; traceable, keeps dtypes.
 
-    Args: as for `deferred_masks`.
+    Arguments are those of `deferred_masks`.
     """
     return computed(deferred_masks(params, prunable, importance, threshold))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -93,12 +93,12 @@ class CausalModel(abc.ABC):
     Attributes:
       dtype: Type of weights and activations.
       adapter: Low-rank changes of linear layers; None: there are none.
-      loops: Whether `hidden` and `logits` take parameters that are deferred.
+      takes_deferred: Whether `hidden` and `logits` take parameters some of which are deferred.
     """
 
     dtype: str
     adapter: Adapter | None
-    loops: bool = False
+    takes_deferred: ClassVar[bool] = False
 
     @abc.abstractmethod
     def hidden(

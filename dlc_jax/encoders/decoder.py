@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -452,6 +452,8 @@ class Architecture(CausalModel):
       loops: Whether blocks that are alike are compiled once, where there are several.
     """
 
+    takes_deferred: ClassVar[bool] = True
+
     config: DecoderConfig
     dtype: str
     adapter: Adapter | None = None
@@ -475,14 +477,15 @@ class Architecture(CausalModel):
 
     def is_looped(self, has_keys: bool) -> bool:
         """Whether blocks that are alike are compiled once; with keys, layers draw by their path."""
-        return self.loops and not has_keys and self.config.depth >= 2 * self.config.period
+        return self.loops and not has_keys and 0 < 2 * self.config.period <= self.config.depth
 
     def _looped(self, params: Params, tokens: Tokens, segments: Tokens) -> Hidden:
         """Returns what `hidden` does, in a loop with a turn for every period of blocks.
 
-        A turn copies the weights of its own blocks, one after the other: stacked, all weights would
-        be held twice. A gradient copies them again instead of keeping the copies. Adapters, which
-        are small, are stacked.
+        A turn copies the weights of its own blocks: stacked, all weights would be held twice. One
+        copy is there at a time where XLA schedules for memory; for CPUs it copies those of a whole
+        turn first. A gradient copies them again instead of keeping the copies. Adapters, which are
+        small, are stacked.
         """
         windows, blocks = self.config.windows, params["blocks"]
         period = self.config.period
@@ -611,6 +614,7 @@ def _parted(block: Params) -> tuple[dict[tuple, Any], dict[tuple, Any]]:
 
 
 def _given(value: Any) -> Callable[[], Any]:
+    """Returns a branch of a switch that hands out a value."""
     return lambda: value
 
 

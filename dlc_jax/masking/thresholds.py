@@ -295,7 +295,7 @@ def deferred_masks(
 
     Args:
       params: The encoder's parameters.
-      prunable: Paths of the prunable leaves.
+      prunable: Paths of the prunable leaves; of a decoder's blocks, the same leaves of each.
       importance: From `weight_importance`, as arrays on the device.
       threshold: One probe: `value` scalar, `cutoff` [leaves].
     """

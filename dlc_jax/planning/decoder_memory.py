@@ -155,15 +155,16 @@ class Finetuning:
         kept = max(0, kept - tree_bytes(of_block)) * depth
         logits = _logits(whole, num_rows, self.max_length, gradient=True)
         # without a loop the next block's come early, and kept activations keep them
-        num_gathered = 2 if lora.rematerialise else depth
-        is_looped = whole.is_looped(bool(lora.dropout))
-        copies = _of_blocks(whole) // (depth * self.fsdp) if is_looped else 0
+        num_gathered, copies = 2 if lora.rematerialise else depth, 0
+        if whole.is_looped(bool(lora.dropout)):
+            num_gathered = min(3, self.config.period)  # of a turn, as sharded tests find
+            copies = _of_blocks(whole) // (depth * self.fsdp)
         return MemoryPlan.of(
             Memory("weights", weight_bytes(_frozen(whole), self.fsdp)),
             Memory("adapter", adapter),
             Memory(f"optimiser ({lora.optimiser})", optimiser),
             Memory("gradients: sums, and a call's", 2 * adapter),
-            _gathered(whole, self.fsdp, 1 if is_looped else num_gathered),
+            _gathered(whole, self.fsdp, num_gathered),
             Memory("copies of the weights of a block", copies, _BLOCKS),
             Memory("activations kept", kept),
             Memory("activations of a block", block, _BLOCKS),

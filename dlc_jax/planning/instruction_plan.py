@@ -166,6 +166,8 @@ class InstructionCosts:
             return count_flops(added, frozen, adapter, tokens, jax.eval_shape(Sums.zero, adapter))
 
         whole = Architecture(self.sizes, lora.dtype).for_training(lora.adapter, lora.rematerialise)
+        # in a loop, the first block alone has no gradient that is left out
+        whole = dataclasses.replace(whole, loops=False)
         return self._over_depth(gradients, whole) // lora.rows_at_once
 
     def _over_depth(self, count: Callable[[Architecture], int], whole: Architecture) -> int:

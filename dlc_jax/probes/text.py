@@ -183,7 +183,7 @@ def _probe_losses(
     def one_probe(threshold: Thresholds) -> Float32[Array, "b s"]:
         # as in `kernel`: the importance of all weights would be four bytes each
         frozen, threshold = jax.lax.optimization_barrier((params, threshold))
-        mask = deferred_masks if architecture.loops else masked
+        mask = deferred_masks if architecture.takes_deferred else masked
         copy = mask(frozen, prunable, importance, threshold)
         return _token_losses(architecture, copy, *rows)
 

@@ -35,7 +35,7 @@ class Deferred:
 
 
 def computed(params: Params) -> Params:
-    """Returns parameters with all that were deferred."""
+    """Returns the parameters with deferred leaves computed."""
 
     def is_deferred(part: Any) -> bool:
         return isinstance(part, Deferred)

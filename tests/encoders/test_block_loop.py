@@ -1,4 +1,4 @@
-"""Blocks that are alike are compiled once; what is computed stays the same, bit by bit."""
+"""Blocks that are alike are compiled once; what is computed stays the same."""
 
 import dataclasses
 
@@ -79,6 +79,17 @@ def test_losses_are_those_of_blocks_one_after_the_other(name):
     plain = dataclasses.replace(architecture, loops=False)
     arguments = (params, TOKENS, SEGMENTS)
     np.testing.assert_array_equal(_losses(architecture, *arguments), _losses(plain, *arguments))
+
+
+def test_losses_of_a_gemma_differ_by_rounding():
+    """What scales its embeddings was computed with the first block before."""
+    switches = {"scale_embedding": True, "sandwich": True, "offset_norm": True, "tied": True}
+    caps = {"attention_cap": 5.0, "final_cap": 3.0}
+    architecture, params = made(WINDOWS["alternating"], **switches, **caps)
+    plain = dataclasses.replace(architecture, loops=False)
+    arguments = (params, TOKENS, SEGMENTS)
+    found, expected = _losses(architecture, *arguments), _losses(plain, *arguments)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("masking", "name"), [("l1", "alike"), ("random", "with a rest")])
@@ -164,4 +175,5 @@ def test_dropout_goes_without_a_loop():
     """Layers draw by their path."""
     architecture, _ = made((None,) * 3)
     assert architecture.is_looped(has_keys=False)
+    assert not made(())[0].is_looped(has_keys=False)
     assert not architecture.is_looped(has_keys=True)

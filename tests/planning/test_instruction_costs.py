@@ -19,6 +19,7 @@ from dlc_jax.planning.machine import MeshSize
 from dlc_jax.planning.programs import count_flops
 from dlc_jax.preprocess.token_batches import bucket_length
 from dlc_jax.preprocess.tokens import tokenise
+from dlc_jax.training.lora.step import Sums, TokenRows, add_rows
 
 LENGTH = 512
 ONE = MeshSize(1, 1, 1)
@@ -66,6 +67,30 @@ def test_blocks_are_added_up():
     of_batch = count_flops(losses, architecture.abstract_params(), tokens)
     assert some.forward_flops(LENGTH) == of_batch // 16
     assert some.forward_flops(LENGTH) < work.forward_flops(LENGTH)
+
+
+def test_training_is_added_up():
+    sizes = read_config(model_folder("demo:tiny-llama"))
+    work = made(sizes)
+    lora = work.config.lora
+    whole = Architecture(sizes, lora.dtype).for_training(lora.adapter, lora.rematerialise)
+    tokens = jax.ShapeDtypeStruct((lora.rows_at_once, LENGTH), jnp.int32)
+    frozen = Architecture(sizes, lora.dtype).abstract_params()
+    adapter = whole.abstract_adapter()
+    sums = jax.eval_shape(Sums.zero, adapter)
+
+    def operations(architecture):
+        def added(params, adapter, tokens, sums):
+            return add_rows(
+                architecture, params, adapter, TokenRows(tokens, tokens, tokens > 0), sums
+            )
+
+        return count_flops(added, frozen, adapter, tokens, sums)
+
+    apart = operations(dataclasses.replace(whole, loops=False))
+    assert work.training_flops == apart // lora.rows_at_once
+    # a loop has the gradient of what the first block reads, too
+    assert apart < operations(whole) < apart * (1 + 0.5 / sizes.depth)
 
 
 def test_passes_and_devices():

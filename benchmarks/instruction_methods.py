@@ -12,13 +12,13 @@ hour on two cores; goes on where it was stopped.
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags
 from jaxtyping import Float32
 
 import dlc_jax as dlc
@@ -29,13 +29,6 @@ from dlc_jax.reports.table import markdown
 from dlc_jax.scores import column_name
 from dlc_jax.workspace.artefacts import json_hash
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where finished runs are, or go.")
-_WEIGHTS = flags.DEFINE_string("weights", "demo:tiny-llama", "The model.")
-_TRAIN = flags.DEFINE_string("train", "demo:dolly/train", "Rows to select from.")
-_TEST = flags.DEFINE_string("test", "demo:dolly/test", "Rows whose loss is measured.")
-_KEEP = flags.DEFINE_float("keep", 0.25, "Fraction kept.")
-_LENGTH = flags.DEFINE_integer("max_length", 256, "Longest sequence, in tokens.")
-_ROWS = flags.DEFINE_integer("rows", None, "Only so many rows of each; for a trial.")
 _SEEDS = (0, 1, 2)
 _LEFT_OUT = 0.2  # of all rows, as near-duplicates: the limit takes about as many
 _LORA = dlc.LoraConfig(
@@ -74,6 +67,7 @@ WAYS = (
 class Setting(NamedTuple):
     """What all runs share."""
 
+    workdir: Path
     model: dlc.LanguageModel
     train: Tokenised
     test: Tokenised
@@ -84,7 +78,7 @@ class Setting(NamedTuple):
         """Returns the loss of every held-out response after LoRA on what is kept."""
         decisive = [self.model.fingerprint, self.train.fingerprint, self.test.fingerprint]
         decisive += [repr(_LORA), None if kept is None else kept.tolist(), seed]
-        file = Path(_WORKDIR.value) / f"{name}-{seed}-{json_hash(decisive)[:12]}.npy"
+        file = self.workdir / f"{name}-{seed}-{json_hash(decisive)[:12]}.npy"
         if not file.exists():
             result = dlc.finetune_lora(self.model, self.train, kept, seed=seed, settings=_LORA)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -94,17 +88,32 @@ class Setting(NamedTuple):
         return np.load(file)
 
 
-def main(_: list[str]) -> None:
-    model = dlc.load_language_model(_WEIGHTS.value, dtype="float32")
-    read = functools.partial(dlc.tokenise, max_length=_LENGTH.value, on_corrupt="skip")
-    sources = [dlc.load_instructions(flag.value) for flag in (_TRAIN, _TEST)]
-    if _ROWS.value:
-        sources = [data.subset(np.arange(min(_ROWS.value, len(data)))) for data in sources]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="where finished runs are, or go"
+    )
+    parser.add_argument("--weights", default="demo:tiny-llama", help="the model")
+    parser.add_argument("--train", default="demo:dolly/train", help="rows to select from")
+    parser.add_argument("--test", default="demo:dolly/test", help="rows whose loss is measured")
+    parser.add_argument("--keep", type=float, default=0.25, help="fraction kept")
+    parser.add_argument("--max_length", type=int, default=256, help="longest sequence, in tokens")
+    parser.add_argument("--rows", type=int, help="only so many rows of each; for a trial")
+    asked = parser.parse_args()
+    model = dlc.load_language_model(asked.weights, dtype="float32")
+    read = functools.partial(dlc.tokenise, max_length=asked.max_length, on_corrupt="skip")
+    sources = [dlc.load_instructions(source) for source in (asked.train, asked.test)]
+    if asked.rows:
+        sources = [data.subset(np.arange(min(asked.rows, len(data)))) for data in sources]
     train, test = (read(data, model.tokenizer) for data in sources)
-    setting = Setting(model, train, test)
+    setting = Setting(asked.workdir, model, train, test)
     fits = np.flatnonzero(np.isin(sources[0].ids, train.ids))
     responses = dlc.measure_responses(
-        model, sources[0].subset(fits), max_length=_LENGTH.value, tokens=train, with_features=True
+        model,
+        sources[0].subset(fits),
+        max_length=asked.max_length,
+        tokens=train,
+        with_features=True,
     )
     probes = dlc.probe_responses(model, train)
     features = responses.features
@@ -129,7 +138,7 @@ def main(_: list[str]) -> None:
                 scores,
                 np.zeros(len(train), int),
                 method=way.method,
-                keep_fraction=_KEEP.value,
+                keep_fraction=asked.keep,
                 seed=seed,
                 ids=train.ids,
                 features=features,
@@ -203,5 +212,4 @@ def _gaps(reference: np.ndarray, losses: np.ndarray, weights: np.ndarray) -> Ite
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
-    app.run(main)
+    main()

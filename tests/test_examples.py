@@ -31,14 +31,18 @@ SLOW = {
     "record_training",
     "response_features",
     "response_losses",
-    "save_encoder",
     "tokenise",
     "tune",
     "use_all_cores",
     "write_adapter",
     "write_merged",
 }  # over two seconds when run alone: compilation, or loading transformers
+LONG = {"save_encoder"}  # exports a network whole: minutes
 FRESH = {"use_all_cores"}  # has to come before JAX looks for devices
+
+
+def mark_of(name: str):
+    return pytest.mark.slow if name in SLOW else pytest.mark.long if name in LONG else ()
 
 
 def example(name: str) -> doctest.DocTest:
@@ -73,7 +77,7 @@ def test_every_function_has_an_example_that_shows_a_value(name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FUNCTIONS],
+    [pytest.param(name, marks=mark_of(name)) for name in FUNCTIONS],
 )
 def test_the_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -96,4 +100,4 @@ def test_an_example_that_shows_something_else_is_found(monkeypatch):
 
 
 def test_slow_and_fresh_ones_are_public():
-    assert set(FUNCTIONS) >= SLOW | FRESH
+    assert set(FUNCTIONS) >= SLOW | LONG | FRESH

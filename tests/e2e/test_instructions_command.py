@@ -120,7 +120,7 @@ def test_what_the_command_leaves_is_what_the_functions_give(place, tmp_path):
     assert "score: unchanged" in again
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mode_official_scores_selects_and_trains_as_the_functions_do(place, tmp_path):
     official = ["--config.mode=official", "--config.selection.methods=('flexrand', 'random')"]
     official += ["--config.selection.keep_fractions=0.5", "--config.selection.splits=0.25,0.75"]

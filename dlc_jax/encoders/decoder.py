@@ -464,7 +464,7 @@ class Architecture(CausalModel):
         self, params: Params, tokens: Tokens, segments: Tokens, keys: Keys | None = None
     ) -> Hidden:
         """Returns the final, normed sequence under these parameters; see `Decoder`."""
-        if self.is_looped(keys is not None):
+        if self.is_looped(has_keys=keys is not None):
             return self._looped(params, tokens, segments)
         module = self._module(params)
         if keys is not None and self.adapter is not None:

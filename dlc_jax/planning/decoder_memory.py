@@ -97,7 +97,7 @@ class Scoring:
             Memory("importance of weights", of_random * num_prunable // self.fsdp),
             Memory("thresholds: keys of a layer, counts", counted, _COUNTING),
             Memory("copies of the weights of a block", copies, _BLOCKS),
-            _gathered(whole, self.fsdp, 1),
+            _gathered(whole, self.fsdp, 1 if whole.is_looped(has_keys=False) else 2),
             Memory("activations of a block", _forward(whole, num_rows, length), _BLOCKS),
             Memory("logits of some positions", _logits(whole, num_rows, length), _LOGITS),
             _all_rows(whole, num_rows, length, self.fsdp),
@@ -154,10 +154,11 @@ class Finetuning:
         kept, block = _gradient(whole, num_rows, self.max_length)
         kept = max(0, kept - tree_bytes(of_block)) * depth
         logits = _logits(whole, num_rows, self.max_length, gradient=True)
-        # without a loop the next block's come early, and kept activations keep them
+        # without a loop the next block's weights come early, and kept activations keep all; within
+        # a turn of several blocks some come early
         num_gathered, copies = 2 if lora.rematerialise else depth, 0
-        if whole.is_looped(bool(lora.dropout)):
-            num_gathered = min(3, self.config.period)  # of a turn, as sharded tests find
+        if whole.is_looped(has_keys=bool(lora.dropout)):
+            num_gathered = min(3, self.config.period)
             copies = _of_blocks(whole) // (depth * self.fsdp)
         return MemoryPlan.of(
             Memory("weights", weight_bytes(_frozen(whole), self.fsdp)),

@@ -88,7 +88,7 @@ class Setting(NamedTuple):
         return np.load(file)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--workdir", type=Path, required=True, help="where finished runs are, or go"
@@ -99,7 +99,11 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.25, help="fraction kept")
     parser.add_argument("--max_length", type=int, default=256, help="longest sequence, in tokens")
     parser.add_argument("--rows", type=int, help="only so many rows of each; for a trial")
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = arguments()
     model = dlc.load_language_model(asked.weights, dtype="float32")
     read = functools.partial(dlc.tokenise, max_length=asked.max_length, on_corrupt="skip")
     sources = [dlc.load_instructions(source) for source in (asked.train, asked.test)]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -496,7 +496,10 @@ class Architecture(CausalModel):
             turns = [_parted(blocks[place + number * period]) for number in range(num_turns)]
             weights, matrices = zip(*turns, strict=True)
             part = self._with_windows(windows[place : place + 1])
-            run = functools.partial(part._run_one, params, [_given(some) for some in weights])
+            choices: list[Callable[[], Params]] = [
+                functools.partial(dict, some) for some in weights
+            ]
+            run = functools.partial(part._run_one, params, choices)
             runs.append(jax.checkpoint(run, policy=policy, prevent_cse=False))
             changes.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices))
         with precision_of(self.dtype):
@@ -518,7 +521,7 @@ class Architecture(CausalModel):
     def _run_one(
         self,
         params: Params,
-        choices: list[Callable[[], Params]],
+        choices: Sequence[Callable[[], Params]],
         number: Int[Array, ""],
         change: Params,
         x: Hidden,
@@ -580,9 +583,7 @@ class Architecture(CausalModel):
 
     def abstract_adapter(self) -> Params:
         """Returns shapes and types of the adapter's parameters alone, nested as all are."""
-        leaves = flatten_dict(self.abstract_params())
-        kept = {path: leaf for path, leaf in leaves.items() if path[-1] in _CHANGES}
-        return unflatten_dict(kept)
+        return unflatten_dict(_parted(self.abstract_params())[1])
 
     def is_prunable(self, path: str) -> bool:
         """Every linear projection of the blocks; not the embedding, the head or a norm."""
@@ -606,16 +607,11 @@ class Architecture(CausalModel):
         return nnx.merge(_split(self)[0], nnx.State(computed(own)))
 
 
-def _parted(block: Params) -> tuple[dict[tuple, Any], dict[tuple, Any]]:
-    """Returns the weights of a block and its adapter's matrices, by path."""
-    leaves = flatten_dict(block)
+def _parted(params: Params) -> tuple[dict[tuple, Any], dict[tuple, Any]]:
+    """Returns the weights and the adapter's matrices among parameters, by path."""
+    leaves = flatten_dict(params)
     changes = {path: leaf for path, leaf in leaves.items() if path[-1] in _CHANGES}
     return {path: leaf for path, leaf in leaves.items() if path not in changes}, changes
-
-
-def _given(value: Any) -> Callable[[], Any]:
-    """Returns a branch of a switch that hands out a value."""
-    return lambda: value
 
 
 @functools.lru_cache

@@ -6,6 +6,7 @@ v vocabulary; h, w and s are image height, width and side in pixels.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -26,12 +27,12 @@ from dlc_jax.files.image_files import depth
 Params = Any  # a pytree of arrays
 
 
-class Deferred:
+class Deferred(abc.ABC):
     """A leaf of `Params` that is computed where it is used; a pytree of what it is made of."""
 
+    @abc.abstractmethod
     def computed(self) -> jax.Array:
         """Returns the parameter."""
-        raise NotImplementedError
 
 
 def computed(params: Params) -> Params:

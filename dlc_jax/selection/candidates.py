@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int64
 
 from dlc_jax import expect
 from dlc_jax.scores import SCORES
-from dlc_jax.selection.methods import ALLOCATIONS, Draw, Group, flexrand_as_released, id_keys
+from dlc_jax.selection.methods import ALLOCATIONS, Draw, Group, Known, flexrand_as_released, id_keys
 from dlc_jax.selection.settings import AUTO, DEFAULT_METHOD, INPUTS, SELECTORS, Cell, Rules
 from dlc_jax.selection.similarity import near_duplicates
 from dlc_jax.types import (
@@ -66,9 +66,9 @@ class Candidates:
         given |= inputs
         self._given = {k: np.asarray(v) for k, v in given.items() if v is not None}
         self._given_labels, self._given_ids = np.asarray(labels), ids
-        self._groups_by: dict[tuple[str, bool, bool], dict[int, Group]] = {}
+        self._groups_by: dict[tuple[tuple[str, ...], bool, bool], dict[int, Group]] = {}
         self._left_out_by: dict[tuple[bool, float], np.ndarray] = {}
-        self._distinct_by: dict[tuple[str, bool, bool, float], dict[int, Group]] = {}
+        self._distinct_by: dict[tuple[tuple[str, ...], bool, bool, float], dict[int, Group]] = {}
 
     def select(
         self,
@@ -105,7 +105,7 @@ class Candidates:
         assert not isinstance(gamma, str)  # it was `auto`
         self._check_all_there(selector, rules)
         as_released = conventions.draws_as_released
-        by = (SELECTORS[selector].needs, rules.per_class, as_released)
+        by = (self._used(selector), rules.per_class, as_released)
         groups = self._groups(*by)
         members = [group.positions for group in groups.values()]
         num_left_out = num_short = 0
@@ -186,6 +186,15 @@ class Candidates:
         return scores
 
     @functools.cached_property
+    def _known(self) -> Known:
+        inputs = {name: rows for name, rows in self._given.items() if name in INPUTS}
+        return Known(self._labels, self._scores, inputs)
+
+    @functools.cached_property
+    def _known_with_keys(self) -> Known:
+        return dataclasses.replace(self._known, keys=self._keys)
+
+    @functools.cached_property
     def _scores_fingerprint(self) -> str:
         return scores_fingerprint(self._given["scores"], self._given_labels)
 
@@ -194,32 +203,40 @@ class Candidates:
         return features_fingerprint(self._given["features"])
 
     def _check_all_there(self, method: str, rules: Rules) -> None:
-        needs, score = SELECTORS[method].needs, SELECTORS[method].score
-        if needs != "nothing" and needs not in self._given:
-            source = INPUTS[needs].source if needs in INPUTS else _SCORES
-            if score is not None:
-                source = f"{score!r} of {_MEASURED[SCORES[score].of]}"
-            raise expect.InputError(f"{needs}: method {method!r} needs them; see {source}.")
+        score = SELECTORS[method].score
+        for name in SELECTORS[method].needs:
+            if name not in self._given:
+                source = INPUTS[name].source if name in INPUTS else _SCORES
+                if score is not None:
+                    source = f"{score!r} of {_MEASURED[SCORES[score].of]}"
+                raise expect.InputError(f"{name}: method {method!r} needs them; see {source}.")
         if rules.allocation == "nucs" and "scores" not in self._given:
             raise expect.InputError(f"scores: allocation 'nucs' needs them; see {_SCORES}.")
         if rules.max_similarity is not None and "features" not in self._given:
             source = INPUTS["features"].source
             raise expect.InputError(f"features: max_similarity needs them; see {source}.")
 
-    def _groups(self, needs: str, per_class: bool, as_released: bool) -> dict[int, Group]:
+    def _used(self, method: str) -> tuple[str, ...]:
+        """Returns the names of what a method uses of what was given."""
+        of = SELECTORS[method]
+        return *of.needs, *(name for name in of.takes if name in self._given)
+
+    def _groups(
+        self, used: tuple[str, ...], per_class: bool, as_released: bool
+    ) -> dict[int, Group]:
         """Returns the samples of each label there is, or all as those of label 0.
 
         Args:
-          needs: What decides their order, `scores` or nothing, or which of `INPUTS` they have.
+          used: `scores`, which then decide their order, and which of `INPUTS`.
           per_class: Whether each class is a group.
           as_released: Whether they are drawn and sorted as the released code does it.
         """
-        key = (needs, per_class, as_released)
+        key = (used, per_class, as_released)
         if key not in self._groups_by:
-            scores, rows = self._scores, None
-            if needs in INPUTS:
-                rows = self._given[needs]
-                INPUTS[needs].check(rows, self._labels)
+            scores = self._scores
+            inputs = tuple(name for name in used if name in INPUTS)
+            for name in inputs:
+                INPUTS[name].check(self._given[name], self._labels)
             labels = self._labels if per_class else np.zeros_like(self._labels)
             # the released code draws, and breaks ties, by position
             keys = None if as_released else self._keys
@@ -229,23 +246,28 @@ class Candidates:
                 by_label = self._by_id[np.argsort(labels[self._by_id], kind="stable")]
             present, starts = np.unique(labels[by_label], return_index=True)
             members = np.split(by_label, starts[1:])
-            if needs == "scores":
+            if "scores" in used:
                 assert scores is not None
                 # the released code sorts with NumPy's default, which leaves ties in any order (Q9)
                 stable = None if as_released else True
                 members = [some[np.argsort(scores[some], stable=stable)] for some in members]
-            groups = [Group(positions, scores, rows, keys) for positions in members]
+            known = self._known if as_released else self._known_with_keys
+            groups = [Group(positions, known, inputs) for positions in members]
             self._groups_by[key] = dict(zip(present.tolist(), groups, strict=True))
         return self._groups_by[key]
 
     def _distinct_groups(
-        self, needs: str, per_class: bool, as_released: bool, max_similarity: float | None
+        self,
+        used: tuple[str, ...],
+        per_class: bool,
+        as_released: bool,
+        max_similarity: float | None,
     ) -> dict[int, Group]:
         """Returns what `_groups` does, without near-duplicates."""
-        groups = self._groups(needs, per_class, as_released)
+        groups = self._groups(used, per_class, as_released)
         if max_similarity is None:
             return groups
-        key = (needs, per_class, as_released, max_similarity)
+        key = (used, per_class, as_released, max_similarity)
         if key not in self._distinct_by:
             is_left_out = self._near_duplicates(per_class, max_similarity)
             self._distinct_by[key] = {
@@ -260,8 +282,7 @@ class Candidates:
         """Returns which samples are left out as near-duplicates of others of their group."""
         if (per_class, limit) not in self._left_out_by:  # all pairs are compared
             is_left_out = np.zeros(len(self._labels), bool)
-            for group in self._groups("features", per_class, False).values():
-                assert group.rows is not None
+            for group in self._groups(("features",), per_class, False).values():
                 doubles = near_duplicates(group.rows, group.positions, limit)
                 is_left_out[group.positions[doubles]] = True
             self._left_out_by[per_class, limit] = is_left_out
@@ -288,7 +309,7 @@ class Candidates:
         )
         if (
             "features" in self._given
-            and SELECTORS[choice.method].needs == "features"
+            and "features" in SELECTORS[choice.method].needs
             and self._features_fingerprint != tuning.features_fingerprint
         ):
             raise expect.InputError(

@@ -8,6 +8,7 @@ Rows are padded to few lengths and the budget is an argument, so that classes sh
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -18,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float64, Int, Int32
 
-from dlc_jax.selection.methods import Draw, Group, Positions, budget
+from dlc_jax.selection.methods import Draw, Group, Positions, budget, strata_of
 
 # Relative to the squared norms it is the difference of, a smaller distance is rounding error and
 # counts as 0: copies of a chosen sample then tie, whatever the order of summation.
 _ROUNDING = 1e-13
+_DIGITS = 10  # of squared distances in units of `_extent`; what is beyond is rounding error
 
 
 class Space(NamedTuple):
@@ -94,8 +96,8 @@ def follow_mean(space: Space, budget: Int[Array, ""], *, farthest: bool) -> Int3
 
     def step(number: Int[Array, ""] | int, state: tuple) -> tuple:
         order, is_free, total = state
-        # short of |total|^2, which all share
-        squares = norms + 2 * _products(rows, total)
+        # short of |total|^2, which all share; rounded, since of two rows either is as near the mean
+        squares = jnp.round(norms + 2 * _products(rows, total), _DIGITS)
         chosen = jnp.argmax(jnp.where(is_free, sign * squares, -jnp.inf)).astype(jnp.int32)
         return order.at[number].set(chosen), is_free.at[chosen].set(False), total + rows[chosen]
 
@@ -122,6 +124,21 @@ def moderate(group: Group, draw: Draw) -> Positions:
     distances = _distances(group, _mean(group))
     order = np.argsort(np.abs(distances - np.median(distances)), kind="stable")
     return group.positions[order[: budget(group, draw)]]
+
+
+def ccs_herding(group: Group, draw: Draw) -> Positions:
+    """Herding within each of the strata of `ccs`, so that nothing is drawn.
+
+    Sources: see `herding` and `ccs`.
+    """
+    rest, strata, budgets = strata_of(group, draw)
+    kept = []
+    for number, num in enumerate(budgets):
+        if num:
+            part = dataclasses.replace(group, positions=rest[strata == number])
+            share = num / len(part.positions)
+            kept.append(herding(part, draw._replace(keep_fraction=share)))
+    return np.concatenate(kept) if kept else rest[:0]
 
 
 def herding(group: Group, draw: Draw) -> Positions:
@@ -170,7 +187,6 @@ def _around_a_row(group: Group) -> Space:
     all rows but an outlier.
     """
     nearest = group.positions[np.argmin(_distances(group, _mean(group)))]
-    assert group.rows is not None
     return _euclidean(group, group.rows[nearest].astype(np.float64))
 
 
@@ -215,6 +231,24 @@ def _distances(group: Group, origin: Float64[np.ndarray, " d"]) -> Float64[np.nd
     return np.concatenate(blocks)
 
 
+def placed(
+    group: Group,
+    origin: Float64[np.ndarray, " d"] | None = None,
+    *others: Float64[np.ndarray, "_ d"],
+) -> tuple[Float64[np.ndarray, "_ d"], ...]:
+    """Returns the group's rows, and other rows, in units of `_extent`.
+
+    Args:
+      group: The samples.
+      origin: What becomes 0; None: their mean.
+      others: What is placed with them.
+    """
+    origin = _mean(group) if origin is None else origin
+    unit = _extent(group, origin)
+    rows = np.concatenate([(block - origin) / unit for block in _blocks(group)])
+    return rows, *((some - origin) / unit for some in others)
+
+
 def _extent(group: Group, origin: Float64[np.ndarray, " d"]) -> float:
     """Returns the power of two below the farthest coordinate.
 
@@ -230,7 +264,6 @@ def _mean(group: Group) -> Float64[np.ndarray, " d"]:
 
 def _blocks(group: Group) -> Iterator[Float64[np.ndarray, "_ d"]]:
     """Yields the group's rows in float64, a few at a time."""
-    assert group.rows is not None
     for start in range(0, len(group.positions), _BLOCK):
         yield group.rows[group.positions[start : start + _BLOCK]].astype(np.float64)
 

@@ -60,26 +60,59 @@ Positions: TypeAlias = Int64[np.ndarray, " _"]  # into the data set
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of all n samples of a data set; its arrays are never copied.
+
+    Attributes:
+      labels: [n] class ids.
+      scores: [n] hardness, higher is harder; None if none was given.
+      inputs: Those of `INPUTS` that were given, [n, d], by name.
+      keys: [n] keys of the ids, from `id_keys`; None where positions decide lots.
+    """
+
+    labels: Integer[np.ndarray, " n"]
+    scores: Shaped[np.ndarray, " n"] | None = None
+    inputs: Mapping[str, Float[np.ndarray, "n _"]] = dataclasses.field(default_factory=dict)
+    keys: UInt64[np.ndarray, " n"] | None = None
+    _means: dict[str, Float64[np.ndarray, "c d"]] = dataclasses.field(
+        default_factory=dict, init=False
+    )
+
+    def class_means(self, name: str) -> Float64[np.ndarray, "c d"]:
+        """Returns the mean of an input over each class that there is, in the order of labels."""
+        if name not in self._means:
+            order = np.argsort(self.labels, kind="stable")
+            starts = np.unique(self.labels[order], return_index=True)[1]
+            rows = self.inputs[name]
+            means = [
+                rows[some].mean(axis=0, dtype=np.float64) for some in np.split(order, starts[1:])
+            ]
+            self._means[name] = np.stack(means)
+        return self._means[name]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Group:
     """The samples of one class, or of all of them; made once, however often it is picked from.
 
     Attributes:
       positions: Where they are: easiest first for methods that need scores. Ties, and all samples
         where scores are not needed, are in the order of their keys, or of positions without keys.
-      scores: [n] hardness of the whole data set, higher is harder; None if none was given.
-      rows: [n, d] rows of the whole data set, never copied: the one of `INPUTS` that the method
-        needs; None if it needs none.
-      keys: [n] keys of the ids of the whole data set, from `id_keys`; None where positions decide
-        lots.
+      known: What is known of the whole data set.
+      inputs: Names of the inputs that the method uses.
     """
 
     positions: Positions
-    scores: Shaped[np.ndarray, " n"] | None = None
-    rows: Float[np.ndarray, "n d"] | None = None
-    keys: UInt64[np.ndarray, " n"] | None = None
+    known: Known
+    inputs: tuple[str, ...] = ()
     _ranks: dict[tuple[int, int, str], np.ndarray] = dataclasses.field(
         default_factory=dict, init=False
     )
+
+    @property
+    def rows(self) -> Float[np.ndarray, "n _"]:
+        """Rows of the whole data set, of the first input that the method uses."""
+        return self.known.inputs[self.inputs[0]]
 
     def ranks_by_lot(self, draw: Draw, purpose: str) -> Integer[np.ndarray, " _"]:
         """Returns places in `positions`, in the order in which lots call them.
@@ -92,8 +125,8 @@ class Group:
         if key not in self._ranks:
             seeds = [draw.seed, draw.label, zlib.crc32(purpose.encode())]
             num = len(self.positions)
-            if self.keys is not None:
-                ranks = np.argsort(lots(self.keys[self.positions], seeds))
+            if self.known.keys is not None:
+                ranks = np.argsort(lots(self.known.keys[self.positions], seeds))
             else:
                 generator = np.random.default_rng(seeds)
                 ranks = np.argsort(self.positions)[generator.permutation(num)]
@@ -135,6 +168,16 @@ def hardest(group: Group, draw: Draw) -> Positions:
     return group.positions[len(group.positions) - budget(group, draw) :]
 
 
+def middle(group: Group, draw: Draw) -> Positions:
+    """Returns the samples of middle score: as many are left out at either end, one more hard.
+
+    Source: Jiang et al. 2025, under-sampling in the ablations.
+    """
+    num = budget(group, draw)
+    start = (len(group.positions) - num) // 2
+    return group.positions[start : start + num]
+
+
 def most_uncertain(group: Group, draw: Draw) -> Positions:
     """Returns the samples of highest score, the score being a classifier's uncertainty.
 
@@ -161,7 +204,6 @@ def rds(group: Group, draw: Draw) -> Positions:
 
     Source: Ivison et al. 2025, Large-scale data selection for instruction tuning (RDS+).
     """
-    assert group.rows is not None
     num_targets = group.rows.shape[1]
     turn = np.full(len(group.positions), np.iinfo(np.int64).max)
     for target in range(num_targets):
@@ -182,19 +224,24 @@ def ccs(group: Group, draw: Draw) -> Positions:
 
     Source: Zheng et al. 2023, Coverage-centric coreset selection for high pruning rates, alg. 1.
     """
-    assert group.scores is not None
-    num_samples, num_kept = len(group.positions), budget(group, draw)
-    num_dropped = min(int(num_samples * _SHARE_DROPPED), num_samples - num_kept)
-    rest = group.positions[: num_samples - num_dropped]
-    strata = _strata(group.scores[rest])
-    sizes = np.bincount(strata, minlength=_NUM_STRATA)
+    rest, strata, budgets = strata_of(group, draw)
     ranks = group.ranks_by_lot(draw, "ccs")
     ranks = ranks[ranks < len(rest)]
     by_lot = strata[ranks]
-    called = [
-        np.flatnonzero(by_lot == k)[:num] for k, num in enumerate(even_budgets(sizes, num_kept))
-    ]
+    called = [np.flatnonzero(by_lot == k)[:num] for k, num in enumerate(budgets)]
     return rest[ranks[np.concatenate(called)]]
+
+
+def strata_of(group: Group, draw: Draw) -> tuple[Positions, Int64[np.ndarray, " _"], list[int]]:
+    """Returns all but the hardest samples, the stratum of each, and how many each stratum keeps."""
+    scores = group.known.scores
+    assert scores is not None
+    num_samples, num_kept = len(group.positions), budget(group, draw)
+    num_dropped = min(int(num_samples * _SHARE_DROPPED), num_samples - num_kept)
+    rest = group.positions[: num_samples - num_dropped]
+    strata = _strata(scores[rest])
+    sizes = np.bincount(strata, minlength=_NUM_STRATA)
+    return rest, strata, even_budgets(sizes, num_kept)
 
 
 def _strata(scores: Shaped[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dlc_jax import expect
 from dlc_jax.scores import SCORES, column_name
-from dlc_jax.selection import geometry, methods
+from dlc_jax.selection import geometry, methods, neighbours, prototypes
 from dlc_jax.selection.methods import ALLOCATIONS, Draw, Group, Positions
 from dlc_jax.types import KEEP_FRACTIONS, Conventions, Selection, setting
 
@@ -88,6 +88,10 @@ INPUTS: Mapping[str, Input] = {
     "features": Input(
         functools.partial(expect.features_fit_labels, "features"), "dlc.features(...)"
     ),
+    "second_features": Input(
+        functools.partial(expect.features_fit_labels, "second_features"),
+        "dlc.features(...) of another encoder, for dlc.Candidates(..., inputs=...)",
+    ),
     "probabilities": Input(
         expect.probabilities_fit_labels, "dlc.record_training(...)", of="training"
     ),
@@ -106,30 +110,40 @@ class Method(NamedTuple):
       select: Picks from one class, or from all samples: returns `budget(group, draw)` different
         positions of the group, in any order.
       has_split: Whether it takes FlexRand's gamma.
-      needs: What it needs: `nothing`, `scores`, or one of `INPUTS`.
+      needs: What it needs, of `scores` and `INPUTS`.
+      takes: Names of other inputs that it uses where they are given.
       variants: The published definition, and others.
       score: Name of the score it is meant for; None: any score.
     """
 
     select: Callable[[Group, Draw], Positions]
     has_split: bool = False
-    needs: str = "scores"
+    needs: tuple[str, ...] = ("scores",)
+    takes: tuple[str, ...] = ()
     variants: tuple[str, ...] = ("published",)
     score: str | None = None
 
 
 VARIANTS = ("published", "deepcore")
+_FEATURES = ("features",)
 
 SELECTORS: Mapping[str, Method] = {
     "flexrand": Method(methods.flexrand, has_split=True),
     "easiest": Method(methods.easiest),
     "hardest": Method(methods.hardest),
-    "random": Method(methods.random, needs="nothing"),
+    "middle": Method(methods.middle),
+    "random": Method(methods.random, needs=()),
     "ccs": Method(methods.ccs),
-    "moderate": Method(geometry.moderate, needs="features"),
-    "herding": Method(geometry.herding, needs="features", variants=VARIANTS),
-    "k_center_greedy": Method(geometry.k_center_greedy, needs="features"),
-    "contextual_diversity": Method(geometry.contextual_diversity, needs="probabilities"),
+    "ccs_herding": Method(geometry.ccs_herding, needs=("features", "scores")),
+    "moderate": Method(geometry.moderate, needs=_FEATURES),
+    "herding": Method(geometry.herding, needs=_FEATURES, variants=VARIANTS),
+    "k_center_greedy": Method(geometry.k_center_greedy, needs=_FEATURES),
+    "typical": Method(neighbours.typical, needs=_FEATURES),
+    "subzerocore": Method(neighbours.subzerocore, needs=_FEATURES),
+    "d2": Method(neighbours.d2, needs=("features", "scores")),
+    "prototypes": Method(prototypes.prototypes, needs=_FEATURES),
+    "ram_apl": Method(prototypes.ram_apl, needs=_FEATURES, takes=("second_features",)),
+    "contextual_diversity": Method(geometry.contextual_diversity, needs=("probabilities",)),
     "least_confidence": Method(methods.most_uncertain, variants=VARIANTS, score="least_confidence"),
     "entropy": Method(methods.most_uncertain, variants=VARIANTS, score="entropy"),
     "margin": Method(methods.most_uncertain, variants=VARIANTS, score="margin"),
@@ -137,7 +151,7 @@ SELECTORS: Mapping[str, Method] = {
     "grand": Method(methods.hardest, score="grand"),
     "el2n": Method(methods.hardest, score="el2n"),
     "longest": Method(methods.hardest, score="length"),
-    "rds": Method(methods.rds, needs="similarities"),
+    "rds": Method(methods.rds, needs=("similarities",)),
 }
 
 
@@ -148,8 +162,8 @@ def has_split(method: str) -> bool:
 
 def needs_target(method: str) -> bool:
     """Whether a method compares samples with those of a target."""
-    needs = SELECTORS[method].needs if method in SELECTORS else ""
-    return needs in INPUTS and INPUTS[needs].made_of is not None
+    needs = SELECTORS[method].needs if method in SELECTORS else ()
+    return any(name in INPUTS and INPUTS[name].made_of is not None for name in needs)
 
 
 def check_split(split: float | str, name: str = "split") -> None:
@@ -371,7 +385,7 @@ class SelectionConfig:
         """What the methods need, apart from DLC."""
         known = [SELECTORS[method] for method in self.methods if method in SELECTORS]
         names = {method.score or self.score for method in known} | {self.score}
-        asked = [method.needs for method in known if method.needs in INPUTS]
+        asked = [name for method in known for name in method.needs if name in INPUTS]
         asked += ["features"] if self.max_similarity is not None else []
         made_of = [INPUTS[name].made_of for name in asked]
         inputs = dict.fromkeys([*filter(None, made_of), *asked])  # the first are made first

@@ -55,7 +55,7 @@ class SelectionInputs:
         """Returns the names of the inputs that a method, or `auto`, uses."""
         if method == AUTO:
             return ["features"] if self._config.tuning.needs_features else []
-        needed = {SELECTORS[method].needs}
+        needed = {*SELECTORS[method].needs}
         if self._config.selection.max_similarity is not None:
             needed.add("features")
         return [name for name in INPUTS if name in needed]
@@ -101,7 +101,7 @@ class SelectionInputs:
     def _by_scores(self, method: str) -> bool:
         """Whether scores decide what a method selects, or how much of each class."""
         by_difficulty = self._config.selection.allocation != "proportional"
-        return method == AUTO or SELECTORS[method].needs == "scores" or by_difficulty
+        return method == AUTO or "scores" in SELECTORS[method].needs or by_difficulty
 
     def fingerprint(self, method: str) -> str:
         """SHA-256 over the samples and what a selection of this method uses."""

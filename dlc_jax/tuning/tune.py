@@ -101,7 +101,7 @@ _RANDOM = ("random", None)
 _CAN_BE_TRIED = [
     name
     for name, method in SELECTORS.items()
-    if method.score is None and method.needs in ("nothing", "scores", "features")
+    if method.score is None and {*method.needs} <= {"scores", "features"}
 ]
 
 
@@ -132,7 +132,7 @@ class TuningConfig:
     def needs_features(self) -> bool:
         """Whether linear heads are trained, or a method that is compared needs features."""
         return self.by == "linear_probe" or any(
-            SELECTORS[method].needs == "features" for method in self.methods
+            "features" in SELECTORS[method].needs for method in self.methods
         )
 
     def check(self) -> None:
@@ -203,7 +203,9 @@ def tune(
     scores, labels = np.asarray(scores), np.asarray(labels)
     expect.scores_fit_labels(scores, labels)
     if methods is None:
-        methods = [m for m in METHODS if features is not None or SELECTORS[m].needs != "features"]
+        methods = [
+            m for m in METHODS if features is not None or "features" not in SELECTORS[m].needs
+        ]
     check_tried(methods, splits, num_repeats)
     for keep_fraction in keep_fractions:
         expect.keep_fraction(keep_fraction, "keep_fractions")

@@ -8,6 +8,9 @@ VARIANTS = [(name, variant) for name, method in SELECTORS.items() for variant in
 DRAWN = ("flexrand", "random", "ccs")  # the others are decided by the samples alone
 
 
+BY_CLASS = ("prototypes", "ram_apl")  # compare classes also where all samples are one group
+
+
 def samples_of(labels, seed=0, num_features=5, num_outputs=7):
     """Returns the arguments of `select` that describe samples with these labels; without ties."""
     generator = np.random.default_rng(seed)
@@ -19,6 +22,9 @@ def samples_of(labels, seed=0, num_features=5, num_outputs=7):
         "scores": generator.gamma(2.0, size=len(labels)),
         "labels": labels,
         "features": features.astype(np.float32),
+        "second_features": (features @ generator.normal(size=2 * (num_features,))).astype(
+            np.float32
+        ),
         "probabilities": probabilities.astype(np.float32),
         "similarities": np.tanh(generator.normal(size=(len(labels), 4))).astype(np.float32),
     }

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from known_samples import DRAWN, VARIANTS, samples_of, select
+from known_samples import BY_CLASS, DRAWN, VARIANTS, samples_of, select
 
 import dlc_jax as dlc
 from dlc_jax.selection import INPUTS, SELECTORS, Candidates, id_keys, lots
@@ -67,7 +67,7 @@ def test_all_samples_as_one_group(samples, method, variant, keep_fraction):
     assert len(np.unique(kept.indices)) == len(kept)
     assert not kept.per_class
     assert kept.num_kept_per_class.sum() == len(kept)
-    if (variant, SELECTORS[method].needs) != ("deepcore", "scores"):
+    if (variant, SELECTORS[method].needs) != ("deepcore", ("scores",)) and method not in BY_CLASS:
         one_class = samples | {"labels": np.zeros(300, int)}
         of_class = select(**one_class, **choice, rules=dlc.Rules(variant=variant))
         np.testing.assert_array_equal(kept.indices, of_class.indices)
@@ -179,13 +179,16 @@ def test_it_uses_what_it_needs_and_nothing_else(samples, method, variant):
     needs = SELECTORS[method].needs
     choice = {"method": method, "keep_fraction": 0.3, "rules": dlc.Rules(variant=variant)}
     kept = select(**samples, **choice)
-    bare = {"scores": None, "labels": samples["labels"]}
-    if needs != "nothing":
-        bare[needs] = samples[needs]
-        others = select(**samples | {needs: samples[needs][::-1]}, **choice)
+    used = (*needs, *SELECTORS[method].takes)
+    bare = {"scores": None, "labels": samples["labels"]} | {name: samples[name] for name in used}
+    for name in used:
+        others = select(**samples | {name: samples[name][::-1]}, **choice)
         assert set(others.indices) != set(kept.indices)
-        with pytest.raises(dlc.InputError, match=rf"^{needs}: method '{method}'"):
-            select(**bare | {needs: None}, **choice)
+    for name in needs:
+        with pytest.raises(dlc.InputError, match=rf"^{name}: method '{method}'"):
+            select(**bare | {name: None}, **choice)
+    for name in SELECTORS[method].takes:
+        assert len(select(**bare | {name: None}, **choice)) == len(kept)
     np.testing.assert_array_equal(select(**bare, **choice).indices, kept.indices)
 
 
@@ -210,8 +213,10 @@ def test_samples_that_are_all_the_same(method, variant, keep_fraction):
     kept = select(**same, method=method, keep_fraction=keep_fraction, rules=rules)
     num = round(50 * keep_fraction)
     assert len(np.unique(kept.indices)) == num
-    if method not in DRAWN:
-        first = SELECTORS[method].needs != "scores" or method == "easiest"
+    if method == "middle":
+        np.testing.assert_array_equal(kept.indices, np.arange((50 - num) // 2, (50 + num) // 2))
+    elif method not in (*DRAWN, "d2"):  # messages go to the first neighbours
+        first = SELECTORS[method].needs != ("scores",) or method == "easiest"
         expected = np.arange(num) if first else np.arange(50 - num, 50)
         np.testing.assert_array_equal(kept.indices, expected)
 

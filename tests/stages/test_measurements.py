@@ -49,7 +49,7 @@ def brightness(monkeypatch):
 
     check = functools.partial(expect.features_fit_labels, "mean_light")
     monkeypatch.setitem(INPUTS, "mean_light", Input(check, "a call"))
-    monkeypatch.setitem(SELECTORS, "most_different", Method(k_center_greedy, needs="mean_light"))
+    monkeypatch.setitem(SELECTORS, "most_different", Method(k_center_greedy, needs=("mean_light",)))
     monkeypatch.setitem(MEASURED, "mean_light", Measurement(measure, ("dtype", "step")))
     return measured
 

@@ -125,6 +125,8 @@ def forgetting(correct: Bool[Array, "e n"], *, variant: str = "published") -> Fl
 def el2n(early_logits: Float[Array, "r n c"], labels: Int[Array, " n"]) -> Float32[Array, " n"]:
     """Returns the norm of softmax - one-hot label, in [0, sqrt(2)], mean over runs.
 
+    Variant `paper` of the score is this of the logits after the last epoch of one run.
+
     Args:
       early_logits: Early in training, of several runs.
       labels: Class ids in [0, c).
@@ -293,6 +295,11 @@ def _grand(record: Any, variant: str) -> Any:
     return grand(*arrays, batch_size=record.batch_size, variant=variant)
 
 
+def _el2n(record: Any, variant: str) -> Any:
+    logits = record.logits[None] if variant == "paper" else record.early_logits
+    return el2n(logits, record.labels)
+
+
 SCORES: dict[str, Score] = {
     "dlc": Score(lambda losses, _: dlc(losses), "losses"),
     "least_confidence": Score(
@@ -304,7 +311,7 @@ SCORES: dict[str, Score] = {
         lambda record, variant: forgetting(record.correct, variant=variant), "training", _BOTH
     ),
     "grand": Score(_grand, "training", _BOTH),
-    "el2n": Score(lambda record, _: el2n(record.early_logits, record.labels), "training"),
+    "el2n": Score(_el2n, "training", ("published", "paper")),
     "perplexity": Score(lambda responses, _: perplexity(responses), "responses"),
     "ifd": Score(ifd, "responses", ("published", "superfiltering", "cherry", "t_shirt")),
     "length": Score(lambda responses, _: length(responses), "responses"),
@@ -332,8 +339,8 @@ def score(
         `forgetting`, `grand`, `el2n`: see the functions in `dlc_jax.scores`;
         `perplexity`, `ifd`, `length`: see `dlc_jax.scores`.
       variant: `published`, or `deepcore` for what that library computes instead: by
-        `least_confidence`, `forgetting` and `grand`; `superfiltering`, `cherry` and `t_shirt` of
-        `ifd`.
+        `least_confidence`, `forgetting` and `grand`; `paper` of `el2n`, as that baseline of Jiang
+        et al. 2025 was run; `superfiltering`, `cherry` and `t_shirt` of `ifd`.
     Raises:
       ValueError: an unknown method or variant, something else than the method needs, or values
         that are not finite.

@@ -46,15 +46,17 @@ class Space(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="swapped")
-def farthest_first(space: Space, budget: Int[Array, ""], *, swapped: bool) -> Int32[Array, " n"]:
+def farthest_first(
+    space: Space, budget: Int[Array, ""], start: Int[Array, ""] | int = -1, *, swapped: bool
+) -> Int32[Array, " n"]:
     """Returns rows in the order of a farthest-first traversal, padding after the first `budget`.
 
-    Starts at the row nearest the centre; then always the row farthest from its nearest chosen one.
-    The lowest of equal rows goes first.
+    After the first, always the row farthest from its nearest chosen one, the lowest of equal rows.
 
     Args:
       space: The samples.
       budget: Rows to choose, in [0, num_samples].
+      start: The first row; -1: the one nearest the centre.
       swapped: A row's partner is the row with its halves swapped; else the row itself.
     """
     rows, norms = space.rows, space.norms
@@ -73,7 +75,8 @@ def farthest_first(space: Space, budget: Int[Array, ""], *, swapped: bool) -> In
         return order.at[number].set(chosen), nearest, jnp.argmax(nearest).astype(jnp.int32)
 
     from_centre = distances(space.centre, space.centre_norm)
-    start = jnp.argmin(jnp.where(is_sample, from_centre, jnp.inf)).astype(jnp.int32)
+    nearest_centre = jnp.argmin(jnp.where(is_sample, from_centre, jnp.inf))
+    start = jnp.where(jnp.asarray(start) < 0, nearest_centre, start).astype(jnp.int32)
     nearest = jnp.where(is_sample, jnp.inf, -1.0).astype(jnp.float64)
     order = jnp.zeros(len(rows), jnp.int32)
     return jax.lax.fori_loop(0, budget, step, (order, nearest, start))[0]
@@ -144,30 +147,40 @@ def ccs_herding(group: Group, draw: Draw) -> Positions:
 def herding(group: Group, draw: Draw) -> Positions:
     """Greedily adds the sample that keeps the mean of those chosen nearest the group's mean.
 
-    Variant `deepcore`: the sample that takes it farthest away, the sign slip of DeepCore.
+    Variants `deepcore` and `paper`: the sample that takes it farthest away, DeepCore's sign slip.
 
     Source: Welling 2009, Herding dynamical weights to learn.
     """
-    follow = functools.partial(follow_mean, farthest=draw.variant == "deepcore")
+    follow = functools.partial(follow_mean, farthest=draw.variant != "published")
     return _traversed(group, draw, lambda group: _euclidean(group, _mean(group)), follow)
 
 
 def k_center_greedy(group: Group, draw: Draw) -> Positions:
     """Farthest-first traversal in Euclidean distance, from the sample nearest the group's mean.
 
+    Variant `paper`: from a sample that is drawn.
+
     Source: Sener & Savarese 2018, Active learning for convolutional neural networks.
     """
-    return _traversed(group, draw, _around_a_row, functools.partial(farthest_first, swapped=False))
+    traversal = functools.partial(farthest_first, start=_start(group, draw), swapped=False)
+    return _traversed(group, draw, _around_a_row, traversal)
 
 
 def contextual_diversity(group: Group, draw: Draw) -> Positions:
     """Farthest-first traversal in KL(a, b) / 2 + KL(b, a) / 2, from the one nearest the mean.
 
-    A probability of 0 counts as the smallest normal float32 where its logarithm is taken.
+    A probability of 0 counts as the smallest normal float32 where its logarithm is taken. Variant
+    `paper`: from a sample that is drawn.
 
     Source: Agarwal et al. 2020, Contextual diversity for active learning.
     """
-    return _traversed(group, draw, _divergence, functools.partial(farthest_first, swapped=True))
+    traversal = functools.partial(farthest_first, start=_start(group, draw), swapped=True)
+    return _traversed(group, draw, _divergence, traversal)
+
+
+def _start(group: Group, draw: Draw) -> int:
+    """Returns the place where a traversal starts; -1 for the one nearest the mean."""
+    return int(group.ranks_by_lot(draw, "start")[0]) if draw.variant == "paper" else -1
 
 
 def _traversed(

@@ -182,11 +182,12 @@ def most_uncertain(group: Group, draw: Draw) -> Positions:
     """Returns the samples of highest score, the score being a classifier's uncertainty.
 
     Variant `deepcore`: DeepCore's unbalanced path sorts the wrong way round, so the samples of
-    lowest score where the group is not a class.
+    lowest score where the group is not a class. Variant `paper`: those of lowest score anyway.
 
-    Source: Coleman et al. 2020, Selection via Proxy; DeepCore, methods/uncertainty.py.
+    Source: Coleman et al. 2020, Selection via Proxy; DeepCore, methods/uncertainty.py; Jiang et al.
+      2025, baselines.
     """
-    if draw.variant == "deepcore" and not draw.per_class:
+    if draw.variant == "paper" or (draw.variant == "deepcore" and not draw.per_class):
         return easiest(group, draw)
     return hardest(group, draw)
 

@@ -124,7 +124,8 @@ class Method(NamedTuple):
     score: str | None = None
 
 
-VARIANTS = ("published", "deepcore")
+VARIANTS = ("published", "deepcore", "paper")
+_FROM_DRAWN = ("published", "paper")
 _FEATURES = ("features",)
 
 SELECTORS: Mapping[str, Method] = {
@@ -137,13 +138,15 @@ SELECTORS: Mapping[str, Method] = {
     "ccs_herding": Method(geometry.ccs_herding, needs=("features", "scores")),
     "moderate": Method(geometry.moderate, needs=_FEATURES),
     "herding": Method(geometry.herding, needs=_FEATURES, variants=VARIANTS),
-    "k_center_greedy": Method(geometry.k_center_greedy, needs=_FEATURES),
+    "k_center_greedy": Method(geometry.k_center_greedy, needs=_FEATURES, variants=_FROM_DRAWN),
     "typical": Method(neighbours.typical, needs=_FEATURES),
     "subzerocore": Method(neighbours.subzerocore, needs=_FEATURES),
     "d2": Method(neighbours.d2, needs=("features", "scores")),
     "prototypes": Method(prototypes.prototypes, needs=_FEATURES),
     "ram_apl": Method(prototypes.ram_apl, needs=_FEATURES, takes=("second_features",)),
-    "contextual_diversity": Method(geometry.contextual_diversity, needs=("probabilities",)),
+    "contextual_diversity": Method(
+        geometry.contextual_diversity, needs=("probabilities",), variants=_FROM_DRAWN
+    ),
     "least_confidence": Method(methods.most_uncertain, variants=VARIANTS, score="least_confidence"),
     "entropy": Method(methods.most_uncertain, variants=VARIANTS, score="entropy"),
     "margin": Method(methods.most_uncertain, variants=VARIANTS, score="margin"),
@@ -181,7 +184,9 @@ class Rules:
     Attributes:
       variant: `published`; `deepcore` copies that library's slip: `herding` takes the farthest
         sample, and with per_class=False `least_confidence`, `entropy` and `margin` keep the least
-        uncertain.
+        uncertain. `paper`, as the baselines of Jiang et al. 2025 were run: those three always keep
+        the least uncertain, `herding` takes the farthest sample, `k_center_greedy` and
+        `contextual_diversity` start at a sample that is drawn.
       allocation: `proportional`: the fraction of each class. `nucs`: as many in all, but more of
         classes whose scores are higher. Not in `official`.
       per_class: False: round(n keep_fraction) out of all samples, whatever their classes, which may
@@ -336,6 +341,11 @@ class SelectionConfig:
         expect.one_of("selection.variant", self.variant, _VARIANTS)
         methods = [name for name in self.methods if name in SELECTORS]
         scores = dict.fromkeys([*map(self.score_name, methods), self.score])
+        if self.variant == "paper" and "grand" in scores:
+            raise expect.InputError(
+                "selection.variant: 'paper' of grand takes gradients by all weights after the last "
+                "epoch, which are not recorded; expected another variant, or methods without grand."
+            )
         known = [v for name in methods for v in SELECTORS[name].variants]
         known += [v for name in scores for v in SCORES[name].variants]
         if self.variant not in known:

@@ -80,6 +80,7 @@ def test_every_method_selects_from_what_it_uses(finished, sample, sample_encoder
         "grand",
         "grand_deepcore",
         "el2n",
+        "el2n_paper",
     ]
     for name in ("entropy", "forgetting", "el2n"):
         np.testing.assert_array_equal(

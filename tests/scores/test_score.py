@@ -184,7 +184,7 @@ def test_bad_losses_are_refused():
         (random_record, {}, r"'dlc': needs losses, as dlc\.probe.*got TrainingRecord"),
         (random_record, {"method": "forgeting"}, "Did you mean 'forgetting'"),
         (random_record, {"method": "grand", "variant": "deepcor"}, "Did you mean 'deepcore'"),
-        (random_record, {"method": "el2n", "variant": "deepcore"}, "valid: published"),
+        (random_record, {"method": "el2n", "variant": "deepcore"}, "valid: published, paper"),
         (random_losses, {"variant": "deepcore"}, "variant of the score dlc: unknown value"),
     ],
 )

@@ -110,6 +110,14 @@ def test_grand_is_the_norm_of_torchs_gradient(record, variant):
     np.testing.assert_allclose(found, expected.mean(axis=0), rtol=1e-5, atol=1e-6)
 
 
+def test_el2n_of_the_paper_is_that_of_the_last_epoch(record):
+    torch = pytest.importorskip("torch")
+    errors = torch.softmax(torch.from_numpy(record.logits).double(), dim=1)
+    errors[torch.arange(len(errors)), torch.from_numpy(record.labels).long()] -= 1
+    found = score(record, method="el2n", variant="paper")
+    np.testing.assert_allclose(found, errors.norm(dim=1), rtol=1e-5, atol=1e-6)
+
+
 def test_grand_by_real_features_and_weights():
     """The whole definition, from features on, with DeepCore's batches as torch averages them."""
     torch = pytest.importorskip("torch")

@@ -5,7 +5,9 @@ import numpy as np
 from dlc_jax.selection import INPUTS, SELECTORS, Candidates
 
 VARIANTS = [(name, variant) for name, method in SELECTORS.items() for variant in method.variants]
-DRAWN = ("flexrand", "random", "ccs")  # the others are decided by the samples alone
+# the others are decided by the samples alone
+DRAWN = [(name, "published") for name in ("flexrand", "random", "ccs")]
+DRAWN += [(name, "paper") for name in ("k_center_greedy", "contextual_diversity")]
 
 
 BY_CLASS = ("prototypes", "ram_apl")  # compare classes also where all samples are one group

@@ -5,7 +5,7 @@ import pytest
 from conftest import subset
 from hypothesis import given
 from hypothesis import strategies as st
-from known_samples import samples_of
+from known_samples import samples_of, select
 
 import dlc_jax as dlc
 from dlc_jax.selection.geometry import padded_length
@@ -53,7 +53,44 @@ def plain_moderate(features, num):
     return np.argsort(np.abs(distance - np.median(distance)), kind="stable")[:num]
 
 
+def test_traversals_of_the_paper_start_at_a_draw():
+    samples = samples_of(np.zeros(80, int), num_features=6)
+    for method, distance in (
+        (
+            "k_center_greedy",
+            np.linalg.norm(samples["features"][:, None] - samples["features"], axis=2),
+        ),
+        (
+            "contextual_diversity",
+            plain_divergence(
+                *(samples["probabilities"].astype(float)[x] for x in (np.s_[:, None], np.s_[None]))
+            ),
+        ),
+    ):
+        starts = []
+        for seed in range(30):
+            first, rest = (
+                select(
+                    **samples,
+                    method=method,
+                    keep_fraction=num / 80,
+                    seed=seed,
+                    rules=dlc.Rules("paper"),
+                ).indices
+                for num in (1, 20)
+            )
+            starts += first.tolist()
+            from_start = np.where(np.arange(80) == first[0], -1.0, 0.0)
+            np.testing.assert_array_equal(
+                rest, np.sort(plain_farthest_first(distance, from_start, 20))
+            )
+        assert (
+            len(set(starts)) > 15
+        )  # 25 of 30 draws of 80 differ on average, and 20 in all but 1 in 100
+
+
 PLAIN = {
+    ("herding", "paper"): lambda x, num: plain_herding(x, num, farthest=True),
     ("herding", "published"): lambda x, num: plain_herding(x, num, farthest=False),
     ("herding", "deepcore"): lambda x, num: plain_herding(x, num, farthest=True),
     ("k_center_greedy", "published"): plain_k_center,

@@ -19,6 +19,7 @@ from dlc_jax.workspace.artefacts import ScoredSamples
         ({"score": "grand", "variant": "deepcore"}, ["grand_deepcore"]),
         ({"methods": ("herding", "easiest"), "variant": "deepcore"}, ["dlc", "dlc"]),
         ({"methods": ("least_confidence",), "variant": "deepcore"}, ["least_confidence_deepcore"]),
+        ({"methods": ("el2n", "forgetting"), "variant": "paper"}, ["el2n_paper", "forgetting"]),
         # by a score that has no such variant, a method of its own score beside it
         (
             {"methods": ("entropy", "easiest"), "score": "ifd", "variant": "superfiltering"},
@@ -30,7 +31,7 @@ def test_the_variant_decides_the_column(settings, columns):
     config = SelectionConfig(**settings)
     config.check(Conventions.of("default"))
     assert [config.score_of(method) for method in config.methods] == columns
-    assert {config.how(m)["variant"] for m in config.methods} <= {"published", "deepcore"}
+    assert {config.how(m)["variant"] for m in config.methods} <= {"published", "deepcore", "paper"}
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,7 @@ def test_the_variant_decides_the_column(settings, columns):
         ({"score": "length", "variant": "superfiltering"}, "and the scores length; expected publ"),
         ({"score": "ifd", "variant": "deepcore"}, "expected published or superfiltering"),
         ({"methods": ("auto",), "variant": "deepcore"}, "methods auto and the scores dlc"),
+        ({"methods": ("herding", "grand"), "variant": "paper"}, "'paper' of grand takes gradients"),
         ({"score": "ifd", "variant": "superfilter"}, "Did you mean 'superfiltering'"),
     ],
 )

@@ -71,6 +71,7 @@ _KINDS = (
         only={
             "dataset.image_column": (None, _NO_COLUMN),
             "dataset.label_column": (None, _NO_COLUMN),
+            "selection.second_encoder": (None, "instructions are measured by one model"),
             "encoder.prunable": (None, "all linear layers of a model's blocks are masked"),
             "encoder.drop_path": (0.0, "LoRA of language models has none"),
             "encoder.dropout": (0.0, "that of language models is lora.dropout"),

@@ -127,8 +127,8 @@ class ImageCosts:
         padded = self.scoring().num_probes
         losses = seen(f"losses of {m} probes", m, decodes=each_time, crops=n * m * augment)
         costs.append(losses._replace(device_flops=rows * padded * self.forward_flops))
-        # targets, which the others are compared with, are few
-        names = [name for name in self.config.need.measured if INPUTS[name].made_of is None]
+        # targets, which the others are compared with, are few; a second encoder is not looked at
+        names = [name for name in self.config.need.measured if INPUTS[name].setting is None]
         return costs + [seen(name, 1, decodes=each_time) for name in names]
 
     def _seen(

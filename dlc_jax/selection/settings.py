@@ -76,12 +76,14 @@ class Input(NamedTuple):
       source: Call that returns it, for messages.
       of: Source in the stage `score`: `encoder`, or a record of `training`.
       made_of: Name of the input that it is made of; None: of the samples.
+      setting: Setting of `selection` that names what it takes besides; None: nothing.
     """
 
     check: Callable[[np.ndarray, np.ndarray], None]
     source: str
     of: str = "encoder"
     made_of: str | None = None
+    setting: str | None = None
 
 
 INPUTS: Mapping[str, Input] = {
@@ -91,6 +93,7 @@ INPUTS: Mapping[str, Input] = {
     "second_features": Input(
         functools.partial(expect.features_fit_labels, "second_features"),
         "dlc.features(...) of another encoder, for dlc.Candidates(..., inputs=...)",
+        setting="second_encoder",
     ),
     "probabilities": Input(
         expect.probabilities_fit_labels, "dlc.record_training(...)", of="training"
@@ -99,6 +102,7 @@ INPUTS: Mapping[str, Input] = {
         functools.partial(expect.features_fit_labels, "similarities"),
         "dlc.similarities(...), for dlc.Candidates(..., inputs=...)",
         made_of="features",
+        setting="target",
     ),
 }
 
@@ -163,10 +167,11 @@ def has_split(method: str) -> bool:
     return method != AUTO and SELECTORS[method].has_split
 
 
-def needs_target(method: str) -> bool:
-    """Whether a method compares samples with those of a target."""
-    needs = SELECTORS[method].needs if method in SELECTORS else ()
-    return any(name in INPUTS and INPUTS[name].made_of is not None for name in needs)
+def settings_of(method: str, takes: bool = False) -> set[str]:
+    """Returns which settings name what inputs that a method needs, or only takes, are of."""
+    of = SELECTORS.get(method, Method(methods.random, needs=()))
+    names = of.takes if takes else of.needs
+    return {said for name in names if name in INPUTS and (said := INPUTS[name].setting)}
 
 
 def check_split(split: float | str, name: str = "split") -> None:
@@ -305,6 +310,9 @@ class SelectionConfig:
     target: str | None = setting(
         None, "data that the samples of method rds should be like, as for dataset.train"
     )
+    second_encoder: str | None = setting(
+        None, "weights of another encoder that ram_apl asks too, or <name>=<weights>"
+    )
 
     def check(self, conventions: Conventions) -> None:
         for key in ("methods", "keep_fractions", "splits", "seeds"):
@@ -324,10 +332,15 @@ class SelectionConfig:
             expect.seed(seed, "selection.seeds")
         expect.one_of("selection.score", self.score, SCORES)
         self._check_variant()
-        if any(map(needs_target, self.methods)) != (self.target is not None):
+        if ("target" in self._settings()) != (self.target is not None):
             raise expect.InputError(
                 "selection.target: is what method 'rds' selects by; expected both or neither, got "
                 f"{self.target!r} and methods {', '.join(self.methods)}."
+            )
+        if self.second_encoder is not None and "second_encoder" not in self._settings(takes=True):
+            raise expect.InputError(
+                "selection.second_encoder: is what method 'ram_apl' asks too; expected None "
+                f"without it, got {self.second_encoder!r} and methods {', '.join(self.methods)}."
             )
         for cell in self.cells():
             cell.checked(conventions)
@@ -335,6 +348,9 @@ class SelectionConfig:
             self.rules_of(method).check(method, conventions, "selection.")
         if self.need.tuning:
             self.rules_of(AUTO).check_tunable()
+
+    def _settings(self, takes: bool = False) -> set[str]:
+        return set().union(*(settings_of(method, takes) for method in self.methods))
 
     def _check_variant(self) -> None:
         """Raises ValueError for a variant that nothing asked for has."""
@@ -387,15 +403,23 @@ class SelectionConfig:
         rules = dataclasses.asdict(self.rules_of(method))
         if self.max_similarity is None:  # which version 0.1 did not have
             del rules["max_similarity"]
-        target = {"target": self.target} if needs_target(method) else {}
-        return {"score": self.score_of(method)} | rules | target
+        names = settings_of(method) | settings_of(method, takes=True)
+        of = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"score": self.score_of(method)} | rules | of
+
+    def inputs_of(self, method: Method) -> list[str]:
+        """Returns which of `INPUTS` a method needs, or takes where a setting names them."""
+        names = [name for name in method.needs if name in INPUTS]
+        return names + [
+            name for name in method.takes if getattr(self, INPUTS[name].setting or "", None)
+        ]
 
     @property
     def need(self) -> Need:
         """What the methods need, apart from DLC."""
         known = [SELECTORS[method] for method in self.methods if method in SELECTORS]
         names = {method.score or self.score for method in known} | {self.score}
-        asked = [name for method in known for name in method.needs if name in INPUTS]
+        asked = [name for method in known for name in self.inputs_of(method)]
         asked += ["features"] if self.max_similarity is not None else []
         made_of = [INPUTS[name].made_of for name in asked]
         inputs = dict.fromkeys([*filter(None, made_of), *asked])  # the first are made first

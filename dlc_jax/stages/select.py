@@ -41,21 +41,22 @@ class SelectionInputs:
         self.samples, self.mode = samples, config.mode
         self.tuning: Tuning | None = None
         self.input: Callable[[str], np.ndarray] = functools.cache(
-            lambda name: read_input(workdir, name, samples, self._target_of(name))
+            lambda name: read_input(workdir, name, samples, self._is_of(name))
         )
         self._config, self._workdir = config, workdir
         self._fingerprints: dict[str, str] = {}
         self._candidates: dict[tuple[str, ...], Candidates] = {}
 
-    def _target_of(self, name: str) -> str | None:
-        """Returns the source of the data that an input compares with; None: it does not."""
-        return self._config.selection.target if INPUTS[name].made_of is not None else None
+    def _is_of(self, name: str) -> str | None:
+        """Returns what the setting says that an input takes besides; None: it takes nothing."""
+        setting = INPUTS[name].setting
+        return None if setting is None else getattr(self._config.selection, setting)
 
     def _inputs_of(self, method: str) -> list[str]:
         """Returns the names of the inputs that a method, or `auto`, uses."""
         if method == AUTO:
             return ["features"] if self._config.tuning.needs_features else []
-        needed = {*SELECTORS[method].needs}
+        needed = {*self._config.selection.inputs_of(SELECTORS[method])}
         if self._config.selection.max_similarity is not None:
             needed.add("features")
         return [name for name in INPUTS if name in needed]
@@ -220,7 +221,7 @@ class SelectionStep:
             **{
                 name: value
                 for name, value in how.items()
-                if name not in ("score", "tuning", "target")
+                if name not in ("score", "tuning", "target", "second_encoder")
             },
             chosen=None if chosen is None else choice_of(chosen),
             num_kept_per_class=sizes,

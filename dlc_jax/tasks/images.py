@@ -16,7 +16,8 @@ from dlc_jax import expect, reports
 from dlc_jax.config import Config
 from dlc_jax.datasets.files import left_out_text
 from dlc_jax.distributed import Run, make_mesh, processes, said_of
-from dlc_jax.encoders import Encoder, load_encoder
+from dlc_jax.encoders import ENCODERS, Encoder, load_encoder
+from dlc_jax.encoders.converted import is_converted
 from dlc_jax.expect import visible
 from dlc_jax.exports import EXPORTS, RELEASED, export
 from dlc_jax.masking import AUTO, masked_text
@@ -51,6 +52,7 @@ class Scored(NamedTuple):
       encoder: As `mode` has it.
       say: Takes each line meant for the user.
       target: What selected samples should be like; None: nothing is asked for.
+      second_encoder: Another encoder, as `mode` has it; None: nothing is asked for.
     """
 
     config: Config
@@ -58,6 +60,7 @@ class Scored(NamedTuple):
     encoder: Encoder
     say: Callable[[str], None]
     target: Dataset | None
+    second_encoder: Encoder | None = None
 
     @property
     def by_the_way(self) -> dict[str, np.ndarray]:
@@ -170,9 +173,20 @@ def _features_of_targets(scored: Scored, run: Run) -> Float32[np.ndarray, "q d"]
     return found
 
 
+def _second_features(scored: Scored, run: Run) -> Float32[np.ndarray, "n d"]:
+    config, encoder = scored.config, scored.second_encoder
+    assert encoder is not None  # nothing asks for its features then
+    images = scored.images
+    if encoder.transform != images.transform:
+        images = dataclasses.replace(images, transform=encoder.transform, size=None)
+    encoder.check_image_size(images.side)
+    return features(encoder, images, mode=config.mode, compute=config.probe, run=run)
+
+
 # By names in `INPUTS`.
 MEASURED: Mapping[str, Measurement] = {
     "features": Measurement(_features),
+    "second_features": Measurement(_second_features),
     "similarities": Measurement(_features_of_targets, compared=measurements.similarities_to),
 }
 
@@ -278,7 +292,7 @@ class ImageTask:
         resolved = dataclasses.replace(config, encoder=settings)
         target = config.selection.target
         others = None if target is None else self._sources.load_together(target)
-        scored = Scored(resolved, dataset, encoder, self._say, others)
+        scored = Scored(resolved, dataset, encoder, self._say, others, self._second_encoder())
         if not workspace.ensure(LossesStep(scored, config.asked)):
             self._say("score: unchanged, not run again")
         workspace.alone(lambda: self._write_table(scored, workspace))
@@ -287,6 +301,16 @@ class ImageTask:
             self._record_training(scored, workspace)
             workspace.alone(lambda: self._write_table(scored, workspace))
         return resolved
+
+    def _second_encoder(self) -> Encoder | None:
+        if (said := self._config.selection.second_encoder) is None:
+            return None
+        name, _, weights = said.partition("=")
+        if name not in ENCODERS and not is_converted(name):
+            name, weights = "", said
+        encoder = load_encoder(name or None, weights).for_mode(self._config.mode)
+        agree({f"selection.second_encoder {said}": encoder.fingerprint})
+        return encoder
 
     @staticmethod
     def _write_table(scored: Scored, workspace: Workspace) -> None:

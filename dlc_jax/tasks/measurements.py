@@ -51,20 +51,18 @@ def record_with(name: str) -> str:
     return name if INPUTS[name].of == "encoder" else "training"
 
 
-def read_input(
-    root: Path, name: str, samples: ScoredSamples, target: str | None = None
-) -> np.ndarray:
+def read_input(root: Path, name: str, samples: ScoredSamples, of: str | None = None) -> np.ndarray:
     """Reads an input of selectors, [n, d].
 
     Args:
       root: Work directory.
       name: In `INPUTS`.
       samples: Samples that were scored.
-      target: Source of the data that it compares with, if it does.
+      of: What its setting says, where it takes something besides.
     Raises:
       ValueError: it was not measured, or is not of these scores.
     """
-    if problem := _problem(root, record_with(name), target):
+    if problem := _problem(root, record_with(name), of):
         raise expect.InputError(
             f"{root}/scores: {problem}; run the stage 'score' with the same settings of selection "
             "and tuning first."
@@ -87,7 +85,8 @@ class ScoredData(Protocol):
       config: Configuration with what the encoder or model decides filled in.
       say: Takes each line meant for the user.
       made_of: Data, encoder or model, and how samples are read, which decide every measurement.
-      target: What selected samples should be like; None: nothing is asked for.
+      target: What selected samples should be like; None: nothing is asked for. Settings that inputs
+        take name attributes such as this one.
       by_the_way: Inputs that another measurement found besides, until their own steps take them.
     """
 
@@ -155,10 +154,11 @@ class InputStep:
     @property
     def key(self) -> dict[str, Any]:
         key = {**self.settings, "made_of": self.scored.made_of}
-        target = self.scored.target
-        if INPUTS[self.name].made_of is None or target is None:
+        setting = INPUTS[self.name].setting
+        if setting is None or (taken := getattr(self.scored, setting)) is None:
             return key
-        return key | {"target": target.name, "target_fingerprint": target.fingerprint}
+        said = getattr(self.scored.config.selection, setting)
+        return key | {setting: said, f"{setting}_fingerprint": taken.fingerprint}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -282,16 +282,17 @@ def check_scores_are_whole(root: Path) -> None:
         )
 
 
-def _problem(root: Path, name: str, target: str | None = None) -> str | None:
+def _problem(root: Path, name: str, of: str | None = None) -> str | None:
     """Returns why an input, or the training record, is not of what was scored; None if it is."""
     folder, step = (root, name) if name != "training" else (root / artefacts.TRAINING, records.RUN)
     record, losses = records.read(folder, step), records.read(root, "score")
     # data and encoder, and how images are seen
     made_of = None if losses is None else losses.key.get("made_of")
     if made_of and record is not None and record.outputs and record.key.get("made_of") == made_of:
-        if (found := record.key.get("target")) == target:
+        setting = INPUTS[name].setting if name in INPUTS else None
+        if (found := record.key.get(setting or "")) == of:
             return record.damage(folder)
-        return f"{name} are those to {found}, expected those to {target}"
+        return f"{name} are those of {setting} {found}, expected those of {of}"
     return f"has no {'record of training' if name == 'training' else name} of these scores"
 
 

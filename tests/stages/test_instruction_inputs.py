@@ -110,7 +110,9 @@ def test_one_pass_gives_what_all_of_them_need(values, tmp_path, monkeypatch):
     assert passes == []
     assert {f"{name}: unchanged, not measured again" for name in held} <= {*said}
     other = selection | {"target": values["dataset"]["train"]}
-    with pytest.raises(dlc.InputError, match=r"similarities are those to json:.*target\.json"):
+    with pytest.raises(
+        dlc.InputError, match=r"similarities are those of target json:.*target\.json"
+    ):
         run(selection=other, stages=("select",))
     run(selection=other)
     assert passes == ["response_features"]

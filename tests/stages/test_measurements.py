@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import random_images
+from safetensors.numpy import load_file, save_file
 
 import dlc_jax as dlc
+import dlc_jax.datasets
 from dlc_jax import expect
 from dlc_jax.config import KINDS, Config
 from dlc_jax.selection import INPUTS, SELECTORS, Candidates
@@ -128,3 +130,44 @@ def test_images_like_a_target_are_kept(tmp_path):
     np.testing.assert_array_equal(np.load(path), kept.indices)
     key = records.read(root, "similarities").key
     assert key["target_fingerprint"] == dlc.load_dataset(target).fingerprint
+
+
+def test_a_second_encoder_is_asked_too(tmp_path, monkeypatch):
+    """By the features of both; with another one they are measured again."""
+    values = settings_of_few_images(tmp_path)
+    path = tmp_path / "other.safetensors"
+    sample = Path(dlc_jax.datasets.__file__).parent / "sample"
+    weights = load_file(sample / "model.safetensors")
+    generator = np.random.default_rng(0)
+    scaled = {
+        name: np.asarray(generator.uniform(0.5, 1.5) * w, "f4") for name, w in weights.items()
+    }
+    save_file(scaled, path)
+    values["selection"] = {"methods": ("ram_apl",), "keep_fractions": (0.25,)}
+    root, alone = tmp_path / "run", tmp_path / "alone"
+    for second, workdir in (
+        (None, alone),
+        (f"resnet18={path}", root),
+        ("resnet18=demo:resnet18", root),
+    ):
+        values["selection"]["second_encoder"] = second
+        pipeline.run(Config.of(values), workdir, lambda line: None)
+        (kept,) = (workdir / "selections/ram_apl").glob("*.npy")
+        found = dict(np.load(workdir / "scores/features.npz"))
+        labels = np.load(workdir / "scores/losses.npz")["labels"]
+        inputs = {"features": found["features"]}
+        if second is not None:
+            data = dlc.load_dataset(values["dataset"]["train"])
+            encoder = dlc.load_encoder(*second.split("="))
+            inputs["second_features"] = dlc.features(encoder, data, image_size=32)
+            measured = np.load(workdir / "scores/second_features.npz")["second_features"]
+            np.testing.assert_allclose(measured, inputs["second_features"], rtol=1e-5, atol=1e-6)
+        candidates = Candidates(None, labels, ids=found["ids"], inputs=inputs)
+        expected = candidates.select(method="ram_apl", keep_fraction=0.25)
+        np.testing.assert_array_equal(np.load(kept), expected.indices)
+    values["selection"]["second_encoder"] = f"resnet18={path}"
+    with pytest.raises(dlc.InputError, match="second_features are those of second_encoder resnet"):
+        pipeline.run(Config.of(values | {"stages": ("select",)}), root, lambda line: None)
+    values["selection"]["methods"] = ("herding",)
+    with pytest.raises(dlc.InputError, match="second_encoder: is what method 'ram_apl' asks too"):
+        Config.of(values)

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64, Integer, UInt64
+from jaxtyping import Bool, Float64, Int64, Integer, Shaped, UInt64
 from tqdm import tqdm
 
 from dlc_jax import expect
 from dlc_jax.distributed import Run, hides_bar
 from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, Candidates, Rules, id_keys, lots
+from dlc_jax.tuning.gaps import Part, interval
 from dlc_jax.tuning.linear import LinearProbeConfig
 from dlc_jax.tuning.trials import TRIALS, LinearTrials, Trial, Trials
 from dlc_jax.types import (
@@ -30,67 +31,56 @@ from dlc_jax.types import (
     setting,
 )
 
-_CONFIDENCE = 0.95
-_ROUNDING = 1e-24  # variance of equal differences of shares
 
-
-class Outcomes(NamedTuple):
-    """What one way of choosing a subset came to, over all repeats.
+class HeldOut(NamedTuple):
+    """Which samples were held out when; each at most once in a partition of the data.
 
     Attributes:
-      num_right: [n] how often each sample was classified right while it was held out.
-      accuracy: [r] share of the held-out samples classified right, in each repeat.
+      repeat: [p, n] the repeat in which a sample was held out, by partition; -1: in none.
+      num_repeats: r.
     """
 
-    num_right: Integer[np.ndarray, " n"]
-    accuracy: Float[np.ndarray, " r"]
+    repeat: Int64[np.ndarray, "p n"]
+    num_repeats: int
+
+    def means(self, values: Shaped[np.ndarray, "p n"]) -> Float64[np.ndarray, " _"]:
+        """Returns the mean over repeats of each sample that was held out at all."""
+        seen = self.repeat >= 0
+        times = seen.sum(axis=0)
+        return (values * seen).sum(axis=0)[times > 0] / times[times > 0]
 
 
-def mean_accuracy(outcomes: Outcomes, num_held_out: Integer[np.ndarray, " n"]) -> float:
-    """Returns the mean over held-out samples, in percent.
-
-    Args:
-      outcomes: Results of one way of choosing.
-      num_held_out: How often each sample was held out.
-    """
-    seen = num_held_out > 0  # at all
-    return float(100 * (outcomes.num_right[seen] / num_held_out[seen]).mean())
+def mean_accuracy(right: Bool[np.ndarray, "p n"], held_out: HeldOut) -> float:
+    """Returns the mean over held-out samples, in percent."""
+    return float(100 * held_out.means(right).mean())
 
 
-def gap(one: Outcomes, other: Outcomes, num_held_out: Integer[np.ndarray, " n"]) -> Gap:
+def gap(one: Bool[np.ndarray, "p n"], other: Bool[np.ndarray, "p n"], held_out: HeldOut) -> Gap:
     """Returns how much better `one` is than `other`, paired by sample and by repeat.
 
     Two things are random: which samples there are to validate on, and what was drawn and trained
-    in a repeat. The variance is the sum of both parts, each as if the other were not there: of
-    the samples' mean differences over n, and of the repeats' differences over r. Student's t with
-    r - 1 degrees of freedom. It speaks of this training set, of new samples and new seeds.
+    in a repeat; see `interval`. It speaks of this training set, of new samples and new seeds.
 
     Args:
-      one, other: Results on the same repeats.
-      num_held_out: How often each sample was held out.
+      one, other: Whether each sample was classified right while it was held out.
+      held_out: When that was.
     Returns:
       In percentage points; half the width of the 95 % interval is infinite for one repeat. The
       p-value is 1 for one repeat, and where all differences are equal.
     """
-    from scipy import stats  # a third of a second, which only tuning and reports need
-
-    seen = num_held_out > 0
-    num_more = one.num_right[seen].astype(np.float64) - other.num_right[seen]
-    difference = num_more / num_held_out[seen]
-    repeats = one.accuracy - other.accuracy
-    mean = float(difference.mean())
-    if len(repeats) < 2:
-        return Gap(100 * mean, math.inf, 1.0)
-    variance = _variance_of_mean(difference) + _variance_of_mean(repeats)
-    if variance < _ROUNDING:  # the same difference throughout, which shows no noise to be beyond
-        return Gap(100 * mean, 0.0, 1.0)
-    error, freedom = math.sqrt(variance), len(repeats) - 1
-    quantile = float(stats.t.ppf((1 + _CONFIDENCE) / 2, freedom))
-    return Gap(100 * mean, 100 * quantile * error, float(stats.t.sf(mean / error, freedom)))
-
-
-def _variance_of_mean(values: Float64[np.ndarray, " k"]) -> float:
-    return float(values.var(ddof=1) / len(values)) if len(values) > 1 else 0.0
+    difference = 100.0 * (one.astype(np.int8) - other.astype(np.int8))
+    means = held_out.means(difference)
+    if held_out.num_repeats < 2:
+        return Gap(float(means.mean()), math.inf, 1.0)
+    seen = held_out.repeat >= 0
+    repeats, values = held_out.repeat[seen], difference[seen]
+    sizes = np.bincount(repeats, minlength=held_out.num_repeats)
+    of_repeats = np.bincount(repeats, values, minlength=len(sizes)) / sizes
+    freedom = max(len(values) - len(sizes), 1)
+    within = np.square(values - of_repeats[repeats]).sum() / freedom / len(values)
+    return interval(
+        float(means.mean()), Part.of_mean(means), Part.of_mean(of_repeats), float(within)
+    )
 
 
 METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "moderate", "herding")
@@ -238,9 +228,9 @@ def tune(
     cells = _cells(keep_fractions, methods, splits)
     ids = None if ids is None else np.asarray(ids, np.str_)
     keys = None if ids is None else id_keys(ids)
-    num_held_out = np.zeros(len(labels), np.int64)
-    num_right = np.zeros((len(cells), len(labels)), np.int32)
-    accuracy = np.zeros((len(cells), num_repeats))
+    num_partitions = -(-num_repeats // _NUM_PARTS)
+    held_out_in = HeldOut(np.full((num_partitions, len(labels)), -1), num_repeats)
+    right = np.zeros((len(cells), num_partitions, len(labels)), bool)
     for repeat in tqdm(range(num_repeats), "tune", unit="split", disable=hides_bar(run.progress)):
         is_held_out = _parts(labels, keys, seed, repeat // _NUM_PARTS) == repeat % _NUM_PARTS
         held_out, fit = np.flatnonzero(is_held_out), np.flatnonzero(~is_held_out)
@@ -253,17 +243,16 @@ def tune(
         draw = seed + repeat
         chosen = [_chosen(candidates, cell, draw, min_per_class) for cell in cells]
         correct = trials([Trial(fit[some], draw) for some in chosen], held_out)
-        num_held_out[held_out] += 1
-        num_right[:, held_out] += correct
-        accuracy[:, repeat] = correct.mean(axis=1)
-    outcomes = dict(zip(cells, map(Outcomes, num_right, accuracy), strict=True))
-    tried = [_tried(cell, outcomes, num_held_out) for cell in cells if cell != _FULL]
+        held_out_in.repeat[repeat // _NUM_PARTS, held_out] = repeat
+        right[:, repeat // _NUM_PARTS, held_out] = correct
+    outcomes = dict(zip(cells, right, strict=True))
+    tried = [_tried(cell, outcomes, held_out_in) for cell in cells if cell != _FULL]
     with_split = [row for row in tried if row.split is not None]
     return Tuning(
         tried=tuple(tried),
         methods=_choices(tried, _RANDOM, "to_random", "random pruning"),
         splits=_choices(with_split, ("flexrand", DEFAULT_SPLIT), "to_even", "split 0.5"),
-        full_accuracy=mean_accuracy(outcomes[_FULL], num_held_out),
+        full_accuracy=mean_accuracy(outcomes[_FULL], held_out_in),
         trained=trials.name,
         num_repeats=num_repeats,
         min_per_class=min_per_class,
@@ -334,17 +323,15 @@ def _parts(
     return part
 
 
-def _tried(
-    cell: _Cell, outcomes: dict[_Cell, Outcomes], num_held_out: Integer[np.ndarray, " n"]
-) -> Tried:
+def _tried(cell: _Cell, outcomes: dict[_Cell, np.ndarray], held_out: HeldOut) -> Tried:
     """Returns the row of a cell, with its gaps."""
 
     def gap_to(other: _Cell) -> Gap:
-        return gap(outcomes[cell], outcomes[other], num_held_out)
+        return gap(outcomes[cell], outcomes[other], held_out)
 
     return Tried(
         *cell,
-        accuracy=mean_accuracy(outcomes[cell], num_held_out),
+        accuracy=mean_accuracy(outcomes[cell], held_out),
         to_random=gap_to(_Cell(cell.keep_fraction, *_RANDOM)),
         to_full=gap_to(_FULL),
         to_even=None if cell.split is None else gap_to(cell._replace(split=DEFAULT_SPLIT)),

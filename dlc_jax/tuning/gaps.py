@@ -1,0 +1,103 @@
+"""Differences in accuracy with intervals, where both what is trained and what is tested on vary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from dlc_jax.types import Gap
+
+CONFIDENCE = 0.95
+_ROUNDING = 1e-20  # variance, in points, of equal differences
+
+
+class Part(NamedTuple):
+    """What one source of chance adds to the variance of a mean, and its degrees of freedom."""
+
+    variance: float
+    freedom: int
+
+    @classmethod
+    def of_mean(cls, values: Float64[np.ndarray, " k"]) -> Part:
+        """Returns the part of values that vary independently; 0 of a single one."""
+        if len(values) < 2:
+            return cls(0.0, 0)
+        return cls(float(values.var(ddof=1)) / len(values), len(values) - 1)
+
+
+def interval(mean: float, of_samples: Part, of_runs: Part, both: float = 0.0) -> Gap:
+    """Returns a mean that varies with the samples it is over and with the runs.
+
+    The parts are estimated each as if the other source of chance were not there, so that what
+    varies with both is in either; it is counted once. Degrees of freedom are Satterthwaite's.
+
+    Args:
+      mean: In points.
+      of_samples, of_runs: Variance of the means over runs of each sample, and over samples of each
+        run.
+      both: Variance that is in both parts.
+    Returns:
+      A p-value of 1, where there is no variance: no noise was seen, to be beyond.
+    Source: Satterthwaite 1946; Hillis 2007, multi-reader studies of many cases.
+    """
+    from scipy import stats  # a third of a second, which only tuning and reports need
+
+    total = of_samples.variance + max(of_runs.variance - both, 0.0)
+    if total < _ROUNDING:
+        return Gap(mean, 0.0, 1.0)
+    parts = [part for part in (of_samples, of_runs) if part.freedom]
+    freedom = total**2 / sum(part.variance**2 / part.freedom for part in parts)
+    error = math.sqrt(total)
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+    return Gap(mean, quantile * error, float(stats.t.sf(mean / error, freedom)))
+
+
+def crossed(values: Float64[np.ndarray, "r n"]) -> Gap:
+    """Returns the mean of what each of r runs showed on the same n samples, in the values' unit.
+
+    It speaks of new runs and new samples. Of one run, of new samples alone.
+    """
+    values = np.asarray(values, np.float64)
+    num_runs, num_samples = values.shape
+    runs, samples, mean = values.mean(axis=1), values.mean(axis=0), float(values.mean())
+    both = 0.0
+    if min(values.shape) > 1:
+        left = values - runs[:, None] - samples + mean
+        freedom = (num_runs - 1) * (num_samples - 1)
+        both = float(np.square(left).sum()) / freedom / values.size
+    return interval(mean, Part.of_mean(samples), Part.of_mean(runs), both)
+
+
+def over_splits(values: Float64[np.ndarray, " k"], test_to_train: float) -> Gap:
+    """Returns the mean over random splits of one data set, of which training sets overlap.
+
+    Args:
+      values: One per split.
+      test_to_train: Ratio of the numbers of samples in the two parts of a split.
+    Source: Nadeau & Bengio 2003, Inference for the generalization error.
+    """
+    values = np.asarray(values, np.float64)
+    part = Part.of_mean(values)
+    wider = part._replace(variance=part.variance * (1 + len(values) * test_to_train))
+    return interval(float(values.mean()), Part(0.0, 0), wider)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns p-values corrected for their number.
+
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
+    """
+    order = np.argsort(p_values, kind="stable")
+    steps = [p_values[place] * (len(order) - rank) for rank, place in enumerate(order)]
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected.tolist()
+
+
+def two_sided(p_value: float) -> float:
+    """Returns the two-sided p-value that belongs to a one-sided one."""
+    return min(2 * min(p_value, 1 - p_value), 1.0) if p_value < 1 else 1.0

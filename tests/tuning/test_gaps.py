@@ -1,0 +1,76 @@
+"""Intervals of means over runs and samples: by hand, and whether they hold the truth."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dlc_jax.tuning.gaps import crossed, holm, over_splits, two_sided
+from dlc_jax.types import Gap
+
+
+def test_runs_and_samples_are_counted_as_an_analysis_of_variance_does():
+    """Mean squares of a two-way table; the expected ones solved for both variances."""
+    values = np.random.default_rng(0).normal(size=(4, 30)) + np.linspace(0, 2, 30)
+    values += np.array([[0.0], [1.0], [-1.0], [0.5]])
+    of_runs = 30 * values.mean(axis=1).var(ddof=1)
+    of_samples = 4 * values.mean(axis=0).var(ddof=1)
+    left = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
+    residual = (left**2).sum() / (3 * 29)
+    variance = (of_runs + of_samples - residual) / 120
+    freedom = variance**2 / ((of_runs / 120) ** 2 / 3 + (of_samples / 120) ** 2 / 29)
+    found = crossed(values)
+    assert found.mean == pytest.approx(values.mean())
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, freedom) * np.sqrt(variance))
+    assert found.p_value == pytest.approx(stats.t.sf(values.mean() / np.sqrt(variance), freedom))
+
+
+def test_one_run_speaks_of_samples_and_one_sample_of_runs():
+    values = np.random.default_rng(1).normal(1, 1, 50)
+    low, high = stats.t.interval(0.95, 49, values.mean(), stats.sem(values))
+    for table in (values[None], values[:, None]):
+        assert crossed(table).half_width == pytest.approx((high - low) / 2)
+    assert crossed(np.full((3, 5), 2.0)) == Gap(2.0, 0.0, 1.0)
+    assert crossed(np.ones((1, 1))) == Gap(1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("runs", "samples", "both"),
+    [(0.0, 0.0, 0.5), (0.0, 0.3, 0.4), (0.03, 0.3, 0.4), (0.03, 0.0, 0.5), (0.1, 0.3, 0.4)],
+)
+@pytest.mark.parametrize("num_runs", [3, 10])
+def test_95_of_100_intervals_hold_the_truth(runs, samples, both, num_runs):
+    """Where those over runs alone hold it in as few as 60, since the samples are the same."""
+    generator, held, num_sets = np.random.default_rng(0), 0, 500
+    for _ in range(num_sets):
+        values = generator.normal(0, runs, (num_runs, 1)) + generator.normal(0, samples, 200)
+        found = crossed(values + generator.normal(0, both, (num_runs, 200)))
+        held += abs(found.mean) <= found.half_width
+    # with three runs whose differences are most of it, 92 of 100 do
+    assert (0.9 if num_runs == 3 else 0.93) * num_sets <= held <= 0.99 * num_sets
+
+
+def test_splits_whose_training_sets_overlap_have_a_wider_interval():
+    values = np.random.default_rng(0).normal(1.0, 2.0, 10)
+    low, high = stats.t.interval(0.95, 9, values.mean(), stats.sem(values))
+    found = over_splits(values, test_to_train=0.5)
+    assert found.half_width == pytest.approx((high - low) / 2 * np.sqrt(1 + 10 * 0.5))
+    assert over_splits(np.ones(4), 0.5) == Gap(1.0, 0.0, 1.0)
+
+
+def test_holms_correction():
+    """Checked against the steps of the procedure, written out."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+    p_values = np.random.default_rng(0).random(20) ** 3
+    corrected, is_rejected = np.array(holm(p_values.tolist())), np.zeros(20, bool)
+    for rank, place in enumerate(np.argsort(p_values)):
+        if p_values[place] > 0.05 / (20 - rank):
+            break
+        is_rejected[place] = True
+    np.testing.assert_array_equal(corrected <= 0.05, is_rejected)
+
+
+@pytest.mark.parametrize(("p_value", "both"), [(0.01, 0.02), (0.99, 0.02), (0.5, 1.0), (1.0, 1.0)])
+def test_a_p_value_of_either_direction(p_value, both):
+    assert two_sided(p_value) == pytest.approx(both)

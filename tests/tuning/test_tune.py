@@ -53,9 +53,10 @@ def test_where_hard_means_mislabelled_the_easiest_are_chosen(tuned):
     assert rows[0.3, "random", None].to_random == Gap(0.0, 0.0, 1.0)
 
 
-def test_where_scores_say_nothing_random_is_chosen():
-    _, labels, features = noisy_labels(300)
-    scores = np.random.default_rng(3).normal(size=300)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_where_scores_say_nothing_random_is_chosen(seed):
+    _, labels, features = noisy_labels(300, seed=seed)
+    scores = np.random.default_rng(seed).normal(size=300)
     found = dlc.tune(
         scores,
         labels,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
 
 from dlc_jax.types import Gap
 
@@ -96,6 +96,40 @@ def holm(p_values: Sequence[float]) -> list[float]:
     corrected = np.empty(len(order))
     corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return corrected.tolist()
+
+
+_DRAWS = 50_000
+
+
+def of_many(p_values: Sequence[float], likeness: Float64[np.ndarray, "k k"]) -> list[float]:
+    """Returns one-sided p-values corrected for how many comparisons there are, and how alike.
+
+    Each becomes how likely the best of all is so good where none is better. What is compared with
+    one and the same reference shares its noise, so that this is less than their number times it.
+
+    Args:
+      p_values: Of each comparison alone.
+      likeness: Correlations of the comparisons.
+    Source: Dunnett 1955, by simulation of normal deviates.
+    """
+    from scipy import stats
+
+    deviates = np.random.default_rng(0).multivariate_normal(
+        np.zeros(len(p_values)), likeness, _DRAWS, check_valid="ignore", method="eigh"
+    )
+    highest = np.sort(deviates.max(axis=1))
+    found = stats.norm.isf(p_values)
+    return (1 - np.searchsorted(highest, found, side="left") / _DRAWS).tolist()
+
+
+def likeness_of(differences: Float32[np.ndarray, "k n"]) -> Float64[np.ndarray, "k k"]:
+    """Returns correlations; one that never varies is like no other."""
+    centred = differences - differences.mean(axis=1, keepdims=True)
+    size = np.linalg.norm(centred, axis=1)
+    centred /= np.where(size, size, 1)[:, None]
+    found = (centred @ centred.T).astype(np.float64)
+    np.fill_diagonal(found, 1.0)
+    return found
 
 
 def two_sided(p_value: float) -> float:

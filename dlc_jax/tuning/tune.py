@@ -7,8 +7,8 @@ import itertools
 import math
 import time
 import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, Integer, Shaped, UInt64
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dlc_jax import expect
 from dlc_jax.distributed import Run, hides_bar
 from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, Candidates, Rules, id_keys, lots
-from dlc_jax.tuning.gaps import Part, interval
+from dlc_jax.tuning.gaps import Part, interval, likeness_of, of_many
 from dlc_jax.tuning.linear import LinearProbeConfig
 from dlc_jax.tuning.trials import TRIALS, LinearTrials, Trial, Trials
 from dlc_jax.types import (
@@ -86,7 +86,8 @@ def gap(one: Bool[np.ndarray, "p n"], other: Bool[np.ndarray, "p n"], held_out: 
 METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "moderate", "herding")
 _NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
 _LEVEL = 0.05  # most likely to prefer something at a keep fraction where nothing is better
-_RANDOM = ("random", None)
+_Way: TypeAlias = tuple[str, float | None]  # method and split
+_RANDOM: _Way = ("random", None)
 # features alone are measured before tuning; a training record has seen the held-out labels
 _CAN_BE_TRIED = [
     name
@@ -152,8 +153,8 @@ def tune(
     on, and the held-out samples are classified. Five repeats hold every sample out once. Method
     `auto` becomes the best one where it is better than random pruning beyond noise, and random
     otherwise; split `auto` FlexRand's best split where it is better than 0.5 beyond noise, and 0.5
-    otherwise. Beyond noise: one-sided p at most 5 %, Bonferroni-corrected for what is compared at
-    that keep fraction (see `gap`).
+    otherwise. Beyond noise: one-sided p at most 5 %, corrected for what is compared at that keep
+    fraction (Dunnett; see `dlc_jax.tuning.gaps`).
 
     Args:
       scores: [n] hardness, higher is harder. They may come from all samples, since methods are
@@ -248,10 +249,18 @@ def tune(
     outcomes = dict(zip(cells, right, strict=True))
     tried = [_tried(cell, outcomes, held_out_in) for cell in cells if cell != _FULL]
     with_split = [row for row in tried if row.split is not None]
+    seen = held_out_in.repeat >= 0
+
+    def likeness(rows: Sequence[Tried], reference: _Way) -> Float64[np.ndarray, "k k"]:
+        """Returns the correlations of the differences of these to the reference."""
+        of_reference = outcomes[_Cell(rows[0].keep_fraction, *reference)][seen]
+        of_rows = [outcomes[_Cell(*row[:3])][seen] for row in rows]
+        return likeness_of(np.stack(of_rows).astype(np.float32) - of_reference)
+
     return Tuning(
         tried=tuple(tried),
-        methods=_choices(tried, _RANDOM, "to_random", "random pruning"),
-        splits=_choices(with_split, ("flexrand", DEFAULT_SPLIT), "to_even", "split 0.5"),
+        methods=_choices(tried, _RANDOM, "to_random", "random pruning", likeness),
+        splits=_choices(with_split, ("flexrand", DEFAULT_SPLIT), "to_even", "split 0.5", likeness),
         full_accuracy=mean_accuracy(outcomes[_FULL], held_out_in),
         trained=trials.name,
         num_repeats=num_repeats,
@@ -277,7 +286,7 @@ def _cells(
     keep_fractions: Sequence[float], methods: Sequence[str], splits: Sequence[float]
 ) -> list[_Cell]:
     """Returns everything that is tried."""
-    ways: list[tuple[str, float | None]] = [_RANDOM]
+    ways: list[_Way] = [_RANDOM]
     for method in methods:
         if SELECTORS[method].has_split:
             ways += [(method, float(split)) for split in sorted({*splits, DEFAULT_SPLIT})]
@@ -338,8 +347,11 @@ def _tried(cell: _Cell, outcomes: dict[_Cell, np.ndarray], held_out: HeldOut) ->
     )
 
 
+_Likeness: TypeAlias = Callable[[Sequence[Tried], _Way], Float64[np.ndarray, "k k"]]
+
+
 def _choices(
-    tried: list[Tried], reference: tuple[str, float | None], gap_to: str, name: str
+    tried: list[Tried], reference: _Way, gap_to: str, name: str, likeness: _Likeness
 ) -> tuple[Choice, ...]:
     """Returns for each keep fraction what is better than the reference beyond noise, or that.
 
@@ -348,23 +360,26 @@ def _choices(
       reference: Method and split.
       gap_to: Entry that has the gaps to it.
       name: What messages call it.
+      likeness: Correlations of differences to the reference.
     """
     groups = itertools.groupby(tried, lambda row: row.keep_fraction)
-    return tuple(_choice(list(rows), reference, gap_to, name) for _, rows in groups)
+    return tuple(_choice(list(rows), reference, gap_to, name, likeness) for _, rows in groups)
 
 
 def _choice(
-    rows: list[Tried], reference: tuple[str, float | None], gap_to: str, name: str
+    rows: list[Tried], reference: _Way, gap_to: str, name: str, likeness: _Likeness
 ) -> Choice:
     keep_fraction = rows[0].keep_fraction
     others = [(row, getattr(row, gap_to)) for row in rows if (row.method, row.split) != reference]
     if not others:
         return Choice(keep_fraction, *reference, f"{name}: nothing else was tried")
     among = f"of {len(others)} compared with {name} on held-out training data"
+    p_values = [its_gap.p_value for _, its_gap in others]
+    corrected = of_many(p_values, likeness([row for row, _ in others], reference))
     better = [
-        (row, its_gap)
-        for row, its_gap in others
-        if its_gap.mean > 0 and its_gap.p_value * len(others) <= _LEVEL
+        other
+        for other, p_value in zip(others, corrected, strict=True)
+        if other[1].mean > 0 and p_value <= _LEVEL
     ]
     best, its_gap = max(better or others, key=lambda other: other[1].mean)
     if better:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dlc_jax.tuning.gaps import crossed, holm, over_splits, two_sided
+from dlc_jax.tuning.gaps import crossed, holm, likeness_of, of_many, over_splits, two_sided
 from dlc_jax.types import Gap
 
 
@@ -74,3 +74,26 @@ def test_holms_correction():
 @pytest.mark.parametrize(("p_value", "both"), [(0.01, 0.02), (0.99, 0.02), (0.5, 1.0), (1.0, 1.0)])
 def test_a_p_value_of_either_direction(p_value, both):
     assert two_sided(p_value) == pytest.approx(both)
+
+
+def test_many_comparisons_with_one_reference():
+    """Against exact values: independent ones, equal ones, two that share half of their noise."""
+    p_values = [0.001, 0.01, 0.2, 0.9, 1.0]
+    exact = 1 - (1 - np.array(p_values)) ** 5
+    np.testing.assert_allclose(of_many(p_values, np.eye(5)), exact, atol=0.006)
+    np.testing.assert_allclose(of_many(p_values, np.ones((5, 5))), p_values, atol=0.006)
+    half = np.array([[1.0, 0.5], [0.5, 1.0]])
+    both_below = stats.multivariate_normal([0, 0], half).cdf(stats.norm.isf([0.05, 0.05]))
+    np.testing.assert_allclose(of_many([0.05, 0.05], half), 1 - both_below, atol=0.005)
+    # Dunnett's table: 20 comparisons of this kind at 5 % have the quantile 2.64
+    many = np.full((20, 20), 0.5) + 0.5 * np.eye(20)
+    assert of_many([stats.norm.sf(2.64)] * 20, many)[0] == pytest.approx(0.05, abs=0.005)
+
+
+def test_correlations_of_differences():
+    values = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
+    np.testing.assert_allclose(likeness_of(values), np.corrcoef(values), atol=1e-6)
+    values[1] = 2.0
+    expected = np.eye(3)
+    expected[[0, 2], [2, 0]] = np.corrcoef(values[[0, 2]])[0, 1]
+    np.testing.assert_allclose(likeness_of(values), expected, atol=1e-6)

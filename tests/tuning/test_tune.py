@@ -280,7 +280,13 @@ def test_the_best_of_those_beyond_noise_is_chosen():
         return Tried(0.3, method, None, 80 + mean, Gap(mean, 1, p_value), Gap(0, 1, 1), None)
 
     def chosen(*rows):
-        (choice,) = _choices(list(rows), ("random", None), "to_random", "random pruning")
+        (choice,) = _choices(
+            list(rows),
+            ("random", None),
+            "to_random",
+            "random pruning",
+            lambda some, _: np.eye(len(some)),
+        )
         return choice
 
     random = row("random", 0, 1)

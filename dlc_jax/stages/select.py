@@ -74,7 +74,8 @@ class SelectionInputs:
         tuning = records.read(self._workdir, "tune")
         key = {} if tuning is None else tuning.key
         found = {name: value for name, value in key.items() if name != "keep_fractions"}
-        return artefacts.json_hash([self._config.decides_auto, found])
+        number = artefacts.result_number("tuning")
+        return artefacts.json_hash([self._config.decides_auto, found, number])
 
     def earlier_seconds(self, cell: Cell) -> float:
         """Returns the time that the selection of a cell waits for: of measuring and tuning."""

@@ -440,6 +440,11 @@ def scores() -> Values:
     }
 
 
+@of("second features")
+def features_of_another_encoder() -> Values:
+    return {"resnet": some(dlc.features(small_resnet(), images(), image_size=48))}
+
+
 @of("similarities")
 def cosines() -> Values:
     features = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
@@ -463,6 +468,7 @@ def samples() -> dict[str, np.ndarray]:
         "probabilities": (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32),
         "ids": np.array([f"s{i}" for i in generator.permutation(num)]),
         "similarities": generator.uniform(-1, 1, (num, 5)).astype(np.float32),
+        "second_features": generator.normal(size=(num, 6)).astype(np.float32),
     }
 
 
@@ -574,7 +580,7 @@ def selections_of_auto() -> Values:
     )
     return {
         "auto": choose(method="auto").indices,
-        "flexrand, split auto": choose(split="auto").indices,
+        "flexrand, split of auto": choose(split="auto").indices,
     }
 
 

@@ -99,7 +99,7 @@ def images_beside_paper(
     ours |= {(*key, key[1]): [] for key in theirs if key[0] in asked and key not in run}
     order = {method: number for number, (_, method) in enumerate(theirs)}
     lines = []
-    for key in sorted(ours, key=lambda key: (-key[0], order.get(key[1], len(order)), key[2])):
+    for key in sorted(ours, key=lambda key: (-key[0], order.get(key[1], math.inf), key[2])):
         keep_fraction, method, label = key
         row = theirs.get((keep_fraction, method))
         accuracy, std = (math.nan, math.nan) if row is None else (row.accuracy, row.std)

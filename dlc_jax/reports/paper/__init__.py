@@ -109,7 +109,7 @@ _READ: dict[type, Callable[[str], Any]] = {
     int: int,
     float: lambda value: float(value or math.nan),
 }
-Kind = TypeVar("Kind", bound=tuple[Any, ...])
+Kind = TypeVar("Kind", PaperAccuracy, PaperSplit, PaperCost, PaperPath, PaperMmlu)
 
 
 def read_paper(kind: type[Kind]) -> list[Kind]:

@@ -110,7 +110,7 @@ def images_beside_paper(
         f"Beside the paper, {known.name}: test accuracy by the fraction kept, means over seeds. "
         f"Ours: {encoder}, {markdown_text(weights)}. The paper's: ResNet-18, fully pre-trained, "
         "three seeds; FlexRand at the split that was best on validation data, another one for "
-        f"every keep fraction; baselines as in its authors' code, in places not the published "
+        "every keep fraction; baselines as in its authors' code, in places not the published "
         f"definitions.{own_split}\n\n{markdown(header, lines)}"
     )
 

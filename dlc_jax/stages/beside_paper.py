@@ -11,10 +11,10 @@ from dlc_jax.selection import Cell
 from dlc_jax.stages.sweep_results import read_evaluation
 from dlc_jax.workspace import artefacts, records
 
-# What the stage `finetune` records of all runs; a test set only of images.
+# What the stage `finetune` records; kinds of data that the paper does not have may lack some of it.
 _SETTINGS = {
-    "dataset": {"train": str, "test": (str, None)},
-    "encoder": {"name": str, "weights": str},
+    "dataset": {"train": str, "test?": (str, None)},
+    "encoder": {"name?": str, "weights?": str},
 }
 _FACTS = {"test_dataset?": {"num_classes": int}}
 _NUM_MMLU_QUESTIONS = 14_042  # of all subjects; accuracies on fewer are not the paper's
@@ -31,7 +31,8 @@ def beside_paper(workdir: Path, results: Sequence[Result]) -> str:
     facts = records.settings_of(workdir, "finetune", _FACTS, "facts")
     if trained is None or facts is None:
         return ""
-    dataset, encoder = trained["dataset"], trained["encoder"]
+    train, test = trained["dataset"]["train"], trained["dataset"].get("test")
+    name, weights = (trained["encoder"].get(key, "") for key in ("name", "weights"))
     by_dlc = _selected_by_dlc(workdir)
     comparable = [
         (result, Cell(*result[:4]))
@@ -41,11 +42,11 @@ def beside_paper(workdir: Path, results: Sequence[Result]) -> str:
     if "test_dataset" in facts:
         return images_beside_paper(
             [result for result, _ in comparable],
-            train=dataset["train"],
-            test=dataset["test"],
+            train=train,
+            test=test or "",
             num_classes=facts["test_dataset"]["num_classes"],
-            encoder=encoder["name"],
-            weights=encoder["weights"],
+            encoder=name,
+            weights=weights,
         )
     measured = [(result, read_evaluation(workdir, cell)) for result, cell in comparable]
     whole = [
@@ -53,7 +54,7 @@ def beside_paper(workdir: Path, results: Sequence[Result]) -> str:
         for result, found in measured
         if found.get("num_questions") == _NUM_MMLU_QUESTIONS
     ]
-    return mmlu_beside_paper(whole, dataset["train"], encoder["weights"])
+    return mmlu_beside_paper(whole, train, weights)
 
 
 def _selected_by_dlc(workdir: Path) -> set[str]:

@@ -65,8 +65,10 @@ def test_runs_on_other_data_or_without_a_record_have_no_table(workdir, tmp_path_
     mine = IMAGES | {"dataset": {"train": "folder:/mine/train", "test": "folder:/mine/test"}}
     record(workdir, "finetune", mine, {"test_dataset": {"num_classes": 47}})
     assert beside_paper(workdir, RESULTS) == ""
-    record(workdir, "finetune", {"encoder": {}})
-    with pytest.raises(InputError, match=r"finetune.json: settings.dataset is missing"):
+    record(workdir, "finetune", {"dataset": {"train": "mine"}, "encoder": {}})  # of another kind
+    assert beside_paper(workdir, RESULTS) == ""
+    record(workdir, "finetune", {"dataset": {"train": 3}, "encoder": {}})
+    with pytest.raises(InputError, match=r"finetune.json: settings.dataset.train is 3, expected t"):
         beside_paper(workdir, RESULTS)
 
 

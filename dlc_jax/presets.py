@@ -10,13 +10,8 @@ from ml_collections import ConfigDict
 from dlc_jax import expect
 from dlc_jax.config import default_config
 from dlc_jax.encoders.language_model import DECODER
+from dlc_jax.reports.beside_paper import LANGUAGE_MODELS
 
-# base models of the paper -> hub ids
-LANGUAGE_MODELS = {
-    "mistral-7b": "mistralai/Mistral-7B-v0.3",
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
-    "gemma2-9b": "google/gemma-2-9b",
-}
 DEFAULT_MODEL = "mistral-7b"
 
 

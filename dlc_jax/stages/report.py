@@ -16,6 +16,7 @@ from dlc_jax import expect, reports
 from dlc_jax.config import Config
 from dlc_jax.reports.results import Row
 from dlc_jax.selection import FULL, INPUTS, Cell
+from dlc_jax.stages.beside_paper import beside_paper
 from dlc_jax.stages.select import Job, pruning_seconds
 from dlc_jax.stages.sweep_results import read_runs
 from dlc_jax.tasks.measurements import scored_facts
@@ -110,12 +111,13 @@ def _report(config: Config, workspace: Workspace) -> None:
     scores = artefacts.read_scores(workdir).scores if is_compared else {}
     if added := reports.what_dlc_adds(scores):
         said += f"\n\n{added}."
-    echo(f"\n{said}\n\n{table}\n")
+    text = "\n\n".join(filter(None, [said, table, beside_paper(workdir, results)]))
+    echo(f"\n{text}\n")
     shape = {"dataset": {"train": str}, "encoder": {"name": str}}
     trained = records.settings_of(workdir, "finetune", shape) or config.to_dict()
     title = f"{trained['dataset']['train']}, {trained['encoder']['name']}"
     made_of = artefacts.file_hash(workdir / artefacts.RESULTS)
-    step = ReportStep(f"{said}\n\n{table}\n", made_of, rows, title)
+    step = ReportStep(f"{text}\n", made_of, rows, title)
     workspace.ensure(step)
     if len(step.files) > 1:
         echo(f"files: {workdir}/{artefacts.REPORT}/ (results.md, gap_to_random.png, .svg)")

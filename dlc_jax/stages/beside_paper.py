@@ -1,0 +1,64 @@
+"""Whether a run is of one of the paper's data sets, by its own records; if so, both numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlc_jax.reports.beside_paper import images_beside_paper, mmlu_beside_paper
+from dlc_jax.reports.results import Result
+from dlc_jax.selection import Cell
+from dlc_jax.stages.sweep_results import read_evaluation
+from dlc_jax.workspace import artefacts, records
+
+# What the stage `finetune` records; kinds of data that the paper does not have may lack some of it.
+_SETTINGS = {
+    "dataset": {"train": str, "test?": (str, None)},
+    "encoder": {"name?": str, "weights?": str},
+}
+_FACTS = {"test_dataset?": {"num_classes": int}}
+_NUM_MMLU_QUESTIONS = 14_042  # of all subjects; accuracies on fewer are not the paper's
+
+
+def beside_paper(workdir: Path, results: Sequence[Result]) -> str:
+    """Returns Markdown: results beside the paper's; "" where there is nothing to compare.
+
+    Args:
+      workdir: Work directory, whose records decide what the runs are of.
+      results: Rows of its `results.csv`.
+    """
+    trained = records.settings_of(workdir, "finetune", _SETTINGS)
+    facts = records.settings_of(workdir, "finetune", _FACTS, "facts")
+    if trained is None or facts is None:
+        return ""
+    train, test = trained["dataset"]["train"], trained["dataset"].get("test")
+    name, weights = (trained["encoder"].get(key, "") for key in ("name", "weights"))
+    by_dlc = _selected_by_dlc(workdir)
+    comparable = [
+        (result, Cell(*result[:4]))
+        for result in results
+        if result.method != "flexrand" or Cell(*result[:4]).name in by_dlc
+    ]
+    if "test_dataset" in facts:
+        return images_beside_paper(
+            [result for result, _ in comparable],
+            train=train,
+            test=test or "",
+            num_classes=facts["test_dataset"]["num_classes"],
+            encoder=name,
+            weights=weights,
+        )
+    measured = [(result, read_evaluation(workdir, cell)) for result, cell in comparable]
+    whole = [
+        (result, found["result"])
+        for result, found in measured
+        if found.get("num_questions") == _NUM_MMLU_QUESTIONS
+    ]
+    return mmlu_beside_paper(whole, train, weights)
+
+
+def _selected_by_dlc(workdir: Path) -> set[str]:
+    """Returns the names of the cells whose selections, as recorded, use DLC."""
+    found = records.matching(workdir, f"{artefacts.SELECTIONS}/*/*")
+    names = [record.step for record in found if record.settings.get("score") == "dlc"]
+    return {name.removeprefix(f"{artefacts.SELECTIONS}/") for name in names}

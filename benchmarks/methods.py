@@ -24,7 +24,7 @@ from scipy import stats
 import dlc_jax as dlc
 from dlc_jax.config import Config
 from dlc_jax.reports import read_results
-from dlc_jax.reports.results import SeedMean
+from dlc_jax.reports.results import Mean
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO, SELECTORS, Cell
 from dlc_jax.stages import pipeline, tune
@@ -33,6 +33,7 @@ from dlc_jax.tasks import task_of
 from dlc_jax.tasks.images import load_configured
 from dlc_jax.training.images import class_ids_by_name
 from dlc_jax.tuning import linear_probes
+from dlc_jax.tuning.gaps import holm
 from dlc_jax.workspace import Workspace, artefacts
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
@@ -117,7 +118,7 @@ def against_random(config: Config, accuracy: dict[Cell, float]) -> str:
                     for seed in _AUTO_SEEDS
                 ]
             )
-            interval = SeedMean.of(gaps.tolist())
+            interval = Mean.of(gaps.tolist())
             error = stats.sem(gaps)
             if error:
                 p_value = float(stats.t.cdf(gaps.mean() / error, len(gaps) - 1))
@@ -129,15 +130,6 @@ def against_random(config: Config, accuracy: dict[Cell, float]) -> str:
     for row, p_value in zip(rows, holm(worse), strict=True):
         row.append(f"{p_value:.3f}" + (" worse" if p_value < 0.05 else ""))
     return markdown(("method", "keep", "gap to random, ten seeds", "p (worse), Holm"), rows)
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Returns Holm's corrected p-values."""
-    order = np.argsort(p_values)
-    steps = [p_values[place] * (len(order) - rank) for rank, place in enumerate(order)]
-    corrected = np.empty(len(order))
-    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return corrected.tolist()
 
 
 def agreement(accuracy: dict[Cell, float], path: Path) -> str:

@@ -302,6 +302,7 @@ def test_every_file_of_images_has_its_name(workdir):
         *(f"exports/{cell}/kept.txt" for cell in CELLS),
         *(f"finetune/{cell}/metrics.jsonl" for cell in runs),
         *(f"finetune/{cell}/per_class_accuracy.csv" for cell in runs),
+        *(f"finetune/{cell}/predictions.npz" for cell in runs),
         *(f"finetune/{cell}/run.json" for cell in runs),
         *(f"records/{name}.json" for name in ("score", "features", "training", "table", "tune")),
         *(f"records/{name}.json" for name in ("select", "finetune", "report")),
@@ -339,6 +340,11 @@ def test_arrays_and_tables_have_their_formats(workdir):
         assert (np.diff(kept) > 0).all()
         listed = (workdir / f"exports/{cell}/kept.txt").read_text().splitlines()
         assert listed == table.take(kept)["id"].to_pylist()
+    predictions = dict(np.load(workdir / f"finetune/{CELLS[0]}/predictions.npz"))
+    assert {k: (a.dtype.str, a.ndim) for k, a in predictions.items()} == {
+        "predicted": ("<i4", 1),
+        "labels": ("<i4", 1),
+    }
     headers = {
         "results.csv": "method,keep_fraction,split,seed,num_kept,test_accuracy,seconds",
         f"finetune/{CELLS[0]}/per_class_accuracy.csv": "label,class_name,num_test,test_accuracy",

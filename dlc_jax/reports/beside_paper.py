@@ -111,7 +111,7 @@ def images_beside_paper(
         f"Ours: {encoder}, {markdown_text(weights)}. The paper's: ResNet-18, fully pre-trained, "
         "three seeds; FlexRand at the split that was best on validation data, another one for "
         "every keep fraction; baselines as in its authors' code, in places not the published "
-        f"definitions.{own_split}\n\n{markdown(header, lines)}"
+        f"definitions (ours with selection.variant=paper).{own_split}\n\n{markdown(header, lines)}"
     )
 
 

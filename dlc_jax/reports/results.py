@@ -1,4 +1,4 @@
-"""Did pruning help? Accuracy and gap to random of every method, with intervals over seeds."""
+"""Did pruning help? Accuracy and gap to random, with intervals over seeds and test samples."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Shaped
 
 from dlc_jax import expect
 from dlc_jax.expect import csv_text
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO
+from dlc_jax.tuning.gaps import CONFIDENCE, crossed, holm, two_sided
 
-_CONFIDENCE = 0.95
 _ROUNDING = 1e-9  # points; differences of equal percentages differ by less
 _REFERENCES = ("base", "full", "random")
 _NEEDED = ("method", "keep_fraction", "split", "seed", "test_accuracy")
@@ -30,6 +31,8 @@ class Result(NamedTuple):
       test_accuracy: In percent.
       pruning_seconds: What it took to know what to keep; NaN where that is not known.
       test_loss: Loss on instructions, in nats per response token; NaN where it was not measured.
+      right: [t] whether the run was right about each test sample, the same ones in all runs; None
+        where that is not known.
     """
 
     method: str
@@ -39,6 +42,7 @@ class Result(NamedTuple):
     test_accuracy: float
     pruning_seconds: float = math.nan
     test_loss: float = math.nan
+    right: Bool[np.ndarray, " t"] | None = None
 
     @property
     def label(self) -> str:
@@ -47,29 +51,36 @@ class Result(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SeedMean:
-    """Mean over seeds and half the width of its 95 % interval (Student's t).
+class Mean:
+    """Mean over seeds with half the width of its 95 % interval.
 
     Attributes:
       mean: In percentage points.
-      half_width: NaN for a single seed.
-      num_seeds: How many values.
+      half_width: NaN where neither seeds nor test samples could be compared.
+      num_seeds: How many runs.
+      num_samples: Test samples that the interval is over as well; 0: over seeds alone.
+      p_value: Two-sided, that the mean is 0; 1 where there is no interval.
     """
 
     mean: float
     half_width: float
     num_seeds: int
+    num_samples: int = 0
+    p_value: float = 1.0
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> SeedMean:
-        """Returns the interval of one or more values."""
-        from scipy import stats  # a third of a second, which only reports need
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Returns the interval over seeds of one or more values (Student's t)."""
+        found = crossed(np.asarray(values, np.float64)[:, None])
+        half = found.half_width if len(values) > 1 else math.nan
+        return cls(found.mean, half, len(values), 0, two_sided(found.p_value))
 
-        number, mean = len(values), float(np.mean(values))
-        if number < 2:
-            return cls(mean, math.nan, number)
-        quantile = float(stats.t.ppf((1 + _CONFIDENCE) / 2, number - 1))
-        return cls(mean, quantile * float(np.std(values, ddof=1)) / math.sqrt(number), number)
+    @classmethod
+    def of_samples(cls, values: Shaped[np.ndarray, "s t"]) -> Mean:
+        """Returns the interval over seeds and test samples of what each run showed on each."""
+        found = crossed(100 * np.asarray(values, np.float64))
+        num_seeds, num_samples = values.shape
+        return cls(found.mean, found.half_width, num_seeds, num_samples, two_sided(found.p_value))
 
     def __str__(self) -> str:
         half = "" if math.isnan(self.half_width) else f" ± {self.half_width:.2f}"
@@ -80,18 +91,20 @@ class Row(NamedTuple):
     """A method at a keep fraction.
 
     Attributes:
-      gap: To random at the same keep fraction, paired by seed; None for random, for the full set,
-        and where no seed was run with both.
+      gap: To random at the same keep fraction, paired by seed and test sample; None for random, for
+        the full set, and where no seed was run with both.
       pruning_seconds: What it took to know what to keep; NaN where that is not known.
       test_loss: Mean over seeds; NaN where it was not measured.
+      p_value: Of the gap, corrected for the number of gaps (Holm).
     """
 
     label: str
     keep_fraction: float
-    accuracy: SeedMean
-    gap: SeedMean | None
+    accuracy: Mean
+    gap: Mean | None
     pruning_seconds: float = math.nan
     test_loss: float = math.nan
+    p_value: float = 1.0
 
     @property
     def verdict(self) -> str:
@@ -99,12 +112,13 @@ class Row(NamedTuple):
         if self.gap is None:
             return "" if self.label in _REFERENCES else "random was not run with these seeds"
         mean, half = self.gap.mean, self.gap.half_width
-        if not half > _ROUNDING:  # no noise was seen, which does not mean that there is none
-            why = "one seed" if math.isnan(half) else "all gaps equal"
-            return f"{'above' if mean > 0 else 'not better than'} random ({why}, no interval)"
-        if mean - half > 0:
+        if self.gap.num_seeds == 1 or not half > _ROUNDING:
+            why = "one seed" if self.gap.num_seeds == 1 else "all gaps equal, no interval"
+            return f"{'above' if mean > 0 else 'not better than'} random ({why})"
+        is_beyond = self.p_value <= 1 - CONFIDENCE
+        if is_beyond and mean > 0:
             return "better than random"
-        return "not better than random" + (": worse" if mean + half < 0 else "")
+        return "not better than random" + (": worse" if is_beyond else "")
 
 
 def read_results(path: Path) -> list[Result]:
@@ -180,22 +194,38 @@ def summarise(results: Sequence[Result]) -> list[Row]:
         groups.setdefault((result.label, result.keep_fraction), {})[result.seed] = result
     rows = []
     for (label, keep_fraction), by_seed in groups.items():
-        random = groups.get(("random", keep_fraction), {})
-        pairs = [
-            by_seed[seed].test_accuracy - random[seed].test_accuracy
-            for seed in by_seed
-            if seed in random and label not in _REFERENCES
-        ]
-        accuracy = SeedMean.of([result.test_accuracy for result in by_seed.values()])
+        random = groups.get(("random", keep_fraction), {}) if label not in _REFERENCES else {}
+        pairs = [(by_seed[seed], random[seed]) for seed in by_seed if seed in random]
+        accuracy = _mean([(result, None) for result in by_seed.values()])
         seconds = [result.pruning_seconds for result in by_seed.values()]
-        gap = SeedMean.of(pairs) if pairs else None
+        gap = _mean(pairs) if pairs else None
         loss = float(np.mean([result.test_loss for result in by_seed.values()]))
         rows.append(Row(label, keep_fraction, accuracy, gap, float(np.mean(seconds)), loss))
-    return rows
+    gaps = [row.gap for row in rows if row.gap is not None]
+    corrected = iter(holm([gap.p_value for gap in gaps]))
+    return [row if row.gap is None else row._replace(p_value=next(corrected)) for row in rows]
+
+
+def _mean(pairs: Sequence[tuple[Result, Result | None]]) -> Mean:
+    """Returns the mean accuracy of runs, or of how much they are above others."""
+    by_sample = []
+    for one, other in pairs:
+        if one.right is not None and other is None:
+            by_sample.append(one.right.astype(np.int8))
+        elif one.right is not None and other is not None and other.right is not None:
+            by_sample.append(one.right.astype(np.int8) - other.right.astype(np.int8))
+    if len(by_sample) == len(pairs):
+        return Mean.of_samples(np.stack(by_sample))
+    return Mean.of(
+        [one.test_accuracy - (0 if other is None else other.test_accuracy) for one, other in pairs]
+    )
 
 
 def results_table(rows: Sequence[Row]) -> str:
-    """Returns Markdown: accuracy, gap to random and what that means, by keep fraction."""
+    """Returns Markdown: accuracy, gap to random and what that means, by keep fraction.
+
+    Below the table: what the intervals are over, and how many gaps the words are corrected for.
+    """
     has_loss = not all(math.isnan(row.test_loss) for row in rows)
     header = ["keep", "method", "seeds", "test accuracy, %", "gap to random", "", "pruning, s"]
     header += ["test loss"] * has_loss
@@ -208,4 +238,14 @@ def results_table(rows: Sequence[Row]) -> str:
         loss = "" if math.isnan(row.test_loss) else f"{row.test_loss:.4f}"
         measured = (str(row.accuracy.num_seeds), str(row.accuracy), gap, row.verdict, seconds, loss)
         lines.append((f"{row.keep_fraction:g}", row.label, *measured)[: len(header)])
-    return markdown(header, lines)
+    means = [row.accuracy for row in rows] + [row.gap for row in rows if row.gap is not None]
+    num_samples = {mean.num_samples for mean in means}
+    over = "seeds" if num_samples == {0} else f"seeds and {max(num_samples):,} test samples"
+    if len(num_samples) > 1:
+        over += " (over seeds alone where a run has no predictions.npz)"
+    num_gaps = sum(row.gap is not None for row in rows)
+    said = f"± is half of a 95 % interval over {over}; random and a method are compared run by run"
+    said += " and sample by sample" * (over != "seeds")
+    if num_gaps:
+        said += f". Better or worse: with 95 % confidence for all {num_gaps} gaps together (Holm)"
+    return f"{markdown(header, lines)}\n\n{said}."

@@ -14,13 +14,13 @@ import numpy as np
 
 from dlc_jax import expect, reports
 from dlc_jax.config import Config
-from dlc_jax.reports.results import Row
+from dlc_jax.reports.results import Result, Row
 from dlc_jax.selection import FULL, INPUTS, Cell
 from dlc_jax.stages.beside_paper import beside_paper
 from dlc_jax.stages.select import Job, pruning_seconds
-from dlc_jax.stages.sweep_results import read_runs
+from dlc_jax.stages.sweep_results import read_runs, run_folder
 from dlc_jax.tasks.measurements import scored_facts
-from dlc_jax.training.loop import PER_CLASS, read_metrics
+from dlc_jax.training.loop import PER_CLASS, PREDICTIONS, read_metrics, read_predictions
 from dlc_jax.workspace import Workspace, Written, artefacts, records
 
 _SHOWN = ("epochs", "batch_size", "optimiser", "rank", "learning_rate", "linear_probe", "dtype")
@@ -102,6 +102,7 @@ def _report(config: Config, workspace: Workspace) -> None:
         result._replace(pruning_seconds=seconds.get(Cell(*result[:4]).name, math.nan))
         for result in reports.read_results(workdir / artefacts.RESULTS)
     ]
+    results = _with_predictions(workdir, results)
     rows = reports.summarise(results)
     table, said = reports.results_table(rows), what_is_finished(config, workdir)
     if note := note_on_chance(workdir):
@@ -123,6 +124,20 @@ def _report(config: Config, workspace: Workspace) -> None:
         echo(f"files: {workdir}/{artefacts.REPORT}/ (results.md, gap_to_random.png, .svg)")
     else:
         echo("report: no figure: there is no gap to random; add random to selection.methods")
+
+
+def _with_predictions(workdir: Path, results: list[Result]) -> list[Result]:
+    """Returns results with whether each test sample was right, of runs on the same samples."""
+    labels, found = None, []
+    for result in results:
+        folder = run_folder(workdir, Cell(*result[:4]))
+        if (folder / PREDICTIONS).exists():
+            predicted, own = read_predictions(folder)
+            labels = own if labels is None else labels
+            if np.array_equal(own, labels):
+                result = result._replace(right=predicted == own)
+        found.append(result)
+    return found
 
 
 def what_is_finished(config: Config, workdir: Path) -> str:

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkab
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 from tqdm import tqdm
 
 from dlc_jax import expect
 from dlc_jax.distributed import from_first, hides_bar, processes
+from dlc_jax.files.array_files import read_npz
 from dlc_jax.files.json_files import parse_json
 from dlc_jax.types import RunResult, Selection
 from dlc_jax.workspace import Workspace, Written, artefacts, records
@@ -29,6 +30,7 @@ from dlc_jax.workspace.checkpoints import Checkpoints
 
 METRICS = "metrics.jsonl"
 PER_CLASS = "per_class_accuracy.csv"
+PREDICTIONS = "predictions.npz"  # of the test samples, by runs that have them
 CHECKPOINT = "checkpoint"
 STOPPED = "stopped"  # of a run that was stopped where it keeps no checkpoint by itself
 ADAPTER = "adapter"
@@ -87,6 +89,24 @@ def write_per_class(
             tested = result.per_class_accuracy if number else None
             accuracy = "" if tested is None else repr(float(tested[label]))
             table.writerow((label, expect.csv_cell(expect.visible(name)), number, accuracy))
+
+
+def write_predictions(
+    folder: Path, predicted: Int32[np.ndarray, " t"], labels: Int32[np.ndarray, " t"]
+) -> None:
+    """Writes `predictions.npz`: class ids of the test samples, `predicted` [t] and `labels` [t]."""
+    with artefacts.atomic(folder / PREDICTIONS) as file:
+        np.savez(file, allow_pickle=False, predicted=predicted, labels=labels)
+
+
+def read_predictions(folder: Path) -> tuple[Int32[np.ndarray, " t"], Int32[np.ndarray, " t"]]:
+    """Returns the predicted and the right class of each test sample.
+
+    Raises:
+      ValueError: the file is not there, or damaged.
+    """
+    found = read_npz(folder / PREDICTIONS, {"predicted": ("i", 1), "labels": ("i", 1)})
+    return found["predicted"], found["labels"]
 
 
 Result = TypeVar("Result")
@@ -433,7 +453,7 @@ class RunStep:
 
     def write(self, root: Path, result: Any) -> Written:
         summary = self.trainer.write(root, result)
-        names = [*self.files]
+        names = [*self.files, *(name for name in (PREDICTIONS,) if (root / name).exists())]
         if self.trainer.keeps_weights:
             names += [f"{CHECKPOINT}/{name}" for name in artefacts.names_below(root / CHECKPOINT)]
         return Written(names, {**self.facts, records.RESULT: summary}, seconds=result.seconds)

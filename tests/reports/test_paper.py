@@ -109,7 +109,9 @@ def test_ours_stand_beside_theirs_with_the_difference():
     assert "Beside the paper, DTD: test accuracy by the fraction kept" in text
     assert "Ours: resnet18, timm/resnet18.tv_in1k." in text
     assert "ResNet-18, fully pre-trained, three seeds; FlexRand at the split that was best" in text
-    assert "definitions.\n\n|" in text  # no word on the split, which is the official one
+    assert (
+        "selection.variant=paper).\n\n|" in text
+    )  # no word on the split, which is the official one
     assert lines(text) == [
         ["0.5", "random", "2", "70.50", "71.16", "-0.66", ""],
         ["0.5", "flexrand (split 0.25)", "1", "71.00", "71.78", "-0.78", "0.09"],

@@ -14,7 +14,8 @@ from dlc_jax.reports import (
     summarise,
     tuning_figure,
 )
-from dlc_jax.reports.results import Result, SeedMean
+from dlc_jax.reports.results import Mean, Result
+from dlc_jax.tuning.gaps import crossed, holm
 from dlc_jax.types import Choice, Gap, Tried, Tuning
 
 HEADER = "method,keep_fraction,split,seed,num_kept,test_accuracy,seconds\n"
@@ -61,7 +62,11 @@ def test_words_say_when_pruning_did_not_help():
     assert row_of("full", 1.0).gap is None
     table = results_table(summarise(SWEEP))
     lines = table.splitlines()
-    assert len({len(line) for line in lines}) == 1
+    assert len({len(line) for line in lines[:-2]}) == 1
+    assert lines[-1] == (
+        "± is half of a 95 % interval over seeds; random and a method are compared run by run. "
+        "Better or worse: with 95 % confidence for all 3 gaps together (Holm)."
+    )
     assert lines[2].startswith("| 1 ")  # the reference first
     assert "| 81.00 ± 2.48" in lines[2]
     assert "| -10.03 ± " in next(line for line in lines if "hardest" in line)
@@ -79,14 +84,14 @@ def test_seeds_without_a_partner_do_not_count():
     assert rows[1].gap.mean == 5.0
     assert rows[1].gap.num_seeds == 1
     assert math.isnan(rows[1].gap.half_width)
-    assert rows[1].verdict == "above random (one seed, no interval)"
+    assert rows[1].verdict == "above random (one seed)"
     assert str(rows[1].gap) == "5.00"
     assert rows[2].gap is None
     assert rows[2].verdict == "random was not run with these seeds"
     worse = summarise(
         [*results("random", 0.5, [7.0], seeds=(1,)), *results("x", 0.5, [6.0], seeds=(1,))]
     )
-    assert worse[1].verdict == "not better than random (one seed, no interval)"
+    assert worse[1].verdict == "not better than random (one seed)"
 
 
 def test_a_gap_over_fewer_pairs_than_seeds_says_over_how_many():
@@ -102,6 +107,66 @@ def test_a_gap_over_fewer_pairs_than_seeds_says_over_how_many():
     assert sum("seeds)" in line for line in lines) == 1
 
 
+def with_samples(method, keep, right):
+    """Results whose runs were right about these test samples, [seeds, samples]."""
+    return [
+        Result(method, keep, None, seed, 100 * own.mean(), right=own)
+        for seed, own in enumerate(np.asarray(right, bool), start=1)
+    ]
+
+
+def test_test_samples_vary_as_well_as_seeds():
+    """Three seeds agree that six points are gained, on 100 test samples that say so by chance."""
+    base = np.repeat([True, False], [60, 40])
+    runs = np.stack([np.roll(base, shift) for shift in (0, 1, 2)])
+    better = runs.copy()
+    better[:, 70:76] = True
+    rows = summarise([*with_samples("random", 0.5, runs), *with_samples("x", 0.5, better)])
+    found = crossed(100.0 * (better.astype(int) - runs.astype(int)))
+    gap = rows[1].gap
+    assert (gap.mean, gap.num_seeds, gap.num_samples) == (6.0, 3, 100)
+    assert gap.half_width == pytest.approx(found.half_width)
+    assert gap.p_value == pytest.approx(2 * found.p_value)
+    lines = results_table(rows).splitlines()
+    assert "over seeds and 100 test samples; random and a method" in lines[-1]
+    assert "run by run and sample by sample." in lines[-1]
+    # the same gaps by seed have no noise at all
+    by_seed = [result._replace(right=None) for result in with_samples("random", 0.5, runs)]
+    mixed = summarise([*by_seed, *with_samples("x", 0.5, better)])
+    assert mixed[1].gap.half_width == 0
+    assert "(over seeds alone where a run has no predictions.npz)" in results_table(mixed)
+
+
+def test_one_run_each_is_never_better_however_many_test_samples():
+    worse, better = np.zeros((1, 400), bool), np.arange(400)[None] < 200
+    rows = summarise([*with_samples("random", 0.5, worse), *with_samples("x", 0.5, better)])
+    assert rows[1].gap.half_width < 6
+    assert rows[1].verdict == "above random (one seed)"
+
+
+def test_words_are_corrected_for_the_number_of_gaps():
+    """A gap that is beyond noise alone, among 20, and one that is beyond it anyway."""
+    generator = np.random.default_rng(0)
+
+    hardness = generator.random(500)
+
+    def runs(share):
+        """Five runs that are right about much the same samples."""
+        return hardness + 0.05 * generator.random((5, 500)) < share
+
+    random, slightly, much = with_samples("random", 0.5, runs(0.5)), runs(0.515), runs(0.75)
+    alone = summarise([*random, *with_samples("x", 0.5, slightly)])[1]
+    assert 0.004 < alone.gap.p_value < 0.05
+    assert alone.verdict == "better than random"
+    others = [r for k in range(18) for r in with_samples(f"y{k}", 0.5, runs(0.5))]
+    several = [*random, *with_samples("x", 0.5, slightly), *with_samples("z", 0.5, much), *others]
+    rows = {row.label: row for row in summarise(several)}
+    assert rows["x"].verdict == "not better than random"
+    assert rows["z"].verdict == "better than random"
+    expected = holm([row.gap.p_value for row in rows.values() if row.gap is not None])
+    assert [row.p_value for row in rows.values() if row.gap is not None] == expected
+
+
 @pytest.mark.parametrize("gain", [0.1, 5.0, -5.0])
 def test_gaps_that_are_all_equal_are_not_better(gain):
     """Also where the percentages are rounded, as 70.1 - 70 and 40.1 - 40 are."""
@@ -114,7 +179,7 @@ def test_gaps_that_are_all_equal_are_not_better(gain):
 def test_intervals_are_students():
     values = [1.0, 2.0, 4.0, 8.0]
     low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
-    interval = SeedMean.of(values)
+    interval = Mean.of(values)
     assert (interval.mean, interval.num_seeds) == (3.75, 4)
     assert interval.half_width == pytest.approx((high - low) / 2)
 

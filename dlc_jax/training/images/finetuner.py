@@ -137,6 +137,8 @@ class Finetuner:
         loop.write_metrics(folder, result.history)
         num_test = None if self._test is None else self._count(self._test.labels)
         loop.write_per_class(folder, result, self._dataset.class_names, num_test)
+        if self._test is not None and result.predictions is not None:
+            loop.write_predictions(folder, result.predictions, self._test.labels)
         names = ("num_kept", "test_accuracy", "absent_classes", "skipped_test", "seconds")
         return {name: getattr(result, name) for name in names}
 

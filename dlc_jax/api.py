@@ -34,7 +34,14 @@ from dlc_jax.selection import (
 from dlc_jax.training.images import FinetuneConfig, RecordConfig, finetune, record_training
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.tuner import finetune_lora
-from dlc_jax.tuning import FinetuneTrials, LinearProbeConfig, keep_curve, linear_probes, tune
+from dlc_jax.tuning import (
+    FinetuneTrials,
+    LinearProbeConfig,
+    keep_curve,
+    linear_probes,
+    self_confidence,
+    tune,
+)
 from dlc_jax.types import (
     Dataset,
     ProbeLosses,
@@ -100,6 +107,7 @@ __all__ = [
     "save_encoder",
     "score",
     "select",
+    "self_confidence",
     "similarities",
     "stratified_split",
     "suspect_labels",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from dlc_jax import expect
 from dlc_jax.types import ProbeLosses
@@ -25,6 +25,7 @@ class SuspectLabels:
       num_right: [n] probes, of all m, under which the own class's prototype is nearest.
       scores: [n] mean loss over the probes that carry information, in nats; higher is more suspect;
         NaN where none carries any.
+      share_right: [m] share of the samples whose own class's prototype is nearest under each probe.
       is_informative: [m] whether a probe carries information: see `suspect_labels`.
     """
 
@@ -32,6 +33,7 @@ class SuspectLabels:
     suggested: Int32[np.ndarray, " n"]
     num_right: Int64[np.ndarray, " n"]
     scores: Float32[np.ndarray, " n"]
+    share_right: Float64[np.ndarray, " m"]
     is_informative: Bool[np.ndarray, " m"]
 
     @property
@@ -84,6 +86,7 @@ def suspect_labels(probes: ProbeLosses) -> SuspectLabels:
         suggested=suggested,
         num_right=is_right.sum(axis=0),
         scores=scores,
+        share_right=is_right.mean(axis=1),
         is_informative=is_informative,
     )
 

@@ -91,8 +91,10 @@ class SuspectsStep:
         picture = reports.mislabelled(data, places, suggested)
         with artefacts.atomic(root / artefacts.SUSPECTS_PICTURE) as file:
             picture.save(file, "PNG", optimize=True)
-        looks = f"{len(places)} of {len(ids)} samples look mislabelled"
-        self.say(f"suspect labels: {looks}, see {artefacts.SUSPECTS}")
+        self.say(
+            f"suspect labels: {len(places)} of {len(ids)} samples look mislabelled, to an encoder "
+            f"that is right about {found.share_right.max():.0%} at best, see {artefacts.SUSPECTS}"
+        )
         return Written(self.files)
 
 
@@ -104,6 +106,8 @@ def list_suspects(workspace: Workspace, dataset: Dataset) -> None:
             "suspect labels: note: no table, since an earlier version measured these losses, which "
             "kept no nearest classes"
         )
+        for name in (*SuspectsStep.files, records.file_of(SuspectsStep.name)):
+            workspace.remove(name)  # of other losses
         return
     workspace.ensure(SuspectsStep(workspace.root, dataset, workspace.say))
 

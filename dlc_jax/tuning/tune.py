@@ -94,7 +94,7 @@ def _variance_of_mean(values: Float64[np.ndarray, " k"]) -> float:
 
 
 METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "moderate", "herding")
-_NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
+NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
 _LEVEL = 0.05  # most likely to prefer something at a keep fraction where nothing is better
 _RANDOM = ("random", None)
 # features alone are measured before tuning; a training record has seen the held-out labels
@@ -211,7 +211,7 @@ def tune(
         raise expect.InputError("keep_fractions: expected one or more, got none.")
     expect.seed(seed)
     expect.seed(seed + num_repeats - 1, "seed of the last repeat")
-    if len(labels) < _NUM_PARTS:
+    if len(labels) < NUM_PARTS:
         raise expect.InputError(
             f"tune: {len(labels)} samples are too few to hold a fifth out; expected five or more."
         )
@@ -240,7 +240,7 @@ def tune(
     num_right = np.zeros((len(cells), len(labels)), np.int32)
     accuracy = np.zeros((len(cells), num_repeats))
     for repeat in tqdm(range(num_repeats), "tune", unit="split", disable=hides_bar(run.progress)):
-        is_held_out = _parts(labels, keys, seed, repeat // _NUM_PARTS) == repeat % _NUM_PARTS
+        is_held_out = parts(labels, keys, seed, repeat // NUM_PARTS) == repeat % NUM_PARTS
         held_out, fit = np.flatnonzero(is_held_out), np.flatnonzero(~is_held_out)
         candidates = Candidates(
             scores[fit],
@@ -311,7 +311,7 @@ def _chosen(
     return chosen.indices
 
 
-def _parts(
+def parts(
     labels: Integer[np.ndarray, " n"],
     keys: UInt64[np.ndarray, " n"] | None,
     seed: int,
@@ -327,7 +327,7 @@ def _parts(
             shuffled = np.random.default_rng(draw).permutation(members)
         else:
             shuffled = members[np.argsort(lots(keys[members], draw))]
-        part[shuffled] = (dealt + np.arange(len(members))) % _NUM_PARTS
+        part[shuffled] = (dealt + np.arange(len(members))) % NUM_PARTS
         dealt += len(members)
     return part
 

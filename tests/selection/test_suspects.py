@@ -64,6 +64,7 @@ def test_suspects_are_those_of_a_plain_version(seed, num_classes, num_probes):
     assert found.ranked.tolist() == ranked
     assert found.suggested[found.ranked].tolist() == suggested
     np.testing.assert_array_equal(found.num_right, (nearest == labels).sum(0))
+    np.testing.assert_array_equal(found.share_right, (nearest == labels).mean(1))
 
 
 def test_probes_at_chance_do_not_count():

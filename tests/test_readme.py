@@ -112,6 +112,15 @@ def test_example_of_tuning_and_other_methods_runs(images_scope):
     assert 0 < scope["heads"].accuracy[0] < 100
 
 
+def test_example_of_suspect_labels_runs(images_scope):
+    scope = dict(images_scope)
+    exec(small(snippet_with("dlc.suspect_labels(")), scope)
+    found, sure = scope["found"], scope["sure"]
+    assert len(scope["worst"]) == 20
+    assert not found.is_suspect[scope["kept"].indices].any()
+    assert sure[found.is_suspect].mean() < 0.5 * sure[~found.is_suspect].mean()
+
+
 def test_example_of_prediction_runs(images_scope):
     scope = dict(images_scope)
     exec(small(snippet_with('result.weights["head"]\n')), scope)

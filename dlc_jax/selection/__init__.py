@@ -15,4 +15,4 @@ from dlc_jax.selection.settings import (
     has_split,
 )
 from dlc_jax.selection.similarity import most_similar, similarities
-from dlc_jax.selection.suspects import SuspectLabels, suspect_labels
+from dlc_jax.selection.suspects import SuspectLabels, informative_probes, suspect_labels

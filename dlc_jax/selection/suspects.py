@@ -69,18 +69,14 @@ def suspect_labels(probes: ProbeLosses) -> SuspectLabels:
       >>> found.is_informative.tolist(), len(found.ranked)
       ([True, True, True, True], 5)
     """
-    expect.is_a(ProbeLosses, probes=probes)
-    if probes.nearest is None:
-        raise expect.InputError(
-            "suspect_labels: needs probes.nearest, the nearest class by probe and sample, as "
-            "dlc.probe(encoder, dataset) of this version gives it for images; got None."
-        )
+    is_informative = informative_probes(probes)
+    assert probes.nearest is not None  # it has been checked
     is_right = probes.nearest == probes.labels
-    is_informative = _is_better_than_chance(is_right, probes.labels)
     suggested, scores = probes.labels, np.full(len(probes.labels), np.nan, np.float32)
     if is_informative.any():
-        suggested = _most_frequent(probes.nearest[is_informative])
-        scores = probes.losses[is_informative].mean(axis=0, dtype=np.float64).astype(np.float32)
+        suggested = _most_frequent([probes.nearest[k] for k in np.flatnonzero(is_informative)])
+        those = is_informative[:, None]
+        scores = probes.losses.mean(axis=0, dtype=np.float64, where=those).astype(np.float32)
     return SuspectLabels(
         is_suspect=~is_right[is_informative].any(axis=0) & is_informative.any(),
         suggested=suggested,
@@ -91,21 +87,28 @@ def suspect_labels(probes: ProbeLosses) -> SuspectLabels:
     )
 
 
-def _is_better_than_chance(
-    is_right: Bool[np.ndarray, "m n"], labels: Int32[np.ndarray, " n"]
-) -> Bool[np.ndarray, " m"]:
+def informative_probes(probes: ProbeLosses) -> Bool[np.ndarray, " m"]:
+    """Returns which probes carry information; argument and errors as for `suspect_labels`."""
     from scipy.special import bdtrc  # which only this needs
 
-    chance = np.bincount(labels).max() / len(labels)
-    # of as many right or more
-    return bdtrc(is_right.sum(axis=1) - 1.0, len(labels), chance) < _LEVEL
+    expect.is_a(ProbeLosses, probes=probes)
+    if probes.nearest is None:
+        raise expect.InputError(
+            "suspect_labels: needs probes.nearest, the nearest class by probe and sample, as "
+            "dlc.probe(encoder, dataset) of this version gives it for images; got None."
+        )
+    num_right = (probes.nearest == probes.labels).sum(axis=1)
+    chance = np.bincount(probes.labels).max() / len(probes.labels)
+    return bdtrc(num_right - 1.0, len(probes.labels), chance) < _LEVEL  # as many right, or more
 
 
-def _most_frequent(nearest: Int32[np.ndarray, "k n"]) -> Int32[np.ndarray, " n"]:
-    """Returns the class that each column has most often, of equal ones that of the first row."""
-    found, most = nearest[0].copy(), np.zeros(nearest.shape[1], np.int64)
+def _most_frequent(nearest: list[Int32[np.ndarray, " n"]]) -> Int32[np.ndarray, " n"]:
+    """Returns the class that each sample has most often, of equal ones that of the first row."""
+    found, most = nearest[0].copy(), np.zeros(len(nearest[0]), np.int64)
     for row in nearest:
-        num = (nearest == row).sum(axis=0)
+        num = np.zeros_like(most)
+        for other in nearest:
+            num += row == other
         found = np.where(num > most, row, found)
         most = np.maximum(num, most)
     return found

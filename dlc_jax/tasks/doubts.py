@@ -37,9 +37,9 @@ def suspects_in(root: Path, class_names: tuple[str, ...]) -> SuspectLabels:
             "nearest, since an earlier version wrote it; run the stage 'score' in another work "
             "directory."
         )
-    others: dict[str, Any] = {"class_names": class_names}
-    others["prototypes"] = np.zeros((len(class_names), 0), np.float32)  # not kept
-    return suspect_labels(ProbeLosses(**found, **others))
+    of_probes: dict[str, Any] = dict(found)
+    not_kept = np.zeros((len(class_names), 0), np.float32)
+    return suspect_labels(ProbeLosses(**of_probes, prototypes=not_kept, class_names=class_names))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from dlc_jax.preprocess.images import Images
 from dlc_jax.preprocess.transform import PAPER
 from dlc_jax.probes import features, probe
 from dlc_jax.scores import score
-from dlc_jax.selection import Cell, suspect_labels
+from dlc_jax.selection import Cell, informative_probes
 from dlc_jax.tasks import doubts, measurements
 from dlc_jax.tasks.agreement import agree, agree_on_images
 from dlc_jax.tasks.exports import ExportStep, check_released, export_steps, released_steps
@@ -153,7 +153,7 @@ class LossesStep:
         of_encoder = ("fingerprint", "mean", "std", "normalisation", "pooling")
         decided = {name: getattr(encoder, name) for name in of_encoder}
         decided["transform"] = encoder.transform.described(self.scored.images.side)
-        is_informative = suspect_labels(probes).is_informative
+        is_informative = informative_probes(probes)
         say(
             f"score: {is_informative.sum()} of {len(is_informative)} probes carry information: "
             "more samples are nearest to their own class than the largest class has"

@@ -67,7 +67,7 @@ def suspect_labels(probes: ProbeLosses) -> SuspectLabels:
       >>> path = dlc.PathSpec(num_probes=4, placement="midpoint")
       >>> found = dlc.suspect_labels(dlc.probe(encoder, dataset, image_size=32, path=path))
       >>> found.is_informative.tolist(), len(found.ranked)
-      ([True, True, True, True], 5)
+      ([True, True, True, True], 7)
     """
     is_informative = informative_probes(probes)
     assert probes.nearest is not None  # it has been checked

@@ -86,6 +86,8 @@ class SelectionInputs:
         if self._by_scores(method):
             of = SCORES[self._config.selection.score_name(method)].of
             names.add("training" if of == "training" else "score")
+        if self._config.selection.leave_out_suspects:
+            names.add("score")
         return sum(self._records[name].seconds for name in names & self._records.keys())
 
     def _measured_in(self, name: str) -> set[str]:

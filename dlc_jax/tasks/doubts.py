@@ -34,7 +34,7 @@ def suspects_in(root: Path, class_names: tuple[str, ...]) -> SuspectLabels:
     if "nearest" not in found:
         raise expect.InputError(
             f"{root / artefacts.LOSSES}: has no array 'nearest', the class whose prototype is "
-            "nearest, since an earlier version wrote it; run the stage 'score' in another work "
+            "nearest, which earlier versions did not keep; run the stage 'score' in another work "
             "directory."
         )
     of_probes: dict[str, Any] = dict(found)
@@ -145,14 +145,17 @@ class NearDuplicatesStep:
     def compute(self, scratch: Path) -> list[tuple[int, int, float]]:
         """Returns pairs of positions, each once, and their cosines, the most similar first."""
         features = read_input(self.root, "features", artefacts.read_scores(self.root))
-        if not 1 < len(features) <= _MOST:
-            self.say(f"near-duplicates: not looked for among {len(features)} samples")
+        some = np.flatnonzero(features.any(axis=1))  # others have no direction
+        if not 1 < len(some) <= _MOST:
+            self.say(f"near-duplicates: note: not looked for among {len(some)} samples")
             return []
-        others, cosines = most_similar(features)
+        others, cosines = most_similar(features[some])
         pairs = {
-            (min(a, b), max(a, b)): float(cosines[a])
-            for a, b in enumerate(others.tolist())
-            if cosines[a] > self.limit
+            (min(a, b), max(a, b)): cosine
+            for a, b, cosine in zip(
+                some.tolist(), some[others].tolist(), cosines.tolist(), strict=True
+            )
+            if cosine > self.limit
         }
         return sorted(((*pair, cosine) for pair, cosine in pairs.items()), key=lambda row: -row[2])
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 import dlc_jax as dlc
 from dlc_jax.config import Config
 from dlc_jax.stages import pipeline
+from dlc_jax.tasks import doubts
 from dlc_jax.workspace import artefacts, records
 
 MISLABELLED = (3, 10)
@@ -142,7 +144,9 @@ def test_losses_of_earlier_versions_are_read_and_have_no_table(values, tmp_path)
     assert "score: unchanged, not run again" in said
     assert any(line.startswith("suspect labels: note: no table, since an earlier") for line in said)
     np.testing.assert_array_equal(artefacts.read_losses(tmp_path)["losses"], arrays["losses"])
-    with pytest.raises(dlc.InputError, match="has no array 'nearest'.*earlier version wrote it"):
+    with pytest.raises(
+        dlc.InputError, match="has no array 'nearest'.*earlier versions did not keep"
+    ):
         said_by(values, tmp_path, selection=selection | {"leave_out_suspects": True})
     arrays["nearest"] = np.zeros((2, 32), np.int32)
     np.savez(losses, **arrays)
@@ -164,3 +168,16 @@ def test_where_nothing_is_left_out(values, changes, says):
     selection = {"methods": ("random",), "keep_fractions": (0.5,), "leave_out_suspects": True}
     with pytest.raises(dlc.InputError, match=says):
         Config.of({**values, "selection": selection, **changes})
+
+
+def test_samples_without_direction_or_too_many_have_no_pair(monkeypatch):
+    features = np.array([[0, 0], [1, 2], [0, 0], [2, 4], [1, -1]], np.float32)
+    monkeypatch.setattr(doubts, "read_input", lambda *_: features)
+    monkeypatch.setattr(artefacts, "read_scores", lambda _: None)
+    said: list[str] = []
+    step = doubts.NearDuplicatesStep(Path("root"), ("a",), 0.9, said.append)
+    ((first, other, cosine),) = step.compute(Path("scratch"))
+    assert (first, other, cosine) == (1, 3, pytest.approx(1, abs=1e-6))
+    monkeypatch.setattr(doubts, "_MOST", 2)
+    assert step.compute(Path("scratch")) == []
+    assert said == ["near-duplicates: note: not looked for among 3 samples"]

@@ -174,6 +174,7 @@ def test_example_of_instructions_runs(tmp_path, monkeypatch):
 def test_every_python_example_is_run_here():
     """One that is added needs a test above."""
     run = ("load_dataset", "dlc.tune(", "result.weights", "dlc.Encoder(", "load_language_model(")
+    run += ("dlc.suspect_labels(",)
     assert len(PYTHON) == len(run)
     assert all(any(text in snippet for text in run) for snippet in PYTHON)
 

@@ -203,13 +203,13 @@ class Candidates:
 
     @functools.cached_property
     def _suspects(self) -> Bool[np.ndarray, " n"]:
-        assert self._given_suspects is not None  # it has been checked
-        if len(self._given_suspects) != len(self._labels):
+        suspects = np.asarray(self._given_suspects)
+        if suspects.shape != self._labels.shape or suspects.dtype != bool:
             raise expect.InputError(
-                f"suspects: expected one per label, got {len(self._given_suspects)} for "
-                f"{len(self._labels)}."
+                f"suspects: expected a truth value per label, {len(self._labels)} in all, got "
+                f"{suspects.dtype} {suspects.shape}."
             )
-        return self._given_suspects
+        return suspects
 
     def _check_all_there(self, method: str, rules: Rules) -> None:
         needs, score = SELECTORS[method].needs, SELECTORS[method].score

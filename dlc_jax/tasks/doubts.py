@@ -179,7 +179,7 @@ class NearDuplicatesStep:
 def _made_of(root: Path, step: str, file: str) -> dict[str, Any]:
     record = records.read(root, step)
     assert record is not None  # it has been made
-    return {"made_of": record.outputs[file]}
+    return {"made_of": record.key["made_of"], "file": record.outputs[file]}
 
 
 def _write_table(path: Path, columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:

@@ -148,7 +148,11 @@ def test_a_suspect_does_not_stand_for_its_near_duplicate():
     ("suspects", "choice", "says"),
     [
         (None, {}, r"suspects: leave_out_suspects needs them; see dlc\.suspect_labels"),
-        (np.zeros(3, bool), {}, "suspects: expected one per label, got 3 for 20"),
+        (
+            np.zeros(3, bool),
+            {},
+            r"suspects: expected a truth value per label, 20 in all, got bool \(3,",
+        ),
         (np.zeros(20, bool), {"mode": "official"}, "'official' leaves nothing out"),
         (np.zeros(20, bool), {"method": "auto"}, "is tuned on all samples"),
     ],

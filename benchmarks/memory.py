@@ -11,6 +11,7 @@ streamed (benchmarks/streaming.py measures the host), and losses are 4 m n bytes
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 from absl import app, flags
 
@@ -43,7 +44,7 @@ def megabytes(name: str, batch_size: int, num_probes: int) -> dict[str, float | 
     prunable, arguments = probe_arguments(encoder, forward, num_probes, images)
     compiled = losses_of_batches.lower(forward, prunable, 1, one_device(), *arguments).compile()
     if peak_bytes_in_use() is not None:
-        compiled(*arguments).block_until_ready()
+        jax.block_until_ready(compiled(*arguments))
     plan = ImageScoring(
         encoder, _SIDE.value, NUM_CLASSES, num_probes, 1, _DTYPE.value, False, batch_size
     ).plan()

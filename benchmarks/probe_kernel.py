@@ -94,7 +94,7 @@ def ours(encoder: Encoder, way: Way, images: np.ndarray) -> Callable[[], None]:
     forward = Forward.of(encoder, way.dtype)
     prunable, arguments = probe_arguments(encoder, forward, _PROBES.value, images)
 
-    def program(*arguments: Any) -> jax.Array:
+    def program(*arguments: Any) -> tuple[jax.Array, jax.Array]:
         losses = losses_of_batches.__wrapped__
         return losses(forward, prunable, way.chunk, one_device(), *arguments)
 
@@ -103,7 +103,7 @@ def ours(encoder: Encoder, way: Way, images: np.ndarray) -> Callable[[], None]:
         compiled = jitted.lower(*arguments).compile()
 
     def call() -> None:
-        compiled(*arguments).block_until_ready()
+        jax.block_until_ready(compiled(*arguments))
 
     return call
 

@@ -23,11 +23,25 @@ from dlc_jax.probes import Compute, RankCertificate, certify, features, probe
 from dlc_jax.probes.responses import measure_responses, response_features
 from dlc_jax.probes.text import probe_responses, response_losses
 from dlc_jax.scores import score
-from dlc_jax.selection import Candidates, Rules, select, similarities
+from dlc_jax.selection import (
+    Candidates,
+    Rules,
+    SuspectLabels,
+    select,
+    similarities,
+    suspect_labels,
+)
 from dlc_jax.training.images import FinetuneConfig, RecordConfig, finetune, record_training
 from dlc_jax.training.lora.settings import LoraConfig
 from dlc_jax.training.lora.tuner import finetune_lora
-from dlc_jax.tuning import FinetuneTrials, LinearProbeConfig, keep_curve, linear_probes, tune
+from dlc_jax.tuning import (
+    FinetuneTrials,
+    LinearProbeConfig,
+    keep_curve,
+    linear_probes,
+    self_confidence,
+    tune,
+)
 from dlc_jax.types import (
     Dataset,
     ProbeLosses,
@@ -63,6 +77,7 @@ __all__ = [
     "RunResult",
     "Sample",
     "Selection",
+    "SuspectLabels",
     "TrainingRecord",
     "Transform",
     "Tuning",
@@ -92,8 +107,10 @@ __all__ = [
     "save_encoder",
     "score",
     "select",
+    "self_confidence",
     "similarities",
     "stratified_split",
+    "suspect_labels",
     "tokenise",
     "tune",
     "use_all_cores",

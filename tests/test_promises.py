@@ -295,7 +295,8 @@ def test_every_file_of_images_has_its_name(workdir):
     expected = {
         *("config.json", "provenance.json", "results.csv"),
         *(f"scores/{name}" for name in ("losses.npz", "scores.parquet", "certificate.json")),
-        *("scores/features.npz", "scores/easiest_hardest.png"),
+        *("scores/features.npz", "scores/easiest_hardest.png", "scores/near_duplicates.csv"),
+        *("scores/suspect_labels.csv", "scores/suspect_labels.png"),
         *(f"tuning/{name}" for name in ("tuning.json", "tuning.md", "tuning.csv", "curve.png")),
         *(f"report/{name}" for name in ("results.md", "gap_to_random.png", "gap_to_random.svg")),
         *(f"selections/{cell}{suffix}" for cell in CELLS for suffix in (".npy", ".json")),
@@ -306,6 +307,7 @@ def test_every_file_of_images_has_its_name(workdir):
         *(f"finetune/{cell}/run.json" for cell in runs),
         *(f"records/{name}.json" for name in ("score", "features", "training", "table", "tune")),
         *(f"records/{name}.json" for name in ("select", "finetune", "report")),
+        *(f"records/{name}.json" for name in ("suspect_labels", "near_duplicates")),
         *(f"records/selections/{cell}.json" for cell in CELLS),
         *(f"records/exports/{cell}/kept.txt.json" for cell in CELLS),
     }
@@ -322,6 +324,7 @@ def test_arrays_and_tables_have_their_formats(workdir):
         "sparsity": ("<f", 1),
         "labels": ("<i", 1),
         "ids": ("<U", 1),
+        "nearest": ("<i", 2),
     }
     assert {a.dtype.itemsize for k, a in arrays.items() if k != "ids"} == {4}
     features = dict(np.load(workdir / "scores/features.npz", allow_pickle=False))

@@ -112,6 +112,15 @@ def test_example_of_tuning_and_other_methods_runs(images_scope):
     assert 0 < scope["heads"].accuracy[0] < 100
 
 
+def test_example_of_suspect_labels_runs(images_scope):
+    scope = dict(images_scope)
+    exec(small(snippet_with("dlc.suspect_labels(")), scope)
+    found, sure = scope["found"], scope["sure"]
+    assert len(scope["worst"]) == 20
+    assert not found.is_suspect[scope["kept"].indices].any()
+    assert sure[found.is_suspect].mean() < 0.5 * sure[~found.is_suspect].mean()
+
+
 def test_example_of_prediction_runs(images_scope):
     scope = dict(images_scope)
     exec(small(snippet_with('result.weights["head"]\n')), scope)
@@ -165,6 +174,7 @@ def test_example_of_instructions_runs(tmp_path, monkeypatch):
 def test_every_python_example_is_run_here():
     """One that is added needs a test above."""
     run = ("load_dataset", "dlc.tune(", "result.weights", "dlc.Encoder(", "load_language_model(")
+    run += ("dlc.suspect_labels(",)
     assert len(PYTHON) == len(run)
     assert all(any(text in snippet for text in run) for snippet in PYTHON)
 

@@ -76,6 +76,11 @@ _KINDS = (
             "encoder.drop_path": (0.0, "LoRA of language models has none"),
             "encoder.dropout": (0.0, "that of language models is lora.dropout"),
             "probe.augment": (False, "instructions have no crops"),
+            "selection.leave_out_suspects": (
+                False,
+                "labels are suspect where another class's prototype is nearer, and responses have "
+                "no prototypes",
+            ),
             "mesh.probe": (
                 1,
                 "the masked copies of a language model are not divided among devices; its weights "

@@ -73,7 +73,7 @@ class ImageScoring:
         prunable = self._prunable()
         masked = self.chunk * tree_bytes(prunable)
         peak = peak_bytes(self.program(), *arguments)
-        losses = 4 * self.num_probes * self.batch_size
+        losses = (4 + 4) * self.num_probes * self.batch_size  # and nearest classes
         image_bytes = images.size * (_BATCHES + jnp.dtype(_kept_in(self.dtype)).itemsize)
         return MemoryPlan.of(
             Memory("weights", tree_bytes(params)),

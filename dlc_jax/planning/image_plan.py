@@ -339,18 +339,19 @@ def scoring_host(costs: ImageCosts) -> Host:
     """Returns the memory of a process that scores; what the cache has is mapped, not held."""
     job, n = costs.scoring(), costs.num_samples
     num_probes = int(costs.config.probe.num_probes)
+    each = 4 + 4 + _CHECKED  # bytes of a loss and of a nearest class
     threads = (os.cpu_count() or 1) + 1
     waiting = _AHEAD_PER_THREAD * threads + 2 * num_here(local=True) * job.batch_size
     weights = sum(leaf.size for leaf in jax.tree.leaves(costs.encoder.params))
 
     def fewer_probes(excess: int) -> str | None:
-        left = num_probes - -(-excess // ((4 + _CHECKED) * n))
+        left = num_probes - -(-excess // (each * n))
         return f"try probe.num_probes={left} with probe.placement=midpoint" if left >= 1 else None
 
     return Host.of(
         job,
         *_always(costs),
-        Memory(f"losses [{num_probes}, {n}], and their check", (4 + _CHECKED) * num_probes * n),
+        Memory(f"losses and nearest classes [{num_probes}, {n}]", each * num_probes * n),
         Memory("thresholds: weights sorted", _SORTED * weights),
         Memory("images that wait", waiting * 3 * costs.size**2),
         otherwise="no single setting helps; score parts of the data set",

@@ -142,7 +142,7 @@ def features(
 
     def features_of_shards(shards: list[int]) -> Iterator[Arrays]:
         for results in _shards_done(work, shards, work.features_of, "features", skipped):
-            yield {"features": _joined(results, (0, 0), axis=0)}
+            yield {"features": _joined([batch.items for batch in results], (0, 0), axis=0)}
 
     every = _complete(work, "features", features_of_shards)
     found = [part for arrays in every if len(part := arrays["features"])]
@@ -221,13 +221,14 @@ def probe(
     decisive += [path.masking, images.side, batch_size, compute.chunk, compute.dtype, path.augment]
     probes = learning_path(encoder, path, seed, Conventions.of(mode))
     decisive += [images.on_corrupt, seed, mode, *probes.prunable]
+    decisive += ["nearest"]  # which parts of earlier versions lack
     crops = images.random_crops(seed) if path.augment else None
     work = _pass_over("losses", encoder, images, compute, run, decisive, crops)
     means, positions, skipped = measure_prototypes(work)
     if crops is not None:
         work = work._replace(reader=Reader(dataset, lambda image, _: image))
 
-    def losses_of(some: LearningPath, suffix: str) -> Float32[np.ndarray, "k n"]:
+    def losses_of(some: LearningPath, suffix: str) -> Arrays:
         chunk = compute.probes_per_call(len(some))
         start = work.losses_under(some, chunk, means, crops)
         return measure_losses(work, start, positions, num_probes=len(some), suffix=suffix)
@@ -367,7 +368,7 @@ class Pass(NamedTuple):
         prototypes: Float32[np.ndarray, "c d"],
         crops: RandomCrops | None,
     ) -> Start:
-        """Returns what starts on the losses of some batches under every probe: [k, m, b].
+        """Returns what starts on `losses` and `nearest` of some batches: [k, m, b] each.
 
         Args:
           path: The probes, whose masks are put on the devices.
@@ -393,17 +394,22 @@ class Pass(NamedTuple):
         )
         labels = self.reader.dataset.labels
 
-        def start(batches: list[ShardBatch]) -> jax.Array:
+        def start(batches: list[ShardBatch]) -> dict[str, jax.Array]:
             own = self._side_by_side([labels[batch.positions] for batch in batches])
             if crops is None:
                 pixels = self._side_by_side([np.stack(batch.items) for batch in batches])
-                return program(thresholds[0], prototypes, pixels, own)
-            rows = []
+                losses, nearest = program(thresholds[0], prototypes, pixels, own)
+                return {"losses": losses, "nearest": nearest}
+            found = []
             for step, threshold in zip(path.steps.tolist(), thresholds, strict=True):
                 cut = [crops.cut(batch.items, batch.positions, draw=step + 1) for batch in batches]
-                losses = program(threshold, prototypes, self._side_by_side(cut), own)
-                rows.append(losses[:, :1])  # every part of the probe axis has computed the same
-            return jnp.concatenate(rows, axis=1)
+                found.append(program(threshold, prototypes, self._side_by_side(cut), own))
+            # every part of the probe axis has computed the same
+            losses, nearest = (
+                jnp.concatenate([rows[:, :1] for rows in of], axis=1)
+                for of in zip(*found, strict=True)
+            )
+            return {"losses": losses, "nearest": nearest}
 
         return start
 
@@ -463,13 +469,13 @@ def measure_losses(
     *,
     num_probes: int,
     suffix: str = "",
-) -> Float32[np.ndarray, "m n"]:
-    """Returns the losses of these samples, all readable, under every probe.
+) -> Arrays:
+    """Returns `losses` and `nearest` of these samples, all readable, under every probe: [m, n].
 
     Args:
       work: What to do.
-      losses_of: Starts the program on a batch for every part of the data axis: [k, m, b]; its rows
-        may be more than asked for.
+      losses_of: Starts the program on a batch for every part of the data axis; its rows may be more
+        than asked for.
       positions: In the data set.
       num_probes: m.
       suffix: What the names of these parts have behind `losses`.
@@ -480,14 +486,19 @@ def measure_losses(
     def losses_of_shards(shards: list[int]) -> Iterator[Arrays]:
         what = f"{num_probes} probes"
         for results in _shards_done(work, shards, losses_of, what, None, positions, num_probes):
-            yield {"losses": _joined(results, (num_probes, 0), axis=1)}
+            yield {
+                name: _joined([batch.items[name] for batch in results], (num_probes, 0), axis=1)
+                for name in ("losses", "nearest")
+            }
 
-    losses, stop = np.empty((num_probes, len(positions)), np.float32), 0
+    shape, stop = (num_probes, len(positions)), 0
+    arrays = {"losses": np.empty(shape, np.float32), "nearest": np.empty(shape, np.int32)}
     for found in _complete(work, f"losses{suffix}", losses_of_shards):
         start, stop = stop, stop + found["losses"].shape[1]
-        losses[:, start:stop] = found["losses"]
+        for name, array in arrays.items():
+            array[:, start:stop] = found[name]
     assert stop == len(positions)
-    return losses
+    return arrays
 
 
 def _complete(
@@ -509,8 +520,8 @@ def _shards_done(
 ) -> Iterator[list[ShardBatch]]:
     """Yields the batches of every shard with their results as items, as they are finished.
 
-    They are features [r, d], or losses [m, r] where `num_probes` is given. Where it is known which
-    samples are readable, the others are not asked for.
+    They are features [r, d], or losses and nearest classes [m, r] where `num_probes` is given.
+    Where it is known which samples are readable, the others are not asked for.
     """
     ranges = (work.layout.shards[number] for number in shards)
     positions = np.fromiter(chain.from_iterable(ranges), np.int64)
@@ -537,13 +548,14 @@ def _shards_done(
         leave=bool(num_probes),
     )
 
-    def values_of(array: np.ndarray, place: int, num: int) -> np.ndarray:
-        return array[place, :num] if num_probes is None else array[place, :num_probes, :num]
+    def values_of(arrays: Any, place: int, num: int) -> Any:
+        if num_probes is None:
+            return arrays[place, :num]
+        return {name: array[place, :num_probes, :num] for name, array in arrays.items()}
 
     return shards_done(shards, groups, start, values_of, bar, ahead=AHEAD, bar_step=bar_step)
 
 
-def _joined(results: list[ShardBatch], empty: tuple[int, ...], axis: int) -> np.ndarray:
+def _joined(values: list[np.ndarray], empty: tuple[int, ...], axis: int) -> np.ndarray:
     """Returns the values of all batches; without any, an array of this shape."""
-    values = [batch.items for batch in results] or [np.empty(empty, np.float32)]
-    return np.concatenate(values, axis)
+    return np.concatenate(values or [np.empty(empty, np.float32)], axis)

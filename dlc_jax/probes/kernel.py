@@ -79,10 +79,17 @@ def prototype_loss(
       computed at full float32 precision on every device.
     Source: Jiang et al. 2025, section 3; released score-wot.py.
     """
+    return _cross_entropy(_logits(features, prototypes), labels)
+
+
+def _logits(features: Float[Array, "b d"], prototypes: Float[Array, "c d"]) -> Float[Array, "b c"]:
     highest = jax.lax.Precision.HIGHEST
     dots = jnp.matmul(features, prototypes.T, precision=highest)
     norms = jnp.sum(features**2, axis=1)[:, None] + jnp.sum(prototypes**2, axis=1)[None, :]
-    logits = jax.lax.rsqrt(jnp.maximum(norms - 2 * dots, _SMALLEST_SQUARE))
+    return jax.lax.rsqrt(jnp.maximum(norms - 2 * dots, _SMALLEST_SQUARE))
+
+
+def _cross_entropy(logits: Float[Array, "b c"], labels: Int[Array, " b"]) -> Float[Array, " b"]:
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     return jax.nn.logsumexp(logits, axis=1) - own
 
@@ -194,8 +201,10 @@ def losses_of_batches(
     prototypes: Float[Array, "c d"],
     images: UInt8[Array, "k b s s 3"],
     labels: Int[Array, "k b"],
-) -> Float[Array, "k m b"]:
-    """Returns the losses of k batches under every probe, in one program.
+) -> tuple[Float[Array, "k m b"], Int[Array, "k m b"]]:
+    """Returns losses and nearest classes of k batches under every probe, in one program.
+
+    Of prototypes that are equally near, the first counts.
 
     Each part of the mesh's data axis takes one whole batch and each part of its probe axis some of
     the probes: every device computes what one device alone would compute of them, so that the
@@ -211,16 +220,18 @@ def losses_of_batches(
         prototypes: Float[Array, "c d"],
         images: UInt8[Array, "1 b s s 3"],
         labels: Int[Array, "1 b"],
-    ) -> Float[Array, "1 p b"]:
-        def one_probe(threshold: Thresholds) -> Float[Array, " b"]:
+    ) -> tuple[Float[Array, "1 p b"], Int[Array, "1 p b"]]:
+        def one_probe(threshold: Thresholds) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
             # keeps XLA from holding the magnitudes of all weights, computed ahead of the loop
             frozen, threshold = jax.lax.optimization_barrier((params, threshold))
             features = forward(masked(frozen, prunable, importance, threshold), images[0])
-            return prototype_loss(features, labels[0], prototypes)
+            logits = _logits(features, prototypes)
+            return _cross_entropy(logits, labels[0]), jax.lax.argmax(logits, 1, jnp.int32)
 
         # a batch of one would still turn convolutions into grouped ones
         size = None if chunk == 1 else chunk
-        return jax.lax.map(one_probe, thresholds, batch_size=size)[None]
+        losses, nearest = jax.lax.map(one_probe, thresholds, batch_size=size)
+        return losses[None], nearest[None]
 
     where = (_WHOLE, _WHOLE, P(PROBE), _WHOLE, P(DATA), P(DATA))
     on_all = _on_devices(on_one_device, mesh=mesh, in_specs=where, out_specs=P(DATA, PROBE))

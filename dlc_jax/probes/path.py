@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int, Int32, Int64
+from jaxtyping import Float32, Int, Int32, Int64, Shaped
 
 from dlc_jax import expect, masking
 from dlc_jax.encoders import Encoder
@@ -80,7 +80,7 @@ def learning_path(
 def measured_path(
     spec: masking.PathSpec,
     path: LearningPath,
-    measure: Callable[[LearningPath, str], Float32[np.ndarray, "k n"]],
+    measure: Callable[[LearningPath, str], Mapping[str, Shaped[np.ndarray, "k n"]]],
     *,
     labels: Int32[np.ndarray, " n"],
     ids: np.ndarray,
@@ -95,7 +95,8 @@ def measured_path(
     Args:
       spec: What the path was made by.
       path: All of it.
-      measure: Gives the losses of some of its probes, and keeps them under names with this suffix.
+      measure: Gives the losses of some of its probes, and what else `ProbeLosses` has of them, by
+        name; keeps them under names with this suffix.
       labels: Classes within which samples are ranked.
       ids: Sample ids.
       samples: What else `ProbeLosses` has of the samples.
@@ -103,20 +104,21 @@ def measured_path(
       ValueError: losses that are not finite.
     """
 
-    def found(of: LearningPath, losses: Float32[np.ndarray, "k n"]) -> ProbeLosses:
-        expect.losses_are_finite(losses, ids)
-        return ProbeLosses(
-            losses, of.sparsity, labels, ids, steps=of.steps, num_steps=of.num_steps, **samples
-        )
+    def found(of: LearningPath, measured: Mapping[str, np.ndarray]) -> ProbeLosses:
+        expect.losses_are_finite(measured["losses"], ids)
+        of_probes = {"sparsity": of.sparsity, "steps": of.steps, "num_steps": of.num_steps}
+        return ProbeLosses(**{**measured, **of_probes, **samples}, labels=labels, ids=ids)
 
     if spec.num_probes != masking.AUTO:
         return found(path, measure(path, ""))
-    rows: dict[int, Float32[np.ndarray, " n"]] = {}
+    rows: dict[str, dict[int, np.ndarray]] = {}  # [n] by name and step
     for steps in masking.refinements(path.num_steps):
-        missing = path.only(steps[~np.isin(steps, list(rows))])
+        missing = path.only(steps[~np.isin(steps, list(rows.get("losses", ())))])
         new = missing.steps.tolist()
-        rows |= dict(zip(new, measure(missing, f"-{json_hash(new)[:8]}"), strict=True))
-        probes = found(path.only(steps), np.stack([rows[step] for step in steps.tolist()]))
+        for name, array in measure(missing, f"-{json_hash(new)[:8]}").items():
+            rows.setdefault(name, {}).update(zip(new, array, strict=True))
+        arrays = {name: np.stack([of[s] for s in steps.tolist()]) for name, of in rows.items()}
+        probes = found(path.only(steps), arrays)
         if len(steps) == path.num_steps or certify(probes).spearman.low >= spec.agreement:
             break
     return probes

@@ -129,11 +129,11 @@ def probe_responses(
     decisive = [path.schedule, path.step, path.num_probes, path.placement, path.max_sparsity]
     work = TextWork.of(model, data, tokens_per_batch, [*decisive, path.masking, seed], run)
 
-    def losses_of(some: LearningPath, suffix: str) -> Float32[np.ndarray, "k n"]:
+    def losses_of(some: LearningPath, suffix: str) -> dict[str, Float32[np.ndarray, "k n"]]:
         thresholds = distributed.on_every_device(model.params, some.thresholds)
         masks = (some.prunable, model.params, some.importance, thresholds)
         of_rows = functools.partial(_probe_losses, model.architecture, *masks)
-        return work.measured(of_rows, len(some), suffix)
+        return {"losses": work.measured(of_rows, len(some), suffix)}
 
     return measured_path(path, probes, losses_of, **_as_one_class(data))
 

@@ -178,11 +178,45 @@ def easiest_hardest(
         num_right = min(num_each, len(order) - num_left)
         for start, some in ((left, order[:num_left]), (right, order[len(order) - num_right :])):
             for column, position in enumerate(positions[some].tolist()):
-                sample = dataset[position]
-                image = decode(sample.image, sample.id, dataset.deep_images)
                 place = (start + column * (_SIDE + _GAP), top)
-                sheet.paste(ImageOps.fit(image, (_SIDE, _SIDE)), place)
+                sheet.paste(_square(dataset, position), place)
     return sheet
+
+
+_MAX_SUSPECTS, _COLUMNS = 20, 4
+
+
+def mislabelled(
+    dataset: Dataset, positions: np.ndarray, suggested: np.ndarray, num: int = _MAX_SUSPECTS
+) -> Image.Image:
+    """Draws images with the class that they have and, below it, the one that they look like.
+
+    Args:
+      dataset: Where the images come from.
+      positions: [s] positions in the data set, the most suspect first.
+      suggested: [s] class ids.
+      num: Most images that are drawn, four in a row.
+    """
+    shown = list(zip(positions.tolist(), suggested.tolist(), strict=True))[:num]
+    width, height = _NAME + _MARGIN, _SIDE + _HEADER + 2 * _GAP
+    num_rows = max(-(-len(shown) // _COLUMNS), 1)
+    size = (_MARGIN + _COLUMNS * width, 2 * _MARGIN + num_rows * height)
+    sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, (position, label) in enumerate(shown):
+        row, column = divmod(number, _COLUMNS)
+        left, top = _MARGIN + column * width, _MARGIN + row * height
+        sheet.paste(_square(dataset, position), (left, top))
+        below, names = top + _SIDE, dataset.class_names
+        _write(draw, (left, below), names[dataset.labels[position]], _NAME)
+        _write(draw, (left, below + _HEADER // 2), f"→ {names[label]}", _NAME)
+    return sheet
+
+
+def _square(dataset: Dataset, position: int) -> Image.Image:
+    sample = dataset[position]
+    image = decode(sample.image, sample.id, dataset.deep_images)
+    return ImageOps.fit(image, (_SIDE, _SIDE))
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:

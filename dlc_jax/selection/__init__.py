@@ -14,4 +14,5 @@ from dlc_jax.selection.settings import (
     SelectionConfig,
     has_split,
 )
-from dlc_jax.selection.similarity import similarities
+from dlc_jax.selection.similarity import most_similar, similarities
+from dlc_jax.selection.suspects import SuspectLabels, informative_probes, suspect_labels

@@ -26,6 +26,7 @@ from dlc_jax.types import (
 )
 
 _SCORES = "dlc.score(...)"
+_LeftOut = tuple[bool, float | None, bool]  # per_class, max_similarity, leave_out_suspects
 _MEASURED = {"training": "dlc.record_training(...)", "responses": "dlc.measure_responses(...)"}
 
 
@@ -39,6 +40,8 @@ class Candidates:
     Args:
       scores, labels, ids, features, probabilities: As for `dlc_jax.select`.
       inputs: Other arrays of `INPUTS`, [n, d], by name.
+      suspects: [n] which samples look mislabelled, for `Rules.leave_out_suspects`; from
+        `suspect_labels`, or your own.
     Raises:
       ValueError: an unknown input, or one that is given twice.
     Example:
@@ -57,6 +60,7 @@ class Candidates:
         features: np.ndarray | None = None,
         probabilities: np.ndarray | None = None,
         inputs: Mapping[str, np.ndarray] = {},
+        suspects: Bool[np.ndarray, " n"] | None = None,
     ):
         given = {"scores": scores, "features": features, "probabilities": probabilities}
         for name in inputs:
@@ -66,9 +70,10 @@ class Candidates:
         given |= inputs
         self._given = {k: np.asarray(v) for k, v in given.items() if v is not None}
         self._given_labels, self._given_ids = np.asarray(labels), ids
+        self._given_suspects = suspects
         self._groups_by: dict[tuple[tuple[str, ...], bool, bool], dict[int, Group]] = {}
-        self._left_out_by: dict[tuple[bool, float], np.ndarray] = {}
-        self._distinct_by: dict[tuple[tuple[str, ...], bool, bool, float], dict[int, Group]] = {}
+        self._left_out_by: dict[_LeftOut, np.ndarray] = {}
+        self._others_by: dict[tuple[tuple[str, ...], bool, _LeftOut], dict[int, Group]] = {}
 
     def select(
         self,
@@ -116,20 +121,23 @@ class Candidates:
             if rules.per_class and not as_released:
                 allocated = ALLOCATIONS[rules.allocation]
                 fractions = allocated(members, self._scores, keep_fraction, rules.min_per_class)
-            distinct = self._distinct_groups(*by, rules.max_similarity)
             kept = []
-            for (label, group), fraction in zip(distinct.items(), fractions, strict=True):
+            others = self._others(*by, rules)
+            for (label, group), fraction in zip(others.items(), fractions, strict=True):
                 num_all, num = len(groups[label].positions), len(group.positions)
                 if num < num_all:
                     num_asked = round(num_all * fraction)
                     num_left_out += num_all - num
                     num_short += max(num_asked - num, 0)
+                    if num == 0:
+                        continue
                     fraction = min(1.0, num_asked / num)
                 draw = Draw(fraction, gamma, seed, label, rules.per_class, rules.variant)
                 whole = fraction == 1
                 kept.append(group.positions if whole else SELECTORS[selector].select(group, draw))
         is_kept = np.zeros(len(self._labels), bool)  # sorts as it is read
-        is_kept[np.concatenate(kept)] = True
+        for some in kept:
+            is_kept[some] = True
         indices = np.flatnonzero(is_kept).astype(np.int64)
         sizes = np.bincount(self._labels)
         return Selection(
@@ -202,6 +210,16 @@ class Candidates:
     def _features_fingerprint(self) -> str:
         return features_fingerprint(self._given["features"])
 
+    @functools.cached_property
+    def _suspects(self) -> Bool[np.ndarray, " n"]:
+        suspects = np.asarray(self._given_suspects)
+        if suspects.shape != self._labels.shape or suspects.dtype != bool:
+            raise expect.InputError(
+                f"suspects: expected a truth value per label, {len(self._labels)} in all, got "
+                f"{suspects.dtype} {suspects.shape}."
+            )
+        return suspects
+
     def _check_all_there(self, method: str, rules: Rules) -> None:
         score = SELECTORS[method].score
         for name in SELECTORS[method].needs:
@@ -215,6 +233,11 @@ class Candidates:
         if rules.max_similarity is not None and "features" not in self._given:
             source = INPUTS["features"].source
             raise expect.InputError(f"features: max_similarity needs them; see {source}.")
+        if rules.leave_out_suspects and self._given_suspects is None:
+            raise expect.InputError(
+                "suspects: leave_out_suspects needs them; see dlc.suspect_labels(...), for "
+                "dlc.Candidates(..., suspects=found.is_suspect)."
+            )
 
     def _used(self, method: str) -> tuple[str, ...]:
         """Returns the names of what a method uses of what was given."""
@@ -256,37 +279,41 @@ class Candidates:
             self._groups_by[key] = dict(zip(present.tolist(), groups, strict=True))
         return self._groups_by[key]
 
-    def _distinct_groups(
-        self,
-        used: tuple[str, ...],
-        per_class: bool,
-        as_released: bool,
-        max_similarity: float | None,
+    def _others(
+        self, used: tuple[str, ...], per_class: bool, as_released: bool, rules: Rules
     ) -> dict[int, Group]:
-        """Returns what `_groups` does, without near-duplicates."""
+        """Returns what `_groups` does, without what the rules leave out."""
         groups = self._groups(used, per_class, as_released)
-        if max_similarity is None:
+        which = (per_class, rules.max_similarity, rules.leave_out_suspects)
+        if which[1:] == (None, False):
             return groups
-        key = (used, per_class, as_released, max_similarity)
-        if key not in self._distinct_by:
-            is_left_out = self._near_duplicates(per_class, max_similarity)
-            self._distinct_by[key] = {
+        key = (used, as_released, which)
+        if key not in self._others_by:
+            is_left_out = self._left_out(which)
+            self._others_by[key] = {
                 label: dataclasses.replace(
                     group, positions=group.positions[~is_left_out[group.positions]]
                 )
                 for label, group in groups.items()
             }
-        return self._distinct_by[key]
+        return self._others_by[key]
 
-    def _near_duplicates(self, per_class: bool, limit: float) -> Bool[np.ndarray, " n"]:
-        """Returns which samples are left out as near-duplicates of others of their group."""
-        if (per_class, limit) not in self._left_out_by:  # all pairs are compared
+    def _left_out(self, which: _LeftOut) -> Bool[np.ndarray, " n"]:
+        """Returns which samples are left out: suspects, then near-duplicates within a group."""
+        if which not in self._left_out_by:
+            per_class, limit, without_suspects = which
             is_left_out = np.zeros(len(self._labels), bool)
-            for group in self._groups(("features",), per_class, False).values():
-                doubles = near_duplicates(group.rows, group.positions, limit)
-                is_left_out[group.positions[doubles]] = True
-            self._left_out_by[per_class, limit] = is_left_out
-        return self._left_out_by[per_class, limit]
+            if without_suspects:
+                is_left_out |= self._suspects
+            groups = {} if limit is None else self._groups(("features",), per_class, False)
+            for group in groups.values():  # all pairs are compared
+                assert limit is not None
+                positions = group.positions[~is_left_out[group.positions]]
+                if len(positions):
+                    doubles = near_duplicates(group.rows, positions, limit)
+                    is_left_out[positions[doubles]] = True
+            self._left_out_by[which] = is_left_out
+        return self._left_out_by[which]
 
     def _choice(self, cell: Cell, min_per_class: int, tuning: Tuning | None) -> Choice:
         """Returns what `auto` stands for."""

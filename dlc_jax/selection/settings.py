@@ -202,6 +202,8 @@ class Rules:
         class are left out before anything is selected, all but one. As many are kept as without it,
         or all that are left, which may be fewer than min_per_class. None: none is left out. Not in
         `official`.
+      leave_out_suspects: Whether samples that look mislabelled (see `suspect_labels`) are left out
+        before anything is selected, and before near-duplicates are. Not in `official`.
 
     Example: `dlc.select(scores, labels, keep_fraction=0.1, rules=dlc.Rules(min_per_class=1))`.
     """
@@ -211,6 +213,7 @@ class Rules:
     per_class: bool = Selection.per_class
     min_per_class: int = Selection.min_per_class
     max_similarity: float | None = Selection.max_similarity
+    leave_out_suspects: bool = Selection.leave_out_suspects
 
     def check(self, method: str, conventions: Conventions, where: str = "") -> None:
         """Raises ValueError unless the method, the conventions and the rules fit each other.
@@ -242,6 +245,11 @@ class Rules:
                     f"{where}max_similarity: mode {conventions.mode!r} leaves nothing out, "
                     f"expected None, got {self.max_similarity!r}."
                 )
+        if self.leave_out_suspects and conventions.draws_as_released:
+            raise expect.InputError(
+                f"{where}leave_out_suspects: mode {conventions.mode!r} leaves nothing out, "
+                "expected False, got True."
+            )
         if not self.per_class and (self.allocation != Rules.allocation or self.min_per_class):
             raise expect.InputError(
                 "per_class=False: allocation and min_per_class are about classes, expected "
@@ -255,10 +263,11 @@ class Rules:
                 f"{AUTO}: is tuned with allocation='proportional' and per_class=True, got "
                 f"{self.allocation!r} and {self.per_class}."
             )
-        if self.max_similarity is not None:
+        if self.max_similarity is not None or self.leave_out_suspects:
             raise expect.InputError(
-                f"{AUTO}: is tuned on all samples; expected max_similarity None with it, got "
-                f"{self.max_similarity!r}."
+                f"{AUTO}: is tuned on all samples; expected max_similarity None and "
+                f"leave_out_suspects False with it, got {self.max_similarity!r} and "
+                f"{self.leave_out_suspects}."
             )
 
     @property
@@ -306,6 +315,9 @@ class SelectionConfig:
     )
     max_similarity: float | None = setting(
         None, "cosine above which near-duplicates are left out first, in (0, 1); None: none are"
+    )
+    leave_out_suspects: bool = setting(
+        Rules.leave_out_suspects, "leave images that look mislabelled out first"
     )
     target: str | None = setting(
         None, "data that the samples of method rds should be like, as for dataset.train"
@@ -386,7 +398,12 @@ class SelectionConfig:
         known = SELECTORS[method].variants if method in SELECTORS else ()
         variant = self.variant if self.variant in known else Rules.variant
         return Rules(
-            variant, self.allocation, self.per_class, self.min_per_class, self.max_similarity
+            variant,
+            self.allocation,
+            self.per_class,
+            self.min_per_class,
+            self.max_similarity,
+            self.leave_out_suspects,
         )
 
     def score_of(self, method: str) -> str:
@@ -403,6 +420,8 @@ class SelectionConfig:
         rules = dataclasses.asdict(self.rules_of(method))
         if self.max_similarity is None:  # which version 0.1 did not have
             del rules["max_similarity"]
+        if not self.leave_out_suspects:
+            del rules["leave_out_suspects"]
         names = settings_of(method) | settings_of(method, takes=True)
         of = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {"score": self.score_of(method)} | rules | of

@@ -75,6 +75,24 @@ def near_duplicates(
     return found
 
 
+def most_similar(
+    features: Float[np.ndarray, "n d"],
+) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+    """Returns the most similar other sample of each, and their cosine, in [-1, 1]; n is 2 or more.
+
+    Of samples that are equally similar, the first counts. All pairs are compared.
+    """
+    num = len(features)
+    units = _units("features", features, np.arange(num))
+    others, cosines = np.empty(num, np.int64), np.empty(num, np.float32)
+    for start in range(0, num, _BLOCK):
+        own = np.arange(start, min(start + _BLOCK, num))
+        found = np.clip(_products(units[own], units), -1, 1)
+        found[np.arange(len(own)), own] = -np.inf
+        others[own], cosines[own] = found.argmax(axis=1), found.max(axis=1)
+    return others, cosines
+
+
 @functools.partial(jax.jit, static_argnames="block")
 def _has_like_one_before(
     units: Float32[Array, "n d"], limit: Float32[Array, ""] | float, *, block: int

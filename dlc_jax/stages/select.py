@@ -19,6 +19,7 @@ from dlc_jax.files.json_files import check_shape, read_json
 from dlc_jax.scores import SCORES
 from dlc_jax.selection import AUTO, INPUTS, SELECTORS, Candidates, Cell
 from dlc_jax.tasks import Task
+from dlc_jax.tasks.doubts import suspects_in
 from dlc_jax.tasks.measurements import MEASURED_WITH, read_input, record_with
 from dlc_jax.types import Choice, Selection, Tuning, labels_fingerprint
 from dlc_jax.workspace import Record, Workspace, Written, artefacts, records
@@ -87,6 +88,8 @@ class SelectionInputs:
         if self._by_scores(method):
             of = SCORES[self._config.selection.score_name(method)].of
             names.add("training" if of == "training" else "score")
+        if self._config.selection.leave_out_suspects:
+            names.add("score")
         return sum(self._records[name].seconds for name in names & self._records.keys())
 
     def _measured_in(self, name: str) -> set[str]:
@@ -100,6 +103,13 @@ class SelectionInputs:
     def _records(self) -> dict[str, Record]:
         return {record.step: record for record in records.matching(self._workdir, "*")}
 
+    @functools.cached_property
+    def _suspects(self) -> np.ndarray | None:
+        """[n] samples that look mislabelled; None: they are not left out."""
+        if not self._config.selection.leave_out_suspects:
+            return None
+        return suspects_in(self._workdir, self.samples.class_names).is_suspect
+
     def _by_scores(self, method: str) -> bool:
         """Whether scores decide what a method selects, or how much of each class."""
         by_difficulty = self._config.selection.allocation != "proportional"
@@ -111,6 +121,8 @@ class SelectionInputs:
             name = self._config.selection.score_of(method) if self._by_scores(method) else "dlc"
             arrays = {name: self.samples.score(name)}
             arrays |= {name: self.input(name) for name in self._inputs_of(method)}
+            if self._suspects is not None:
+                arrays["suspects"] = self._suspects
             self._fingerprints[method] = self.samples.fingerprint_of(arrays)
         return self._fingerprints[method]
 
@@ -121,7 +133,11 @@ class SelectionInputs:
         if by not in self._candidates:
             inputs = {name: self.input(name) for name in names}
             self._candidates[by] = Candidates(
-                samples.score(score), samples.labels, ids=samples.ids, inputs=inputs
+                samples.score(score),
+                samples.labels,
+                ids=samples.ids,
+                inputs=inputs,
+                suspects=self._suspects,
             )
         return self._candidates[by].select(
             **cell._asdict(),
@@ -196,7 +212,7 @@ class SelectionStep:
             "how": self.inputs.how(self.cell),
             "scores_fingerprint": self.inputs.fingerprint(self.cell.method),
         }
-        if selection.max_similarity is not None:
+        if selection.max_similarity is not None or selection.leave_out_suspects:
             manifest |= {name: getattr(selection, name) for name in ("num_left_out", "num_short")}
         positions, described = (root / name for name in self.files)
         with artefacts.atomic(positions) as file:
@@ -333,11 +349,12 @@ def run(job: Job) -> None:
         if made is None:
             continue
         num_made += 1
-        if num_made == 1 and made.value.max_similarity is not None:  # of every method the same
-            say(
-                f"select: {made.value.num_left_out} of {len(inputs.samples.ids)} samples left out "
-                f"as near-duplicates of others (a cosine above {made.value.max_similarity:g})"
-            )
+        limit, num_left_out = made.value.max_similarity, made.value.num_left_out
+        why = ["suspect labels"] if made.value.leave_out_suspects else []
+        why += [f"near-duplicates of others (a cosine above {limit:g})"] if limit else []
+        if num_made == 1 and why:  # of every method the same
+            left_out = f"{num_left_out} of {len(inputs.samples.ids)} samples left out"
+            say(f"select: {left_out} as {' and '.join(why)}")
         if made.value.num_short:
             say(
                 f"select: note: {cell.name} keeps {len(made.value)}, {made.value.num_short} fewer "

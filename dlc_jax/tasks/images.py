@@ -29,8 +29,8 @@ from dlc_jax.preprocess.images import Images
 from dlc_jax.preprocess.transform import PAPER
 from dlc_jax.probes import features, probe
 from dlc_jax.scores import score
-from dlc_jax.selection import Cell
-from dlc_jax.tasks import measurements
+from dlc_jax.selection import Cell, informative_probes
+from dlc_jax.tasks import doubts, measurements
 from dlc_jax.tasks.agreement import agree, agree_on_images
 from dlc_jax.tasks.exports import ExportStep, check_released, export_steps, released_steps
 from dlc_jax.tasks.measurements import Measurement
@@ -143,8 +143,8 @@ class LossesStep:
 
     def write(self, root: Path, probes: ProbeLosses) -> Written:
         config, dataset, encoder, say, *_ = self.scored
-        arrays = {name: getattr(probes, name) for name in ("losses", "sparsity", "labels", "ids")}
-        artefacts.write_losses(root, **arrays)
+        names = ("losses", "sparsity", "labels", "ids", "nearest")
+        artefacts.write_losses(root, **{name: getattr(probes, name) for name in names})
         positions = np.flatnonzero(np.isin(dataset.ids, list(probes.skipped), invert=True))
         picture = reports.easiest_hardest(dataset, positions, score(probes))
         with artefacts.atomic(root / artefacts.PICTURE) as file:
@@ -156,7 +156,16 @@ class LossesStep:
         of_encoder = ("fingerprint", "mean", "std", "normalisation", "pooling")
         decided = {name: getattr(encoder, name) for name in of_encoder}
         decided["transform"] = encoder.transform.described(self.scored.images.side)
-        facts = {"dataset": dataset_facts(dataset) | scored, "encoder": named | decided}
+        is_informative = informative_probes(probes)
+        say(
+            f"score: {is_informative.sum()} of {len(is_informative)} probes carry information: "
+            "more samples are nearest to their own class than the largest class has"
+        )
+        facts = {
+            "dataset": dataset_facts(dataset) | scored,
+            "encoder": named | decided,
+            doubts.SHARE: is_informative.mean(),
+        }
         certificate = measurements.write_certificate(root, probes, config.seed, say)
         return Written([*self.files, *certificate], facts)
 
@@ -296,7 +305,12 @@ class ImageTask:
         if not workspace.ensure(LossesStep(scored, config.asked)):
             self._say("score: unchanged, not run again")
         workspace.alone(lambda: self._write_table(scored, workspace))
+        workspace.alone(lambda: doubts.list_suspects(workspace, dataset))
         measurements.measure_inputs(workspace, scored, MEASURED)
+        if "features" in config.need.measured:
+            limit = config.selection.max_similarity or doubts.SIMILAR
+            near = (workspace.root, dataset.class_names, limit, self._say)
+            workspace.alone(lambda: workspace.ensure(doubts.NearDuplicatesStep(*near)))
         if config.need.training:
             self._record_training(scored, workspace)
             workspace.alone(lambda: self._write_table(scored, workspace))

@@ -84,7 +84,7 @@ def gap(one: Bool[np.ndarray, "p n"], other: Bool[np.ndarray, "p n"], held_out: 
 
 
 METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "moderate", "herding")
-_NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
+NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
 _LEVEL = 0.05  # most likely to prefer something at a keep fraction where nothing is better
 _Way: TypeAlias = tuple[str, float | None]  # method and split
 _RANDOM: _Way = ("random", None)
@@ -204,7 +204,7 @@ def tune(
         raise expect.InputError("keep_fractions: expected one or more, got none.")
     expect.seed(seed)
     expect.seed(seed + num_repeats - 1, "seed of the last repeat")
-    if len(labels) < _NUM_PARTS:
+    if len(labels) < NUM_PARTS:
         raise expect.InputError(
             f"tune: {len(labels)} samples are too few to hold a fifth out; expected five or more."
         )
@@ -229,11 +229,11 @@ def tune(
     cells = _cells(keep_fractions, methods, splits)
     ids = None if ids is None else np.asarray(ids, np.str_)
     keys = None if ids is None else id_keys(ids)
-    num_partitions = -(-num_repeats // _NUM_PARTS)
+    num_partitions = -(-num_repeats // NUM_PARTS)
     held_out_in = HeldOut(np.full((num_partitions, len(labels)), -1), num_repeats)
     right = np.zeros((len(cells), num_partitions, len(labels)), bool)
     for repeat in tqdm(range(num_repeats), "tune", unit="split", disable=hides_bar(run.progress)):
-        is_held_out = _parts(labels, keys, seed, repeat // _NUM_PARTS) == repeat % _NUM_PARTS
+        is_held_out = parts(labels, keys, seed, repeat // NUM_PARTS) == repeat % NUM_PARTS
         held_out, fit = np.flatnonzero(is_held_out), np.flatnonzero(~is_held_out)
         candidates = Candidates(
             scores[fit],
@@ -244,8 +244,8 @@ def tune(
         draw = seed + repeat
         chosen = [_chosen(candidates, cell, draw, min_per_class) for cell in cells]
         correct = trials([Trial(fit[some], draw) for some in chosen], held_out)
-        held_out_in.repeat[repeat // _NUM_PARTS, held_out] = repeat
-        right[:, repeat // _NUM_PARTS, held_out] = correct
+        held_out_in.repeat[repeat // NUM_PARTS, held_out] = repeat
+        right[:, repeat // NUM_PARTS, held_out] = correct
     outcomes = dict(zip(cells, right, strict=True))
     tried = [_tried(cell, outcomes, held_out_in) for cell in cells if cell != _FULL]
     with_split = [row for row in tried if row.split is not None]
@@ -311,7 +311,7 @@ def _chosen(
     return chosen.indices
 
 
-def _parts(
+def parts(
     labels: Integer[np.ndarray, " n"],
     keys: UInt64[np.ndarray, " n"] | None,
     seed: int,
@@ -327,7 +327,7 @@ def _parts(
             shuffled = np.random.default_rng(draw).permutation(members)
         else:
             shuffled = members[np.argsort(lots(keys[members], draw))]
-        part[shuffled] = (dealt + np.arange(len(members))) % _NUM_PARTS
+        part[shuffled] = (dealt + np.arange(len(members))) % NUM_PARTS
         dealt += len(members)
     return part
 

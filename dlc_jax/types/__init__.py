@@ -498,6 +498,7 @@ class ProbeLosses:
       skipped: Samples that could not be decoded and were left out (`on_corrupt="skip"`), id: why.
       steps: [m] which steps of the path the probes are, from 0; None: not known.
       num_steps: All that the path has.
+      nearest: [m, n] class whose prototype is nearest; None: not known, as of instructions.
     """
 
     losses: Float32[np.ndarray, "m n"]
@@ -509,6 +510,7 @@ class ProbeLosses:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     steps: Int64[np.ndarray, " m"] | None = None
     num_steps: int | None = None
+    nearest: Int32[np.ndarray, "m n"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -599,6 +601,7 @@ class Selection:
       allocation: How the total was shared among classes: `proportional` or `nucs`.
       per_class: Whether each class was selected from; False: all samples as one group.
       max_similarity: Cosine above which near-duplicates were left out; None: none were.
+      leave_out_suspects: Whether samples that look mislabelled were left out.
       num_left_out: Samples that were left out so before anything was selected.
       num_short: Samples that are missing to what was asked for, where too few were left.
       chosen: What `auto` stood for; None where it was not asked for.
@@ -620,6 +623,7 @@ class Selection:
     allocation: str = "proportional"
     per_class: bool = True
     max_similarity: float | None = None
+    leave_out_suspects: bool = False
     num_left_out: int = 0
     num_short: int = 0
     chosen: Choice | None = None

@@ -25,7 +25,7 @@ import PIL
 from PIL import features
 
 from dlc_jax import expect
-from dlc_jax.files.array_files import read_npz
+from dlc_jax.files.array_files import npz_headers, read_npz
 
 # used as parts of this module
 from dlc_jax.files.json_files import check_shape
@@ -50,7 +50,7 @@ RESULT_NUMBERS: dict[str, int] = {
     "response losses": 5,
 }
 # Kinds that can be made again from other results: they are replaced, not set aside.
-DERIVED = ("scores", "export", "report")
+DERIVED = ("scores", "export", "report", "suspect labels", "near duplicates")
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -125,6 +125,9 @@ SCORES = "scores/scores.parquet"
 TRAINING = "scores/training"
 CERTIFICATE = "scores/certificate.json"
 PICTURE = "scores/easiest_hardest.png"
+SUSPECTS = "scores/suspect_labels.csv"
+SUSPECTS_PICTURE = "scores/suspect_labels.png"
+NEAR_DUPLICATES = "scores/near_duplicates.csv"
 UNFINISHED = "unfinished"
 TUNING = "tuning"
 SELECTIONS = "selections"
@@ -245,7 +248,7 @@ def finite(value: Any, otherwise: Callable[[float], Any] = lambda _: None) -> An
 
 
 def write_losses(workdir: Path, **arrays: np.ndarray) -> None:
-    """Writes `scores/losses.npz`: losses, sparsity, labels, ids; readable without pickle."""
+    """Writes `scores/losses.npz`, as `read_losses` reads it; readable without pickle."""
     with atomic(workdir / LOSSES) as file:
         np.savez(file, allow_pickle=False, **arrays)
 
@@ -332,11 +335,14 @@ def read_array(workdir: Path, name: str, key: str, samples: ScoredSamples) -> np
 def read_losses(workdir: Path) -> dict[str, np.ndarray]:
     """Reads `scores/losses.npz`: losses [m, n], sparsity [m], labels [n] and ids [n].
 
+    Of images also nearest [m, n], unless an earlier version wrote them.
+
     Raises:
       ValueError: it is not there, cannot be read, or its arrays do not fit each other.
     """
     path = workdir / LOSSES
-    arrays = read_npz(path, _LOSSES)
+    has_nearest = "nearest" in npz_headers(path)
+    arrays = read_npz(path, _LOSSES | ({"nearest": ("i", 2)} if has_nearest else {}))
     num_probes, num_samples = arrays["losses"].shape
     for name, length in (("sparsity", num_probes), ("labels", num_samples), ("ids", num_samples)):
         if len(arrays[name]) != length:
@@ -344,6 +350,11 @@ def read_losses(workdir: Path) -> dict[str, np.ndarray]:
                 f"{path}: {name} has {len(arrays[name])} values, expected {length}, as losses "
                 f"{arrays['losses'].shape} have."
             )
+    if has_nearest and arrays["nearest"].shape != arrays["losses"].shape:
+        raise expect.InputError(
+            f"{path}: nearest has shape {arrays['nearest'].shape}, expected "
+            f"{arrays['losses'].shape}, as losses have."
+        )
     expect.losses_are_finite(arrays["losses"], arrays["ids"])
     return arrays
 

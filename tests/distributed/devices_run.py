@@ -59,7 +59,7 @@ def _losses(encoder: dlc.Encoder, dataset: dlc.Dataset, meshes: Iterable[str]) -
         found[name] = dlc.probe(
             encoder, dataset, **options, run=dlc.Run(mesh=mesh_of(*MESHES[name]))
         )
-    return {name: probes.losses.tolist() for name, probes in found.items()}
+    return {name: [p.losses.tolist(), p.nearest.tolist()] for name, p in found.items()}
 
 
 def _other_losses(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, list]:
@@ -72,7 +72,7 @@ def _other_losses(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, list]
     options = {"image_size": 32, "path": path, "compute": dlc.Compute(batch_size=8)}
     found["crops"] = dlc.probe(encoder, dataset, **options)
     found["crops on four"] = dlc.probe(encoder, dataset, **options, run=dlc.Run(mesh=mesh_of(2, 2)))
-    return {name: probes.losses.tolist() for name, probes in found.items()}
+    return {name: [p.losses.tolist(), p.nearest.tolist()] for name, p in found.items()}
 
 
 def _features(encoder: dlc.Encoder, dataset: dlc.Dataset) -> dict[str, list]:

@@ -38,16 +38,18 @@ def found(tmp_path_factory):
 )
 def test_losses_are_bit_for_bit_those_of_one_device(found, data, mesh):
     one = np.array(found[data]["one"])
-    assert one.shape == (5, 61 if data == "odd" else 3)
-    assert np.ptp(one) > 1e-3
+    assert one.shape == (2, 5, 61 if data == "odd" else 3)  # losses and nearest classes
+    assert np.ptp(one[0]) > 1e-3
+    assert np.ptp(one[1]) > 0
     np.testing.assert_array_equal(np.array(found[data][mesh]), one)
 
 
 def test_probes_side_by_side_and_fresh_crops_too(found):
-    losses = {name: np.array(values) for name, values in found["others"].items()}
+    losses = {name: np.array(values[0]) for name, values in found["others"].items()}
     np.testing.assert_allclose(losses["chunks on two"], losses["chunks"], atol=2e-6)
     np.testing.assert_array_equal(losses["crops on four"], losses["crops"])
-    assert np.abs(losses["crops"] - np.array(found["odd"]["one"])[:2]).max() > 1e-4
+    assert found["others"]["crops on four"][1] == found["others"]["crops"][1]
+    assert np.abs(losses["crops"] - np.array(found["odd"]["one"])[0, :2]).max() > 1e-4
 
 
 def test_features_and_linear_heads_are_those_of_one_device(found):

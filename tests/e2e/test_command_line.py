@@ -58,8 +58,10 @@ def test_artefacts_have_their_names_and_hold_what_the_api_gives(workdir, sample,
         "sparsity": "f",
         "labels": "i",
         "ids": "U",
+        "nearest": "i",
     }
     assert arrays["losses"].dtype == np.float32
+    np.testing.assert_array_equal(arrays["nearest"], probes.nearest)
     assert arrays["labels"].dtype == np.int32
 
     table = pq.read_table(workdir / "scores" / "scores.parquet")

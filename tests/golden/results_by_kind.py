@@ -31,7 +31,7 @@ from dlc_jax.probes.path import LearningPath, learning_path
 from dlc_jax.probes.text import RESPONSES_PATH
 from dlc_jax.reports.results import Result, results_table, summarise
 from dlc_jax.scores import SCORES
-from dlc_jax.selection import INPUTS, SELECTORS, Candidates, similarities
+from dlc_jax.selection import INPUTS, SELECTORS, Candidates, most_similar, similarities
 from dlc_jax.training.images.step import initial_head
 from dlc_jax.training.lora.settings import learning_rates
 from dlc_jax.training.lora.step import initial_adapter
@@ -292,6 +292,31 @@ def certificate() -> Values:
     found = dlc.certify(probes, keep_fractions=(0.3,), num_draws=50)
     intervals = [*found.spearman, *found.easiest[0.3], *found.hardest[0.3]]
     return {"certificate": intervals}
+
+
+@of("suspect labels")
+def suspects() -> Values:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 40).astype(np.int32)
+    is_known = generator.random(40) < np.array([0.9, 0.8, 0.6, 0.1])[:, None]
+    nearest = np.where(is_known, labels, generator.integers(0, 3, (4, 40))).astype(np.int32)
+    probes = dlc.ProbeLosses(
+        losses=generator.gamma(2, size=(4, 40)).astype(np.float32),
+        sparsity=np.linspace(0, 0.9, 4, dtype=np.float32),
+        labels=labels,
+        ids=np.arange(40).astype(np.str_),
+        prototypes=np.zeros((3, 2), np.float32),
+        class_names=("a", "b", "c"),
+        nearest=nearest,
+    )
+    found = dlc.suspect_labels(probes)
+    return {"ranked": found.ranked, "suggested": found.suggested, "scores": found.scores}
+
+
+@of("near duplicates")
+def most_similar_samples() -> Values:
+    features = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    return dict(zip(("others", "cosines"), most_similar(features), strict=True))
 
 
 # Features

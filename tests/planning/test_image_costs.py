@@ -153,7 +153,7 @@ def test_only_what_is_asked_for(made):
 
 def test_memory_of_hosts(made):
     parts = {part.name: part.num_bytes for part in scoring_host(made()).memory.parts}
-    assert parts[f"losses [{M}, {N}], and their check"] == 6 * M * N
+    assert parts[f"losses and nearest classes [{M}, {N}]"] == 10 * M * N
     work = made()
     assert parts["ids and labels"] == work.dataset.ids.nbytes + 4 * N
     parts = {part.name: part.num_bytes for part in finetuning_host(work).memory.parts}

@@ -67,7 +67,7 @@ def test_stopped_at_any_moment_it_ends_with_the_same_bits(
                 probes = dlc.probe(sample_encoder, images, **options, run=dlc.Run(folder=folder))
             except Stopped:
                 continue
-        for name in ("losses", "prototypes", "ids", "labels", "sparsity"):
+        for name in ("losses", "nearest", "prototypes", "ids", "labels", "sparsity"):
             np.testing.assert_array_equal(getattr(probes, name), getattr(undisturbed, name))
         assert probes.skipped == undisturbed.skipped
 
@@ -103,6 +103,7 @@ def test_shards_and_skipped_samples_change_nothing(sample_encoder, small_sample,
     monkeypatch.setattr(probe_images, "_SHARD", 2048)
     one = dlc.probe(sample_encoder, dlc.Images(dataset, on_corrupt="skip"), **OPTIONS)
     np.testing.assert_array_equal(few.losses, one.losses)
+    np.testing.assert_array_equal(few.nearest, one.nearest)
     good = np.setdiff1d(np.arange(60), [5, 40])
     alone = dlc.probe(sample_encoder, subset(small_sample, good), **OPTIONS)
     # a sample's place in its batch can move the last bits of its features on some CPUs

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 from conftest import random_images
 from matplotlib import font_manager
+from PIL import Image
 
 import dlc_jax as dlc
 from dlc_jax.datasets.instructions import instructions
-from dlc_jax.reports import class_table, easiest_hardest, easiest_hardest_text
+from dlc_jax.reports import class_table, easiest_hardest, easiest_hardest_text, mislabelled
 from dlc_jax.reports import figures as lettering_module
 from dlc_jax.reports.table import markdown
 
@@ -65,6 +66,23 @@ def test_picture_of_many_small_classes_is_cut():
     dataset = dlc.array_dataset(random_images(30, 8), np.arange(30))
     sheet = easiest_hardest(dataset, np.arange(30), np.zeros(30))
     assert sheet.height < 20 * 70 + 60
+
+
+def test_picture_shows_the_most_suspect_images_in_their_order():
+    pixels = np.stack([np.full((8, 8, 3), 10 * i, np.uint8) for i in range(25)])
+    dataset = dlc.array_dataset(pixels, np.arange(25) % 2, class_names=["left", "right"])
+    order = np.random.default_rng(0).permutation(25)
+    sheet = np.asarray(mislabelled(dataset, order, 1 - dataset.labels[order]))
+    starts = [(12 + 102 * (i // 4), 12 + 142 * (i % 4)) for i in range(20)]
+    shown = [int(sheet[top + 30, left + 30, 0]) for top, left in starts]
+    assert shown == [10 * i for i in order[:20]]
+    names = [sheet[top + 64 : top + 100, left : left + 130] for top, left in starts]
+    lefts = [name for name, i in zip(names, order[:20], strict=True) if i % 2 == 0]
+    rights = [name for name, i in zip(names, order[:20], strict=True) if i % 2 == 1]
+    assert all((name == lefts[0]).all() for name in lefts)
+    assert all((name == rights[0]).all() for name in rights)
+    assert (lefts[0] != rights[0]).any()
+    assert mislabelled(dataset, order[:0], order[:0]).size == Image.fromarray(sheet[:126]).size
 
 
 def test_table_shows_what_does_not_show():

@@ -44,6 +44,7 @@ from dlc_jax.version import __version__
 # Result numbers above 1, by kind of result; every other kind has number 1.
 RESULT_NUMBERS: dict[str, int] = {
     "losses": 2,  # ties between equal weights, and random draws, in torch's order
+    "report": 2,  # intervals over test samples too, and words for all gaps together
     "tuning": 2,  # gaps with intervals that count once what varies with samples and repeats
     # the same; then short responses shared rows; then scores of tokens; then, in half precision, a
     # loop over blocks

@@ -280,7 +280,7 @@ def gap_table(
       ways: Their names.
       test_to_train: Ratio of the numbers of samples in the two parts of a split.
     Returns:
-      Markdown, in which ** marks gaps beyond chance for all of the table together (Holm), and the
+      Markdown, in which * marks gaps beyond chance for all of the table together (Holm), and the
       gaps.
     """
     by_way = accuracy.reshape(len(accuracy), len(ways), -1)
@@ -292,7 +292,7 @@ def gap_table(
     rows = [[ways[0], *(f"{value:.1f} %" for value in by_way[:, 0].mean(axis=0))]]
     for name, row in zip(ways[1:], gaps, strict=True):
         shown = [f"{gap.mean:+.1f} ± {gap.half_width:.1f}" for gap in row]
-        rows.append([name, *(f"**{x}**" if next(sure) <= 0.05 else x for x in shown)])
+        rows.append([name, *(f"{x} *" if next(sure) <= 0.05 else x for x in shown)])
     return markdown(("", *(f"keep {keep:g}" for keep in KEEP_FRACTIONS)), rows), gaps
 
 

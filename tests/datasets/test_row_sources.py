@@ -236,7 +236,7 @@ RANDOM = st.lists(
 )
 
 
-@settings(max_examples=30)  # of every form: files are written and read
+@settings(max_examples=12)  # of every form: files are written and read
 @given(rows=RANDOM)
 def test_random_rows_come_back_from_every_form(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("forms")

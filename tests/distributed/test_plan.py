@@ -156,7 +156,7 @@ def whole():
     return told(of_sample(), details=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_time_memory_and_break_even_come_first_and_the_rest_on_request(sample_config, whole):
     text = told(sample_config)
     lines = text.splitlines()

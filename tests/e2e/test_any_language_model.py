@@ -100,7 +100,7 @@ def test_both_doors_of_a_qwen_keep_the_same_instructions(timm, tmp_path):
     assert len(adapters[0]) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_that_is_converted_goes_through_all_stages(timm, tmp_path):
     import peft
     import torch

@@ -184,6 +184,7 @@ def test_chat_templates_and_variants_of_scores_select(place, tmp_path):
     assert [json.loads(line) for line in lines] == [ROWS[i] for i in kept]
 
 
+@pytest.mark.slow
 def test_compressed_talks_are_scored_and_written_for_trainers(place, tmp_path):
     """Of ShareGPT's layout in two shards, all turns; the file for trainers is read as it is."""
     talks = [
@@ -306,7 +307,7 @@ LORA = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_are_trained_and_asked(place, tmp_path):
     """Score, select, fine-tune, evaluate and report in one go, and what the functions give."""
     write_mmlu(tmp_path / "mmlu")

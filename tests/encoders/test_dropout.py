@@ -258,7 +258,7 @@ def test_rates_are_of_converted_networks(rate):
         Config.of({"dataset": data, "encoder": encoder, "stages": ("score",)})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_batch_norm_networks_are_trained_in_bfloat16(timm, tmp_path, small_sample):
     stored(tmp_path, timm, "test_efficientnet", {})
     encoder = dlc.load_encoder("timm:test_efficientnet", tmp_path)

@@ -135,6 +135,7 @@ def test_masks_have_the_recorded_hashes_and_counts(golden, encoder, recorded):
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_random_masking_agrees_in_distribution(golden, encoder, sample):
     """torch's draws cannot be replayed: two paths of ours differ as much as ours and theirs."""
     theirs = np.load(golden / "resnet18-caltech15_random_outputs.npz")["losses"][[0, 2]]

@@ -75,7 +75,7 @@ def test_intervals_hold_the_truth_on_curves_of_the_kind_that_is_assumed(exponent
     assert np.mean(found, axis=0).min() >= 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_intervals_hold_the_truth_on_recorded_losses():
     folder = require_shared("golden")
     with np.load(folder / "resnet18-caltech15_outputs.npz") as file:

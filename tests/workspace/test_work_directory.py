@@ -333,7 +333,7 @@ def test_json_of_another_shape_is_used_or_refused_in_one_line(place, tmp_path, d
 
 
 @pytest.mark.slow
-@settings(max_examples=200, **OPTIONS)
+@settings(max_examples=80, **OPTIONS)
 @given(data=st.data())
 def test_json_changed_anywhere_is_used_or_refused_in_one_line(place, tmp_path, data):
     change_and_use(place, tmp_path / "changed", data)

@@ -123,7 +123,7 @@ def train_ours(encoder, head, data, rate, dtype):
     ("make", "batch", "rate"),
     [
         pytest.param(lite0, 8, 1e-4, marks=pytest.mark.long),
-        pytest.param(convnext, 4, 1e-3, marks=pytest.mark.slow),
+        pytest.param(convnext, 4, 1e-3, marks=pytest.mark.long),
     ],
 )
 def test_thirty_steps_are_those_of_torch(timm, tmp_path, monkeypatch, make, batch, rate):

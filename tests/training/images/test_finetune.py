@@ -342,7 +342,7 @@ def test_a_last_batch_of_one_is_refused_where_batch_norm_sees_one_value(
     dlc.finetune(sample_encoder, small_sample, kept, settings=HEAD_ONLY, **FAST)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_official_mode_and_bfloat16_through_a_whole_run(
     sample_encoder, small_sample, test_set, tmp_path
 ):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64
 from scipy import stats
@@ -112,10 +113,11 @@ class Measured(NamedTuple):
     def losses(self, some: Int64[np.ndarray, " k"]) -> Float64[np.ndarray, "m1 k"]:
         """Returns losses of some samples against their own prototypes, first of the encoder."""
         means, places = self._prototypes(some)
-        copies = (self.features, *self.along_path)
-        return np.stack([prototype_loss(copy[some], places, means) for copy in copies]).astype(
-            np.float64
-        )
+        found = [
+            prototype_loss(*map(jnp.asarray, (copy[some], places, means)))
+            for copy in (self.features, *self.along_path)
+        ]
+        return np.stack(found).astype(np.float64)
 
     def right(self, some: Int64[np.ndarray, " k"]) -> Float64[np.ndarray, " m1"]:
         """Returns for which percentage the own prototype is the nearest, first by the encoder."""

@@ -369,11 +369,12 @@ def select(
       scores: [n] hardness, higher is harder; from `score`, `record_training` or your own. None
         where neither the method nor the allocation uses them.
       labels: [n] non-negative class ids.
-      method: By any score: `flexrand`, `easiest`, `hardest`, `ccs`. Highest first of the score of
-        that name: `least_confidence`, `entropy`, `margin`, `forgetting`, `grand`, `el2n`; `longest`
-        of `length`. By features: `moderate`, `herding`, `k_center_greedy`. By probabilities:
-        `contextual_diversity`. By nothing: `random`. By similarities to targets, which only
-        `dlc.Candidates` takes: `rds`.
+      method: By any score: `flexrand`, `easiest`, `hardest`, `middle`, `ccs`. Highest first of the
+        score of that name: `least_confidence`, `entropy`, `margin`, `forgetting`, `grand`, `el2n`;
+        `longest` of `length`. By features: `moderate`, `herding`, `k_center_greedy`, `typical`,
+        `subzerocore`, `prototypes`, `ram_apl`. By both: `d2`, `ccs_herding`. By probabilities:
+        `contextual_diversity`. By nothing: `random`. By what only `dlc.Candidates` takes: `rds`, by
+        similarities to targets; `ram_apl` by features of a second encoder too.
       keep_fraction: Fraction kept of each class, in (0, 1).
       split: FlexRand's gamma in (0, 1), the share of a class that counts as easy; default 0.5.
         `auto`: what `tuning` found best.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool
@@ -29,12 +28,11 @@ _WAYS, _REPEATS, _LEVEL = 24, 25, 0.05
 _OWN, _OF_REPEAT = 0.1, 0.01  # deviations of tendencies, by sample and by repeat
 
 
-def with_sum(one: np.ndarray, other: np.ndarray, held_out: HeldOut) -> Gap:
+def with_sum(difference: np.ndarray, held_out: HeldOut) -> Gap:
     """Returns a gap whose variance is the sum of both parts, with r - 1 degrees of freedom."""
-    difference = 100.0 * (one.astype(np.int8) - other.astype(np.int8))
     repeats = held_out.repeat.ravel()
     of_repeats = np.bincount(repeats, difference.ravel()) / np.bincount(repeats)
-    means = difference.mean(axis=0)
+    means = difference.mean(axis=0, dtype=np.float64)
     error = math.sqrt(Part.of_mean(means).variance + Part.of_mean(of_repeats).variance)
     freedom, mean = len(of_repeats) - 1, float(means.mean())
     half = float(stats.t.ppf(0.975, freedom)) * error
@@ -64,16 +62,13 @@ def choices(num_samples: int, gain: float, seed: int) -> list[int]:
     """Returns what each of the three tests chooses."""
     held_out, right = outcomes(num_samples, gain, seed)
 
-    def gaps(of: Callable[..., Gap]) -> list[Gap]:
-        return [of(one, right[0], held_out) for one in right[1:]]
-
-    sums, once = gaps(with_sum), gaps(gap)
-    differences = right[1:].reshape(_WAYS, -1).astype(np.float32) - right[0].ravel()
+    differences = 100 * (right[1:].astype(np.float32) - right[0])
+    sums, once = ([of(one, held_out) for one in differences] for of in (with_sum, gap))
     alone = [found.p_value for found in once]
     return [
         chosen(sums, [_WAYS * found.p_value for found in sums]),
         chosen(once, [_WAYS * p for p in alone]),
-        chosen(once, of_many(alone, likeness_of(differences))),
+        chosen(once, of_many(alone, likeness_of(differences.reshape(_WAYS, -1)))),
     ]
 
 

@@ -71,12 +71,11 @@ class SelectionInputs:
 
     @functools.cached_property
     def _tuned_from(self) -> str:
-        """Hash of what decides what `auto` stands for, besides the keep fraction."""
+        """Hash of what decides what `auto` stands for."""
         tuning = records.read(self._workdir, "tune")
         key = {} if tuning is None else tuning.key
-        found = {name: value for name, value in key.items() if name != "keep_fractions"}
         number = artefacts.result_number("tuning")
-        return artefacts.json_hash([self._config.decides_auto, found, number])
+        return artefacts.json_hash([self._config.decides_auto, key, number])
 
     def earlier_seconds(self, cell: Cell) -> float:
         """Returns the time that the selection of a cell waits for: of measuring and tuning."""

@@ -77,7 +77,7 @@ class TuningStep:
     Attributes:
       arrays: Score that hardness is measured by, [n], and features, [n, d], where they are used.
       trials: Fine-tuning of held-out parts; None: linear heads.
-      keep_fractions: Keep fractions to tune; each is tuned as if there were no others.
+      keep_fractions: Keep fractions to tune, together.
     """
 
     job: Job

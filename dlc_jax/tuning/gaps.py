@@ -98,7 +98,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-_DRAWS = 50_000
+_DRAWS = 20_000
 
 
 def of_many(p_values: Sequence[float], likeness: Float64[np.ndarray, "k k"]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, Integer, Shaped, UInt64
+from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer, Shaped, UInt64
 from tqdm import tqdm
 
 from dlc_jax import expect
@@ -47,7 +48,7 @@ class HeldOut(NamedTuple):
         """Returns the mean over repeats of each sample that was held out at all."""
         seen = self.repeat >= 0
         times = seen.sum(axis=0)
-        return (values * seen).sum(axis=0)[times > 0] / times[times > 0]
+        return (values * seen).sum(axis=0, dtype=np.float64)[times > 0] / times[times > 0]
 
 
 def mean_accuracy(right: Bool[np.ndarray, "p n"], held_out: HeldOut) -> float:
@@ -55,20 +56,20 @@ def mean_accuracy(right: Bool[np.ndarray, "p n"], held_out: HeldOut) -> float:
     return float(100 * held_out.means(right).mean())
 
 
-def gap(one: Bool[np.ndarray, "p n"], other: Bool[np.ndarray, "p n"], held_out: HeldOut) -> Gap:
-    """Returns how much better `one` is than `other`, paired by sample and by repeat.
+def gap(difference: Float[np.ndarray, "p n"], held_out: HeldOut) -> Gap:
+    """Returns how much better one way of choosing is than another.
 
     Two things are random: which samples there are to validate on, and what was drawn and trained
     in a repeat; see `interval`. It speaks of this training set, of new samples and new seeds.
 
     Args:
-      one, other: Whether each sample was classified right while it was held out.
+      difference: Of each sample while it was held out, in points: 100 where the one is right and
+        the other wrong, -100 the other way round, or a mean of such.
       held_out: When that was.
     Returns:
       In percentage points; half the width of the 95 % interval is infinite for one repeat. The
       p-value is 1 for one repeat, and where all differences are equal.
     """
-    difference = 100.0 * (one.astype(np.int8) - other.astype(np.int8))
     means = held_out.means(difference)
     if held_out.num_repeats < 2:
         return Gap(float(means.mean()), math.inf, 1.0)
@@ -83,9 +84,10 @@ def gap(one: Bool[np.ndarray, "p n"], other: Bool[np.ndarray, "p n"], held_out: 
     )
 
 
-METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "moderate", "herding")
+METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "herding", "d2")
 NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
 _LEVEL = 0.05  # most likely to prefer something at a keep fraction where nothing is better
+_LOW = 0.5  # keep fractions to here, and those above, are looked at together
 _Way: TypeAlias = tuple[str, float | None]  # method and split
 _RANDOM: _Way = ("random", None)
 # features alone are measured before tuning; a training record has seen the held-out labels
@@ -154,7 +156,9 @@ def tune(
     `auto` becomes the best one where it is better than random pruning beyond noise, and random
     otherwise; split `auto` FlexRand's best split where it is better than 0.5 beyond noise, and 0.5
     otherwise. Beyond noise: one-sided p at most 5 %, corrected for what is compared at that keep
-    fraction (Dunnett; see `dlc_jax.tuning.gaps`).
+    fraction (Dunnett; see `dlc_jax.tuning.gaps`), half of it for the keep fraction itself and half
+    for the mean over all to 0.5, or over all above, so that what is a little better at each of them
+    is found too.
 
     Args:
       scores: [n] hardness, higher is harder. They may come from all samples, since methods are
@@ -249,18 +253,11 @@ def tune(
     outcomes = dict(zip(cells, right, strict=True))
     tried = [_tried(cell, outcomes, held_out_in) for cell in cells if cell != _FULL]
     with_split = [row for row in tried if row.split is not None]
-    seen = held_out_in.repeat >= 0
-
-    def likeness(rows: Sequence[Tried], reference: _Way) -> Float64[np.ndarray, "k k"]:
-        """Returns the correlations of the differences of these to the reference."""
-        of_reference = outcomes[_Cell(rows[0].keep_fraction, *reference)][seen]
-        of_rows = [outcomes[_Cell(*row[:3])][seen] for row in rows]
-        return likeness_of(np.stack(of_rows).astype(np.float32) - of_reference)
-
+    corrected = functools.partial(_p_values, outcomes, held_out_in)
     return Tuning(
         tried=tuple(tried),
-        methods=_choices(tried, _RANDOM, "to_random", "random pruning", likeness),
-        splits=_choices(with_split, ("flexrand", DEFAULT_SPLIT), "to_even", "split 0.5", likeness),
+        methods=_choices(tried, _RANDOM, "to_random", "random pruning", corrected),
+        splits=_choices(with_split, ("flexrand", DEFAULT_SPLIT), "to_even", "split 0.5", corrected),
         full_accuracy=mean_accuracy(outcomes[_FULL], held_out_in),
         trained=trials.name,
         num_repeats=num_repeats,
@@ -336,7 +333,7 @@ def _tried(cell: _Cell, outcomes: dict[_Cell, np.ndarray], held_out: HeldOut) ->
     """Returns the row of a cell, with its gaps."""
 
     def gap_to(other: _Cell) -> Gap:
-        return gap(outcomes[cell], outcomes[other], held_out)
+        return gap(_difference(outcomes[cell], outcomes[other]), held_out)
 
     return Tried(
         *cell,
@@ -347,39 +344,96 @@ def _tried(cell: _Cell, outcomes: dict[_Cell, np.ndarray], held_out: HeldOut) ->
     )
 
 
-_Likeness: TypeAlias = Callable[[Sequence[Tried], _Way], Float64[np.ndarray, "k k"]]
+def _difference(
+    one: Bool[np.ndarray, "p n"], other: Bool[np.ndarray, "p n"]
+) -> Float32[np.ndarray, "p n"]:
+    return 100 * (one.astype(np.float32) - other)
+
+
+def _p_values(
+    outcomes: dict[_Cell, np.ndarray],
+    held_out: HeldOut,
+    reference: _Way,
+    keep_fractions: Sequence[float],
+    ways: Sequence[_Way],
+) -> list[float]:
+    """Returns how likely each way is so good on average where none is better than the reference.
+
+    Args:
+      outcomes, held_out: What everything came to, and when samples were held out.
+      reference: What the others are compared with.
+      keep_fractions: Over which differences are averaged.
+      ways: What is compared; p-values are corrected for them all.
+    """
+    means = np.stack(
+        [
+            np.mean(
+                [
+                    _difference(outcomes[_Cell(keep, *way)], outcomes[_Cell(keep, *reference)])
+                    for keep in keep_fractions
+                ],
+                axis=0,
+            )
+            for way in ways
+        ]
+    )
+    alone = [gap(difference, held_out).p_value for difference in means]
+    return of_many(alone, likeness_of(means[:, held_out.repeat >= 0]))
+
+
+_Corrected: TypeAlias = Callable[[_Way, Sequence[float], Sequence[_Way]], list[float]]
 
 
 def _choices(
-    tried: list[Tried], reference: _Way, gap_to: str, name: str, likeness: _Likeness
+    tried: list[Tried], reference: _Way, gap_to: str, name: str, corrected: _Corrected
 ) -> tuple[Choice, ...]:
     """Returns for each keep fraction what is better than the reference beyond noise, or that.
+
+    Better beyond noise at the keep fraction itself, or over those to 0.5, or those above, together,
+    and on average at this one: each at half the level, so that both are wrong in as few data sets.
 
     Args:
       tried: Everything that is compared, by keep fraction.
       reference: Method and split.
       gap_to: Entry that has the gaps to it.
       name: What messages call it.
-      likeness: Correlations of differences to the reference.
+      corrected: Returns p-values; see `_p_values`.
     """
-    groups = itertools.groupby(tried, lambda row: row.keep_fraction)
-    return tuple(_choice(list(rows), reference, gap_to, name, likeness) for _, rows in groups)
+    groups = [list(rows) for _, rows in itertools.groupby(tried, lambda row: row.keep_fraction)]
+    found = {}
+    for is_low in (True, False):
+        pool = [rows for rows in groups if (rows[0].keep_fraction <= _LOW) == is_low]
+        if not pool:
+            continue
+        keeps = [rows[0].keep_fraction for rows in pool]
+        ways = [(row.method, row.split) for row in pool[0]]
+        ways = [way for way in ways if way != reference]
+        level = _LEVEL if len(pool) == 1 else _LEVEL / 2
+
+        def sure(
+            keep_fractions: Sequence[float], ways: list[_Way] = ways, level: float = level
+        ) -> set[_Way]:
+            p_values = corrected(reference, keep_fractions, ways) if ways else []
+            return {way for way, p in zip(ways, p_values, strict=True) if p <= level}
+
+        together = sure(keeps)
+        for rows in pool:
+            keep = rows[0].keep_fraction
+            found[keep] = _choice(rows, reference, gap_to, name, together | sure([keep]))
+    return tuple(found[rows[0].keep_fraction] for rows in groups)
 
 
-def _choice(
-    rows: list[Tried], reference: _Way, gap_to: str, name: str, likeness: _Likeness
-) -> Choice:
+def _choice(rows: list[Tried], reference: _Way, gap_to: str, name: str, sure: set[_Way]) -> Choice:
+    """Returns the best of those that are better beyond noise, or else the reference."""
     keep_fraction = rows[0].keep_fraction
     others = [(row, getattr(row, gap_to)) for row in rows if (row.method, row.split) != reference]
     if not others:
         return Choice(keep_fraction, *reference, f"{name}: nothing else was tried")
     among = f"of {len(others)} compared with {name} on held-out training data"
-    p_values = [its_gap.p_value for _, its_gap in others]
-    corrected = of_many(p_values, likeness([row for row, _ in others], reference))
     better = [
-        other
-        for other, p_value in zip(others, corrected, strict=True)
-        if other[1].mean > 0 and p_value <= _LEVEL
+        (row, its_gap)
+        for row, its_gap in others
+        if its_gap.mean > 0 and (row.method, row.split) in sure
     ]
     best, its_gap = max(better or others, key=lambda other: other[1].mean)
     if better:

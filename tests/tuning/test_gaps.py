@@ -80,14 +80,14 @@ def test_many_comparisons_with_one_reference():
     """Against exact values: independent ones, equal ones, two that share half of their noise."""
     p_values = [0.001, 0.01, 0.2, 0.9, 1.0]
     exact = 1 - (1 - np.array(p_values)) ** 5
-    np.testing.assert_allclose(of_many(p_values, np.eye(5)), exact, atol=0.006)
-    np.testing.assert_allclose(of_many(p_values, np.ones((5, 5))), p_values, atol=0.006)
+    np.testing.assert_allclose(of_many(p_values, np.eye(5)), exact, atol=0.01)
+    np.testing.assert_allclose(of_many(p_values, np.ones((5, 5))), p_values, atol=0.01)
     half = np.array([[1.0, 0.5], [0.5, 1.0]])
     both_below = stats.multivariate_normal([0, 0], half).cdf(stats.norm.isf([0.05, 0.05]))
-    np.testing.assert_allclose(of_many([0.05, 0.05], half), 1 - both_below, atol=0.005)
+    np.testing.assert_allclose(of_many([0.05, 0.05], half), 1 - both_below, atol=0.008)
     # Dunnett's table: 20 comparisons of this kind at 5 % have the quantile 2.64
     many = np.full((20, 20), 0.5) + 0.5 * np.eye(20)
-    assert of_many([stats.norm.sf(2.64)] * 20, many)[0] == pytest.approx(0.05, abs=0.005)
+    assert of_many([stats.norm.sf(2.64)] * 20, many)[0] == pytest.approx(0.05, abs=0.008)
 
 
 def test_correlations_of_differences():

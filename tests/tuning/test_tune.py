@@ -134,6 +134,10 @@ def test_with_ids_the_order_of_samples_decides_nothing():
     assert set(alone.ids) in kept[1][:22]
 
 
+def points(one, other):
+    return 100.0 * (one.astype(int) - other)
+
+
 def test_a_gap_is_computed_as_it_says():
     """Four samples in two partitions of two repeats each; by hand."""
     held_out = HeldOut(np.array([[0, 0, 1, 1], [2, 3, 2, 3]]), 4)
@@ -145,15 +149,15 @@ def test_a_gap_is_computed_as_it_says():
     of_both = ((repeats - repeats.mean(axis=1, keepdims=True)) ** 2).sum() / 4 / 8
     variance = of_samples + max(of_repeats - of_both, 0)
     freedom = variance**2 / (of_samples**2 / 3 + of_repeats**2 / 3)
-    found = gap(one, other, held_out)
+    found = gap(points(one, other), held_out)
     assert found.mean == pytest.approx(100 * samples.mean())
     half = 100 * stats.t.ppf(0.975, freedom) * math.sqrt(variance)
     assert found.half_width == pytest.approx(half)
     p_value = stats.t.sf(samples.mean() / math.sqrt(variance), freedom)
     assert found.p_value == pytest.approx(p_value)
     assert mean_accuracy(one, held_out) == pytest.approx(100 * (1 + 0.5 + 0.5 + 1) / 4)
-    assert gap(one, one, held_out) == Gap(0.0, 0.0, 1.0)
-    assert gap(other, one, held_out).mean == pytest.approx(-found.mean)
+    assert gap(points(one, one), held_out) == Gap(0.0, 0.0, 1.0)
+    assert gap(points(other, one), held_out).mean == pytest.approx(-found.mean)
 
 
 def test_samples_that_were_held_out_less_often_count_as_much():
@@ -161,7 +165,7 @@ def test_samples_that_were_held_out_less_often_count_as_much():
     held_out = HeldOut(np.array([[0, 1, 1, -1], [2, -1, 2, -1]]), 3)
     one = np.array([[1, 1, 0, 1], [0, 1, 1, 1]], bool)
     assert mean_accuracy(one, held_out) == pytest.approx(100 * (0.5 + 1 + 0.5) / 3)
-    found = gap(one, np.zeros_like(one), held_out)
+    found = gap(points(one, np.zeros_like(one)), held_out)
     assert found.mean == pytest.approx(100 * (0.5 + 1 + 0.5) / 3)
     assert 0 < found.half_width < 1000
 
@@ -169,8 +173,8 @@ def test_samples_that_were_held_out_less_often_count_as_much():
 def test_a_difference_that_never_varies_is_not_beyond_noise():
     held_out = HeldOut(np.array([[0, 0, 1, 1], [2, 3, 2, 3]]), 4)
     always, never = np.ones((2, 4), bool), np.zeros((2, 4), bool)
-    assert gap(always, never, held_out) == Gap(100.0, 0.0, 1.0)
-    assert gap(never, always, held_out) == Gap(-100.0, 0.0, 1.0)
+    assert gap(points(always, never), held_out) == Gap(100.0, 0.0, 1.0)
+    assert gap(points(never, always), held_out) == Gap(-100.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("true_gap", [0.0, 0.05])
@@ -187,7 +191,7 @@ def test_intervals_of_gaps_hold_the_truth_often_enough(true_gap, own):
             generator.random((5, num)) < 0.5 + gain + sample[way] + run[..., way]
             for way, gain in enumerate((0.0, true_gap))
         )
-        found = gap(better, worse, held_out)
+        found = gap(points(better, worse), held_out)
         covered += abs(found.mean - 100 * true_gap) <= found.half_width
         mistaken += found.p_value < 0.05
     assert 0.93 * num_sets <= covered <= 0.985 * num_sets
@@ -210,10 +214,12 @@ class _Coins:
 
 def test_where_nothing_is_better_auto_is_random():
     """In at most 5 % of data sets something else is chosen at a keep fraction."""
-    scores, labels, mistaken, num_sets = np.arange(60.0), np.repeat([0, 1], 30), 0, 100
+    scores, labels, mistaken, num_sets = np.arange(60.0), np.repeat([0, 1], 30), 0, 40
     for seed in range(num_sets):
         coins = _Coins(seed, lambda trial: 0.7)
-        found = dlc.tune(scores, labels, trials=coins, keep_fractions=(0.5,), splits=(0.2, 0.8))
+        found = dlc.tune(
+            scores, labels, trials=coins, keep_fractions=(0.5,), splits=(0.2,), num_repeats=10
+        )
         mistaken += found.choice(0.5).method != "random"
     assert mistaken <= 0.05 * num_sets + 2 * math.sqrt(num_sets * 0.05 * 0.95)
 
@@ -228,6 +234,36 @@ def test_what_is_better_is_mostly_found():
         )
         num_found += found.choice(0.5).method == "easiest"
     assert num_found >= 10
+
+
+def test_a_little_at_every_keep_fraction_is_found_together():
+    """Four points of 150 samples at each of five keep fractions, which one alone seldom shows."""
+    scores, labels, found = np.arange(150.0), np.zeros(150, int), np.zeros((2, 10))
+    for seed in range(10):
+        for row, keeps in enumerate([(0.1, 0.2, 0.3, 0.4, 0.5), (0.3,)]):
+            # the easiest have no hard sample
+            coins = _Coins(seed, lambda trial: 0.74 if trial.positions.max() < 90 else 0.7)
+            tuning = dlc.tune(
+                scores, labels, trials=coins, keep_fractions=keeps, methods=("easiest", "hardest")
+            )
+            found[row, seed] = np.mean([choice.method == "easiest" for choice in tuning.methods])
+            assert "hardest" not in [choice.method for choice in tuning.methods]
+    assert found[0].mean() > 0.5
+    assert found[1].mean() < found[0].mean() - 0.2
+
+
+def test_what_is_better_where_little_is_kept_is_not_taken_where_much_is():
+    scores, labels = np.arange(150.0), np.zeros(150, int)
+    coins = _Coins(0, lambda t: 0.6 if len(t.positions) < 70 and t.positions.max() < 90 else 0.4)
+    tuning = dlc.tune(
+        scores,
+        labels,
+        trials=coins,
+        keep_fractions=(0.2, 0.4, 0.7, 0.9),
+        methods=("easiest", "hardest"),
+    )
+    methods = [choice.method for choice in tuning.methods]
+    assert methods == ["easiest", "easiest", "random", "random"]
 
 
 def test_auto_selects_what_was_chosen(tuned):
@@ -280,13 +316,13 @@ def test_the_best_of_those_beyond_noise_is_chosen():
         return Tried(0.3, method, None, 80 + mean, Gap(mean, 1, p_value), Gap(0, 1, 1), None)
 
     def chosen(*rows):
-        (choice,) = _choices(
-            list(rows),
-            ("random", None),
-            "to_random",
-            "random pruning",
-            lambda some, _: np.eye(len(some)),
-        )
+        p_values = {row.method: len(rows[1:]) * row.to_random.p_value for row in rows}
+
+        def corrected(reference, keep_fractions, ways):
+            assert (reference, list(keep_fractions)) == (("random", None), [0.3])
+            return [p_values[method] for method, _ in ways]
+
+        (choice,) = _choices(list(rows), ("random", None), "to_random", "random pruning", corrected)
         return choice
 
     random = row("random", 0, 1)

@@ -20,8 +20,7 @@ from jaxtyping import Bool
 from scipy import stats
 
 from dlc_jax.reports.table import markdown
-from dlc_jax.tuning.gaps import Part, likeness_of, of_many
-from dlc_jax.tuning.tune import HeldOut, gap
+from dlc_jax.tuning.gaps import HeldOut, Part, gap, likeness_of, of_many
 from dlc_jax.types import Gap
 
 _WAYS, _REPEATS, _LEVEL = 24, 25, 0.05

@@ -32,6 +32,7 @@ from dlc_jax.probes.path import learning_path
 from dlc_jax.reports.table import markdown
 from dlc_jax.selection import AUTO, SELECTORS, Candidates
 from dlc_jax.tuning.gaps import holm, over_splits, two_sided
+from dlc_jax.tuning.tune import CAN_BE_TRIED
 from dlc_jax.types import KEEP_FRACTIONS, Conventions, Gap
 
 _PATH = dlc.PathSpec(num_probes=10, placement="midpoint")
@@ -67,25 +68,19 @@ _AIRCRAFT = "fgvc_aircraft:{shared}/fgvc-aircraft-2013b/train+val+test"
 CASES = {
     "sample-small": Case(_SAMPLE, ("resnet18", "demo:resnet18"), 64, _SHARE, "sample-lite0"),
     "sample-lite0": Case(_SAMPLE, _LITE0, 128, _SHARE, "sample-small"),
-    "dtd10-tin64": Case(_DTD10, _TIN64, 224, 1 / 3, "dtd10-lite0"),
+    "dtd10-tin64": Case(_DTD10, _TIN64, 128, 1 / 3, "dtd10-lite0"),
     "dtd10-lite0": Case(_DTD10, _LITE0, 224, 1 / 3, "dtd10-tin64"),
     "dtd": Case(("tfds:dtd/train+validation", "tfds:dtd/test"), _HUB, 224, 1 / 3),
     "aircraft": Case((_AIRCRAFT,), _HUB, 224, 1 / 3),
     "weeds": Case(("tfds:deep_weeds/train",), _HUB, 224, 0.2),
 }
 Way = tuple[str, float | None]  # method and split
-# scores of training see all labels, similarities need a target
-_METHODS = [
-    name
-    for name, method in SELECTORS.items()
-    if method.score is None and {*method.needs} <= {"scores", "features"}
-]
 _RANDOM: Way = ("random", None)
 WAYS = [
     _RANDOM,
     *(
         (name, split)
-        for name in _METHODS
+        for name in CAN_BE_TRIED
         for split in (_SPLITS if SELECTORS[name].has_split else (None,))
         if name != "random"
     ),
@@ -286,11 +281,10 @@ def gap_table(
       gaps.
     """
     by_way = accuracy.reshape(len(accuracy), len(ways), -1)
-    gaps = [
-        [over_splits(column, test_to_train) for column in (by_way[:, k] - by_way[:, 0]).T]
-        for k in range(1, len(ways))
-    ]
-    sure = iter(holm([two_sided(gap.p_value) for row in gaps for gap in row]))
+    test = functools.partial(over_splits, test_to_train=test_to_train)
+    columns = [list((by_way[:, k] - by_way[:, 0]).T) for k in range(1, len(ways))]
+    gaps = [[test(column) for column in row] for row in columns]
+    sure = iter(holm([two_sided(column, test) for row in columns for column in row]))
     rows = [[ways[0], *(f"{value:.1f} %" for value in by_way[:, 0].mean(axis=0))]]
     for name, row in zip(ways[1:], gaps, strict=True):
         shown = [f"{gap.mean:+.1f} ± {gap.half_width:.1f}" for gap in row]
@@ -349,7 +343,8 @@ def report(case: Case, data: Measured, splits: list[dict], autos: list[dict]) ->
         low = [k for k, keep in enumerate(KEEP_FRACTIONS) if keep <= 0.5]
         chosen = [np.unique([f["chosen"][k] for f in autos], return_counts=True) for k in range(9)]
         counts = [", ".join(f"{n} {c}" for n, c in zip(*some, strict=True)) for some in chosen]
-        worse = holm([1 - gap.p_value if gap.half_width else 1.0 for gap in gaps])
+        down = [over_splits(column, ratio) for column in (both[0] - both[1]).T]
+        worse = holm([gap.p_value for gap in down])
         parts += [
             f"`auto` on {len(autos)} splits: mean gain at keep fractions to 0.5 "
             f"{np.mean([gaps[k].mean for k in low]):+.2f} points, herding "

@@ -71,16 +71,23 @@ class Mean:
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
         """Returns the interval over seeds of one or more values (Student's t)."""
-        found = crossed(np.asarray(values, np.float64)[:, None])
+        table = np.asarray(values, np.float64)[:, None]
+        found = crossed(table)
         half = found.half_width if len(values) > 1 else math.nan
-        return cls(found.mean, half, len(values), 0, two_sided(found.p_value))
+        return cls(found.mean, half, len(values), 0, two_sided(table, crossed))
 
     @classmethod
     def of_samples(cls, values: Shaped[np.ndarray, "s t"]) -> Mean:
         """Returns the interval over seeds and test samples of what each run showed on each."""
-        found = crossed(100 * np.asarray(values, np.float64))
-        num_seeds, num_samples = values.shape
-        return cls(found.mean, found.half_width, num_seeds, num_samples, two_sided(found.p_value))
+        table = 100 * np.asarray(values, np.float64)
+        found, (num_seeds, num_samples) = crossed(table), table.shape
+        p_value = two_sided(table, crossed)
+        return cls(found.mean, found.half_width, num_seeds, num_samples, p_value)
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether it is known how much it varies between seeds."""
+        return self.num_seeds > 1 and self.half_width > _ROUNDING
 
     def __str__(self) -> str:
         half = "" if math.isnan(self.half_width) else f" ± {self.half_width:.2f}"
@@ -95,7 +102,7 @@ class Row(NamedTuple):
         the full set, and where no seed was run with both.
       pruning_seconds: What it took to know what to keep; NaN where that is not known.
       test_loss: Mean over seeds; NaN where it was not measured.
-      p_value: Of the gap, corrected for the number of gaps (Holm).
+      p_value: Of the gap, corrected for the number of gaps that are tested (Holm).
     """
 
     label: str
@@ -111,8 +118,8 @@ class Row(NamedTuple):
         """What the gap says, in words."""
         if self.gap is None:
             return "" if self.label in _REFERENCES else "random was not run with these seeds"
-        mean, half = self.gap.mean, self.gap.half_width
-        if self.gap.num_seeds == 1 or not half > _ROUNDING:
+        mean = self.gap.mean
+        if not self.gap.is_tested:
             why = "one seed" if self.gap.num_seeds == 1 else "all gaps equal, no interval"
             return f"{'above' if mean > 0 else 'not better than'} random ({why})"
         is_beyond = self.p_value <= 1 - CONFIDENCE
@@ -201,9 +208,12 @@ def summarise(results: Sequence[Result]) -> list[Row]:
         gap = _mean(pairs) if pairs else None
         loss = float(np.mean([result.test_loss for result in by_seed.values()]))
         rows.append(Row(label, keep_fraction, accuracy, gap, float(np.mean(seconds)), loss))
-    gaps = [row.gap for row in rows if row.gap is not None]
+    gaps = [row.gap for row in rows if row.gap is not None and row.gap.is_tested]
     corrected = iter(holm([gap.p_value for gap in gaps]))
-    return [row if row.gap is None else row._replace(p_value=next(corrected)) for row in rows]
+    return [
+        row._replace(p_value=next(corrected)) if row.gap is not None and row.gap.is_tested else row
+        for row in rows
+    ]
 
 
 def _mean(pairs: Sequence[tuple[Result, Result | None]]) -> Mean:
@@ -243,9 +253,12 @@ def results_table(rows: Sequence[Row]) -> str:
     over = "seeds" if num_samples == {0} else f"seeds and {max(num_samples):,} test samples"
     if len(num_samples) > 1:
         over += " (over seeds alone where a run has no predictions.npz)"
-    num_gaps = sum(row.gap is not None for row in rows)
+    if over != "seeds" and any(mean.num_seeds == 1 for mean in means):
+        over += " (over test samples alone of one seed)"
+    num_gaps = sum(row.gap is not None and row.gap.is_tested for row in rows)
     said = f"± is half of a 95 % interval over {over}; random and a method are compared run by run"
     said += " and sample by sample" * (over != "seeds")
     if num_gaps:
-        said += f". Better or worse: with 95 % confidence for all {num_gaps} gaps together (Holm)"
+        together = f"all {num_gaps} gaps together (Holm)" if num_gaps > 1 else "the one gap"
+        said += f". Better or worse: with 95 % confidence for {together}"
     return f"{markdown(header, lines)}\n\n{said}."

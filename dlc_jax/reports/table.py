@@ -90,7 +90,7 @@ def tuning_table(tuning: Tuning, curve: KeepCurve) -> str:
     said = (
         f"Accuracy of {what} on {tuning.num_repeats} held-out fifths of the training data; of "
         f"the full set {tuning.full_accuracy:.1f} %. Gaps in points with 95 % intervals; to be "
-        "beyond noise, one has to be above 0 also when corrected for how many are compared."
+        "beyond noise, one has to be above 0 also when corrected for all that are compared."
     )
     reasons = [f"- keep {choice.keep_fraction:g}: {choice.why}." for choice in tuning.methods]
     reasons += [

@@ -110,7 +110,9 @@ class Candidates:
         assert not isinstance(gamma, str)  # it was `auto`
         self._check_all_there(selector, rules)
         as_released = conventions.draws_as_released
-        by = (self._used(selector), rules.per_class, as_released)
+        # what `auto` stands for was tuned by what it needs alone
+        used = self._used(selector) if chosen is None else SELECTORS[selector].needs
+        by = (used, rules.per_class, as_released)
         groups = self._groups(*by)
         members = [group.positions for group in groups.values()]
         num_left_out = num_short = 0

@@ -24,7 +24,6 @@ from dlc_jax.selection.methods import Draw, Group, Positions, budget, strata_of
 # Relative to the squared norms it is the difference of, a smaller distance is rounding error and
 # counts as 0: copies of a chosen sample then tie, whatever the order of summation.
 _ROUNDING = 1e-13
-_DIGITS = 10  # of squared distances in units of `_extent`; what is beyond is rounding error
 
 
 class Space(NamedTuple):
@@ -82,8 +81,10 @@ def farthest_first(
     return jax.lax.fori_loop(0, budget, step, (order, nearest, start))[0]
 
 
-@functools.partial(jax.jit, static_argnames="farthest")
-def follow_mean(space: Space, budget: Int[Array, ""], *, farthest: bool) -> Int32[Array, " n"]:
+@functools.partial(jax.jit, static_argnames=("farthest", "digits"))
+def follow_mean(
+    space: Space, budget: Int[Array, ""], *, farthest: bool, digits: int | None = None
+) -> Int32[Array, " n"]:
     """Returns rows in the order of herding, padding after the first `budget`.
 
     Each is the row that, added to those chosen, leaves their sum nearest 0, the mean of all rows.
@@ -93,14 +94,16 @@ def follow_mean(space: Space, budget: Int[Array, ""], *, farthest: bool) -> Int3
       space: The samples, in squared Euclidean distance, centred on their mean.
       budget: Rows to choose, in [0, num_samples].
       farthest: Take the row that leaves it farthest from 0 instead.
+      digits: Of squared distances; what is beyond is no difference. None: all.
     """
     rows, norms = space.rows, space.norms
     sign = 1.0 if farthest else -1.0
 
     def step(number: Int[Array, ""] | int, state: tuple) -> tuple:
         order, is_free, total = state
-        # short of |total|^2, which all share; rounded, since of two rows either is as near the mean
-        squares = jnp.round(norms + 2 * _products(rows, total), _DIGITS)
+        # short of |total|^2, which all share
+        squares = norms + 2 * _products(rows, total)
+        squares = squares if digits is None else jnp.round(squares, digits)
         chosen = jnp.argmax(jnp.where(is_free, sign * squares, -jnp.inf)).astype(jnp.int32)
         return order.at[number].set(chosen), is_free.at[chosen].set(False), total + rows[chosen]
 
@@ -114,6 +117,7 @@ def _products(rows: Float64[Array, "n d"], row: Float64[Array, " d"]) -> Float64
 
 
 _BLOCK = 1024  # rows that are float64 at a time
+_DIGITS = 10
 _SMALLEST = np.finfo(np.float32).tiny  # a probability of 0 has the logarithm of this
 
 
@@ -132,15 +136,17 @@ def moderate(group: Group, draw: Draw) -> Positions:
 def ccs_herding(group: Group, draw: Draw) -> Positions:
     """Herding within each of the strata of `ccs`, so that nothing is drawn.
 
+    Squared distances have ten digits, since of two samples in a stratum either is as near its mean.
+
     Sources: see `herding` and `ccs`.
     """
     rest, strata, budgets = strata_of(group, draw)
-    kept = []
+    follow, kept = functools.partial(follow_mean, farthest=False, digits=_DIGITS), []
     for number, num in enumerate(budgets):
         if num:
             part = dataclasses.replace(group, positions=rest[strata == number])
-            share = num / len(part.positions)
-            kept.append(herding(part, draw._replace(keep_fraction=share)))
+            of_part = draw._replace(keep_fraction=num / len(part.positions))
+            kept.append(_traversed(part, of_part, _around_the_mean, follow))
     return np.concatenate(kept) if kept else rest[:0]
 
 
@@ -152,7 +158,7 @@ def herding(group: Group, draw: Draw) -> Positions:
     Source: Welling 2009, Herding dynamical weights to learn.
     """
     follow = functools.partial(follow_mean, farthest=draw.variant != "published")
-    return _traversed(group, draw, lambda group: _euclidean(group, _mean(group)), follow)
+    return _traversed(group, draw, _around_the_mean, follow)
 
 
 def k_center_greedy(group: Group, draw: Draw) -> Positions:
@@ -191,6 +197,10 @@ def _traversed(
     with jax.enable_x64(True):
         order = traversal(space_of(group), jnp.asarray(num))
         return group.positions[np.asarray(order)[:num]]
+
+
+def _around_the_mean(group: Group) -> Space:
+    return _euclidean(group, _mean(group))
 
 
 def _around_a_row(group: Group) -> Space:

@@ -17,7 +17,8 @@ from dlc_jax.selection.geometry import k_center_greedy, placed
 from dlc_jax.selection.methods import Draw, Group, Positions, budget
 
 _BLOCK = 512  # samples that are compared with all others at a time
-_DIGITS = 10  # of squared distances, in units in which coordinates are below 2
+_ROUNDING = 1e-11  # of squared norms; a difference of squared distances below it is none
+_DIGITS = 10  # of cosines and gains
 _WHOLE = 2048  # samples whose similarities to each other are all kept
 
 
@@ -56,8 +57,9 @@ def squared_distances(
     norms, other_norms = (np.square(some).sum(axis=1) for some in (rows, others))
     for start in range(0, len(rows), _BLOCK):
         own = np.arange(start, min(start + _BLOCK, len(rows)))
-        found = norms[own, None] + other_norms - 2 * rows[own] @ others.T
-        yield own, np.round(np.maximum(found, 0), _DIGITS)
+        both = norms[own, None] + other_norms
+        unit = np.exp2(np.ceil(np.log2(np.maximum(_ROUNDING * both, np.finfo(float).tiny))))
+        yield own, np.round(np.maximum(both - 2 * rows[own] @ others.T, 0) / unit) * unit
 
 
 _MOST_CLUSTERS = 500
@@ -200,7 +202,9 @@ def d2(group: Group, draw: Draw) -> Positions:
     times exp(-d^2). Greedily, the sample of highest value is kept, and its value times exp(-d^2)
     is taken from each neighbour's. Neighbours are the 10 nearest of either; d is in units of the
     mean distance of neighbours, and where all scores are equal each counts as 1. Nothing is left
-    out for being too hard. Of equal ones the easiest is the first.
+    out for being too hard. Of equal ones the easiest is the first. The authors' code has exp(-d) of
+    the features as they are, a factor of its own for what is taken away, and leaves out some of the
+    hardest first.
 
     Source: Maharana et al. 2024, D2 pruning, arXiv 2310.07931.
     """

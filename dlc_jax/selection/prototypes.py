@@ -48,7 +48,7 @@ def distances(group: Group, name: str) -> Distances:
 
 
 def prototypes(group: Group, draw: Draw) -> Positions:
-    """Returns the samples that are told from other classes most clearly, by their prototypes.
+    """Returns the samples that are most clearly of their class, by the prototypes.
 
     Clear is a low ratio of the distances to a sample's own class mean and to the nearest other;
     where there is one class, a low distance. Equal ones are ordered by position.
@@ -65,7 +65,7 @@ _LEAST_RANK_WEIGHT, _STEEPNESS, _MIDDLE = 0.2, 1.0, 0.5  # alpha, k and the frac
 
 
 def ram_apl(group: Group, draw: Draw) -> Positions:
-    """Returns the samples that several encoders find near the mean of their class, and tell right.
+    """Returns the samples near the mean of their class, and nearest to it, by several encoders.
 
     Lowest first: w times the mean over encoders of the rank of a sample's distance to the mean of
     its class, in [0, 1), plus 1 - w times the share of encoders for which another class's mean is

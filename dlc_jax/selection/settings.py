@@ -168,7 +168,7 @@ def has_split(method: str) -> bool:
 
 
 def settings_of(method: str, takes: bool = False) -> set[str]:
-    """Returns which settings name what inputs that a method needs, or only takes, are of."""
+    """Returns the settings behind the inputs that a method needs, or that it only takes."""
     of = SELECTORS.get(method, Method(methods.random, needs=()))
     names = of.takes if takes else of.needs
     return {said for name in names if name in INPUTS and (said := INPUTS[name].setting)}

@@ -94,8 +94,13 @@ def informative_probes(probes: ProbeLosses) -> Bool[np.ndarray, " m"]:
     expect.is_a(ProbeLosses, probes=probes)
     if probes.nearest is None:
         raise expect.InputError(
-            "suspect_labels: needs probes.nearest, the nearest class by probe and sample, as "
+            "probes: have no nearest, the nearest class by probe and sample, as "
             "dlc.probe(encoder, dataset) of this version gives it for images; got None."
+        )
+    if probes.nearest.shape != probes.losses.shape:
+        raise expect.InputError(
+            f"probes.nearest: expected {probes.losses.shape}, as the losses have, got "
+            f"{probes.nearest.shape}."
         )
     num_right = (probes.nearest == probes.labels).sum(axis=1)
     chance = np.bincount(probes.labels).max() / len(probes.labels)

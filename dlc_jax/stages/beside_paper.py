@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from dlc_jax.reports.beside_paper import images_beside_paper, mmlu_beside_paper
 from dlc_jax.reports.results import Result
-from dlc_jax.selection import Cell
+from dlc_jax.selection import Cell, Rules
 from dlc_jax.stages.sweep_results import read_evaluation
 from dlc_jax.workspace import artefacts, records
 
@@ -33,11 +34,9 @@ def beside_paper(workdir: Path, results: Sequence[Result]) -> str:
         return ""
     train, test = trained["dataset"]["train"], trained["dataset"].get("test")
     name, weights = (trained["encoder"].get(key, "") for key in ("name", "weights"))
-    by_dlc = _selected_by_dlc(workdir)
+    otherwise = _selected_otherwise(workdir)
     comparable = [
-        (result, Cell(*result[:4]))
-        for result in results
-        if result.method != "flexrand" or Cell(*result[:4]).name in by_dlc
+        (result, Cell(*result[:4])) for result in results if Cell(*result[:4]).name not in otherwise
     ]
     if "test_dataset" in facts:
         return images_beside_paper(
@@ -57,8 +56,16 @@ def beside_paper(workdir: Path, results: Sequence[Result]) -> str:
     return mmlu_beside_paper(whole, train, weights)
 
 
-def _selected_by_dlc(workdir: Path) -> set[str]:
-    """Returns the names of the cells whose selections, as recorded, use DLC."""
-    found = records.matching(workdir, f"{artefacts.SELECTIONS}/*/*")
-    names = [record.step for record in found if record.settings.get("score") == "dlc"]
-    return {name.removeprefix(f"{artefacts.SELECTIONS}/") for name in names}
+_NOT_RULES = ("mode", "score", "variant", "tuning", "target", "second_encoder")
+
+
+def _selected_otherwise(workdir: Path) -> set[str]:
+    """Returns the names of the cells, by their records, whose rules or score the paper has not."""
+    usual, found = dataclasses.asdict(Rules()), set()
+    for record in records.matching(workdir, f"{artefacts.SELECTIONS}/*/*"):
+        name = record.step.removeprefix(f"{artefacts.SELECTIONS}/")
+        rules = {k: v for k, v in record.settings.items() if k not in _NOT_RULES}
+        by_dlc = record.settings.get("score") == "dlc" or not name.startswith("flexrand/")
+        if not by_dlc or any(usual.get(k) != v for k, v in rules.items()):
+            found.add(name)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -102,11 +103,13 @@ def _report(config: Config, workspace: Workspace) -> None:
         result._replace(pruning_seconds=seconds.get(Cell(*result[:4]).name, math.nan))
         for result in reports.read_results(workdir / artefacts.RESULTS)
     ]
-    results = _with_predictions(workdir, results)
+    results, left_out = _with_predictions(workdir, results)
     rows = reports.summarise(results)
     table, said = reports.results_table(rows), what_is_finished(config, workdir)
     if note := note_on_chance(workdir):
         said += f"\n\n{note}"
+    if left_out:
+        said += f"\n\nNote: predictions that are left out: {'; '.join(left_out)}."
     # images have no perplexity to compare with
     is_compared = "responses" in config.data_kind.measures and (workdir / artefacts.SCORES).exists()
     scores = artefacts.read_scores(workdir).scores if is_compared else {}
@@ -126,18 +129,30 @@ def _report(config: Config, workspace: Workspace) -> None:
         echo("report: no figure: there is no gap to random; add random to selection.methods")
 
 
-def _with_predictions(workdir: Path, results: list[Result]) -> list[Result]:
-    """Returns results with whether each test sample was right, of runs on the same samples."""
-    labels, found = None, []
-    for result in results:
+def _with_predictions(workdir: Path, results: list[Result]) -> tuple[list[Result], list[str]]:
+    """Returns results with whether each test sample was right, and why some are without.
+
+    Runs that were tested on the same samples have the same labels; those of most runs count.
+    """
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    left_out = []
+    for place, result in enumerate(results):
         folder = run_folder(workdir, Cell(*result[:4]))
         if (folder / PREDICTIONS).exists():
-            predicted, own = read_predictions(folder)
-            labels = own if labels is None else labels
-            if np.array_equal(own, labels):
-                result = result._replace(right=predicted == own)
-        found.append(result)
-    return found
+            try:
+                found[place] = read_predictions(folder)
+            except expect.InputError as error:
+                left_out.append(str(error).removesuffix("."))
+    counts = collections.Counter(labels.tobytes() for _, labels in found.values())
+    usual = max(counts, key=counts.__getitem__, default=b"")
+    results = results.copy()
+    for place, (predicted, labels) in found.items():
+        if labels.tobytes() != usual or len(predicted) != len(labels):
+            name = Cell(*results[place][:4]).name
+            left_out.append(f"{name} was tested on other samples than most")
+        else:
+            results[place] = results[place]._replace(right=predicted == labels)
+    return results, left_out
 
 
 def what_is_finished(config: Config, workdir: Path) -> str:

@@ -343,6 +343,7 @@ def run(job: Job) -> None:
         say(f"select: {len(superseded)} selections {others}")
     cells, num_made = config.selection.cells(), 0
     bare: set[float] = set()  # keep fractions already noted
+    short: set[float] = set()
     for cell in cells:
         made = workspace.ensure(SelectionStep(inputs, cell))
         if made is None:
@@ -354,10 +355,11 @@ def run(job: Job) -> None:
         if num_made == 1 and why:  # of every method the same
             left_out = f"{num_left_out} of {len(inputs.samples.ids)} samples left out"
             say(f"select: {left_out} as {' and '.join(why)}")
-        if made.value.num_short:
+        if made.value.num_short and cell.keep_fraction not in short:
+            short.add(cell.keep_fraction)
             say(
                 f"select: note: {cell.name} keeps {len(made.value)}, {made.value.num_short} fewer "
-                "than asked for: so many different samples are not there"
+                "than asked for: after what is left out there are no more"
             )
         num_lost = int((made.value.num_kept_per_class == 0).sum())
         if num_lost and cell.keep_fraction not in bare:

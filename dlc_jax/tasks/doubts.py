@@ -146,8 +146,12 @@ class NearDuplicatesStep:
         """Returns pairs of positions, each once, and their cosines, the most similar first."""
         features = read_input(self.root, "features", artefacts.read_scores(self.root))
         some = np.flatnonzero(features.any(axis=1))  # others have no direction
+        if len(some) > _MOST:
+            self.say(
+                f"near-duplicates: note: not looked for: all pairs of up to {_MOST:,} images are "
+                f"compared, and there are {len(some):,}"
+            )
         if not 1 < len(some) <= _MOST:
-            self.say(f"near-duplicates: note: not looked for among {len(some)} samples")
             return []
         others, cosines = most_similar(features[some])
         pairs = {
@@ -168,6 +172,8 @@ class NearDuplicatesStep:
             for a, b, cosine in pairs
         )
         _write_table(root / artefacts.NEAR_DUPLICATES, columns, rows)
+        if len(samples.ids) > _MOST:
+            return Written(self.files)
         num_mixed = sum(labels[a] != labels[b] for a, b, _ in pairs)
         self.say(
             f"near-duplicates: {len(pairs)} pairs with a cosine above {self.limit:g}, {num_mixed} "

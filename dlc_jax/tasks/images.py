@@ -159,7 +159,7 @@ class LossesStep:
         is_informative = informative_probes(probes)
         say(
             f"score: {is_informative.sum()} of {len(is_informative)} probes carry information: "
-            "more samples are nearest to their own class than the largest class has"
+            "more samples than chance has it are nearest to their own class"
         )
         facts = {
             "dataset": dataset_facts(dataset) | scored,
@@ -322,7 +322,10 @@ class ImageTask:
         name, _, weights = said.partition("=")
         if name not in ENCODERS and not is_converted(name):
             name, weights = "", said
-        encoder = load_encoder(name or None, weights).for_mode(self._config.mode)
+        try:
+            encoder = load_encoder(name or None, weights).for_mode(self._config.mode)
+        except expect.InputError as error:
+            raise expect.InputError(f"selection.second_encoder {said!r}: {error}") from error
         agree({f"selection.second_encoder {said}": encoder.fingerprint})
         return encoder
 

@@ -103,9 +103,12 @@ def read_predictions(folder: Path) -> tuple[Int32[np.ndarray, " t"], Int32[np.nd
     """Returns the predicted and the right class of each test sample.
 
     Raises:
-      ValueError: the file is not there, or damaged.
+      ValueError: the file is not there, damaged, or not as the run left it.
     """
-    found = read_npz(folder / PREDICTIONS, {"predicted": ("i", 1), "labels": ("i", 1)})
+    run, path = records.read(folder, records.RUN), folder / PREDICTIONS
+    found = read_npz(path, {"predicted": ("i", 1), "labels": ("i", 1)})
+    if run is None or run.outputs.get(PREDICTIONS) != artefacts.file_hash(path):
+        raise expect.InputError(f"{path}: not as the run left it, by its run.json.")
     return found["predicted"], found["labels"]
 
 
@@ -453,7 +456,9 @@ class RunStep:
 
     def write(self, root: Path, result: Any) -> Written:
         summary = self.trainer.write(root, result)
-        names = [*self.files, *(name for name in (PREDICTIONS,) if (root / name).exists())]
+        names = [*self.files]
+        if (root / PREDICTIONS).exists():  # of a trainer that has them
+            names.append(PREDICTIONS)
         if self.trainer.keeps_weights:
             names += [f"{CHECKPOINT}/{name}" for name in artefacts.names_below(root / CHECKPOINT)]
         return Written(names, {**self.facts, records.RESULT: summary}, seconds=result.seconds)

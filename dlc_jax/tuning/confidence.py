@@ -44,7 +44,7 @@ def self_confidence(
       3
     """
     probabilities = held_out_probabilities(features, labels, ids=ids, seed=seed, settings=settings)
-    return probabilities[np.arange(len(labels)), labels]
+    return probabilities[np.arange(len(probabilities)), np.asarray(labels)]
 
 
 def held_out_probabilities(
@@ -56,6 +56,9 @@ def held_out_probabilities(
     settings: LinearProbeConfig = LinearProbeConfig(),
 ) -> Float32[np.ndarray, "n c"]:
     """Returns the probabilities of all classes; arguments and errors as for `self_confidence`."""
+    from scipy.special import softmax  # which only this needs
+
+    features, labels = np.asarray(features), np.asarray(labels)
     expect.features_fit_labels("features", features, labels)
     if len(labels) < NUM_PARTS:
         raise expect.InputError(
@@ -78,5 +81,4 @@ def held_out_probabilities(
     for held_out in range(NUM_PARTS):
         own = part == held_out
         logits[own] = features[own].astype(np.float64) @ kernel[held_out] + bias[held_out]
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)
+    return softmax(logits, axis=1).astype(np.float32)

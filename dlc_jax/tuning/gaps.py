@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64, Int64, Shaped
 
 from dlc_jax.types import Gap
 
@@ -72,6 +72,57 @@ def crossed(values: Float64[np.ndarray, "r n"]) -> Gap:
     return interval(mean, Part.of_mean(samples), Part.of_mean(runs), both)
 
 
+class HeldOut(NamedTuple):
+    """Which samples were held out when; each at most once in a partition of the data.
+
+    Attributes:
+      repeat: [p, n] the repeat in which a sample was held out, by partition; -1: in none.
+      num_repeats: r.
+    """
+
+    repeat: Int64[np.ndarray, "p n"]
+    num_repeats: int
+
+    def means(self, values: Shaped[np.ndarray, "p n"]) -> Float64[np.ndarray, " _"]:
+        """Returns the mean over repeats of each sample that was held out at all."""
+        seen = self.repeat >= 0
+        times = seen.sum(axis=0)
+        return (values * seen).sum(axis=0, dtype=np.float64)[times > 0] / times[times > 0]
+
+
+def mean_accuracy(right: Bool[np.ndarray, "p n"], held_out: HeldOut) -> float:
+    """Returns the mean over held-out samples, in percent."""
+    return float(100 * held_out.means(right).mean())
+
+
+def gap(difference: Float[np.ndarray, "p n"], held_out: HeldOut) -> Gap:
+    """Returns how much better one way of choosing is than another.
+
+    Two things are random: which samples there are to validate on, and what was drawn and trained
+    in a repeat; see `interval`. It speaks of this training set, of new samples and new seeds.
+
+    Args:
+      difference: Of each sample while it was held out, in points: 100 where the one is right and
+        the other wrong, -100 the other way round, or a mean of such.
+      held_out: When that was.
+    Returns:
+      In percentage points; half the width of the 95 % interval is infinite for one repeat. The
+      p-value is 1 for one repeat, and where all differences are equal.
+    """
+    means = held_out.means(difference)
+    if held_out.num_repeats < 2:
+        return Gap(float(means.mean()), math.inf, 1.0)
+    seen = held_out.repeat >= 0
+    repeats, values = held_out.repeat[seen], difference[seen]
+    sizes = np.bincount(repeats, minlength=held_out.num_repeats)
+    of_repeats = np.bincount(repeats, values, minlength=len(sizes)) / sizes
+    freedom = max(len(values) - len(sizes), 1)
+    within = np.square(values - of_repeats[repeats]).sum() / freedom / len(values)
+    return interval(
+        float(means.mean()), Part.of_mean(means), Part.of_mean(of_repeats), float(within)
+    )
+
+
 def over_splits(values: Float64[np.ndarray, " k"], test_to_train: float) -> Gap:
     """Returns the mean over random splits of one data set, of which training sets overlap.
 
@@ -132,6 +183,14 @@ def likeness_of(differences: Float32[np.ndarray, "k n"]) -> Float64[np.ndarray, 
     return found
 
 
-def two_sided(p_value: float) -> float:
-    """Returns the two-sided p-value that belongs to a one-sided one."""
-    return min(2 * min(p_value, 1 - p_value), 1.0) if p_value < 1 else 1.0
+def two_sided(
+    values: Float64[np.ndarray, "*k"], test: Callable[[Float64[np.ndarray, "*k"]], Gap]
+) -> float:
+    """Returns how likely a mean so far from 0, on either side, is where it is 0.
+
+    Args:
+      values: What the mean is of.
+      test: Returns it with its one-sided p-value.
+    """
+    found = test(values)
+    return min(2 * (found if found.mean >= 0 else test(-values)).p_value, 1.0)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer, Shaped, UInt64
+from jaxtyping import Bool, Float32, Int64, Integer, UInt64
 from tqdm import tqdm
 
 from dlc_jax import expect
 from dlc_jax.distributed import Run, hides_bar
 from dlc_jax.selection import DEFAULT_SPLIT, SELECTORS, Candidates, Rules, id_keys, lots
-from dlc_jax.tuning.gaps import Part, interval, likeness_of, of_many
+from dlc_jax.tuning.gaps import HeldOut, gap, likeness_of, mean_accuracy, of_many
 from dlc_jax.tuning.linear import LinearProbeConfig
 from dlc_jax.tuning.trials import TRIALS, LinearTrials, Trial, Trials
 from dlc_jax.types import (
@@ -32,58 +31,6 @@ from dlc_jax.types import (
     setting,
 )
 
-
-class HeldOut(NamedTuple):
-    """Which samples were held out when; each at most once in a partition of the data.
-
-    Attributes:
-      repeat: [p, n] the repeat in which a sample was held out, by partition; -1: in none.
-      num_repeats: r.
-    """
-
-    repeat: Int64[np.ndarray, "p n"]
-    num_repeats: int
-
-    def means(self, values: Shaped[np.ndarray, "p n"]) -> Float64[np.ndarray, " _"]:
-        """Returns the mean over repeats of each sample that was held out at all."""
-        seen = self.repeat >= 0
-        times = seen.sum(axis=0)
-        return (values * seen).sum(axis=0, dtype=np.float64)[times > 0] / times[times > 0]
-
-
-def mean_accuracy(right: Bool[np.ndarray, "p n"], held_out: HeldOut) -> float:
-    """Returns the mean over held-out samples, in percent."""
-    return float(100 * held_out.means(right).mean())
-
-
-def gap(difference: Float[np.ndarray, "p n"], held_out: HeldOut) -> Gap:
-    """Returns how much better one way of choosing is than another.
-
-    Two things are random: which samples there are to validate on, and what was drawn and trained
-    in a repeat; see `interval`. It speaks of this training set, of new samples and new seeds.
-
-    Args:
-      difference: Of each sample while it was held out, in points: 100 where the one is right and
-        the other wrong, -100 the other way round, or a mean of such.
-      held_out: When that was.
-    Returns:
-      In percentage points; half the width of the 95 % interval is infinite for one repeat. The
-      p-value is 1 for one repeat, and where all differences are equal.
-    """
-    means = held_out.means(difference)
-    if held_out.num_repeats < 2:
-        return Gap(float(means.mean()), math.inf, 1.0)
-    seen = held_out.repeat >= 0
-    repeats, values = held_out.repeat[seen], difference[seen]
-    sizes = np.bincount(repeats, minlength=held_out.num_repeats)
-    of_repeats = np.bincount(repeats, values, minlength=len(sizes)) / sizes
-    freedom = max(len(values) - len(sizes), 1)
-    within = np.square(values - of_repeats[repeats]).sum() / freedom / len(values)
-    return interval(
-        float(means.mean()), Part.of_mean(means), Part.of_mean(of_repeats), float(within)
-    )
-
-
 METHODS = ("random", "easiest", "hardest", "flexrand", "ccs", "herding", "d2")
 NUM_PARTS = 5  # a fifth is held out at a time, as in the paper
 _LEVEL = 0.05  # most likely to prefer something at a keep fraction where nothing is better
@@ -91,7 +38,7 @@ _LOW = 0.5  # keep fractions to here, and those above, are looked at together
 _Way: TypeAlias = tuple[str, float | None]  # method and split
 _RANDOM: _Way = ("random", None)
 # features alone are measured before tuning; a training record has seen the held-out labels
-_CAN_BE_TRIED = [
+CAN_BE_TRIED = [
     name
     for name, method in SELECTORS.items()
     if method.score is None and {*method.needs} <= {"scores", "features"}
@@ -275,7 +222,7 @@ def check_tried(
     for split in splits:
         expect.split(split, f"{where}splits")
     for method in methods:
-        expect.one_of(f"{where}methods", method, _CAN_BE_TRIED)
+        expect.one_of(f"{where}methods", method, CAN_BE_TRIED)
     expect.integer(f"{where}num_repeats", num_repeats, 2)
 
 
@@ -504,8 +451,8 @@ def keep_curve(
 def _smallest(rows: tuple[Tried, ...], gaps: list[float], tolerance: float) -> float:
     """From it on all larger ones are within the tolerance, so that a lucky one does not count."""
     smallest = 1.0
-    for row, gap in reversed(list(zip(rows, gaps, strict=True))):
-        if gap < -tolerance:
+    for row, its_gap in reversed(list(zip(rows, gaps, strict=True))):
+        if its_gap < -tolerance:
             break
         smallest = row.keep_fraction
     return smallest

@@ -127,6 +127,7 @@ def test_test_samples_vary_as_well_as_seeds():
     assert (gap.mean, gap.num_seeds, gap.num_samples) == (6.0, 3, 100)
     assert gap.half_width == pytest.approx(found.half_width)
     assert gap.p_value == pytest.approx(2 * found.p_value)
+    assert rows[1].verdict == "better than random"
     lines = results_table(rows).splitlines()
     assert "over seeds and 100 test samples; random and a method" in lines[-1]
     assert "run by run and sample by sample." in lines[-1]
@@ -144,6 +145,29 @@ def test_one_run_each_is_never_better_however_many_test_samples():
     assert rows[1].verdict == "above random (one seed)"
 
 
+def test_what_is_far_worse_is_called_so():
+    """The p-value of being better rounds to 1 there."""
+    generator = np.random.default_rng(0)
+    good, bad = (np.tile(generator.random(2000) < p, (3, 1)) for p in (0.8, 0.5))
+    bad[0, :5] = ~bad[0, :5]  # seeds are not all the same
+    rows = summarise([*with_samples("random", 0.5, good), *with_samples("x", 0.5, bad)])
+    assert rows[1].gap.p_value < 1e-9
+    assert rows[1].verdict == "not better than random: worse"
+
+
+def test_gaps_of_one_seed_do_not_weaken_others():
+    generator = np.random.default_rng(0)
+    random, x = (generator.random((3, 500)) < p for p in (0.5, 0.62))
+    sweep = [*with_samples("random", 0.5, random), *with_samples("x", 0.5, x)]
+    alone = summarise(sweep)[1]
+    others = [with_samples(f"y{k}", 0.5, generator.random((1, 500)) < 0.5)[0] for k in range(30)]
+    beside = summarise([*sweep, *others])
+    assert beside[1].p_value == alone.p_value
+    said = results_table(beside).splitlines()[-1]
+    assert "(over test samples alone of one seed)" in said
+    assert said.endswith("with 95 % confidence for the one gap.")
+
+
 def test_words_are_corrected_for_the_number_of_gaps():
     """A gap that is beyond noise alone, among 20, and one that is beyond it anyway."""
     generator = np.random.default_rng(0)
@@ -154,9 +178,9 @@ def test_words_are_corrected_for_the_number_of_gaps():
         """Five runs that are right about much the same samples."""
         return hardness + 0.05 * generator.random((5, 500)) < share
 
-    random, slightly, much = with_samples("random", 0.5, runs(0.5)), runs(0.52), runs(0.75)
+    random, slightly, much = with_samples("random", 0.5, runs(0.5)), runs(0.518), runs(0.75)
     alone = summarise([*random, *with_samples("x", 0.5, slightly)])[1]
-    assert 0.004 < alone.gap.p_value < 0.05
+    assert 0.05 / 20 < alone.gap.p_value < 0.05
     assert alone.verdict == "better than random"
     others = [r for k in range(18) for r in with_samples(f"y{k}", 0.5, runs(0.5))]
     several = [*random, *with_samples("x", 0.5, slightly), *with_samples("z", 0.5, much), *others]

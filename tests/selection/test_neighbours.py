@@ -1,5 +1,7 @@
 """Selections by neighbours and prototypes against plain NumPy, and where they are defined."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from known_samples import samples_of, select
@@ -264,3 +266,39 @@ def test_as_many_neighbours_as_cover(num_samples, num, k):
             hits.append(np.mean(np.array(draws) < near))
         assert hits[0] < 0.6 + 0.02
         assert hits[1] > 0.6 - 0.02
+
+
+@pytest.mark.parametrize("method", ["typical", "d2", "prototypes", "ram_apl"])
+def test_one_far_sample_does_not_hide_the_others(method):
+    """Distances that are small beside its own keep their digits."""
+    samples = samples_of(np.repeat([0, 1], 40), num_features=6)
+    expected = plain_of(samples, method)
+    for name in ("features", "second_features"):
+        samples[name][5] *= 1e5
+    far = plain_of(samples, method)
+    kept = select(**samples, method=method, keep_fraction=0.4).indices
+    np.testing.assert_array_equal(kept, far)
+    assert len(np.intersect1d(kept, expected)) >= 16  # of 32; by position it would be fewer
+
+
+def plain_of(samples, method):
+    groups = [np.flatnonzero(samples["labels"] == j) for j in (0, 1)]
+    return np.sort(np.concatenate([g[PLAIN[method](samples, g, 16, 0.4)] for g in groups]))
+
+
+def test_what_auto_stands_for_uses_what_was_tuned():
+    """A second encoder had no part in it."""
+    samples = samples_of(np.repeat([0, 1, 2], 30))
+    trials = dlc.LinearProbeConfig(epochs=2)
+    given = {name: samples[name] for name in ("scores", "labels")}
+    tuning = dlc.tune(
+        **given, features=samples["features"], trials=trials, methods=("ram_apl",), num_repeats=5
+    )
+    choice = tuning.choice(0.5)._replace(method="ram_apl", split=None)
+    tuning = dataclasses.replace(tuning, methods=(choice,))
+    cell = {"method": "auto", "keep_fraction": 0.5, "tuning": tuning}
+    expected = select(**given, features=samples["features"], **cell)
+    kept = select(
+        **given, features=samples["features"], second_features=samples["second_features"], **cell
+    )
+    np.testing.assert_array_equal(kept.indices, expected.indices)

@@ -94,7 +94,7 @@ def test_one_class_or_two_samples_tell_nothing(labels):
 def test_losses_without_nearest_classes_are_refused():
     probes = probes_of([[0, 1]], [0, 1])
     object.__setattr__(probes, "nearest", None)
-    with pytest.raises(dlc.InputError, match=r"needs probes\.nearest.*got None"):
+    with pytest.raises(dlc.InputError, match=r"probes: have no nearest.*got None"):
         dlc.suspect_labels(probes)
 
 

@@ -58,6 +58,15 @@ def test_flexrand_by_another_score_is_not_compared(workdir):
     assert "72.00" not in text
 
 
+def test_rows_that_other_rules_selected_are_not_compared(workdir):
+    rules = {"mode": "default", "score": "dlc", "allocation": "proportional", "per_class": True}
+    record(workdir, f"selections/{CELL}", rules)
+    assert "72.00" in beside_paper(workdir, RESULTS)
+    for changed in ({"allocation": "nucs"}, {"max_similarity": 0.9}, {"leave_out_suspects": True}):
+        record(workdir, f"selections/{CELL}", rules | changed)
+        assert "72.00" not in beside_paper(workdir, RESULTS)
+
+
 def test_runs_on_other_data_or_without_a_record_have_no_table(workdir, tmp_path_factory):
     assert beside_paper(tmp_path_factory.mktemp("none"), RESULTS) == ""
     record(workdir, "finetune", IMAGES, {"test_dataset": {"num_classes": 10}})

@@ -71,9 +71,16 @@ def test_holms_correction():
     np.testing.assert_array_equal(corrected <= 0.05, is_rejected)
 
 
-@pytest.mark.parametrize(("p_value", "both"), [(0.01, 0.02), (0.99, 0.02), (0.5, 1.0), (1.0, 1.0)])
-def test_a_p_value_of_either_direction(p_value, both):
-    assert two_sided(p_value) == pytest.approx(both)
+@pytest.mark.parametrize("mean", [-30.0, -0.5, 0.0, 0.5, 30.0])
+def test_a_p_value_of_either_direction(mean):
+    """Also of a mean so far below 0 that the p-value of being above it rounds to 1."""
+    values = np.random.default_rng(0).normal(size=(3, 200))
+    values += mean - values.mean()
+    found = two_sided(values, crossed)
+    assert found == pytest.approx(2 * crossed(np.sign(mean) * values if mean else values).p_value)
+    assert found == two_sided(-values, crossed)
+    assert (found < 1e-9) == (abs(mean) == 30)
+    assert two_sided(np.ones((3, 5)), crossed) == 1.0
 
 
 def test_many_comparisons_with_one_reference():

@@ -11,7 +11,8 @@ from scipy import stats
 
 import dlc_jax as dlc
 from dlc_jax.tuning import FinetuneTrials, Trial
-from dlc_jax.tuning.tune import HeldOut, _choices, gap, mean_accuracy
+from dlc_jax.tuning.gaps import HeldOut, gap, mean_accuracy
+from dlc_jax.tuning.tune import _choices
 from dlc_jax.types import Choice, Gap, Tried, Tuning
 from dlc_jax.workspace import records
 

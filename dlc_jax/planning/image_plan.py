@@ -127,9 +127,10 @@ class ImageCosts:
         padded = self.scoring().num_probes
         losses = seen(f"losses of {m} probes", m, decodes=each_time, crops=n * m * augment)
         costs.append(losses._replace(device_flops=rows * padded * self.forward_flops))
-        # targets, which the others are compared with, are few; a second encoder is not looked at
-        names = [name for name in self.config.need.measured if INPUTS[name].setting is None]
-        return costs + [seen(name, 1, decodes=each_time) for name in names]
+        # targets, which the others are compared with, are few
+        names = [name for name in self.config.need.measured if INPUTS[name].setting != "target"]
+        shown = {"second_features": "second_features, as if of the same encoder"}
+        return costs + [seen(shown.get(name, name), 1, decodes=each_time) for name in names]
 
     def _seen(
         self, stage: str, name: str, passes: int, rows: int, num: int | None = None, **work: Any

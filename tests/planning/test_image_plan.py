@@ -160,7 +160,7 @@ def test_losses_that_do_not_fit_a_host(measured, monkeypatch):
     config = configured(("plan", "score"))
     monkeypatch.setattr(image_plan, "resident_bytes", lambda: 0)
     taken = sum(part.num_bytes for part in image_plan.scoring_host(work_of(config)).memory.parts)
-    excess = 6 * 750 * 10  # of ten probes
+    excess = (4 + 4 + 2) * 750 * 10  # loss, nearest class and check, of ten probes
     monkeypatch.setattr(plan, "host_memory", lambda: int((taken - excess) / 0.9) + 2)
     error, settings = refused(config)
     assert "score takes" in error

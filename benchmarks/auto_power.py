@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from scipy import stats
 
 from dlc_jax.reports.table import markdown
-from dlc_jax.tuning.gaps import HeldOut, Part, gap, likeness_of, of_many
+from dlc_jax.tuning.gaps import ChancePart, HeldOut, gap, likeness_of, of_many
 from dlc_jax.types import Gap
 
 _WAYS, _REPEATS, _LEVEL = 24, 25, 0.05
@@ -32,7 +32,7 @@ def with_sum(difference: np.ndarray, held_out: HeldOut) -> Gap:
     repeats = held_out.repeat.ravel()
     of_repeats = np.bincount(repeats, difference.ravel()) / np.bincount(repeats)
     means = difference.mean(axis=0, dtype=np.float64)
-    error = math.sqrt(Part.of_mean(means).variance + Part.of_mean(of_repeats).variance)
+    error = math.sqrt(ChancePart.of_mean(means).variance + ChancePart.of_mean(of_repeats).variance)
     freedom, mean = len(of_repeats) - 1, float(means.mean())
     half = float(stats.t.ppf(0.975, freedom)) * error
     return Gap(mean, half, float(stats.t.sf(mean / error, freedom)))

@@ -214,7 +214,8 @@ def test_registries_hold_what_readme_lists():
     assert {"dlc", "ifd", "perplexity", "length", *of_training} <= set(SCORES)
     assert set(SELECTORS) == of_training | {
         *("flexrand", "easiest", "hardest", "random", "ccs", "contextual_diversity"),
-        *("herding", "k_center_greedy", "moderate", "longest", "rds"),
+        *("herding", "k_center_greedy", "moderate", "longest", "rds", "middle", "ccs_herding"),
+        *("typical", "subzerocore", "d2", "prototypes", "ram_apl"),
     }
     resnets = {"resnet18", "resnet34", "resnet50"}
     assert {*resnets, "vit_small_patch16_224", "vit_base_patch16_224"} <= set(ENCODERS)

@@ -102,7 +102,7 @@ class Row(NamedTuple):
         the full set, and where no seed was run with both.
       pruning_seconds: What it took to know what to keep; NaN where that is not known.
       test_loss: Mean over seeds; NaN where it was not measured.
-      p_value: Of the gap, corrected for the number of gaps that are tested (Holm).
+      p_value: How likely so large a gap is where there is none, corrected for all gaps (Holm).
     """
 
     label: str

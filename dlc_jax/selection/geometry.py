@@ -94,7 +94,7 @@ def follow_mean(
       space: The samples, in squared Euclidean distance, centred on their mean.
       budget: Rows to choose, in [0, num_samples].
       farthest: Take the row that leaves it farthest from 0 instead.
-      digits: Of squared distances; what is beyond is no difference. None: all.
+      digits: Decimals of squared distances, beyond which there is no difference; None: all.
     """
     rows, norms = space.rows, space.norms
     sign = 1.0 if farthest else -1.0

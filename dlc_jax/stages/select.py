@@ -73,9 +73,8 @@ class SelectionInputs:
     def _tuned_from(self) -> str:
         """Hash of what decides what `auto` stands for."""
         tuning = records.read(self._workdir, "tune")
-        key = {} if tuning is None else tuning.key
-        number = artefacts.result_number("tuning")
-        return artefacts.json_hash([self._config.decides_auto, key, number])
+        found = None if tuning is None else [tuning.key, tuning.number]
+        return artefacts.json_hash([self._config.decides_auto, found])
 
     def earlier_seconds(self, cell: Cell) -> float:
         """Returns the time that the selection of a cell waits for: of measuring and tuning."""

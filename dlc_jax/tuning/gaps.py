@@ -15,21 +15,21 @@ CONFIDENCE = 0.95
 _ROUNDING = 1e-20  # variance, in points, of equal differences
 
 
-class Part(NamedTuple):
+class ChancePart(NamedTuple):
     """What one source of chance adds to the variance of a mean, and its degrees of freedom."""
 
     variance: float
     freedom: int
 
     @classmethod
-    def of_mean(cls, values: Float64[np.ndarray, " k"]) -> Part:
+    def of_mean(cls, values: Float64[np.ndarray, " k"]) -> ChancePart:
         """Returns the part of values that vary independently; 0 of a single one."""
         if len(values) < 2:
             return cls(0.0, 0)
         return cls(float(values.var(ddof=1)) / len(values), len(values) - 1)
 
 
-def interval(mean: float, of_samples: Part, of_runs: Part, both: float = 0.0) -> Gap:
+def interval(mean: float, of_samples: ChancePart, of_runs: ChancePart, both: float = 0.0) -> Gap:
     """Returns a mean that varies with the samples it is over and with the runs.
 
     The parts are estimated each as if the other source of chance were not there, so that what
@@ -69,7 +69,7 @@ def crossed(values: Float64[np.ndarray, "r n"]) -> Gap:
         left = values - runs[:, None] - samples + mean
         freedom = (num_runs - 1) * (num_samples - 1)
         both = float(np.square(left).sum()) / freedom / values.size
-    return interval(mean, Part.of_mean(samples), Part.of_mean(runs), both)
+    return interval(mean, ChancePart.of_mean(samples), ChancePart.of_mean(runs), both)
 
 
 class HeldOut(NamedTuple):
@@ -102,8 +102,8 @@ def gap(difference: Float[np.ndarray, "p n"], held_out: HeldOut) -> Gap:
     in a repeat; see `interval`. It speaks of this training set, of new samples and new seeds.
 
     Args:
-      difference: Of each sample while it was held out, in points: 100 where the one is right and
-        the other wrong, -100 the other way round, or a mean of such.
+      difference: Points by sample while it was held out: 100 where the one is right and the other
+        wrong, -100 the other way round, or a mean of such.
       held_out: When that was.
     Returns:
       In percentage points; half the width of the 95 % interval is infinite for one repeat. The
@@ -119,7 +119,10 @@ def gap(difference: Float[np.ndarray, "p n"], held_out: HeldOut) -> Gap:
     freedom = max(len(values) - len(sizes), 1)
     within = np.square(values - of_repeats[repeats]).sum() / freedom / len(values)
     return interval(
-        float(means.mean()), Part.of_mean(means), Part.of_mean(of_repeats), float(within)
+        float(means.mean()),
+        ChancePart.of_mean(means),
+        ChancePart.of_mean(of_repeats),
+        float(within),
     )
 
 
@@ -132,9 +135,9 @@ def over_splits(values: Float64[np.ndarray, " k"], test_to_train: float) -> Gap:
     Source: Nadeau & Bengio 2003, Inference for the generalization error.
     """
     values = np.asarray(values, np.float64)
-    part = Part.of_mean(values)
+    part = ChancePart.of_mean(values)
     wider = part._replace(variance=part.variance * (1 + len(values) * test_to_train))
-    return interval(float(values.mean()), Part(0.0, 0), wider)
+    return interval(float(values.mean()), ChancePart(0.0, 0), wider)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -159,7 +162,7 @@ def of_many(p_values: Sequence[float], likeness: Float64[np.ndarray, "k k"]) -> 
     one and the same reference shares its noise, so that this is less than their number times it.
 
     Args:
-      p_values: Of each comparison alone.
+      p_values: Those of each comparison alone.
       likeness: Correlations of the comparisons.
     Source: Dunnett 1955, by simulation of normal deviates.
     """

@@ -49,7 +49,7 @@ def test_the_table_marks_what_is_beyond_chance():
     alike = random + generator.normal(0, 1, (12, num))
     table, gaps = gap_table(np.concatenate([random, better, alike], axis=1), ["r", "b", "a"], 0.5)
     lines = table.splitlines()
-    assert lines[3].count("\\*") == num
+    assert lines[3].count("\\*") == num + 2  # and both means
     assert "\\*" not in lines[4]
     assert gaps[0][0].mean == pytest.approx((better - random)[:, 0].mean())
 

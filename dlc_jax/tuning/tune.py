@@ -103,9 +103,9 @@ def tune(
     `auto` becomes the best one where it is better than random pruning beyond noise, and random
     otherwise; split `auto` FlexRand's best split where it is better than 0.5 beyond noise, and 0.5
     otherwise. Beyond noise: one-sided p at most 5 %, corrected for what is compared at that keep
-    fraction (Dunnett; see `dlc_jax.tuning.gaps`), half of it for the keep fraction itself and half
-    for the mean over all to 0.5, or over all above, so that what is a little better at each of them
-    is found too.
+    fraction (Dunnett; see `dlc_jax.tuning.gaps`), half of it for the mean over all to 0.5, or over
+    all above, so that what is a little better at each of them is found, and half for the keep
+    fraction itself, where nothing is better over all.
 
     Args:
       scores: [n] hardness, higher is harder. They may come from all samples, since methods are
@@ -336,8 +336,9 @@ def _choices(
 ) -> tuple[Choice, ...]:
     """Returns for each keep fraction what is better than the reference beyond noise, or that.
 
-    Better beyond noise at the keep fraction itself, or over those to 0.5, or those above, together,
-    and on average at this one: each at half the level, so that both are wrong in as few data sets.
+    Better beyond noise over the keep fractions to 0.5, or those above, together, and on average at
+    this one; or, if nothing is, at the keep fraction itself: each at half the level, so that both
+    are wrong in as few data sets.
 
     Args:
       tried: Everything that is compared, by keep fraction.
@@ -366,22 +367,22 @@ def _choices(
         together = sure(keeps)
         for rows in pool:
             keep = rows[0].keep_fraction
-            found[keep] = _choice(rows, reference, gap_to, name, together | sure([keep]))
+            found[keep] = _choice(rows, reference, gap_to, name, (together, sure([keep])))
     return tuple(found[rows[0].keep_fraction] for rows in groups)
 
 
-def _choice(rows: list[Tried], reference: _Way, gap_to: str, name: str, sure: set[_Way]) -> Choice:
-    """Returns the best of those that are better beyond noise, or else the reference."""
+def _choice(
+    rows: list[Tried], reference: _Way, gap_to: str, name: str, sure: Sequence[set[_Way]]
+) -> Choice:
+    """Returns the best of the first set that has one better on average, or else the reference."""
     keep_fraction = rows[0].keep_fraction
     others = [(row, getattr(row, gap_to)) for row in rows if (row.method, row.split) != reference]
     if not others:
         return Choice(keep_fraction, *reference, f"{name}: nothing else was tried")
     among = f"of {len(others)} compared with {name} on held-out training data"
-    better = [
-        (row, its_gap)
-        for row, its_gap in others
-        if its_gap.mean > 0 and (row.method, row.split) in sure
-    ]
+    ahead = [other for other in others if other[1].mean > 0]
+    in_each = [[(row, its) for row, its in ahead if (row.method, row.split) in s] for s in sure]
+    better = next(filter(None, in_each), [])
     best, its_gap = max(better or others, key=lambda other: other[1].mean)
     if better:
         why = f"{best.label}: {its_gap} points, beyond noise, and the best {among}"

@@ -71,10 +71,12 @@ class SelectionInputs:
 
     @functools.cached_property
     def _tuned_from(self) -> str:
-        """Hash of what decides what `auto` stands for."""
+        """Hash of what decides what `auto` stands for, but for the keep fractions tuned together."""
         tuning = records.read(self._workdir, "tune")
-        found = None if tuning is None else [tuning.key, tuning.number]
-        return artefacts.json_hash([self._config.decides_auto, found])
+        key = {} if tuning is None else tuning.key
+        found = {name: value for name, value in key.items() if name != "keep_fractions"}
+        number = None if tuning is None else tuning.number
+        return artefacts.json_hash([self._config.decides_auto, found, number])
 
     def earlier_seconds(self, cell: Cell) -> float:
         """Returns the time that the selection of a cell waits for: of measuring and tuning."""

@@ -71,7 +71,7 @@ class SelectionInputs:
 
     @functools.cached_property
     def _tuned_from(self) -> str:
-        """Hash of what decides what `auto` stands for, but for the keep fractions tuned together."""
+        """Hash of what decides what `auto` stands for, but for keep fractions tuned too."""
         tuning = records.read(self._workdir, "tune")
         key = {} if tuning is None else tuning.key
         found = {name: value for name, value in key.items() if name != "keep_fractions"}

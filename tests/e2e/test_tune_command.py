@@ -252,7 +252,7 @@ def test_features_and_record_outlive_other_probes(finished, tmp_path):
     assert "features: unchanged" in said
     assert "record: unchanged" in said
     assert (tmp_path / "run" / "scores" / "features.npz").stat().st_mtime_ns == before
-    assert pq.read_table(tmp_path / "run" / "scores" / "scores.parquet").num_columns == 3 + 10
+    assert pq.read_table(tmp_path / "run" / "scores" / "scores.parquet").num_columns == 3 + 11
 
 
 @pytest.mark.slow

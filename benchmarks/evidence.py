@@ -47,7 +47,7 @@ class Case(NamedTuple):
     """A data set and an encoder.
 
     Attributes:
-      sources: Of the data set; all their photographs are split anew. `{shared}` is a folder.
+      sources: Sources of the data set, split anew all together. `{shared}` is a folder.
       encoder: Name and weights.
       size: Side of the images in pixels.
       test_share: Share of the photographs that is tested on.

@@ -142,8 +142,11 @@ class NearDuplicatesStep:
     def settings(self) -> dict[str, Any]:
         return {"limit": self.limit}
 
-    def compute(self, scratch: Path) -> list[tuple[int, int, float]]:
-        """Returns pairs of positions, each once, and their cosines, the most similar first."""
+    def compute(self, scratch: Path) -> list[tuple[int, int, float]] | None:
+        """Returns pairs of positions, each once, and their cosines, the most similar first.
+
+        None where there are too many images to compare.
+        """
         features = read_input(self.root, "features", artefacts.read_scores(self.root))
         some = np.flatnonzero(features.any(axis=1))  # others have no direction
         if len(some) > _MOST:
@@ -151,7 +154,8 @@ class NearDuplicatesStep:
                 f"near-duplicates: note: not looked for: all pairs of up to {_MOST:,} images are "
                 f"compared, and there are {len(some):,}"
             )
-        if not 1 < len(some) <= _MOST:
+            return None
+        if len(some) < 2:
             return []
         others, cosines = most_similar(features[some])
         pairs = {
@@ -163,16 +167,16 @@ class NearDuplicatesStep:
         }
         return sorted(((*pair, cosine) for pair, cosine in pairs.items()), key=lambda row: -row[2])
 
-    def write(self, root: Path, pairs: list[tuple[int, int, float]]) -> Written:
+    def write(self, root: Path, pairs: list[tuple[int, int, float]] | None) -> Written:
         samples, names = artefacts.read_scores(root), [*map(visible, self.class_names)]
         ids, labels = samples.ids.tolist(), samples.labels.tolist()
         columns = ("id", "class", "other_id", "other_class", "cosine")
         rows = (
             (ids[a], names[labels[a]], ids[b], names[labels[b]], f"{cosine:.6f}")
-            for a, b, cosine in pairs
+            for a, b, cosine in pairs or ()
         )
         _write_table(root / artefacts.NEAR_DUPLICATES, columns, rows)
-        if len(samples.ids) > _MOST:
+        if pairs is None:
             return Written(self.files)
         num_mixed = sum(labels[a] != labels[b] for a, b, _ in pairs)
         self.say(

@@ -280,7 +280,7 @@ def test_what_is_written_for_trl_is_what_was_scored(tokenizer, tmp_path, layout,
     assert again.others == data.others
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["dolly_hhrlhf_1000", "gsm8k_2473", "roleplay_1546"])
 def test_real_rows_are_trls(tokenizer, name):
     source = f"jsonl:{require_shared(f'instructions/{name}.jsonl')}"

@@ -72,7 +72,7 @@ def test_every_model_that_configurations_name_has_its_sizes_here():
     assert set(presets.LANGUAGE_MODELS.values()) == set(PAPER_MODELS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_setting_to_turn():
     large = Scoring(**{**vars(scoring(GEMMA, 1)), "tokens_per_batch": 131_072})
     assert (
@@ -82,7 +82,7 @@ def test_the_setting_to_turn():
     assert "try lora.rematerialise=True, or" in ways_out(kept, int(0.9 * 80 * GIB))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_weights_that_fit_nowhere():
     said = ways_out(scoring(MISTRAL, 1), GIB // 16)
     assert said.startswith("no single setting helps")

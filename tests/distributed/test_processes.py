@@ -148,7 +148,7 @@ def test_several_processes_find_what_one_finds(data, alone, tmp_path, num, num_d
     check_same(tmp_path, alone[name])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("rank", "seconds"), [(0, 30), (1, 5)])
 def test_a_process_that_starts_later_is_waited_for(data, alone, tmp_path, rank, seconds):
     codes, said = ended(start(2, tmp_path, [*SCORE, *SELECT, *data["few"]], 1, (rank, seconds)))
@@ -238,7 +238,7 @@ def wait_for_parts(workdir: Path, num: int) -> None:
 
 
 @names_the_dead
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("rank", "num_after"), [(0, 1), (1, 3)])
 def test_killed_in_scoring_the_others_name_it_and_any_number_goes_on(
     data, alone, tmp_path, rank, num_after

@@ -72,7 +72,7 @@ def measured(folder, place):
     return json.loads(out.read_text()) | {"merged": place / "merged"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_converted_model_over_four_devices_gives_what_one_gives(timm, tmp_path):
     import transformers
 

@@ -97,7 +97,7 @@ def within_classes(first: Run, second: Run) -> float:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resnet18_keeps_the_same_photographs_through_both_doors(photographs, tmp_path):
     weights = require_shared("encoders/resnet18_tin64")
     doors = [

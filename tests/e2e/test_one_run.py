@@ -60,7 +60,8 @@ def num_probes(workdir: Path) -> int:
 
 def test_a_second_run_is_refused_at_once_whatever_it_wants(tmp_path):
     workdir = tmp_path / "run"
-    first = start(workdir, *SCORE, "--config.probe.num_probes=12")
+    # many probes: the first is to be at work until the last of the others has asked
+    first = start(workdir, *SCORE, "--config.probe.num_probes=40", "--config.probe.step=0.02")
     wait_for(first, workdir, lease.FILE)
     since = json.loads((workdir / lease.FILE).read_text())["since"]
     (tmp_path / "link").symlink_to(workdir)
@@ -77,7 +78,7 @@ def test_a_second_run_is_refused_at_once_whatever_it_wants(tmp_path):
         assert f"holds it since {since}. One run at a time" in err
         assert err.count("\n") == 1
     ended(first, 0)
-    assert num_probes(workdir) == 12
+    assert num_probes(workdir) == 40
     assert not list(workdir.rglob(".*"))
 
 

@@ -362,7 +362,7 @@ def test_mistakes_end_in_one_clear_line(tmp_path, arguments, says):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_five_times_a_sweep_ends_as_if_undisturbed(finished, tmp_path):
     """kill -9 at random moments: of starting, training, saving, testing and writing results."""
     for name in ("scores", "selections", "records", "config.json", "provenance.json"):

@@ -242,7 +242,7 @@ def test_every_name_is_timms(timm, name):
     ("name", "image_size"),
     [
         pytest.param("convnext_tiny", 224, marks=pytest.mark.long),
-        pytest.param("convnextv2_tiny", 160, marks=pytest.mark.slow),
+        pytest.param("convnextv2_tiny", 160, marks=pytest.mark.long),
         pytest.param("vit_small_patch14_reg4_dinov2", 224, marks=pytest.mark.long),
     ],
 )
@@ -399,7 +399,7 @@ def test_a_head_of_its_own_needs_features():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("convnext_tiny", marks=SLOW), "vit_base_patch16_siglip_224"]
+    "name", [pytest.param("convnext_tiny", marks=pytest.mark.long), "vit_base_patch16_siglip_224"]
 )
 def test_fine_tuning_moves_every_part(timm, load, name):
     encoder = load(name, timm_model(timm, name))

@@ -27,10 +27,11 @@ FAMILIES = ("phi3", "gpt2", "opt")  # fused layers; weights [in, out]; told what
 MORE = {
     "gpt2": pytest.mark.slow,
     "opt": pytest.mark.slow,
-    "qwen3": pytest.mark.slow,
-    "gemma3_text": pytest.mark.slow,
     "falcon": pytest.mark.slow,
-    **dict.fromkeys(("granite", "gpt_neox", "smollm3", "olmo3", "minicpm3"), pytest.mark.long),
+    **dict.fromkeys(
+        ("qwen3", "gemma3_text", "granite", "gpt_neox", "smollm3", "olmo3", "minicpm3"),
+        pytest.mark.long,
+    ),
 }
 
 

@@ -89,7 +89,7 @@ def in_torch_order(masks: dict, prunable: tuple[str, ...]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("too_many_to_sort", [1 << 28, 0], ids=["sorted", "counted"])
-@settings(deadline=None, max_examples=6)  # each is a compilation
+@settings(deadline=None, max_examples=3)  # each is a compilation
 @given(
     dtype=st.sampled_from(["float16", "bfloat16"]),
     num_values=st.integers(1, 12),
@@ -159,7 +159,7 @@ def test_official_masks_do_not_depend_on_the_door():
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["default", "official"])
 def test_both_doors_of_a_real_checkpoint_give_the_same_losses(sample_encoder, small_sample, mode):
     """Half-precision weights: under torch's names and layouts, and as they are here."""

@@ -32,7 +32,6 @@ COUNTS = {
 }
 LARGEST = "google/gemma-2-9b"
 OTHERS = {name: pytest.mark.long for name in COUNTS if name != LARGEST}
-OTHERS["google/gemma-3-12b-pt"] = pytest.mark.slow
 MODELS = [LARGEST, *(pytest.param(name, marks=mark) for name, mark in OTHERS.items())]
 MISTRAL = PAPER_MODELS["mistralai/Mistral-7B-v0.3"]
 GEMMA = PAPER_MODELS[LARGEST]

@@ -65,7 +65,7 @@ def test_features_are_those_of_timm(timm, tmp_path, name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("efficientnet_lite0", marks=pytest.mark.slow), "vit_small_patch16_224"],
+    [pytest.param("efficientnet_lite0", marks=pytest.mark.long), "vit_small_patch16_224"],
 )
 def test_masked_copies_side_by_side_are_those_one_after_another(timm, tmp_path, name):
     arguments, size = SMALL[name]

@@ -100,8 +100,13 @@ def test_activations_computed_again_give_the_same_gradient(stored):
     assert len(re.findall(r"\b(remat2?|checkpoint)\[", text)) == 2  # a block each
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["phi3", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("phi3", marks=pytest.mark.slow),
+        pytest.param("gpt2", marks=pytest.mark.long),
+    ],
+)
 def test_dropout_is_of_tokens_wherever_their_rows_are(stored, family):
     model = loaded(stored(family)[1])
     architecture = model.architecture.for_training(LoraConfig(rank=2, dropout=0.4).adapter, False)

@@ -31,8 +31,10 @@ COUNTS = {
     "google/gemma-3-12b-pt": 11_766_034_176,
 }
 LARGEST = "google/gemma-2-9b"
-OTHERS = {name: pytest.mark.long for name in COUNTS if name != LARGEST}
-MODELS = [LARGEST, *(pytest.param(name, marks=mark) for name, mark in OTHERS.items())]
+MODELS = [
+    LARGEST,
+    *(pytest.param(name, marks=pytest.mark.long) for name in COUNTS if name != LARGEST),
+]
 MISTRAL = PAPER_MODELS["mistralai/Mistral-7B-v0.3"]
 GEMMA = PAPER_MODELS[LARGEST]
 
@@ -71,7 +73,7 @@ def test_every_model_that_configurations_name_has_its_sizes_here():
     assert set(presets.LANGUAGE_MODELS.values()) == set(PAPER_MODELS)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_setting_to_turn():
     large = Scoring(**{**vars(scoring(GEMMA, 1)), "tokens_per_batch": 131_072})
     assert (
@@ -81,7 +83,7 @@ def test_the_setting_to_turn():
     assert "try lora.rematerialise=True, or" in ways_out(kept, int(0.9 * 80 * GIB))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_weights_that_fit_nowhere():
     said = ways_out(scoring(MISTRAL, 1), GIB // 16)
     assert said.startswith("no single setting helps")

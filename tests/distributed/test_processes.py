@@ -148,8 +148,13 @@ def test_several_processes_find_what_one_finds(data, alone, tmp_path, num, num_d
     check_same(tmp_path, alone[name])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("rank", "seconds"), [(0, 30), (1, 5)])
+@pytest.mark.parametrize(
+    ("rank", "seconds"),
+    [
+        pytest.param(0, 30, marks=pytest.mark.long),
+        pytest.param(1, 5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_starts_later_is_waited_for(data, alone, tmp_path, rank, seconds):
     codes, said = ended(start(2, tmp_path, [*SCORE, *SELECT, *data["few"]], 1, (rank, seconds)))
     assert codes == [0, 0], "\n".join(text[-2000:] for text in said)
@@ -238,8 +243,13 @@ def wait_for_parts(workdir: Path, num: int) -> None:
 
 
 @names_the_dead
-@pytest.mark.long
-@pytest.mark.parametrize(("rank", "num_after"), [(0, 1), (1, 3)])
+@pytest.mark.parametrize(
+    ("rank", "num_after"),
+    [
+        pytest.param(0, 1, marks=pytest.mark.slow),
+        pytest.param(1, 3, marks=pytest.mark.long),
+    ],
+)
 def test_killed_in_scoring_the_others_name_it_and_any_number_goes_on(
     data, alone, tmp_path, rank, num_after
 ):

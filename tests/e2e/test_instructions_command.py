@@ -376,7 +376,7 @@ def test_adapters_are_trained_and_asked(place, tmp_path):
     assert float(rows["full"]["test_loss"]) > losses["full"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_stages_that_miss_something_say_what(place, tmp_path):
     said = run(place, tmp_path, "--config.stages=evaluate", code=2)
     assert "evaluation.mmlu: missing" in said

@@ -20,7 +20,6 @@ from dlc_jax.probes.kernel import Forward, features_of_batch
 from dlc_jax.training.images.step import Network
 from dlc_jax.types import by_path
 
-SLOW = pytest.mark.slow
 WIDTHS, DEPTHS = (8, 16, 32, 64), (1, 1, 1, 1)
 # One name for each set of switches.
 DISTINCT = (
@@ -113,7 +112,8 @@ def own_features(encoder: dlc.Encoder, images: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in FEW else pytest.param(name, marks=SLOW) for name in DISTINCT]
+    "name",
+    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in DISTINCT],
 )
 def test_features_and_gradients_are_timms(timm, load, name):
     import torch
@@ -203,10 +203,9 @@ def timm_tensors(model) -> dict[str, StoredTensor]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name,
-            marks=() if name in ("convnext_tiny", "vit_base_patch16_siglip_224") else (SLOW,),
-        )
+        name
+        if name in ("convnext_tiny", "vit_base_patch16_siglip_224")
+        else pytest.param(name, marks=pytest.mark.long)
         for name in NEW
     ],
 )

@@ -445,7 +445,7 @@ def test_answers_are_cached_in_the_order_of_requests(writers):
     assert ours.generate_until([]) == []
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_command(place, tmp_path):
     """In its own process, over a task in a file."""
     task = text_tasks(place)[0]

@@ -597,7 +597,7 @@ def test_the_function_export_says_where_the_form_is(small_sample, tmp_path):
         dlc.export(small_sample, [0], tmp_path / "x", form="released")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_command_line(vision, pictures, tmp_path):
     build_dtd(tmp_path, pictures)
 

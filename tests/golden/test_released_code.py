@@ -86,7 +86,7 @@ def test_images_are_the_recorded_ones(golden, sample):
     np.testing.assert_array_equal(sample.ids, inputs["ids"])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_features_and_prototypes(encoder, sample, recorded, probes):
     features = dlc.features(encoder, sample, image_size=64, mode="official")
     for ours, theirs in (
@@ -110,7 +110,7 @@ def test_losses_scores_and_kept_sets_end_to_end(recorded, probes):
     assert shared / total >= 0.99
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_masks_have_the_recorded_hashes_and_counts(golden, encoder, recorded):
     """The recorded hash is of packed bits, 1 = kept, in torch's layout and module order."""
     prunable = prunable_paths(encoder.params, encoder.is_prunable)

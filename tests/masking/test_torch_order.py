@@ -89,7 +89,7 @@ def in_torch_order(masks: dict, prunable: tuple[str, ...]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("too_many_to_sort", [1 << 28, 0], ids=["sorted", "counted"])
-@settings(deadline=None, max_examples=3)  # each is a compilation
+@settings(deadline=None, max_examples=6)  # each is a compilation
 @given(
     dtype=st.sampled_from(["float16", "bfloat16"]),
     num_values=st.integers(1, 12),

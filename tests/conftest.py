@@ -8,7 +8,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jaxtyping
@@ -31,6 +31,7 @@ if "DLC_JAX_TESTS" not in os.environ:
 
 jaxtyping.install_import_hook("dlc_jax", "runtime_types.check")
 
+import jax  # noqa: E402
 import jaxlib.version  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -40,6 +41,10 @@ from PIL import Image  # noqa: E402
 import dlc_jax as dlc  # noqa: E402
 from dlc_jax.training.images import Finetuner  # noqa: E402
 from dlc_jax.workspace import Record, artefacts  # noqa: E402
+
+# LLVM takes longer over a program than a test's small arrays do in it. XLA's own passes stay, and
+# commands that tests start compile as the user's do.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # how long an example takes says what else the machine does
 settings.register_profile("busy machine", deadline=None)
@@ -101,6 +106,11 @@ def power_cut(epoch: int) -> Iterator[None]:
         patch.setattr(Finetuner, "batches", batches)
         with pytest.raises(RuntimeError, match="power cut"):
             yield
+
+
+def slow_but(quick: Sequence[str], names: Iterable[str]) -> list:
+    """Returns these as parameters of a test, slow but for the quick ones."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def subset(dataset: dlc.Dataset, positions: np.ndarray) -> dlc.Dataset:

@@ -23,6 +23,7 @@ def cells(text: str) -> dict[tuple[str, str], list[str]]:
     return {(row[0], row[1]): row[2:] for row in rows}
 
 
+@pytest.mark.slow
 def test_gaps_are_shares_of_what_all_rows_gain_and_intervals_hold_the_truth():
     generator = np.random.default_rng(0)
     hard = generator.normal(3, 1, size=50).astype(np.float32)  # how hard each held-out row is

@@ -8,7 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT
+from conftest import ROOT, slow_but
 
 from dlc_jax import expect, presets
 from dlc_jax.config import Config, default_config
@@ -43,7 +43,7 @@ def scoring(config, fsdp, tokens_per_batch=8192):
     return Scoring(config, "bfloat16", "l1", 8, tokens_per_batch, 2048, fsdp)
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", slow_but(["Qwen/Qwen3-8B"], COUNTS))
 def test_sizes_of_known_models(name):
     architecture = Architecture(KNOWN_MODELS[name], "bfloat16")
     shapes = jax.tree.leaves(architecture.abstract_params())
@@ -53,7 +53,7 @@ def test_sizes_of_known_models(name):
     assert 0 <= weight_bytes(architecture, 8) - COUNTS[name] / 4 < 2e6
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(LARGEST, marks=pytest.mark.slow), *MODELS[1:]])
 def test_they_fit_eight_small_devices(name):
     config = KNOWN_MODELS[name]
     for job in (scoring(config, 8), Finetuning(config, LoraConfig(), 2048, 8)):
@@ -186,6 +186,7 @@ def test_passes_time_and_break_even(whole):
     assert "\n| 0.50 " in whole
 
 
+@pytest.mark.slow
 def test_only_this_machine_is_refused(sample_config, monkeypatch):
     config = sample_config
     config.dataset.train = "jsonl:nowhere.jsonl"

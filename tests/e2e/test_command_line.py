@@ -113,6 +113,7 @@ def test_config_and_provenance_are_complete(workdir, sample, sample_encoder):
     assert provenance["devices"]
 
 
+@pytest.mark.slow
 def test_table_and_places_are_printed(workdir):
     printed = run(*FAST, f"--workdir={workdir}").stdout
     line = next(line for line in printed.splitlines() if line.startswith("helicopter"))
@@ -180,6 +181,7 @@ def test_scores_that_do_not_belong_together_are_not_selected_from(workdir, tmp_p
     assert "not as the stage 'score' left it" in failed.stderr
 
 
+@pytest.mark.slow
 def test_a_home_directory_in_the_work_directory_is_expanded(workdir, tmp_path):
     subprocess.run(["cp", "-r", f"{workdir}/scores", str(tmp_path)], check=True)
     done = subprocess.run(

@@ -209,6 +209,7 @@ def test_without_random_there_is_no_figure_but_a_hint(tmp_path):
     assert not (tmp_path / "report" / "gap_to_random.png").exists()
 
 
+@pytest.mark.slow
 def test_a_test_set_that_does_not_fit_is_told_before_scoring(tmp_path, sample):
     path = tmp_path / "test" / "zebra" / "1.jpg"
     path.parent.mkdir(parents=True)
@@ -347,9 +348,17 @@ def test_scores_made_anew_set_runs_aside(finished, tmp_path):
     ("arguments", "says"),
     [
         (("--config.stages=('finetune',)",), "run the stage 'score'"),
-        (("--config.stages=('report',)",), "results.csv: not there; run the stage 'finetune'"),
         (("--config.dataset.test=None",), "dataset.test: missing"),
-        (("--config.finetune.epochs=-1",), "finetune.epochs: must be >= 0"),
+        pytest.param(
+            ("--config.stages=('report',)",),
+            "results.csv: not there; run the stage 'finetune'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("--config.finetune.epochs=-1",),
+            "finetune.epochs: must be >= 0",
+            marks=pytest.mark.slow,
+        ),
         (("--config.finetune.milestones=(25,)",), "finetune.milestones: must be <= 1"),
         (("--config.finetune.epoch=3",), "Did you mean 'finetune.epochs'"),
     ],

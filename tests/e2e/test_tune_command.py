@@ -204,17 +204,20 @@ def test_nothing_is_done_twice_and_one_more_method_asks_for_what_it_needs(finish
     assert (tmp_path / "run" / "superseded").is_dir()
 
 
+MISTAKES = [
+    (("--config.selection.score=dcl",), "Did you mean 'dlc'?"),
+    (("--config.tuning.methods=entropy",), r"tuning.methods: unknown value 'entropy'"),
+    (("--config.mode=official",), "mode 'official' has no"),
+    (("--config.selection.splits=best",), "selection.splits: expected numbers or 'auto'"),
+    (("--config.tuning.methods=easiest",), "expected flexrand among them"),
+    (("--config.selection.score=el2n",), "comes from training on what 'auto' holds out"),
+    (("--config.selection.allocation=nucs",), "is tuned with allocation='proportional'"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [
-        (("--config.mode=official",), "mode 'official' has no"),
-        (("--config.tuning.methods=entropy",), r"tuning.methods: unknown value 'entropy'"),
-        (("--config.selection.splits=best",), "selection.splits: expected numbers or 'auto'"),
-        (("--config.tuning.methods=easiest",), "expected flexrand among them"),
-        (("--config.selection.score=el2n",), "comes from training on what 'auto' holds out"),
-        (("--config.selection.allocation=nucs",), "is tuned with allocation='proportional'"),
-        (("--config.selection.score=dcl",), "Did you mean 'dlc'?"),
-    ],
+    [*MISTAKES[:2], *(pytest.param(*mistake, marks=pytest.mark.slow) for mistake in MISTAKES[2:])],
 )
 def test_mistakes_end_in_one_clear_line(tmp_path, arguments, says):
     said = run(tmp_path, *arguments, code=2)

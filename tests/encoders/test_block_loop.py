@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow_but
 from flax import nnx
 
 from dlc_jax.encoders.decoder import Architecture, Decoder, DecoderConfig
@@ -73,7 +74,7 @@ def test_period(windows, period):
     assert dataclasses.replace(TINY, windows=windows).period == period
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", slow_but(["with a rest", "without a period"], WINDOWS))
 def test_losses_are_those_of_blocks_one_after_the_other(name):
     architecture, params = made(WINDOWS[name])
     plain = dataclasses.replace(architecture, loops=False)
@@ -81,6 +82,7 @@ def test_losses_are_those_of_blocks_one_after_the_other(name):
     np.testing.assert_array_equal(_losses(architecture, *arguments), _losses(plain, *arguments))
 
 
+@pytest.mark.slow
 def test_losses_of_a_gemma_differ_by_rounding():
     """What scales its embeddings was computed with the first block before."""
     switches = {"scale_embedding": True, "sandwich": True, "offset_norm": True, "tied": True}
@@ -92,7 +94,10 @@ def test_losses_of_a_gemma_differ_by_rounding():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("masking", "name"), [("l1", "alike"), ("random", "with a rest")])
+@pytest.mark.parametrize(
+    ("masking", "name"),
+    [("l1", "alike"), pytest.param("random", "with a rest", marks=pytest.mark.slow)],
+)
 def test_losses_of_probes_are_those_of_blocks_one_after_the_other(masking, name):
     architecture, params = made(WINDOWS[name])
     arguments = probes(architecture, params, masking)
@@ -136,10 +141,8 @@ def training(architecture, params, rematerialise):
     return trained, params, adapter, rows, Sums.zero(adapter)
 
 
-@pytest.mark.parametrize(
-    ("name", "rematerialise"),
-    [("alike", False), pytest.param("with a rest", True, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rematerialise"), [("alike", False), ("with a rest", True)])
 def test_gradients_are_those_of_blocks_one_after_the_other(name, rematerialise):
     trained, *arguments, sums = training(*made(WINDOWS[name]), rematerialise)
     plain = dataclasses.replace(trained, loops=False)
@@ -154,7 +157,7 @@ def test_gradients_are_those_of_blocks_one_after_the_other(name, rematerialise):
         assert np.linalg.norm(found[path] - gradient) <= 1e-5 * size, path
 
 
-@pytest.mark.parametrize("rematerialise", [False, True])
+@pytest.mark.parametrize("rematerialise", slow_but([True], [False, True]))
 def test_a_deep_model_is_trained_by_the_program_of_a_shallow_one(rematerialise):
     def num_products(depth):
         lowered = add_rows.lower(*training(*made((None,) * depth), rematerialise))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import require_shared
+from conftest import require_shared, slow_but
 from encoder_files import stored
 
 import dlc_jax as dlc
@@ -46,7 +46,9 @@ def relative(found, expected):
     return np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", slow_but([name for name in SMALL if name != "convnext_atto"], SMALL)
+)
 def test_features_are_those_of_timm(timm, tmp_path, name):
     import torch
 
@@ -65,7 +67,10 @@ def test_features_are_those_of_timm(timm, tmp_path, name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("efficientnet_lite0", marks=pytest.mark.long), "vit_small_patch16_224"],
+    [
+        pytest.param("efficientnet_lite0", marks=pytest.mark.long),
+        pytest.param("vit_small_patch16_224", marks=pytest.mark.slow),
+    ],
 )
 def test_masked_copies_side_by_side_are_those_one_after_another(timm, tmp_path, name):
     arguments, size = SMALL[name]
@@ -122,6 +127,7 @@ def test_what_is_masked_follows_one_rule(timm, name, arguments, expected):
     assert found == sorted(found, key=list(sizes).index)
 
 
+@pytest.mark.slow
 def test_batch_norms_train_as_in_torch_on_the_real_samples(timm, tmp_path):
     """Padding changes neither gradients nor running statistics; dropout and drop path are off."""
     arguments = {"drop_path_rate": 0.5, "drop_rate": 0.5}
@@ -161,6 +167,7 @@ def test_networks_compute_in_bfloat16(timm, tmp_path):
     assert relative(found.astype(np.float32), exact) < 0.05
 
 
+@pytest.mark.slow
 def test_other_image_sizes_resample_positions_as_timm_does(timm, tmp_path):
     import torch
 
@@ -486,6 +493,7 @@ def test_a_prefix_of_all_names_is_left_out(timm, tmp_path):
     assert (wrapped.prefix, wrapped.fingerprint) == ("module.", plain.fingerprint)
 
 
+@pytest.mark.slow
 def test_pooling_is_of_tokens(timm, tmp_path):
     stored(tmp_path, timm, "resnet10t", {})
     with pytest.raises(dlc.InputError, match=r"encoder\.pooling of timm:resnet10t.*'cls'"):

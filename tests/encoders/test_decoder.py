@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import XLA_IS_OLD
+from conftest import XLA_IS_OLD, slow_but
 from flax import nnx
 
 from dlc_jax.encoders import decoder, known_models, rotations
@@ -148,7 +148,7 @@ def error(ours, theirs, is_token):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("side", [pytest.param("left", marks=pytest.mark.slow), "right"])
+@pytest.mark.parametrize("side", slow_but(["right"], ["left", "right"]))
 def test_logits_are_those_of_torch(torch_models, name, side):
     folder, model = torch_models[name]
     config = read_config(folder)

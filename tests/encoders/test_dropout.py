@@ -66,6 +66,7 @@ def test_stochastic_depth_drops_residuals_of_samples(timm, tmp_path):
     check_paths(encoder, ("blocks.1.attn.proj", "blocks.1.mlp.fc2"), 0.75)
 
 
+@pytest.mark.slow
 def test_stochastic_depth_of_transformers(tmp_path):
     import torch
     import transformers
@@ -109,6 +110,7 @@ def test_dropout_zeroes_and_scales(timm, tmp_path):
     assert ((other != 0) != kept).mean() == pytest.approx(2 * 0.21, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_rate_that_an_architecture_has_by_itself_is_off(timm, tmp_path):
     """Swin's stochastic depth is 0.1 unless another rate is given."""
     arguments = {"img_size": 32, "window_size": 4, "embed_dim": 16}
@@ -191,6 +193,7 @@ def weights_of(result):
     return {key: np.asarray(leaf) for key, leaf in result.weights["encoder"].items()}
 
 
+@pytest.mark.slow
 def test_the_seed_decides_a_run_and_a_stopped_one_goes_on(timm, tmp_path, small_sample):
     encoder = vit(tmp_path, timm, dropout=0.2, drop_path=0.2)
     plain = dataclasses.replace(encoder, dropout=0.0, drop_path=0.0)

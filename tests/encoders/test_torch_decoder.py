@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow_but
 from safetensors.numpy import load_file, save_file
 
 import dlc_jax as dlc
@@ -69,7 +70,7 @@ def hidden(model, tokens, segments):
     return np.asarray(run(model.params, jnp.asarray(tokens), jnp.asarray(segments)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["phi3"], FAMILIES))
 def test_sequences_of_a_row_do_not_see_each_other(stored, family):
     model = loaded(stored(family)[1])
     tokens, _ = coverage.padded_rows()
@@ -81,6 +82,7 @@ def test_sequences_of_a_row_do_not_see_each_other(stored, family):
         np.testing.assert_allclose(found[segments[0] == number], expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_activations_computed_again_give_the_same_gradient(stored):
     model = loaded(stored("phi3")[1])
     adapter = LoraConfig(rank=2).adapter
@@ -125,6 +127,7 @@ def test_dropout_is_of_tokens_wherever_their_rows_are(stored, family):
         assert np.abs(plain[path] - gradient).max() > 1e-2 * np.abs(gradient).max(), path
 
 
+@pytest.mark.slow
 def test_half_precision_is_that_of_torch(stored):
     import torch
 
@@ -247,6 +250,7 @@ def test_masks_that_old_checkpoints_hold_are_left_out(stored, tmp_path):
     assert found.fingerprint == loaded(folder).fingerprint
 
 
+@pytest.mark.slow
 def test_threads_take_turns(stored):
     model = loaded(stored("phi3")[1])
     tokens, _ = coverage.padded_rows()
@@ -260,6 +264,7 @@ def test_threads_take_turns(stored):
             np.testing.assert_allclose(found, expected[:, :length], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stored_head_that_differs_is_a_head_of_its_own(stored, tmp_path):
     original, folder = stored("gpt2")
     model = loaded(folder)
@@ -283,7 +288,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("says", REFUSED)
+@pytest.mark.parametrize(
+    "says", slow_but(["a mixture of experts", "depends on later tokens"], REFUSED)
+)
 def test_models_that_are_not_dense_and_causal_are_refused(timm, says, tmp_path, monkeypatch):
     family, settings = REFUSED[says]
     monkeypatch.setitem(coverage.FAMILIES, family, settings)
@@ -293,6 +300,7 @@ def test_models_that_are_not_dense_and_causal_are_refused(timm, says, tmp_path, 
             loaded(tmp_path / "model", dtype=dtype)
 
 
+@pytest.mark.slow
 def test_large_models_are_tried_without_a_copy(stored, monkeypatch):
     _, folder = stored("phi3")
     monkeypatch.setattr(torch_checkpoint, "_ARCHITECTURES", {})
@@ -406,7 +414,8 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
 
 @pytest.mark.parametrize(
-    ("family", "rope", "longest"), [("phi3", LONG, 32), ("llama", DYNAMIC, 64)]
+    ("family", "rope", "longest"),
+    [pytest.param("phi3", LONG, 32, marks=pytest.mark.slow), ("llama", DYNAMIC, 64)],
 )
 def test_rotations_that_depend_on_the_batch_are_those_of_short_ones(
     timm, tmp_path, monkeypatch, family, rope, longest
@@ -424,6 +433,7 @@ def test_rotations_that_depend_on_the_batch_are_those_of_short_ones(
         assert coverage.logits_distance(model, plain, *coverage.padded_rows()) > 1e-3
 
 
+@pytest.mark.slow
 def test_likelihoods_of_continuations_are_those_of_the_decoder(stored):
     _, folder = stored("llama")
     pairs = [([5, 6, 7], [8]), ([5, 6, 7], [9]), ([4], [11, 12]), (list(range(3, 60)), [7, 8, 9])]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow_but
 from small_llama import make_writer
 
 import dlc_jax as dlc
@@ -74,7 +75,7 @@ def read_in_parts(kind, architecture, params):
     return np.asarray(run(params, jnp.asarray(tokens)))
 
 
-@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("name", slow_but(["gemma2"], SWITCHES))
 def test_what_is_kept_changes_nothing(name):
     """Against the base class, which computes all tokens again; with an adapter."""
     config = DecoderConfig(**(SIZES | SWITCHES[name]))

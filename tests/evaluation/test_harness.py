@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, require_shared
+from conftest import ROOT, require_shared, slow_but
 from small_llama import make_llama, make_writer
 
 from dlc_jax.encoders.language_model import load_language_model
@@ -149,9 +149,7 @@ def assert_same(theirs, ours):
             np.testing.assert_allclose(metrics[task][name], value, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "name", ["model", "split", pytest.param("converted", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", slow_but(["split"], ["model", "split", "converted"]))
 def test_mmlu_is_that_of_lm_eval(place, name):
     """Prompts, log-likelihoods, scores of subjects, groups and all; also of letters in pieces."""
     from lm_eval.api.metrics import aggregate_subtask_metrics
@@ -426,6 +424,7 @@ def test_settings_that_change_no_greedy_answer_are_taken(writers):
     assert first == second
 
 
+@pytest.mark.slow
 def test_answers_are_cached_in_the_order_of_requests(writers):
     _, ours = both(writers / "Llama")
     kept = {}
@@ -467,6 +466,7 @@ def test_the_command(place, tmp_path):
     assert found == metrics["multiple_choice"]["acc,none"]
 
 
+@pytest.mark.slow
 def test_without_lm_eval_the_extra_is_named():
     code = "import sys; sys.modules['lm_eval'] = None; import dlc_jax.evaluation.harness"
     command = "import sys; sys.modules['lm_eval'] = None; import dlc_jax.lm_eval as l; l.main()"

@@ -88,6 +88,7 @@ def test_a_lower_limit_cuts_more(models):
     assert abs(found.sums[0] - of_torch(theirs, *PAIRS[2])[0]) > 0.01
 
 
+@pytest.mark.slow
 def test_choices_of_one_token_share_a_pass(models, monkeypatch):
     """Whatever comes before the last token is read once, wherever the context ends."""
     model, theirs = models

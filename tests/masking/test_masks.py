@@ -83,6 +83,7 @@ def test_masks_are_torchs_at_every_step(timm, tmp_path, schedule):
             assert np.all(weights[name][differs] == tied), (k, name)
 
 
+@pytest.mark.slow
 def test_half_precision_ties_exact_counts_nested_and_by_position(sample_encoder):
     params = sample_encoder.params
     prunable = prunable_paths(params, sample_encoder.is_prunable)
@@ -261,6 +262,7 @@ def test_random_importance_is_fixed_by_the_seed_and_ignores_the_weights(sample_e
     assert [sum((~m).sum() for m in mask.values()) for mask in masks] == counts.tolist()
 
 
+@pytest.mark.slow
 def test_masked_leaves_other_parameters_alone(sample_encoder):
     params = sample_encoder.params
     prunable = prunable_paths(params, sample_encoder.is_prunable)
@@ -285,8 +287,8 @@ def test_an_encoder_without_prunable_parameters_is_refused(sample_encoder):
     ("dtype", "masking"),
     [
         ("float32", "l1"),
-        ("float32", "random"),
-        ("float32", "steps"),
+        pytest.param("float32", "random", marks=pytest.mark.slow),
+        pytest.param("float32", "steps", marks=pytest.mark.slow),
         pytest.param("bfloat16", "l1", marks=pytest.mark.slow),
         pytest.param("bfloat16", "random", marks=pytest.mark.slow),
         pytest.param("bfloat16", "steps", marks=pytest.mark.slow),

@@ -88,7 +88,13 @@ def in_torch_order(masks: dict, prunable: tuple[str, ...]) -> np.ndarray:
     return np.concatenate(moved)
 
 
-@pytest.mark.parametrize("too_many_to_sort", [1 << 28, 0], ids=["sorted", "counted"])
+@pytest.mark.parametrize(
+    "too_many_to_sort",
+    [
+        pytest.param(1 << 28, id="sorted"),
+        pytest.param(0, id="counted", marks=pytest.mark.slow),
+    ],
+)
 @settings(deadline=None, max_examples=6)  # each is a compilation
 @given(
     dtype=st.sampled_from(["float16", "bfloat16"]),

@@ -156,6 +156,7 @@ def work_of(config: Config) -> ImageCosts:
     return ImageCosts(config, encoder, data, MeshSize(1, 1, 1), 300, pixels)
 
 
+@pytest.mark.slow
 def test_losses_that_do_not_fit_a_host(measured, monkeypatch):
     config = configured(("plan", "score"))
     monkeypatch.setattr(image_plan, "resident_bytes", lambda: 0)
@@ -198,6 +199,7 @@ def test_a_cache_that_is_too_small_is_told(measured):
     assert "9.22 MB, twice for scoring" in text
 
 
+@pytest.mark.slow
 def test_devices_that_are_not_here(measured):
     text = told(configured(("plan", "score"), mesh__data=4))
     assert "mesh.data 4 x mesh.probe 1 x mesh.fsdp 1 = 4 devices" in text

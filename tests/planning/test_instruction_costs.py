@@ -121,6 +121,7 @@ def test_lengths_of_rows():
     assert 0.3 < guessed.whole / lengths.whole < 3
 
 
+@pytest.mark.slow
 def test_the_released_code_takes_two_passes_and_a_whole_masked_copy():
     sizes = PAPER_MODELS["meta-llama/Meta-Llama-3-8B"]
     released = presets.paper_instructions("llama3-8b,official")

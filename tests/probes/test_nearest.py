@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import subset
+from conftest import slow_but, subset
 
 import dlc_jax as dlc
 from dlc_jax.masking import prunable_paths
@@ -27,7 +27,7 @@ def masked_by_hand(encoder: dlc.Encoder, sparsity: float) -> dlc.Encoder:
     return dataclasses.replace(encoder, params=params)
 
 
-@pytest.mark.parametrize("num_probes", [4, "auto"])
+@pytest.mark.parametrize("num_probes", slow_but(["auto"], [4, "auto"]))
 def test_nearest_is_that_of_numpy(sample_encoder, sample, num_probes):
     few = subset(sample, np.arange(0, 750, 25))
     path = dlc.PathSpec(num_probes=num_probes, placement="midpoint", step=0.2, agreement=1.0)

@@ -88,6 +88,7 @@ def test_what_is_finished_is_not_read_again(sample_encoder, small_sample, tmp_pa
         dlc.probe(sample_encoder, failing, **OPTIONS, seed=1, run=dlc.Run(folder=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_damaged_part_is_measured_again(sample_encoder, small_sample, tmp_path):
     first = dlc.probe(sample_encoder, small_sample, **OPTIONS, run=dlc.Run(folder=tmp_path))
     parts = sorted(tmp_path.rglob("*.npz"))

@@ -8,7 +8,7 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
-from conftest import require_shared
+from conftest import require_shared, slow_but
 
 from dlc_jax.datasets.instructions import instructions, load_instructions
 from dlc_jax.encoders.decoder import Architecture
@@ -88,7 +88,7 @@ def test_losses_are_those_of_torch(models, tokens_per_batch):
     np.testing.assert_allclose(ours, torch_losses(models[1], DATA), atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [300, 8192])
+@pytest.mark.parametrize("tokens_per_batch", slow_but([8192], [300, 8192]))
 def test_features_are_weighted_means_of_the_last_layer_of_torch(models, tmp_path, tokens_per_batch):
     """Also where several samples share a row, and for the pass that gives losses as well."""
     import torch
@@ -111,6 +111,7 @@ def test_features_are_weighted_means_of_the_last_layer_of_torch(models, tmp_path
     np.testing.assert_allclose(both.features, response_features(model, tokens), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_begin", [True, False])
 def test_changes_of_tokens_are_those_of_torch(models, tmp_path, with_begin):
     import torch
@@ -260,6 +261,7 @@ def test_crops_of_instructions_are_refused(models):
         probe_responses(models[0], DATA, path=PathSpec(augment=True))
 
 
+@pytest.mark.slow
 def test_masks_of_a_real_model_zero_as_many_weights_as_they_should(timm):
     """The half-precision model has thousands of weights that tie at a threshold."""
     model = load_language_model(str(require_shared("lm/tiny-llama")))

@@ -56,6 +56,7 @@ def brightness(monkeypatch):
     return measured
 
 
+@pytest.mark.slow
 def test_a_new_input_is_measured_recorded_and_selected_by(brightness, tmp_path):
     values = settings_of_few_images(tmp_path)
     values["selection"] = {"methods": ("most_different",), "keep_fractions": (0.25,)}

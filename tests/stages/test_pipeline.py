@@ -48,6 +48,7 @@ def test_the_summary_comes_after_tuning_and_before_exports(tmp_path):
         assert len(order) == 2 + ("export" in stages)
 
 
+@pytest.mark.slow
 def test_an_encoder_that_its_weights_name_is_taken_by_all_stages(tmp_path):
     """Each as a command of its own: what one has recorded the next one reads."""
     values = settings_of_few_images(tmp_path)

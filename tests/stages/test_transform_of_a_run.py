@@ -43,6 +43,7 @@ def test_the_plan_says_how_images_are_prepared(values, tmp_path):
     assert "decoded: 24 x 16 x 16 x 3" in text
 
 
+@pytest.mark.slow
 def test_a_run_says_and_keeps_to_the_transform_it_was_scored_with(values, tmp_path):
     encoder, said = values["encoder"], []
 

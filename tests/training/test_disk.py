@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow_but
 
 import dlc_jax as dlc
 from dlc_jax.training.images import Finetuner
@@ -58,7 +59,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("kind", slow_but([jnp.asarray], [np.asarray, jnp.asarray]))
 def test_a_disk_that_is_full_from_the_start(tmp_path, capfd, caplog, kind):
     """One line, that does not speak of a whole checkpoint where there is none."""
     generator = np.random.default_rng(0)

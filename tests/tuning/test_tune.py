@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import slow_but
 from scipy import stats
 
 import dlc_jax as dlc
@@ -54,7 +55,7 @@ def test_where_hard_means_mislabelled_the_easiest_are_chosen(tuned):
     assert rows[0.3, "random", None].to_random == Gap(0.0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", slow_but([1], [1, 2]))
 def test_where_scores_say_nothing_random_is_chosen(seed):
     _, labels, features = noisy_labels(300, seed=seed)
     scores = np.random.default_rng(seed).normal(size=300)
@@ -339,7 +340,7 @@ def test_the_best_of_those_beyond_noise_is_chosen():
     assert "nothing else was tried" in chosen(random).why
 
 
-@pytest.mark.parametrize("num", [5, 7, 12])
+@pytest.mark.parametrize("num", slow_but([5], [5, 7, 12]))
 def test_small_sets_can_be_tuned_whatever_the_seed(num):
     """Every part holds something out, however small the classes."""
     labels = np.arange(num) // 2

@@ -359,6 +359,7 @@ class Refuses(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_google_without_credentials(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as google:
         threading.Thread(target=google.serve_forever, daemon=True).start()

@@ -185,6 +185,7 @@ def test_without_augmentation_every_epoch_sees_the_evaluation_crops(sample_encod
         assert same == [not augment] * 2
 
 
+@pytest.mark.slow
 def test_vits_are_trained_on_their_class_token(timm, tmp_path):
     from safetensors.torch import save_file
 

@@ -108,6 +108,7 @@ def test_bfloat16_computes_coarsely_and_keeps_float32_weights(sample_encoder):
             assert 0 < error < 0.35 * update, path
 
 
+@pytest.mark.slow
 def test_statistics_move_by_a_tenth_and_get_no_gradient(sample_encoder):
     batch = Batch.padded(random_images(8, 64), np.arange(8, dtype=np.int32), 8)
     state, _ = one_step(sample_encoder, batch)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow_but
 
 import dlc_jax as dlc
 from dlc_jax.encoders.causal_model import TARGETS, Adapter
@@ -269,7 +270,9 @@ TARGETED = {  # what PEFT takes, by door
 }
 
 
-@pytest.mark.parametrize("name", TARGETED)
+@pytest.mark.parametrize(
+    "name", slow_but([name for name in TARGETED if name != "all-linear"], TARGETED)
+)
 def test_layers_are_those_that_peft_finds(folders, tmp_path, name):
     import peft
     import torch

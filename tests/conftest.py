@@ -20,6 +20,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 
+# LLVM takes longer over a program than small arrays do in it; XLA's own passes stay. `0` compiles
+# as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # Threads of torch wait for each other busily: two processes on two cores take three times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -31,7 +35,6 @@ if "DLC_JAX_TESTS" not in os.environ:
 
 jaxtyping.install_import_hook("dlc_jax", "runtime_types.check")
 
-import jax  # noqa: E402
 import jaxlib.version  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -41,10 +44,6 @@ from PIL import Image  # noqa: E402
 import dlc_jax as dlc  # noqa: E402
 from dlc_jax.training.images import Finetuner  # noqa: E402
 from dlc_jax.workspace import Record, artefacts  # noqa: E402
-
-# LLVM takes longer over a program than a test's small arrays do in it. XLA's own passes stay, and
-# commands that tests start compile as the user's do.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # how long an example takes says what else the machine does
 settings.register_profile("busy machine", deadline=None)

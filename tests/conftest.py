@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import io
 import os
 import shutil
@@ -23,6 +24,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # LLVM takes longer over a program than small arrays do in it; XLA's own passes stay. `0` compiles
 # as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# A million objects of torch and transformers are looked through each time.
+gc.set_threshold(20_000, 20, 20)
 
 # Threads of torch wait for each other busily: two processes on two cores take three times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -21,6 +21,7 @@ def few(tmp_path_factory):
     return dlc.load_dataset(f"parquet:{path}"), measured(case, "")
 
 
+@pytest.mark.slow
 def test_losses_of_a_split_are_those_of_scoring_its_training_part(few, sample_encoder):
     data, found = few
     split = Split.of(found, 1 / 3, 3)

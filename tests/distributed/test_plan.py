@@ -32,7 +32,7 @@ COUNTS = {
 }
 LARGEST = "google/gemma-2-9b"
 MODELS = [
-    LARGEST,
+    pytest.param(LARGEST, marks=pytest.mark.slow),
     *(pytest.param(name, marks=pytest.mark.long) for name in COUNTS if name != LARGEST),
 ]
 MISTRAL = PAPER_MODELS["mistralai/Mistral-7B-v0.3"]
@@ -53,7 +53,7 @@ def test_sizes_of_known_models(name):
     assert 0 <= weight_bytes(architecture, 8) - COUNTS[name] / 4 < 2e6
 
 
-@pytest.mark.parametrize("name", [pytest.param(LARGEST, marks=pytest.mark.slow), *MODELS[1:]])
+@pytest.mark.parametrize("name", MODELS)
 def test_they_fit_eight_small_devices(name):
     config = KNOWN_MODELS[name]
     for job in (scoring(config, 8), Finetuning(config, LoraConfig(), 2048, 8)):
@@ -89,6 +89,7 @@ def test_weights_that_fit_nowhere():
     assert said.startswith("no single setting helps")
 
 
+@pytest.mark.slow
 def test_importance_that_is_drawn_has_to_be_somewhere():
     job = scoring(MISTRAL, 8)
     drawn = Scoring(**{**vars(job), "masking": "random"})  # a block's is copied too

@@ -133,6 +133,7 @@ def test_images_like_a_target_are_kept(tmp_path):
     assert key["target_fingerprint"] == dlc.load_dataset(target).fingerprint
 
 
+@pytest.mark.slow
 def test_a_second_encoder_is_asked_too(tmp_path, monkeypatch):
     """By the features of both; with another one they are measured again."""
     values = settings_of_few_images(tmp_path)

@@ -10,6 +10,7 @@ from dlc_jax.stages import pipeline
 from dlc_jax.workspace import artefacts, records
 
 
+@pytest.mark.slow
 def test_what_is_masked_is_printed_recorded_and_decides_scores(tmp_path):
     values, root = settings_of_few_images(tmp_path), tmp_path / "run"
     values["probe"] |= {"step": 0.5}

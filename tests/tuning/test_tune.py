@@ -238,6 +238,7 @@ def test_what_is_better_is_mostly_found():
     assert num_found >= 10
 
 
+@pytest.mark.slow
 def test_a_little_at_every_keep_fraction_is_found_together():
     """Four points of 150 samples at each of five keep fractions, which one alone seldom shows."""
     scores, labels, found = np.arange(150.0), np.zeros(150, int), np.zeros((2, 10))

@@ -327,6 +327,8 @@ def test_position_embeddings_are_resampled_as_timm_does(timm, side, grid, num_pl
         *(("vit_small_patch14_reg4_dinov2", 3), ("vit_base_patch16_siglip_224", 7)),
         pytest.param("vit_small_patch14_dinov2", 3, marks=pytest.mark.slow),
         pytest.param("vit_small_patch14_dinov2", 7, marks=pytest.mark.slow),
+        pytest.param("vit_small_patch14_reg4_dinov2", 7, marks=pytest.mark.slow),
+        pytest.param("vit_base_patch16_siglip_224", 3, marks=pytest.mark.slow),
     ],
 )
 def test_other_image_sizes_are_timms(timm, load, name, patches):
